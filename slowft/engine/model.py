@@ -1,0 +1,185 @@
+"""The public face of an opened model: mlx-lm's own class, with its weights on disk."""
+
+from pathlib import Path
+from typing import Any, Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from ..errors import ConfigError, ModelError
+from ..models import adapters, loading, seams
+from ..storage.reader import Reader
+from .engine import Engine
+from .stats import Stats
+
+# MLX keeps freed buffers up to this share of a block's computation, because fresh pages cost more than the
+# cast that fills them (DESIGN.md): 0 made a step six times slower.
+CACHE_PER_BLOCK = 1.5
+CACHE_FLOOR_NBYTES = 64 << 20
+
+
+class StreamedModel(nn.Module):
+    """An mlx-lm model whose weights stream from disk, block by block, whenever it is called.
+
+    Made by `open_model`; also an instance of the mlx-lm class of its architecture. `nn.value_and_grad(model,
+    default_loss)` and mlx-lm's own trainer run on it (outside of `mx.compile`); `loss_and_grads` gives the
+    same numbers with less memory and fewer reads.
+
+    Attributes:
+        seed, step: dropout masks are a function of (seed, step, block, micro-batch).
+        stats: bytes read, seconds waited and computed, peak memory; `stats.last` step and `stats.total`.
+    """
+
+    @property
+    def stats(self) -> Stats:
+        return self._engine.stats
+
+    @property
+    def seed(self) -> int:
+        return self._engine.seed
+
+    @seed.setter
+    def seed(self, seed: int):
+        self._engine.seed = seed
+
+    @property
+    def step(self) -> int:
+        return self._engine.step
+
+    @step.setter
+    def step(self, step: int):
+        self._engine.step = step
+
+    @property
+    def path(self) -> Path:
+        """The directory the weights are read from."""
+        return self._skeleton.path
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Rows of the token embedding; None if the model has no embedding table."""
+        rows = self._cut.outside[seams.Use.ROWS]
+        return max((unit.params[0].source.shape[0] for unit in rows), default=None)
+
+    def add_lora(
+        self,
+        num_layers: int = 16,
+        rank: int = 8,
+        scale: float = 20.0,
+        dropout: float = 0.0,
+        keys: Sequence[str] | None = None,
+        use_dora: bool = False,
+    ) -> "StreamedModel":
+        """Attach trainable LoRA (or DoRA) layers to the last `num_layers` blocks (-1: all), as mlx-lm does.
+
+        Args:
+            keys: names of the linear layers within a block, such as "self_attn.q_proj"; None: all of them.
+                Full names, such as "lm_head", attach outside the blocks.
+        Raises:
+            ConfigError: impossible values, keys that match nothing, or an adapter is attached already.
+        """
+        if self._adapter is not None:
+            raise ConfigError("an adapter is attached already. Open the model anew to attach another")
+        parameters = {"rank": rank, "scale": scale, "dropout": dropout}
+        if keys is not None:
+            parameters["keys"] = list(keys)
+        self._attach(adapters.AdapterSpec("dora" if use_dora else "lora", num_layers, parameters), magnitudes=True)
+        return self
+
+    def load_adapter(self, path: str | Path) -> "StreamedModel":
+        """Attach the adapter saved in directory `path`, or load an adapter file into the attached layers."""
+        path = Path(path).expanduser()
+        if path.is_dir():
+            self._attach(adapters.read_spec(path), magnitudes=False)
+            path = path / adapters.WEIGHTS
+        adapters.load_weights(self, path)
+        return self
+
+    def save_adapter(self, path: str | Path, numbered: int | None = None, config: dict | None = None) -> Path:
+        """Write the adapter to directory `path`, as `mlx_lm.generate --adapter-path` reads it. Atomic.
+
+        Args:
+            numbered: also write `0000123_adapters.safetensors`.
+            config: further entries for `adapter_config.json`.
+        """
+        if self._adapter is None:
+            raise ConfigError("no adapter is attached. Call add_lora first")
+        entries = {**(config or {}), **self._adapter.as_config(), "model": str(self.path)}
+        return adapters.save(self, Path(path).expanduser(), entries, numbered)
+
+    def loss_and_grads(self, batch, lengths: mx.array | None = None):
+        """Loss and gradients of the trainable parameters, over one batch or over a list of micro-batches.
+
+        Exactly what `nn.value_and_grad(m, mlx_lm.tuner.trainer.default_loss)(m, batch, lengths)` gives on the
+        whole model in memory. Over a list, the gradient of the summed loss divided by all its tokens together;
+        each block is read at most twice, however many micro-batches there are.
+
+        Args:
+            batch: int32 `[B, T+1]` token ids, or a list of (batch, lengths).
+            lengths: int32 `[B, 2]`: prompt offset and length of each row.
+        Returns:
+            ((loss float32 `[]`, ntoks int32 `[]`), gradients as a tree like `trainable_parameters()`).
+        """
+        return self._engine.loss_and_grads(batch if lengths is None else [(batch, lengths)])
+
+    def loss(self, batch: mx.array, lengths: mx.array) -> tuple[mx.array, mx.array]:
+        """(loss, ntoks) of a batch, without gradients; each block is read at most once."""
+        return self._engine.loss(batch, lengths)
+
+    def close(self) -> None:
+        """End the threads and close the files. The model cannot be used afterwards."""
+        self._engine.close()
+
+    def _attach(self, spec: adapters.AdapterSpec, magnitudes: bool) -> None:
+        adapters.attach(self, spec)
+        if spec.fine_tune_type == "dora" and magnitudes:
+            self._engine.compute_magnitudes()
+        mx.eval(self.trainable_parameters())
+        self._adapter = spec
+
+
+def open_model(
+    path_or_hub_id: str | Path,
+    memory: str | None = None,
+    adapter_path: str | Path | None = None,
+    compute_dtype: str | None = None,
+) -> StreamedModel:
+    """Open a model for streaming: headers only, nothing resident.
+
+    Args:
+        path_or_hub_id: an mlx-lm (or hub) model directory, or a hub id, which is downloaded.
+        adapter_path: directory of a saved adapter, attached and trainable.
+        compute_dtype: "float32", "float16" or "bfloat16"; None computes in the model's own dtype on a GPU
+            and in float32 on a CPU.
+    Raises:
+        ModelError: missing or corrupt files, an unknown architecture, or one that cannot be streamed.
+    """
+    dtype = _compute_dtype(compute_dtype)
+    skeleton = loading.load_skeleton(loading.resolve(str(path_or_hub_id)), StreamedModel, dtype)
+    model = skeleton.model
+    cut = seams.find_units(model, skeleton.params)
+    engine = Engine(model, cut, Reader())
+    model._skeleton, model._cut, model._engine, model._adapter = skeleton, cut, engine, None
+    try:
+        engine.make_resident(cut.resident)
+        seams.install(cut, engine.on_block, engine.on_rows, engine.on_matmul)
+        seams.probe(model, cut, engine.probe, engine.make_resident)
+        mx.eval([array for _, array in tree_flatten(model)])  # no unevaluated table may reach the compute thread
+        block_nbytes = max(unit.compute_nbytes for unit in cut.blocks)
+        mx.set_cache_limit(int(CACHE_PER_BLOCK * block_nbytes) + CACHE_FLOOR_NBYTES)
+        if adapter_path is not None:
+            model.load_adapter(adapter_path)
+    except BaseException:
+        engine.close()
+        raise
+    return model
+
+
+def _compute_dtype(name: str | None) -> mx.Dtype | None:
+    if name is None:
+        return mx.float32 if mx.default_device() == mx.Device(mx.cpu) else None
+    dtypes: dict[str, Any] = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+    if name not in dtypes:
+        raise ConfigError(f"compute_dtype must be one of {', '.join(dtypes)}, got {name}")
+    return dtypes[name]

@@ -1,0 +1,14 @@
+"""Random state as a function of where we are, so that a recomputation replays dropout exactly."""
+
+import hashlib
+import struct
+
+
+def dropout_seed(seed: int, step: int, block: int, micro_batch: int) -> int:
+    """The seed set (`mx.random.seed`) before a block runs, forward and again in its recomputation.
+
+    A hash, so that neighbouring steps, blocks and micro-batches get unrelated masks, and a resumed run
+    the same ones. `block` counts visits of a forward pass from 0.
+    """
+    digest = hashlib.blake2b(struct.pack("<4q", seed, step, block, micro_batch), digest_size=8).digest()
+    return int.from_bytes(digest, "little")

@@ -1,0 +1,21 @@
+"""The errors a user can cause. Each message is one line: what is wrong, where, and what to do."""
+
+
+class SlowftError(Exception):
+    """Something a user can put right. The command line prints it as one line and exits with status 1."""
+
+
+class ModelError(SlowftError):
+    """The model directory is missing, incomplete, corrupt, or of a kind that cannot be streamed."""
+
+
+class DataError(SlowftError):
+    """The training data is missing, malformed, or does not fit the model."""
+
+
+class AdapterError(SlowftError):
+    """An adapter cannot be attached, loaded or written."""
+
+
+class ConfigError(SlowftError):
+    """An option has an impossible value, is unknown, or would have no effect."""

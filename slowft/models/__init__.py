@@ -1,0 +1,1 @@
+"""mlx-lm models without their weights: loading, seams, adapters, conversion."""

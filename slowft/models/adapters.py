@@ -1,0 +1,158 @@
+"""LoRA and DoRA adapters as mlx-lm defines them: attach, load, save.
+
+Comes in: an opened model whose weights are placeholders. Goes out: the same model with trainable layers, or
+a directory that `mlx_lm.generate --adapter-path` loads. Never half-writes a file.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from .. import platform
+from ..errors import AdapterError, ConfigError
+
+WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """What was attached: `fine_tune_type` is "lora" or "dora", `parameters` mlx-lm's `lora_parameters`."""
+
+    fine_tune_type: str
+    num_layers: int
+    parameters: dict[str, Any]
+
+    def as_config(self) -> dict:
+        return {
+            "fine_tune_type": self.fine_tune_type,
+            "num_layers": self.num_layers,
+            "lora_parameters": dict(self.parameters),
+        }
+
+
+def attach(model: nn.Module, spec: AdapterSpec) -> None:
+    """Replace linear layers by LoRA or DoRA layers, with mlx-lm's `linear_to_lora_layers`.
+
+    DoRA magnitudes (`m`) come out of placeholders here; the caller computes them from the weights.
+
+    Raises:
+        ConfigError: an impossible value, or keys that match no layer.
+    """
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    n_layers, p = len(model.layers), spec.parameters
+    if spec.num_layers > n_layers:
+        raise ConfigError(f"num_layers is {spec.num_layers} but the model has {n_layers} layers. Use -1 for all")
+    if not (isinstance(p["rank"], int) and p["rank"] >= 1):
+        raise ConfigError(f"LoRA rank must be a whole number of at least 1, got {p['rank']}")
+    if not 0 <= p["dropout"] < 1:
+        raise ConfigError(f"LoRA dropout must be at least 0 and below 1, got {p['dropout']}")
+    keys = p.get("keys")
+    before = {id(module) for module in model.modules()}
+    if keys is not None:
+        names = {name for layer in model.layers for name, _ in layer.named_modules()}
+        names |= {name for name, _ in model.named_modules()}
+        absent = sorted(set(keys) - names)
+        if absent:
+            linear = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding)
+            possible = sorted({n for layer in model.layers for n, m in layer.named_modules() if isinstance(m, linear)})
+            raise ConfigError(
+                f"LoRA keys {', '.join(absent)} match no layer of the model. Its blocks have: {', '.join(possible)}"
+            )
+    try:
+        linear_to_lora_layers(model, spec.num_layers, dict(p), use_dora=spec.fine_tune_type == "dora")
+    except (ValueError, KeyError) as e:
+        raise ConfigError(f"LoRA cannot be attached: {e.args[0]}") from None
+    if not any(id(module) not in before for module in model.modules()):
+        raise ConfigError(f"LoRA keys {', '.join(keys or [])} match no layer of the last {spec.num_layers} blocks")
+
+
+def read_spec(directory: Path) -> AdapterSpec:
+    """What the adapter in `directory` was trained with.
+
+    Raises:
+        AdapterError: not an adapter directory, or not one of LoRA or DoRA.
+    """
+    config_file = directory / CONFIG
+    if not config_file.exists() or not (directory / WEIGHTS).exists():
+        raise AdapterError(f"{directory} is not an adapter directory: it needs {CONFIG} and {WEIGHTS}")
+    try:
+        config = json.loads(config_file.read_text())
+        kind = config.get("fine_tune_type", "lora")
+        spec = AdapterSpec(kind, config["num_layers"], {"dropout": 0.0, **config["lora_parameters"]})
+    except (ValueError, KeyError, TypeError) as e:
+        raise AdapterError(f"{config_file} is not an adapter configuration: {e}") from None
+    if kind not in ("lora", "dora"):
+        raise AdapterError(f"{config_file}: fine_tune_type {kind!r} changes base weights, which stay on disk here")
+    return spec
+
+
+def load_weights(model: nn.Module, file: Path) -> None:
+    """Load adapter tensors into the attached layers.
+
+    Raises:
+        AdapterError: unreadable file, or tensors that do not belong to the model; names one and both shapes.
+    """
+    if not file.exists():
+        raise AdapterError(f"{file} does not exist")
+    try:
+        weights = mx.load(str(file))
+        mx.eval(list(weights.values()))
+    except (RuntimeError, ValueError) as e:
+        raise AdapterError(f"{file} is not a readable safetensors file: {str(e).splitlines()[0]}") from None
+    trainable = dict(tree_flatten(model.trainable_parameters()))
+    for name, array in weights.items():
+        if name not in trainable:
+            raise AdapterError(f"{file}: {name} is no adapter parameter of this model. Was it trained on another one?")
+        if array.shape != trainable[name].shape:
+            raise AdapterError(
+                f"{file}: {name} is {list(array.shape)}, the model wants {list(trainable[name].shape)}. "
+                "Use the rank and layers it was trained with"
+            )
+    missing = sorted(set(trainable) - set(weights))
+    if missing:
+        raise AdapterError(f"{file} lacks {missing[0]} (and {len(missing) - 1} more) of the attached adapter")
+    model.load_weights(list(weights.items()), strict=False)
+
+
+def save(model: nn.Module, directory: Path, config: dict, numbered: int | None = None) -> Path:
+    """Write `adapter_config.json` and the trainable parameters; with `numbered`, also a numbered copy.
+
+    Every file is written under a temporary name, synced and renamed: a reader sees the old one or the new one.
+
+    Raises:
+        AdapterError: the directory cannot be written.
+    """
+    weights = dict(tree_flatten(model.trainable_parameters()))
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        _replace(directory / CONFIG, lambda path: path.write_text(json.dumps(config, indent=4, sort_keys=True) + "\n"))
+        files = [directory / WEIGHTS]
+        if numbered is not None:
+            files.insert(0, directory / f"{numbered:07d}_{WEIGHTS}")
+        for file in files:
+            _replace(file, lambda path: mx.save_safetensors(str(path), weights))
+    except (OSError, RuntimeError) as e:
+        reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
+        raise AdapterError(f"{directory} cannot be written: {reason}. Earlier adapters there are untouched") from None
+    return files[0]
+
+
+def _replace(file: Path, write) -> None:
+    temporary = file.with_name(f".{file.stem}.{os.getpid()}.tmp{file.suffix}")
+    try:
+        write(temporary)
+        fd = os.open(temporary, os.O_RDWR)
+        try:
+            platform.sync_file(fd)
+        finally:
+            os.close(fd)
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)

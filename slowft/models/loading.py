@@ -1,0 +1,202 @@
+"""A model directory or hub id -> mlx-lm's own model object, no weight in memory, each mapped to its bytes.
+
+mlx-lm's `load_model` builds the model lazily: its class, sanitize and quantization, with arrays that were
+never read. Which file tensor became which parameter is seen by identity: what `sanitize` passed through
+untouched is streamed from where it lies. Never evaluates a weight.
+"""
+
+import inspect
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from ..errors import ModelError
+from ..storage.index import Extent, index_model
+from .weights import Packed, Param, Plain, Source, placeholder
+
+MAX_TRANSFORMED_SHARE = 0.02  # of a model's bytes that `sanitize` may rewrite: kept in memory from the start
+MAX_TRANSFORMED_NBYTES = 4 << 20  # always allowed
+
+
+@dataclass
+class Skeleton:
+    """A model without weights: `params` come from files, `constants` were made by mlx-lm and stay in memory."""
+
+    model: nn.Module
+    config: dict
+    path: Path
+    params: list[Param]
+    compute_dtype: mx.Dtype | None
+
+
+def resolve(path_or_hub_id: str) -> Path:
+    """The local directory of a model; a hub id is downloaded first (huggingface-hub resumes what was cut off).
+
+    Raises:
+        ModelError: no such directory, or the hub does not have it or cannot be reached.
+    """
+    path = Path(path_or_hub_id).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise ModelError(f"{path} has no config.json: it is not a model directory")
+        return path
+    if path.exists():
+        raise ModelError(f"{path} is a file. Give the directory that holds config.json and model*.safetensors")
+    looks_local = path.is_absolute() or str(path_or_hub_id).startswith((".", "~")) or str(path_or_hub_id).count("/") != 1
+    if looks_local:
+        raise ModelError(f"{path} does not exist. Give a model directory, or a hub id such as Qwen/Qwen3-0.6B")
+    from mlx_lm.utils import _download
+
+    try:
+        return _download(str(path_or_hub_id))
+    except Exception as e:  # huggingface-hub raises many kinds, all of which mean: not here
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise ModelError(
+            f"{path_or_hub_id} is neither a directory here nor could it be downloaded ({reason}). "
+            "Check the name and the connection, or give a directory"
+        ) from None
+
+
+def load_skeleton(path: Path, mixin: type, compute_dtype: mx.Dtype | None) -> Skeleton:
+    """Build the model of `path` as a subclass of `mixin` and of mlx-lm's class, without its weights.
+
+    Args:
+        compute_dtype: floating parameters are used in this dtype; None keeps the files'. With a dtype, quantized
+            layers become dense ones, dequantized as they arrive (on a CPU `quantized_matmul` runs at 1.7 GFLOP/s).
+    Raises:
+        ModelError: files missing or cut short, unknown architecture, or weights that do not fit it.
+    """
+    extents = index_model(path)
+    model, config, raw = _build_lazily(path, mixin)
+    source_of = {id(array): extents[name] for name, array in raw.items() if name in extents}
+    params, rewritten = _map_parameters(model, source_of, compute_dtype)
+    _check_rewritten(path, model, rewritten, extents)
+    for param in params:
+        param.clear()
+    for owner, key, array in rewritten:
+        floating = compute_dtype is not None and mx.issubdtype(array.dtype, mx.floating)
+        owner[key] = array.astype(compute_dtype) if floating else array
+        mx.eval(owner[key])
+    del raw
+    model.freeze()
+    return Skeleton(model, config, path, params, compute_dtype)
+
+
+def _build_lazily(path: Path, mixin: type) -> tuple[nn.Module, dict, dict[str, mx.array]]:
+    from mlx_lm.utils import load_model
+
+    raw: dict[str, mx.array] = {}
+    find_classes = inspect.signature(load_model).parameters["get_model_classes"].default
+
+    def streamed_classes(config: dict):
+        model_class, args_class = find_classes(config=config)
+
+        class Streamed(mixin, model_class):
+            def sanitize(self, weights):
+                raw.update(weights)
+                return super().sanitize(weights) if hasattr(model_class, "sanitize") else weights
+
+        Streamed.__name__ = Streamed.__qualname__ = f"Streamed{model_class.__name__}"
+        return Streamed, args_class
+
+    try:
+        model, config = load_model(path, lazy=True, get_model_classes=streamed_classes)
+    except json.JSONDecodeError as e:
+        raise ModelError(f"{path / 'config.json'} is not JSON ({e})") from None
+    except Exception as e:
+        raise ModelError(_explain(e, path)) from None
+    return model, config, raw
+
+
+def _explain(error: Exception, path: Path) -> str:
+    from mlx_lm import __version__ as mlx_lm_version
+
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
+    reason = lines[0]
+    if isinstance(error, KeyError) and reason.strip("'\"") == "model_type":
+        return f"{path / 'config.json'} names no model_type"
+    if "not supported" in reason:
+        return f"{path}: {reason} mlx-lm {mlx_lm_version} does not know it: pip install -U mlx-lm may bring it"
+    if len(lines) > 1:
+        reason += f" {lines[1]}" + (f" (and {len(lines) - 2} more)" if len(lines) > 2 else "")
+    return f"{path}: mlx-lm cannot build this model: {reason}"
+
+
+def _map_parameters(model, source_of: dict[int, Extent], compute_dtype):
+    """Parameters that lie in a file as they are, and those that `sanitize` made anew."""
+    if compute_dtype is not None:
+        packed = _replace_quantized(model, source_of, compute_dtype)
+    else:
+        packed = {}
+    params, rewritten = [], []
+    for name, array in tree_flatten(model.parameters()):
+        owner, key = _locate(model, name)
+        source: Source | None = packed.get(name)
+        if source is None and id(array) in source_of:
+            source = Plain(source_of[id(array)], compute_dtype)
+        if source is None:
+            rewritten.append((owner, key, array))
+        else:
+            params.append(Param(name, owner, key, source, placeholder(source.shape, source.result_dtype)))
+    return params, rewritten
+
+
+def _replace_quantized(model, source_of: dict[int, Extent], dtype: mx.Dtype) -> dict[str, Packed]:
+    """Swap quantized layers for dense ones, and say how each one's weight is to be dequantized."""
+    from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
+    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
+    dense_class = {
+        nn.QuantizedLinear: nn.Linear,
+        nn.QuantizedEmbedding: nn.Embedding,
+        QuantizedSwitchLinear: SwitchLinear,
+        QuantizedMultiLinear: MultiLinear,
+    }
+    packed, dense_layers = {}, []
+    for name, layer in model.named_modules():
+        if type(layer) not in dense_class or layer.get("global_scale") is not None:
+            continue
+        parts = [layer["weight"], layer["scales"]] + ([layer["biases"]] if layer.get("biases") is not None else [])
+        if not all(id(part) in source_of for part in parts):
+            continue
+        weight, scales, *biases = (source_of[id(part)] for part in parts)
+        source = Packed(
+            weight, scales, biases[0] if biases else None, layer.group_size, layer.bits, layer.mode, dtype
+        )
+        dense = dense_class[type(layer)].__new__(dense_class[type(layer)])
+        nn.Module.__init__(dense)
+        dense.weight = placeholder(source.shape, dtype)
+        if "bias" in layer:
+            dense.bias = layer.bias
+        dense.train(layer.training)
+        dense_layers.append((name, dense))
+        packed[f"{name}.weight"] = source
+    model.update_modules(tree_unflatten(dense_layers))
+    return packed
+
+
+def _locate(model: nn.Module, name: str):
+    """The module, dict or list that holds parameter `name`, and its key there."""
+    *path, key = name.split(".")
+    owner = model
+    for part in path:
+        owner = owner[int(part)] if isinstance(owner, (list, tuple)) else owner[part]
+    return owner, int(key) if isinstance(owner, list) else key
+
+
+def _check_rewritten(path: Path, model, rewritten, extents: dict[str, Extent]) -> None:
+    total = sum(e.nbytes for e in extents.values())
+    nbytes = sum(array.nbytes for _, _, array in rewritten)
+    if nbytes <= max(MAX_TRANSFORMED_SHARE * total, MAX_TRANSFORMED_NBYTES):
+        return
+    largest = max(rewritten, key=lambda entry: entry[2].nbytes)[2]
+    name = next(name for name, array in tree_flatten(model.parameters()) if array is largest)
+    raise ModelError(
+        f"{path}: {name} does not lie in the files as the model uses it (stacked, transposed or unpacked on loading; "
+        f"{nbytes / 1e9:.2f} GB in all), so it cannot be streamed. "
+        f"Convert the model once: mlx_lm.convert --hf-path {path} --mlx-path {path.name}-mlx"
+    )

@@ -1,0 +1,255 @@
+"""From raw bytes to the arrays a module computes with: cast to the compute dtype, or dequantized to it.
+
+Comes in: extents of a safetensors file and the uint8 buffer they were read into. Goes out: arrays, lazily.
+Never reads a file itself and never decides when weights come or go.
+"""
+
+from dataclasses import dataclass
+from typing import Callable, Iterator
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..storage.index import Extent
+from ..storage.reader import ByteRange, Reader
+
+ALIGNMENT = 64  # of every tensor in a buffer: a cache line, and enough for any dtype on a GPU
+PIECE_NBYTES = 16 << 20  # of a large tensor, read and cast at a time when it goes to memory row by row
+GAP_NBYTES = 16 << 10  # rows nearer than this are read in one request: cheaper than a second one
+
+
+def _as_array(raw: mx.array, extent: Extent, shape: tuple[int, ...]) -> mx.array:
+    dtype = getattr(mx, extent.dtype)
+    return raw.view(dtype).reshape(shape)
+
+
+def _is_float(dtype: mx.Dtype) -> bool:
+    return mx.issubdtype(dtype, mx.floating)
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A parameter stored as it is used, but for its dtype. `dtype` None keeps the file's."""
+
+    extent: Extent
+    dtype: mx.Dtype | None = None
+
+    @property
+    def extents(self) -> tuple[Extent, ...]:
+        return (self.extent,)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.extent.shape
+
+    @property
+    def result_dtype(self) -> mx.Dtype:
+        stored = getattr(mx, self.extent.dtype)
+        return self.dtype if self.dtype is not None and _is_float(stored) else stored
+
+    @property
+    def is_copied(self) -> bool:
+        """Whether the built array has memory of its own, apart from the bytes it was built from."""
+        return self.result_dtype != getattr(mx, self.extent.dtype)
+
+    def build(self, raw: list[mx.array], n_rows: int | None = None) -> mx.array:
+        """The array, from the flat uint8 bytes of its extents (of `n_rows` entries of the first axis, if given)."""
+        shape = self.shape if n_rows is None else (n_rows, *self.shape[1:])
+        return _as_array(raw[0], self.extent, shape).astype(self.result_dtype)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A quantized weight, stored as packed integers with scales (and biases), used dequantized."""
+
+    weight: Extent
+    scales: Extent
+    biases: Extent | None
+    group_size: int
+    bits: int
+    mode: str
+    dtype: mx.Dtype
+
+    @property
+    def extents(self) -> tuple[Extent, ...]:
+        return tuple(e for e in (self.weight, self.scales, self.biases) if e is not None)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        *lead, packed = self.weight.shape
+        return (*lead, packed * 32 // self.bits)
+
+    @property
+    def result_dtype(self) -> mx.Dtype:
+        return self.dtype
+
+    @property
+    def is_copied(self) -> bool:
+        return True
+
+    def build(self, raw: list[mx.array], n_rows: int | None = None) -> mx.array:
+        """Dequantized in the compute dtype: the scales are cast first, as `quantized_matmul` does."""
+        parts = []
+        for bytes_, extent in zip(raw, self.extents):
+            shape = extent.shape if n_rows is None else (n_rows, *extent.shape[1:])
+            part = _as_array(bytes_, extent, shape)
+            parts.append(part.astype(self.dtype) if _is_float(part.dtype) else part)
+        weight, scales, *biases = parts
+        return mx.dequantize(
+            weight, scales, biases[0] if biases else None, self.group_size, self.bits, self.mode, dtype=self.dtype
+        )
+
+
+Source = Plain | Packed
+
+
+@dataclass
+class Param:
+    """One parameter of the opened model: the module entry that holds it, and where its bytes are."""
+
+    name: str
+    owner: nn.Module | dict | list
+    key: str | int
+    source: Source
+    placeholder: mx.array
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return sum(e.nbytes for e in self.source.extents)
+
+    @property
+    def compute_nbytes(self) -> int:
+        """Bytes once it is an array to compute with."""
+        return self.placeholder.nbytes
+
+    def set(self, array: mx.array) -> None:
+        self.owner[self.key] = array
+
+    def clear(self) -> None:
+        self.owner[self.key] = self.placeholder
+
+
+def placeholder(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    """An array of the right shape and dtype that takes a few bytes: one NaN (or zero), broadcast.
+
+    NaN, so that a module which uses weights that are not there can never go unnoticed.
+    """
+    value = mx.array(float("nan") if _is_float(dtype) else 0, dtype)
+    array = mx.broadcast_to(value, shape)
+    mx.eval(array)
+    return array
+
+
+class Layout:
+    """Where the parameters of one unit lie in one buffer: all their extents, each aligned."""
+
+    def __init__(self, params: list[Param]):
+        self.ranges: list[ByteRange] = []
+        self._places: list[list[tuple[int, int]]] = []
+        at = 0
+        for param in params:
+            places = []
+            for e in param.source.extents:
+                self.ranges.append(ByteRange(e.file, e.offset, e.nbytes, at))
+                places.append((at, at + e.nbytes))
+                at += -(-e.nbytes // ALIGNMENT) * ALIGNMENT
+            self._places.append(places)
+        self._params = params
+
+    def fill(self, buffer: mx.array) -> list[mx.array]:
+        """Put every parameter in its module, built lazily from the filled `buffer`. Returns the arrays."""
+        arrays = []
+        for param, places in zip(self._params, self._places):
+            array = param.source.build([buffer[a:b] for a, b in places])
+            param.set(array)
+            arrays.append(array)
+        return arrays
+
+
+def read_rows(reader: Reader, source: Source, rows: list[int]) -> mx.array:
+    """The entries `rows` (sorted, distinct) of the first axis, `[len(rows), ...]`, evaluated.
+
+    Only those rows are read, and the small gaps between neighbours.
+    """
+    raw = []
+    for extent in source.extents:
+        n = extent.row_nbytes
+        spans: list[list[int]] = []  # [first row, end row] of each request
+        for row in rows:
+            if spans and (row - spans[-1][1]) * n <= GAP_NBYTES:
+                spans[-1][1] = row + 1
+            else:
+                spans.append([row, row + 1])
+        starts, at = [], 0
+        for first, end in spans:
+            starts.append(at)
+            at += (end - first) * n
+        buffer = mx.zeros((at,), mx.uint8)
+        mx.eval(buffer)
+        reader.read_now(
+            [ByteRange(extent.file, extent.offset + f * n, (e - f) * n, s) for (f, e), s in zip(spans, starts)],
+            memoryview(buffer),
+        )
+        positions, span = [], 0
+        for row in rows:
+            while row >= spans[span][1]:
+                span += 1
+            positions.append(starts[span] // n + row - spans[span][0])
+        raw.append(buffer.reshape(-1, n)[mx.array(positions)].reshape(-1))
+    array = source.build(raw, n_rows=len(rows))
+    mx.eval(array)
+    return array
+
+
+def read_whole(reader: Reader, source: Source) -> mx.array:
+    """The whole parameter, evaluated, with little more memory than the result: read and cast in pieces."""
+    result = mx.zeros((placeholder(source.shape, source.result_dtype).nbytes,), mx.uint8)
+    mx.eval(result)
+    out = memoryview(result)
+    first = source.extents[0]
+    if len(source.extents) == 1 and getattr(mx, first.dtype) == source.result_dtype:
+        reader.read_now([ByteRange(first.file, first.offset, first.nbytes, 0)], out)
+    else:
+        at = 0
+        for piece in _pieces(reader, source):
+            bytes_ = piece.reshape(-1).view(mx.uint8)
+            mx.eval(bytes_)
+            out[at : at + bytes_.nbytes] = memoryview(bytes_)
+            at += bytes_.nbytes
+    array = result.view(source.result_dtype).reshape(source.shape)
+    mx.eval(array)
+    return array
+
+
+def _pieces(reader: Reader, source: Source) -> Iterator[mx.array]:
+    """The parameter's rows, some at a time, built; the next ones are read while the caller uses these."""
+    if not source.shape:
+        yield _start_rows(reader, source, None)()
+        return
+    n_rows = source.shape[0]
+    step = max(1, PIECE_NBYTES // max(sum(e.row_nbytes for e in source.extents), 1))
+    ahead = None
+    for start in range(0, n_rows, step):
+        piece = ahead or _start_rows(reader, source, range(start, min(start + step, n_rows)))
+        following = range(start + step, min(start + 2 * step, n_rows))
+        ahead = _start_rows(reader, source, following) if following else None
+        yield piece()
+
+
+def _start_rows(reader: Reader, source: Source, rows: range | None) -> Callable[[], mx.array]:
+    """Start reading consecutive rows (None: all of a scalar); the returned function waits and builds them."""
+    buffers, reads = [], []
+    for e in source.extents:
+        first, nbytes = (0, e.nbytes) if rows is None else (rows.start * e.row_nbytes, len(rows) * e.row_nbytes)
+        buffer = mx.zeros((nbytes,), mx.uint8)
+        mx.eval(buffer)
+        buffers.append(buffer)
+        reads.append(reader.submit([ByteRange(e.file, e.offset + first, nbytes, 0)], memoryview(buffer)))
+
+    def build() -> mx.array:
+        for read in reads:
+            reader.wait(read)
+        return source.build(buffers, None if rows is None else len(rows))
+
+    return build

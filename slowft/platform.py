@@ -1,0 +1,152 @@
+"""Everything that differs between operating systems, each call with its macOS and Linux form.
+
+Comes in: file descriptors, nothing else. Goes out: bytes, seconds, library names. Imports neither MLX
+nor the rest of slowft: `preload_blas` has to run before MLX is imported anywhere.
+"""
+
+import ctypes
+import ctypes.util
+import os
+import resource
+import sys
+
+MACOS = sys.platform == "darwin"
+
+BLAS_FIX = "sudo apt-get install libopenblas0-pthread"
+
+
+# --- BLAS -----------------------------------------------------------------------------------------
+
+
+def preload_blas() -> None:
+    """Make OpenBLAS the library MLX multiplies with, on Linux. Must run before `import mlx.core`.
+
+    MLX's Linux CPU wheel bundles the reference BLAS: 1.7 GFLOP/s in float32 on two cores, against
+    about 150 with OpenBLAS. Loading OpenBLAS with global visibility first makes MLX's own look-up
+    of the `cblas_` functions find it. Does nothing on macOS (Accelerate and Metal) or when a BLAS
+    was preloaded already (`LD_PRELOAD`).
+    """
+    if MACOS or blas_library() is not None:
+        return
+    for name in ("libopenblas.so.0", "libopenblas.so"):
+        try:
+            ctypes.CDLL(name, ctypes.RTLD_GLOBAL)
+            return
+        except OSError:
+            continue
+
+
+class _DlInfo(ctypes.Structure):
+    _fields_ = [
+        ("dli_fname", ctypes.c_char_p),
+        ("dli_fbase", ctypes.c_void_p),
+        ("dli_sname", ctypes.c_char_p),
+        ("dli_saddr", ctypes.c_void_p),
+    ]
+
+
+def blas_library() -> str | None:
+    """Path of the library whose `cblas_sgemm` every later library finds first; None if there is none."""
+    everything = ctypes.CDLL(None)
+    try:
+        address = ctypes.cast(everything.cblas_sgemm, ctypes.c_void_p)
+    except AttributeError:
+        return None
+    info = _DlInfo()
+    everything.dladdr.argtypes = [ctypes.c_void_p, ctypes.POINTER(_DlInfo)]
+    return info.dli_fname.decode() if everything.dladdr(address, ctypes.byref(info)) else None
+
+
+def slow_blas_warning(mlx_was_imported_first: bool) -> str | None:
+    """One line to show once when MLX multiplies with the reference BLAS on Linux, else None."""
+    if MACOS:
+        return None
+    if blas_library() is None:
+        return f"MLX is on the reference BLAS, about 80 times slower than OpenBLAS. To fix it: {BLAS_FIX}"
+    if mlx_was_imported_first:
+        return (
+            "mlx was imported before slowft, so it may be on the reference BLAS, about 80 times slower "
+            "than OpenBLAS. To fix it: import slowft before mlx"
+        )
+    return None
+
+
+# --- Files ----------------------------------------------------------------------------------------
+
+
+def open_uncached(path: str) -> int:
+    """Open a weight file for reading without letting it fill the file cache. Returns the descriptor."""
+    fd = os.open(path, os.O_RDONLY)
+    if MACOS:
+        import fcntl
+
+        fcntl.fcntl(fd, fcntl.F_NOCACHE, 1)
+    return fd
+
+
+def drop_cached(fd: int, offset: int, nbytes: int) -> None:
+    """Forget what the file cache kept of a range just read (Linux; F_NOCACHE does it on macOS)."""
+    if not MACOS:
+        os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
+
+
+def sync_file(fd: int) -> None:
+    """Make written data survive a power cut. On macOS `fsync` alone stops at the drive's own cache."""
+    if MACOS:
+        import fcntl
+
+        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+    else:
+        os.fsync(fd)
+
+
+# --- Memory ---------------------------------------------------------------------------------------
+
+
+class _RusageInfoV2(ctypes.Structure):
+    """`struct rusage_info_v2` of <sys/resource.h>: a uuid, then 64-bit counters."""
+
+    _fields_ = [("ri_uuid", ctypes.c_uint8 * 16)] + [
+        (name, ctypes.c_uint64)
+        for name in (
+            "user_time system_time pkg_idle_wkups interrupt_wkups pageins wired_size resident_size phys_footprint "
+            "proc_start_abstime proc_exit_abstime child_user_time child_system_time child_pkg_idle_wkups "
+            "child_interrupt_wkups child_pageins child_elapsed_abstime diskio_bytesread diskio_byteswritten"
+        ).split()
+    ]
+
+
+def _linux_status(field: str) -> int:
+    with open("/proc/self/status") as status:
+        for line in status:
+            if line.startswith(field + ":"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+def memory_in_use() -> int:
+    """Bytes of memory the operating system charges this process: physical footprint or resident set."""
+    if not MACOS:
+        return _linux_status("VmRSS")
+    info = _RusageInfoV2()
+    flavour = 2  # RUSAGE_INFO_V2
+    ctypes.CDLL(None).proc_pid_rusage(os.getpid(), flavour, ctypes.byref(info))
+    return info.phys_footprint
+
+
+def peak_memory() -> int:
+    """The most bytes this process held since `reset_peak_memory` (macOS: since it started)."""
+    if not MACOS:
+        return _linux_status("VmHWM")
+    return max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, memory_in_use())
+
+
+def reset_peak_memory() -> None:
+    """Start measuring `peak_memory` anew (Linux; macOS has no such call and keeps the whole run's)."""
+    if MACOS:
+        return
+    try:
+        with open("/proc/self/clear_refs", "w") as clear:
+            clear.write("5")
+    except OSError:  # some sandboxes forbid it: the peak is then the whole run's
+        pass

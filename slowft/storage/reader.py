@@ -1,0 +1,138 @@
+"""Ranges of files into buffers, on a thread of its own, past the file cache.
+
+Comes in: (extent or byte range, writable memoryview). Goes out: the filled buffer, or an error that names
+file and offset. Only fills bytes: MLX arrays belong to the thread that computes, and are never made here.
+"""
+
+import os
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Iterable
+
+from .. import platform
+from ..errors import ModelError
+
+MAX_REQUEST_NBYTES = 1 << 30  # Linux and macOS both cut a single read short of 2 GiB
+
+
+@dataclass(frozen=True)
+class ByteRange:
+    """`nbytes` bytes of `file` from `offset`, to be put at `at` in the destination buffer."""
+
+    file: str
+    offset: int
+    nbytes: int
+    at: int
+
+
+class Reader:
+    """Reads byte ranges in the order asked, one at a time.
+
+    Attributes:
+        bytes_read: bytes read so far.
+        wait_s: seconds that callers of `wait` and `read_now` were held up by reads.
+    """
+
+    def __init__(self):
+        self._descriptors: dict[str, int] = {}
+        self._lock = threading.Lock()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="slowft-reader")
+        self.bytes_read = 0
+        self.wait_s = 0.0
+
+    def submit(self, ranges: Iterable[ByteRange], buffer: memoryview) -> Future:
+        """Start filling `buffer` and return a future that is done when it is full."""
+        return self._thread.submit(self._read, list(ranges), buffer)
+
+    def wait(self, read: Future) -> None:
+        """Return when `read` is done.
+
+        Raises:
+            ModelError: the file ends early or cannot be read; names the file and the offset.
+        """
+        begin = time.perf_counter()
+        try:
+            read.result()
+        finally:
+            self.wait_s += time.perf_counter() - begin
+
+    def read_now(self, ranges: Iterable[ByteRange], buffer: memoryview) -> None:
+        """Fill `buffer` before returning, ahead of nothing that was submitted earlier."""
+        self.wait(self.submit(ranges, buffer))
+
+    def _read(self, ranges: Iterable[ByteRange], buffer: memoryview) -> None:
+        # neighbours in the file become one request, scattered to their places
+        for run in _contiguous_runs(ranges):
+            self._read_run(run, buffer)
+
+    def _read_run(self, run: list[ByteRange], buffer: memoryview) -> None:
+        file, offset = run[0].file, run[0].offset
+        nbytes = sum(r.nbytes for r in run)
+        targets = [buffer[r.at : r.at + r.nbytes] for r in run if r.nbytes]
+        fd = self._descriptor(file)
+        done = 0
+        while done < nbytes:
+            try:
+                got = os.preadv(fd, _first_nbytes(targets, MAX_REQUEST_NBYTES), offset + done)
+            except OSError as e:
+                raise ModelError(f"{file}: reading at byte {offset + done} failed: {e.strerror}") from None
+            if got == 0:
+                raise ModelError(f"{file} ends at byte {offset + done}, {nbytes - done} bytes early: was it changed?")
+            done += got
+            targets = _without_first_nbytes(targets, got)
+        platform.drop_cached(fd, offset, nbytes)
+        with self._lock:
+            self.bytes_read += nbytes
+
+    def _descriptor(self, file: str) -> int:
+        with self._lock:
+            if file not in self._descriptors:
+                try:
+                    self._descriptors[file] = platform.open_uncached(file)
+                except OSError as e:
+                    raise ModelError(f"{file} cannot be opened: {e.strerror}") from None
+            return self._descriptors[file]
+
+    def close(self) -> None:
+        """Finish the reads under way, end the thread, close the files."""
+        self._thread.shutdown(cancel_futures=True)
+        for fd in self._descriptors.values():
+            os.close(fd)
+        self._descriptors.clear()
+
+
+def _first_nbytes(targets: list[memoryview], nbytes: int) -> list[memoryview]:
+    """The leading part of a scatter list, `nbytes` bytes at most."""
+    head = []
+    for target in targets:
+        head.append(target[:nbytes])
+        nbytes -= len(head[-1])
+        if nbytes == 0:
+            break
+    return head
+
+
+def _without_first_nbytes(targets: list[memoryview], nbytes: int) -> list[memoryview]:
+    """What is left of a scatter list after `nbytes` bytes: a read may stop anywhere."""
+    rest = []
+    for target in targets:
+        taken = min(nbytes, len(target))
+        nbytes -= taken
+        if taken < len(target):
+            rest.append(target[taken:])
+    return rest
+
+
+def _contiguous_runs(ranges: Iterable[ByteRange]) -> Iterable[list[ByteRange]]:
+    """Ranges in file order, grouped so that each group is one unbroken stretch of a file."""
+    run: list[ByteRange] = []
+    for r in sorted(ranges, key=lambda r: (r.file, r.offset)):
+        full = len(run) >= 512  # IOV_MAX is 1024 on Linux and macOS
+        if run and (full or r.file != run[-1].file or r.offset != run[-1].offset + run[-1].nbytes):
+            yield run
+            run = []
+        run.append(r)
+    if run:
+        yield run
