@@ -186,11 +186,11 @@ class Engine:
 
     def loss_and_grads(self, micro_batches: Sequence[tuple[mx.array, mx.array]]):
         """((loss, ntoks), gradients) over all micro-batches, normalised by their tokens together."""
-        mx.eval(self._model.trainable_parameters())  # unevaluated arrays cannot cross threads
-        parameters = self._model.trainable_parameters()
         entries = trainable_entries(self._model)
         if not entries:
             raise SlowftError("the model has no trainable parameters. Call add_lora first")
+        _untrace(entries)
+        parameters = self._model.trainable_parameters()
 
         def differentiate(loss: Callable[[], mx.array]):
             def of_parameters(tree):
@@ -355,6 +355,17 @@ class _HeadPart:
     def on_matmul(self, unit: Unit, inner, args, kwargs):
         self._residency.bring(unit)
         return inner(*args, **kwargs)
+
+
+def _untrace(entries) -> None:
+    """Make trainable parameters plain evaluated arrays, which alone may cross threads.
+
+    `nn.value_and_grad` leaves its tracers in the module; `stop_gradient` shares their memory, not their graph.
+    """
+    arrays = [mx.stop_gradient(owner[key]) for _, owner, key in entries]
+    mx.eval(arrays)
+    for (_, owner, key), array in zip(entries, arrays):
+        owner[key] = array
 
 
 def _unevaluated_zeros(tree):

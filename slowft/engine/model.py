@@ -57,8 +57,8 @@ class StreamedModel(nn.Module):
         return self._skeleton.path
 
     @property
-    def vocab_size(self) -> int | None:
-        """Rows of the token embedding; None if the model has no embedding table."""
+    def embedding_rows(self) -> int | None:
+        """Rows of the token embedding: token ids must be below. None if the model has no embedding table."""
         rows = self._cut.outside[seams.Use.ROWS]
         return max((unit.params[0].source.shape[0] for unit in rows), default=None)
 
