@@ -8,11 +8,10 @@ import importlib
 import sys
 
 from . import platform as _platform
+from .version import __version__
 
 _mlx_was_imported_first = "mlx.core" in sys.modules
 _platform.preload_blas()
-
-__version__ = "0.1.0"
 
 _EXPORTS = {
     "open_model": "slowft.engine.model",

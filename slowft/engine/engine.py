@@ -13,7 +13,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
-from ..errors import SlowftError
+from ..errors import ConfigError, SlowftError
 from ..models.seams import Cut, Probe, Unit, trainable_entries
 from ..models.weights import Param, read_whole
 from ..storage.reader import Reader
@@ -52,6 +52,7 @@ class Engine:
         self.seed = 0
         self.step = 0
         self.head_chunk_tokens: int | None = None
+        self.tokens_of_last_step = 0
 
     # --- What the model's units do when they are called -------------------------------------------
 
@@ -214,6 +215,7 @@ class Engine:
                 owner[key] = array
             self.stats.end_step()
         self.step += 1
+        self.tokens_of_last_step = ntoks.item()
         loss, gradients = losses[0]
         for other_loss, other_gradients in losses[1:]:
             loss = loss + other_loss
@@ -324,6 +326,30 @@ class Engine:
         for param in params:
             param.placeholder = self._residency.on_thread(lambda p=param: read_whole(self._residency.reader, p.source))
             param.clear()
+
+    def compute_magnitudes(self) -> None:
+        """Give every DoRA layer the norms of its base weight's rows, each block read once.
+
+        Raises:
+            ConfigError: a DoRA layer outside the blocks, which would use its base weight past the seam.
+        """
+        from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
+
+        in_blocks: set[int] = set()
+        for unit in self._cut.blocks:
+            layers = [module for module in unit.module.modules() if isinstance(module, DoRALinear)]
+            in_blocks |= {id(layer) for layer in layers}
+
+            def job(layers=layers):
+                for layer in layers:
+                    layer.set_linear(layer.linear)
+                mx.eval([layer.m for layer in layers])
+
+            if layers:
+                self._residency.with_block(unit, [job])
+        for name, module in self._model.named_modules():
+            if isinstance(module, (DoRALinear, DoRAEmbedding)) and id(module) not in in_blocks:
+                raise ConfigError(f"DoRA cannot be attached to {name}, outside the blocks. Use LoRA there")
 
     def close(self) -> None:
         self._micro_batches.close()

@@ -7,7 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..errors import ConfigError, ModelError
+from ..errors import ConfigError
 from ..models import adapters, loading, seams
 from ..storage.reader import Reader
 from .engine import Engine
@@ -55,6 +55,20 @@ class StreamedModel(nn.Module):
     def path(self) -> Path:
         """The directory the weights are read from."""
         return self._skeleton.path
+
+    @property
+    def nbytes_on_disk(self) -> int:
+        """Bytes of all weights."""
+        return sum(p.nbytes for p in self._skeleton.params)
+
+    @property
+    def tokens_of_last_step(self) -> int:
+        """Tokens that counted in the last `loss_and_grads`."""
+        return self._engine.tokens_of_last_step
+
+    @property
+    def has_adapter(self) -> bool:
+        return self._adapter is not None
 
     @property
     def embedding_rows(self) -> int | None:

@@ -5,7 +5,7 @@ Never reads a file itself and never decides when weights come or go.
 """
 
 from dataclasses import dataclass
-from typing import Callable, Iterator
+from typing import Callable, Iterator, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -157,11 +157,18 @@ class Layout:
             self._places.append(places)
         self._params = params
 
-    def fill(self, buffer: mx.array) -> list[mx.array]:
-        """Put every parameter in its module, built lazily from the filled `buffer`. Returns the arrays."""
-        arrays = []
+    def fill(self, buffer: mx.array, streams: Sequence[mx.Stream]) -> list[mx.array]:
+        """Put every parameter in its module, built lazily from the filled `buffer`. Returns the arrays.
+
+        Args:
+            streams: the work of casting and dequantizing is shared out among these, evenly by bytes.
+        """
+        arrays, load = [], [0] * len(streams)
         for param, places in zip(self._params, self._places):
-            array = param.source.build([buffer[a:b] for a, b in places])
+            least = load.index(min(load))
+            load[least] += param.compute_nbytes
+            with mx.stream(streams[least]):
+                array = param.source.build([buffer[a:b] for a, b in places])
             param.set(array)
             arrays.append(array)
         return arrays

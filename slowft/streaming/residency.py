@@ -5,6 +5,7 @@ from the order in which a step visits the blocks. Knows nothing of gradients.
 """
 
 import itertools
+import os
 import time
 from typing import Any, Callable, Iterator, Sequence
 
@@ -29,6 +30,7 @@ class Residency:
         self._layouts = [Layout(unit.params) for unit in blocks]
         self._cache = BlockCache(reader, [layout.ranges for layout in self._layouts])
         self._thread = Worker("slowft-compute")
+        self._streams = self._thread.run(_streams)
         self._order: list[int] = []
         self._position = -1
         self._outside: list[Unit] = []  # large layers outside the blocks whose weights are in place now
@@ -44,7 +46,7 @@ class Residency:
 
         def work():
             buffer = self._cache.take(unit.index, self._upcoming(unit.index))
-            arrays = self._layouts[unit.index].fill(buffer)
+            arrays = self._layouts[unit.index].fill(buffer, self._streams)
             unit.restore_constants()
             mx.eval(arrays)
             try:
@@ -123,3 +125,11 @@ class Residency:
                 self._position = place
                 return itertools.islice(itertools.cycle(self._order), place + 1, None)
         return iter(())
+
+
+def _streams() -> list[mx.Stream]:
+    """Streams to cast and dequantize on: MLX runs such work on one core per stream, so one a core on a CPU."""
+    device = mx.default_device()
+    if device != mx.Device(mx.cpu):
+        return [mx.default_stream(device)]
+    return [mx.default_stream(device)] + [mx.new_stream(device) for _ in range(min(os.cpu_count() or 1, 4) - 1)]

@@ -1,0 +1,1 @@
+"""The `slowft` command. One file a command: parse, call the API, print."""

@@ -1,0 +1,159 @@
+"""`slowft finetune`: the options of `mlx_lm.lora`, and a few of our own."""
+
+import math
+import sys
+from dataclasses import fields
+
+import click
+
+from ..training.config import NEEDLESS, OPTIMIZERS, TrainConfig, load_config
+
+_HELP = {f.name: f.metadata.get("help", "") for f in fields(TrainConfig)}
+_DEFAULT = {
+    f.name: f.default for f in fields(TrainConfig) if not isinstance(f.default, bool) and isinstance(f.default, (int, float, str))
+}
+
+
+def _option(name: str, **kwargs):
+    """An option of TrainConfig: unset is None, so that the YAML file's value counts."""
+    default = f" [default: {_DEFAULT[name]}]" if name in _DEFAULT else ""
+    return click.option(f"--{name.replace('_', '-')}", help=_HELP[name] + default, default=None, **kwargs)
+
+
+@click.command()
+@_option("model")
+@_option("data")
+@_option("adapter_path")
+@_option("iters", type=int)
+@_option("batch_size", type=int)
+@_option("grad_accumulation_steps", type=int)
+@_option("learning_rate", type=float)
+@_option("num_layers", type=int)
+@_option("max_seq_length", type=int)
+@_option("mask_prompt", is_flag=True)
+@_option("fine_tune_type", type=click.Choice(["lora", "dora", "full"]))
+@_option("optimizer", type=click.Choice(OPTIMIZERS))
+@_option("steps_per_report", type=int)
+@_option("steps_per_eval", type=int)
+@_option("val_batches", type=int)
+@_option("save_every", type=int)
+@_option("resume_adapter_file")
+@_option("train", is_flag=True)
+@_option("test", is_flag=True)
+@_option("test_batches", type=int)
+@_option("seed", type=int)
+@_option("compute_dtype", type=click.Choice(["float32", "float16", "bfloat16"]))
+@_option("report_to")
+@_option("project_name")
+@_option("trust_remote_code", is_flag=True)
+@click.option("-c", "--config", metavar="FILE.yaml", help="YAML file of options; one written for mlx_lm.lora works.")
+@click.option("--grad-checkpoint", is_flag=True, help="Accepted for mlx_lm.lora: blocks are always recomputed.")
+@click.option("--clear-cache-threshold", hidden=True)
+@click.option("--json", "as_json", is_flag=True, help="Metrics as JSON lines on standard output, nothing else.")
+def finetune(config, grad_checkpoint, clear_cache_threshold, as_json, **options):
+    """Train a LoRA or DoRA adapter, the base model streamed block by block from disk.
+
+    DATA is a folder with train.jsonl and, better, valid.jsonl: lines of {"text": ...}, {"prompt": ...,
+    "completion": ...} or {"messages": [...]}. The adapter goes to --adapter-path, where mlx_lm.generate
+    --adapter-path finds it.
+
+    Example:
+
+        slowft finetune --model Qwen/Qwen3-0.6B --data my-data --iters 200
+    """
+    settings, notes = load_config(config, options)
+    for name, given in (("grad_checkpoint", grad_checkpoint), ("clear_cache_threshold", clear_cache_threshold)):
+        if given:
+            notes.append(f"--{name.replace('_', '-')} is ignored: {NEEDLESS[name]}")
+    if settings.model is None:
+        raise click.UsageError("no model given. Use --model with a directory or a hub id such as Qwen/Qwen3-0.6B")
+    if settings.data is None and settings.hf_dataset is None:
+        raise click.UsageError("no data given. Use --data with a folder that holds train.jsonl")
+    report = make_report(as_json)
+    try:
+        run(settings, report, notes)
+    finally:
+        report.end()
+
+
+def make_report(as_json: bool):
+    """JSON lines, a progress bar, or plain lines where there is no terminal."""
+    from ..reports.json_lines import JsonReport
+    from ..reports.terminal import BarReport, LineReport
+
+    if as_json:
+        return JsonReport()
+    return BarReport() if sys.stdout.isatty() else LineReport()
+
+
+def warn_of_slow_blas(report) -> None:
+    from .. import _mlx_was_imported_first, platform
+
+    warning = platform.slow_blas_warning(_mlx_was_imported_first)
+    if warning:
+        report.note(f"Warning: {warning}")
+
+
+def run(config: TrainConfig, report, notes=()) -> dict:
+    """Open, load, check, train and test as `config` says. Returns the trainer's result."""
+    from pathlib import Path
+
+    from ..data.datasets import check_size, load_data, load_tokenizer
+    from ..engine.model import open_model
+    from ..errors import DataError
+    from ..reports.base import Reports
+    from ..reports.json_lines import CallbackReport
+    from ..training.trainer import Trainer, check_writable
+
+    warn_of_slow_blas(report)
+    for note in notes:
+        report.note(note)
+    if config.train:
+        check_writable(Path(config.adapter_path))
+    model = open_model(config.model, compute_dtype=config.compute_dtype)
+    tokenizer = load_tokenizer(model.path, model.embedding_rows, config.trust_remote_code)
+    splits = (["train", "valid"] if config.train else []) + (["test"] if config.test else [])
+    train, valid, test = load_data(config.data, tokenizer, config, splits, model.embedding_rows, report.progress)
+    for name, data in (("training", train), ("validation", valid), ("test", test)):
+        check_size(data, config.batch_size, name)
+        if data.n_cut:
+            report.note(f"Warning: {data.n_cut} of {len(data)} {name} samples are cut to {config.max_seq_length} tokens")
+    if config.train and not len(train):
+        raise DataError(f"{config.data} has no training samples. Put them into train.jsonl")
+    if config.train and not len(valid):
+        report.note("Warning: no valid.jsonl, so the loss on held-back text will not be known")
+    if config.test and not len(test):
+        raise DataError(f"{config.data} has no test samples. Put them into test.jsonl")
+
+    told = report
+    if config.report_to:
+        told = Reports(report, CallbackReport(_callback(config)))
+    trainer = Trainer(model, config, told)
+    result = {}
+    if config.train:
+        result = trainer.fit(train, valid)
+    elif Path(config.adapter_path, "adapters.safetensors").exists():
+        model.load_adapter(config.adapter_path)
+    else:
+        report.note(f"No adapter in {config.adapter_path}: testing the base model")
+    if config.test:
+        loss = trainer.evaluate(test, config.test_batches)
+        result |= {"test_loss": loss, "test_ppl": math.exp(loss)}
+        told.tested({"test_loss": loss, "test_ppl": math.exp(loss)})
+    model.close()
+    return result
+
+
+def _callback(config: TrainConfig):
+    from dataclasses import asdict
+
+    from mlx_lm.tuner.callbacks import get_reporting_callbacks
+
+    from ..errors import ConfigError
+
+    try:
+        return get_reporting_callbacks(
+            config.report_to, project_name=config.project_name, log_dir=config.adapter_path, config=asdict(config)
+        )
+    except (ImportError, ValueError) as e:
+        raise ConfigError(f"--report-to {config.report_to}: {e}") from None

@@ -1,0 +1,61 @@
+"""The `slowft` group: finds commands, turns a user's mistakes into one line, and keeps imports lazy."""
+
+import importlib
+import sys
+
+import click
+
+from .. import __version__
+from ..errors import ConfigError, SlowftError
+
+COMMANDS = {
+    "finetune": "Train a LoRA adapter with the base model streamed from disk.",
+    "demo": "Fine-tune a real small model on real text, from nothing, in minutes.",
+}
+
+
+class Commands(click.Group):
+    """Imports a command's module only when it is used: `slowft --help` must not import MLX."""
+
+    def list_commands(self, ctx):
+        return list(COMMANDS)
+
+    def get_command(self, ctx, name):
+        if name not in COMMANDS:
+            return None
+        return getattr(importlib.import_module(f"slowft.cli.{name}"), name)
+
+    def format_commands(self, ctx, formatter):
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="slowft")
+def slowft():
+    """Fine-tune language models larger than memory: weights stream from the SSD, block by block.
+
+    Example:
+
+        slowft finetune --model Qwen/Qwen3-0.6B --data my-data --iters 200
+    """
+
+
+def main() -> None:
+    """Entry point: a user's mistake ends in one line on standard error, status 1 (2 for usage)."""
+    try:
+        slowft(standalone_mode=False)
+    except click.exceptions.Abort:
+        sys.exit("\nInterrupted. Adapters saved so far are intact.")
+    except click.ClickException as e:
+        e.show()
+        sys.exit(e.exit_code)
+    except SlowftError as e:
+        click.echo(f"Error: {e}", err=True)
+        sys.exit(2 if isinstance(e, ConfigError) else 1)
+    except KeyboardInterrupt:
+        click.echo("\nInterrupted. Adapters saved so far are intact.", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)

@@ -1,0 +1,87 @@
+"""What a report is told, and when. This one shows nothing."""
+
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Callable, Iterable, Iterator
+
+
+class Report:
+    """Told of a run by the trainer. Subclasses show it."""
+
+    def begin(self, config, model) -> None:
+        """Before the first step; the adapter is attached."""
+
+    def advance(self, iterations: int, loss: float, model) -> None:
+        """After every optimizer step."""
+
+    def trained(self, info: dict[str, Any]) -> None:
+        """Every `steps_per_report` iterations: loss, speed, reads, memory since the last time."""
+
+    def validated(self, info: dict[str, Any]) -> None:
+        """After an evaluation: iteration, val_loss, val_time."""
+
+    def tested(self, info: dict[str, Any]) -> None:
+        """After the test set: test_loss, test_ppl."""
+
+    def saved(self, file: Path) -> None:
+        """An adapter file was written."""
+
+    def note(self, text: str) -> None:
+        """Something the user should know."""
+
+    def end(self) -> None:
+        """After the last save, or when a run breaks off."""
+
+    @contextmanager
+    def evaluating(self, n_batches: int) -> Iterator[Callable[[], None]]:
+        """Around an evaluation; the function it gives is called after every batch."""
+        yield lambda: None
+
+    def progress(self, items: Iterable, description: str, total: int) -> Iterable:
+        """The same items, their number shown as they are taken."""
+        return items
+
+
+class Reports(Report):
+    """Tells several reports the same."""
+
+    def __init__(self, *reports: Report):
+        self._first, self._all = reports[0], reports
+
+    def begin(self, config, model):
+        for report in self._all:
+            report.begin(config, model)
+
+    def advance(self, iterations, loss, model):
+        for report in self._all:
+            report.advance(iterations, loss, model)
+
+    def trained(self, info):
+        for report in self._all:
+            report.trained(info)
+
+    def validated(self, info):
+        for report in self._all:
+            report.validated(info)
+
+    def tested(self, info):
+        for report in self._all:
+            report.tested(info)
+
+    def saved(self, file):
+        for report in self._all:
+            report.saved(file)
+
+    def note(self, text):
+        for report in self._all:
+            report.note(text)
+
+    def end(self):
+        for report in self._all:
+            report.end()
+
+    def evaluating(self, n_batches):
+        return self._first.evaluating(n_batches)
+
+    def progress(self, items, description, total):
+        return self._first.progress(items, description, total)

@@ -1,0 +1,47 @@
+"""A run as JSON lines on standard output, one object per event, for programs to read."""
+
+import json
+import sys
+
+from .base import Report
+
+
+class JsonReport(Report):
+    """Events: begin, train, valid, test, saved, note. Keys are mlx-lm's, sizes in GB, times in seconds."""
+
+    def __init__(self, out=None):
+        self._out = out or sys.stdout
+
+    def _write(self, event: str, **fields) -> None:
+        print(json.dumps({"event": event, **fields}), file=self._out, flush=True)
+
+    def begin(self, config, model):
+        self._write("begin", model=str(model.path), blocks=len(model.layers), iters=config.iters)
+
+    def trained(self, info):
+        self._write("train", **info)
+
+    def validated(self, info):
+        self._write("valid", **info)
+
+    def tested(self, info):
+        self._write("test", **info)
+
+    def saved(self, file):
+        self._write("saved", file=str(file))
+
+    def note(self, text):
+        self._write("note", text=text)
+
+
+class CallbackReport(Report):
+    """Hands losses to one of mlx-lm's training callbacks (Weights & Biases, SwanLab)."""
+
+    def __init__(self, callback):
+        self._callback = callback
+
+    def trained(self, info):
+        self._callback.on_train_loss_report(info)
+
+    def validated(self, info):
+        self._callback.on_val_loss_report(info)

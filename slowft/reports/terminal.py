@@ -1,0 +1,140 @@
+"""A run on the screen: a progress bar in a terminal, plain lines elsewhere."""
+
+import time
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from .. import platform
+from .base import Report
+
+
+def describe_run(config, model) -> str:
+    """One line on what is about to be trained."""
+    n_trained = sum(array.size for array in _leaves(model.trainable_parameters()))
+    return (
+        f"{type(model).__name__.removeprefix('Streamed')} with {len(model.layers)} blocks, {model.nbytes_on_disk / 1e9:.2f} GB "
+        f"on disk; training {n_trained / 1e6:.2f} M {config.fine_tune_type.upper().replace('DORA', 'DoRA').replace('LORA', 'LoRA')} "
+        f"parameters for {config.iters} iterations"
+    )
+
+
+def train_line(info: dict[str, Any]) -> str:
+    return (
+        f"Iter {info['iteration']}: train loss {info['train_loss']:.3f}, lr {info['learning_rate']:.2e}, "
+        f"{info['tokens_per_second']:.0f} tokens/s, {info['read_gb']:.2f} GB read, "
+        f"{100 * info['wait_share']:.0f}% waiting for reads, memory {info['memory_gb']:.2f} GB"
+    )
+
+
+def validation_line(info: dict[str, Any]) -> str:
+    return f"Iter {info['iteration']}: valid loss {info['val_loss']:.3f} ({info['val_time']:.1f} s)"
+
+
+class LineReport(Report):
+    """One plain line per report, for files and pipes."""
+
+    def __init__(self, out=None):
+        self._out = out
+
+    def _print(self, line: str) -> None:
+        print(line, file=self._out, flush=True)
+
+    def begin(self, config, model):
+        self._iters, self._done, self._begin = config.iters, 0, time.perf_counter()
+        self._print(describe_run(config, model))
+
+    def advance(self, iterations, loss, model):
+        self._done += iterations
+
+    def trained(self, info):
+        left = (time.perf_counter() - self._begin) / max(self._done, 1) * (self._iters - self._done)
+        self._print(f"{train_line(info)}, {_duration(left)} left")
+
+    def validated(self, info):
+        self._print(validation_line(info))
+
+    def tested(self, info):
+        self._print(f"Test loss {info['test_loss']:.3f}, perplexity {info['test_ppl']:.3f}")
+
+    def saved(self, file):
+        self._print(f"Saved {file}")
+
+    def note(self, text):
+        self._print(text)
+
+
+class BarReport(LineReport):
+    """A progress bar with loss, speed, reads, waiting and memory; reports scroll past above it."""
+
+    def __init__(self, console: Console | None = None):
+        super().__init__()
+        self._console = console or Console()
+        self._bar: Progress | None = None
+
+    def _print(self, line):
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def begin(self, config, model):
+        super().begin(config, model)
+        self._bar = Progress(
+            TextColumn("Training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[state]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+        )
+        self._task = self._bar.add_task("", total=config.iters, state="")
+        self._tokens, self._last = 0, model.stats.total
+        self._bar.start()
+
+    def advance(self, iterations, loss, model):
+        super().advance(iterations, loss, model)
+        last = model.stats.last
+        share = last.wait_s / max(last.wait_s + last.compute_s, 1e-9)
+        speed = model.tokens_of_last_step / max(last.wait_s + last.compute_s, 1e-9)
+        state = (
+            f"loss {loss:.3f}  {speed:.0f} tok/s  {last.bytes_read / 1e9:.2f} GB/step  {100 * share:.0f}% wait  "
+            f"{platform.memory_in_use() / 1e9:.2f} GB"
+        )
+        self._bar.update(self._task, advance=iterations, state=state)
+
+    def end(self):
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    @contextmanager
+    def evaluating(self, n_batches):
+        if self._bar is not None:
+            task = self._bar.add_task("", total=n_batches, state="evaluating")
+            try:
+                yield lambda: self._bar.advance(task)
+            finally:
+                self._bar.remove_task(task)
+            return
+        with Progress(TextColumn("Evaluating"), BarColumn(), MofNCompleteColumn(), console=self._console, transient=True) as bar:
+            task = bar.add_task("", total=n_batches)
+            yield lambda: bar.advance(task)
+
+    def progress(self, items, description, total):
+        with Progress(TextColumn(description), BarColumn(), MofNCompleteColumn(), console=self._console, transient=True) as bar:
+            yield from bar.track(items, total=total)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
+
+
+def _leaves(tree):
+    from mlx.utils import tree_flatten
+
+    return [array for _, array in tree_flatten(tree)]

@@ -1,0 +1,1 @@
+"""Trains an opened model's adapter: configuration, batches in order, optimizer, evaluation, saving."""

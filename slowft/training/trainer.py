@@ -1,0 +1,194 @@
+"""Fits an adapter: batches, steps, evaluation, saving, reports. Knows nothing of blocks or files of weights.
+
+Batches come in mlx-lm's order (its own `iterate_batches`), initial adapters from its own initialisation:
+in float32, without dropout and accumulation, a run ends with the very adapter `mlx_lm.lora` trains.
+"""
+
+import math
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from .. import platform
+from ..data.datasets import TokenDataset, check_size
+from ..errors import AdapterError, DataError, SlowftError
+from ..reports.base import Report
+from .config import TrainConfig
+
+
+class Trainer:
+    """Trains the adapter of an opened model.
+
+        slowft.Trainer(model, slowft.TrainConfig(iters=100)).fit(train, valid)
+
+    Args:
+        model: from `slowft.open_model`; an adapter is attached as `config` says unless it has one.
+        config: a `TrainConfig`.
+        report: is told what happens; by default nothing is shown.
+    """
+
+    def __init__(self, model, config: TrainConfig | None = None, report: Report | None = None):
+        self.model, self.config = model, config or TrainConfig()
+        self.config.check()
+        self.report = report or Report()
+        self.trained_tokens = 0
+
+    def attach(self) -> None:
+        """Attach the adapter that the config asks for, initialised from its seed, if none is attached."""
+        c = self.config
+        if not self.model.has_adapter:
+            mx.random.seed(c.seed)
+            self.model.add_lora(c.num_layers, use_dora=c.fine_tune_type == "dora", **c.lora_parameters)
+        if c.resume_adapter_file is not None:
+            self.model.load_adapter(c.resume_adapter_file)
+
+    def fit(self, train: TokenDataset, valid: TokenDataset | None = None) -> dict[str, Any]:
+        """Train for `config.iters` micro-batches; evaluate before, between and after; save as configured.
+
+        Args:
+            train, valid: sequences of (tokens, prompt offset), as `load_data` gives them.
+        Returns:
+            {"train_loss": of the last report, "valid_loss_before", "valid_loss": None without valid}.
+        Raises:
+            SlowftError: the data is too small, the loss is not finite, or the adapter cannot be written.
+        """
+        c, model = self.config, self.model
+        if not len(train):
+            raise DataError("the training set is empty or missing. Put samples into train.jsonl")
+        check_size(train, c.batch_size, "training")
+        check_size(valid if valid is not None else [], c.batch_size, "validation")
+        check_writable(Path(c.adapter_path))
+        optimizer = c.build_optimizer()
+        self.attach()
+        model.seed = c.seed
+        np.random.seed(c.seed)
+        batches = self._batches(train, loop=True)
+        self.report.begin(c, model)
+        result: dict[str, Any] = {"train_loss": None, "valid_loss_before": None, "valid_loss": None}
+        window = _Window(model)
+        iteration = 0
+        while iteration < c.iters:
+            n = min(c.grad_accumulation_steps, c.iters - iteration)
+            micro_batches = [next(batches) for _ in range(n)]
+            if iteration == 0 and valid is not None and len(valid):
+                result["valid_loss_before"] = result["valid_loss"] = self._validate(valid, 0)
+                window = _Window(model)
+            model.train()
+            begin = time.perf_counter()
+            (loss, n_tokens), gradients = model.loss_and_grads(micro_batches)
+            if not math.isfinite(loss.item()):
+                raise SlowftError(
+                    f"the loss is {loss.item()} at iteration {iteration + 1}; nothing was saved since the last "
+                    "checkpoint. Lower --learning-rate, or check the weights for NaN"
+                )
+            optimizer.update(model, gradients)
+            mx.eval(model.trainable_parameters(), optimizer.state)
+            previous, iteration = iteration, iteration + n
+            self.trained_tokens += n_tokens.item()
+            window.add(n, loss.item(), n_tokens.item(), time.perf_counter() - begin)
+            self.report.advance(n, loss.item(), model)
+
+            def due(every: int) -> bool:
+                return iteration // every > previous // every  # noqa: B023
+
+            if due(c.steps_per_report) or iteration == c.iters:
+                info = window.summary(iteration, optimizer.learning_rate.item(), self.trained_tokens)
+                result["train_loss"] = info["train_loss"]
+                self.report.trained(info)
+                window = _Window(model)
+            if valid is not None and len(valid) and (due(c.steps_per_eval) or iteration == c.iters):
+                result["valid_loss"] = self._validate(valid, iteration)
+            if due(c.save_every):
+                self.report.saved(self.save(numbered=iteration))
+        self.report.saved(self.save())
+        self.report.end()
+        return result
+
+    def save(self, numbered: int | None = None) -> Path:
+        """Write the adapter with this run's configuration; returns the (numbered) file."""
+        config = {k: v for k, v in asdict(self.config).items() if v is not None}
+        return self.model.save_adapter(self.config.adapter_path, numbered, config)
+
+    def evaluate(self, dataset: TokenDataset, num_batches: int = -1) -> float:
+        """Mean loss per token over `num_batches` batches (-1: all), as mlx-lm's `evaluate` counts it."""
+        self.model.eval()
+        total, tokens = 0.0, 0
+        n_batches = len(dataset) // self.config.batch_size
+        n_batches = n_batches if num_batches == -1 else min(n_batches, num_batches)
+        with self.report.evaluating(n_batches) as done:
+            for _, (batch, lengths) in zip(range(n_batches), self._batches(dataset)):
+                loss, n = self.model.loss(batch, lengths)
+                total += loss.item() * n.item()
+                tokens += n.item()
+                done()
+        return total / tokens
+
+    def _validate(self, valid: TokenDataset, iteration: int) -> float:
+        begin = time.perf_counter()
+        loss = self.evaluate(valid, self.config.val_batches)
+        self.report.validated({"iteration": iteration, "val_loss": loss, "val_time": time.perf_counter() - begin})
+        return loss
+
+    def _batches(self, dataset, loop: bool = False):
+        from mlx_lm.tuner.datasets import CacheDataset
+        from mlx_lm.tuner.trainer import iterate_batches
+
+        class InFileOrder(CacheDataset):
+            """mlx_lm.lora's order: it means to sort by length, but asks each raw sample (a dict) for its length."""
+
+            def __init__(self, data):
+                self._data = data
+
+            def itemlen(self, i: int) -> int:
+                return 1
+
+            def __getitem__(self, i: int):
+                return self._data[i]
+
+        return iterate_batches(InFileOrder(dataset), self.config.batch_size, self.config.max_seq_length, loop=loop)
+
+
+class _Window:
+    """What happened since the last report."""
+
+    def __init__(self, model):
+        self._model, self._begin = model, model.stats.total
+        self.iterations = self.tokens = 0
+        self.loss_sum = self.seconds = 0.0
+
+    def add(self, iterations: int, loss: float, tokens: int, seconds: float) -> None:
+        self.iterations += iterations
+        self.tokens += tokens
+        self.loss_sum += loss * tokens
+        self.seconds += seconds
+
+    def summary(self, iteration: int, learning_rate: float, trained_tokens: int) -> dict[str, Any]:
+        now = self._model.stats.total
+        return {
+            "iteration": iteration,
+            "train_loss": self.loss_sum / self.tokens,
+            "learning_rate": learning_rate,
+            "iterations_per_second": self.iterations / self.seconds,
+            "tokens_per_second": self.tokens / self.seconds,
+            "trained_tokens": trained_tokens,
+            "read_gb": (now.bytes_read - self._begin.bytes_read) / 1e9,
+            "wait_share": (now.wait_s - self._begin.wait_s) / self.seconds,
+            "memory_gb": platform.memory_in_use() / 1e9,
+            "peak_memory": now.peak_memory / 1e9,
+        }
+
+
+def check_writable(directory: Path) -> None:
+    """Raises AdapterError unless files can be written to `directory`, which is made if need be."""
+    directory = directory.expanduser()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / ".slowft-writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as e:
+        raise AdapterError(f"--adapter-path {directory} cannot be written: {e.strerror}. Choose another") from None
