@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from ..errors import SlowftError
 from ..models.seams import FLOATS
-from .trees import detach, pack, unpack
+from .trees import attach, detach, pack, unpack
 
 # serve(job, backward) -> job's result, called on the compute thread with the unit's weights in place
 Serve = Callable[[Callable[[], Any], bool], Any]
@@ -55,9 +55,10 @@ class UnitCall:
         return unpack(self._out_spec, _as_list(outputs))
 
     def _primal(self, *xs: mx.array) -> tuple[mx.array, ...]:
-        xs = [detach(x) for x in xs]
+        detached = [detach(x) for x in xs]
 
         def forward():
+            xs = [attach(x) for x in detached]
             mx.random.seed(self._seed)
             outputs = self._run(xs[: self._n], xs[self._n :])
             mx.eval(outputs, [cache.state for cache in self._states])
@@ -68,25 +69,27 @@ class UnitCall:
     def _vjp(self, primals, cotangents, _):
         if self._states:
             raise SlowftError("gradients through a key-value cache cannot be streamed. Call the model without a cache")
-        xs = [detach(x) for x in _as_list(primals)]
-        cotangents = [detach(c) for c in _as_list(cotangents)]
+        primals = _as_list(primals)
+        detached = [detach(x) for x in primals], [detach(c) for c in _as_list(cotangents)]
         wrt, n = self._wrt, self._n
 
-        def recompute(*variables: mx.array) -> list[mx.array]:
-            inputs = list(xs[:n])
-            for i, value in zip(wrt, variables):
-                inputs[i] = value
-            return self._run(inputs, variables[len(wrt) :])
-
         def backward():
+            xs, cts = ([attach(d) for d in part] for part in detached)
+
+            def recompute(*variables: mx.array) -> list[mx.array]:
+                inputs = list(xs[:n])
+                for i, value in zip(wrt, variables):
+                    inputs[i] = value
+                return self._run(inputs, variables[len(wrt) :])
+
             mx.random.seed(self._seed)
             # the outputs are never evaluated: MLX then skips what only they need, such as the last matmul
-            _, gradients = mx.vjp(recompute, [xs[i] for i in wrt] + xs[n:], cotangents)
+            _, gradients = mx.vjp(recompute, [xs[i] for i in wrt] + xs[n:], cts)
             mx.eval(gradients)
             return gradients
 
         gradients = self._serve(backward, True)
-        of_inputs = [mx.zeros_like(x) for x in xs[:n]]  # lazy: nobody evaluates those that are not wanted
+        of_inputs = [mx.zeros_like(x) for x in primals[:n]]  # lazy: nobody evaluates those that are not wanted
         for i, gradient in zip(wrt, gradients):
             of_inputs[i] = gradient
         return tuple(of_inputs + list(gradients[len(wrt) :]))

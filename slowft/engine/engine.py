@@ -23,7 +23,7 @@ from .block import UnitCall
 from .head import HeadLoss, loss_mask, token_loss, treats_tokens_alike
 from .randomness import dropout_seed
 from .stats import Stats
-from .trees import detach, pack, unpack
+from .trees import attach, detach, pack, unpack
 
 HEAD = "head"  # stands for all layers behind the last block where units are named
 LOGITS_NBYTES = 64 << 20  # of logits that may exist at once, unless all of them are fewer
@@ -77,7 +77,7 @@ class Engine:
     def on_rows(self, unit: Unit, inner: Callable, args: tuple, kwargs: dict) -> Any:
         if (part := self._part) is not None:
             return part.on_rows(unit, inner, args, kwargs)
-        ids = np.asarray(detach(args[0]))
+        ids = detach(args[0]).values
         rows, inverse = np.unique(ids, return_inverse=True)
         n_rows = unit.params[0].source.shape[0]
         if len(rows) and not 0 <= rows[0] <= rows[-1] < n_rows:
@@ -274,13 +274,14 @@ class Engine:
 
         @mx.custom_function
         def head_function(*xs):
-            xs = [detach(x) for x in xs]
-            tree, values = unpack(spec, xs[: len(arrays)]), xs[len(arrays) :]
+            detached = [detach(x) for x in xs]
 
             def job():
+                xs = [attach(x) for x in detached]
+                tree, values = unpack(spec, xs[: len(arrays)]), xs[len(arrays) :]
                 mx.random.seed(seed)
-                chunk = self._chunk_tokens(tree, targets.size)
-                head = HeadLoss(self._head, targets, mask, total, entries, chunk)
+                chunk = self._chunk_tokens(tree, targets.values.size)
+                head = HeadLoss(self._head, attach(targets), mask, total, entries, chunk)
                 return head.compute(tree, values, gradients)
 
             loss, of_arrays, of_params = self._serve(HEAD, job)

@@ -52,6 +52,15 @@ class StreamedModel(nn.Module):
         self._engine.step = step
 
     @property
+    def head_chunk_tokens(self) -> int | None:
+        """The most tokens whose logits may exist at once; None: as many as fit in 64 MB."""
+        return self._engine.head_chunk_tokens
+
+    @head_chunk_tokens.setter
+    def head_chunk_tokens(self, tokens: int | None):
+        self._engine.head_chunk_tokens = tokens
+
+    @property
     def path(self) -> Path:
         """The directory the weights are read from."""
         return self._skeleton.path

@@ -1,5 +1,6 @@
 """Calls as flat lists of arrays: what goes into a unit and what comes out, as MLX's transformations want it."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -34,8 +35,16 @@ def unpack(spec: Any, arrays: list[mx.array]) -> Any:
     return kind(*parts) if hasattr(kind, "_fields") else kind(parts)
 
 
-def detach(array: mx.array) -> mx.array:
-    """A copy that no trace knows of, for use on the compute thread: through the host, a few MB a block.
+@dataclass(frozen=True)
+class Detached:
+    """The values of an array, apart from any trace and any thread. `attach` makes an array of them again."""
+
+    values: np.ndarray
+    dtype: mx.Dtype
+
+
+def detach(array: mx.array) -> Detached:
+    """Evaluate `array` and take its values out of its trace, without copying them.
 
     Raises:
         SlowftError: inside `mx.compile`, where nothing can be evaluated, so nothing can be streamed.
@@ -49,6 +58,11 @@ def detach(array: mx.array) -> mx.array:
             "a streamed model cannot run inside mx.compile, which forbids evaluation. Call mx.disable_compile() before "
             "the compiled function is first called (pieces compiled inside mlx-lm's own layers then run uncompiled too)"
         ) from None
-    if array.dtype == mx.bfloat16:  # numpy has no bfloat16
-        return mx.array(np.asarray(array.view(mx.uint16))).view(mx.bfloat16)
-    return mx.array(np.asarray(array))
+    readable = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array  # numpy has no bfloat16
+    return Detached(np.asarray(readable), array.dtype)
+
+
+def attach(detached: Detached) -> mx.array:
+    """An array of the calling thread, a copy through the host: a few MB for a block's input."""
+    array = mx.array(detached.values)
+    return array if array.dtype == detached.dtype else array.view(detached.dtype)

@@ -1,0 +1,152 @@
+"""Tiny configurations of many architectures, each with the reason it is among the tests."""
+
+DENSE = {
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 128,
+}
+
+ARCHITECTURES = {
+    "llama untied": DENSE | {"model_type": "llama", "tie_word_embeddings": False},
+    "llama tied": DENSE | {"model_type": "llama", "tie_word_embeddings": True},
+    "llama with sliding windows": DENSE
+    | {
+        "model_type": "llama",
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+    },
+    "qwen2 (biases)": DENSE | {"model_type": "qwen2"},
+    "qwen3 (query and key norms)": DENSE
+    | {
+        "model_type": "qwen3",
+        "max_position_embeddings": 64,
+        "head_dim": 16,
+        "tie_word_embeddings": True,
+        "rope_theta": 1e4,
+    },
+    "gemma2 (embedding scale, soft caps)": DENSE | {"model_type": "gemma2", "head_dim": 16},
+    "gemma3 (local and global attention)": DENSE
+    | {"model_type": "gemma3_text", "head_dim": 16, "sliding_window": 8, "sliding_window_pattern": 2},
+    "gemma4 (per-layer inputs, shared keys and values, tuples)": {
+        "model_type": "gemma4",
+        "num_hidden_layers": 5,
+        "vocab_size": 128,
+        "text_config": {
+            "model_type": "gemma4_text",
+            "hidden_size": 64,
+            "num_hidden_layers": 5,
+            "intermediate_size": 64,
+            "num_attention_heads": 4,
+            "head_dim": 16,
+            "global_head_dim": 32,
+            "rms_norm_eps": 1e-6,
+            "vocab_size": 128,
+            "vocab_size_per_layer_input": 128,
+            "num_key_value_heads": 1,
+            "num_kv_shared_layers": 2,
+            "hidden_size_per_layer_input": 16,
+            "sliding_window": 8,
+            "sliding_window_pattern": 5,
+            "final_logit_softcapping": 30.0,
+            "layer_types": ["sliding_attention"] * 2 + ["full_attention"] + ["sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "full_attention": {"partial_rotary_factor": 0.25, "rope_theta": 1e6},
+                "sliding_attention": {"rope_theta": 1e4},
+            },
+        },
+    },
+    "phi3 (fused projections)": DENSE | {"model_type": "phi3"},
+    "cohere2 (parallel block, sliding window)": DENSE
+    | {"model_type": "cohere2", "head_dim": 16, "sliding_window": 8, "sliding_window_pattern": 2},
+    "gpt2 (learned positions, layer norms, tied)": {
+        "model_type": "gpt2",
+        "n_ctx": 64,
+        "n_embd": 64,
+        "n_head": 4,
+        "n_layer": 4,
+        "n_positions": 64,
+        "layer_norm_epsilon": 1e-5,
+        "vocab_size": 128,
+    },
+    "mixtral (experts)": DENSE | {"model_type": "mixtral", "num_local_experts": 4},
+    "qwen3_moe (experts, one dense block)": DENSE
+    | {
+        "model_type": "qwen3_moe",
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [1],
+        "moe_intermediate_size": 48,
+        "head_dim": 16,
+        "rope_theta": 1e4,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 64,
+        "norm_topk_prob": True,
+    },
+    "gpt_oss (attention sinks, experts, sliding window)": DENSE
+    | {
+        "model_type": "gpt_oss",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "head_dim": 16,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+    "qwen3_next (gated delta net, experts)": DENSE
+    | {
+        "model_type": "qwen3_next",
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "linear_conv_kernel_dim": 3,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "decoder_sparse_step": 1,
+        "shared_expert_intermediate_size": 48,
+        "mlp_only_layers": [0],
+        "moe_intermediate_size": 48,
+        "head_dim": 16,
+        "rope_theta": 1e3,
+        "partial_rotary_factor": 0.5,
+        "max_position_embeddings": 64,
+    },
+    "mamba2 (state space)": {
+        "model_type": "mamba2",
+        "num_heads": 4,
+        "head_dim": 16,
+        "vocab_size": 128,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "state_size": 16,
+        "num_hidden_layers": 4,
+        "layer_norm_epsilon": 1e-4,
+        "conv_kernel": 3,
+        "n_groups": 2,
+        "use_bias": False,
+        "use_conv_bias": False,
+        "tie_word_embeddings": True,
+        "time_step_limit": (0.01, 10),
+        "time_step_rank": "auto",
+    },
+}
+
+REFUSED = {
+    "afm7 (a second list of blocks takes keys and values from a cache)": (
+        {
+            "model_type": "afm7",
+            "vocab_size": 128,
+            "hidden_dim": 64,
+            "num_layers": 4,
+            "num_hidden_layers": 4,
+            "num_kv_reuse_layers": 2,
+            "num_heads": 4,
+            "num_kv_heads": 2,
+        },
+        "ConcatenateKVCache",
+    ),
+}

@@ -1,0 +1,341 @@
+"""Loss and gradients of a streamed model are those of mlx-lm's whole model in memory, to the last bit."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import pytest
+import slowft
+from architectures import ARCHITECTURES, REFUSED
+from conftest import (
+    LLAMA,
+    attach_in_memory,
+    in_memory,
+    largest,
+    largest_difference,
+    random_batch,
+    randomise,
+    reference,
+    save_random,
+)
+from mlx.utils import tree_flatten, tree_map
+from mlx_lm.tuner.trainer import default_loss
+
+LORA = {"num_layers": -1, "rank": 4, "scale": 2.0}
+
+
+def pair(directory, **lora):
+    """(in memory, streamed) with the same random adapters."""
+    lora = LORA | lora
+    whole, streamed = in_memory(directory, **lora), slowft.open_model(directory)
+    streamed.add_lora(**lora)
+    randomise(whole, streamed)
+    whole.train()
+    streamed.train()
+    return whole, streamed
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_gradients_equal_in_memory(name, tmp_path):
+    config = ARCHITECTURES[name]
+    whole, streamed = pair(save_random(tmp_path / "m", config))
+    batch, lengths = random_batch(config["vocab_size"])
+    loss, gradients = reference(whole, batch, lengths)
+    assert largest(gradients) > 1e-4  # something to compare
+
+    (streamed_loss, ntoks), streamed_gradients = streamed.loss_and_grads(batch, lengths)
+    assert ntoks.item() == default_loss(whole, batch, lengths)[1].item()
+    assert streamed_loss.item() == loss.item()
+    assert largest_difference(gradients, streamed_gradients) == 0.0
+
+    # an ordinary mlx-lm model: MLX's own transformation of mlx-lm's own loss
+    loss, streamed_gradients = reference(streamed, batch, lengths)
+    assert streamed_loss.item() == loss.item()
+    assert largest_difference(gradients, streamed_gradients) == 0.0
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_chunked_head_agrees(name, tmp_path):
+    config = ARCHITECTURES[name]
+    whole, streamed = pair(save_random(tmp_path / "m", config))
+    batch, lengths = random_batch(config["vocab_size"])
+    loss, gradients = reference(whole, batch, lengths)
+    streamed.head_chunk_tokens = 7
+    (streamed_loss, _), streamed_gradients = streamed.loss_and_grads(batch, lengths)
+    assert streamed_loss.item() == pytest.approx(loss.item(), rel=1e-5)
+    assert largest_difference(gradients, streamed_gradients) <= 1e-5 * largest(gradients)
+    assert streamed.loss(batch, lengths)[0].item() == pytest.approx(loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_cut_is_refused_with_its_reason(name, tmp_path):
+    config, reason = REFUSED[name]
+    with pytest.raises(slowft.SlowftError, match=reason) as error:
+        slowft.open_model(save_random(tmp_path / "m", config))
+    assert "cannot be streamed" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_weights_used_past_the_seam_are_kept_in_memory(tmp_path, monkeypatch):
+    """A model that multiplies by its embedding's weight itself still gives the right gradients."""
+    from mlx_lm.models import llama
+
+    def head_by_hand(self, inputs, cache=None, input_embeddings=None):
+        return self.model(inputs, cache) @ self.model.embed_tokens.weight.T
+
+    monkeypatch.setattr(llama.Model, "__call__", head_by_hand)
+    whole, streamed = pair(save_random(tmp_path / "m", ARCHITECTURES["llama tied"]))
+    batch, lengths = random_batch(128)
+    loss, gradients = reference(whole, batch, lengths)
+    (streamed_loss, _), streamed_gradients = streamed.loss_and_grads(batch, lengths)
+    assert streamed_loss.item() == loss.item()
+    assert largest_difference(gradients, streamed_gradients) == 0.0
+
+
+def test_a_block_that_remembers_is_refused(tmp_path, monkeypatch):
+    from mlx_lm.models import llama
+
+    call = llama.TransformerBlock.__call__
+
+    def remember(self, x, *args, **kwargs):
+        self.last_input = x
+        return call(self, x, *args, **kwargs)
+
+    monkeypatch.setattr(llama.TransformerBlock, "__call__", remember)
+    with pytest.raises(slowft.SlowftError, match="keeps arrays on itself"):
+        slowft.open_model(save_random(tmp_path / "m", LLAMA))
+
+
+def test_head_that_looks_back_is_not_computed_alone(tmp_path, monkeypatch):
+    """Where logits depend on more than the last block, the model's own call computes them, and gradients agree."""
+    from mlx_lm.models import llama
+
+    call = llama.LlamaModel.__call__
+
+    def add_embedding(self, inputs, *args, **kwargs):
+        return call(self, inputs, *args, **kwargs) + self.embed_tokens(inputs)
+
+    monkeypatch.setattr(llama.LlamaModel, "__call__", add_embedding)
+    whole, streamed = pair(save_random(tmp_path / "m", LLAMA))
+    batch, lengths = random_batch(LLAMA["vocab_size"])
+    loss, gradients = reference(whole, batch, lengths)
+    (streamed_loss, _), streamed_gradients = streamed.loss_and_grads(batch, lengths)
+    assert streamed_loss.item() == loss.item()
+    assert largest_difference(gradients, streamed_gradients) == 0.0
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"num_layers": 2},
+        {"num_layers": 1, "keys": ["self_attn.q_proj"]},
+        {"use_dora": True},
+        {"num_layers": 2, "keys": ["mlp.down_proj", "lm_head"]},
+        {"num_layers": 2, "keys": ["self_attn.v_proj", "model.embed_tokens"]},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_gradients_equal_for_every_place_of_adapters(lora, tied, tmp_path):
+    if tied and "lm_head" in lora.get("keys", ()):
+        pytest.skip("a tied model has no lm_head")
+    directory = save_random(tmp_path / "m", LLAMA | {"tie_word_embeddings": tied})
+    whole, streamed = pair(directory, **lora)
+    batch, lengths = random_batch(LLAMA["vocab_size"])
+    loss, gradients = reference(whole, batch, lengths)
+    (streamed_loss, _), streamed_gradients = streamed.loss_and_grads(batch, lengths)
+    assert streamed_loss.item() == loss.item()
+    assert largest_difference(gradients, streamed_gradients) == 0.0
+
+
+def test_dora_magnitudes_are_the_norms_of_the_weights(llama):
+    whole, streamed = in_memory(llama, **LORA, use_dora=True), slowft.open_model(llama)
+    streamed.add_lora(**LORA, use_dora=True)
+    magnitudes = {n: a for n, a in tree_flatten(whole.trainable_parameters()) if n.endswith(".m")}
+    streamed_magnitudes = dict(tree_flatten(streamed.trainable_parameters()))
+    assert magnitudes
+    for name, array in magnitudes.items():
+        assert mx.array_equal(array, streamed_magnitudes[name]), name
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+@pytest.mark.parametrize("shards", [False, True])
+def test_sixteen_bit_files_compute_in_float32(dtype, shards, tmp_path):
+    whole, streamed = pair(save_random(tmp_path / "m", LLAMA, dtype, shards))
+    batch, lengths = random_batch(LLAMA["vocab_size"])
+    loss, gradients = reference(whole, batch, lengths)
+    (streamed_loss, _), streamed_gradients = streamed.loss_and_grads(batch, lengths)
+    assert streamed_loss.item() == loss.item()
+    assert largest_difference(gradients, streamed_gradients) == 0.0
+
+
+def test_compute_dtype_bfloat16_keeps_the_files_dtype(tmp_path):
+    directory = save_random(tmp_path / "m", LLAMA, mx.bfloat16)
+    whole, streamed = in_memory(directory, mx.bfloat16, **LORA), slowft.open_model(directory, compute_dtype="bfloat16")
+    streamed.add_lora(**LORA)
+    randomise(whole, streamed)
+    batch, lengths = random_batch(LLAMA["vocab_size"])
+    loss, gradients = reference(whole, batch, lengths)
+    (streamed_loss, _), streamed_gradients = streamed.loss_and_grads(batch, lengths)
+    assert streamed_loss.item() == loss.item()
+    assert largest_difference(gradients, streamed_gradients) == 0.0
+
+
+@pytest.mark.parametrize("bits, mode, group_size", [(4, "affine", 32), (8, "affine", 64), (4, "mxfp4", 32)])
+def test_quantized_base_equals_its_dequantized_weights(bits, mode, group_size, tmp_path):
+    """Against mlx-lm in memory on the weights as `mx.dequantize` gives them in float32."""
+    import json
+
+    from mlx_lm.utils import dequantize_model, load_model, save_config
+
+    directory = save_random(tmp_path / "dense", LLAMA)
+    model, config = load_model(directory)
+    nn.quantize(model, group_size, bits, mode=mode)
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    mx.save_safetensors(str(packed / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
+    save_config(config | {"quantization": {"group_size": group_size, "bits": bits, "mode": mode}}, packed / "config.json")
+
+    whole, config = load_model(packed)
+    scales_to_float32 = tree_map(lambda p: p.astype(mx.float32) if p.dtype == mx.float16 else p, whole.parameters())
+    whole.update(scales_to_float32)
+    whole = dequantize_model(whole)
+    whole.update(tree_map(lambda p: p.astype(mx.float32), whole.parameters()))
+    whole.freeze()
+    attach_in_memory(whole, **LORA)
+    streamed = slowft.open_model(packed)
+    streamed.add_lora(**LORA)
+    randomise(whole, streamed)
+    batch, lengths = random_batch(LLAMA["vocab_size"])
+    loss, gradients = reference(whole, batch, lengths)
+    (streamed_loss, _), streamed_gradients = streamed.loss_and_grads(batch, lengths)
+    assert json.loads((packed / "config.json").read_text())["quantization"]["bits"] == bits
+    assert streamed_loss.item() == loss.item()
+    assert largest_difference(gradients, streamed_gradients) == 0.0
+
+
+def test_micro_batches_are_normalised_by_their_tokens_together(llama):
+    whole, streamed = pair(llama)
+    batches = [random_batch(256, rows, tokens, seed=rows) for rows, tokens in ((3, 24), (1, 40), (2, 9))]
+    loss_sum, gradient_sum, tokens = 0.0, None, 0
+    for batch, lengths in batches:
+        (loss, ntoks), gradients = nn.value_and_grad(whole, default_loss)(whole, batch, lengths)
+        weighted = tree_map(lambda g, n=ntoks: g * n, gradients)
+        gradient_sum = weighted if gradient_sum is None else tree_map(mx.add, gradient_sum, weighted)
+        loss_sum, tokens = loss_sum + loss.item() * ntoks.item(), tokens + ntoks.item()
+    expected = tree_map(lambda g: g / tokens, gradient_sum)
+    (loss, ntoks), gradients = streamed.loss_and_grads(batches)
+    assert ntoks.item() == tokens
+    assert loss.item() == pytest.approx(loss_sum / tokens, rel=1e-6)
+    assert largest_difference(expected, gradients) <= 1e-6 * largest(expected)
+
+
+def test_one_micro_batch_in_a_list_is_the_batch_itself(llama):
+    _, streamed = pair(llama)
+    batch, lengths = random_batch(256)
+    (loss, _), gradients = streamed.loss_and_grads(batch, lengths)
+    (loss_of_list, _), gradients_of_list = streamed.loss_and_grads([(batch, lengths)])
+    assert loss.item() == loss_of_list.item()
+    assert largest_difference(gradients, gradients_of_list) == 0.0
+
+
+# --- Dropout ----------------------------------------------------------------------------------------
+
+
+class SeededBlocks:
+    """Sets slowft's documented seeds before each block of a model in memory: the reference for dropout."""
+
+    def __init__(self, model):
+        self.seed, self.step, self.micro_batch = 0, 0, 0
+        for i, block in enumerate(model.layers):
+            cls = type(block)
+
+            def call(this, *args, cls=cls, i=i, **kwargs):
+                mx.random.seed(slowft.dropout_seed(self.seed, self.step, i, self.micro_batch))
+                return cls.__call__(this, *args, **kwargs)
+
+            block.__class__ = type(cls.__name__, (cls,), {"__call__": call})
+
+
+def test_ten_steps_with_dropout_end_with_the_same_adapter(llama):
+    whole, streamed = pair(llama, dropout=0.2)
+    keys = SeededBlocks(whole)
+    optimizers = optim.AdamW(1e-2), optim.AdamW(1e-2)
+    streamed.seed = keys.seed = 11
+    for step in range(10):
+        keys.step = step
+        batch, lengths = random_batch(256, seed=step)
+        _, gradients = reference(whole, batch, lengths)
+        optimizers[0].update(whole, gradients)
+        _, gradients = streamed.loss_and_grads(batch, lengths)
+        optimizers[1].update(streamed, gradients)
+        mx.eval(whole.trainable_parameters(), streamed.trainable_parameters())
+    assert largest_difference(whole.trainable_parameters(), streamed.trainable_parameters()) == 0.0
+
+
+def test_dropout_differs_between_steps_and_micro_batches(llama):
+    _, streamed = pair(llama, dropout=0.5)
+    batch, lengths = random_batch(256)
+
+    def loss_at(step: int, n: int = 1) -> float:
+        streamed.step = step
+        return streamed.loss_and_grads([(batch, lengths)] * n)[0][0].item()
+
+    assert loss_at(0) == loss_at(0)
+    assert loss_at(0) != loss_at(1)
+    assert loss_at(0) != loss_at(0, n=2)  # the second micro-batch has masks of its own
+
+
+def test_two_micro_batches_with_dropout_equal_in_memory(llama):
+    whole, streamed = pair(llama, dropout=0.3)
+    keys = SeededBlocks(whole)
+    batches = [random_batch(256, seed=s) for s in (5, 6)]
+    total = sum(default_loss(whole, *b)[1].item() for b in batches)
+    expected = None
+    for i, (batch, lengths) in enumerate(batches):
+        keys.micro_batch = i
+        (_, ntoks), gradients = nn.value_and_grad(whole, default_loss)(whole, batch, lengths)
+        part = tree_map(lambda g, n=ntoks: g * (n.item() / total), gradients)
+        mx.eval(part)
+        expected = part if expected is None else tree_map(mx.add, expected, part)
+    _, gradients = streamed.loss_and_grads(batches)
+    assert largest_difference(expected, gradients) <= 1e-6 * largest(expected)
+
+
+# --- An ordinary model --------------------------------------------------------------------------------
+
+
+def test_logits_equal_in_memory(llama):
+    whole, streamed = pair(llama)
+    batch, _ = random_batch(256)
+    assert mx.array_equal(whole(batch), streamed(batch))
+
+
+def test_generation_with_a_key_value_cache_equals_in_memory(llama_with_tokenizer):
+    from mlx_lm.generate import generate_step
+
+    whole, streamed = in_memory(llama_with_tokenizer), slowft.open_model(llama_with_tokenizer)
+    prompt = mx.array([5, 17, 99, 4])
+    expected = [token for token, _ in generate_step(prompt, whole, max_tokens=12)]
+    assert [token for token, _ in generate_step(prompt, streamed, max_tokens=12)] == expected
+
+
+def test_compiled_model_says_how_to_turn_it_off(llama):
+    streamed = slowft.open_model(llama)
+    with pytest.raises(slowft.SlowftError, match=r"mx\.disable_compile"):
+        mx.compile(lambda tokens: streamed(tokens))(mx.array([[1, 2, 3]]))
+
+
+def test_step_without_trained_token_is_an_error(llama):
+    _, streamed = pair(llama)
+    with pytest.raises(slowft.SlowftError, match="no token"):
+        streamed.loss_and_grads(mx.array([[1, 2, 3]]), mx.array([[9, 2]]))
+
+
+def test_failure_in_a_step_leaves_the_model_usable(llama):
+    whole, streamed = pair(llama)
+    batch, lengths = random_batch(256)
+    with pytest.raises(slowft.SlowftError, match="token id 256"):
+        streamed.loss_and_grads([(batch, lengths), (mx.full((1, 8), 256), mx.array([[1, 7]]))])
+    loss, gradients = reference(whole, batch, lengths)
+    (streamed_loss, _), streamed_gradients = streamed.loss_and_grads(batch, lengths)
+    assert streamed_loss.item() == loss.item()
+    assert largest_difference(gradients, streamed_gradients) == 0.0
