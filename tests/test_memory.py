@@ -1,0 +1,175 @@
+"""What is in memory, and what is read, as the operating system counts it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import cgroup
+import mlx.core as mx
+import pytest
+import slowft
+from conftest import LLAMA, must_run, random_batch, save_random
+from slowft import platform
+from slowft.models import seams
+
+SHAPE = LLAMA | {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "num_key_value_heads": 8}
+
+STEP = """
+import json, sys
+import slowft
+import mlx.core as mx
+from slowft import platform
+from slowft.models import seams
+import mlx_lm.utils, mlx_lm.tuner.utils  # so that what follows measures the model alone
+before = platform.memory_in_use()
+mx.random.seed(0)
+model = slowft.open_model(sys.argv[1])
+opened = platform.memory_in_use()
+model.add_lora(num_layers=-1, rank=8)
+model.train()
+batch, lengths = mx.random.randint(0, 256, (2, 129)), mx.array([[1, 128]] * 2)
+losses = []
+for _ in range(int(sys.argv[2])):
+    (loss, _), gradients = model.loss_and_grads(batch, lengths)
+    losses.append(loss.item())
+    del gradients
+print(json.dumps(dict(
+    before=before, opened=opened, peak=model.stats.total.peak_memory, active_peak=mx.get_peak_memory(), losses=losses,
+    nbytes=model.nbytes_on_disk,
+)))
+"""
+
+
+def measure(directory: Path, steps: int = 2) -> dict:
+    done = subprocess.run([sys.executable, "-c", STEP, directory, str(steps)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_opening_takes_less_than_a_twentieth_of_the_model(tmp_path):
+    measured = measure(save_random(tmp_path / "m", SHAPE | {"num_hidden_layers": 32}, shards=True), steps=0)
+    assert measured["nbytes"] > 400e6
+    assert measured["opened"] - measured["before"] < 0.05 * measured["nbytes"]
+
+
+def test_memory_is_flat_over_blocks(tmp_path):
+    """8 and 64 equal blocks, forward and backward: the same peak, but for the blocks' stored inputs and adapters."""
+    peaks = {}
+    for n in (8, 64):
+        directory = save_random(tmp_path / str(n), SHAPE | {"num_hidden_layers": n}, mx.bfloat16, shards=True)
+        peaks[n] = measure(directory)["active_peak"]
+    stored_input = 2 * 128 * 512 * 4
+    adapter = 8 * 4 * sum((512 + 512, 512 + 512, 512 + 512, 512 + 512, 512 + 1408, 512 + 1408, 512 + 1408))
+    kept_per_block = stored_input + 2 * adapter  # the adapter and its gradient
+    block = 4 * (4 * 512 * 512 + 3 * 512 * 1408)
+    assert peaks[64] - peaks[8] <= 56 * kept_per_block + 0.1 * block
+
+
+def test_each_block_is_read_at_most_twice_however_many_micro_batches(tmp_path):
+    model = slowft.open_model(save_random(tmp_path / "m", LLAMA | {"num_hidden_layers": 12}))
+    model.add_lora(num_layers=-1, rank=4)
+    blocks = sum(unit.nbytes for unit in model._cut.blocks)
+    head = 256 * 64 * 4
+    batch, lengths = random_batch(256)
+    rows = 256 * 64 * 4
+    read = []
+    for n in (1, 4):
+        model.loss_and_grads([(batch, lengths)] * n)
+        read.append(model.stats.last.bytes_read)
+        assert blocks < read[-1] <= 2 * blocks + head + n * rows
+    assert read[1] - read[0] <= 3 * rows
+
+
+def test_backward_stops_at_the_lowest_trained_block(tmp_path):
+    model = slowft.open_model(save_random(tmp_path / "m", LLAMA | {"num_hidden_layers": 12}))
+    model.add_lora(num_layers=3, rank=4)
+    block = model._cut.blocks[0].nbytes
+    model.loss_and_grads(*random_batch(256))
+    outside = 2 * 256 * 64 * 4  # head and embedding rows
+    assert model.stats.last.bytes_read <= (12 + 3 + 1) * block + outside
+
+
+def test_evaluation_reads_each_block_once(tmp_path):
+    model = slowft.open_model(save_random(tmp_path / "m", LLAMA | {"num_hidden_layers": 12}))
+    blocks, before = sum(unit.nbytes for unit in model._cut.blocks), model.stats.total.bytes_read
+    model.loss(*random_batch(256))
+    outside = 2 * 256 * 64 * 4
+    assert model.stats.total.bytes_read - before <= blocks + outside + 2 * model._cut.blocks[0].nbytes
+
+
+def test_embedding_reads_only_the_rows_of_the_batch(tmp_path):
+    config = LLAMA | {"vocab_size": 20000, "num_hidden_layers": 1, "tie_word_embeddings": False}
+    model = slowft.open_model(save_random(tmp_path / "m", config))
+    before = model.stats.total.bytes_read
+    (table,) = [unit for unit in model._cut.outside[seams.Use.ROWS]]
+    hidden = model.model.embed_tokens(mx.array([[7, 19999, 7, 9000]]))
+    mx.eval(hidden)
+    whole = mx.load(str(tmp_path / "m" / "model.safetensors"))["model.embed_tokens.weight"]
+    assert table.name == "model.embed_tokens"
+    assert mx.array_equal(hidden, whole[mx.array([[7, 19999, 7, 9000]])])
+    assert model.stats.total.bytes_read - before == 3 * 64 * 4
+
+
+def test_file_cache_is_left_alone(tmp_path):
+    """The pages of the weight files are not in the file cache after a step (Linux: mincore; macOS: F_NOCACHE)."""
+    if sys.platform != "linux":
+        pytest.skip("F_NOCACHE leaves nothing to look at")
+    directory = save_random(tmp_path / "m", SHAPE | {"num_hidden_layers": 4}, mx.bfloat16)
+    subprocess.run(["sync", str(directory / "model.safetensors")], check=True)
+    model = slowft.open_model(directory)
+    model.add_lora(num_layers=-1, rank=4)
+    model.loss_and_grads(*random_batch(256))
+    resident = cached_share(directory / "model.safetensors")
+    assert resident < 0.1
+
+
+def cached_share(file: Path) -> float:
+    """The share of a file's pages that the kernel holds in memory, by mincore(2)."""
+    import ctypes
+    import mmap
+
+    nbytes = file.stat().st_size
+    pages = -(-nbytes // mmap.PAGESIZE)
+    with open(file, "r+b") as handle, mmap.mmap(handle.fileno(), nbytes) as mapped:
+        held = (ctypes.c_ubyte * pages)()
+        address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
+        libc = ctypes.CDLL(None, use_errno=True)
+        assert libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), held) == 0
+        share = sum(page & 1 for page in held) / pages
+        del address
+        import gc
+
+        gc.collect()
+    return share
+
+
+def test_trains_in_less_memory_than_the_model_takes(tmp_path):
+    """A model of over 400 MB, in a cgroup that allows less than its size, page cache and swap included."""
+    if reason := cgroup.why_unavailable():
+        must_run(reason)
+    config = SHAPE | {
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "num_hidden_layers": 20,
+    }
+    directory = save_random(tmp_path / "m", config, mx.bfloat16, shards=True)
+    mx.clear_cache()
+    limit = 400_000_000
+    done, peak = cgroup.run([sys.executable, "-c", STEP, str(directory), "2"], limit)
+    assert done.returncode == 0, f"killed under {limit} bytes (peak {peak}): {done.stderr[-2000:]}"
+    measured = json.loads(done.stdout)
+    assert measured["nbytes"] > 400_000_000
+    assert peak <= limit
+    free = measure(directory)
+    assert measured["losses"] == free["losses"]
+
+
+def test_peak_memory_is_the_operating_systems(tmp_path):
+    platform.reset_peak_memory()
+    before = platform.peak_memory()
+    block = mx.ones((64 << 20,), mx.uint8)
+    mx.eval(block)
+    assert platform.peak_memory() - before > 60 << 20
