@@ -19,3 +19,7 @@ class AdapterError(SlowftError):
 
 class ConfigError(SlowftError):
     """An option has an impossible value, is unknown, or would have no effect."""
+
+
+class SlowftWarning(UserWarning):
+    """Something that will work, but not as well as it could."""

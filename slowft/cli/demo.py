@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from .finetune import make_report, warn_of_slow_blas
+from .finetune import make_report, warnings_noted
 
 
 @click.command()
@@ -28,13 +28,13 @@ def demo(directory, iters, as_json):
     from ..training.trainer import Trainer
 
     report = make_report(as_json)
-    warn_of_slow_blas(report)
     directory = Path(directory)
     steps.fetch_model(directory, report.note)
     steps.write_data(directory)
     config = steps.config(directory, iters)
     begin = time.perf_counter()
-    model = open_model(config.model)
+    with warnings_noted(report):
+        model = open_model(config.model)
     tokenizer = load_tokenizer(model.path, model.embedding_rows)
     train, valid, _ = load_data(
         config.data, tokenizer, config, ("train", "valid"), model.embedding_rows, report.progress

@@ -2,10 +2,13 @@
 
 import math
 import sys
+import warnings
+from contextlib import contextmanager
 from dataclasses import fields
 
 import click
 
+from ..errors import SlowftWarning
 from ..training.config import NEEDLESS, OPTIMIZERS, TrainConfig, load_config
 
 _HELP = {f.name: f.metadata.get("help", "") for f in fields(TrainConfig)}
@@ -71,7 +74,8 @@ def finetune(config, grad_checkpoint, clear_cache_threshold, as_json, **options)
         raise click.UsageError("no data given. Use --data with a folder that holds train.jsonl")
     report = make_report(as_json)
     try:
-        run(settings, report, notes)
+        with warnings_noted(report):
+            run(settings, report, notes)
     finally:
         report.end()
 
@@ -86,12 +90,20 @@ def make_report(as_json: bool):
     return BarReport() if sys.stdout.isatty() else LineReport()
 
 
-def warn_of_slow_blas(report) -> None:
-    from .. import _mlx_was_imported_first, platform
+@contextmanager
+def warnings_noted(report):
+    """Show slowft's own warnings as the report shows notes."""
+    show = warnings.showwarning
 
-    warning = platform.slow_blas_warning(_mlx_was_imported_first)
-    if warning:
-        report.note(f"Warning: {warning}")
+    def note(message, category, *rest, **kwargs):
+        if issubclass(category, SlowftWarning):
+            report.note(f"Warning: {message}")
+        else:
+            show(message, category, *rest, **kwargs)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = note
+        yield
 
 
 def run(config: TrainConfig, report, notes=()) -> dict:
@@ -100,12 +112,11 @@ def run(config: TrainConfig, report, notes=()) -> dict:
 
     from ..data.datasets import check_size, load_data, load_tokenizer
     from ..engine.model import open_model
-    from ..errors import DataError
+    from ..errors import DataError, SlowftError
     from ..reports.base import Reports
     from ..reports.json_lines import CallbackReport
     from ..training.trainer import Trainer, check_writable
 
-    warn_of_slow_blas(report)
     for note in notes:
         report.note(note)
     if config.train:
@@ -114,16 +125,16 @@ def run(config: TrainConfig, report, notes=()) -> dict:
     tokenizer = load_tokenizer(model.path, model.embedding_rows, config.trust_remote_code)
     splits = (["train", "valid"] if config.train else []) + (["test"] if config.test else [])
     train, valid, test = load_data(config.data, tokenizer, config, splits, model.embedding_rows, report.progress)
+    if config.train and not len(train):
+        raise DataError(f"{config.data} has no training samples. Put them into train.jsonl")
+    if config.test and not len(test):
+        raise DataError(f"{config.data} has no test samples. Put them into test.jsonl")
     for name, data in (("training", train), ("validation", valid), ("test", test)):
         check_size(data, config.batch_size, name)
         if data.n_cut:
             report.note(f"Warning: {data.n_cut} of {len(data)} {name} samples are cut to {config.max_seq_length} tokens")
-    if config.train and not len(train):
-        raise DataError(f"{config.data} has no training samples. Put them into train.jsonl")
     if config.train and not len(valid):
         report.note("Warning: no valid.jsonl, so the loss on held-back text will not be known")
-    if config.test and not len(test):
-        raise DataError(f"{config.data} has no test samples. Put them into test.jsonl")
 
     told = report
     if config.report_to:
@@ -132,14 +143,17 @@ def run(config: TrainConfig, report, notes=()) -> dict:
     result = {}
     if config.train:
         result = trainer.fit(train, valid)
-    elif Path(config.adapter_path, "adapters.safetensors").exists():
+    elif Path(config.adapter_path, "adapters.safetensors").expanduser().exists():
         model.load_adapter(config.adapter_path)
     else:
         report.note(f"No adapter in {config.adapter_path}: testing the base model")
     if config.test:
         loss = trainer.evaluate(test, config.test_batches)
-        result |= {"test_loss": loss, "test_ppl": math.exp(loss)}
-        told.tested({"test_loss": loss, "test_ppl": math.exp(loss)})
+        if not math.isfinite(loss):
+            raise SlowftError(f"the loss on the test set is {loss}. Check the weights of model and adapter for NaN")
+        tested = {"test_loss": loss, "test_ppl": math.exp(min(loss, 700))}  # e^710 is no float any more
+        result |= tested
+        told.tested(tested)
     model.close()
     return result
 

@@ -5,6 +5,7 @@ offset). Every sample that could not train is found here, with its file and line
 """
 
 import json
+import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Callable, Iterable
@@ -14,7 +15,8 @@ import numpy as np
 from ..errors import DataError
 
 SPLITS = ("train", "valid", "test")
-# A tokenizer may have a few ids fewer than the embedding has rows (rows are padded to a round number).
+# A tokenizer may have a few ids fewer than the embedding has rows (rows are padded to a round number), or more
+# (Gemma 3 1B: an image token that no text gives). Ids that the data does give are checked one by one.
 LEAST_VOCABULARY_SHARE = 0.9
 
 Progress = Callable[[Iterable, str, int], Iterable]  # (items, description, how many) -> the same items
@@ -54,9 +56,8 @@ def load_tokenizer(model_path: Path, embedding_rows: int | None, trust_remote_co
         tokenizer = load(model_path, extra, eos_token_ids=load_config(model_path).get("eos_token_id"))
         n_ids = max(tokenizer.get_vocab().values()) + 1
     except Exception as e:  # transformers raises many kinds, all of which mean: not a usable tokenizer
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise DataError(f"the tokenizer in {model_path} cannot be loaded: {reason}") from None
-    if embedding_rows is not None and not LEAST_VOCABULARY_SHARE * embedding_rows <= n_ids <= embedding_rows:
+        raise DataError(f"the tokenizer in {model_path} cannot be loaded: {_reason(e)}") from None
+    if embedding_rows is not None and min(n_ids, embedding_rows) < LEAST_VOCABULARY_SHARE * max(n_ids, embedding_rows):
         raise DataError(
             f"the tokenizer in {model_path} has {n_ids} token ids, the model's embedding {embedding_rows} rows: they "
             "belong to different models. Put the model's own tokenizer files there"
@@ -127,7 +128,7 @@ def _load_from_hub(path, tokenizer, config):
             f"{path or 'hf_dataset'} is not a folder here; a hub dataset needs: pip install 'slowft[datasets]'"
         ) from None
     except Exception as e:
-        raise DataError(f"{path or 'hf_dataset'} cannot be loaded from the hub: {str(e).splitlines()[0]}") from None
+        raise DataError(f"{path or 'hf_dataset'} cannot be loaded from the hub: {_reason(e)}") from None
 
 
 def _read_jsonl(file: Path, tokenizer, config):
@@ -138,14 +139,14 @@ def _read_jsonl(file: Path, tokenizer, config):
         return [], []
     samples, places = [], []
     try:
-        with open(file, encoding="utf-8") as lines:
+        with open(file, encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
                 try:
                     sample = json.loads(line)
-                except ValueError as e:
-                    raise DataError(f"{file} line {number} is not JSON: {e}") from None
+                except json.JSONDecodeError as e:
+                    raise DataError(f"{file} line {number} is not JSON: {e.msg} at column {e.colno}") from None
                 if not isinstance(sample, dict):
                     raise DataError(f'{file} line {number} is not an object such as {{"text": "..."}}')
                 samples.append(sample)
@@ -199,7 +200,16 @@ def _process(data, i: int, place: str):
         raise DataError(f"{place} lacks the key {e}, which the first line has") from None
     except IndexError:  # mlx-lm looks at the last token of a text
         raise DataError(f"{place} is empty. Remove it") from None
+    except (AttributeError, TypeError):
+        raise DataError(
+            f"{place} has a value of the wrong kind: a text, prompt or completion is a string, messages are a list of "
+            "objects with role and content"
+        ) from None
     except Exception as e:  # a chat template may refuse in its own words
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise DataError(f"{place} cannot be tokenised: {reason}") from None
+        raise DataError(f"{place} cannot be tokenised: {_reason(e)}") from None
     return tokens, offset
+
+
+def _reason(error: Exception) -> str:
+    """What other libraries say, on one line."""
+    return textwrap.shorten(str(error), 240) or type(error).__name__

@@ -1,5 +1,7 @@
 """The public face of an opened model: mlx-lm's own class, with its weights on disk."""
 
+import functools
+import warnings
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -7,7 +9,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..errors import ConfigError
+from .. import _mlx_was_imported_first, platform
+from ..errors import ConfigError, SlowftWarning
 from ..models import adapters, loading, seams
 from ..storage.reader import Reader
 from .engine import Engine
@@ -94,9 +97,10 @@ class StreamedModel(nn.Module):
         keys: Sequence[str] | None = None,
         use_dora: bool = False,
     ) -> "StreamedModel":
-        """Attach trainable LoRA (or DoRA) layers to the last `num_layers` blocks (-1: all), as mlx-lm does.
+        """Attach trainable LoRA (or DoRA) layers to the last `num_layers` blocks, as mlx-lm does.
 
         Args:
+            num_layers: -1 for all; the default of 16 also means all where a model has fewer.
             keys: names of the linear layers within a block, such as "self_attn.q_proj"; None: all of them.
                 Full names, such as "lm_head", attach outside the blocks.
         Raises:
@@ -106,7 +110,7 @@ class StreamedModel(nn.Module):
             raise ConfigError("an adapter is attached already. Open the model anew to attach another")
         parameters = {"rank": rank, "scale": scale, "dropout": dropout}
         if keys is not None:
-            parameters["keys"] = list(keys)
+            parameters["keys"] = keys
         self._attach(adapters.AdapterSpec("dora" if use_dora else "lora", num_layers, parameters), magnitudes=True)
         return self
 
@@ -114,6 +118,8 @@ class StreamedModel(nn.Module):
         """Attach the adapter saved in directory `path`, or load an adapter file into the attached layers."""
         path = Path(path).expanduser()
         if path.is_dir():
+            if self._adapter is not None:
+                raise ConfigError(f"{path} is a directory. Give the file in it: {path / adapters.WEIGHTS}")
             self._attach(adapters.read_spec(path), magnitudes=False)
             path = path / adapters.WEIGHTS
         adapters.load_weights(self, path)
@@ -178,6 +184,7 @@ def open_model(
     Raises:
         ModelError: missing or corrupt files, an unknown architecture, or one that cannot be streamed.
     """
+    _warn_of_slow_blas()
     dtype = _compute_dtype(compute_dtype)
     skeleton = loading.load_skeleton(loading.resolve(str(path_or_hub_id)), StreamedModel, dtype)
     model = skeleton.model
@@ -197,6 +204,12 @@ def open_model(
         engine.close()
         raise
     return model
+
+
+@functools.cache  # once in a process
+def _warn_of_slow_blas() -> None:
+    if slow := platform.slow_blas_warning(_mlx_was_imported_first):
+        warnings.warn(slow, SlowftWarning, stacklevel=3)
 
 
 def _compute_dtype(name: str | None) -> mx.Dtype | None:

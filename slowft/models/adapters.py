@@ -5,6 +5,7 @@ a directory that `mlx_lm.generate --adapter-path` loads. Never half-writes a fil
 """
 
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from mlx.utils import tree_flatten
 from .. import platform
 from ..errors import AdapterError, ConfigError
 
+DEFAULT_NUM_LAYERS = 16  # mlx_lm.lora's; it fails with it on smaller models, here it means all their blocks
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
 
 
@@ -47,13 +49,17 @@ def attach(model: nn.Module, spec: AdapterSpec) -> None:
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
     n_layers, p = len(model.layers), spec.parameters
-    if spec.num_layers > n_layers:
+    if spec.num_layers > n_layers and spec.num_layers != DEFAULT_NUM_LAYERS:
         raise ConfigError(f"num_layers is {spec.num_layers} but the model has {n_layers} layers. Use -1 for all")
     if not (isinstance(p["rank"], int) and p["rank"] >= 1):
-        raise ConfigError(f"LoRA rank must be a whole number of at least 1, got {p['rank']}")
-    if not 0 <= p["dropout"] < 1:
-        raise ConfigError(f"LoRA dropout must be at least 0 and below 1, got {p['dropout']}")
+        raise ConfigError(f"LoRA rank must be a whole number of at least 1, got {p['rank']!r}")
+    if not (isinstance(p["scale"], (int, float)) and math.isfinite(p["scale"])):
+        raise ConfigError(f"LoRA scale must be a number, got {p['scale']!r}")
+    if not (isinstance(p["dropout"], (int, float)) and 0 <= p["dropout"] < 1):
+        raise ConfigError(f"LoRA dropout must be at least 0 and below 1, got {p['dropout']!r}")
     keys = p.get("keys")
+    if keys is not None and not (isinstance(keys, (list, tuple)) and keys and all(isinstance(k, str) for k in keys)):
+        raise ConfigError(f"LoRA keys must be a list of layer names such as self_attn.q_proj, got {keys!r}")
     before = {id(module) for module in model.modules()}
     if keys is not None:
         names = {name for layer in model.layers for name, _ in layer.named_modules()}
@@ -85,8 +91,9 @@ def read_spec(directory: Path) -> AdapterSpec:
     try:
         config = json.loads(config_file.read_text())
         kind = config.get("fine_tune_type", "lora")
-        spec = AdapterSpec(kind, config["num_layers"], {"dropout": 0.0, **config["lora_parameters"]})
-    except (ValueError, KeyError, TypeError) as e:
+        parameters = {"rank": None, "scale": None, "dropout": 0.0, **config["lora_parameters"]}
+        spec = AdapterSpec(kind, int(config["num_layers"]), parameters)
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise AdapterError(f"{config_file} is not an adapter configuration: {e}") from None
     if kind not in ("lora", "dora"):
         raise AdapterError(f"{config_file}: fine_tune_type {kind!r} changes base weights, which stay on disk here")

@@ -227,6 +227,9 @@ def probe(model: nn.Module, cut: Cut, run: Callable[[Probe], mx.array], make_res
         for unit in units
         if (id(unit.module), use) not in first.called
     ]
+    for param in cut.resident:
+        if mx.isnan(param.placeholder).any().item():
+            raise ModelError(f"{param.source.extents[0].file}: {param.name} holds NaN. Download the model again")
     if mx.isnan(logits).any().item():  # some weight is used other than by calling its layer: keep those in memory
         make_resident([p for unit in unused for p in unit.params])
         for units in cut.outside.values():

@@ -1,18 +1,20 @@
 """A run as JSON lines on standard output, one object per event, for programs to read."""
 
 import json
+import math
 import sys
 
 from .base import Report
 
 
 class JsonReport(Report):
-    """Events: begin, train, valid, test, saved, note. Keys are mlx-lm's, sizes in GB, times in seconds."""
+    """Events: begin, train, valid, test, saved, note. Keys are mlx-lm's, sizes in GB, times in seconds; NaN is null."""
 
     def __init__(self, out=None):
         self._out = out or sys.stdout
 
     def _write(self, event: str, **fields) -> None:
+        fields = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
         print(json.dumps({"event": event, **fields}), file=self._out, flush=True)
 
     def begin(self, config, model):

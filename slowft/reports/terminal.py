@@ -15,7 +15,7 @@ def describe_run(config, model) -> str:
     """One line on what is about to be trained."""
     n_trained = sum(array.size for array in _leaves(model.trainable_parameters()))
     return (
-        f"{type(model).__name__.removeprefix('Streamed')} with {len(model.layers)} blocks, {model.nbytes_on_disk / 1e9:.2f} GB "
+        f"{getattr(model, 'model_type', 'model')} with {len(model.layers)} blocks, {model.nbytes_on_disk / 1e9:.2f} GB "
         f"on disk; training {n_trained / 1e6:.2f} M {config.fine_tune_type.upper().replace('DORA', 'DoRA').replace('LORA', 'LoRA')} "
         f"parameters for {config.iters} iterations"
     )

@@ -30,15 +30,15 @@ class BlockCache:
 
     Args:
         items: for each item, the byte ranges that fill its buffer.
-        capacity: bytes for all buffers together; at least the two largest items are always allowed,
-            one in use and one on its way.
+        capacity: bytes for all buffers together; at least twice the largest item is always allowed, one buffer
+            in use and one on its way. (A buffer may hold a smaller item than it was made for.)
     """
 
     def __init__(self, reader: Reader, items: Sequence[Sequence[ByteRange]], capacity: int = 0):
         self._reader = reader
         self._items = [list(ranges) for ranges in items]
         self.nbytes = [max((r.at + r.nbytes for r in ranges), default=0) for ranges in self._items]
-        self.capacity = max(capacity, sum(sorted(self.nbytes)[-2:]))
+        self.capacity = max(capacity, 2 * max(self.nbytes, default=0))
         self._residents: dict[int, _Resident] = {}
         self._free: list[mx.array] = []
 
@@ -80,7 +80,11 @@ class BlockCache:
         in_flight = sum(not r.read.done() for r in self._residents.values())
         missing = [i for i in sorted(next_use, key=next_use.get) if i not in self._residents]
         if missing and not in_flight:
-            self._start(missing[0], next_use, deadline=next_use[missing[0]])
+            deadline = next_use[missing[0]]
+            if deadline > 0:  # there is time: what is in use now can make room at the next visit
+                last = max(next_use.values())
+                deadline = max([deadline] + [next_use.get(i, last) for i, r in self._residents.items() if r.pinned])
+            self._start(missing[0], next_use, deadline)
 
     def _start(self, item: int, next_use: dict[int, int], deadline: float) -> bool:
         """Begin to read `item` if room can be made by evicting what is used later than `deadline`."""

@@ -64,33 +64,39 @@ def read_header(path: str | os.PathLike) -> dict[str, Extent]:
     if not path.exists():
         dangling = " (a broken link: the download did not finish)" if path.is_symlink() else ""
         raise ModelError(f"{path} is missing{dangling}. Download the model again")
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        prefix = file.read(8)
-        (header_nbytes,) = struct.unpack("<Q", prefix) if len(prefix) == 8 else (0,)
-        if not 2 <= header_nbytes <= MAX_HEADER_NBYTES:
-            raise ModelError(f"{path} is not a safetensors file ({size} bytes). Download it again")
-        if 8 + header_nbytes > size:
-            raise ModelError(
-                f"{path} is cut short: its header alone needs {8 + header_nbytes} bytes, the file has {size}. "
-                "Download it again"
-            )
-        try:
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            prefix = file.read(8)
+            (header_nbytes,) = struct.unpack("<Q", prefix) if len(prefix) == 8 else (0,)
+            if not 2 <= header_nbytes <= MAX_HEADER_NBYTES:
+                raise ModelError(f"{path} is not a safetensors file ({size} bytes). Download it again")
+            if 8 + header_nbytes > size:
+                raise ModelError(
+                    f"{path} is cut short: its header alone needs {8 + header_nbytes} bytes, the file has {size}. "
+                    "Download it again"
+                )
             header = json.loads(file.read(header_nbytes))
-        except ValueError as e:
-            raise ModelError(f"{path} has a corrupt header ({e}). Download it again") from None
+    except OSError as e:
+        raise ModelError(f"{path} cannot be read: {e.strerror}") from None
+    except ValueError as e:
+        raise ModelError(f"{path} has a corrupt header ({e}). Download it again") from None
+    if not isinstance(header, dict):
+        raise ModelError(f"{path} has a corrupt header (a {type(header).__name__}). Download it again")
     header.pop("__metadata__", None)
 
     start, extents = 8 + header_nbytes, {}
     for name, entry in header.items():
         try:
-            stored, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            stored, shape, (begin, end) = str(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
+            if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
+                raise ValueError
         except (TypeError, KeyError, ValueError):
             raise ModelError(f"{path}: the header entry of tensor {name} is malformed. Download it again") from None
         if stored not in DTYPES or stored in UNREADABLE:
             raise ModelError(f"{path}: tensor {name} is of type {stored}, which MLX does not read")
         dtype, itemsize = DTYPES[stored]
-        if end - begin != math.prod(shape) * itemsize or begin < 0:
+        if end - begin != math.prod(shape) * itemsize:
             raise ModelError(
                 f"{path}: tensor {name} {list(shape)} of {stored} needs {math.prod(shape) * itemsize} bytes, "
                 f"its header gives {end - begin}. Download it again"
@@ -117,8 +123,8 @@ def index_model(directory: str | os.PathLike) -> dict[str, Extent]:
     shard_index = directory / "model.safetensors.index.json"
     if shard_index.exists():
         try:
-            weight_map = json.loads(shard_index.read_text())["weight_map"]
-        except (ValueError, KeyError, TypeError):
+            weight_map = {name: str(file) for name, file in json.loads(shard_index.read_text())["weight_map"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise ModelError(f"{shard_index} is not a safetensors index. Download it again") from None
         for shard in sorted(set(weight_map.values())):
             if not (directory / shard).exists():

@@ -71,16 +71,25 @@ class TrainConfig:
     text_feature: str = field(default="text", metadata={"help": "Key of the text in a sample."})
 
     def __post_init__(self):
-        self.lora_parameters = {"rank": 8, "dropout": 0.0, "scale": 20.0, **(self.lora_parameters or {})}
+        for f in fields(self):  # paths may be given as such, but go into a JSON file
+            if isinstance(getattr(self, f.name), Path):
+                setattr(self, f.name, str(getattr(self, f.name)))
+        if isinstance(self.lora_parameters, dict | None):
+            self.lora_parameters = {"rank": 8, "dropout": 0.0, "scale": 20.0, **(self.lora_parameters or {})}
 
     def check(self) -> None:
         """Raises ConfigError for a value no run can use, before anything is loaded."""
+        for f in fields(self):
+            for kind, wanted in ((str, "text"), (bool, "true or false"), (dict, "a mapping of names to values")):
+                if f.type in (kind, kind | None) and not isinstance(getattr(self, f.name), f.type):
+                    raise ConfigError(f"{f.name} must be {wanted}, got {getattr(self, f.name)!r}")
         for name in ("batch_size", "iters", "steps_per_report", "steps_per_eval", "grad_accumulation_steps", "save_every"):
             self._check(name, int, lambda v: v >= 1, "a whole number of at least 1")
         self._check("max_seq_length", int, lambda v: v >= 2, "a whole number of at least 2")
         for name in ("val_batches", "test_batches"):
             self._check(name, int, lambda v: v >= 1 or v == -1, "a whole number of at least 1, or -1 for all")
         self._check("num_layers", int, lambda v: v >= 1 or v == -1, "a whole number of at least 1, or -1 for all")
+        self._check("seed", int, lambda v: 0 <= v < 2**32, "a whole number from 0 to 4294967295")
         self._check("learning_rate", (int, float), lambda v: v > 0 and math.isfinite(v), "a number above 0")
         self._check("optimizer", str, lambda v: v.lower() in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}")
         if self.fine_tune_type == "full":
@@ -91,7 +100,7 @@ class TrainConfig:
         unknown = set(self.lora_parameters) - {"rank", "scale", "dropout", "keys"}
         if unknown:
             hint = " (mlx-lm's scale is alpha / rank)" if "alpha" in unknown else ""
-            raise ConfigError(f"lora_parameters has no {', '.join(sorted(unknown))}; it has rank, scale, dropout, keys{hint}")
+            raise ConfigError(f"lora_parameters has no {', '.join(sorted(map(str, unknown)))}; it has rank, scale, dropout, keys{hint}")
         if not self.train and not self.test:
             raise ConfigError("nothing to do: neither train nor test is asked for")
 
@@ -129,7 +138,7 @@ def load_config(file: str | None, options: dict[str, Any]) -> tuple[TrainConfig,
     entries = _read_yaml(Path(file)) if file else {}
     notes = [f"{key} is ignored: {why}" for key, why in NEEDLESS.items() if entries.pop(key, None)]
     known = {f.name for f in fields(TrainConfig)}
-    unknown = sorted(set(entries) - known - {"config"})
+    unknown = sorted(map(str, set(entries) - known - {"config"}))
     if unknown:
         import difflib
 
