@@ -9,7 +9,7 @@ import cgroup
 import mlx.core as mx
 import pytest
 import slowft
-from conftest import LLAMA, must_run, random_batch, save_random
+from conftest import LLAMA, largest_difference, must_run, random_batch, save_random
 from slowft import platform
 from slowft.models import seams
 
@@ -96,6 +96,33 @@ def test_evaluation_reads_each_block_once(tmp_path):
     model.loss(*random_batch(256))
     outside = 2 * 256 * 64 * 4
     assert model.stats.total.bytes_read - before <= blocks + outside + 2 * model._cut.blocks[0].nbytes
+
+
+def test_memory_left_over_keeps_blocks_and_changes_no_gradient(tmp_path):
+    directory = save_random(tmp_path / "m", SHAPE | {"num_hidden_layers": 12})
+    batch, lengths = random_batch(256)
+    results = {}
+    for memory in (None, "8GB"):
+        model = slowft.open_model(directory, memory=memory)
+        mx.random.seed(0)
+        model.add_lora(num_layers=-1, rank=4)
+        for _ in range(3):
+            (loss, _), gradients = model.loss_and_grads(batch, lengths)
+        results[memory] = model.stats.last.bytes_read, loss.item(), gradients
+        model.close()
+    blocks = 12 * 4 * (4 * 512 * 512 + 3 * 512 * 1408)
+    assert results[None][0] > 1.5 * blocks
+    assert results["8GB"][0] < 0.1 * blocks
+    assert results[None][1] == results["8GB"][1]
+    assert largest_difference(results[None][2], results["8GB"][2]) == 0.0
+
+
+def test_too_little_memory_is_refused_before_anything_is_read(tmp_path):
+    directory = save_random(tmp_path / "m", SHAPE | {"num_hidden_layers": 2})
+    with pytest.raises(slowft.SlowftError, match="at least [0-9.]+GB"):
+        slowft.open_model(directory, memory="20MB")
+    with pytest.raises(slowft.SlowftError, match="8GB"):
+        slowft.open_model(directory, memory="lots")
 
 
 def test_embedding_reads_only_the_rows_of_the_batch(tmp_path):

@@ -45,6 +45,7 @@ def _option(name: str, **kwargs):
 @_option("test", is_flag=True)
 @_option("test_batches", type=int)
 @_option("seed", type=int)
+@_option("memory")
 @_option("compute_dtype", type=click.Choice(["float32", "float16", "bfloat16"]))
 @_option("report_to")
 @_option("project_name")
@@ -121,7 +122,7 @@ def run(config: TrainConfig, report, notes=()) -> dict:
         report.note(note)
     if config.train:
         check_writable(Path(config.adapter_path))
-    model = open_model(config.model, compute_dtype=config.compute_dtype)
+    model = open_model(config.model, memory=config.memory, compute_dtype=config.compute_dtype)
     tokenizer = load_tokenizer(model.path, model.embedding_rows, config.trust_remote_code)
     splits = (["train", "valid"] if config.train else []) + (["test"] if config.test else [])
     train, valid, test = load_data(config.data, tokenizer, config, splits, model.embedding_rows, report.progress)

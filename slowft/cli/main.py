@@ -44,7 +44,7 @@ def slowft():
 def main() -> None:
     """Entry point: a user's mistake ends in one line on standard error, status 1 (2 for usage)."""
     try:
-        slowft(standalone_mode=False)
+        slowft(prog_name="slowft", standalone_mode=False)
     except click.exceptions.Abort:
         sys.exit("\nInterrupted. Adapters saved so far are intact.")
     except click.ClickException as e:

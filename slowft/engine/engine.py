@@ -13,6 +13,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
+from .. import platform
 from ..errors import ConfigError, SlowftError
 from ..models.seams import Cut, Probe, Unit, trainable_entries
 from ..models.weights import Param, read_whole
@@ -26,6 +27,7 @@ from .stats import Stats
 from .trees import attach, detach, pack, unpack
 
 HEAD = "head"  # stands for all layers behind the last block where units are named
+SPARE_SHARE = 0.8  # of the memory that a step left unused goes to blocks before the next: steps differ
 LOGITS_NBYTES = 64 << 20  # of logits that may exist at once, unless all of them are fewer
 
 
@@ -35,6 +37,7 @@ class Engine:
     Attributes:
         seed, step: what dropout masks are drawn from, together with block and micro-batch. `step` goes up by
             one with every forward pass in training mode, or every `loss_and_grads`.
+        memory: bytes that the process may take; what steps leave of it keeps blocks in memory.
         head_chunk_tokens: tokens whose logits may exist at once; None: as many as fit `LOGITS_NBYTES`.
     """
 
@@ -52,6 +55,7 @@ class Engine:
         self.seed = 0
         self.step = 0
         self.head_chunk_tokens: int | None = None
+        self.memory: int | None = None
         self.tokens_of_last_step = 0
 
     # --- What the model's units do when they are called -------------------------------------------
@@ -216,6 +220,7 @@ class Engine:
             self.stats.end_step()
         self.step += 1
         self.tokens_of_last_step = ntoks.item()
+        self._use_spare_memory()
         loss, gradients = losses[0]
         for other_loss, other_gradients in losses[1:]:
             loss = loss + other_loss
@@ -316,6 +321,11 @@ class Engine:
         with self._running_part(_HeadPart(self._cut, self._residency, hidden)):
             return self._model(mx.zeros((n_rows, n_tokens), mx.int32))
 
+    def _use_spare_memory(self) -> None:
+        if self.memory is not None:
+            spare = self.memory - self.stats.last.peak_memory
+            self._residency.keep_within(int(SPARE_SHARE * spare) if spare > 0 else spare)
+
     # --- Opening and closing ------------------------------------------------------------------------
 
     def probe(self, part: Probe) -> mx.array:
@@ -327,6 +337,13 @@ class Engine:
         for param in params:
             param.placeholder = self._residency.on_thread(lambda p=param: read_whole(self._residency.reader, p.source))
             param.clear()
+
+    def least_memory(self) -> int:
+        """Bytes without which no step can run: the process, two blocks on their way, the larger of block and head."""
+        blocks = self._cut.blocks
+        outside = max((u.compute_nbytes for units in self._cut.outside.values() for u in units), default=0)
+        largest = max(max(unit.compute_nbytes for unit in blocks), outside)
+        return platform.memory_in_use() + 2 * max(unit.nbytes for unit in blocks) + largest
 
     def compute_magnitudes(self) -> None:
         """Give every DoRA layer the norms of its base weight's rows, each block read once.

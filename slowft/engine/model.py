@@ -1,6 +1,7 @@
 """The public face of an opened model: mlx-lm's own class, with its weights on disk."""
 
 import functools
+import re
 import warnings
 from pathlib import Path
 from typing import Any, Sequence
@@ -170,7 +171,7 @@ class StreamedModel(nn.Module):
 
 def open_model(
     path_or_hub_id: str | Path,
-    memory: str | None = None,
+    memory: str | int | None = None,
     adapter_path: str | Path | None = None,
     compute_dtype: str | None = None,
 ) -> StreamedModel:
@@ -178,13 +179,17 @@ def open_model(
 
     Args:
         path_or_hub_id: an mlx-lm (or hub) model directory, or a hub id, which is downloaded.
+        memory: such as "2GB" (or bytes), for the whole process as the operating system counts it. What the first
+            step leaves unused keeps blocks in memory from the second on, which saves reads. None: two blocks only.
         adapter_path: directory of a saved adapter, attached and trainable.
         compute_dtype: "float32", "float16" or "bfloat16"; None computes in the model's own dtype on a GPU
             and in float32 on a CPU.
     Raises:
         ModelError: missing or corrupt files, an unknown architecture, or one that cannot be streamed.
+        ConfigError: `memory` is below what any step needs; names that.
     """
     _warn_of_slow_blas()
+    memory_nbytes = None if memory is None else parse_nbytes(memory)
     dtype = _compute_dtype(compute_dtype)
     skeleton = loading.load_skeleton(loading.resolve(str(path_or_hub_id)), StreamedModel, dtype)
     model = skeleton.model
@@ -198,12 +203,26 @@ def open_model(
         mx.eval([array for _, array in tree_flatten(model)])  # no unevaluated table may reach the compute thread
         block_nbytes = max(unit.compute_nbytes for unit in cut.blocks)
         mx.set_cache_limit(int(CACHE_PER_BLOCK * block_nbytes) + CACHE_FLOOR_NBYTES)
+        if memory_nbytes is not None:
+            if memory_nbytes < (least := engine.least_memory()):
+                raise ConfigError(
+                    f"memory of {memory_nbytes / 1e9:.2f} GB is too little for this model: give at least {least / 1e9:.2f}GB"
+                )
+            engine.memory = memory_nbytes
         if adapter_path is not None:
             model.load_adapter(adapter_path)
     except BaseException:
         engine.close()
         raise
     return model
+
+
+def parse_nbytes(size: str | int) -> int:
+    """Bytes of a size such as "8GB", "1.5 GB", "700MB" (powers of ten, as mlx-lm has them) or a number of bytes."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)B?\s*", str(size), re.IGNORECASE)
+    if not match:
+        raise ConfigError(f"{size!r} is not an amount of memory. Write it like 8GB or 700MB")
+    return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
 
 
 @functools.cache  # once in a process

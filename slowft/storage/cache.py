@@ -28,6 +28,9 @@ class _Resident:
 class BlockCache:
     """Keeps items in at most `capacity` bytes and reads the next one while the present one is in use.
 
+    Attributes:
+        capacity: may be changed between visits, down to `least_capacity`; more than `largest_capacity` is no use.
+
     Args:
         items: for each item, the byte ranges that fill its buffer.
         capacity: bytes for all buffers together; at least twice the largest item is always allowed, one buffer
@@ -38,7 +41,9 @@ class BlockCache:
         self._reader = reader
         self._items = [list(ranges) for ranges in items]
         self.nbytes = [max((r.at + r.nbytes for r in ranges), default=0) for ranges in self._items]
-        self.capacity = max(capacity, 2 * max(self.nbytes, default=0))
+        self.largest_capacity = sum(self.nbytes)
+        self.least_capacity = 2 * max(self.nbytes, default=0)
+        self.capacity = max(capacity, self.least_capacity)
         self._residents: dict[int, _Resident] = {}
         self._free: list[mx.array] = []
 
@@ -96,13 +101,14 @@ class BlockCache:
 
     def _free_buffer(self, nbytes: int, next_use: dict[int, int], deadline: float) -> mx.array | None:
         while True:
+            while self._free and self._held() > self.capacity:  # the capacity was lowered
+                self._free.pop()
             fitting = [b for b in self._free if b.nbytes >= nbytes]
             if fitting:
                 buffer = min(fitting, key=lambda b: b.nbytes)
                 self._free = [b for b in self._free if b is not buffer]
                 return buffer
-            held = sum(b.nbytes for b in self._free) + sum(r.buffer.nbytes for r in self._residents.values())
-            if held + nbytes <= self.capacity:
+            if self._held() + nbytes <= self.capacity:
                 buffer = mx.zeros((max(nbytes, 1),), mx.uint8)
                 mx.eval(buffer)
                 return buffer
@@ -118,6 +124,9 @@ class BlockCache:
             if next_use.get(victim, NEVER) <= deadline:
                 return None
             self._free.append(self._residents.pop(victim).buffer)
+
+    def _held(self) -> int:
+        return sum(b.nbytes for b in self._free) + sum(r.buffer.nbytes for r in self._residents.values())
 
     def _finish_one_read(self) -> int | None:
         """Wait for an unpinned read that is under way, so that its buffer can be taken."""

@@ -14,9 +14,8 @@ from pathlib import Path
 
 from ..errors import ModelError
 
-# What MLX makes of each safetensors type (mlx/io/safetensors.cpp), and its size in bytes.
+# What MLX makes of each safetensors type it reads (mlx/io/safetensors.cpp), and its size in bytes.
 DTYPES = {
-    "F64": ("float32", 8),
     "F32": ("float32", 4),
     "F16": ("float16", 2),
     "BF16": ("bfloat16", 2),
@@ -32,7 +31,6 @@ DTYPES = {
     "F8_E4M3": ("uint8", 1),
     "F8_E8M0": ("uint8", 1),
 }
-UNREADABLE = {"F64"}  # MLX has no 8-byte float on a GPU, and its loader refuses the type
 
 MAX_HEADER_NBYTES = 100_000_000  # the limit of the safetensors library
 
@@ -93,7 +91,7 @@ def read_header(path: str | os.PathLike) -> dict[str, Extent]:
                 raise ValueError
         except (TypeError, KeyError, ValueError):
             raise ModelError(f"{path}: the header entry of tensor {name} is malformed. Download it again") from None
-        if stored not in DTYPES or stored in UNREADABLE:
+        if stored not in DTYPES:
             raise ModelError(f"{path}: tensor {name} is of type {stored}, which MLX does not read")
         dtype, itemsize = DTYPES[stored]
         if end - begin != math.prod(shape) * itemsize:

@@ -97,6 +97,11 @@ class Residency:
 
         return self._timed(work)
 
+    def keep_within(self, spare_nbytes: int) -> None:
+        """Keep that many more bytes of blocks in memory between visits (fewer if negative), if there are so many."""
+        wanted = self._cache.capacity + spare_nbytes
+        self._cache.capacity = max(self._cache.least_capacity, min(wanted, self._cache.largest_capacity))
+
     def on_thread(self, job: Callable[[], Any]) -> Any:
         """`job()` on the compute thread, with nothing put in place."""
         return self._thread.run(job)

@@ -58,6 +58,10 @@ class TrainConfig:
         metadata={"help": "rank, scale, dropout and keys of the adapter."},
     )
     seed: int = field(default=0, metadata={"help": "Seed of initial weights, order of the data, and dropout."})
+    memory: str | None = field(
+        default=None,
+        metadata={"help": "Memory for the whole process, such as 8GB: what steps leave of it keeps blocks, which saves reads."},
+    )
     compute_dtype: str | None = field(
         default=None, metadata={"help": "float32, float16 or bfloat16; by default the model's own, float32 on a CPU."}
     )
@@ -100,7 +104,8 @@ class TrainConfig:
         unknown = set(self.lora_parameters) - {"rank", "scale", "dropout", "keys"}
         if unknown:
             hint = " (mlx-lm's scale is alpha / rank)" if "alpha" in unknown else ""
-            raise ConfigError(f"lora_parameters has no {', '.join(sorted(map(str, unknown)))}; it has rank, scale, dropout, keys{hint}")
+            names = ", ".join(sorted(map(str, unknown)))
+            raise ConfigError(f"lora_parameters has no {names}; it has rank, scale, dropout, keys{hint}")
         if not self.train and not self.test:
             raise ConfigError("nothing to do: neither train nor test is asked for")
 

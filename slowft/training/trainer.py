@@ -5,6 +5,7 @@ in float32, without dropout and accumulation, a run ends with the very adapter `
 """
 
 import math
+import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -183,12 +184,14 @@ class _Window:
 
 
 def check_writable(directory: Path) -> None:
-    """Raises AdapterError unless files can be written to `directory`, which is made if need be."""
+    """Raises AdapterError unless files can be written to `directory`. Leaves nothing behind, not even the directory."""
     directory = directory.expanduser()
+    missing = [path for path in (directory, *directory.parents) if not path.exists()]
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / ".slowft-writable"
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+        for path in missing:
+            path.rmdir()
     except OSError as e:
         raise AdapterError(f"--adapter-path {directory} cannot be written: {e.strerror}. Choose another") from None
