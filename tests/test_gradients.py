@@ -4,6 +4,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import pytest
+from mlx.utils import tree_flatten, tree_map
+from mlx_lm.tuner.trainer import default_loss
+
 import slowft
 from architectures import ARCHITECTURES, REFUSED
 from conftest import (
@@ -17,8 +20,6 @@ from conftest import (
     reference,
     save_random,
 )
-from mlx.utils import tree_flatten, tree_map
-from mlx_lm.tuner.trainer import default_loss
 
 LORA = {"num_layers": -1, "rank": 4, "scale": 2.0}
 
@@ -192,7 +193,9 @@ def test_quantized_base_equals_its_dequantized_weights(bits, mode, group_size, t
     packed = tmp_path / "packed"
     packed.mkdir()
     mx.save_safetensors(str(packed / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
-    save_config(config | {"quantization": {"group_size": group_size, "bits": bits, "mode": mode}}, packed / "config.json")
+    save_config(
+        config | {"quantization": {"group_size": group_size, "bits": bits, "mode": mode}}, packed / "config.json"
+    )
 
     whole, config = load_model(packed)
     scales_to_float32 = tree_map(lambda p: p.astype(mx.float32) if p.dtype == mx.float16 else p, whole.parameters())
@@ -216,6 +219,7 @@ def test_quantized_base_equals_its_dequantized_weights(bits, mode, group_size, t
 def test_quantized_base_stays_packed_on_a_gpu(bits, mode, group_size, tmp_path, monkeypatch):
     """What a GPU does (no compute dtype: files' own, packed weights multiplied as they are), on the CPU backend."""
     from mlx_lm.utils import load_model, save_config
+
     from slowft.engine import model as model_module
 
     model, config = load_model(save_random(tmp_path / "dense", LLAMA, mx.bfloat16))
@@ -223,7 +227,9 @@ def test_quantized_base_stays_packed_on_a_gpu(bits, mode, group_size, tmp_path, 
     packed = tmp_path / "packed"
     packed.mkdir()
     mx.save_safetensors(str(packed / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
-    save_config(config | {"quantization": {"group_size": group_size, "bits": bits, "mode": mode}}, packed / "config.json")
+    save_config(
+        config | {"quantization": {"group_size": group_size, "bits": bits, "mode": mode}}, packed / "config.json"
+    )
     monkeypatch.setattr(model_module, "_compute_dtype", lambda name: None)
     whole, _ = load_model(packed)
     whole.freeze()

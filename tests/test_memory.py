@@ -5,9 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import cgroup
 import mlx.core as mx
 import pytest
+
+import cgroup
 import slowft
 from conftest import LLAMA, largest_difference, must_run, random_batch, save_random
 from slowft import platform

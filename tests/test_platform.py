@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+
 from slowft import platform
 
 MATMUL = """
@@ -37,7 +38,11 @@ def test_reference_blas_is_warned_of_once_with_the_fix(llama):
     code = f"""
 import ctypes, warnings
 real = ctypes.CDLL
-ctypes.CDLL = lambda name, *a: real(name, *a) if name is None or "blas" not in name else (_ for _ in ()).throw(OSError())
+def without_blas(name, *args):
+    if name is not None and "blas" in name:
+        raise OSError
+    return real(name, *args)
+ctypes.CDLL = without_blas
 import slowft
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter('always')

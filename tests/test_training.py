@@ -12,11 +12,12 @@ import mlx.optimizers as optim
 import mlx_lm
 import numpy as np
 import pytest
-import slowft
-from conftest import in_memory, largest_difference, random_batch
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tuner.datasets import CacheDataset, TextDataset
 from mlx_lm.tuner.trainer import default_loss, iterate_batches
+
+import slowft
+from conftest import in_memory, largest_difference, random_batch
 from slowft.data.datasets import TokenDataset, load_tokenizer
 from slowft.reports.base import Report
 

@@ -1,5 +1,6 @@
 """`slowft demo`: everything from nothing, on a real small model and real text."""
 
+import sys
 import time
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def demo(directory, iters, as_json):
 
     report = make_report(as_json)
     directory = Path(directory)
-    steps.fetch_model(directory, report.note)
+    steps.fetch_model(directory, report.note, show_download=sys.stdout.isatty() and not as_json)
     steps.write_data(directory)
     config = steps.config(directory, iters)
     begin = time.perf_counter()
@@ -39,12 +40,12 @@ def demo(directory, iters, as_json):
     train, valid, _ = load_data(
         config.data, tokenizer, config, ("train", "valid"), model.embedding_rows, report.progress
     )
-    report.note(f"\nQ: {steps.QUESTION}\nBefore: {steps.answer(model, tokenizer)}\n")
+    report.note(f"\nQ: {steps.QUESTION}\nBefore: {steps.answer(model, tokenizer, report.progress)}\n")
     try:
         result = Trainer(model, config, report).fit(train, valid)
     finally:
         report.end()
-    report.note(f"\nQ: {steps.QUESTION}\nAfter: {steps.answer(model, tokenizer)}\n")
+    report.note(f"\nQ: {steps.QUESTION}\nAfter: {steps.answer(model, tokenizer, report.progress)}\n")
     model.close()
     report.note(
         f"Loss per token on {len(valid)} held-back entries: {result['valid_loss_before']:.3f} before, "

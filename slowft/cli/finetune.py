@@ -1,6 +1,5 @@
 """`slowft finetune`: the options of `mlx_lm.lora`, and a few of our own."""
 
-import math
 import sys
 import warnings
 from contextlib import contextmanager
@@ -13,7 +12,9 @@ from ..training.config import NEEDLESS, OPTIMIZERS, TrainConfig, load_config
 
 _HELP = {f.name: f.metadata.get("help", "") for f in fields(TrainConfig)}
 _DEFAULT = {
-    f.name: f.default for f in fields(TrainConfig) if not isinstance(f.default, bool) and isinstance(f.default, (int, float, str))
+    f.name: f.default
+    for f in fields(TrainConfig)
+    if not isinstance(f.default, bool) and isinstance(f.default, (int, float, str))
 }
 
 
@@ -74,9 +75,13 @@ def finetune(config, grad_checkpoint, clear_cache_threshold, as_json, **options)
     if settings.data is None and settings.hf_dataset is None:
         raise click.UsageError("no data given. Use --data with a folder that holds train.jsonl")
     report = make_report(as_json)
+    from ..training.run import run
+
+    for note in notes:
+        report.note(note)
     try:
         with warnings_noted(report):
-            run(settings, report, notes)
+            run(settings, report)
     finally:
         report.end()
 
@@ -105,70 +110,3 @@ def warnings_noted(report):
     with warnings.catch_warnings():
         warnings.showwarning = note
         yield
-
-
-def run(config: TrainConfig, report, notes=()) -> dict:
-    """Open, load, check, train and test as `config` says. Returns the trainer's result."""
-    from pathlib import Path
-
-    from ..data.datasets import check_size, load_data, load_tokenizer
-    from ..engine.model import open_model
-    from ..errors import DataError, SlowftError
-    from ..reports.base import Reports
-    from ..reports.json_lines import CallbackReport
-    from ..training.trainer import Trainer, check_writable
-
-    for note in notes:
-        report.note(note)
-    if config.train:
-        check_writable(Path(config.adapter_path))
-    model = open_model(config.model, memory=config.memory, compute_dtype=config.compute_dtype)
-    tokenizer = load_tokenizer(model.path, model.embedding_rows, config.trust_remote_code)
-    splits = (["train", "valid"] if config.train else []) + (["test"] if config.test else [])
-    train, valid, test = load_data(config.data, tokenizer, config, splits, model.embedding_rows, report.progress)
-    if config.train and not len(train):
-        raise DataError(f"{config.data} has no training samples. Put them into train.jsonl")
-    if config.test and not len(test):
-        raise DataError(f"{config.data} has no test samples. Put them into test.jsonl")
-    for name, data in (("training", train), ("validation", valid), ("test", test)):
-        check_size(data, config.batch_size, name)
-        if data.n_cut:
-            report.note(f"Warning: {data.n_cut} of {len(data)} {name} samples are cut to {config.max_seq_length} tokens")
-    if config.train and not len(valid):
-        report.note("Warning: no valid.jsonl, so the loss on held-back text will not be known")
-
-    told = report
-    if config.report_to:
-        told = Reports(report, CallbackReport(_callback(config)))
-    trainer = Trainer(model, config, told)
-    result = {}
-    if config.train:
-        result = trainer.fit(train, valid)
-    elif Path(config.adapter_path, "adapters.safetensors").expanduser().exists():
-        model.load_adapter(config.adapter_path)
-    else:
-        report.note(f"No adapter in {config.adapter_path}: testing the base model")
-    if config.test:
-        loss = trainer.evaluate(test, config.test_batches)
-        if not math.isfinite(loss):
-            raise SlowftError(f"the loss on the test set is {loss}. Check the weights of model and adapter for NaN")
-        tested = {"test_loss": loss, "test_ppl": math.exp(min(loss, 700))}  # e^710 is no float any more
-        result |= tested
-        told.tested(tested)
-    model.close()
-    return result
-
-
-def _callback(config: TrainConfig):
-    from dataclasses import asdict
-
-    from mlx_lm.tuner.callbacks import get_reporting_callbacks
-
-    from ..errors import ConfigError
-
-    try:
-        return get_reporting_callbacks(
-            config.report_to, project_name=config.project_name, log_dir=config.adapter_path, config=asdict(config)
-        )
-    except (ImportError, ValueError) as e:
-        raise ConfigError(f"--report-to {config.report_to}: {e}") from None

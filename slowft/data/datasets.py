@@ -6,9 +6,10 @@ offset). Every sample that could not train is found here, with its file and line
 
 import json
 import textwrap
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Callable, Iterable
+from typing import Any
 
 import numpy as np
 
@@ -107,7 +108,9 @@ def load_data(
 def check_size(dataset: TokenDataset, batch_size: int, name: str) -> None:
     """Raises DataError when a set has samples, but fewer than one batch takes."""
     if 0 < len(dataset) < batch_size:
-        raise DataError(f"the {name} set has {len(dataset)} samples, --batch-size is {batch_size}. Lower it or add samples")
+        raise DataError(
+            f"the {name} set has {len(dataset)} samples, --batch-size is {batch_size}. Lower it or add samples"
+        )
 
 
 def _looks_like_hub_id(path: str) -> bool:

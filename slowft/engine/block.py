@@ -6,7 +6,8 @@ the cotangents of all inputs and of the trainable parameters. Values handed from
 arithmetic between blocks need nothing more: MLX's autodiff of the model's own call connects them.
 """
 
-from typing import Any, Callable, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import mlx.core as mx
 

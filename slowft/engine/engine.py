@@ -5,8 +5,9 @@ whole model in memory. The model's own `__call__` drives everything; its units' 
 """
 
 import threading
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from typing import Any, Callable, Sequence
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -85,7 +86,9 @@ class Engine:
         rows, inverse = np.unique(ids, return_inverse=True)
         n_rows = unit.params[0].source.shape[0]
         if len(rows) and not 0 <= rows[0] <= rows[-1] < n_rows:
-            raise SlowftError(f"token id {rows[-1] if rows[-1] >= n_rows else rows[0]} is outside of {unit.name} ({n_rows} rows)")
+            raise SlowftError(
+                f"token id {rows[-1] if rows[-1] >= n_rows else rows[0]} is outside of {unit.name} ({n_rows} rows)"
+            )
         index = mx.array(inverse.reshape(ids.shape).astype(np.int32))
 
         def job():

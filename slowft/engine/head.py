@@ -5,7 +5,8 @@ last block. Logits `[tokens, vocab]` exist whole only when they are small; other
 only for tokens that count. Weights are in place throughout, so they are read once however many chunks.
 """
 
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -39,7 +40,9 @@ class HeadLoss:
         chunk_tokens: the most tokens whose logits may exist at once; None computes all at once.
     """
 
-    def __init__(self, head: Head, targets: mx.array, mask: mx.array, total: mx.array, entries, chunk_tokens: int | None):
+    def __init__(
+        self, head: Head, targets: mx.array, mask: mx.array, total: mx.array, entries, chunk_tokens: int | None
+    ):
         self._head, self._targets, self._mask, self._total = head, targets, mask, total
         self._entries, self._chunk_tokens = list(entries), chunk_tokens
 

@@ -3,8 +3,9 @@
 import functools
 import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -206,7 +207,8 @@ def open_model(
         if memory_nbytes is not None:
             if memory_nbytes < (least := engine.least_memory()):
                 raise ConfigError(
-                    f"memory of {memory_nbytes / 1e9:.2f} GB is too little for this model: give at least {least / 1e9:.2f}GB"
+                    f"memory of {memory_nbytes / 1e9:.2f} GB is too little for this model: "
+                    f"give at least {least / 1e9:.2f}GB"
                 )
             engine.memory = memory_nbytes
         if adapter_path is not None:
@@ -218,11 +220,16 @@ def open_model(
 
 
 def parse_nbytes(size: str | int) -> int:
-    """Bytes of a size such as "8GB", "1.5 GB", "700MB" (powers of ten, as mlx-lm has them) or a number of bytes."""
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)B?\s*", str(size), re.IGNORECASE)
-    if not match:
-        raise ConfigError(f"{size!r} is not an amount of memory. Write it like 8GB or 700MB")
-    return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
+    """Bytes of a size such as "8GB", "700 MB" (powers of ten, as mlx-lm has them), "8GiB", or a number of bytes.
+
+    Raises:
+        ConfigError: not such a size, or one so small that the unit must be missing.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(size), re.IGNORECASE)
+    nbytes = match and float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ")
+    if not nbytes or nbytes < 1e6:
+        raise ConfigError(f"{size!r} is not an amount of memory to work in. Write it like 8GB or 700MB")
+    return int(nbytes)
 
 
 @functools.cache  # once in a process

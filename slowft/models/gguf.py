@@ -119,7 +119,9 @@ def _write_tokenizer(file: Path, metadata: dict, directory: Path) -> None:
 
     model, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     if model != "gpt2" or pre not in PRE_TOKENIZERS:
-        raise ModelError(f"{file} has a tokenizer of kind {model}/{pre}; only gpt2/{', '.join(PRE_TOKENIZERS)} is known")
+        raise ModelError(
+            f"{file} has a tokenizer of kind {model}/{pre}; only gpt2/{', '.join(PRE_TOKENIZERS)} is known"
+        )
     tokens = metadata["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))

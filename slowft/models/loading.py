@@ -46,7 +46,9 @@ def resolve(path_or_hub_id: str) -> Path:
         return path
     if path.exists():
         raise ModelError(f"{path} is a file. Give the directory that holds config.json and model*.safetensors")
-    looks_local = path.is_absolute() or str(path_or_hub_id).startswith((".", "~")) or str(path_or_hub_id).count("/") != 1
+    looks_local = (
+        path.is_absolute() or str(path_or_hub_id).startswith((".", "~")) or str(path_or_hub_id).count("/") != 1
+    )
     if looks_local:
         raise ModelError(f"{path} does not exist. Give a model directory, or a hub id such as Qwen/Qwen3-0.6B")
     from mlx_lm.utils import _download
@@ -164,9 +166,7 @@ def _replace_quantized(model, source_of: dict[int, Extent], dtype: mx.Dtype) -> 
         if not all(id(part) in source_of for part in parts):
             continue
         weight, scales, *biases = (source_of[id(part)] for part in parts)
-        source = Packed(
-            weight, scales, biases[0] if biases else None, layer.group_size, layer.bits, layer.mode, dtype
-        )
+        source = Packed(weight, scales, biases[0] if biases else None, layer.group_size, layer.bits, layer.mode, dtype)
         dense = dense_class[type(layer)].__new__(dense_class[type(layer)])
         nn.Module.__init__(dense)
         dense.weight = placeholder(source.shape, dtype)

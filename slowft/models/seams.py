@@ -5,9 +5,10 @@ so that calling it reaches a handler, and what the model's own `__call__` does w
 it on dummy values. A model that cannot be cut is refused here with its reason. Never reads weights.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Callable
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -222,10 +223,7 @@ def probe(model: nn.Module, cut: Cut, run: Callable[[Probe], mx.array], make_res
         raise ModelError(_refusal(model, "its own call never reaches its layers"))
 
     unused = [
-        unit
-        for use, units in cut.outside.items()
-        for unit in units
-        if (id(unit.module), use) not in first.called
+        unit for use, units in cut.outside.items() for unit in units if (id(unit.module), use) not in first.called
     ]
     for param in cut.resident:
         if mx.isnan(param.placeholder).any().item():

@@ -4,8 +4,8 @@ Comes in: extents of a safetensors file and the uint8 buffer they were read into
 Never reads a file itself and never decides when weights come or go.
 """
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Callable, Iterator, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn

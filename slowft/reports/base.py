@@ -1,8 +1,9 @@
 """What a report is told, and when. This one shows nothing."""
 
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator
+from typing import Any
 
 
 class Report:

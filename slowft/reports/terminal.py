@@ -14,10 +14,10 @@ from .base import Report
 def describe_run(config, model) -> str:
     """One line on what is about to be trained."""
     n_trained = sum(array.size for array in _leaves(model.trainable_parameters()))
+    kind = {"lora": "LoRA", "dora": "DoRA"}[config.fine_tune_type]
     return (
         f"{getattr(model, 'model_type', 'model')} with {len(model.layers)} blocks, {model.nbytes_on_disk / 1e9:.2f} GB "
-        f"on disk; training {n_trained / 1e6:.2f} M {config.fine_tune_type.upper().replace('DORA', 'DoRA').replace('LORA', 'LoRA')} "
-        f"parameters for {config.iters} iterations"
+        f"on disk; training {n_trained / 1e6:.2f} M {kind} parameters for {config.iters} iterations"
     )
 
 
@@ -80,17 +80,18 @@ class BarReport(LineReport):
     def begin(self, config, model):
         super().begin(config, model)
         self._bar = Progress(
-            TextColumn("Training"),
-            BarColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn("{task.fields[state]}"),
             TimeElapsedColumn(),
-            TextColumn("left"),
+            TextColumn("gone,"),
             TimeRemainingColumn(),
+            TextColumn("left"),
             console=self._console,
             transient=True,
         )
-        self._task = self._bar.add_task("", total=config.iters, state="")
+        self._task = self._bar.add_task("Training", total=config.iters, state="")
         self._tokens, self._last = 0, model.stats.total
         self._bar.start()
 
@@ -113,18 +114,22 @@ class BarReport(LineReport):
     @contextmanager
     def evaluating(self, n_batches):
         if self._bar is not None:
-            task = self._bar.add_task("", total=n_batches, state="evaluating")
+            task = self._bar.add_task("Evaluating", total=n_batches, state="")
             try:
                 yield lambda: self._bar.advance(task)
             finally:
                 self._bar.remove_task(task)
             return
-        with Progress(TextColumn("Evaluating"), BarColumn(), MofNCompleteColumn(), console=self._console, transient=True) as bar:
+        with Progress(
+            TextColumn("Evaluating"), BarColumn(), MofNCompleteColumn(), console=self._console, transient=True
+        ) as bar:
             task = bar.add_task("", total=n_batches)
             yield lambda: bar.advance(task)
 
     def progress(self, items, description, total):
-        with Progress(TextColumn(description), BarColumn(), MofNCompleteColumn(), console=self._console, transient=True) as bar:
+        with Progress(
+            TextColumn(description), BarColumn(), MofNCompleteColumn(), console=self._console, transient=True
+        ) as bar:
             yield from bar.track(items, total=total)
 
 

@@ -7,9 +7,9 @@ dear (DESIGN.md: 0.137 s against 0.015 s for a block's cast). Never knows what t
 `take` and `release` are called by one thread, the one that computes; the reads happen on the reader's.
 """
 
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Iterable, Sequence
 
 import mlx.core as mx
 
@@ -63,6 +63,7 @@ class BlockCache:
         except BaseException:
             del self._residents[item]
             raise
+        self._shrink(next_use)
         self._read_ahead(next_use)
         return resident.buffer
 
@@ -80,6 +81,14 @@ class BlockCache:
                 resident.read.exception()
         self._residents.clear()
         self._free.clear()
+
+    def _shrink(self, next_use: dict[int, int]) -> None:
+        """Give memory back if the capacity was lowered: free buffers first, then what is used last."""
+        while self._held() > self.capacity and (self._free or self._idle()):
+            if self._free:
+                self._free.pop()
+            else:
+                del self._residents[max(self._idle(), key=lambda i: next_use.get(i, NEVER))]
 
     def _read_ahead(self, next_use: dict[int, int]) -> None:
         in_flight = sum(not r.read.done() for r in self._residents.values())
@@ -101,8 +110,6 @@ class BlockCache:
 
     def _free_buffer(self, nbytes: int, next_use: dict[int, int], deadline: float) -> mx.array | None:
         while True:
-            while self._free and self._held() > self.capacity:  # the capacity was lowered
-                self._free.pop()
             fitting = [b for b in self._free if b.nbytes >= nbytes]
             if fitting:
                 buffer = min(fitting, key=lambda b: b.nbytes)
@@ -115,8 +122,7 @@ class BlockCache:
             if self._free:  # all too small
                 self._free.pop(0)
                 continue
-            idle = [i for i, r in self._residents.items() if not r.pinned and r.read.done()]
-            victim = max(idle, key=lambda i: next_use.get(i, NEVER), default=None)
+            victim = max(self._idle(), key=lambda i: next_use.get(i, NEVER), default=None)
             if victim is None:
                 victim = self._finish_one_read()
                 if victim is None:
@@ -124,6 +130,9 @@ class BlockCache:
             if next_use.get(victim, NEVER) <= deadline:
                 return None
             self._free.append(self._residents.pop(victim).buffer)
+
+    def _idle(self) -> list[int]:
+        return [i for i, r in self._residents.items() if not r.pinned and r.read.done()]
 
     def _held(self) -> int:
         return sum(b.nbytes for b in self._free) + sum(r.buffer.nbytes for r in self._residents.values())

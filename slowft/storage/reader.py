@@ -7,9 +7,9 @@ file and offset. Only fills bytes: MLX arrays belong to the thread that computes
 import os
 import threading
 import time
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Iterable
 
 from .. import platform
 from ..errors import ModelError

@@ -7,7 +7,8 @@ from the order in which a step visits the blocks. Knows nothing of gradients.
 import itertools
 import os
 import time
-from typing import Any, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import mlx.core as mx
 

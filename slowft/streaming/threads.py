@@ -9,8 +9,9 @@ at any moment, in a fixed order: a step is deterministic.
 import queue
 import threading
 import weakref
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any, Callable, Sequence
+from typing import Any
 
 import mlx.core as mx
 

@@ -60,7 +60,9 @@ class TrainConfig:
     seed: int = field(default=0, metadata={"help": "Seed of initial weights, order of the data, and dropout."})
     memory: str | None = field(
         default=None,
-        metadata={"help": "Memory for the whole process, such as 8GB: what steps leave of it keeps blocks, which saves reads."},
+        metadata={
+            "help": "Memory for the whole process, such as 8GB: what steps leave of it keeps blocks, which saves reads."
+        },
     )
     compute_dtype: str | None = field(
         default=None, metadata={"help": "float32, float16 or bfloat16; by default the model's own, float32 on a CPU."}
@@ -87,7 +89,14 @@ class TrainConfig:
             for kind, wanted in ((str, "text"), (bool, "true or false"), (dict, "a mapping of names to values")):
                 if f.type in (kind, kind | None) and not isinstance(getattr(self, f.name), f.type):
                     raise ConfigError(f"{f.name} must be {wanted}, got {getattr(self, f.name)!r}")
-        for name in ("batch_size", "iters", "steps_per_report", "steps_per_eval", "grad_accumulation_steps", "save_every"):
+        for name in (
+            "batch_size",
+            "iters",
+            "steps_per_report",
+            "steps_per_eval",
+            "grad_accumulation_steps",
+            "save_every",
+        ):
             self._check(name, int, lambda v: v >= 1, "a whole number of at least 1")
         self._check("max_seq_length", int, lambda v: v >= 2, "a whole number of at least 2")
         for name in ("val_batches", "test_batches"):

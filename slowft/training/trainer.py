@@ -13,6 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 
 from .. import platform
 from ..data.datasets import TokenDataset, check_size
@@ -110,7 +111,14 @@ class Trainer:
         return result
 
     def save(self, numbered: int | None = None) -> Path:
-        """Write the adapter with this run's configuration; returns the (numbered) file."""
+        """Write the adapter with this run's configuration; returns the (numbered) file.
+
+        Raises:
+            SlowftError: the adapter is not finite, or cannot be written; what was saved before stays as it is.
+        """
+        for name, array in tree_flatten(self.model.trainable_parameters()):
+            if not mx.isfinite(array).all().item():  # the last update's doing: no loss has seen it yet
+                raise SlowftError(f"{name} is no longer finite, so the adapter is not saved. Lower --learning-rate")
         config = {k: v for k, v in asdict(self.config).items() if v is not None}
         return self.model.save_adapter(self.config.adapter_path, numbered, config)
 

@@ -1,0 +1,93 @@
+"""A whole run as its config says: open, check, train, test. What `slowft finetune` does behind its options.
+
+Whatever can be found wrong is looked for in the order of its cost: options, model, adapter, data, weights.
+"""
+
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+from ..data.datasets import check_size, load_data, load_tokenizer
+from ..engine.model import open_model
+from ..errors import AdapterError, ConfigError, DataError, SlowftError
+from ..reports.base import Report, Reports
+from ..reports.json_lines import CallbackReport
+from .config import TrainConfig
+from .trainer import Trainer, check_writable
+
+
+def run(config: TrainConfig, report: Report) -> dict:
+    """Train and test.
+
+    Returns:
+        What `Trainer.fit` returns, and test_loss and test_ppl if the test set was asked for.
+    Raises:
+        SlowftError: whatever the user can put right, as one line.
+    """
+    config.check()
+    config.build_optimizer()
+    if config.train:
+        check_writable(Path(config.adapter_path))
+    model = open_model(config.model, memory=config.memory, compute_dtype=config.compute_dtype)
+    try:
+        told = Reports(report, CallbackReport(_callback(config))) if config.report_to else report
+        trainer = Trainer(model, config, told)
+        if config.train:
+            trainer.attach()
+        else:
+            _load_adapter_to_test(model, config, report)
+        train, valid, test = _load_data(model, config, report)
+        result = trainer.fit(train, valid) if config.train else {}
+        if config.test:
+            result |= _test(trainer, test)
+            told.tested({key: result[key] for key in ("test_loss", "test_ppl")})
+        return result
+    finally:
+        model.close()
+
+
+def _load_adapter_to_test(model, config: TrainConfig, report: Report) -> None:
+    directory = Path(config.adapter_path).expanduser()
+    if directory.exists():
+        model.load_adapter(directory)
+    elif config.adapter_path == TrainConfig.adapter_path:  # nobody named it
+        report.note(f"No adapter in {directory}: testing the base model")
+    else:
+        raise AdapterError(f"{directory} does not exist. Leave --adapter-path out to test the base model")
+
+
+def _load_data(model, config: TrainConfig, report: Report):
+    tokenizer = load_tokenizer(model.path, model.embedding_rows, config.trust_remote_code)
+    splits = (["train", "valid"] if config.train else []) + (["test"] if config.test else [])
+    train, valid, test = load_data(config.data, tokenizer, config, splits, model.embedding_rows, report.progress)
+    if config.train and not len(train):
+        raise DataError(f"{config.data} has no training samples. Put them into train.jsonl")
+    if config.test and not len(test):
+        raise DataError(f"{config.data} has no test samples. Put them into test.jsonl")
+    for name, data in (("training", train), ("validation", valid), ("test", test)):
+        check_size(data, config.batch_size, name)
+        if data.n_cut:
+            report.note(
+                f"Warning: {data.n_cut} of {len(data)} {name} samples are cut to {config.max_seq_length} tokens"
+            )
+    if config.train and not len(valid):
+        report.note("Warning: no valid.jsonl, so the loss on held-back text will not be known")
+    return train, valid, test
+
+
+def _test(trainer: Trainer, test) -> dict[str, float]:
+    loss = trainer.evaluate(test, trainer.config.test_batches)
+    if not math.isfinite(loss):
+        raise SlowftError(f"the loss on the test set is {loss}. Check the weights of model and adapter for NaN")
+    return {"test_loss": loss, "test_ppl": math.exp(min(loss, 700))}  # e^710 is no float any more
+
+
+def _callback(config: TrainConfig):
+    from mlx_lm.tuner.callbacks import get_reporting_callbacks
+
+    try:
+        return get_reporting_callbacks(
+            config.report_to, project_name=config.project_name, log_dir=config.adapter_path, config=asdict(config)
+        )
+    except (ImportError, ValueError) as e:
+        raise ConfigError(f"--report-to {config.report_to}: {e}") from None

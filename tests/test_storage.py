@@ -1,0 +1,611 @@
+"""Bytes come from where MLX's own loader takes them, damaged files are named, and no read is made twice for nothing."""
+
+import slowft  # noqa: F401, I001  (before mlx: it loads OpenBLAS)
+
+import errno
+import gc
+import itertools
+import json
+import os
+import random
+import struct
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from safetensors import safe_open
+from slowft.errors import ModelError
+from slowft.storage.cache import BlockCache
+from slowft.storage.index import DTYPES, index_model, read_header
+from slowft.storage.reader import ByteRange, Reader
+
+# --- Index ------------------------------------------------------------------------------------------
+
+
+def write_safetensors(file: Path, header: dict | bytes, data: bytes = b"") -> Path:
+    """A safetensors file by hand: the format's own three parts, right or wrong."""
+    encoded = header if isinstance(header, bytes) else json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(encoded)) + encoded + data)
+    return file
+
+
+def write_shards(directory: Path) -> dict[str, mx.array]:
+    """Two shards with an index, of several types and odd sizes, written by MLX; returns the tensors."""
+    directory.mkdir(parents=True, exist_ok=True)
+    mx.random.seed(0)
+    shards = {
+        "model-00001-of-00002.safetensors": {
+            "embed.weight": mx.random.normal((7, 3)).astype(mx.bfloat16),
+            "layers.0.scales": mx.random.normal((5,)).astype(mx.float16),
+            "layers.0.weight": mx.random.randint(0, 1 << 30, (5, 3)).astype(mx.uint32),
+        },
+        "model-00002-of-00002.safetensors": {
+            "layers.1.flag": mx.array([True, False, True]),
+            "layers.1.weight": mx.random.normal((2, 3, 4)),
+            "scalar": mx.array(3.5),
+        },
+    }
+    for name, tensors in shards.items():
+        mx.save_safetensors(str(directory / name), tensors, {"format": "mlx"})
+    weight_map = {tensor: name for name, tensors in shards.items() for tensor in tensors}
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return {name: array for tensors in shards.values() for name, array in tensors.items()}
+
+
+def bytes_at(extent) -> bytes:
+    with open(extent.file, "rb") as file:
+        file.seek(extent.offset)
+        return file.read(extent.nbytes)
+
+
+def bytes_of(array: mx.array) -> bytes:
+    return bytes(memoryview(array.reshape(-1).view(mx.uint8)))
+
+
+def assert_same_as_mlx_loads(extents: dict, files) -> None:
+    loaded = {name: array for file in files for name, array in mx.load(str(file)).items()}
+    assert extents.keys() == loaded.keys()
+    for name, array in loaded.items():
+        extent = extents[name]
+        assert (getattr(mx, extent.dtype), extent.shape) == (array.dtype, array.shape)
+        assert bytes_at(extent) == bytes_of(array), name
+
+
+@pytest.mark.parametrize("stored", DTYPES)
+def test_every_type_lies_where_mlx_reads_it(stored, tmp_path):
+    itemsize = DTYPES[stored][1]
+    nbytes = 6 * itemsize
+    header = {
+        "__metadata__": {"format": "pt"},
+        "second": {"dtype": stored, "shape": [2, 3], "data_offsets": [nbytes, 2 * nbytes]},
+        "first": {"dtype": stored, "shape": [6], "data_offsets": [0, nbytes]},
+    }
+    data = bytes(i % 2 for i in range(2 * nbytes)) if stored == "BOOL" else bytes(range(2 * nbytes))
+    file = write_safetensors(tmp_path / "model.safetensors", header, data)
+    assert_same_as_mlx_loads(read_header(file), [file])
+
+
+def test_extents_are_those_of_the_safetensors_library(tmp_path):
+    file = tmp_path / "model.safetensors"
+    mx.save_safetensors(
+        str(file), {"a": mx.arange(12.0).reshape(3, 4), "b": mx.arange(5), "c": mx.ones((2, 2), mx.float16)}
+    )
+    extents = index_model(tmp_path)
+    with safe_open(file, "np") as reference:
+        assert extents.keys() == set(reference.keys())
+        for name, extent in extents.items():
+            assert bytes_at(extent) == reference.get_tensor(name).tobytes()
+            assert extent.shape == reference.get_tensor(name).shape
+
+
+def test_shards_are_indexed_as_mlx_loads_them(tmp_path):
+    tensors = write_shards(tmp_path)
+    extents = index_model(tmp_path)
+    assert_same_as_mlx_loads(extents, sorted(tmp_path.glob("model*.safetensors")))
+    assert extents.keys() == tensors.keys()
+
+
+def test_hub_snapshot_of_symlinks_is_read_through_them(tmp_path):
+    """The hub's cache: snapshots/<commit>/name is a relative link to blobs/<hash>."""
+    write_shards(tmp_path / "download")
+    blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "0123"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for i, file in enumerate(sorted((tmp_path / "download").iterdir())):
+        file.rename(blobs / f"{i:064x}")
+        (snapshot / file.name).symlink_to(Path("../../blobs") / f"{i:064x}")
+    assert_same_as_mlx_loads(index_model(snapshot), sorted(snapshot.glob("model*.safetensors")))
+
+
+def refusal(function, *args) -> str:
+    with pytest.raises(ModelError) as caught:
+        function(*args)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.fixture
+def whole(tmp_path) -> Path:
+    file = tmp_path / "model.safetensors"
+    mx.save_safetensors(str(file), {"a": mx.arange(100), "b": mx.arange(50)})
+    return file
+
+
+def test_file_cut_within_its_data_names_tensor_and_both_sizes(whole):
+    size = whole.stat().st_size
+    last = max(read_header(whole).values(), key=lambda e: e.offset)
+    os.truncate(whole, size - 1)
+    message = refusal(index_model, whole.parent)
+    assert str(whole) in message and f"tensor {last.name} " in message
+    assert f"byte {size}," in message and f"has {size - 1}." in message
+
+
+def test_file_cut_within_its_header_names_both_sizes(whole):
+    (header_nbytes,) = struct.unpack("<Q", whole.read_bytes()[:8])
+    os.truncate(whole, 8 + header_nbytes // 2)
+    message = refusal(index_model, whole.parent)
+    assert str(whole) in message and "cut short" in message
+    assert str(8 + header_nbytes) in message and str(8 + header_nbytes // 2) in message
+
+
+@pytest.mark.parametrize("content", [b"", b"abc", b"<html>404 Not Found</html>", b"\x00" * 64])
+def test_other_file_under_that_name_is_not_a_safetensors_file(content, whole):
+    whole.write_bytes(content)
+    assert f"{whole} is not a safetensors file ({len(content)} bytes)" in refusal(index_model, whole.parent)
+
+
+@pytest.mark.parametrize("header", [b"{garbage!", b"\xff\xfe\x00\x01", b"[1, 2]", b'"text"'])
+def test_garbage_header_is_corrupt(header, tmp_path):
+    file = write_safetensors(tmp_path / "model.safetensors", header, bytes(64))
+    assert f"{file} has a corrupt header" in refusal(index_model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        [],
+        {"dtype": "F32"},
+        {"dtype": "F32", "shape": [2], "data_offsets": [0]},
+        {"dtype": "F32", "shape": [2], "data_offsets": ["0", "8"]},
+        {"dtype": "F32", "shape": ["2"], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [-2], "data_offsets": [8, 0]},
+        {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]},
+        {"dtype": "F32", "shape": 2, "data_offsets": [0, 8]},
+    ],
+)
+def test_malformed_header_entry_names_its_tensor(entry, tmp_path):
+    file = write_safetensors(tmp_path / "model.safetensors", {"layers.0.w": entry}, bytes(64))
+    message = refusal(index_model, tmp_path)
+    assert message.startswith(f"{file}: ") and "tensor layers.0.w is malformed" in message
+
+
+def test_extent_that_contradicts_its_shape_names_both_sizes(tmp_path):
+    entry = {"dtype": "F16", "shape": [3, 4], "data_offsets": [0, 20]}
+    write_safetensors(tmp_path / "model.safetensors", {"w": entry}, bytes(64))
+    message = refusal(index_model, tmp_path)
+    assert "tensor w [3, 4] of F16 needs 24 bytes" in message and "gives 20" in message
+
+
+@pytest.mark.parametrize("stored", ["F64", "F8_E5M2", "nonsense"])
+def test_type_that_mlx_does_not_read_is_refused(stored, tmp_path):
+    entry = {"dtype": stored, "shape": [1], "data_offsets": [0, 8]}
+    file = write_safetensors(tmp_path / "model.safetensors", {"w": entry}, bytes(8))
+    with pytest.raises(RuntimeError):  # MLX agrees
+        mx.eval(mx.load(str(file)))
+    assert f"{file}: tensor w is of type {stored}" in refusal(index_model, tmp_path)
+
+
+def test_missing_shard_is_named_with_the_index_that_names_it(tmp_path):
+    write_shards(tmp_path)
+    shard = tmp_path / "model-00002-of-00002.safetensors"
+    shard.unlink()
+    message = refusal(index_model, tmp_path)
+    assert f"{shard} is missing" in message and "model.safetensors.index.json" in message
+
+
+def test_tensor_that_its_shard_does_not_hold_is_named(tmp_path):
+    write_shards(tmp_path)
+    shard = tmp_path / "model-00002-of-00002.safetensors"
+    mx.save_safetensors(str(shard), {"scalar": mx.array(1.0), "layers.1.flag": mx.array([True])})
+    message = refusal(index_model, tmp_path)
+    assert "layers.1.weight" in message and shard.name in message
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": 3}'])
+def test_garbage_shard_index_is_named(content, tmp_path):
+    write_shards(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    assert f"{tmp_path / 'model.safetensors.index.json'} is not a safetensors index" in refusal(index_model, tmp_path)
+
+
+def test_dangling_symlink_is_a_download_that_did_not_finish(tmp_path):
+    link = tmp_path / "model.safetensors"
+    link.symlink_to(tmp_path / "blobs" / "0123")
+    message = refusal(index_model, tmp_path)
+    assert f"{link} is missing" in message and "broken link" in message
+
+
+def test_directory_under_a_weight_files_name_is_one_line(tmp_path):
+    (tmp_path / "model.safetensors").mkdir()
+    assert str(tmp_path / "model.safetensors") in refusal(index_model, tmp_path)
+
+
+def test_directory_without_weights_says_what_it_found_and_how_to_convert(tmp_path):
+    assert "mlx_lm.convert" in refusal(index_model, tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    assert "found pytorch_model.bin" in refusal(index_model, tmp_path)
+
+
+# --- Reader -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def reader():
+    reader = Reader()
+    yield reader
+    reader.close()
+
+
+@pytest.fixture
+def blob(tmp_path) -> Path:
+    file = tmp_path / "blob"
+    file.write_bytes(np.random.default_rng(0).bytes(200_000))
+    return file
+
+
+def scattered(file: Path, first: int, sizes: list[int], shuffle: random.Random) -> list[ByteRange]:
+    """Ranges that follow each other in the file, each with its place in a buffer, in shuffled order with gaps."""
+    offsets = [first + sum(sizes[:i]) for i in range(len(sizes))]
+    order = shuffle.sample(range(len(sizes)), len(sizes))
+    places, at = {}, 5
+    for i in order:
+        places[i], at = at, at + sizes[i] + 3
+    return [ByteRange(str(file), offsets[i], sizes[i], places[i]) for i in order]
+
+
+def expected(ranges: list[ByteRange], nbytes: int) -> bytes:
+    buffer = bytearray(nbytes)
+    for r in ranges:
+        with open(r.file, "rb") as file:
+            file.seek(r.offset)
+            buffer[r.at : r.at + r.nbytes] = file.read(r.nbytes)
+    return bytes(buffer)
+
+
+def test_neighbours_in_a_file_are_one_request_scattered_to_their_places(reader, blob, monkeypatch):
+    requests, preadv = [], os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, at: requests.append(at) or preadv(fd, buffers, at))
+    shuffle = random.Random(0)
+    ranges = scattered(blob, 1000, [10, 1, 4096, 333, 7], shuffle)
+    buffer = bytearray(5000)
+    reader.read_now(ranges, memoryview(buffer))
+    assert bytes(buffer) == expected(ranges, 5000)
+    assert requests == [1000]
+
+
+def test_ranges_of_several_files_and_places_arrive(reader, blob, tmp_path):
+    other = tmp_path / "other"
+    other.write_bytes(bytes(range(256)) * 4)
+    ranges = [
+        ByteRange(str(other), 300, 50, 0),
+        ByteRange(str(blob), 7000, 20, 100),
+        ByteRange(str(other), 0, 50, 50),
+        ByteRange(str(blob), 7000, 20, 130),  # the same bytes twice: tied weights
+        ByteRange(str(blob), 0, 0, 160),  # an empty tensor
+    ]
+    buffer = bytearray(200)
+    reader.read_now(ranges, memoryview(buffer))
+    assert bytes(buffer) == expected(ranges, 200)
+
+
+def test_more_neighbours_than_one_system_call_takes_arrive(reader, blob):
+    ranges = scattered(blob, 17, [1 + i % 3 for i in range(2500)], random.Random(1))  # IOV_MAX is 1024
+    nbytes = 5 + sum(r.nbytes + 3 for r in ranges)
+    buffer = bytearray(nbytes)
+    reader.read_now(ranges, memoryview(buffer))
+    assert bytes(buffer) == expected(ranges, nbytes)
+
+
+@pytest.mark.parametrize("most", [1, 7, 64, 1000])
+def test_short_reads_are_continued_where_they_stopped(most, reader, blob, monkeypatch):
+    preadv = os.preadv
+
+    def short(fd, buffers, offset):
+        left, some = most, []
+        for buffer in buffers:
+            some.append(buffer[:left])
+            left -= len(some[-1])
+            if not left:
+                break
+        return preadv(fd, some, offset)
+
+    monkeypatch.setattr(os, "preadv", short)
+    ranges = scattered(blob, 1000, [10, 1, 700, 333, 7], random.Random(2))
+    buffer = bytearray(2000)
+    reader.read_now(ranges, memoryview(buffer))
+    assert bytes(buffer) == expected(ranges, 2000)
+    assert reader.bytes_read == 1051
+
+
+def test_file_that_ends_early_names_file_and_offset(reader, blob):
+    message = refusal(reader.read_now, [ByteRange(str(blob), 199_900, 300, 0)], memoryview(bytearray(300)))
+    assert str(blob) in message and "byte 200000" in message and "200 bytes early" in message
+
+
+def test_file_that_is_cut_while_it_is_used_names_file_and_offset(reader, blob):
+    ranges = [ByteRange(str(blob), 0, 200_000, 0)]
+    reader.read_now(ranges, memoryview(bytearray(200_000)))
+    os.truncate(blob, 150_000)
+    message = refusal(reader.read_now, ranges, memoryview(bytearray(200_000)))
+    assert str(blob) in message and "byte 150000" in message
+
+
+def test_failing_disk_names_file_offset_and_reason_and_later_reads_work(reader, blob, monkeypatch):
+    preadv = os.preadv
+
+    def fails_once(fd, buffers, offset):
+        monkeypatch.setattr(os, "preadv", preadv)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "preadv", fails_once)
+    ranges, buffer = [ByteRange(str(blob), 4242, 10, 0)], bytearray(10)
+    message = refusal(reader.read_now, ranges, memoryview(buffer))
+    assert str(blob) in message and "byte 4242" in message and os.strerror(errno.EIO) in message
+    reader.read_now(ranges, memoryview(buffer))
+    assert bytes(buffer) == expected(ranges, 10)
+
+
+def test_file_that_is_gone_is_named(reader, tmp_path):
+    gone = str(tmp_path / "gone")
+    assert gone in refusal(reader.read_now, [ByteRange(gone, 0, 1, 0)], memoryview(bytearray(1)))
+
+
+def test_bytes_read_and_time_waited_are_counted(reader, blob, monkeypatch):
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda *args: time.sleep(0.05) or preadv(*args))
+    read = reader.submit(
+        [ByteRange(str(blob), 0, 100, 0), ByteRange(str(blob), 100, 23, 100)], memoryview(bytearray(123))
+    )
+    reader.wait(read)
+    assert reader.bytes_read == 123
+    assert 0.04 < reader.wait_s < 5
+    reader.read_now([ByteRange(str(blob), 50, 77, 0)], memoryview(bytearray(77)))
+    assert reader.bytes_read == 200
+
+
+# --- Cache ------------------------------------------------------------------------------------------
+
+
+class CountingReader(Reader):
+    """Counts reads, and ends each one before going on, so that a test's course does not hang on the disk's speed."""
+
+    def __init__(self):
+        super().__init__()
+        self.n_reads = 0
+
+    def submit(self, ranges, buffer):
+        read = super().submit(ranges, buffer)
+        read.exception()
+        self.n_reads += 1
+        return read
+
+
+def items_of(file: Path, sizes: list[int]) -> list[list[ByteRange]]:
+    """One item a size, each of two ranges that lie apart in the file and swap places in the buffer."""
+    items, at = [], 0
+    for size in sizes:
+        half = size // 2
+        items.append(
+            [ByteRange(str(file), at + 5, half, size - half), ByteRange(str(file), at + half + 9, size - half, 0)]
+        )
+        at += size + 20
+    return items
+
+
+def assert_holds(buffer: mx.array, item: list[ByteRange]) -> None:
+    nbytes = sum(r.nbytes for r in item)
+    assert bytes(memoryview(buffer))[:nbytes] == expected(item, nbytes)
+
+
+def visit_all(reader: Reader, file: Path, sizes: list[int], visits: list[int], capacity: int) -> int:
+    """Take and release items in this order, checking every buffer; returns bytes MLX held at most for it."""
+    items = items_of(file, sizes)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    cache = BlockCache(reader, items, capacity)
+    for t, item in enumerate(visits):
+        buffer = cache.take(item, visits[t + 1 :])
+        assert_holds(buffer, items[item])
+        del buffer
+        cache.release(item)
+    held = mx.get_peak_memory() - before
+    cache.clear()
+    assert mx.get_active_memory() <= before
+    return held
+
+
+def fewest_reads(visits: list[int], slots: int, next_has_a_slot: bool) -> int:
+    """By trying every eviction: the fewest reads that serve `visits` with `slots` equal buffers.
+
+    The item in use occupies a slot; with `next_has_a_slot`, so does the one after it (it is being read).
+    """
+    fewest = {frozenset(): 0}  # resident items -> reads so far
+    for item, following in itertools.zip_longest(visits, visits[1:]):
+        needed = {item, following} - {None} if next_has_a_slot else {item}
+        reached: dict[frozenset, int] = {}
+        for resident, n_reads in fewest.items():
+            wanted = resident | needed
+            n_evicted = max(0, len(wanted) - slots)
+            for evicted in itertools.combinations(wanted - needed, n_evicted):
+                state = wanted - set(evicted)
+                reached[state] = min(reached.get(state, len(visits)), n_reads + len(needed - resident))
+        fewest = reached
+    return min(fewest.values())
+
+
+def n_reads(file: Path, n_items: int, visits: list[int], slots: int) -> int:
+    reader, size = CountingReader(), 64
+    visit_all(reader, file, [size] * n_items, visits, slots * size)
+    reader.close()
+    assert reader.bytes_read == reader.n_reads * size
+    return reader.n_reads
+
+
+def test_brute_force_knows_closed_forms():
+    forward = list(range(4)) * 3
+    assert fewest_reads(forward, 4, False) == 4  # all fit
+    assert fewest_reads(forward, 1, False) == 12  # none stays
+    there_and_back = (list(range(4)) + list(range(4))[::-1]) * 3
+    assert fewest_reads(there_and_back, 2, False) == 4 + 5 * 2  # two stay at every turn, two are read
+    # Belady's own example of three slots: 9 faults with OPT
+    assert fewest_reads([1, 2, 3, 4, 1, 2, 5, 1, 2, 3, 4, 5], 3, False) == 7
+
+
+SMALL = [(n, slots) for n in range(2, 6) for slots in range(2, n + 1)]
+
+
+@pytest.mark.parametrize("n, slots", SMALL)
+def test_forward_and_back_reads_are_the_fewest_possible(n, slots, blob):
+    """A training step: blocks 0..n-1, then n-1..0. Reading ahead costs nothing: what was just used is used last."""
+    visits = (list(range(n)) + list(range(n))[::-1]) * 3
+    assert n_reads(blob, n, visits, slots) == fewest_reads(visits, slots, next_has_a_slot=False)
+
+
+@pytest.mark.parametrize("n, slots", SMALL)
+def test_forward_only_reads_are_the_fewest_possible_of_reading_ahead(n, slots, blob):
+    """Evaluation: blocks 0..n-1 over and over. The best item to evict is the one in use, and reading the next one
+    beside it cannot evict it: the fewest reads are those with which the next item, too, always has its slot."""
+    visits = list(range(n)) * 4
+    assert n_reads(blob, n, visits, slots) == fewest_reads(visits, slots, next_has_a_slot=True)
+
+
+def test_everything_is_read_once_when_everything_fits(blob):
+    assert n_reads(blob, 5, (list(range(5)) + list(range(5))[::-1]) * 4, slots=5) == 5
+
+
+def test_other_orders_are_served_right_with_few_reads_more(blob):
+    """Blocks visited in any order. Choosing victims one read ahead is not always best: 2% more, measured."""
+    order, done, fewest = random.Random(0), 0, 0
+    for _ in range(40):
+        n = order.randint(2, 5)
+        visits, slots = [order.randrange(n) for _ in range(12)], order.randint(2, n)
+        done += n_reads(blob, n, visits, slots)
+        fewest += fewest_reads(visits, slots, next_has_a_slot=True)
+    assert done <= 1.05 * fewest
+
+
+PAGE = 16384  # MLX rounds buffers up to pages on a Mac
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_unequal_items_never_exceed_capacity(seed, tmp_path):
+    order = random.Random(seed)
+    sizes = [order.choice([1, 2, 3, 5, 8]) * PAGE for _ in range(order.randint(2, 6))]
+    file = tmp_path / "blob"
+    file.write_bytes(order.randbytes(sum(sizes) + 20 * len(sizes)))
+    cycle = list(range(len(sizes)))
+    visits = (cycle if seed % 2 else cycle + cycle[::-1]) * 4
+    least = 2 * max(sizes)
+    capacity = order.choice([0, least + PAGE, sum(sizes)])
+    reader = Reader() if seed % 3 else CountingReader()
+    gc.collect()
+    held = visit_all(reader, file, sizes, visits, capacity)
+    reader.close()
+    assert max(sizes) <= held < max(capacity, least) + PAGE  # less than any item more: `mx.zeros` makes a scalar
+
+
+@pytest.mark.parametrize("slots", [5, 4])
+def test_lowered_capacity_is_kept_from_the_next_visit_on(slots, tmp_path):
+    """Also where everything fitted before, so that nothing has to be read."""
+    file, size = tmp_path / "blob", 4 * PAGE
+    file.write_bytes(random.Random(0).randbytes(6 * size))
+    items, reader = items_of(file, [size] * 5), CountingReader()
+    visits = (list(range(5)) + list(range(5))[::-1]) * 2
+    gc.collect()
+    before = mx.get_active_memory()
+    cache = BlockCache(reader, items, slots * size)
+    for t, item in enumerate(visits):
+        if t == 10:
+            assert slots * size <= mx.get_active_memory() - before
+            cache.capacity = 3 * size
+        buffer = cache.take(item, visits[t + 1 :])
+        assert_holds(buffer, items[item])
+        del buffer
+        if t >= 10:
+            assert mx.get_active_memory() - before < 3 * size + PAGE
+        cache.release(item)
+    reader.close()
+
+
+def test_small_item_in_a_large_buffer_leaves_room_for_the_large_one(blob):
+    """Block 2 comes into block 0's buffer; then block 0 is to be read beside it."""
+    reader = CountingReader()
+    visit_all(reader, blob, [100, 50, 10], [0, 1, 2] * 3, capacity=0)
+    reader.close()
+
+
+def test_bytes_stay_right_while_the_next_item_is_read(blob, monkeypatch):
+    """On a slow disk: reads are under way while a buffer is in use, and must not touch it."""
+    preadv, slow = os.preadv, random.Random(0)
+    monkeypatch.setattr(os, "preadv", lambda *args: time.sleep(slow.choice([0, 0.001])) or preadv(*args))
+    items, reader = items_of(blob, [400] * 4), Reader()
+    for slots in (2, 3):
+        cache = BlockCache(reader, items, slots * 400)
+        visits = (list(range(4)) + list(range(4))[::-1] + [2, 0, 3]) * 5
+        for t, item in enumerate(visits):
+            buffer = cache.take(item, visits[t + 1 :])
+            assert_holds(buffer, items[item])
+            time.sleep(slow.choice([0, 0.001, 0.002]))
+            assert_holds(buffer, items[item])
+            cache.release(item)
+        cache.clear()
+    reader.close()
+
+
+def test_next_item_is_read_while_the_present_one_is_in_use(blob):
+    items, reader = items_of(blob, [400] * 3), Reader()
+    cache = BlockCache(reader, items)
+    cache.take(0, [1, 2])
+    deadline = time.monotonic() + 5
+    while reader.bytes_read < 800 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert reader.bytes_read == 800  # items 0 and 1, not 2
+    cache.release(0)
+    cache.clear()
+    reader.close()
+
+
+def test_unexpected_item_is_served(blob):
+    items, reader = items_of(blob, [400] * 4), Reader()
+    cache = BlockCache(reader, items)
+    for item in (0, 3, 1, 1, 2, 0):  # it is always told that 1, 2, 3 come next
+        assert_holds(cache.take(item, [1, 2, 3]), items[item])
+        cache.release(item)
+    cache.clear()
+    reader.close()
+
+
+def test_failed_read_is_raised_at_its_item_and_tried_again_later(blob, monkeypatch):
+    items, reader = items_of(blob, [400] * 3), CountingReader()
+    bad = items[1][0].offset
+    preadv = os.preadv
+
+    def fails(fd, buffers, offset):
+        if offset == bad:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return preadv(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", fails)
+    cache = BlockCache(reader, items)
+    assert_holds(cache.take(0, [1, 2]), items[0])  # the read ahead of item 1 fails, silently
+    cache.release(0)
+    assert f"byte {bad}" in refusal(cache.take, 1, [2, 0])
+    monkeypatch.setattr(os, "preadv", preadv)
+    for item in (1, 2, 0):
+        assert_holds(cache.take(item, [2, 0, 1]), items[item])
+        cache.release(item)
+    cache.clear()
+    reader.close()
