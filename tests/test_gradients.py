@@ -349,6 +349,39 @@ def test_generation_with_a_key_value_cache_equals_in_memory(llama_with_tokenizer
     assert [token for token, _ in generate_step(prompt, streamed, max_tokens=12)] == expected
 
 
+def test_gradient_of_the_input_embeddings_equals_in_memory(llama):
+    """A gradient nobody trains by still flows through all blocks, below the lowest adapter too."""
+    whole, streamed = pair(llama, num_layers=1)
+    batch, _ = random_batch(256)
+    mx.random.seed(4)
+    embeddings = mx.random.normal((*batch.shape, 64))
+    gradients = [
+        mx.grad(lambda e, m=m: (m(batch, input_embeddings=e) ** 2).sum())(embeddings) for m in (whole, streamed)
+    ]
+    assert mx.array_equal(*gradients) and mx.abs(gradients[0]).max().item() > 1e-3
+
+
+def test_a_model_called_twice_in_one_loss_equals_in_memory(llama):
+    whole, streamed = pair(llama)
+    (batch, lengths), (other, _) = random_batch(256), random_batch(256, seed=9)
+
+    def loss(model):
+        return default_loss(model, batch, lengths)[0] + (mx.softmax(model(other)) ** 2).sum()
+
+    (value, gradients), (streamed_value, streamed_gradients) = (
+        nn.value_and_grad(m, loss)(m) for m in (whole, streamed)
+    )
+    assert value.item() == streamed_value.item()
+    assert largest_difference(gradients, streamed_gradients) == 0.0
+
+
+def test_base_weights_cannot_be_trained(llama):
+    _, streamed = pair(llama)
+    streamed.layers[0].unfreeze()
+    with pytest.raises(slowft.SlowftError, match="base weight, which stays on disk"):
+        streamed.loss_and_grads(*random_batch(256))
+
+
 def test_compiled_model_says_how_to_turn_it_off(llama):
     streamed = slowft.open_model(llama)
     with pytest.raises(slowft.SlowftError, match=r"mx\.disable_compile"):

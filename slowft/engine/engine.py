@@ -52,6 +52,8 @@ class Engine:
         self._outside: list[tuple[Any, Any]] = []  # (owner, key) of trainable parameters outside the blocks
         self._lowest_trained = 0  # the first visit of a forward pass to a block with trainable parameters
         self._expects_backward = False
+        units = [*cut.blocks, *(unit for units in cut.outside.values() for unit in units)]
+        self._on_disk = {(id(p.owner), p.key) for unit in units for p in unit.params}
         self.stats = Stats(reader, self._residency)
         self.seed = 0
         self.step = 0
@@ -65,7 +67,9 @@ class Engine:
         if (part := self._part) is not None:
             return part.on_block(unit, inner, args, kwargs)
         position, seed = self._next_position(unit)
-        needed = bool(self._outside) or position > self._lowest_trained
+        # only in a step of our own is it known that nobody asks for gradients below the lowest trained block
+        in_step = getattr(self._local, "trace", None) is not None
+        needed = not in_step or bool(self._outside) or position > self._lowest_trained
         output = self._stream(unit, inner, args, kwargs, seed, inputs_need_gradient=needed)
         if (hidden := getattr(self._local, "hidden", None)) is not None and position == len(self._cut.order) - 1:
             hidden.output = output
@@ -168,8 +172,14 @@ class Engine:
     def _expect(self, backward: bool) -> None:
         """Look at what is trainable now, and tell which blocks will be visited in which order."""
         order = self._cut.order
+        entries = trainable_entries(self._model)
+        for name, owner, key in entries:
+            if (id(owner), key) in self._on_disk:
+                raise SlowftError(
+                    f"{name} is trainable, but it is a base weight, which stays on disk. Call model.freeze() and add_lora"
+                )
         trained = {unit.index: unit.trainable() for unit in self._cut.blocks}
-        in_blocks = {(id(o), k) for entries in trained.values() for _, o, k in entries}
+        in_blocks = {(id(o), k) for of_block in trained.values() for _, o, k in of_block}
         self._outside = [(o, k) for _, o, k in trainable_entries(self._model) if (id(o), k) not in in_blocks]
         self._lowest_trained = next((p for p, index in enumerate(order) if trained[index]), len(order))
         self._expects_backward = backward
