@@ -176,7 +176,7 @@ class Engine:
         for name, owner, key in entries:
             if (id(owner), key) in self._on_disk:
                 raise SlowftError(
-                    f"{name} is trainable, but it is a base weight, which stays on disk. Call model.freeze() and add_lora"
+                    f"{name} is trainable, but base weights stay on disk. Call model.freeze() and add_lora instead"
                 )
         trained = {unit.index: unit.trainable() for unit in self._cut.blocks}
         in_blocks = {(id(o), k) for of_block in trained.values() for _, o, k in of_block}
