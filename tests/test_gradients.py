@@ -375,6 +375,51 @@ def test_a_model_called_twice_in_one_loss_equals_in_memory(llama):
     assert largest_difference(gradients, streamed_gradients) == 0.0
 
 
+def test_derivatives_that_would_come_out_as_zero_are_refused(llama):
+    _, streamed = pair(llama)
+    batch, lengths = random_batch(256)
+
+    def penalty(model):
+        gradients = nn.value_and_grad(model, lambda m: default_loss(m, batch, lengths)[0])(model)[1]
+        return sum((array**2).sum() for _, array in tree_flatten(gradients))
+
+    with pytest.raises(slowft.SlowftError, match="second derivatives"):
+        mx.eval(nn.value_and_grad(streamed, penalty)(streamed))
+    embeddings = mx.random.normal((*batch.shape, 64))
+    with pytest.raises(slowft.SlowftError, match="forward-mode"):
+        mx.jvp(lambda e: streamed(batch, input_embeddings=e), [embeddings], [embeddings])
+
+
+@pytest.mark.parametrize("frozen", ["lora_a", "lora_b"])
+def test_partly_frozen_adapters_equal_in_memory(frozen, llama, tmp_path):
+    whole, streamed = pair(llama)
+    for model in (whole, streamed):
+        model.freeze(keys=[frozen], strict=False)
+    batch, lengths = random_batch(256)
+    loss, gradients = reference(whole, batch, lengths)
+    for streamed_loss, streamed_gradients in (
+        reference(streamed, batch, lengths),
+        (streamed.loss_and_grads(batch, lengths)[0][0], streamed.loss_and_grads(batch, lengths)[1]),
+    ):
+        assert streamed_loss.item() == loss.item()
+        assert largest_difference(gradients, streamed_gradients) == 0.0
+    streamed.save_adapter(tmp_path / "a")
+    again = slowft.open_model(llama, adapter_path=tmp_path / "a")
+    assert mx.array_equal(again(batch), streamed(batch))
+
+
+def test_one_frozen_block_equals_in_memory(llama):
+    whole, streamed = pair(llama)
+    for model in (whole, streamed):
+        model.layers[0].freeze()
+        model.layers[2].freeze()
+    batch, lengths = random_batch(256)
+    loss, gradients = reference(whole, batch, lengths)
+    (streamed_loss, _), streamed_gradients = streamed.loss_and_grads(batch, lengths)
+    assert streamed_loss.item() == loss.item()
+    assert largest_difference(gradients, streamed_gradients) == 0.0
+
+
 def test_base_weights_cannot_be_trained(llama):
     _, streamed = pair(llama)
     streamed.layers[0].unfreeze()
@@ -392,6 +437,68 @@ def test_step_without_trained_token_is_an_error(llama):
     _, streamed = pair(llama)
     with pytest.raises(slowft.SlowftError, match="no token"):
         streamed.loss_and_grads(mx.array([[1, 2, 3]]), mx.array([[9, 2]]))
+
+
+def test_a_function_that_fails_while_traced_leaves_the_model_usable(llama):
+    whole, streamed = pair(llama)
+    batch, lengths = random_batch(256)
+    with pytest.raises(slowft.SlowftError, match="outside of"):
+        nn.value_and_grad(streamed, default_loss)(streamed, batch + 500, lengths)
+    loss, gradients = reference(whole, batch, lengths)
+    (streamed_loss, _), streamed_gradients = streamed.loss_and_grads(batch, lengths)
+    assert streamed_loss.item() == loss.item()
+    assert largest_difference(gradients, streamed_gradients) == 0.0
+
+
+def test_a_closed_model_says_so(llama):
+    _, streamed = pair(llama)
+    streamed.close()
+    streamed.close()
+    for use in (lambda: streamed(mx.array([[1, 2]])), lambda: streamed.loss_and_grads(*random_batch(256))):
+        with pytest.raises(slowft.SlowftError, match="closed"):
+            use()
+
+
+def test_models_that_are_dropped_close_their_files(llama):
+    import gc
+    import os
+
+    def open_files() -> int:
+        return len(os.listdir("/dev/fd"))
+
+    before = open_files()
+    for _ in range(5):
+        slowft.open_model(llama).loss(*random_batch(256))
+    gc.collect()
+    assert open_files() <= before + 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ([],),
+        (mx.array([1, 2, 3]), mx.array([[1, 2]])),
+        (mx.array([[1.0, 2.0]]), mx.array([[1, 2]])),
+        (mx.array([[1, 2, 3]]), mx.array([1, 2])),
+        ([mx.array([[1, 2, 3]])],),
+    ],
+    ids=["nothing", "one axis", "floats", "lengths of one axis", "no lengths"],
+)
+def test_batches_of_the_wrong_shape_are_named(arguments, llama):
+    _, streamed = pair(llama)
+    with pytest.raises(slowft.SlowftError, match="batch|lengths"):
+        streamed.loss_and_grads(*arguments)
+
+
+def test_what_would_lose_the_weights_is_refused(llama, tmp_path):
+    import copy
+    import pickle
+
+    streamed = slowft.open_model(llama)
+    for act in (copy.deepcopy, pickle.dumps, lambda m: m.save_weights(str(tmp_path / "w.safetensors"))):
+        with pytest.raises(slowft.SlowftError):
+            act(streamed)
+    assert not (tmp_path / "w.safetensors").exists()
 
 
 def test_failure_in_a_step_leaves_the_model_usable(llama):

@@ -24,7 +24,8 @@ class UnitCall:
 
     Args:
         inner: the module's own method, bound.
-        entries: (owner, key) of the unit's trainable parameters; their traced values are `params`.
+        entries: (owner, key) of the unit's own arrays, adapters above all; their traced values are `params`.
+        trained: for each of them, whether anybody asks for its gradient.
         seed: random seed of this call, so that the recomputation draws the same dropout masks.
         inputs_need_gradient: False below the lowest trained block, where nobody asks for it.
     """
@@ -36,6 +37,7 @@ class UnitCall:
         kwargs: dict,
         entries: Sequence[tuple[Any, Any]],
         params: Sequence[mx.array],
+        trained: Sequence[bool],
         serve: Serve,
         seed: int,
         inputs_need_gradient: bool,
@@ -45,13 +47,16 @@ class UnitCall:
         self._inputs: list[mx.array] = []
         self._in_spec = pack((args, kwargs), self._inputs)
         self._n = len(self._inputs)
-        self._wrt = [i for i, a in enumerate(self._inputs) if a.dtype in FLOATS] if inputs_need_gradient else []
+        wanted = [inputs_need_gradient] * self._n + list(trained)
+        arrays = [*self._inputs, *self._params]
+        self._wrt = [i for i, a in enumerate(arrays) if wanted[i] and a.dtype in FLOATS]
         self._states = [leaf for leaf in _static_leaves(self._in_spec) if hasattr(leaf, "state")]  # key-value caches
         self._out_spec: Any = None
 
     def __call__(self) -> Any:
         function = mx.custom_function(self._primal)
         function.vjp(self._vjp)
+        function.jvp(_refuse("forward-mode derivatives"))
         outputs = function(*self._inputs, *self._params)
         return unpack(self._out_spec, _as_list(outputs))
 
@@ -70,30 +75,31 @@ class UnitCall:
     def _vjp(self, primals, cotangents, _):
         if self._states:
             raise SlowftError("gradients through a key-value cache cannot be streamed. Call the model without a cache")
-        primals = _as_list(primals)
-        detached = [detach(x) for x in primals], [detach(c) for c in _as_list(cotangents)]
+        primals, cotangents = _as_list(primals), _as_list(cotangents)
+        detached = [detach(x) for x in primals], [detach(c) for c in cotangents]
         wrt, n = self._wrt, self._n
 
         def backward():
             xs, cts = ([attach(d) for d in part] for part in detached)
 
             def recompute(*variables: mx.array) -> list[mx.array]:
-                inputs = list(xs[:n])
+                arrays = list(xs)
                 for i, value in zip(wrt, variables):
-                    inputs[i] = value
-                return self._run(inputs, variables[len(wrt) :])
+                    arrays[i] = value
+                return self._run(arrays[:n], arrays[n:])
 
             mx.random.seed(self._seed)
             # the outputs are never evaluated: MLX then skips what only they need, such as the last matmul
-            _, gradients = mx.vjp(recompute, [xs[i] for i in wrt] + xs[n:], cts)
+            _, gradients = mx.vjp(recompute, [xs[i] for i in wrt], cts)
             mx.eval(gradients)
             return gradients
 
-        gradients = self._serve(backward, True)
-        of_inputs = [mx.zeros_like(x) for x in primals[:n]]  # lazy: nobody evaluates those that are not wanted
+        gradients = self._serve(backward, True) if wrt else []
+        result = [mx.zeros_like(x) for x in primals]  # lazy: nobody evaluates those that are not wanted
         for i, gradient in zip(wrt, gradients):
-            of_inputs[i] = gradient
-        return tuple(of_inputs + list(gradients[len(wrt) :]))
+            result[i] = gradient
+        # inputs and parameters apart, or each block's cotangent would live as long as the gradients of its adapters
+        return *_differentiable_once(result[:n], primals), *_differentiable_once(result[n:], primals)
 
     def _run(self, inputs: Sequence[mx.array], params: Sequence[mx.array]) -> list[mx.array]:
         for (owner, key), value in zip(self._entries, params):
@@ -102,6 +108,22 @@ class UnitCall:
         outputs: list[mx.array] = []
         self._out_spec = pack(self._inner(*args, **kwargs), outputs)
         return outputs
+
+
+def _differentiable_once(gradients: list[mx.array], primals: list[mx.array]) -> list[mx.array]:
+    """The same gradients, but refusing to be differentiated: constants to MLX, a second derivative would be zero."""
+    if not gradients:
+        return []
+    guard = mx.custom_function(lambda *_: tuple(gradients))
+    guard.vjp(_refuse("second derivatives"))
+    return _as_list(guard(*primals))
+
+
+def _refuse(what: str) -> Callable:
+    def refuse(*_, **__):
+        raise SlowftError(f"{what} cannot be streamed, only gradients")
+
+    return refuse
 
 
 def _as_list(arrays) -> list[mx.array]:

@@ -5,6 +5,7 @@ whole model in memory. The model's own `__call__` drives everything; its units' 
 """
 
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,8 +16,8 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
 from .. import platform
-from ..errors import ConfigError, SlowftError
-from ..models.seams import Cut, Probe, Unit, trainable_entries
+from ..errors import ConfigError, SlowftError, SlowftWarning
+from ..models.seams import Cut, Probe, Unit, array_entries, trainable_entries
 from ..models.weights import Param, read_whole
 from ..storage.reader import Reader
 from ..streaming.residency import Residency
@@ -59,6 +60,7 @@ class Engine:
         self.step = 0
         self.head_chunk_tokens: int | None = None
         self.memory: int | None = None
+        self._warned_of_memory = False
         self.tokens_of_last_step = 0
 
     # --- What the model's units do when they are called -------------------------------------------
@@ -67,9 +69,7 @@ class Engine:
         if (part := self._part) is not None:
             return part.on_block(unit, inner, args, kwargs)
         position, seed = self._next_position(unit)
-        # only in a step of our own is it known that nobody asks for gradients below the lowest trained block
-        in_step = getattr(self._local, "trace", None) is not None
-        needed = not in_step or bool(self._outside) or position > self._lowest_trained
+        needed = not self._in_step or bool(self._outside) or position > self._lowest_trained
         output = self._stream(unit, inner, args, kwargs, seed, inputs_need_gradient=needed)
         if (hidden := getattr(self._local, "hidden", None)) is not None and position == len(self._cut.order) - 1:
             hidden.output = output
@@ -118,19 +118,27 @@ class Engine:
             self._local.part = before
 
     def _stream(self, unit: Unit, inner, args, kwargs, seed: int, inputs_need_gradient: bool) -> Any:
-        entries = unit.trainable()
-        params = [self._traced(owner, key) for _, owner, key in entries]
+        entries = unit.adapter()
+        params = [self._traced(owner, key) for owner, key in entries]
+        trainable = {(id(owner), key) for _, owner, key in unit.trainable()}
         call = UnitCall(
             inner,
             args,
             kwargs,
-            [(owner, key) for _, owner, key in entries],
+            entries,
             params,
+            # only in a step of our own is it known which gradients nobody asks for
+            trained=[not self._in_step or (id(owner), key) in trainable for owner, key in entries],
             serve=lambda job, backward: self._serve(unit, job, backward, entries, params),
             seed=seed,
             inputs_need_gradient=inputs_need_gradient,
         )
         return call()
+
+    @property
+    def _in_step(self) -> bool:
+        """Whether the calling thread traces a micro-batch of `loss_and_grads`, rather than somebody else's function."""
+        return getattr(self._local, "trace", None) is not None
 
     def _serve(self, unit: Unit | str, job: Callable, backward: bool = False, entries=(), params=()) -> Any:
         """The job's result, with the unit's weights in place; micro-batches of a step are served together."""
@@ -141,7 +149,7 @@ class Engine:
                 return self._serve_together(unit, [job])[0]
             return self._micro_batches.meet(unit, job)
         finally:
-            for (_, owner, key), value in zip(entries, params):
+            for (owner, key), value in zip(entries, params):
                 owner[key] = value
             self._put_trace_in_place()
 
@@ -190,8 +198,8 @@ class Engine:
 
     def _traced(self, owner, key) -> mx.array:
         """A trainable parameter as the calling micro-batch's trace knows it."""
-        trace = getattr(self._local, "trace", None)
-        return owner[key] if trace is None else trace[id(owner), key]
+        trace = getattr(self._local, "trace", None) or {}
+        return trace.get((id(owner), key), owner[key])
 
     def _put_trace_in_place(self) -> None:
         """Layers outside the blocks read parameters from their modules: give them the calling trace's."""
@@ -200,6 +208,18 @@ class Engine:
             for owner, key in self._outside:
                 owner[key] = trace[id(owner), key]
 
+    def _untrace(self) -> None:
+        """Make every array in memory a plain evaluated one: only such may cross threads.
+
+        `nn.value_and_grad` leaves its tracers in the module, a broken-off one in all of it; `stop_gradient` shares
+        their memory, not their graph.
+        """
+        entries = [(o, k, a) for o, k, a in array_entries(self._model) if (id(o), k) not in self._on_disk]
+        arrays = [mx.stop_gradient(array) for _, _, array in entries]
+        mx.eval(arrays)
+        for (owner, key, _), array in zip(entries, arrays):
+            owner[key] = array
+
     # --- Steps --------------------------------------------------------------------------------------
 
     def loss_and_grads(self, micro_batches: Sequence[tuple[mx.array, mx.array]]):
@@ -207,7 +227,7 @@ class Engine:
         entries = trainable_entries(self._model)
         if not entries:
             raise SlowftError("the model has no trainable parameters. Call add_lora first")
-        _untrace(entries)
+        self._untrace()
         parameters = self._model.trainable_parameters()
 
         def differentiate(loss: Callable[[], mx.array]):
@@ -243,6 +263,7 @@ class Engine:
 
     def loss(self, batch: mx.array, lengths: mx.array) -> tuple[mx.array, mx.array]:
         """(loss, ntoks) without gradients: blocks are read once, logits never exist whole."""
+        self._untrace()
         self._expect(backward=False)
 
         def evaluate(loss: Callable[[], mx.array]) -> mx.array:
@@ -254,7 +275,6 @@ class Engine:
         return losses[0], ntoks
 
     def _run_micro_batches(self, micro_batches, evaluate: Callable[[Callable], Any], gradients: bool):
-        micro_batches = [(mx.array(batch), mx.array(lengths)) for batch, lengths in micro_batches]
         masks = [loss_mask(lengths, batch.shape[1] - 1) for batch, lengths in micro_batches]
         ntoks = sum(mask.sum() for mask in masks)
         mx.eval(micro_batches, masks, ntoks)
@@ -335,9 +355,19 @@ class Engine:
             return self._model(mx.zeros((n_rows, n_tokens), mx.int32))
 
     def _use_spare_memory(self) -> None:
-        if self.memory is not None:
-            spare = self.memory - self.stats.last.peak_memory
-            self._residency.keep_within(int(SPARE_SHARE * spare) if spare > 0 else spare)
+        if self.memory is None:
+            return
+        peak = self.stats.last.peak_memory
+        spare = self.memory - peak
+        more = self._residency.keep_within(int(SPARE_SHARE * spare) if spare > 0 else spare)
+        if spare < 0 and not more and not self._warned_of_memory:
+            self._warned_of_memory = True
+            warnings.warn(
+                f"a step takes {peak / 1e9:.2f} GB, more than the memory of {self.memory / 1e9:.2f} GB it was given. "
+                "Make batches or sequences smaller, or give more",
+                SlowftWarning,
+                stacklevel=4,
+            )
 
     # --- Opening and closing ------------------------------------------------------------------------
 
@@ -412,17 +442,6 @@ class _HeadPart:
     def on_matmul(self, unit: Unit, inner, args, kwargs):
         self._residency.bring(unit)
         return inner(*args, **kwargs)
-
-
-def _untrace(entries) -> None:
-    """Make trainable parameters plain evaluated arrays, which alone may cross threads.
-
-    `nn.value_and_grad` leaves its tracers in the module; `stop_gradient` shares their memory, not their graph.
-    """
-    arrays = [mx.stop_gradient(owner[key]) for _, owner, key in entries]
-    mx.eval(arrays)
-    for (_, owner, key), array in zip(entries, arrays):
-        owner[key] = array
 
 
 def _unevaluated_zeros(tree):

@@ -12,7 +12,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from .. import _mlx_was_imported_first, platform
-from ..errors import ConfigError, SlowftWarning
+from ..errors import ConfigError, SlowftError, SlowftWarning
 from ..models import adapters, loading, seams
 from ..storage.reader import Reader
 from .engine import Engine
@@ -124,7 +124,7 @@ class StreamedModel(nn.Module):
                 raise ConfigError(f"{path} is a directory. Give the file in it: {path / adapters.WEIGHTS}")
             self._attach(adapters.read_spec(path), magnitudes=False)
             path = path / adapters.WEIGHTS
-        adapters.load_weights(self, path)
+        adapters.load_weights(self, self._adapter_parameters(), path)
         return self
 
     def save_adapter(self, path: str | Path, numbered: int | None = None, config: dict | None = None) -> Path:
@@ -137,7 +137,12 @@ class StreamedModel(nn.Module):
         if self._adapter is None:
             raise ConfigError("no adapter is attached. Call add_lora first")
         entries = {**(config or {}), **self._adapter.as_config(), "model": str(self.path)}
-        return adapters.save(self, Path(path).expanduser(), entries, numbered)
+        return adapters.save(self._adapter_parameters(), Path(path).expanduser(), entries, numbered)
+
+    def _adapter_parameters(self) -> dict[str, mx.array]:
+        """The attached layers' parameters, frozen ones included, and whatever else is trainable."""
+        trainable = dict(tree_flatten(self.trainable_parameters()))
+        return {n: a for n, a in tree_flatten(self.parameters()) if n in trainable or n in self._adapter_names}
 
     def loss_and_grads(self, batch, lengths: mx.array | None = None):
         """Loss and gradients of the trainable parameters, over one batch or over a list of micro-batches.
@@ -152,15 +157,26 @@ class StreamedModel(nn.Module):
         Returns:
             ((loss float32 `[]`, ntoks int32 `[]`), gradients as a tree like `trainable_parameters()`).
         """
-        return self._engine.loss_and_grads(batch if lengths is None else [(batch, lengths)])
+        return self._engine.loss_and_grads(_micro_batches(batch, lengths))
 
     def loss(self, batch: mx.array, lengths: mx.array) -> tuple[mx.array, mx.array]:
         """(loss, ntoks) of a batch, without gradients; each block is read at most once."""
+        ((batch, lengths),) = _micro_batches(batch, lengths)
         return self._engine.loss(batch, lengths)
 
     def close(self) -> None:
         """End the threads and close the files. The model cannot be used afterwards."""
         self._engine.close()
+
+    def save_weights(self, file: str):
+        """Refused: the weights are on disk, and placeholders here. See `save_adapter`."""
+        raise SlowftError(f"a streamed model's weights stay in {self.path}. Use save_adapter, then mlx_lm.fuse")
+
+    def __deepcopy__(self, memo):
+        raise SlowftError("a streamed model cannot be copied. Open it once more instead")
+
+    def __reduce__(self):
+        raise SlowftError("a streamed model cannot be pickled. Open it where it is needed instead")
 
     def _attach(self, spec: adapters.AdapterSpec, magnitudes: bool) -> None:
         adapters.attach(self, spec)
@@ -168,6 +184,7 @@ class StreamedModel(nn.Module):
             self._engine.compute_magnitudes()
         mx.eval(self.trainable_parameters())
         self._adapter = spec
+        self._adapter_names = frozenset(name for name, _ in tree_flatten(self.trainable_parameters()))
 
 
 def open_model(
@@ -217,6 +234,25 @@ def open_model(
         engine.close()
         raise
     return model
+
+
+def _micro_batches(batch, lengths) -> list[tuple[mx.array, mx.array]]:
+    """Arrays of the documented shapes and dtypes, in a list."""
+    pairs = [(batch, lengths)] if lengths is not None else [batch] if isinstance(batch, tuple) else list(batch)
+    if not pairs:
+        raise SlowftError("no micro-batch given")
+    result = []
+    for pair in pairs:
+        try:
+            tokens, lengths = (mx.array(part) for part in pair)
+        except (TypeError, ValueError):
+            raise SlowftError("give a batch and its lengths, or a list of such pairs") from None
+        if tokens.ndim != 2 or tokens.shape[1] < 2 or not mx.issubdtype(tokens.dtype, mx.integer):
+            raise SlowftError(f"batch must be integers [B, T+1], got {tokens.dtype} {list(tokens.shape)}")
+        if lengths.shape != (tokens.shape[0], 2):
+            raise SlowftError(f"lengths must be [{tokens.shape[0]}, 2] for this batch, got {list(lengths.shape)}")
+        result.append((tokens, lengths))
+    return result
 
 
 def parse_nbytes(size: str | int) -> int:

@@ -55,8 +55,9 @@ def detach(array: mx.array) -> Detached:
         if "compile" not in str(e):
             raise
         raise SlowftError(
-            "a streamed model cannot run inside mx.compile, which forbids evaluation. Call mx.disable_compile() before "
-            "the compiled function is first called (pieces compiled inside mlx-lm's own layers then run uncompiled too)"
+            "a streamed model cannot run inside mx.compile (or mx.vmap), which forbids evaluation. Call "
+            "mx.disable_compile() before the compiled function is first called (pieces compiled inside mlx-lm's own "
+            "layers then run uncompiled too)"
         ) from None
     readable = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array  # numpy has no bfloat16
     return Detached(np.asarray(readable), array.dtype)

@@ -7,13 +7,13 @@ a directory that `mlx_lm.generate --adapter-path` loads. Never half-writes a fil
 import json
 import math
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from .. import platform
 from ..errors import AdapterError, ConfigError
@@ -49,6 +49,8 @@ def attach(model: nn.Module, spec: AdapterSpec) -> None:
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
     n_layers, p = len(model.layers), spec.parameters
+    if spec.num_layers < 1 and spec.num_layers != -1:
+        raise ConfigError(f"num_layers must be at least 1, or -1 for all, got {spec.num_layers}")
     if spec.num_layers > n_layers and spec.num_layers != DEFAULT_NUM_LAYERS:
         raise ConfigError(f"num_layers is {spec.num_layers} but the model has {n_layers} layers. Use -1 for all")
     if not (isinstance(p["rank"], int) and p["rank"] >= 1):
@@ -100,9 +102,11 @@ def read_spec(directory: Path) -> AdapterSpec:
     return spec
 
 
-def load_weights(model: nn.Module, file: Path) -> None:
+def load_weights(model: nn.Module, expected: dict[str, mx.array], file: Path) -> None:
     """Load adapter tensors into the attached layers.
 
+    Args:
+        expected: the attached adapter's parameters, by name.
     Raises:
         AdapterError: unreadable file, or tensors that do not belong to the model; names one and both shapes.
     """
@@ -113,53 +117,60 @@ def load_weights(model: nn.Module, file: Path) -> None:
         mx.eval(list(weights.values()))
     except (RuntimeError, ValueError) as e:
         raise AdapterError(f"{file} is not a readable safetensors file: {str(e).splitlines()[0]}") from None
-    trainable = dict(tree_flatten(model.trainable_parameters()))
     for name, array in weights.items():
-        if name not in trainable:
+        if name not in expected:
             raise AdapterError(f"{file}: {name} is no adapter parameter of this model. Was it trained on another one?")
-        if array.shape != trainable[name].shape:
+        if array.shape != expected[name].shape:
             raise AdapterError(
-                f"{file}: {name} is {list(array.shape)}, the model wants {list(trainable[name].shape)}. "
+                f"{file}: {name} is {list(array.shape)}, the model wants {list(expected[name].shape)}. "
                 "Use the rank and layers it was trained with"
             )
-    missing = sorted(set(trainable) - set(weights))
+    missing = sorted(set(expected) - set(weights))
     if missing:
         raise AdapterError(f"{file} lacks {missing[0]} (and {len(missing) - 1} more) of the attached adapter")
     model.load_weights(list(weights.items()), strict=False)
 
 
-def save(model: nn.Module, directory: Path, config: dict, numbered: int | None = None) -> Path:
-    """Write `adapter_config.json` and the trainable parameters; with `numbered`, also a numbered copy.
+def save(weights: dict[str, mx.array], directory: Path, config: dict, numbered: int | None = None) -> Path:
+    """Write `adapter_config.json` and the adapter's tensors; with `numbered`, also a numbered copy.
 
-    Every file is written under a temporary name, synced and renamed: a reader sees the old one or the new one.
+    All files are written under temporary names and synced before any is renamed, so a reader sees a whole old or
+    new file, and a failure leaves every earlier one as it was.
 
     Raises:
-        AdapterError: the directory cannot be written.
+        AdapterError: the directory cannot be written, or its disk is full.
     """
-    weights = dict(tree_flatten(model.trainable_parameters()))
+    if directory.exists() and not directory.is_dir():
+        raise AdapterError(f"{directory} is a file. Give a directory to save the adapter to")
+    names = ([] if numbered is None else [f"{numbered:07d}_{WEIGHTS}"]) + [WEIGHTS]
+    staged = {directory / name: directory / f".{name}.{os.getpid()}.tmp.safetensors" for name in names}
+    staged[directory / CONFIG] = directory / f".{CONFIG}.{os.getpid()}.tmp"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        _replace(directory / CONFIG, lambda path: path.write_text(json.dumps(config, indent=4, sort_keys=True) + "\n"))
-        files = [directory / WEIGHTS]
-        if numbered is not None:
-            files.insert(0, directory / f"{numbered:07d}_{WEIGHTS}")
-        for file in files:
-            _replace(file, lambda path: mx.save_safetensors(str(path), weights))
+        for file, temporary in staged.items():
+            if file.name == CONFIG:
+                temporary.write_text(json.dumps(config, indent=4, sort_keys=True) + "\n")
+            else:
+                mx.save_safetensors(str(temporary), weights)
+            _sync(temporary)
+        for file, temporary in staged.items():
+            os.replace(temporary, file)
     except (OSError, RuntimeError) as e:
         reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
+        needed = sum(array.nbytes for array in weights.values())
+        if directory.exists() and (free := shutil.disk_usage(directory).free) < needed:
+            reason = f"its disk is full ({free / 1e6:.1f} MB free, {needed / 1e6:.1f} MB needed a file)"
         raise AdapterError(f"{directory} cannot be written: {reason}. Earlier adapters there are untouched") from None
-    return files[0]
-
-
-def _replace(file: Path, write) -> None:
-    temporary = file.with_name(f".{file.stem}.{os.getpid()}.tmp{file.suffix}")
-    try:
-        write(temporary)
-        fd = os.open(temporary, os.O_RDWR)
-        try:
-            platform.sync_file(fd)
-        finally:
-            os.close(fd)
-        os.replace(temporary, file)
     finally:
-        temporary.unlink(missing_ok=True)
+        for temporary in staged.values():
+            if directory.is_dir():
+                temporary.unlink(missing_ok=True)
+    return directory / names[0]
+
+
+def _sync(file: Path) -> None:
+    fd = os.open(file, os.O_RDWR)
+    try:
+        platform.sync_file(fd)
+    finally:
+        os.close(fd)

@@ -43,6 +43,11 @@ class Unit:
     def compute_nbytes(self) -> int:
         return sum(p.compute_nbytes for p in self.params)
 
+    def adapter(self) -> list[tuple[Any, Any]]:
+        """(owner, key) of every array that is neither in a file nor a constant: adapters, frozen parts included."""
+        other = {(id(p.owner), p.key) for p in self.params} | {(id(owner), key) for owner, key, _ in self.constants}
+        return [(owner, key) for owner, key, _ in array_entries(self.module) if (id(owner), key) not in other]
+
     def trainable(self) -> list[tuple[str, Any, Any]]:
         """(name, owner, key) of the unit's trainable parameters, in a fixed order."""
         return trainable_entries(self.module)
@@ -269,7 +274,7 @@ def _containers(module: nn.Module):
         stack.extend(child for child in children if isinstance(child, (dict, list, tuple)))
 
 
-def _entries(module: nn.Module):
+def array_entries(module: nn.Module):
     """(owner, key, array) of every array in `module`, private ones (`_freqs`) included."""
     for owner in _containers(module):
         for key, value in owner.items() if isinstance(owner, dict) else enumerate(owner):
@@ -279,7 +284,7 @@ def _entries(module: nn.Module):
 
 def _constants(module: nn.Module, params: list[Param]):
     from_files = {(id(p.owner), p.key) for p in params}
-    constants = [entry for entry in _entries(module) if (id(entry[0]), entry[1]) not in from_files]
+    constants = [entry for entry in array_entries(module) if (id(entry[0]), entry[1]) not in from_files]
     mx.eval([array for _, _, array in constants])  # an unevaluated array cannot cross to the compute thread
     return constants
 
@@ -289,7 +294,7 @@ def _leaf_ids(args, kwargs) -> list[tuple[str, int]]:
 
 
 def _array_ids(module: nn.Module) -> dict:
-    return {(id(owner), key): id(array) for owner, key, array in _entries(module)}
+    return {(id(owner), key): id(array) for owner, key, array in array_entries(module)}
 
 
 def trainable_entries(module: nn.Module) -> list[tuple[str, Any, Any]]:

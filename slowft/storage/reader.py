@@ -7,6 +7,7 @@ file and offset. Only fills bytes: MLX arrays belong to the thread that computes
 import os
 import threading
 import time
+import weakref
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ class Reader:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="slowft-reader")
         self.bytes_read = 0
         self.wait_s = 0.0
+        self._close_files = weakref.finalize(self, _close_all, self._descriptors)
 
     def submit(self, ranges: Iterable[ByteRange], buffer: memoryview) -> Future:
         """Start filling `buffer` and return a future that is done when it is full."""
@@ -98,9 +100,12 @@ class Reader:
     def close(self) -> None:
         """Finish the reads under way, end the thread, close the files."""
         self._thread.shutdown(cancel_futures=True)
-        for fd in self._descriptors.values():
-            os.close(fd)
-        self._descriptors.clear()
+        self._close_files()
+
+
+def _close_all(descriptors: dict[str, int]) -> None:
+    while descriptors:
+        os.close(descriptors.popitem()[1])
 
 
 def _first_nbytes(targets: list[memoryview], nbytes: int) -> list[memoryview]:

@@ -98,16 +98,23 @@ class Residency:
 
         return self._timed(work)
 
-    def keep_within(self, spare_nbytes: int) -> None:
-        """Keep that many more bytes of blocks in memory between visits (fewer if negative), if there are so many."""
-        wanted = self._cache.capacity + spare_nbytes
+    def keep_within(self, spare_nbytes: int) -> bool:
+        """Keep that many more bytes of blocks in memory between visits (fewer if negative), if there are so many.
+
+        Returns:
+            Whether that changed anything.
+        """
+        before, wanted = self._cache.capacity, self._cache.capacity + spare_nbytes
         self._cache.capacity = max(self._cache.least_capacity, min(wanted, self._cache.largest_capacity))
+        return self._cache.capacity != before
 
     def on_thread(self, job: Callable[[], Any]) -> Any:
         """`job()` on the compute thread, with nothing put in place."""
         return self._thread.run(job)
 
     def close(self) -> None:
+        if not self._thread.is_open:
+            return
         self._thread.run(self._cache.clear)
         self._thread.close()
         self.reader.close()

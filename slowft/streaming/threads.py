@@ -15,6 +15,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..errors import SlowftError
+
 
 class Worker:
     """A thread for MLX work: runs functions one after the other, and is joined before the interpreter exits.
@@ -29,7 +31,13 @@ class Worker:
         self._thread.start()
         self.close = weakref.finalize(self, _end, self._jobs, self._thread)
 
+    @property
+    def is_open(self) -> bool:
+        return self.close.alive
+
     def submit(self, function: Callable[[], Any]) -> Future:
+        if not self.is_open:
+            raise SlowftError("the model is closed. Open it again")
         future: Future = Future()
         self._jobs.put((function, future))
         return future
