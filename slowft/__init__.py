@@ -19,6 +19,7 @@ _EXPORTS = {
     "Trainer": "slowft.training.trainer",
     "TrainConfig": "slowft.training.config",
     "load_data": "slowft.data.datasets",
+    "load_tokenizer": "slowft.data.datasets",
     "dropout_seed": "slowft.engine.randomness",
     "SlowftError": "slowft.errors",
 }

@@ -6,6 +6,7 @@ import mlx.optimizers as optim
 import pytest
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tuner.trainer import default_loss
+from mlx_lm.utils import dequantize_model, load_model, save_config
 
 import slowft
 from architectures import ARCHITECTURES, REFUSED
@@ -33,6 +34,24 @@ def pair(directory, **lora):
     whole.train()
     streamed.train()
     return whole, streamed
+
+
+def assert_step_equals(whole, streamed, batch, lengths):
+    loss, gradients = reference(whole, batch, lengths)
+    (streamed_loss, _), streamed_gradients = streamed.loss_and_grads(batch, lengths)
+    assert streamed_loss.item() == loss.item()
+    assert largest_difference(gradients, streamed_gradients) == 0.0
+
+
+def save_quantized(directory, dense, bits, mode, group_size):
+    """A quantized copy of the model in `dense`, as mlx-lm writes it."""
+    model, config = load_model(dense)
+    nn.quantize(model, group_size, bits, mode=mode)
+    directory.mkdir()
+    mx.save_safetensors(str(directory / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
+    quantization = {"group_size": group_size, "bits": bits, "mode": mode}
+    save_config(config | {"quantization": quantization}, directory / "config.json")
+    return directory
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -85,10 +104,7 @@ def test_weights_used_past_the_seam_are_kept_in_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(llama.Model, "__call__", head_by_hand)
     whole, streamed = pair(save_random(tmp_path / "m", ARCHITECTURES["llama tied"]))
     batch, lengths = random_batch(128)
-    loss, gradients = reference(whole, batch, lengths)
-    (streamed_loss, _), streamed_gradients = streamed.loss_and_grads(batch, lengths)
-    assert streamed_loss.item() == loss.item()
-    assert largest_difference(gradients, streamed_gradients) == 0.0
+    assert_step_equals(whole, streamed, batch, lengths)
 
 
 def test_a_block_that_remembers_is_refused(tmp_path, monkeypatch):
@@ -117,10 +133,7 @@ def test_head_that_looks_back_is_not_computed_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(llama.LlamaModel, "__call__", add_embedding)
     whole, streamed = pair(save_random(tmp_path / "m", LLAMA))
     batch, lengths = random_batch(LLAMA["vocab_size"])
-    loss, gradients = reference(whole, batch, lengths)
-    (streamed_loss, _), streamed_gradients = streamed.loss_and_grads(batch, lengths)
-    assert streamed_loss.item() == loss.item()
-    assert largest_difference(gradients, streamed_gradients) == 0.0
+    assert_step_equals(whole, streamed, batch, lengths)
 
 
 @pytest.mark.parametrize(
@@ -141,10 +154,7 @@ def test_gradients_equal_for_every_place_of_adapters(lora, tied, tmp_path):
     directory = save_random(tmp_path / "m", LLAMA | {"tie_word_embeddings": tied})
     whole, streamed = pair(directory, **lora)
     batch, lengths = random_batch(LLAMA["vocab_size"])
-    loss, gradients = reference(whole, batch, lengths)
-    (streamed_loss, _), streamed_gradients = streamed.loss_and_grads(batch, lengths)
-    assert streamed_loss.item() == loss.item()
-    assert largest_difference(gradients, streamed_gradients) == 0.0
+    assert_step_equals(whole, streamed, batch, lengths)
 
 
 def test_dora_magnitudes_are_the_norms_of_the_weights(llama):
@@ -162,10 +172,7 @@ def test_dora_magnitudes_are_the_norms_of_the_weights(llama):
 def test_sixteen_bit_files_compute_in_float32(dtype, shards, tmp_path):
     whole, streamed = pair(save_random(tmp_path / "m", LLAMA, dtype, shards))
     batch, lengths = random_batch(LLAMA["vocab_size"])
-    loss, gradients = reference(whole, batch, lengths)
-    (streamed_loss, _), streamed_gradients = streamed.loss_and_grads(batch, lengths)
-    assert streamed_loss.item() == loss.item()
-    assert largest_difference(gradients, streamed_gradients) == 0.0
+    assert_step_equals(whole, streamed, batch, lengths)
 
 
 def test_compute_dtype_bfloat16_keeps_the_files_dtype(tmp_path):
@@ -174,30 +181,14 @@ def test_compute_dtype_bfloat16_keeps_the_files_dtype(tmp_path):
     streamed.add_lora(**LORA)
     randomise(whole, streamed)
     batch, lengths = random_batch(LLAMA["vocab_size"])
-    loss, gradients = reference(whole, batch, lengths)
-    (streamed_loss, _), streamed_gradients = streamed.loss_and_grads(batch, lengths)
-    assert streamed_loss.item() == loss.item()
-    assert largest_difference(gradients, streamed_gradients) == 0.0
+    assert_step_equals(whole, streamed, batch, lengths)
 
 
 @pytest.mark.parametrize("bits, mode, group_size", [(4, "affine", 32), (8, "affine", 64), (4, "mxfp4", 32)])
 def test_quantized_base_equals_its_dequantized_weights(bits, mode, group_size, tmp_path):
     """Against mlx-lm in memory on the weights as `mx.dequantize` gives them in float32."""
-    import json
-
-    from mlx_lm.utils import dequantize_model, load_model, save_config
-
-    directory = save_random(tmp_path / "dense", LLAMA)
-    model, config = load_model(directory)
-    nn.quantize(model, group_size, bits, mode=mode)
-    packed = tmp_path / "packed"
-    packed.mkdir()
-    mx.save_safetensors(str(packed / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
-    save_config(
-        config | {"quantization": {"group_size": group_size, "bits": bits, "mode": mode}}, packed / "config.json"
-    )
-
-    whole, config = load_model(packed)
+    packed = save_quantized(tmp_path / "packed", save_random(tmp_path / "dense", LLAMA), bits, mode, group_size)
+    whole, _ = load_model(packed)
     scales_to_float32 = tree_map(lambda p: p.astype(mx.float32) if p.dtype == mx.float16 else p, whole.parameters())
     whole.update(scales_to_float32)
     whole = dequantize_model(whole)
@@ -210,7 +201,6 @@ def test_quantized_base_equals_its_dequantized_weights(bits, mode, group_size, t
     batch, lengths = random_batch(LLAMA["vocab_size"])
     loss, gradients = reference(whole, batch, lengths)
     (streamed_loss, _), streamed_gradients = streamed.loss_and_grads(batch, lengths)
-    assert json.loads((packed / "config.json").read_text())["quantization"]["bits"] == bits
     assert streamed_loss.item() == loss.item()
     assert largest_difference(gradients, streamed_gradients) == 0.0
 
@@ -218,29 +208,16 @@ def test_quantized_base_equals_its_dequantized_weights(bits, mode, group_size, t
 @pytest.mark.parametrize("bits, mode, group_size", [(4, "affine", 32), (8, "affine", 64), (4, "mxfp4", 32)])
 def test_quantized_base_stays_packed_on_a_gpu(bits, mode, group_size, tmp_path, monkeypatch):
     """What a GPU does (no compute dtype: files' own, packed weights multiplied as they are), on the CPU backend."""
-    from mlx_lm.utils import load_model, save_config
-
-    from slowft.engine import model as model_module
-
-    model, config = load_model(save_random(tmp_path / "dense", LLAMA, mx.bfloat16))
-    nn.quantize(model, group_size, bits, mode=mode)
-    packed = tmp_path / "packed"
-    packed.mkdir()
-    mx.save_safetensors(str(packed / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
-    save_config(
-        config | {"quantization": {"group_size": group_size, "bits": bits, "mode": mode}}, packed / "config.json"
-    )
-    monkeypatch.setattr(model_module, "_compute_dtype", lambda name: None)
+    dense = save_random(tmp_path / "dense", LLAMA, mx.bfloat16)
+    packed = save_quantized(tmp_path / "packed", dense, bits, mode, group_size)
+    monkeypatch.setattr("slowft.engine.model._compute_dtype", lambda name: None)
     whole, _ = load_model(packed)
     whole.freeze()
     attach_in_memory(whole, **LORA)
     streamed = slowft.open_model(packed).add_lora(**LORA)
     randomise(whole, streamed)
     batch, lengths = random_batch(LLAMA["vocab_size"])
-    loss, gradients = reference(whole, batch, lengths)
-    (streamed_loss, _), streamed_gradients = streamed.loss_and_grads(batch, lengths)
-    assert streamed_loss.item() == loss.item()
-    assert largest_difference(gradients, streamed_gradients) == 0.0
+    assert_step_equals(whole, streamed, batch, lengths)
 
 
 def test_micro_batches_are_normalised_by_their_tokens_together(llama):
@@ -414,10 +391,7 @@ def test_one_frozen_block_equals_in_memory(llama):
         model.layers[0].freeze()
         model.layers[2].freeze()
     batch, lengths = random_batch(256)
-    loss, gradients = reference(whole, batch, lengths)
-    (streamed_loss, _), streamed_gradients = streamed.loss_and_grads(batch, lengths)
-    assert streamed_loss.item() == loss.item()
-    assert largest_difference(gradients, streamed_gradients) == 0.0
+    assert_step_equals(whole, streamed, batch, lengths)
 
 
 def test_base_weights_cannot_be_trained(llama):
@@ -444,10 +418,7 @@ def test_a_function_that_fails_while_traced_leaves_the_model_usable(llama):
     batch, lengths = random_batch(256)
     with pytest.raises(slowft.SlowftError, match="outside of"):
         nn.value_and_grad(streamed, default_loss)(streamed, batch + 500, lengths)
-    loss, gradients = reference(whole, batch, lengths)
-    (streamed_loss, _), streamed_gradients = streamed.loss_and_grads(batch, lengths)
-    assert streamed_loss.item() == loss.item()
-    assert largest_difference(gradients, streamed_gradients) == 0.0
+    assert_step_equals(whole, streamed, batch, lengths)
 
 
 def test_a_closed_model_says_so(llama):
@@ -506,7 +477,4 @@ def test_failure_in_a_step_leaves_the_model_usable(llama):
     batch, lengths = random_batch(256)
     with pytest.raises(slowft.SlowftError, match="token id 256"):
         streamed.loss_and_grads([(batch, lengths), (mx.full((1, 8), 256), mx.array([[1, 7]]))])
-    loss, gradients = reference(whole, batch, lengths)
-    (streamed_loss, _), streamed_gradients = streamed.loss_and_grads(batch, lengths)
-    assert streamed_loss.item() == loss.item()
-    assert largest_difference(gradients, streamed_gradients) == 0.0
+    assert_step_equals(whole, streamed, batch, lengths)

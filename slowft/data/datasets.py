@@ -69,7 +69,7 @@ def load_tokenizer(model_path: Path, embedding_rows: int | None, trust_remote_co
 def load_data(
     path: str | Path | None,
     tokenizer,
-    config: Any = None,
+    config: Any,
     splits: Iterable[str] = SPLITS,
     embedding_rows: int | None = None,
     progress: Progress | None = None,
@@ -83,9 +83,6 @@ def load_data(
     Raises:
         DataError: no such folder, a malformed line, or a sample that cannot train; names file and line.
     """
-    from ..training.config import TrainConfig
-
-    config = config or TrainConfig()
     hub = getattr(config, "hf_dataset", None)
     if hub or (path is not None and not Path(path).expanduser().exists() and _looks_like_hub_id(str(path))):
         loaded = _load_from_hub(path, tokenizer, config)
