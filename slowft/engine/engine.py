@@ -87,9 +87,11 @@ class Engine:
         if (part := self._part) is not None:
             return part.on_rows(unit, inner, args, kwargs)
         ids = detach(args[0]).values
+        if ids.size == 0:
+            return inner(args[0])
         rows, inverse = np.unique(ids, return_inverse=True)
         n_rows = unit.params[0].source.shape[0]
-        if len(rows) and not 0 <= rows[0] <= rows[-1] < n_rows:
+        if not 0 <= rows[0] <= rows[-1] < n_rows:
             raise SlowftError(
                 f"token id {rows[-1] if rows[-1] >= n_rows else rows[0]} is outside of {unit.name} ({n_rows} rows)"
             )
@@ -100,8 +102,6 @@ class Engine:
             mx.eval(output)
             return output
 
-        if len(rows) == 0:
-            return inner(args[0])
         return self._residency.look_up(unit, rows.tolist(), job)
 
     @property
@@ -188,7 +188,7 @@ class Engine:
                 )
         trained = {unit.index: unit.trainable() for unit in self._cut.blocks}
         in_blocks = {(id(o), k) for of_block in trained.values() for _, o, k in of_block}
-        self._outside = [(o, k) for _, o, k in trainable_entries(self._model) if (id(o), k) not in in_blocks]
+        self._outside = [(o, k) for _, o, k in entries if (id(o), k) not in in_blocks]
         self._lowest_trained = next((p for p, index in enumerate(order) if trained[index]), len(order))
         self._expects_backward = backward
         lowest = 0 if self._outside else self._lowest_trained
@@ -322,7 +322,7 @@ class Engine:
                 head = HeadLoss(self._head, attach(targets), mask, total, entries, chunk)
                 return head.compute(tree, values, gradients)
 
-            loss, of_arrays, of_params = self._serve(HEAD, job)
+            loss, of_arrays, of_params = self._serve(HEAD, job, entries=entries, params=params)
             saved[:] = [*of_arrays, *of_params]
             return loss
 
@@ -330,10 +330,7 @@ class Engine:
         def head_vjp(_, cotangent, __):
             return tuple(cotangent.astype(g.dtype) * g for g in saved)
 
-        loss = head_function(*arrays, *params)
-        for (owner, key), value in zip(entries, params):
-            owner[key] = value
-        return loss
+        return head_function(*arrays, *params)
 
     def _chunk_tokens(self, hidden: Any, n_tokens: int) -> int | None:
         """How many tokens' logits may exist at once; None when all may, or when the head cannot be cut."""

@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from ..errors import ModelError
 from ..storage.index import Extent, index_model
-from .weights import Packed, Param, Plain, Source, placeholder
+from .weights import Packed, Param, Plain, Source, locate, placeholder
 
 MAX_TRANSFORMED_SHARE = 0.02  # of a model's bytes that `sanitize` may rewrite: kept in memory from the start
 MAX_TRANSFORMED_NBYTES = 4 << 20  # always allowed
@@ -24,13 +24,11 @@ MAX_TRANSFORMED_NBYTES = 4 << 20  # always allowed
 
 @dataclass
 class Skeleton:
-    """A model without weights: `params` come from files, `constants` were made by mlx-lm and stay in memory."""
+    """A model without weights, and where in the files of `path` each of its `params` lies."""
 
     model: nn.Module
-    config: dict
     path: Path
     params: list[Param]
-    compute_dtype: mx.Dtype | None
 
 
 def resolve(path_or_hub_id: str) -> Path:
@@ -73,7 +71,7 @@ def load_skeleton(path: Path, mixin: type, compute_dtype: mx.Dtype | None) -> Sk
         ModelError: files missing or cut short, unknown architecture, or weights that do not fit it.
     """
     extents = index_model(path)
-    model, config, raw = _build_lazily(path, mixin)
+    model, raw = _build_lazily(path, mixin)
     source_of = {id(array): extents[name] for name, array in raw.items() if name in extents}
     params, rewritten = _map_parameters(model, source_of, compute_dtype)
     _check_rewritten(path, model, rewritten, extents)
@@ -85,10 +83,10 @@ def load_skeleton(path: Path, mixin: type, compute_dtype: mx.Dtype | None) -> Sk
         mx.eval(owner[key])
     del raw
     model.freeze()
-    return Skeleton(model, config, path, params, compute_dtype)
+    return Skeleton(model, path, params)
 
 
-def _build_lazily(path: Path, mixin: type) -> tuple[nn.Module, dict, dict[str, mx.array]]:
+def _build_lazily(path: Path, mixin: type) -> tuple[nn.Module, dict[str, mx.array]]:
     from mlx_lm.utils import load_model
 
     raw: dict[str, mx.array] = {}
@@ -106,12 +104,12 @@ def _build_lazily(path: Path, mixin: type) -> tuple[nn.Module, dict, dict[str, m
         return Streamed, args_class
 
     try:
-        model, config = load_model(path, lazy=True, get_model_classes=streamed_classes)
+        model, _ = load_model(path, lazy=True, get_model_classes=streamed_classes)
     except json.JSONDecodeError as e:
         raise ModelError(f"{path / 'config.json'} is not JSON ({e})") from None
     except Exception as e:
         raise ModelError(_explain(e, path)) from None
-    return model, config, raw
+    return model, raw
 
 
 def _explain(error: Exception, path: Path) -> str:
@@ -136,7 +134,7 @@ def _map_parameters(model, source_of: dict[int, Extent], compute_dtype):
         packed = {}
     params, rewritten = [], []
     for name, array in tree_flatten(model.parameters()):
-        owner, key = _locate(model, name)
+        owner, key = locate(model, name)
         source: Source | None = packed.get(name)
         if source is None and id(array) in source_of:
             source = Plain(source_of[id(array)], compute_dtype)
@@ -177,15 +175,6 @@ def _replace_quantized(model, source_of: dict[int, Extent], dtype: mx.Dtype) -> 
         packed[f"{name}.weight"] = source
     model.update_modules(tree_unflatten(dense_layers))
     return packed
-
-
-def _locate(model: nn.Module, name: str):
-    """The module, dict or list that holds parameter `name`, and its key there."""
-    *path, key = name.split(".")
-    owner = model
-    for part in path:
-        owner = owner[int(part)] if isinstance(owner, (list, tuple)) else owner[part]
-    return owner, int(key) if isinstance(owner, list) else key
 
 
 def _check_rewritten(path: Path, model, rewritten, extents: dict[str, Extent]) -> None:

@@ -15,7 +15,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
 from ..errors import ModelError
-from .weights import Param
+from .weights import Param, locate
 
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 
@@ -299,11 +299,4 @@ def _array_ids(module: nn.Module) -> dict:
 
 def trainable_entries(module: nn.Module) -> list[tuple[str, Any, Any]]:
     """(name, owner, key) of the trainable parameters of `module`, in the order of its parameter tree."""
-    entries = []
-    for name, _ in tree_flatten(module.trainable_parameters()):
-        *path, key = name.split(".")
-        owner = module
-        for part in path:
-            owner = owner[int(part)] if isinstance(owner, (list, tuple)) else owner[part]
-        entries.append((name, owner, int(key) if isinstance(owner, list) else key))
-    return entries
+    return [(name, *locate(module, name)) for name, _ in tree_flatten(module.trainable_parameters())]

@@ -1,7 +1,7 @@
 """From raw bytes to the arrays a module computes with: cast to the compute dtype, or dequantized to it.
 
 Comes in: extents of a safetensors file and the uint8 buffer they were read into. Goes out: arrays, lazily.
-Never reads a file itself and never decides when weights come or go.
+Reads only through a `Reader`, and never decides when weights come or go.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -128,6 +128,15 @@ class Param:
 
     def clear(self) -> None:
         self.owner[self.key] = self.placeholder
+
+
+def locate(module: nn.Module, name: str) -> tuple[nn.Module | dict | list, str | int]:
+    """The module, dict or list in `module` that holds the parameter `name`, and its key there."""
+    *path, key = name.split(".")
+    owner = module
+    for part in path:
+        owner = owner[int(part)] if isinstance(owner, (list, tuple)) else owner[part]
+    return owner, int(key) if isinstance(owner, list) else key
 
 
 def placeholder(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:

@@ -92,7 +92,6 @@ class BarReport(LineReport):
             transient=True,
         )
         self._task = self._bar.add_task("Training", total=config.iters, state="")
-        self._tokens, self._last = 0, model.stats.total
         self._bar.start()
 
     def advance(self, iterations, loss, model):

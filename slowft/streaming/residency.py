@@ -47,10 +47,10 @@ class Residency:
 
         def work():
             buffer = self._cache.take(unit.index, self._upcoming(unit.index))
-            arrays = self._layouts[unit.index].fill(buffer, self._streams)
-            unit.restore_constants()
-            mx.eval(arrays)
             try:
+                arrays = self._layouts[unit.index].fill(buffer, self._streams)
+                unit.restore_constants()
+                mx.eval(arrays)
                 # what was cast or dequantized no longer needs the bytes it came from
                 if all(p.source.is_copied for p in unit.params):
                     self._cache.release(unit.index)
