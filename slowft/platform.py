@@ -84,7 +84,10 @@ def open_uncached(path: str) -> int:
 
 
 def drop_cached(fd: int, offset: int, nbytes: int) -> None:
-    """Forget what the file cache kept of a range just read (Linux; F_NOCACHE does it on macOS)."""
+    """Forget what the file cache kept of a range just read (Linux; F_NOCACHE does it on macOS).
+
+    `nbytes` 0 is the rest of the file. Pages still being read or not yet written stay.
+    """
     if not MACOS:
         os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
 

@@ -8,7 +8,10 @@ import itertools
 import json
 import os
 import random
+import signal
 import struct
+import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,6 +19,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from safetensors import safe_open
+
+import cgroup
+import filecache
+from conftest import must_run
 from slowft.errors import ModelError
 from slowft.storage.cache import BlockCache
 from slowft.storage.index import DTYPES, index_model, read_header
@@ -374,6 +381,92 @@ def test_bytes_read_and_time_waited_are_counted(reader, blob, monkeypatch):
     assert 0.04 < reader.wait_s < 5
     reader.read_now([ByteRange(str(blob), 50, 77, 0)], memoryview(bytearray(77)))
     assert reader.bytes_read == 200
+
+
+def test_signals_do_not_break_reads_off(reader, blob, monkeypatch):
+    """Not the reader's doing but Python's (PEP 475), and relied on: a pipe makes preadv slow enough to be hit."""
+    signals, before = [], signal.signal(signal.SIGALRM, lambda *_: signals.append(1))
+    ends = os.pipe()
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, at: os.readv(ends[0], buffers))
+    writer = threading.Timer(0.2, os.write, (ends[1], b"x" * 100))
+    writer.start()
+    signal.setitimer(signal.ITIMER_REAL, 0.01, 0.01)
+    try:
+        buffer = bytearray(100)
+        reader._read([ByteRange(str(blob), 0, 100, 0)], memoryview(buffer))  # on the thread that gets the signals
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        writer.join()
+        for end in ends:
+            os.close(end)
+    assert bytes(buffer) == b"x" * 100 and len(signals) > 2
+
+
+MB = 1 << 20
+RUN_NBYTES, N_RUNS = 32 * MB, 5
+
+
+@pytest.fixture
+def cold_file(tmp_path) -> Path:
+    """Larger than all that may be cached of it, on the disk, and not cached."""
+    file = tmp_path / "cold"
+    with open(file, "wb") as out:
+        for _ in range(N_RUNS):
+            out.write(os.urandom(RUN_NBYTES))
+        out.flush()
+        os.fsync(out.fileno())
+        if sys.platform == "linux":
+            os.posix_fadvise(out.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return file
+
+
+def test_file_cache_stays_small_while_reading(reader, cold_file, monkeypatch):
+    """Never a whole run, and no read-ahead left behind by each: forward and backward, at odd offsets."""
+    reason = filecache.why_unavailable(cold_file.parent)
+    if reason:
+        must_run(reason)
+    held, preadv = [], os.preadv
+    with open(cold_file, "r+b") as file:
+
+        def measured(*args):
+            got = preadv(*args)
+            held.append(filecache.nbytes_cached(file.fileno()))
+            return got
+
+        assert filecache.nbytes_cached(file.fileno()) == 0
+        monkeypatch.setattr(os, "preadv", measured)
+        buffer = memoryview(bytearray(RUN_NBYTES))
+        for run in [*range(N_RUNS), *reversed(range(N_RUNS))]:
+            start = run * RUN_NBYTES + 77
+            reader.read_now([ByteRange(str(cold_file), start, RUN_NBYTES - 100, 0)], buffer)
+    assert 0 < max(held) <= 4 * MB + 2 * filecache.read_ahead_nbytes(cold_file)
+
+
+READ_RUNS = """
+import sys
+from slowft.storage.reader import ByteRange, Reader
+file, run_nbytes, order = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+buffer, reader = bytearray(b'1') * run_nbytes, Reader()  # its pages exist
+for run in order:
+    reader.read_now([ByteRange(file, int(run) * run_nbytes, run_nbytes, 0)], memoryview(buffer))
+"""
+
+
+def test_kernel_counts_little_more_than_the_buffer_for_a_read(cold_file):
+    """In a memory cgroup, which counts the file cache: its peak with and without reads."""
+    reason = cgroup.why_unavailable() or filecache.why_unavailable(cold_file.parent)
+    if reason:
+        must_run(reason)
+    peaks = []
+    for order in ("", "01234", "43210"):
+        command = [sys.executable, "-c", READ_RUNS, str(cold_file), str(RUN_NBYTES), order]
+        done, peak = cgroup.run(command, 2 << 30)
+        assert done.returncode == 0, done.stderr
+        peaks.append(peak)
+    if not peaks[0]:
+        must_run("this kernel keeps no peak for a cgroup")
+    assert max(peaks) - peaks[0] <= 4 * MB + 3 * filecache.read_ahead_nbytes(cold_file)
 
 
 # --- Cache ------------------------------------------------------------------------------------------
