@@ -1,0 +1,732 @@
+"""What an MLX computation will cost in memory, operations and bytes, without running it.
+
+Comes in: a function and its arguments, of which only shapes and dtypes matter (placeholders will do). Goes
+out: a `Cost`. Never evaluates an array.
+
+`mx.export_function` traces the function and lists its primitives with shapes, `mx.export_to_dot` gives the
+graph as it was before the former merged equal subexpressions. MLX's order of evaluation is then rebuilt
+(`eval_impl` in mlx/transforms.cpp) and its rules for who takes a new buffer, who reuses an input's and who
+copies first (mlx/backend/common, mlx/backend/cpu) are replayed on shapes and strides. On a GPU the order is
+the same and the rules are close; its fused primitives count by their outputs.
+
+A function under `mx.compile` is traced as the operations in it. So it runs inside `mx.vjp` too; outside, it
+is one operation with fewer temporaries.
+"""
+
+import io
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_map
+
+# mlx/utils.h: arrays that wait to be scheduled before the order goes depth first
+MAX_WIDTH = int(os.environ.get("MLX_BFS_MAX_WIDTH", 20))
+# mlx/transforms.cpp and backend/cpu/encoder.h: the thread that schedules is at most 10 tasks of 10 dispatches ahead
+# of the one that computes. A buffer which something not yet computed reads is not donated.
+DISPATCHES_AHEAD = 110
+DONATION_EXTRA_NBYTES = 16384  # mlx/backend/common/utils.h, is_donatable
+
+
+class CostUnknown(ValueError):
+    """The computation has a primitive that MLX cannot export, so that its graph cannot be seen."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What evaluating a computation takes.
+
+    Attributes:
+        peak_nbytes: the most bytes of buffers made by the computation in use at once, its outputs included;
+            inputs of the function and arrays that it captured (weights) are not counted. It is what the
+            process's resident memory rises by while MLX's buffer cache hands nothing back.
+        output_nbytes: bytes of buffers that the outputs keep.
+        flops: floating point operations of matrix products, convolutions and fused attention; a multiply-add
+            is two.
+        moved_nbytes: bytes read and written by every operation that is not a view.
+        ops: (flops, bytes moved) of each of these operations, in order of evaluation.
+    """
+
+    peak_nbytes: int
+    output_nbytes: int
+    flops: int
+    moved_nbytes: int
+    ops: tuple[tuple[int, int], ...] = field(repr=False)
+
+    def seconds(self, matmul_flops_per_s: float, bytes_per_s: float) -> float:
+        """Seconds if every operation is held up by arithmetic or by memory (the roofline model)."""
+        return sum(max(flops / matmul_flops_per_s, nbytes / bytes_per_s) for flops, nbytes in self.ops)
+
+
+def cost(function: Callable, *args) -> Cost:
+    """What `mx.eval(function(*args))` takes.
+
+    Args:
+        function: returns an array or a tree of arrays, in the order in which `mx.eval` would get them. May
+            use `mx.vjp` and `mx.value_and_grad`; arrays it captures must be evaluated.
+        args: arrays or trees with arrays in them. Their values are not looked at.
+
+    Raises:
+        CostUnknown: MLX cannot export one of the primitives, such as a custom kernel.
+    """
+    try:
+        outputs = _trace(function, args)
+    except CostUnknown as e:
+        if "CustomTransforms" not in str(e):
+            raise
+        # the primitive that carries an `mx.custom_function` is a view which cannot be exported; vmap over one row
+        # replaces it by the function it stands for
+        outputs = _trace(lambda *rows: mx.vmap(lambda *a: _arrays(function(*a)))(*rows), _with_row(args))
+    return _Evaluation(outputs).run()
+
+
+def _arrays(tree) -> list[mx.array]:
+    return [leaf for _, leaf in tree_flatten(tree) if isinstance(leaf, mx.array)]
+
+
+def _with_row(args: tuple) -> tuple:
+    return tree_map(lambda leaf: leaf[None] if isinstance(leaf, mx.array) else leaf, args)
+
+
+# --- The graph ------------------------------------------------------------------------------------
+
+
+class _Buffer:
+    """Memory made by the computation."""
+
+    __slots__ = ("nbytes", "arrays", "last_read")
+
+    def __init__(self, nbytes: int):
+        self.nbytes = nbytes
+        self.arrays = 0  # how many arrays lie in it
+        self.last_read = -DISPATCHES_AHEAD  # number of the dispatch that last read it
+
+
+class _Array:
+    """An `mx::array` without values: shape, strides, flags and buffer as in mlx/array.h; strides in elements."""
+
+    __slots__ = ("shape", "size", "itemsize", "op", "uses", "buffer")
+    __slots__ += ("strides", "row_contiguous", "col_contiguous", "contiguous", "data_size")
+
+    def __init__(self, shape: tuple[int, ...], itemsize: int, op: "_Op | None" = None):
+        self.shape = tuple(shape)
+        self.size = math.prod(shape)
+        self.itemsize = itemsize
+        self.op = op  # None: there before the computation starts
+        self.uses = 0  # references: operations not yet scheduled, and the caller
+        self.buffer: _Buffer | None = None
+        self.set_row_contiguous()
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.itemsize
+
+    def set_row_contiguous(self) -> None:
+        self.strides = _row_strides(self.shape)
+        self.row_contiguous = self.contiguous = True
+        self.col_contiguous = self.size <= 1 or self.size == max(self.shape)
+        self.data_size = self.size
+
+    def set_layout(self, other: "_Array") -> None:
+        self.strides = other.strides
+        self.row_contiguous, self.col_contiguous = other.row_contiguous, other.col_contiguous
+        self.contiguous, self.data_size = other.contiguous, other.data_size
+
+
+@dataclass(eq=False, slots=True)
+class _Op:
+    name: str
+    arguments: list
+    inputs: list[_Array]
+    outputs: list[_Array]
+
+
+def _trace(function: Callable, args: tuple) -> list[_Array]:
+    """The outputs of the function as arrays of the graph that leads to them."""
+    dot = io.StringIO()
+
+    def of_arrays(*arrays):
+        replacements = iter(arrays)
+        args_ = tree_map(lambda leaf: next(replacements) if isinstance(leaf, mx.array) else leaf, args)
+        outputs = _arrays(function(*args_))
+        mx.export_to_dot(dot, **{f"output_{i}": output for i, output in enumerate(outputs)})
+        return outputs
+
+    events: list[dict] = []
+    try:
+        mx.export_function(events.append, of_arrays, *_arrays(args))
+    except ValueError as e:
+        if not str(e).startswith("[export_function]"):
+            raise  # the function's own
+        raise CostUnknown(f"the cost of this computation cannot be predicted: {e}") from None
+
+    arrays: dict[str, _Array] = {}
+    outputs: list[str] = []
+    for event in events:
+        match event["type"]:
+            case "inputs":
+                arrays |= {name: _Array(shape, dtype.size) for name, shape, dtype in event["inputs"]}
+            case "constants":
+                arrays |= {name: _Array(array.shape, array.itemsize) for name, array in event["constants"]}
+            case "outputs":
+                outputs = [name for name, _, _ in event["outputs"]]
+            case "primitive":
+                inputs = [arrays[name] for name, _, _ in event["inputs"]]
+                op = _Op(event["name"], event["arguments"], inputs, [])
+                for name, shape, dtype in event["outputs"]:
+                    arrays[name] = _Array(shape, dtype.size, op)
+                    op.outputs.append(arrays[name])
+    simplified = [arrays[name] for name in outputs]
+    return _before_simplification(dot.getvalue(), simplified) or simplified
+
+
+_DOT_PRIMITIVE = re.compile(r'\{ (\d+) \[label ="([^ "]*)')
+_DOT_INPUT = re.compile(r'"(\w+)" -> (\d+)')
+_DOT_OUTPUT = re.compile(r'(\d+) -> "(\w+)"')
+_NO_OPS = ("Copy", "StopGradient")  # mlx/compile.cpp, is_noop
+
+
+def _before_simplification(dot: str, simplified: list[_Array]) -> list[_Array] | None:
+    """The graph that `dot` shows, with the shapes and arguments of the simplified one; None if they do not match.
+
+    Simplifying took out no-ops and merged equal operations (`compile_simplify` in mlx/compile.cpp), which changes
+    the order of evaluation and who else uses a buffer: 4% of a Llama block's backward peak. Walking both graphs
+    from their outputs in step finds for each operation the one it was merged into.
+    """
+    names: dict[str, str] = {}  # of primitives, by their number
+    inputs: dict[str, list[str]] = {}
+    outputs: dict[str, list[str]] = {}
+    producers: dict[str, str] = {}
+    for line in dot.splitlines():
+        if found := _DOT_PRIMITIVE.match(line):
+            number, names[number] = found[1], found[2]
+            inputs[number], outputs[number] = [], []
+        elif found := _DOT_INPUT.match(line):
+            inputs[found[2]].append(found[1])
+        elif found := _DOT_OUTPUT.match(line):
+            outputs[found[1]].append(found[2])
+            producers[found[2]] = found[1]
+
+    arrays: dict[str, _Array] = {}
+    waiting: list[tuple[_Op, str, _Array]] = []  # (consumer, name of its next input, what that is in the other graph)
+    root = _Op("root", [], [], [])
+
+    def resolve(name: str, other: _Array) -> _Array | None:
+        if name in arrays:
+            return arrays[name]
+        number = producers.get(name)
+        if number is None:
+            if other.op is not None:
+                return None
+            arrays[name] = other
+            return other
+        if names[number] in _NO_OPS:
+            op = _Op(names[number], [], [], [])
+            likes, other_inputs = [other], [other]
+        elif other.op is None or len(outputs[number]) != len(other.op.outputs):
+            return None
+        else:
+            op = _Op(other.op.name, other.op.arguments, [], [])
+            likes, other_inputs = other.op.outputs, other.op.inputs
+        if len(inputs[number]) != len(other_inputs):
+            return None
+        for output, like in zip(outputs[number], likes):
+            arrays[output] = _Array(like.shape, like.itemsize, op)
+            op.outputs.append(arrays[output])
+        waiting.extend((op, input, like) for input, like in reversed(list(zip(inputs[number], other_inputs))))
+        return arrays.get(name)
+
+    waiting.extend((root, f"output_{i}", simplified[i]) for i in reversed(range(len(simplified))))
+    while waiting:
+        consumer, name, other = waiting.pop()
+        array = resolve(name, other)
+        if array is None:
+            return None
+        consumer.inputs.append(array)
+    return root.inputs
+
+
+def _evaluation_order(outputs: list[_Array]) -> list[_Op]:
+    """The operations in the order in which `mx.eval(outputs)` schedules them (eval_impl in mlx/transforms.cpp)."""
+    root = _Op("Synchronizer", [], outputs, [])
+    degree: Counter[_Op] = Counter()  # how often an operation's outputs are used
+    waiting = [root]
+    while waiting:
+        for array in waiting.pop().inputs:
+            if array.op is not None:
+                if array.op not in degree:
+                    waiting.append(array.op)
+                degree[array.op] += 1
+
+    # breadth first from the outputs, depth first where that gets too wide; evaluated from its end
+    tape, postponed, i = [root], [], 0
+    while i < len(tape) or postponed:
+        if i < len(tape):
+            op, first = tape[i], 0
+            i += 1
+        else:
+            op, first = postponed.pop()
+        for j in range(first, len(op.inputs)):
+            producer = op.inputs[j].op
+            if producer is None:
+                continue
+            if len(tape) - i >= MAX_WIDTH:
+                postponed.append((op, j))
+                break
+            degree[producer] -= 1
+            if degree[producer] == 0:
+                tape.append(producer)
+    return tape[:0:-1]
+
+
+# --- Its evaluation -------------------------------------------------------------------------------
+
+
+class _Evaluation:
+    """Replays which buffers MLX makes, reuses and frees."""
+
+    def __init__(self, outputs: list[_Array]):
+        self.outputs = outputs
+        self.live_nbytes = self.temporary_nbytes = self.peak_nbytes = 0
+        self.dispatches = 0
+
+    def run(self) -> Cost:
+        order = _evaluation_order(self.outputs)
+        for op in order:
+            for array in op.inputs:
+                array.uses += len(op.outputs)  # each output refers to all inputs
+        for array in self.outputs:
+            array.uses += 1
+        ops = [figures for op in order if (figures := self._step(op)) is not None]
+        return Cost(
+            peak_nbytes=self.peak_nbytes,
+            output_nbytes=self.live_nbytes,
+            flops=sum(flops for flops, _ in ops),
+            moved_nbytes=sum(nbytes for _, nbytes in ops),
+            ops=tuple(ops),
+        )
+
+    def _step(self, op: _Op) -> tuple[int, int] | None:
+        """Evaluate one operation; returns its (flops, bytes moved), None for a view."""
+        self.temporary_nbytes = 0
+        is_view = _RULES.get(op.name, _new)(self, op) is _VIEW
+        self.peak_nbytes = max(self.peak_nbytes, self.live_nbytes + self.temporary_nbytes)
+        figures = None if is_view else (_flops(op), _moved_nbytes(op) + 2 * self.temporary_nbytes)
+
+        self.dispatches += (not is_view) + 1  # the work itself, and the release of what it read
+        for array in op.inputs:
+            if array.buffer is not None and all(array.buffer is not out.buffer for out in op.outputs):
+                array.buffer.last_read = self.dispatches
+        for array in op.inputs:
+            array.uses -= len(op.outputs)
+            if array.uses == 0:
+                self._release(array)
+        for array in op.outputs:
+            if array.uses == 0:  # a sibling that nothing uses
+                self._release(array)
+        return figures
+
+    def _release(self, array: _Array) -> None:
+        if array.buffer is not None:
+            array.buffer.arrays -= 1
+            if array.buffer.arrays == 0:
+                self.live_nbytes -= array.buffer.nbytes
+            array.buffer = None
+
+    def allocate(self, out: _Array, like: _Array | None = None) -> None:
+        """A new buffer, in row order or laid out as another array."""
+        if like is not None:
+            out.set_layout(like)
+        out.buffer = _Buffer(out.data_size * out.itemsize)
+        out.buffer.arrays = 1
+        self.live_nbytes += out.buffer.nbytes
+
+    def share(self, out: _Array, array: _Array) -> None:
+        """The buffer of another array."""
+        out.buffer = array.buffer
+        if out.buffer is not None:
+            out.buffer.arrays += 1
+
+    def use_temporary(self, nbytes: int) -> None:
+        self.temporary_nbytes += nbytes
+        self.dispatches += 1
+
+    def is_unused(self, array: _Array) -> bool:
+        """`array::is_donatable`: nothing but this operation refers to the array or its buffer."""
+        buffer = array.buffer
+        return (
+            buffer is not None
+            and array.uses == 1
+            and buffer.arrays == 1
+            and self.dispatches - buffer.last_read >= DISPATCHES_AHEAD
+        )
+
+    def is_donatable(self, array: _Array, out: _Array) -> bool:
+        return (
+            self.is_unused(array)
+            and array.itemsize == out.itemsize
+            and array.buffer.nbytes <= out.nbytes + DONATION_EXTRA_NBYTES
+        )
+
+    def donate(self, array: _Array, out: _Array) -> None:
+        self.share(out, array)
+        out.set_layout(array)
+
+    def copy(self, array: _Array, out: _Array, in_memory_order: bool) -> None:
+        """`set_copy_output_data` in mlx/backend/common/copy.h."""
+        if not in_memory_order:
+            self.allocate(out)
+        elif self.is_donatable(array, out):
+            self.donate(array, out)
+        else:
+            self.allocate(out, like=array)
+
+
+# --- Primitives -----------------------------------------------------------------------------------
+
+_VIEW = object()  # what a rule returns when nothing was computed
+
+
+def _new(e: _Evaluation, op: _Op) -> None:
+    """Every output in a buffer of its own: many primitives, and the safe guess for one not known here."""
+    for out in op.outputs:
+        e.allocate(out)
+
+
+def _unary(e: _Evaluation, op: _Op) -> None:
+    (array,), (out,) = op.inputs, op.outputs
+    e.copy(array, out, in_memory_order=array.contiguous)
+
+
+def _binary(e: _Evaluation, op: _Op) -> None:
+    (a, b), (out,) = op.inputs, op.outputs
+    if a.data_size == 1 and b.data_size == 1:
+        e.allocate(out, like=a)
+        return
+    if a.data_size == 1 and b.contiguous:
+        candidates, layout = [b], b
+    elif b.data_size == 1 and a.contiguous:
+        candidates, layout = [a], a
+    elif (a.row_contiguous and b.row_contiguous) or (a.col_contiguous and b.col_contiguous):
+        candidates, layout = [a, b], a
+    else:
+        candidates, layout = [x for x in (a, b) if x.row_contiguous and x.size == out.size], None
+    _donate_first_or_allocate(e, candidates, out, layout)
+
+
+def _select(e: _Evaluation, op: _Op) -> None:
+    arrays, (out,) = op.inputs, op.outputs
+    if all(x.data_size == 1 for x in arrays):
+        e.allocate(out, like=arrays[1])
+    elif all(x.row_contiguous for x in arrays) or all(x.col_contiguous for x in arrays):
+        _donate_first_or_allocate(e, arrays, out, arrays[1])
+    else:
+        _donate_first_or_allocate(e, [x for x in arrays if x.row_contiguous], out, None)
+
+
+def _donate_first_or_allocate(e: _Evaluation, candidates: list[_Array], out: _Array, layout: _Array | None) -> None:
+    for array in candidates:
+        if e.is_donatable(array, out):
+            e.donate(array, out)
+            return
+    e.allocate(out, like=layout)
+
+
+def _update(e: _Evaluation, op: _Op) -> None:
+    """Copies the first input, or takes its buffer, and writes the others into it."""
+    array, (out,) = op.inputs[0], op.outputs
+    whole = array.contiguous and array.size == array.data_size
+    e.copy(array, out, in_memory_order=whole if op.name in _SLICE_UPDATES else array.row_contiguous)
+    e.dispatches += 1
+
+
+def _sort(e: _Evaluation, op: _Op) -> None:
+    (array,), (out,) = op.inputs, op.outputs
+    e.copy(array, out, in_memory_order=array.contiguous)
+
+
+def _softmax(e: _Evaluation, op: _Op) -> None:
+    (array,), (out,) = op.inputs, op.outputs
+    if not (array.contiguous and array.strides[-1] == 1):
+        e.allocate(out)  # the copy in row order is the output
+    elif e.is_unused(array):
+        e.donate(array, out)
+    else:
+        e.allocate(out, like=array)
+
+
+def _log_sum_exp(e: _Evaluation, op: _Op) -> None:
+    (array,), (out,) = op.inputs, op.outputs
+    if not (array.contiguous and array.strides[-1] == 1):
+        e.use_temporary(array.nbytes)
+    e.allocate(out)
+
+
+def _scan(e: _Evaluation, op: _Op) -> None:
+    if not op.inputs[0].row_contiguous:
+        e.use_temporary(op.inputs[0].nbytes)
+    e.allocate(op.outputs[0])
+
+
+def _matmul(e: _Evaluation, op: _Op) -> None:
+    """Operands that are no matrices in row or column order are copied first."""
+    (out,) = op.outputs
+    for array in op.inputs[:2]:
+        rows, columns = array.shape[-2:]
+        if array.strides[-2:] not in ((columns, 1), (1, rows)):
+            e.use_temporary(array.nbytes)
+    if op.name == "AddMM":
+        added = op.inputs[2]
+        e.copy(added, out, in_memory_order=added.data_size != 1 and added.row_contiguous)
+        e.dispatches += 1
+    else:
+        e.allocate(out)
+
+
+def _quantized_matmul(e: _Evaluation, op: _Op) -> None:
+    for array in op.inputs[:4]:
+        if not array.row_contiguous:
+            e.use_temporary(array.nbytes)
+    e.allocate(op.outputs[0])
+
+
+def _convolution(e: _Evaluation, op: _Op) -> None:
+    """Padded input, unfolded input [N * out positions, kernel * C] and weight, all in float32 (cpu/conv.cpp)."""
+    (array, weight), (out,) = op.inputs, op.outputs
+    float_nbytes, kernel = 4, math.prod(weight.shape[1:-1])
+    channels = array.shape[-1]
+    positions = math.prod(out.shape[:-1])
+    padded = array.shape[0] * channels * math.prod(n + k - 1 for n, k in zip(out.shape[1:-1], weight.shape[1:-1]))
+    e.use_temporary(float_nbytes * padded)
+    e.use_temporary(float_nbytes * positions * kernel * channels)
+    if weight.shape[-1] != channels or weight.itemsize != float_nbytes or not weight.row_contiguous:
+        e.use_temporary(float_nbytes * weight.size)
+    if out.itemsize != float_nbytes:
+        e.use_temporary(float_nbytes * out.size)
+    e.allocate(out)
+
+
+def _concatenate(e: _Evaluation, op: _Op) -> None:
+    e.dispatches += len(op.inputs) - 1
+    e.allocate(op.outputs[0])
+
+
+# --- Views: an array that lies in another's buffer
+
+
+def _same(e: _Evaluation, op: _Op) -> object:
+    for array, out in zip(op.inputs, op.outputs):
+        e.donate(array, out)
+    return _VIEW
+
+
+def _broadcast(e: _Evaluation, op: _Op) -> object:
+    array, (out,) = op.inputs[0], op.outputs
+    e.donate(array, out)
+    strides = tuple(0 if n == 1 else s for n, s in zip(array.shape, array.strides))
+    out.strides = (0,) * (len(out.shape) - len(array.shape)) + strides
+    if out.size > array.size:
+        out.row_contiguous = out.col_contiguous = False
+    return _VIEW
+
+
+def _expand_dims(e: _Evaluation, op: _Op) -> object:
+    (array,), (out,), (axes,) = op.inputs, op.outputs, op.arguments
+    e.donate(array, out)
+    strides = list(array.strides)
+    for axis in axes:
+        strides.insert(axis, 1)
+    out.strides = tuple(strides)
+    return _VIEW
+
+
+def _squeeze(e: _Evaluation, op: _Op) -> object:
+    (array,), (out,), (axes,) = op.inputs, op.outputs, op.arguments
+    e.donate(array, out)
+    out.strides = tuple(s for axis, s in enumerate(array.strides) if axis not in axes)
+    return _VIEW
+
+
+def _transpose(e: _Evaluation, op: _Op) -> object:
+    (array,), (out,), (axes,) = op.inputs, op.outputs, op.arguments
+    e.donate(array, out)
+    out.strides = tuple(array.strides[axis] for axis in axes)
+    if array.contiguous and array.data_size == array.size:
+        _, out.row_contiguous, out.col_contiguous = _contiguity(out.shape, out.strides)
+    return _VIEW
+
+
+def _slice(e: _Evaluation, op: _Op) -> object:
+    (array,), (out,), (_, _, steps) = op.inputs, op.outputs, op.arguments
+    e.share(out, array)
+    out.strides = tuple(s * step for s, step in zip(array.strides, steps))
+    out.data_size = sum(abs(s) * (n - 1) for s, n in zip(out.strides, out.shape)) + 1
+    size, out.row_contiguous, out.col_contiguous = _contiguity(out.shape, out.strides)
+    out.contiguous = size == out.data_size
+    return _VIEW
+
+
+def _split(e: _Evaluation, op: _Op) -> object:
+    (array,) = op.inputs
+    for out in op.outputs:
+        e.share(out, array)
+        out.strides = array.strides
+        out.data_size, out.row_contiguous, out.col_contiguous = _contiguity(out.shape, out.strides)
+        if out.data_size == 1:
+            out.contiguous = True
+        elif out.data_size == array.data_size:
+            out.contiguous = array.contiguous
+        else:
+            out.contiguous = array.contiguous and (out.row_contiguous or out.col_contiguous)
+    return _VIEW
+
+
+def _as_strided(e: _Evaluation, op: _Op) -> object:
+    (array,), (out,), (_, strides, _) = op.inputs, op.outputs, op.arguments
+    e.share(out, array)
+    out.strides = tuple(strides)
+    out.data_size = sum(abs(s) * (n - 1) for s, n in zip(out.strides, out.shape)) + 1
+    size, out.row_contiguous, out.col_contiguous = _contiguity(out.shape, out.strides)
+    out.contiguous = size == out.data_size and min(out.strides, default=0) >= 0
+    return _VIEW
+
+
+def _reshape(e: _Evaluation, op: _Op) -> object | None:
+    """A view if the dimensions allow it, else a copy (prepare_reshape in mlx/backend/common/common.cpp)."""
+    array, (out,) = op.inputs[0], op.outputs
+    if array.row_contiguous or array.size == 0:
+        e.share(out, array)
+        out.data_size = array.data_size
+        return _VIEW
+    strides = _strides_of_reshape(array, out.shape)
+    if strides is None:
+        e.allocate(out)
+        return None
+    e.donate(array, out)
+    out.strides = strides
+    return _VIEW
+
+
+def _view(e: _Evaluation, op: _Op) -> object | None:
+    (array,), (out,) = op.inputs, op.outputs
+    same = array.itemsize == out.itemsize
+    if not (same or array.row_contiguous or (out.itemsize < array.itemsize and array.strides[-1] == 1)):
+        e.allocate(out)
+        return None
+    e.donate(array, out)
+    strides = [s * array.itemsize // out.itemsize for s in array.strides]
+    out.strides = tuple(strides[:-1]) + array.strides[-1:]
+    out.data_size = array.data_size * array.itemsize // out.itemsize
+    return _VIEW
+
+
+_UNARY = (
+    "Abs ArcCos ArcCosh ArcSin ArcSinh ArcTan ArcTanh AsType BitwiseInvert Ceil Conjugate Cos Cosh Erf ErfInv Exp "
+    "Expm1 Floor Imag Log Log1p LogicalNot Negative Real Round Sigmoid Sign Sin Sinh Sqrt Square Tan Tanh"
+)
+_BINARY = (
+    "Add ArcTan2 BitwiseBinary Divide Equal Greater GreaterEqual Less LessEqual LogAddExp LogicalAnd LogicalOr "
+    "Maximum Minimum Multiply NotEqual Power Remainder Subtract"
+)
+_SLICE_UPDATES = ("SliceUpdate", "DynamicSliceUpdate")
+
+_RULES: dict[str, Callable[[_Evaluation, _Op], object | None]] = {
+    **dict.fromkeys(_UNARY.split(), _unary),
+    **dict.fromkeys(_BINARY.split(), _binary),
+    **dict.fromkeys((*_SLICE_UPDATES, "Scatter", "ScatterAxis", "MaskedScatter"), _update),
+    **dict.fromkeys(("Sort", "Partition"), _sort),
+    **dict.fromkeys(("Matmul", "AddMM", "GatherMM", "SegmentedMM"), _matmul),
+    **dict.fromkeys(("QuantizedMatmul", "GatherQMM"), _quantized_matmul),
+    **dict.fromkeys(("Copy", "StopGradient", "Depends"), _same),
+    **dict.fromkeys(("Broadcast", "BroadcastAxes"), _broadcast),
+    **dict.fromkeys(("Reshape", "Flatten", "Unflatten"), _reshape),
+    "Select": _select,
+    "Softmax": _softmax,
+    "LogSumExp": _log_sum_exp,
+    "Scan": _scan,
+    "Convolution": _convolution,
+    "Concatenate": _concatenate,
+    "ExpandDims": _expand_dims,
+    "Squeeze": _squeeze,
+    "Transpose": _transpose,
+    "Slice": _slice,
+    "Split": _split,
+    "AsStrided": _as_strided,
+    "View": _view,
+}
+
+
+# --- Operations and bytes
+
+
+def _flops(op: _Op) -> int:
+    out = op.outputs[0]
+    match op.name:
+        case "Matmul" | "AddMM" | "GatherMM" | "QuantizedMatmul" | "GatherQMM" | "BlockMaskedMM":
+            return 2 * out.size * op.inputs[0].shape[-1]
+        case "SegmentedMM":  # the segments share the inner dimension between them
+            return 2 * out.shape[-2] * out.shape[-1] * op.inputs[0].shape[-1]
+        case "Convolution":
+            return 2 * out.size * math.prod(op.inputs[1].shape[1:])
+        case "ScaledDotProductAttention":  # queries [B, H, T, D], keys [B, H_kv, S, D], values [B, H_kv, S, D_v]
+            q, k, v = (array.shape for array in op.inputs[:3])
+            return 2 * q[0] * q[1] * q[2] * k[2] * (q[3] + v[3])
+    return 0
+
+
+def _moved_nbytes(op: _Op) -> int:
+    written = sum(out.size * out.itemsize for out in op.outputs)
+    read = op.inputs
+    if op.name in ("Gather", "GatherAxis"):  # reads of the source what it writes
+        written, read = 2 * written, op.inputs[1:]
+    return written + sum(min(array.size, array.data_size) * array.itemsize for array in read)
+
+
+# --- Strides
+
+
+def _row_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides, size = [], 1
+    for n in reversed(shape):
+        strides.append(size)
+        size *= n
+    return tuple(reversed(strides))
+
+
+def _contiguity(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, bool, bool]:
+    """(elements without broadcast dimensions, in row order?, in column order?)"""
+    col_strides = tuple(reversed(_row_strides(tuple(reversed(shape)))))
+    size = math.prod(n for n, s in zip(shape, strides) if s > 0)
+    row = all(n == 1 or s == r for n, s, r in zip(shape, strides, _row_strides(shape)))
+    col = all(n == 1 or s == c for n, s, c in zip(shape, strides, col_strides))
+    return size, row, col
+
+
+def _strides_of_reshape(array: _Array, new_shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Strides of the same memory in another shape, None if it takes a copy."""
+    if not array.shape:
+        return (0,) * len(new_shape)
+    shape, strides = [array.shape[0]], [array.strides[0]]
+    for n, s in zip(array.shape[1:], array.strides[1:]):
+        if n == 1:
+            continue
+        if s * n == strides[-1]:
+            shape[-1], strides[-1] = shape[-1] * n, s
+        else:
+            shape.append(n)
+            strides.append(s)
+    result, j = [], 0
+    for n in new_shape:
+        if j < len(shape) and shape[j] % n == 0:
+            shape[j] //= n
+            result.append(shape[j] * strides[j])
+            j += shape[j] == 1
+        elif n == 1:
+            result.append(result[-1])
+        else:
+            return None
+    return tuple(result)
