@@ -4,9 +4,16 @@ Comes in: items (each a list of byte ranges) and, at every visit, the order of t
 one MLX byte buffer per item, filled. Buffers are handed on from item to item, because fresh pages are
 dear (DESIGN.md: 0.137 s against 0.015 s for a block's cast). Never knows what the bytes mean.
 
-`take` and `release` are called by one thread, the one that computes; the reads happen on the reader's.
+What is missing soonest is read next, into the place of what Belady (IBM Systems Journal 5(2), 1966) would evict
+at the visit that needs it: the item used furthest after that visit. The read starts as soon as that item has
+served its last visit before, and never takes another's place to start sooner ("Conservative" in Cao, Felten,
+Karlin, Li: A study of integrated prefetching and caching strategies, SIGMETRICS 1995), so reading ahead reads no
+more than reading on demand with perfect foresight does.
+
+All methods are called by one thread, the one that computes; the reads happen on the reader's.
 """
 
+import itertools
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -26,36 +33,51 @@ class _Resident:
 
 
 class BlockCache:
-    """Keeps items in at most `capacity` bytes and reads the next one while the present one is in use.
+    """Keeps items in at most `capacity` bytes and reads the next one while the present one computes.
 
     Attributes:
-        capacity: may be changed between visits, down to `least_capacity`; more than `largest_capacity` is no use.
+        capacity: may be changed at any time, down to `least_capacity`; more than `largest_capacity` is no use. If
+            lowered, `trim` or the next visit gives the memory back.
+        beside: whether the next visit's item is read beside the one in use even if that one's buffer would be the
+            best to give up. With True, no read waits for `release`, at up to one item more a pass; with False,
+            the reads are the fewest that the capacity allows.
 
     Args:
         items: for each item, the byte ranges that fill its buffer.
-        capacity: bytes for all buffers together; at least twice the largest item is always allowed, one buffer
-            in use and one on its way. (A buffer may hold a smaller item than it was made for.)
+        capacity: bytes for all buffers together; at least `slots` times the largest item is always allowed. (A
+            buffer may hold a smaller item than it was made for.)
+        slots: buffers that there must be. 2: an item is in use while it computes, the next is on its way beside it.
+            1: the caller copies what it needs out of the buffer and calls `release` before it computes; then
+            the same buffer can take the next item meanwhile. `beside` is True with 2 and False with 1.
     """
 
-    def __init__(self, reader: Reader, items: Sequence[Sequence[ByteRange]], capacity: int = 0):
+    def __init__(self, reader: Reader, items: Sequence[Sequence[ByteRange]], capacity: int = 0, slots: int = 2):
         self._reader = reader
         self._items = [list(ranges) for ranges in items]
         self.nbytes = [max((r.at + r.nbytes for r in ranges), default=0) for ranges in self._items]
         self.largest_capacity = sum(self.nbytes)
-        self.least_capacity = 2 * max(self.nbytes, default=0)
+        self.least_capacity = slots * max(self.nbytes, default=0)
         self.capacity = max(capacity, self.least_capacity)
+        self.beside = slots > 1
         self._residents: dict[int, _Resident] = {}
         self._free: list[mx.array] = []
+        self._upcoming: list[int] = []  # the visits after the last one
 
     def take(self, item: int, upcoming: Iterable[int]) -> mx.array:
-        """The filled uint8 buffer of `item`, in use until `release`. Starts reading what comes next.
+        """The filled uint8 buffer of `item`, in use until `release`. Starts reading what comes next, if it may.
 
         Args:
             upcoming: the items to be visited after this one, soonest first; may be endless.
         """
-        next_use = _next_uses(upcoming, len(self._items))
+        self._upcoming = list(itertools.islice(upcoming, 8 * len(self._items)))
+        if item in self._residents:
+            self._residents[item].pinned = True
+        self._shrink()
         if item not in self._residents:
-            self._start(item, next_use, deadline=-1)
+            victims = self._victims(item)
+            if victims is None:
+                raise RuntimeError("every block buffer is in use: release one first")
+            self._start(item, victims)
         resident = self._residents[item]
         resident.pinned = True
         try:
@@ -63,94 +85,109 @@ class BlockCache:
         except BaseException:
             del self._residents[item]
             raise
-        self._shrink(next_use)
-        self._read_ahead(next_use)
+        self._read_ahead()
         return resident.buffer
 
     def release(self, item: int) -> None:
-        """The buffer may be given to another item from now on; its bytes stay while nothing needs the room."""
+        """The buffer may take another item from now on, and does at once if that is the best use of it."""
         if item in self._residents:
             self._residents[item].pinned = False
+        self._read_ahead()
+
+    def trim(self) -> None:
+        """Give back what is held beyond `capacity` now, but for what is in use; to the system, not to MLX's cache."""
+        if self._shrink():
+            mx.clear_cache()
 
     def clear(self) -> None:
         """Forget every item and give the memory back."""
-        for resident in self._residents.values():
-            resident.read.cancel()
-        for resident in self._residents.values():
-            if not resident.read.cancelled():
-                resident.read.exception()
-        self._residents.clear()
+        self._upcoming = []
+        for item in list(self._residents):
+            self._evict(item)
         self._free.clear()
 
-    def _shrink(self, next_use: dict[int, int]) -> None:
+    def _shrink(self) -> bool:
         """Give memory back if the capacity was lowered: free buffers first, then what is used last."""
-        while self._held() > self.capacity and (self._free or self._idle()):
+        next_use, shrunk = self._next_use(), False
+        while self._held() > self.capacity and (self._free or self._unpinned()):
+            shrunk = True
             if self._free:
                 self._free.pop()
             else:
-                del self._residents[max(self._idle(), key=lambda i: next_use.get(i, NEVER))]
+                self._evict(max(self._unpinned(), key=lambda i: next_use.get(i, NEVER)))
+        return shrunk
 
-    def _read_ahead(self, next_use: dict[int, int]) -> None:
-        in_flight = sum(not r.read.done() for r in self._residents.values())
-        missing = [i for i in sorted(next_use, key=next_use.get) if i not in self._residents]
-        if missing and not in_flight:
-            deadline = next_use[missing[0]]
-            if deadline > 0:  # there is time: what is in use now can make room at the next visit
-                last = max(next_use.values())
-                deadline = max([deadline] + [next_use.get(i, last) for i, r in self._residents.items() if r.pinned])
-            self._start(missing[0], next_use, deadline)
+    def _read_ahead(self) -> None:
+        """Start reading what is missing soonest, unless something is being read or what to evict is needed before."""
+        if any(not resident.read.done() for resident in self._residents.values()):
+            return
+        missing = ((visit, item) for visit, item in enumerate(self._upcoming) if item not in self._residents)
+        visit, item = next(missing, (-1, -1))  # the visit that needs it, counted from now
+        if item < 0:
+            return
+        spared = set()
+        if self.beside:  # in use when `item` is read at the latest
+            spared = {self._upcoming[visit - 1]} if visit else {i for i, r in self._residents.items() if r.pinned}
+        victims = self._victims(item, visit, spared)
+        needed_before = set(self._upcoming[:visit]) | {i for i, r in self._residents.items() if r.pinned}
+        if victims is not None and needed_before.isdisjoint(victims):
+            self._start(item, victims)
 
-    def _start(self, item: int, next_use: dict[int, int], deadline: float) -> bool:
-        """Begin to read `item` if room can be made by evicting what is used later than `deadline`."""
-        buffer = self._free_buffer(self.nbytes[item], next_use, deadline)
-        if buffer is None:
-            return False
+    def _victims(self, item: int, visit: int = -1, spared: Iterable[int] = ()) -> list[int] | None:
+        """What to evict for `item`: whatever is used furthest after the `visit`-th visit from now, until it fits.
+
+        For a visit to come (not -1), that may be what is still in use now. None if nothing makes it fit.
+        """
+        need, victims = self.nbytes[item], []
+        room = self.capacity - sum(r.buffer.nbytes for r in self._residents.values())
+        if room >= need or any(b.nbytes >= need for b in self._free):
+            return victims
+        next_use, later = self._next_use(), self._next_use(visit + 1)
+        order = [i for i, r in self._residents.items() if i not in spared and not (visit < 0 and r.pinned)]
+        # of several that are never used after it, first what is not used before it either
+        order.sort(key=lambda i: (later.get(i, NEVER), next_use.get(i, NEVER), not self._residents[i].pinned))
+        while order:
+            victims.append(order.pop())
+            nbytes = self._residents[victims[-1]].buffer.nbytes
+            room += nbytes
+            if room >= need or nbytes >= need:
+                return victims
+        return None
+
+    def _start(self, item: int, victims: list[int]) -> None:
+        """Begin to read `item` in place of `victims`."""
+        self._free += [self._evict(victim) for victim in victims]
+        buffer = self._free_buffer(self.nbytes[item])
         self._residents[item] = _Resident(buffer, self._reader.submit(self._items[item], memoryview(buffer)))
-        return True
 
-    def _free_buffer(self, nbytes: int, next_use: dict[int, int], deadline: float) -> mx.array | None:
-        while True:
-            fitting = [b for b in self._free if b.nbytes >= nbytes]
-            if fitting:
-                buffer = min(fitting, key=lambda b: b.nbytes)
-                self._free = [b for b in self._free if b is not buffer]
-                return buffer
-            if self._held() + nbytes <= self.capacity:
-                buffer = mx.zeros((max(nbytes, 1),), mx.uint8)
-                mx.eval(buffer)
-                return buffer
-            if self._free:  # all too small
-                self._free.pop(0)
-                continue
-            victim = max(self._idle(), key=lambda i: next_use.get(i, NEVER), default=None)
-            if victim is None:
-                victim = self._finish_one_read()
-                if victim is None:
-                    raise RuntimeError("every block buffer is in use: capacity is below two blocks")
-            if next_use.get(victim, NEVER) <= deadline:
-                return None
-            self._free.append(self._residents.pop(victim).buffer)
+    def _free_buffer(self, nbytes: int) -> mx.array:
+        fitting = [b for b in self._free if b.nbytes >= nbytes]
+        if fitting:
+            buffer = min(fitting, key=lambda b: b.nbytes)
+            self._free = [b for b in self._free if b is not buffer]
+            return buffer
+        while self._free and self._held() + nbytes > self.capacity:  # all too small
+            self._free.pop(0)
+        buffer = mx.zeros((max(nbytes, 1),), mx.uint8)
+        mx.eval(buffer)
+        return buffer
 
-    def _idle(self) -> list[int]:
-        return [i for i, r in self._residents.items() if not r.pinned and r.read.done()]
+    def _evict(self, item: int) -> mx.array:
+        """Forget `item`, after its read if that has begun. Returns its buffer."""
+        resident = self._residents.pop(item)
+        if not resident.read.cancel():
+            resident.read.exception()
+        return resident.buffer
+
+    def _unpinned(self) -> list[int]:
+        return [i for i, r in self._residents.items() if not r.pinned]
 
     def _held(self) -> int:
         return sum(b.nbytes for b in self._free) + sum(r.buffer.nbytes for r in self._residents.values())
 
-    def _finish_one_read(self) -> int | None:
-        """Wait for an unpinned read that is under way, so that its buffer can be taken."""
-        for item, resident in self._residents.items():
-            if not resident.pinned:
-                resident.read.exception()
-                return item
-        return None
-
-
-def _next_uses(upcoming: Iterable[int], n_items: int) -> dict[int, int]:
-    """Item -> how many visits from now it is next used. Stops once every item was seen."""
-    next_use: dict[int, int] = {}
-    for distance, item in enumerate(upcoming):
-        next_use.setdefault(item, distance)
-        if len(next_use) == n_items or distance > 8 * n_items:
-            break
-    return next_use
+    def _next_use(self, start: int = 0) -> dict[int, int]:
+        """Item -> which visit from now first uses it, not counting those before the `start`-th."""
+        next_use: dict[int, int] = {}
+        for visit in range(start, len(self._upcoming)):
+            next_use.setdefault(self._upcoming[visit], visit)
+        return next_use
