@@ -747,7 +747,7 @@ def test_second_item_in_use_at_once_is_refused_where_there_is_room_for_one(blob)
         cache.take(1, [2])
     cache.release(0)
     assert_holds(cache.take(1, [2]), items[1])
-    cache.beside = True  # has no room: nothing is read ahead, and nothing fails
+    cache.slots = 2  # has no room for it: nothing is read ahead, and nothing fails
     assert_holds(cache.take(1, [2]), items[1])
     cache.clear()
     reader.close()

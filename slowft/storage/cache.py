@@ -38,17 +38,16 @@ class BlockCache:
     Attributes:
         capacity: may be changed at any time, down to `least_capacity`; more than `largest_capacity` is no use. If
             lowered, `trim` or the next visit gives the memory back.
-        beside: whether the next visit's item is read beside the one in use even if that one's buffer would be the
-            best to give up. With True, no read waits for `release`, at up to one item more a pass; with False,
-            the reads are the fewest that the capacity allows.
+        slots: 2 if an item is in use while it computes: the next visit's is read beside it even where its buffer
+            would be the best to give up, which costs up to one read more a pass, but no read waits for `release`.
+            1 if the caller copies what it needs out of the buffer and calls `release` before it computes: the
+            same buffer takes the next item meanwhile, and reads are the fewest that any capacity allows. May be
+            changed at any time.
 
     Args:
         items: for each item, the byte ranges that fill its buffer.
         capacity: bytes for all buffers together; at least `slots` times the largest item is always allowed. (A
             buffer may hold a smaller item than it was made for.)
-        slots: buffers that there must be. 2: an item is in use while it computes, the next is on its way beside it.
-            1: the caller copies what it needs out of the buffer and calls `release` before it computes; then
-            the same buffer can take the next item meanwhile. `beside` is True with 2 and False with 1.
     """
 
     def __init__(self, reader: Reader, items: Sequence[Sequence[ByteRange]], capacity: int = 0, slots: int = 2):
@@ -56,12 +55,15 @@ class BlockCache:
         self._items = [list(ranges) for ranges in items]
         self.nbytes = [max((r.at + r.nbytes for r in ranges), default=0) for ranges in self._items]
         self.largest_capacity = sum(self.nbytes)
-        self.least_capacity = slots * max(self.nbytes, default=0)
+        self.slots = slots
         self.capacity = max(capacity, self.least_capacity)
-        self.beside = slots > 1
         self._residents: dict[int, _Resident] = {}
         self._free: list[mx.array] = []
         self._upcoming: list[int] = []  # the visits after the last one
+
+    @property
+    def least_capacity(self) -> int:
+        return self.slots * max(self.nbytes, default=0)
 
     def take(self, item: int, upcoming: Iterable[int]) -> mx.array:
         """The filled uint8 buffer of `item`, in use until `release`. Starts reading what comes next, if it may.
@@ -126,7 +128,7 @@ class BlockCache:
         if item < 0:
             return
         spared = set()
-        if self.beside:  # in use when `item` is read at the latest
+        if self.slots > 1:  # in use when `item` is read at the latest
             spared = {self._upcoming[visit - 1]} if visit else {i for i, r in self._residents.items() if r.pinned}
         victims = self._victims(item, visit, spared)
         needed_before = set(self._upcoming[:visit]) | {i for i, r in self._residents.items() if r.pinned}
