@@ -1,16 +1,13 @@
 """What an MLX computation will cost in memory, operations and bytes, without running it.
 
 Comes in: a function and its arguments, of which only shapes and dtypes matter (placeholders will do). Goes
-out: a `Cost`. Never evaluates an array.
+out: a `Cost`. Computes nothing, and leaves the random state as it was.
 
 `mx.export_function` traces the function and lists its primitives with shapes, `mx.export_to_dot` gives the
 graph as it was before the former merged equal subexpressions. MLX's order of evaluation is then rebuilt
 (`eval_impl` in mlx/transforms.cpp) and its rules for who takes a new buffer, who reuses an input's and who
 copies first (mlx/backend/common, mlx/backend/cpu) are replayed on shapes and strides. On a GPU the order is
 the same and the rules are close; its fused primitives count by their outputs.
-
-A function under `mx.compile` is traced as the operations in it. So it runs inside `mx.vjp` too; outside, it
-is one operation with fewer temporaries.
 """
 
 import io
@@ -73,14 +70,20 @@ def cost(function: Callable, *args) -> Cost:
     Raises:
         CostUnknown: MLX cannot export one of the primitives, such as a custom kernel.
     """
+    high, low = mx.random.state[0].tolist()
     try:
         outputs = _trace(function, args)
     except CostUnknown as e:
         if "CustomTransforms" not in str(e):
             raise
-        # the primitive that carries an `mx.custom_function` is a view which cannot be exported; vmap over one row
-        # replaces it by the function it stands for
-        outputs = _trace(lambda *rows: mx.vmap(lambda *a: _arrays(function(*a)))(*rows), _with_row(args))
+        try:
+            outputs = _trace(*_without_custom_functions(function, args))
+        except ValueError as of_vmap:
+            if not isinstance(of_vmap, CostUnknown) and not str(of_vmap).startswith("[Primitive::vmap]"):
+                raise
+            raise e from of_vmap
+    finally:
+        mx.random.seed(high << 32 | low)  # dropout in the function moved it
     return _Evaluation(outputs).run()
 
 
@@ -88,8 +91,21 @@ def _arrays(tree) -> list[mx.array]:
     return [leaf for _, leaf in tree_flatten(tree) if isinstance(leaf, mx.array)]
 
 
-def _with_row(args: tuple) -> tuple:
-    return tree_map(lambda leaf: leaf[None] if isinstance(leaf, mx.array) else leaf, args)
+def _without_custom_functions(function: Callable, args: tuple) -> tuple[Callable, tuple]:
+    """The same over one row of a batch.
+
+    The primitive that carries an `mx.custom_function`, a view of its result, cannot be exported. `mx.vmap` puts
+    the function itself in its place. Not every primitive has a vmap, and no compiled piece is seen.
+    """
+
+    of_rows = mx.vmap(lambda *arrays: _arrays(function(*_with_arrays(args, arrays))))
+    return of_rows, tuple(array[None] for array in _arrays(args))
+
+
+def _with_arrays(tree, arrays):
+    """The tree with other arrays in it."""
+    replacements = iter(arrays)
+    return tree_map(lambda leaf: next(replacements) if isinstance(leaf, mx.array) else leaf, tree)
 
 
 # --- The graph ------------------------------------------------------------------------------------
@@ -147,23 +163,52 @@ class _Op:
 
 def _trace(function: Callable, args: tuple) -> list[_Array]:
     """The outputs of the function as arrays of the graph that leads to them."""
+    unknown: set[str] = set()
+    while True:
+        exported: list[dict] = []
+        dot: list[str] = []
+        visible: list[int] = []  # outputs whose graph MLX can export
+        shapes: list[tuple] = []
+
+        def of_arrays(*arrays, dot=dot, visible=visible, shapes=shapes):
+            outputs = _arrays(function(*_with_arrays(args, arrays)))
+            shapes.extend((output.shape, output.itemsize) for output in outputs)
+            dot.append(_dot_of(outputs))
+            hidden = _Dot(dot[0]).descendants(unknown)
+            visible.extend(i for i in range(len(outputs)) if f"output_{i}" not in hidden)
+            return [outputs[i] for i in visible]
+
+        try:
+            # other arrays than the caller's, because one that is captured as well cannot be exported
+            mx.export_function(exported.append, of_arrays, *map(mx.stop_gradient, _arrays(args)))
+            break
+        except ValueError as e:
+            found = _NOT_EXPORTABLE.match(str(e))
+            if found is None:
+                raise  # the function's own
+            unknown.add(found[1])
+            hidden = _Dot(dot[0]).descendants(unknown)
+            if all(f"output_{i}" in hidden for i in range(len(shapes))):
+                raise CostUnknown(f"the cost of this computation cannot be predicted: {e}") from None
+
+    simplified = dict(zip(visible, _exported_outputs(exported)))
+    # what runs outside a trace has compiled pieces in it, which a trace replaces by the operations they consist of
+    for graph in (_dot_of(_arrays(function(*args))), dot[0]):
+        if outputs := _Unsimplified(_Dot(graph), simplified, shapes).outputs():
+            return outputs
+    return list(simplified.values())
+
+
+def _dot_of(outputs: list[mx.array]) -> str:
     dot = io.StringIO()
+    mx.export_to_dot(dot, **{f"output_{i}": output for i, output in enumerate(outputs)})
+    return dot.getvalue()
 
-    def of_arrays(*arrays):
-        replacements = iter(arrays)
-        args_ = tree_map(lambda leaf: next(replacements) if isinstance(leaf, mx.array) else leaf, args)
-        outputs = _arrays(function(*args_))
-        mx.export_to_dot(dot, **{f"output_{i}": output for i, output in enumerate(outputs)})
-        return outputs
 
-    events: list[dict] = []
-    try:
-        mx.export_function(events.append, of_arrays, *_arrays(args))
-    except ValueError as e:
-        if not str(e).startswith("[export_function]"):
-            raise  # the function's own
-        raise CostUnknown(f"the cost of this computation cannot be predicted: {e}") from None
+_NOT_EXPORTABLE = re.compile(r"\[export_function\] Unable to \w+(?: state for)? primitive (\w+)")
 
+
+def _exported_outputs(events: list[dict]) -> list[_Array]:
     arrays: dict[str, _Array] = {}
     outputs: list[str] = []
     for event in events:
@@ -180,74 +225,171 @@ def _trace(function: Callable, args: tuple) -> list[_Array]:
                 for name, shape, dtype in event["outputs"]:
                     arrays[name] = _Array(shape, dtype.size, op)
                     op.outputs.append(arrays[name])
-    simplified = [arrays[name] for name in outputs]
-    return _before_simplification(dot.getvalue(), simplified) or simplified
+    return [arrays[name] for name in outputs]
 
 
-_DOT_PRIMITIVE = re.compile(r'\{ (\d+) \[label ="([^ "]*)')
-_DOT_INPUT = re.compile(r'"(\w+)" -> (\d+)')
-_DOT_OUTPUT = re.compile(r'(\d+) -> "(\w+)"')
-_NO_OPS = ("Copy", "StopGradient")  # mlx/compile.cpp, is_noop
+class _Dot:
+    """A graph as `mx.export_to_dot` writes it: names, no shapes.
 
-
-def _before_simplification(dot: str, simplified: list[_Array]) -> list[_Array] | None:
-    """The graph that `dot` shows, with the shapes and arguments of the simplified one; None if they do not match.
-
-    Simplifying took out no-ops and merged equal operations (`compile_simplify` in mlx/compile.cpp), which changes
-    the order of evaluation and who else uses a buffer: 4% of a Llama block's backward peak. Walking both graphs
-    from their outputs in step finds for each operation the one it was merged into.
+    Operations are numbered in order of computation. (The file has the address of each one's primitive, but calls
+    of a compiled function share theirs; each operation's lines stand together.)
     """
-    names: dict[str, str] = {}  # of primitives, by their number
-    inputs: dict[str, list[str]] = {}
-    outputs: dict[str, list[str]] = {}
-    producers: dict[str, str] = {}
-    for line in dot.splitlines():
-        if found := _DOT_PRIMITIVE.match(line):
-            number, names[number] = found[1], found[2]
-            inputs[number], outputs[number] = [], []
-        elif found := _DOT_INPUT.match(line):
-            inputs[found[2]].append(found[1])
-        elif found := _DOT_OUTPUT.match(line):
-            outputs[found[1]].append(found[2])
-            producers[found[2]] = found[1]
 
-    arrays: dict[str, _Array] = {}
-    waiting: list[tuple[_Op, str, _Array]] = []  # (consumer, name of its next input, what that is in the other graph)
-    root = _Op("root", [], [], [])
+    _PRIMITIVE = re.compile(r'\{ \d+ \[label ="([^ "]*)')
+    _INPUT = re.compile(r'"(\w+)" -> \d+')
+    _OUTPUT = re.compile(r'\d+ -> "(\w+)"')
 
-    def resolve(name: str, other: _Array) -> _Array | None:
-        if name in arrays:
-            return arrays[name]
-        number = producers.get(name)
-        if number is None:
-            if other.op is not None:
-                return None
-            arrays[name] = other
-            return other
-        if names[number] in _NO_OPS:
-            op = _Op(names[number], [], [], [])
-            likes, other_inputs = [other], [other]
-        elif other.op is None or len(outputs[number]) != len(other.op.outputs):
-            return None
+    def __init__(self, text: str):
+        self.names: list[str] = []
+        self.inputs: list[list[str]] = []
+        self.outputs: list[list[str]] = []
+        self.producers: dict[str, int] = {}
+        for line in text.splitlines():
+            if found := self._PRIMITIVE.match(line):
+                self.names.append(found[1])
+                self.inputs.append([])
+                self.outputs.append([])
+            elif found := self._INPUT.match(line):
+                self.inputs[-1].append(found[1])
+            elif found := self._OUTPUT.match(line):
+                self.outputs[-1].append(found[1])
+                self.producers[found[1]] = len(self.names) - 1
+
+    def descendants(self, primitives: set[str]) -> set[str]:
+        """Arrays that come from any of these primitives."""
+        found: set[str] = set()
+        for number, name in enumerate(self.names):
+            if name in primitives or not found.isdisjoint(self.inputs[number]):
+                found.update(self.outputs[number])
+        return found
+
+
+class _Mismatch(Exception):
+    """Two graphs that should be the same, up to simplification, are not."""
+
+
+class _Unsimplified:
+    """The graph that runs: the one of `dot`, with the shapes and arguments of the exported one.
+
+    Exporting takes out no-ops and merges equal operations (`compile_simplify` in mlx/compile.cpp), which changes
+    the order of evaluation and who else uses a buffer. Walking both graphs from their outputs in step finds for
+    each operation the one it was merged into.
+
+    Args:
+        exported: what could be exported of the outputs, by their number.
+        shapes: (shape, bytes per element) of all outputs.
+    """
+
+    _NO_OPS = ("Copy", "StopGradient")  # mlx/compile.cpp, is_noop
+    _RESHAPING = ("Transpose", "Reshape", "Flatten", "Unflatten", "ExpandDims", "Squeeze", "Copy", "StopGradient")
+
+    def __init__(self, dot: _Dot, exported: dict[int, _Array], shapes: list[tuple[tuple[int, ...], int]]):
+        self._dot, self._exported, self._shapes = dot, exported, shapes
+        self._arrays: dict[str, _Array] = {}
+
+    def outputs(self) -> list[_Array] | None:
+        """All outputs, in order; None if the graphs do not match."""
+        root = _Op("root", [], [], [])
+        waiting = [(root, f"output_{i}", array) for i, array in reversed(self._exported.items())]
+        while waiting:
+            consumer, name, counterpart = waiting.pop()
+            if name not in self._arrays:
+                try:
+                    op, inputs = self._match(name, counterpart)
+                except _Mismatch:
+                    return None
+                waiting.extend((op, *pair) for pair in reversed(inputs))
+            consumer.inputs.append(self._arrays[name])
+        for i in range(len(self._shapes)):
+            if i not in self._exported:
+                shape, itemsize = self._shapes[i]
+                self._guess(f"output_{i}", math.prod(shape), itemsize)
+        return [self._arrays[f"output_{i}"] for i in range(len(self._shapes))]
+
+    def _match(self, name: str, counterpart: _Array) -> tuple["_Op | None", list[tuple[str, _Array]]]:
+        """Make the operation that puts out `name`; returns it and (name, counterpart) of each of its inputs."""
+        number = self._dot.producers.get(name)
+        if number is None or (counterpart.op is None and self._dot.names[number] not in self._NO_OPS):
+            if counterpart.op is not None:
+                raise _Mismatch
+            self._arrays[name] = counterpart
+            return None, []
+        inputs, outputs = self._dot.inputs[number], self._dot.outputs[number]
+        if self._dot.names[number] in self._NO_OPS:
+            op, likes, likes_of_inputs = _Op(self._dot.names[number], [], [], []), [counterpart], [counterpart]
+        elif self._dot.names[number].startswith("Compiled"):
+            if len(outputs) != 1:
+                raise _Mismatch
+            likes, likes_of_inputs = [counterpart], self._inputs_of_compiled(number, counterpart)
+            op = _Op("Compiled", [], [], [])
         else:
-            op = _Op(other.op.name, other.op.arguments, [], [])
-            likes, other_inputs = other.op.outputs, other.op.inputs
-        if len(inputs[number]) != len(other_inputs):
-            return None
-        for output, like in zip(outputs[number], likes):
-            arrays[output] = _Array(like.shape, like.itemsize, op)
-            op.outputs.append(arrays[output])
-        waiting.extend((op, input, like) for input, like in reversed(list(zip(inputs[number], other_inputs))))
-        return arrays.get(name)
+            op = _Op(counterpart.op.name, counterpart.op.arguments, [], [])
+            likes, likes_of_inputs = counterpart.op.outputs, counterpart.op.inputs
+        if len(likes) != len(outputs) or len(likes_of_inputs) != len(inputs):
+            raise _Mismatch
+        for output, like in zip(outputs, likes):
+            self._arrays[output] = _Array(like.shape, like.itemsize, op)
+            op.outputs.append(self._arrays[output])
+        return op, list(zip(inputs, likes_of_inputs))
 
-    waiting.extend((root, f"output_{i}", simplified[i]) for i in reversed(range(len(simplified))))
-    while waiting:
-        consumer, name, other = waiting.pop()
-        array = resolve(name, other)
-        if array is None:
-            return None
-        consumer.inputs.append(array)
-    return root.inputs
+    def _inputs_of_compiled(self, number: int, output: _Array) -> list[_Array]:
+        """What goes into the operations that `mx.compile` fused into one, in its order (compile_fuse).
+
+        The name of the fused one strings together the names of its parts.
+        """
+        parts = Counter(_exported_name(part) for part in _FUSABLE.findall(self._dot.names[number]))
+        del parts["Broadcast"]  # a trace for any shape has more of them
+        names = self._dot.inputs[number]
+
+        def search(waiting: list[_Array], parts: Counter, fused: list[_Op], inputs: list[_Array]):
+            if not waiting:
+                return inputs if len(inputs) == len(names) and parts.total() == 0 else None
+            array, rest = waiting[-1], waiting[:-1]
+            op = array.op
+            if any(op is other for other in fused) or any(array is other for other in inputs):
+                return search(rest, parts, fused, inputs)
+            found = None
+            if op is not None and (op.name == "Broadcast" or parts[op.name] > 0):
+                left = parts if op.name == "Broadcast" else parts - Counter([op.name])
+                found = search(rest + op.inputs[::-1], left, [*fused, op], inputs)
+            if found is None and len(inputs) < len(names) and self._may_be(names[len(inputs)], array):
+                found = search(rest, parts, fused, [*inputs, array])
+            return found
+
+        inputs = search([output], parts, [], [])
+        if inputs is None:
+            raise _Mismatch
+        return inputs
+
+    def _may_be(self, name: str, array: _Array) -> bool:
+        number = self._dot.producers.get(name)
+        while number is not None and self._dot.names[number] in self._NO_OPS:
+            number = self._dot.producers.get(self._dot.inputs[number][0])
+        if number is None or array.op is None:
+            return number is None and array.op is None
+        return (
+            self._dot.names[number].startswith("Compiled") or _exported_name(self._dot.names[number]) == array.op.name
+        )
+
+    def _guess(self, name: str, size: int | None, itemsize: int) -> _Array:
+        """An array that could not be exported, of which `size` elements are known, or as many as in its inputs.
+
+        That is the gradient of an expert's adapter (SegmentedMM): an output, or on the way to one.
+        """
+        if name in self._arrays:
+            return self._arrays[name]
+        number = self._dot.producers.get(name)
+        if number is None:
+            self._arrays[name] = _Array((), itemsize)
+            return self._arrays[name]
+        reshaping = self._dot.names[number] in self._RESHAPING
+        inputs = [self._guess(i, size if reshaping else None, itemsize) for i in self._dot.inputs[number]]
+        op = _Op("Copy" if reshaping else "", [], inputs, [])
+        for output in self._dot.outputs[number]:
+            n = max((array.size for array in inputs), default=1) if size is None else size
+            self._arrays[output] = _Array((n,), itemsize, op)
+            op.outputs.append(self._arrays[output])
+        return self._arrays[name]
 
 
 def _evaluation_order(outputs: list[_Array]) -> list[_Op]:
@@ -510,6 +652,26 @@ def _convolution(e: _Evaluation, op: _Op) -> None:
     e.allocate(out)
 
 
+def _compiled(e: _Evaluation, op: _Op) -> None:
+    """`compiled_allocate_outputs` in mlx/backend/common/compiled.cpp."""
+    (out,) = op.outputs
+    arrays = [array for array in op.inputs if array.shape]
+    same_shape = all(array.shape == out.shape for array in arrays)
+    if len(arrays) > 1:
+        in_order = all(x.row_contiguous for x in arrays) or all(x.col_contiguous for x in arrays)
+    else:
+        in_order = bool(arrays) and arrays[0].contiguous
+    if same_shape and in_order:
+        candidates, layout = arrays, next((x for x in arrays if x.size == out.size), None)
+    else:
+        candidates, layout = [x for x in arrays if x.row_contiguous and x.size == out.size], None
+    for array in candidates:
+        if array.itemsize == out.itemsize and e.is_unused(array):
+            e.donate(array, out)
+            return
+    e.allocate(out, like=layout)
+
+
 def _concatenate(e: _Evaluation, op: _Op) -> None:
     e.dispatches += len(op.inputs) - 1
     e.allocate(op.outputs[0])
@@ -632,6 +794,21 @@ _BINARY = (
     "Add ArcTan2 BitwiseBinary Divide Equal Greater GreaterEqual Less LessEqual LogAddExp LogicalAnd LogicalOr "
     "Maximum Minimum Multiply NotEqual Power Remainder Subtract"
 )
+# what `mx.compile` fuses (is_fusable in mlx/compile.cpp), by the names it gives, the longest first
+_ALIASES = {"Rsqrt": "Sqrt", "Log2": "Log", "Log10": "Log", "NaNEqual": "Equal"}
+_ALIASES |= dict.fromkeys("BitwiseAnd BitwiseOr BitwiseXor LeftShift RightShift".split(), "BitwiseBinary")
+_ALIASES |= dict.fromkeys("And Or Sum Prod Min Max".split(), "Reduce")
+_ALIASES |= dict.fromkeys("CumSum CumProd CumMin CumMax CumLogaddexp".split(), "Scan")
+_FUSABLE = re.compile(
+    "|".join(sorted({*_UNARY.split(), *_BINARY.split(), *_ALIASES, "Select", "Broadcast"}, key=len, reverse=True))
+)
+
+
+def _exported_name(name: str) -> str:
+    """The name under which `mx.export_function` files a primitive."""
+    return _ALIASES.get(name, name)
+
+
 _SLICE_UPDATES = ("SliceUpdate", "DynamicSliceUpdate")
 
 _RULES: dict[str, Callable[[_Evaluation, _Op], object | None]] = {
@@ -639,7 +816,7 @@ _RULES: dict[str, Callable[[_Evaluation, _Op], object | None]] = {
     **dict.fromkeys(_BINARY.split(), _binary),
     **dict.fromkeys((*_SLICE_UPDATES, "Scatter", "ScatterAxis", "MaskedScatter"), _update),
     **dict.fromkeys(("Sort", "Partition"), _sort),
-    **dict.fromkeys(("Matmul", "AddMM", "GatherMM", "SegmentedMM"), _matmul),
+    **dict.fromkeys(("Matmul", "AddMM", "GatherMM"), _matmul),
     **dict.fromkeys(("QuantizedMatmul", "GatherQMM"), _quantized_matmul),
     **dict.fromkeys(("Copy", "StopGradient", "Depends"), _same),
     **dict.fromkeys(("Broadcast", "BroadcastAxes"), _broadcast),
@@ -649,6 +826,7 @@ _RULES: dict[str, Callable[[_Evaluation, _Op], object | None]] = {
     "LogSumExp": _log_sum_exp,
     "Scan": _scan,
     "Convolution": _convolution,
+    "Compiled": _compiled,
     "Concatenate": _concatenate,
     "ExpandDims": _expand_dims,
     "Squeeze": _squeeze,
@@ -668,8 +846,6 @@ def _flops(op: _Op) -> int:
     match op.name:
         case "Matmul" | "AddMM" | "GatherMM" | "QuantizedMatmul" | "GatherQMM" | "BlockMaskedMM":
             return 2 * out.size * op.inputs[0].shape[-1]
-        case "SegmentedMM":  # the segments share the inner dimension between them
-            return 2 * out.shape[-2] * out.shape[-1] * op.inputs[0].shape[-1]
         case "Convolution":
             return 2 * out.size * math.prod(op.inputs[1].shape[1:])
         case "ScaledDotProductAttention":  # queries [B, H, T, D], keys [B, H_kv, S, D], values [B, H_kv, S, D_v]
