@@ -157,3 +157,40 @@ def reset_peak_memory() -> None:
                 clear.write("5")
     except (OSError, AttributeError):  # some sandboxes forbid it: the peak is then the whole run's
         pass
+
+
+def physical_memory() -> int:
+    """Bytes of memory in this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def memory_limit() -> int:
+    """Bytes this process may use: physical memory, or the least limit of its control group and those above (Linux)."""
+    limits = [physical_memory()]
+    try:
+        with open("/proc/self/mountinfo") as mounts, open("/proc/self/cgroup") as groups:
+            # "0::/path" is version 2, "7:memory:/path" version 1
+            paths = {controllers: path for _, controllers, path in (line.rstrip().split(":", 2) for line in groups)}
+            mounts = [line.split() for line in mounts]
+    except OSError:  # not Linux
+        return limits[0]
+    for _, _, _, root, mounted_at, *rest in mounts:
+        kind, _, options = rest[rest.index("-") + 1 :][:3]
+        if kind == "cgroup2":
+            path, file = paths.get(""), "memory.max"
+        elif kind == "cgroup" and "memory" in options.split(","):
+            path = next((path for names, path in paths.items() if "memory" in names.split(",")), None)
+            file = "memory.limit_in_bytes"
+        else:
+            continue
+        group = os.path.relpath(path or "/", root)  # a container sees only what is below its own group
+        while not group.startswith(".."):
+            try:
+                with open(os.path.join(mounted_at, group, file)) as limit:
+                    limits.append(int(limit.read()))
+            except (OSError, ValueError):  # the root has no such file; "max" is no limit
+                pass
+            if group in (".", ""):
+                break
+            group = os.path.dirname(group) or "."
+    return min(limits)
