@@ -1,0 +1,212 @@
+"""What this machine can do, measured in about a second and a half.
+
+Comes in: the compute dtype, the model's files. Goes out: a `Machine`. Never writes, never holds more than about
+200 MB, and leaves MLX's limits as they were.
+"""
+
+import contextlib
+import functools
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from .. import platform
+from ..storage.reader import ByteRange, Reader
+
+STREAM_NBYTES = 48 << 20  # of each array that is read or written; several times a laptop's cache
+READ_NBYTES = 64 << 20  # read at a time
+READ_AT_MOST_NBYTES = 512 << 20
+TELLING_NBYTES = 1 << 20  # less than this to read says nothing about a drive
+DEQUANTIZED_NBYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the planner reckons with. Rates are per second; bytes are bytes.
+
+    Attributes:
+        memory_nbytes: what this process may use: physical memory or its control group's limit; on macOS the
+            working set that Metal recommends, never the wired maximum.
+        matmul_flops_per_s: matrix products in the compute dtype; a multiply-add is two.
+        bytes_per_s: bytes read and written by an elementwise operation, in memory that is in use already.
+        cast_bytes_per_s: bytes put out by a cast to the compute dtype, in memory that is in use already.
+        page_s_per_byte: seconds that it takes in addition where the memory is fresh from the operating system.
+        read_bytes_per_s: one file after the other, past the file cache; None if there was nothing to read.
+        write_bytes_per_s: to the drive; None, as measuring it would write.
+        cores: processor cores that this process may use.
+        device: name of the device that MLX computes on.
+    """
+
+    memory_nbytes: int
+    matmul_flops_per_s: float
+    bytes_per_s: float
+    cast_bytes_per_s: float
+    page_s_per_byte: float
+    read_bytes_per_s: float | None
+    write_bytes_per_s: float | None
+    cores: int
+    device: str
+
+
+def measure(compute_dtype: mx.Dtype, files: Sequence[str], seconds: float = 1.5) -> Machine:
+    """Measure this machine on MLX's default device.
+
+    Args:
+        compute_dtype: what blocks are computed in.
+        files: model files; reading is measured on them, from the middle on.
+        seconds: what it may take altogether, roughly.
+    """
+    with _cache_limit(0):  # every output in fresh memory
+        fresh_s = _best(_cast(compute_dtype), seconds * 0.1)
+    with _cache_limit(8 * STREAM_NBYTES):  # an output takes the place of the one before
+        warm_s = _best(_cast(compute_dtype), seconds * 0.1)
+        bytes_per_s = _bytes_per_s(compute_dtype, seconds * 0.15)
+        matmul_flops_per_s = _matmul_flops_per_s(compute_dtype, seconds * 0.25)
+    return Machine(
+        memory_nbytes=_memory_nbytes(),
+        matmul_flops_per_s=matmul_flops_per_s,
+        bytes_per_s=bytes_per_s,
+        cast_bytes_per_s=STREAM_NBYTES / warm_s,
+        page_s_per_byte=max(0.0, fresh_s - warm_s) / STREAM_NBYTES,
+        read_bytes_per_s=_read_bytes_per_s(files, seconds * 0.35),
+        write_bytes_per_s=None,
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        device=str(mx.device_info().get("device_name", mx.default_device())),
+    )
+
+
+@functools.cache
+def dequantize_seconds_per_byte(bits: int, group_size: int, mode: str, dtype: mx.Dtype) -> float:
+    """Seconds per byte put out by `mx.dequantize` to `dtype`, in memory that is in use already."""
+    columns = 2048
+    weight = mx.random.normal((DEQUANTIZED_NBYTES // dtype.size // columns, columns), key=mx.random.key(0))
+    quantized = mx.quantize(weight.astype(dtype), group_size=group_size, bits=bits, mode=mode)
+    mx.eval(quantized)
+
+    def dequantize() -> mx.array:
+        return mx.dequantize(*quantized, group_size=group_size, bits=bits, mode=mode, dtype=dtype)
+
+    with _cache_limit(8 * DEQUANTIZED_NBYTES):
+        return _best(dequantize, 0.1) / DEQUANTIZED_NBYTES
+
+
+def _memory_nbytes() -> int:
+    if platform.MACOS:
+        recommended = mx.device_info().get("max_recommended_working_set_size")
+        return int(recommended or platform.memory_limit())
+    return platform.memory_limit()
+
+
+# --- Computing ------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _cache_limit(nbytes: int) -> Iterator[None]:
+    """MLX keeps up to so many bytes of freed buffers to hand out again."""
+    previous = mx.set_cache_limit(nbytes)
+    try:
+        yield
+    finally:
+        mx.clear_cache()
+        mx.set_cache_limit(previous)
+
+
+def _best(function: Callable[[], mx.array], seconds: float) -> float:
+    """The least seconds one evaluation takes, of at least three and as many as go into `seconds`.
+
+    The first is not counted: it wakes devices and loads kernels. Other work on the machine only ever adds.
+    """
+    mx.eval(function())
+    best = float("inf")
+    begin = time.perf_counter()
+    repetitions = 0
+    while repetitions < 3 or time.perf_counter() - begin < seconds:
+        at = time.perf_counter()
+        output = function()
+        mx.eval(output)
+        best = min(best, time.perf_counter() - at)
+        del output
+        repetitions += 1
+    return best
+
+
+def _cast(dtype: mx.Dtype) -> Callable[[], mx.array]:
+    """A cast of `STREAM_NBYTES` bytes to `dtype`, from bfloat16, in which most models are stored."""
+    stored = mx.bfloat16 if dtype != mx.bfloat16 else mx.float16
+    array = mx.zeros((STREAM_NBYTES // dtype.size,), stored)
+    mx.eval(array)
+    return lambda: array.astype(dtype)
+
+
+def _bytes_per_s(dtype: mx.Dtype, seconds: float) -> float:
+    a, b = mx.zeros((2, STREAM_NBYTES // dtype.size), dtype)
+    mx.eval(a, b)
+    return 3 * STREAM_NBYTES / _best(lambda: a + b, seconds)
+
+
+def _matmul_flops_per_s(dtype: mx.Dtype, seconds: float) -> float:
+    """Of square matrices, the larger the faster they are multiplied: 512 takes 0.16 s on a reference BLAS."""
+    size, rate = 512, 0.0
+    begin = time.perf_counter()
+    while size <= 4096:
+        a = mx.random.normal((size, size), key=mx.random.key(0)).astype(dtype)
+        mx.eval(a)
+        at = time.perf_counter()
+        rate = max(rate, 2 * size**3 / _best(lambda a=a: a @ a, 0))
+        took = time.perf_counter() - at
+        if time.perf_counter() - begin + 8 * took > seconds:
+            break
+        size *= 2
+    return rate
+
+
+# --- Reading --------------------------------------------------------------------------------------
+
+
+def _read_bytes_per_s(files: Sequence[str], seconds: float) -> float | None:
+    """What the engine's own reader reads of the files per second, the file cache emptied of them first."""
+    pieces = [piece for file in files for piece in _pieces(file)]
+    middle = len(pieces) // 2
+    pieces = pieces[middle:] + pieces[:middle]
+    if sum(piece.nbytes for piece in pieces) < TELLING_NBYTES:
+        return None
+    buffer = memoryview(bytearray(max(piece.nbytes for piece in pieces)))  # zeroed: its pages are there
+    reader = Reader()
+    took = 0.0
+    try:
+        for piece in pieces:
+            _drop(piece)
+            at = time.perf_counter()
+            reader.wait(reader.submit([piece], buffer))
+            took += time.perf_counter() - at
+            if took >= seconds or reader.bytes_read >= READ_AT_MOST_NBYTES:
+                break
+        return reader.bytes_read / took
+    finally:
+        reader.close()
+
+
+def _pieces(file: str) -> Iterator[ByteRange]:
+    """What the file has on the drive, a piece at a time: holes would be read at the speed of memory."""
+    with open(file, "rb") as f:
+        end = os.fstat(f.fileno()).st_size
+        at = 0
+        while at < end:
+            try:
+                begin = os.lseek(f.fileno(), at, os.SEEK_DATA)
+                at = os.lseek(f.fileno(), begin, os.SEEK_HOLE)
+            except OSError:  # nothing but a hole from here on
+                return
+            for offset in range(begin, at, READ_NBYTES):
+                yield ByteRange(file, offset, min(READ_NBYTES, at - offset), 0)
+
+
+def _drop(piece: ByteRange) -> None:
+    fd = platform.open_uncached(piece.file)
+    try:
+        platform.drop_cached(fd, piece.offset, piece.nbytes)
+    finally:
+        os.close(fd)

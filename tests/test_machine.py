@@ -1,0 +1,172 @@
+"""What is measured of this machine, against numpy, the operating system, and the clock."""
+
+import slowft  # noqa: F401, I001  (before mlx: it loads OpenBLAS)
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import cgroup
+from conftest import must_run
+from slowft import platform
+from slowft.planning import machine
+from slowft.planning.machine import dequantize_seconds_per_byte, measure
+
+MB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("drive") / "model.safetensors"
+    with open(path, "wb") as f:
+        f.write(np.random.default_rng(0).bytes(96 * MB))
+        f.flush()
+        os.fsync(f.fileno())  # what is not yet on the drive cannot be dropped from the file cache
+    return path
+
+
+@pytest.fixture(scope="module")
+def measured(file) -> tuple[machine.Machine, float]:
+    begin = time.perf_counter()
+    figures = measure(mx.float32, [str(file)])
+    return figures, time.perf_counter() - begin
+
+
+def best_s(function: Callable[[], object], repetitions: int = 5) -> float:
+    def once() -> float:
+        begin = time.perf_counter()
+        function()
+        return time.perf_counter() - begin
+
+    return min(once() for _ in range(repetitions))
+
+
+def test_it_takes_seconds_and_leaves_limits_as_they_were(file):
+    limit = mx.set_cache_limit(12345678)
+    try:
+        begin = time.perf_counter()
+        measure(mx.float32, [str(file)])
+        assert time.perf_counter() - begin < 5
+        assert mx.set_cache_limit(limit) == 12345678
+    finally:
+        mx.set_cache_limit(limit)
+
+
+def test_matmul_rate_is_of_numpys_order(measured):
+    if mx.default_device() != mx.Device(mx.cpu):
+        pytest.skip("numpy multiplies on the processor")
+    a = np.random.default_rng(0).standard_normal((1024, 1024), dtype=np.float32)
+    by_numpy = 2 * 1024**3 / best_s(lambda: a @ a)
+    assert by_numpy / 4 < measured[0].matmul_flops_per_s < by_numpy * 4
+
+
+def test_memory_rates_are_of_numpys_order(measured):
+    if mx.default_device() != mx.Device(mx.cpu):
+        pytest.skip("numpy adds on the processor")
+    a, b, out = np.ones((3, 12 * MB), np.float32)
+    by_numpy = 3 * a.nbytes / best_s(lambda: np.add(a, b, out=out))
+    assert by_numpy / 4 < measured[0].bytes_per_s < by_numpy * 4
+    # a cast reads half of what it writes, so it puts out less than is moved in all
+    assert measured[0].bytes_per_s / 10 < measured[0].cast_bytes_per_s < measured[0].bytes_per_s * 2
+
+
+def test_fresh_pages_cost_what_they_cost_numpy(measured):
+    if platform.MACOS:
+        pytest.skip("how much of it is fresh is the system's business")
+    # malloc maps 48 MB anew each time
+    warm = np.ones(12 * MB, np.float32)
+    by_numpy = (best_s(lambda: np.full(12 * MB, 1.0, np.float32)) - best_s(lambda: warm.fill(1.0))) / warm.nbytes
+    assert by_numpy / 5 < measured[0].page_s_per_byte < by_numpy * 5
+
+
+def test_memory_is_what_the_system_says(measured):
+    if platform.MACOS:
+        assert measured[0].memory_nbytes <= platform.physical_memory()
+        return
+    total = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal"))
+    assert platform.physical_memory() == int(total.split()[1]) * 1024
+    assert measured[0].memory_nbytes <= platform.physical_memory()
+    assert measured[0].cores == len(os.sched_getaffinity(0))
+
+
+def test_limit_of_the_control_group_counts():
+    if reason := cgroup.why_unavailable():
+        must_run(reason)
+    code = "from slowft import platform; print(platform.memory_limit())"
+    done, _ = cgroup.run([sys.executable, "-c", code], 300 * MB, cwd=Path(__file__).parents[1])
+    assert int(done.stdout) == 300 * MB, done.stderr
+    if not cgroup.V1.is_dir():
+        return
+    inner = (
+        "import sys; sys.path.insert(0, 'tests'); import cgroup;"
+        f"done, _ = cgroup.run([sys.executable, '-c', {code!r}], 500 << 20); print(done.stdout, done.stderr)"
+    )
+    done, _ = cgroup.run([sys.executable, "-c", inner], 300 * MB, cwd=Path(__file__).parents[1])
+    assert int(done.stdout.split()[0]) == 300 * MB, "the limit of the group above its own"
+
+
+def test_reading_is_measured_past_the_file_cache(measured, file):
+    fd = os.open(file, os.O_RDONLY)
+    buffer = bytearray(32 * MB)
+
+    def read():
+        platform.drop_cached(fd, 0, 96 * MB)
+        for at in range(0, 96 * MB, len(buffer)):
+            os.preadv(fd, [buffer], at)
+
+    try:
+        by_hand = 96 * MB / best_s(read, 3)
+    finally:
+        os.close(fd)
+    assert by_hand / 5 < measured[0].read_bytes_per_s < by_hand * 3
+
+
+def test_holes_are_not_read(tmp_path, monkeypatch):
+    with open(tmp_path / "hole", "wb") as f:
+        f.truncate(256 * MB)
+    assert measure(mx.float32, [str(tmp_path / "hole")], 0.1).read_bytes_per_s is None
+    assert measure(mx.float32, [], 0.1).read_bytes_per_s is None
+
+    with open(tmp_path / "part", "wb") as f:
+        f.truncate(256 * MB)
+        f.seek(128 * MB)
+        f.write(os.urandom(8 * MB))
+        f.flush()
+        os.fsync(f.fileno())
+    asked = []
+    submit = machine.Reader.submit
+    monkeypatch.setattr(machine.Reader, "submit", lambda self, r, b: asked.extend(r) or submit(self, r, b))
+    assert measure(mx.float32, [str(tmp_path / "part")], 0.1).read_bytes_per_s > 0
+    assert sum(r.nbytes for r in asked) == 8 * MB
+    assert asked[0].offset == 128 * MB
+
+
+@pytest.mark.parametrize("bits, group_size, mode", [(4, 64, "affine"), (8, 32, "affine"), (4, 32, "mxfp4")])
+def test_dequantizing_takes_what_it_takes(bits, group_size, mode):
+    weight = mx.random.normal((4096, 1024))
+    quantized = mx.quantize(weight, group_size=group_size, bits=bits, mode=mode)
+    mx.eval(quantized)
+    by_hand = best_s(lambda: mx.eval(mx.dequantize(*quantized, group_size=group_size, bits=bits, mode=mode)))
+    measured = dequantize_seconds_per_byte(bits, group_size, mode, mx.float32)
+    out_nbytes = weight.nbytes if mode == "affine" else weight.nbytes // 2  # bfloat16 unless asked
+    assert by_hand / out_nbytes / 4 < measured < by_hand / out_nbytes * 4
+    begin = time.perf_counter()
+    assert dequantize_seconds_per_byte(bits, group_size, mode, mx.float32) == measured
+    assert time.perf_counter() - begin < 0.01  # measured once a process
+
+
+def test_it_fits_in_little_memory(file):
+    code = (
+        "import sys, slowft, mlx.core as mx; from slowft import platform; from slowft.planning.machine import measure;"
+        "before = platform.memory_in_use(); measure(mx.float32, sys.argv[1:]); print(platform.peak_memory() - before)"
+    )
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True, cwd=root)
+    assert 0 < int(done.stdout) < 300 * MB, done.stderr
