@@ -1,10 +1,14 @@
 """The one place that knows the operating system: BLAS, file cache, memory."""
 
+import os
+import platform as python_platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from conftest import must_run
 from slowft import platform
 
 MATMUL = """
@@ -66,3 +70,77 @@ model.loss_and_grads([(mx.array([[1, 2, 3, 4]]), mx.array([[1, 3]]))] * 2)
 print("done")
 """
     assert run(code) == "done\n"
+
+
+# --- Files ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS has no file system in memory by default")
+@pytest.mark.parametrize("path", ["/dev/shm", "/dev", "/proc", "/", ".", "/tmp", "/run"])
+def test_file_systems_in_memory_are_those_that_stat_calls_so(path):
+    done = subprocess.run(["stat", "-f", "-c", "%T", path], capture_output=True, text=True)
+    assert platform.is_memory_filesystem(Path(path)) == (done.stdout.strip() in ("tmpfs", "ramfs"))
+
+
+def test_preallocated_bytes_are_on_the_disk(tmp_path):
+    with open(tmp_path / "file", "wb") as file:
+        platform.preallocate(file.fileno(), 3_000_001)
+        status = os.fstat(file.fileno())
+    assert status.st_size == 3_000_001 and status.st_blocks * 512 >= 3_000_001
+
+
+def test_cache_directory_is_where_the_system_wants_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    if platform.MACOS:
+        assert platform.cache_directory() == tmp_path / "Library" / "Caches" / "slowft"
+        return
+    assert platform.cache_directory() == tmp_path / ".cache" / "slowft"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
+    assert platform.cache_directory() == tmp_path / "elsewhere" / "slowft"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # which the specification says to ignore
+    assert platform.cache_directory() == tmp_path / ".cache" / "slowft"
+
+
+# --- Memory -----------------------------------------------------------------------------------------
+
+FREE = """
+import ctypes, sys
+from slowft import platform
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+fixed = len(sys.argv) > 1 and platform.fix_malloc_threshold()
+def use(nbytes):
+    block = libc.malloc(nbytes)
+    ctypes.memset(block, 1, nbytes)
+    libc.free(block)
+use(1000)
+base = platform.memory_in_use()
+for _ in range(4):
+    use(20 << 20)
+    kept = platform.memory_in_use() - base
+print(fixed, kept)
+"""
+
+
+def freed_but_kept(fix: bool, **environment) -> tuple[bool, int]:
+    """Whether the threshold was set, and resident bytes that are left of blocks of 20 MB that were freed."""
+    command = [sys.executable, "-c", FREE] + ["fix"] * fix
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+    assert done.returncode == 0, done.stderr
+    fixed, kept = done.stdout.split()
+    return fixed == "True", int(kept)
+
+
+@pytest.mark.skipif(python_platform.libc_ver()[0] != "glibc", reason="only glibc has a threshold that grows")
+def test_freed_buffers_go_back_to_the_system():
+    if "MALLOC_MMAP_THRESHOLD_" in os.environ:
+        must_run("MALLOC_MMAP_THRESHOLD_ is set")
+    assert freed_but_kept(fix=False)[1] > 15 << 20
+    fixed, kept = freed_but_kept(fix=True)
+    assert fixed and kept < 1 << 20
+
+
+def test_malloc_threshold_of_the_user_stays():
+    fixed, _ = freed_but_kept(fix=True, MALLOC_MMAP_THRESHOLD_="134217728")
+    assert not fixed

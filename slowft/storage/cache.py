@@ -41,7 +41,7 @@ class BlockCache:
         slots: 2 if an item is in use while it computes: the next visit's is read beside it even where its buffer
             would be the best to give up, which costs up to one read more a pass, but no read waits for `release`.
             1 if the caller copies what it needs out of the buffer and calls `release` before it computes: the
-            same buffer takes the next item meanwhile, and reads are the fewest that any capacity allows. May be
+            same buffer takes the next item meanwhile, and reads are the fewest that the capacity allows. May be
             changed at any time.
 
     Args:
