@@ -2,6 +2,7 @@
 
 import slowft  # noqa: F401, I001  (before mlx: it loads OpenBLAS)
 
+import mmap
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 import cgroup
+import filecache
 from conftest import must_run
 from slowft import platform
 from slowft.planning import machine
@@ -80,9 +82,13 @@ def test_memory_rates_are_of_numpys_order(measured):
 def test_fresh_pages_cost_what_they_cost_numpy(measured):
     if platform.MACOS:
         pytest.skip("how much of it is fresh is the system's business")
-    # malloc maps 48 MB anew each time
-    warm = np.ones(12 * MB, np.float32)
-    by_numpy = (best_s(lambda: np.full(12 * MB, 1.0, np.float32)) - best_s(lambda: warm.fill(1.0))) / warm.nbytes
+    nbytes = 48 * MB
+
+    def touch(memory: mmap.mmap) -> None:
+        np.frombuffer(memory, np.float32).fill(1.0)
+
+    warm = mmap.mmap(-1, nbytes)
+    by_numpy = (best_s(lambda: touch(mmap.mmap(-1, nbytes))) - best_s(lambda: touch(warm))) / nbytes
     assert by_numpy / 5 < measured[0].page_s_per_byte < by_numpy * 5
 
 
@@ -126,6 +132,24 @@ def test_reading_is_measured_past_the_file_cache(measured, file):
     finally:
         os.close(fd)
     assert by_hand / 5 < measured[0].read_bytes_per_s < by_hand * 3
+
+
+def test_what_is_in_the_file_cache_already_is_read_from_the_drive(file, monkeypatch):
+    if reason := filecache.why_unavailable(file.parent):
+        must_run(reason)
+    file.read_bytes()
+    cached = []
+    submit = machine.Reader.submit
+    with open(file, "rb+") as f:
+
+        def spy(self, ranges, buffer):
+            cached.append(filecache.nbytes_cached(f.fileno()))
+            return submit(self, ranges, buffer)
+
+        monkeypatch.setattr(machine.Reader, "submit", spy)
+        assert filecache.nbytes_cached(f.fileno()) == 96 * MB
+        measure(mx.float32, [str(file)], 0.1)
+    assert cached[0] <= 64 * MB  # what comes first, from the middle on, has gone
 
 
 def test_holes_are_not_read(tmp_path, monkeypatch):
