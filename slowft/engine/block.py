@@ -7,6 +7,7 @@ arithmetic between blocks need nothing more: MLX's autodiff of the model's own c
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import mlx.core as mx
@@ -19,6 +20,38 @@ from .trees import attach, detach, pack, unpack
 Serve = Callable[[Callable[[], Any], bool], Any]
 
 
+class Memory:
+    """What a step keeps of one visit of one micro-batch to a block, apart from the trace. This one keeps nothing.
+
+    Everything here is called on the compute thread.
+
+    Attributes:
+        hides_input, hides_output: the hidden state stays out of the trace, which has a placeholder for it.
+    """
+
+    hides_input = hides_output = False
+
+    def input(self, backward: bool) -> mx.array:
+        """The hidden state that the trace does not have."""
+        raise NotImplementedError
+
+    def output(self, array: mx.array) -> mx.array:
+        """Take over the hidden state that the block put out; returns the trace's placeholder for it."""
+        raise NotImplementedError
+
+    def gradient(self, owner: Any, key: Any, gradient: mx.array) -> mx.array:
+        """Take over the (evaluated) gradient of one of the unit's own arrays; returns what the trace has for it."""
+        return gradient
+
+    def recording(self) -> AbstractContextManager[list[mx.array]]:
+        """Around building the forward pass: gives what is to be evaluated along with its outputs."""
+        return nullcontext([])
+
+    def replaying(self) -> AbstractContextManager[None]:
+        """Around building the recomputation."""
+        return nullcontext()
+
+
 class UnitCall:
     """One call of a unit in one micro-batch's trace.
 
@@ -28,6 +61,7 @@ class UnitCall:
         trained: for each of them, whether anybody asks for its gradient.
         seed: random seed of this call, so that the recomputation draws the same dropout masks.
         inputs_need_gradient: False below the lowest trained block, where nobody asks for it.
+        memory: what the step keeps of this call.
     """
 
     def __init__(
@@ -41,9 +75,10 @@ class UnitCall:
         serve: Serve,
         seed: int,
         inputs_need_gradient: bool,
+        memory: Memory,
     ):
         self._inner, self._entries, self._params = inner, list(entries), list(params)
-        self._serve, self._seed = serve, seed
+        self._serve, self._seed, self._memory = serve, seed, memory
         self._inputs: list[mx.array] = []
         self._in_spec = pack((args, kwargs), self._inputs)
         self._n = len(self._inputs)
@@ -61,26 +96,36 @@ class UnitCall:
         return unpack(self._out_spec, _as_list(outputs))
 
     def _primal(self, *xs: mx.array) -> tuple[mx.array, ...]:
-        detached = [detach(x) for x in xs]
+        detached = self._detach(xs)
 
         def forward():
-            xs = [attach(x) for x in detached]
+            xs = self._attach(detached, backward=False)
             mx.random.seed(self._seed)
-            outputs = self._run(xs[: self._n], xs[self._n :])
-            mx.eval(outputs, [cache.state for cache in self._states])
-            return outputs
+            with self._memory.recording() as kept:
+                outputs = self._run(xs[: self._n], xs[self._n :])
+                del xs
+                mx.eval(outputs, kept, [cache.state for cache in self._states])
+            return [self._memory.output(*outputs)] if self._memory.hides_output else outputs
 
         return tuple(self._serve(forward, False))
+
+    def _detach(self, xs: Sequence[mx.array]) -> list:
+        """Values apart from the trace; None for a hidden state that is not in it."""
+        hidden = [True] + [False] * (len(xs) - 1) if self._memory.hides_input else [False] * len(xs)
+        return [None if hides else detach(x) for x, hides in zip(xs, hidden)]
+
+    def _attach(self, detached: list, backward: bool) -> list[mx.array]:
+        return [self._memory.input(backward) if d is None else attach(d) for d in detached]
 
     def _vjp(self, primals, cotangents, _):
         if self._states:
             raise SlowftError("gradients through a key-value cache cannot be streamed. Call the model without a cache")
         primals, cotangents = _as_list(primals), _as_list(cotangents)
-        detached = [detach(x) for x in primals], [detach(c) for c in cotangents]
+        detached, detached_cotangents = self._detach(primals), [detach(c) for c in cotangents]
         wrt, n = self._wrt, self._n
 
         def backward():
-            xs, cts = ([attach(d) for d in part] for part in detached)
+            xs, cts = self._attach(detached, backward=True), [attach(c) for c in detached_cotangents]
 
             def recompute(*variables: mx.array) -> list[mx.array]:
                 arrays = list(xs)
@@ -89,9 +134,15 @@ class UnitCall:
                 return self._run(arrays[:n], arrays[n:])
 
             mx.random.seed(self._seed)
-            # the outputs are never evaluated: MLX then skips what only they need, such as the last matmul
-            _, gradients = mx.vjp(recompute, [xs[i] for i in wrt], cts)
+            # The outputs are never evaluated: MLX then skips what only they need, such as the last matmul. Nor held: they
+            # share a buffer the size of the hidden state with what is.
+            with self._memory.replaying():
+                gradients = mx.vjp(recompute, [xs[i] for i in wrt], cts)[1]
+            del xs, cts
             mx.eval(gradients)
+            for at, i in enumerate(wrt):
+                if i >= n:
+                    gradients[at] = self._memory.gradient(*self._entries[i - n], gradients[at])
             return gradients
 
         gradients = self._serve(backward, True) if wrt else []

@@ -5,31 +5,34 @@ whole model in memory. The model's own `__call__` drives everything; its units' 
 """
 
 import threading
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from .. import platform
-from ..errors import ConfigError, SlowftError, SlowftWarning
-from ..models.seams import Cut, Probe, Unit, array_entries, trainable_entries
-from ..models.weights import Param, read_whole
+from ..errors import ConfigError, SlowftError
+from ..models.seams import FLOATS, Cut, Probe, Unit, array_entries, trainable_entries
+from ..models.weights import Param, placeholder, read_whole
 from ..storage.reader import Reader
 from ..streaming.residency import Residency
 from ..streaming.threads import MicroBatches
-from .block import UnitCall
+from .activations import Activations
+from .block import Memory, UnitCall
 from .head import HeadLoss, loss_mask, token_loss, treats_tokens_alike
+from .kept import KeptProducts, Products
+from .parts import HeadPart, TailCall, TailPart
+from .pieces import Pieces, PieceWork
 from .randomness import dropout_seed
+from ..planning.schedule import Schedule
 from .stats import Stats
 from .trees import attach, detach, pack, unpack
 
-HEAD = "head"  # stands for all layers behind the last block where units are named
-SPARE_SHARE = 0.8  # of the memory that a step left unused goes to blocks before the next: steps differ
+HEAD = "head"  # stands for the tail and all layers behind the last block where units are named
 LOGITS_NBYTES = 64 << 20  # of logits that may exist at once, unless all of them are fewer
 
 
@@ -39,12 +42,13 @@ class Engine:
     Attributes:
         seed, step: what dropout masks are drawn from, together with block and micro-batch. `step` goes up by
             one with every forward pass in training mode, or every `loss_and_grads`.
-        memory: bytes that the process may take; what steps leave of it keeps blocks in memory.
-        head_chunk_tokens: tokens whose logits may exist at once; None: as many as fit `LOGITS_NBYTES`.
+        schedule: what is kept in memory; see `follow`.
+        head_chunk_tokens: tokens whose logits may exist at once; None: the schedule's, else as many as fit
+            `LOGITS_NBYTES`.
     """
 
     def __init__(self, model: nn.Module, cut: Cut, reader: Reader):
-        self._model, self._cut = model, cut
+        self.model, self.cut = model, cut
         self._residency = Residency(cut.blocks, reader)
         self._micro_batches = MicroBatches()
         self._local = threading.local()  # what the calling thread is in the middle of
@@ -55,13 +59,16 @@ class Engine:
         self._expects_backward = False
         units = [*cut.blocks, *(unit for units in cut.outside.values() for unit in units)]
         self._on_disk = {(id(p.owner), p.key) for unit in units for p in unit.params}
-        self.stats = Stats(reader, self._residency)
         self.seed = 0
         self.step = 0
         self.head_chunk_tokens: int | None = None
-        self.memory: int | None = None
-        self._warned_of_memory = False
         self.tokens_of_last_step = 0
+        self.schedule = Schedule()
+        self._activations = Activations()
+        self._gradients: dict[tuple[int, Any], mx.array] = {}  # of blocks' own arrays, summed over micro-batches
+        self.kept = KeptProducts()
+        self.pieces = PieceWork()
+        self.stats = Stats(reader, self._residency, self._activations)
 
     # --- What the model's units do when they are called -------------------------------------------
 
@@ -69,19 +76,25 @@ class Engine:
         if (part := self._part) is not None:
             return part.on_block(unit, inner, args, kwargs)
         position, seed = self._next_position(unit)
+        collected = getattr(self._local, "hidden", None)
+        if collected is not None and self._in_step and position >= self._first_tail:
+            collected.tail.append(TailCall(unit, args, kwargs, seed))
+            collected.is_complete = position == len(self.cut.order) - 1
+            return args[0]  # the head's own pass computes it: this only stands for it
         needed = not self._in_step or bool(self._outside) or position > self._lowest_trained
-        output = self._stream(unit, inner, args, kwargs, seed, inputs_need_gradient=needed)
-        if (hidden := getattr(self._local, "hidden", None)) is not None and position == len(self._cut.order) - 1:
-            hidden.output = output
+        memory = self._memory_of(position) if self._in_step else Memory()
+        output = self._stream(unit, inner, args, kwargs, seed, needed, memory)
+        if collected is not None and position == len(self.cut.order) - 1:
+            collected.output, collected.is_complete = output, True
         return output
 
     def on_matmul(self, unit: Unit, inner: Callable, args: tuple, kwargs: dict) -> Any:
         if (part := self._part) is not None:
             return part.on_matmul(unit, inner, args, kwargs)
         hidden = getattr(self._local, "hidden", None)
-        if hidden is not None and hidden.output is not None:  # behind the last block: the head's own pass does it
+        if hidden is not None and hidden.is_complete:  # behind the last block: the head's own pass does it
             return mx.zeros(inner(*args, **kwargs).shape)
-        return self._stream(unit, inner, args, kwargs, seed=0, inputs_need_gradient=True)
+        return self._stream(unit, inner, args, kwargs, seed=0, inputs_need_gradient=True, memory=Memory())
 
     def on_rows(self, unit: Unit, inner: Callable, args: tuple, kwargs: dict) -> Any:
         if (part := self._part) is not None:
@@ -110,14 +123,14 @@ class Engine:
         return getattr(self._local, "part", None)
 
     @contextmanager
-    def _running_part(self, part):
+    def running_part(self, part):
         self._local.part, before = part, self._part
         try:
             yield part
         finally:
             self._local.part = before
 
-    def _stream(self, unit: Unit, inner, args, kwargs, seed: int, inputs_need_gradient: bool) -> Any:
+    def _stream(self, unit: Unit, inner, args, kwargs, seed: int, inputs_need_gradient: bool, memory: Memory) -> Any:
         entries = unit.adapter()
         params = [self._traced(owner, key) for owner, key in entries]
         trainable = {(id(owner), key) for _, owner, key in unit.trainable()}
@@ -132,8 +145,16 @@ class Engine:
             serve=lambda job, backward: self._serve(unit, job, backward, entries, params),
             seed=seed,
             inputs_need_gradient=inputs_need_gradient,
+            memory=memory,
         )
         return call()
+
+    def _memory_of(self, position: int) -> Memory:
+        """What the calling micro-batch's step keeps of a visit."""
+        key = self._micro_batches.index, position
+        names = self.schedule.kept[position] if position < len(self.schedule.kept) else ()
+        trained = bool(self._outside) or position >= self._lowest_trained  # else there is no way back
+        return _VisitMemory(self, key, names if trained else (), trained)
 
     @property
     def _in_step(self) -> bool:
@@ -156,7 +177,7 @@ class Engine:
     def _serve_together(self, unit: Unit | str, jobs: Sequence[Callable]) -> list:
         if unit is HEAD:
             return self._residency.with_outside(jobs)
-        if unit in self._cut.blocks:
+        if unit in self.cut.blocks:
             return self._residency.with_block(unit, jobs)
         return self._residency.with_outside([lambda job=job: (self._residency.bring(unit), job())[1] for job in jobs])
 
@@ -164,7 +185,7 @@ class Engine:
 
     def _next_position(self, unit: Unit) -> tuple[int, int]:
         """Which visit of a forward pass this is, and the random seed it runs under."""
-        order, local = self._cut.order, self._local
+        order, local = self.cut.order, self._local
         position = getattr(local, "position", -1) + 1
         if position >= len(order) or order[position] != unit.index:  # a new pass, or one that was broken off
             position = order.index(unit.index)
@@ -172,21 +193,21 @@ class Engine:
         micro_batch = self._micro_batches.index
         if position == 0 and micro_batch is None:
             local.step = self.step
-            self.step += bool(self._model.training)
-            self._expect(backward=self._model.training)
+            self.step += bool(self.model.training)
+            self._expect(backward=self.model.training)
         step = self.step if micro_batch is not None else getattr(local, "step", self.step)
         return position, dropout_seed(self.seed, step, position, micro_batch or 0)
 
     def _expect(self, backward: bool) -> None:
         """Look at what is trainable now, and tell which blocks will be visited in which order."""
-        order = self._cut.order
-        entries = trainable_entries(self._model)
+        order = self.cut.order
+        entries = trainable_entries(self.model)
         for name, owner, key in entries:
             if (id(owner), key) in self._on_disk:
                 raise SlowftError(
                     f"{name} is trainable, but base weights stay on disk. Call model.freeze() and add_lora instead"
                 )
-        trained = {unit.index: unit.trainable() for unit in self._cut.blocks}
+        trained = {unit.index: unit.trainable() for unit in self.cut.blocks}
         in_blocks = {(id(o), k) for of_block in trained.values() for _, o, k in of_block}
         self._outside = [(o, k) for _, o, k in entries if (id(o), k) not in in_blocks]
         self._lowest_trained = next((p for p, index in enumerate(order) if trained[index]), len(order))
@@ -214,7 +235,7 @@ class Engine:
         `nn.value_and_grad` leaves its tracers in the module, a broken-off one in all of it; `stop_gradient` shares
         their memory, not their graph.
         """
-        entries = [(o, k, a) for o, k, a in array_entries(self._model) if (id(o), k) not in self._on_disk]
+        entries = [(o, k, a) for o, k, a in array_entries(self.model) if (id(o), k) not in self._on_disk]
         arrays = [mx.stop_gradient(array) for _, _, array in entries]
         mx.eval(arrays)
         for (owner, key, _), array in zip(entries, arrays):
@@ -224,11 +245,11 @@ class Engine:
 
     def loss_and_grads(self, micro_batches: Sequence[tuple[mx.array, mx.array]]):
         """((loss, ntoks), gradients) over all micro-batches, normalised by their tokens together."""
-        entries = trainable_entries(self._model)
+        entries = trainable_entries(self.model)
         if not entries:
             raise SlowftError("the model has no trainable parameters. Call add_lora first")
         self._untrace()
-        parameters = self._model.trainable_parameters()
+        parameters = self.model.trainable_parameters()
 
         def differentiate(loss: Callable[[], mx.array]):
             def of_parameters(tree):
@@ -242,6 +263,7 @@ class Engine:
             mx.eval(value, gradients)
             return value, gradients
 
+        self._gradients.clear()
         originals = [owner[key] for _, owner, key in entries]
         self.stats.begin_step()
         try:
@@ -253,11 +275,13 @@ class Engine:
             self.stats.end_step()
         self.step += 1
         self.tokens_of_last_step = ntoks.item()
-        self._use_spare_memory()
         loss, gradients = losses[0]
         for other_loss, other_gradients in losses[1:]:
             loss = loss + other_loss
             gradients = tree_map(mx.add, gradients, other_gradients)
+        of_blocks = [self._gradients.pop((id(owner), key), None) for _, owner, key in entries]
+        of_trace = tree_flatten(gradients)
+        gradients = tree_unflatten([(n, g if b is None else b) for (n, g), b in zip(of_trace, of_blocks, strict=True)])
         mx.eval(loss, gradients)
         return (loss, ntoks), gradients
 
@@ -272,9 +296,13 @@ class Engine:
             return value
 
         losses, ntoks = self._run_micro_batches([(batch, lengths)], evaluate, gradients=False)
-        return losses[0], ntoks
+        loss = sum(losses[1:], losses[0])
+        mx.eval(loss)
+        return loss, ntoks
 
     def _run_micro_batches(self, micro_batches, evaluate: Callable[[Callable], Any], gradients: bool):
+        micro_batches = [piece for pair in micro_batches for piece in _rows_at_a_time(*pair, self.schedule.rows)]
+        self._n_micro_batches = len(micro_batches)
         masks = [loss_mask(lengths, batch.shape[1] - 1) for batch, lengths in micro_batches]
         ntoks = sum(mask.sum() for mask in masks)
         mx.eval(micro_batches, masks, ntoks)
@@ -291,46 +319,108 @@ class Engine:
             finally:
                 self._local.trace = self._local.hidden = None
 
+        if gradients:
+            nbytes = [mask.size * self.cut.hidden_nbytes for mask in masks]
+            self.on_thread(lambda: self._activations.reserve(nbytes))
         functions = [lambda b=batch, m=mask: run(b, m) for (batch, _), mask in zip(micro_batches, masks)]
-        return self._micro_batches.run(functions, self._serve_together), ntoks
+        try:
+            return self._micro_batches.run(functions, self._serve_together), ntoks
+        finally:
+            self._residency.rest()
+            if self._residency.is_open:
+                self._residency.on_thread(self._activations.clear)
 
     def _loss(self, inputs, targets, mask, total, gradients: bool) -> mx.array:
-        if not self._cut.head_is_separable:
-            return token_loss(self._model(inputs), targets, mask, total)
-        self._local.hidden = _Hidden()
-        self._model(inputs)  # what follows the last block is built lazily and never evaluated
-        hidden, self._local.hidden = self._local.hidden.output, None
+        if not self.cut.head_is_separable:
+            return token_loss(self.model(inputs), targets, mask, total)
+        hidden = self._local.hidden = _Hidden()
+        self.model(inputs)  # what follows the last block is built lazily and never evaluated
+        self._local.hidden = None
         return self._head_loss(hidden, detach(targets), mask, total, gradients)
 
-    def _head_loss(self, hidden: Any, targets, mask, total, gradients: bool) -> mx.array:
+    def _head_loss(self, hidden: "_Hidden", targets, mask, total, gradients: bool) -> mx.array:
+        calls, first = hidden.tail, len(self.cut.order) - len(hidden.tail)
+        start = calls[0].args[0] if calls else hidden.output
         arrays: list[mx.array] = []
-        spec = pack(hidden, arrays)
-        entries = self._outside
+        spec = pack([start, [(call.args[1:], call.kwargs) for call in calls]], arrays)
+        tail_entries = [entry for unit in {call.unit: None for call in calls} for entry in unit.adapter()]
+        entries = [*tail_entries, *self._outside]
         params = [self._traced(owner, key) for owner, key in entries]
-        saved: list[mx.array] = []
-        seed = dropout_seed(self.seed, self.step, len(self._cut.order), self._micro_batches.index or 0)
+        micro_batch = self._micro_batches.index or 0
+        seed = dropout_seed(self.seed, self.step, len(self.cut.order), micro_batch)
+        in_step = self._in_step
+        is_hidden = in_step and self._hides_between(first)
+        following = self.following((micro_batch, first))
+        wrt = self._head_wrt(arrays, calls, params, tail_entries, first)
+        found: list[mx.array] = []
 
         @mx.custom_function
         def head_function(*xs):
-            detached = [detach(x) for x in xs]
+            detached = [None if is_hidden and i == 0 else detach(x) for i, x in enumerate(xs)]
 
             def job():
-                xs = [attach(x) for x in detached]
-                tree, values = unpack(spec, xs[: len(arrays)]), xs[len(arrays) :]
-                mx.random.seed(seed)
+                xs = [None if d is None else attach(d) for d in detached]
+                if is_hidden:
+                    xs[0] = self._activations.pop((micro_batch, first), following)
+                values, values_of_params = xs[: len(arrays)], xs[len(arrays) :]
+                tree = unpack(spec, values)[0]
                 chunk = self._chunk_tokens(tree, targets.values.size)
-                head = HeadLoss(self._head, attach(targets), mask, total, entries, chunk)
-                return head.compute(tree, values, gradients)
 
-            loss, of_arrays, of_params = self._serve(HEAD, job, entries=entries, params=params)
-            saved[:] = [*of_arrays, *of_params]
+                def tail(values: list[mx.array]) -> Any:
+                    hidden, arguments = unpack(spec, values)
+                    if calls:
+                        hidden = self._run_tail(calls, arguments, hidden, targets.values.shape)
+                    mx.random.seed(seed)
+                    return hidden
+
+                head = HeadLoss(
+                    tail, self._head, attach(targets), mask, total, tail_entries, self._outside, chunk
+                )
+                with self.pieces.cutting(self.cuts):
+                    if gradients:
+                        loss, of_wrt = head.loss_and_grads(values, values_of_params, wrt)
+                    else:
+                        loss, of_wrt = head.loss(values, values_of_params), []
+                del xs, values, values_of_params, tree
+                mx.eval(loss, of_wrt)
+                for at, i in enumerate(wrt[: len(of_wrt)]):
+                    if in_step and len(arrays) <= i < len(arrays) + len(tail_entries):
+                        of_wrt[at] = self.add_gradient(*entries[i - len(arrays)], of_wrt[at])
+                return loss, of_wrt
+
+            loss, found[:] = self._serve(HEAD, job, entries=entries, params=params)
             return loss
 
         @head_function.vjp
-        def head_vjp(_, cotangent, __):
-            return tuple(cotangent.astype(g.dtype) * g for g in saved)
+        def head_vjp(primals, cotangent, _):
+            primals = primals if isinstance(primals, (tuple, list)) else [primals]
+            result = [mx.zeros_like(x) for x in primals]  # lazy: nobody evaluates those that are not wanted
+            for i, gradient in zip(wrt, found):
+                result[i] = cotangent.astype(gradient.dtype) * gradient
+            return tuple(result) if len(result) > 1 else result[0]
 
         return head_function(*arrays, *params)
+
+    def _head_wrt(self, arrays, calls, params, tail_entries, first: int) -> list[int]:
+        """Which of the head function's inputs somebody wants the gradient of."""
+        wanted = [True] * len(arrays)
+        if self._in_step and not self._outside:
+            wanted[0] = first > self._lowest_trained
+            if calls:  # masks and the like
+                wanted[1:] = [False] * (len(arrays) - 1)
+        trainable = {(id(owner), key) for call in calls for _, owner, key in call.unit.trainable()}
+        trained = [(id(owner), key) in trainable for owner, key in tail_entries] + [True] * len(self._outside)
+        everything = [*arrays, *params]
+        return [i for i, (a, w) in enumerate(zip(everything, wanted + trained)) if w and a.dtype in FLOATS]
+
+    def _run_tail(self, calls: Sequence[TailCall], arguments: list, hidden: mx.array, shape: tuple[int, int]) -> Any:
+        """Output of the last block, from the hidden state that goes into the tail: the model's own call does it."""
+        for call in calls:
+            self._residency.bring(call.unit)
+        bound = [TailCall(c.unit, (None, *args), kwargs, c.seed) for c, (args, kwargs) in zip(calls, arguments)]
+        with self.running_part(TailPart(self.cut, bound, hidden)) as part:
+            self.model(mx.zeros(shape, mx.int32))
+        return part.output
 
     def _chunk_tokens(self, hidden: Any, n_tokens: int) -> int | None:
         """How many tokens' logits may exist at once; None when all may, or when the head cannot be cut."""
@@ -339,8 +429,8 @@ class Engine:
             if self._vocab_size is None:
                 one_token = mx.zeros_like(hidden[:1, :1]) if isinstance(hidden, mx.array) else hidden
                 self._vocab_size = self._head(one_token, 1, 1).shape[-1]  # lazy: never evaluated
-            limit = max(1, LOGITS_NBYTES // (4 * self._vocab_size))
-        if n_tokens <= limit or not (isinstance(hidden, mx.array) and self._cut.plain_blocks and hidden.ndim == 3):
+            limit = self.schedule.head_tokens or max(1, LOGITS_NBYTES // (4 * self._vocab_size))
+        if n_tokens <= limit or not (isinstance(hidden, mx.array) and self.cut.plain_blocks and hidden.ndim == 3):
             return None
         if self._head_in_chunks is None:
             self._head_in_chunks = treats_tokens_alike(self._head, hidden)
@@ -348,42 +438,76 @@ class Engine:
 
     def _head(self, hidden: Any, n_rows: int, n_tokens: int) -> mx.array:
         """Logits `[n_rows, n_tokens, V]` of the last block's output: the model's own call, its blocks skipped."""
-        with self._running_part(_HeadPart(self._cut, self._residency, hidden)):
-            return self._model(mx.zeros((n_rows, n_tokens), mx.int32))
+        with self.running_part(HeadPart(self.cut, hidden, self._residency.bring)):
+            return self.model(mx.zeros((n_rows, n_tokens), mx.int32))
 
-    def _use_spare_memory(self) -> None:
-        if self.memory is None:
-            return
-        peak = self.stats.last.peak_memory
-        spare = self.memory - peak
-        more = self._residency.keep_within(int(SPARE_SHARE * spare) if spare > 0 else spare)
-        if spare < 0 and not more and not self._warned_of_memory:
-            self._warned_of_memory = True
-            warnings.warn(
-                f"a step takes {peak / 1e9:.2f} GB, more than the memory of {self.memory / 1e9:.2f} GB it was given. "
-                "Make batches or sequences smaller, or give more",
-                SlowftWarning,
-                stacklevel=4,
-            )
+    def add_gradient(self, owner, key, gradient: mx.array) -> mx.array:
+        """Sum a block's gradient over micro-batches here, not in each one's trace, which gets nothing to hold."""
+        total = self._gradients.get((id(owner), key))
+        if total is not None:
+            gradient = total + gradient
+            mx.eval(gradient)
+        self._gradients[id(owner), key] = gradient
+        return nothing(gradient)
+
+    # --- The schedule ---------------------------------------------------------------------------------
+
+    def follow(self, schedule: Schedule, directory: Path | None = None) -> None:
+        """From now on keep in memory what `schedule` says, and give the rest back.
+
+        Args:
+            directory: where block inputs are spilled to.
+        Raises:
+            SlowftError: the disk has no room for them.
+        """
+        order = self.cut.order
+        if schedule.tail and not self.cut.is_chain:
+            raise ValueError("only a plain chain of blocks has a tail")
+        self.schedule = schedule
+        tail = [self.cut.blocks[index] for index in dict.fromkeys(order[len(order) - schedule.tail :])]
+        self._residency.keep_whole([*tail, *(self.cut.head if schedule.keep_head else ())])
+        self._residency.resize(schedule.slots, schedule.resident_nbytes)
+        for unit in self.cut.blocks:
+            if any(schedule.kept):
+                self.kept.watch(unit.module)
+            if schedule.mlp_tokens is not None:
+                self.pieces.watch(unit.module)
+        self._residency.on_thread(lambda: self._activations.spill(schedule.spilled, directory))
+        if schedule.cache_nbytes is not None:
+            self._residency.cache_nbytes = schedule.cache_nbytes
+            mx.set_cache_limit(schedule.cache_nbytes)
+        if schedule.active_nbytes is not None:
+            mx.set_memory_limit(schedule.active_nbytes)
+
+    @property
+    def _first_tail(self) -> int:
+        """The first visit of the tail."""
+        return len(self.cut.order) - self.schedule.tail
+
+    def _hides_between(self, position: int) -> bool:
+        """Whether the hidden state that goes into this visit stays out of the trace."""
+        return self.cut.is_chain and position > 0
+
+    def following(self, key: tuple[int, int]) -> tuple[int, int]:
+        """The (micro-batch, visit) that the backward pass comes to next."""
+        micro_batch, position = key
+        return (micro_batch + 1, position) if micro_batch + 1 < self._n_micro_batches else (0, position - 1)
+
+    @property
+    def cuts(self) -> Pieces:
+        return Pieces(self.schedule.mlp_tokens, self.schedule.attention_queries)
 
     # --- Opening and closing ------------------------------------------------------------------------
 
     def probe(self, part: Probe) -> mx.array:
         """Logits of a few tokens, every unit's call answered by `part`."""
-        with self._running_part(part):
-            return self._model(mx.array([[0, 1, 2, 3, 0], [1, 0, 3, 2, 1]]))
+        with self.running_part(part):
+            return self.model(mx.array([[0, 1, 2, 3, 0], [1, 0, 3, 2, 1]]))
 
     def make_resident(self, params: Sequence[Param]) -> None:
         for param in params:
             param.placeholder = self._residency.on_thread(lambda p=param: read_whole(self._residency.reader, p.source))
             param.clear()
-
-    def least_memory(self) -> int:
-        """Bytes without which no step can run: the process, two blocks on their way, the larger of block and head."""
-        blocks = self._cut.blocks
-        outside = max((u.compute_nbytes for units in self._cut.outside.values() for u in units), default=0)
-        largest = max(max(unit.compute_nbytes for unit in blocks), outside)
-        return platform.memory_in_use() + 2 * max(unit.nbytes for unit in blocks) + largest
 
     def compute_magnitudes(self) -> None:
         """Give every DoRA layer the norms of its base weight's rows, each block read once.
@@ -394,7 +518,7 @@ class Engine:
         from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
 
         in_blocks: set[int] = set()
-        for unit in self._cut.blocks:
+        for unit in self.cut.blocks:
             layers = [module for module in unit.module.modules() if isinstance(module, DoRALinear)]
             in_blocks |= {id(layer) for layer in layers}
 
@@ -405,41 +529,103 @@ class Engine:
 
             if layers:
                 self._residency.with_block(unit, [job])
-        for name, module in self._model.named_modules():
+        for name, module in self.model.named_modules():
             if isinstance(module, (DoRALinear, DoRAEmbedding)) and id(module) not in in_blocks:
                 raise ConfigError(f"DoRA cannot be attached to {name}, outside the blocks. Use LoRA there")
 
+    def on_thread(self, job: Callable[[], Any]) -> Any:
+        """`job()` on the compute thread."""
+        return self._residency.on_thread(job)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The files that hold the blocks."""
+        extents = (e for unit in self.cut.blocks for param in unit.params for e in param.source.extents)
+        return tuple(dict.fromkeys(e.file for e in extents))
+
+    @property
+    def compute_dtype(self) -> mx.Dtype:
+        """Of the blocks' weights as they are computed with; packed ones have that of their scales."""
+        dtypes = [p.source.result_dtype for unit in self.cut.blocks for p in unit.params]
+        return next((dtype for dtype in dtypes if dtype in FLOATS), mx.float16)
+
+    @property
+    def head_may_be_cut(self) -> bool:
+        """Whether logits may be computed some tokens at a time, as far as it is known."""
+        return self.cut.is_chain and self._head_in_chunks is not False
+
     def close(self) -> None:
+        if self._residency.is_open:
+            self._residency.on_thread(self._activations.close)
         self._micro_batches.close()
         self._residency.close()
 
 
+def nothing(array: mx.array) -> mx.array:
+    """Zeros of the same shape and dtype that take no memory."""
+    zeros = mx.broadcast_to(mx.zeros((), array.dtype), array.shape)
+    mx.eval(zeros)
+    return zeros
+
+
+def _rows_at_a_time(batch: mx.array, lengths: mx.array, rows: int | None) -> list[tuple[mx.array, mx.array]]:
+    """A micro-batch as several of `rows` rows; a row without trained tokens is left out only with its whole piece."""
+    n = batch.shape[0]
+    if rows is None or rows >= n:
+        return [(batch, lengths)]
+    return [(batch[i : i + rows], lengths[i : i + rows]) for i in range(0, n, rows)]
+
+
 class _Hidden:
-    """The last block's output of a pass that is to stop there."""
+    """Where a pass stops: the last block's output, or what goes into the blocks of the tail."""
 
-    output: Any = None
-
-
-class _HeadPart:
-    """Answers for the units while only the head runs: blocks hand over `hidden`, head layers get their weights."""
-
-    def __init__(self, cut: Cut, residency: Residency, hidden: Any):
-        self._last, self._visits = len(cut.order) - 1, -1
-        self._residency, self._hidden, self._plain = residency, hidden, cut.plain_blocks
-
-    def on_block(self, unit: Unit, inner, args, kwargs):
-        self._visits += 1
-        if self._visits == self._last:
-            return self._hidden
-        return args[0] if self._plain else _unevaluated_zeros(inner(*args, **kwargs))
-
-    def on_rows(self, unit: Unit, inner, args, kwargs):
-        return _unevaluated_zeros(inner(*args, **kwargs))
-
-    def on_matmul(self, unit: Unit, inner, args, kwargs):
-        self._residency.bring(unit)
-        return inner(*args, **kwargs)
+    def __init__(self):
+        self.output: Any = None
+        self.tail: list[TailCall] = []
+        self.is_complete = False
 
 
-def _unevaluated_zeros(tree):
-    return tree_map(lambda a: mx.zeros(a.shape, a.dtype) if isinstance(a, mx.array) else a, tree)
+class _VisitMemory(Memory):
+    """One micro-batch's visit to a block in a step of `loss_and_grads`.
+
+    Args:
+        key: (micro-batch, visit).
+        names: layers whose outputs are kept for the recomputation.
+        comes_back: whether the backward pass gets here.
+    """
+
+    def __init__(self, engine: Engine, key: tuple[int, int], names: Sequence[str], comes_back: bool):
+        self._engine, self._key, self._names, self._comes_back = engine, key, names, comes_back
+        self.hides_input, self.hides_output = engine._hides_between(key[1]), engine._hides_between(key[1] + 1)
+        self._products: Products = {}
+
+    def input(self, backward: bool) -> mx.array:
+        activations = self._engine._activations
+        return activations.pop(self._key, self._engine.following(self._key)) if backward else activations.get(self._key)
+
+    def gradient(self, owner, key, gradient: mx.array) -> mx.array:
+        return self._engine.add_gradient(owner, key, gradient)
+
+    def output(self, array: mx.array) -> mx.array:
+        activations, (micro_batch, position) = self._engine._activations, self._key
+        if self.hides_input:
+            (activations.passed if self._comes_back else activations.discard)(self._key)
+        activations.put((micro_batch, position + 1), array)
+        return placeholder(array.shape, array.dtype)
+
+    @contextmanager
+    def recording(self):
+        with self._engine.pieces.cutting(self._engine.cuts):
+            if not self._names:
+                yield {}
+                return
+            with self._engine.kept.recording(self._names) as products:
+                yield products
+            self._products = products
+
+    @contextmanager
+    def replaying(self):
+        with self._engine.pieces.cutting(self._engine.cuts):
+            with self._engine.kept.replaying(self._products):
+                self._products = {}
+                yield

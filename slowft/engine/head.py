@@ -1,20 +1,22 @@
-"""From the last block's output to the loss, and back: the head, in chunks of tokens.
+"""From a hidden state to the loss, and back: the tail's blocks, if there are any, and the head.
 
 The head is the model's own call with its blocks skipped: whatever norm, projection and soft cap follow the
 last block. Logits `[tokens, vocab]` exist whole only when they are small; otherwise a chunk at a time, and
-only for tokens that count. Weights are in place throughout, so they are read once however many chunks.
+only for tokens that count. The tail and the head are one lazy graph, neither read twice nor recomputed; weights
+are in place throughout. Runs on the compute thread, and while a plan is made.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..models.seams import FLOATS
-from .trees import pack, unpack
+from .pieces import after
 
+# tail(arrays) -> the last block's output; arrays are what goes into the tail, in a fixed order
+Tail = Callable[[list[mx.array]], Any]
 # head(hidden, n_rows, n_tokens) -> logits [n_rows, n_tokens, V]; hidden is a tree as the last block returned it
 Head = Callable[[Any, int, int], mx.array]
 
@@ -32,92 +34,121 @@ def token_loss(logits: mx.array, targets: mx.array, mask: mx.array, total: mx.ar
 
 
 class HeadLoss:
-    """Loss of one micro-batch and its gradients with respect to the hidden state and the head's parameters.
+    """Loss of one micro-batch and its gradients, as one lazy graph.
 
     Args:
         targets, mask: `[B, T]`; total: tokens that the whole step's loss is divided by.
-        entries: (owner, key) of trainable parameters outside the blocks.
+        tail_entries, head_entries: (owner, key) of the adapters' arrays in the tail and outside the blocks; `params` are
+            their values, in this order.
         chunk_tokens: the most tokens whose logits may exist at once; None computes all at once.
     """
 
     def __init__(
-        self, head: Head, targets: mx.array, mask: mx.array, total: mx.array, entries, chunk_tokens: int | None
+        self,
+        tail: Tail,
+        head: Head,
+        targets: mx.array,
+        mask: mx.array,
+        total: mx.array,
+        tail_entries: Sequence[tuple[Any, Any]],
+        head_entries: Sequence[tuple[Any, Any]],
+        chunk_tokens: int | None,
     ):
-        self._head, self._targets, self._mask, self._total = head, targets, mask, total
-        self._entries, self._chunk_tokens = list(entries), chunk_tokens
+        self._tail, self._head = tail, head
+        self._targets, self._mask, self._total = targets, mask, total
+        self._tail_entries, self._head_entries = list(tail_entries), list(head_entries)
+        self._chunk_tokens = chunk_tokens
 
-    def compute(self, hidden: Any, params: list[mx.array], gradients: bool) -> tuple[mx.array, list, list]:
-        """(loss, cotangents of the hidden arrays, gradients of `params`), evaluated. Runs on the compute thread."""
-        arrays: list[mx.array] = []
-        spec = pack(hidden, arrays)
-        if self._chunk_tokens is None or len(arrays) != 1:
-            return self._whole(spec, arrays, params, gradients)
-        return self._chunked(arrays[0], params, gradients)
+    def loss(self, arrays: list[mx.array], params: Sequence[mx.array]) -> mx.array:
+        """The loss, unevaluated."""
+        return self._loss(arrays, params, gradients=False)
 
-    def _whole(self, spec, arrays, params, gradients):
-        wrt = [i for i, a in enumerate(arrays) if a.dtype in FLOATS]
+    def loss_and_grads(
+        self, arrays: list[mx.array], params: Sequence[mx.array], wrt: Sequence[int]
+    ) -> tuple[mx.array, list[mx.array]]:
+        """(loss, gradients), unevaluated. `wrt` counts through the arrays, then the params."""
+        everything = [*arrays, *params]
 
-        def loss(*variables):
-            inputs = list(arrays)
+        def loss(variables: list[mx.array]) -> mx.array:
+            inputs = list(everything)
             for i, value in zip(wrt, variables):
                 inputs[i] = value
-            self._set_params(variables[len(wrt) :])
-            logits = self._head(unpack(spec, inputs), *self._targets.shape)
-            return token_loss(logits, self._targets, self._mask, self._total)
+            return self._loss(inputs[: len(arrays)], inputs[len(arrays) :], gradients=True)
 
-        variables = [arrays[i] for i in wrt] + list(params)
-        if not gradients:
-            value = loss(*variables)
-            mx.eval(value)
-            return value, [], []
-        value, of_variables = _value_and_grads(loss, variables)
-        of_arrays = [mx.zeros_like(a) for a in arrays]
-        for i, gradient in zip(wrt, of_variables):
-            of_arrays[i] = gradient
-        return value, of_arrays, of_variables[len(wrt) :]
+        return mx.value_and_grad(loss)([everything[i] for i in wrt])
 
-    def _chunked(self, hidden, params, gradients):
+    def _loss(self, arrays: list[mx.array], params: Sequence[mx.array], gradients: bool) -> mx.array:
+        n_tail = len(self._tail_entries)
+        _put(self._tail_entries, params[:n_tail])
+        _put(self._head_entries, params[n_tail:])
+        hidden = self._tail(arrays)
+        if self._chunk_tokens is not None:
+            return self._chunked(hidden, params[n_tail:], gradients)
+        logits = self._head(hidden, *self._targets.shape)
+        return token_loss(logits, self._targets, self._mask, self._total)
+
+    def _chunked(self, hidden: mx.array, params: Sequence[mx.array], gradients: bool) -> mx.array:
+        """The loss with logits of `chunk_tokens` at a time; its gradients are computed along with it.
+
+        Per token, what is computed is what the whole head computes; the order of sums over tokens differs only in
+        the gradients of the head's own parameters.
+        """
         counted = np.flatnonzero(np.asarray(self._mask))  # padding and prompts cost nothing
-        flat, targets = hidden.reshape(-1, hidden.shape[-1]), self._targets.reshape(-1)
-        value = mx.array(0.0)
-        of_hidden = np.zeros(flat.shape, np.float32) if gradients else None
-        of_params: list[mx.array] = []
-        for start in range(0, len(counted), self._chunk_tokens):
-            tokens = counted[start : start + self._chunk_tokens]
-            index = mx.array(tokens)
-            ones = mx.ones((1, len(tokens)), mx.bool_)
+        chunks = [counted[i : i + self._chunk_tokens] for i in range(0, len(counted), self._chunk_tokens)]
+        targets, shape = self._targets.reshape(-1), hidden.shape
 
-            def loss(h, *ps):
-                self._set_params(ps)
-                return token_loss(self._head(h, 1, len(tokens)), targets[index][None], ones, self._total)  # noqa: B023
+        def losses(h: mx.array, params: Sequence[mx.array], tokens: mx.array) -> mx.array:
+            _put(self._head_entries, params)
+            return nn.losses.cross_entropy(self._head(h[None], 1, h.shape[0])[0], targets[tokens])
 
-            variables = [flat[index][None], *params]
-            if not gradients:
-                part = loss(*variables)
-                mx.eval(part)
-            else:
-                part, (of_chunk, *of_chunk_params) = _value_and_grads(loss, variables)
-                of_hidden[tokens] = np.asarray(of_chunk[0].astype(mx.float32))
-                of_params = [a + b for a, b in zip(of_params, of_chunk_params)] or of_chunk_params
-                mx.eval(of_params)
-            value = value + part
-            mx.eval(value)
+        def spread(parts: list[mx.array], shape: tuple[int, ...]) -> mx.array:
+            values = mx.concatenate(parts)
+            whole = mx.zeros((self._mask.size, *values.shape[1:]), values.dtype)
+            whole[mx.array(counted)] = values
+            return whole.reshape(shape)
+
+        def compute(hidden: mx.array, params: Sequence[mx.array]):
+            flat = hidden.reshape(-1, shape[-1])
+            of_tokens: list[mx.array] = []
+            of_hidden: list[mx.array] = []
+            of_params: list[mx.array] = []
+            for chunk in chunks:
+                tokens = mx.array(chunk)
+                h = after(flat[tokens], [*of_tokens[-1:], *of_hidden[-1:], *of_params])  # one chunk after the other
+                if not gradients:
+                    of_tokens.append(losses(h, params, tokens))
+                    continue
+                one = mx.ones((len(chunk),)) / self._total
+                (ce,), (of_h, *of_ps) = mx.vjp(
+                    lambda h, *ps, tokens=tokens: losses(h, ps, tokens).astype(mx.float32), [h, *params], [one]
+                )
+                of_tokens.append(ce)
+                of_hidden.append(of_h)
+                of_params = [a + b for a, b in zip(of_params, of_ps)] or list(of_ps)
+            loss = spread(of_tokens, self._mask.shape).astype(mx.float32).sum() / self._total
+            return loss, spread(of_hidden, shape) if gradients else None, of_params
+
         if not gradients:
-            return value, [], []
-        of_hidden = mx.array(of_hidden).reshape(hidden.shape).astype(hidden.dtype)
-        of_params = of_params or [mx.zeros_like(p) for p in params]
-        mx.eval(of_hidden, of_params)
-        return value, [of_hidden], of_params
+            return compute(hidden, params)[0]
+        found: list[mx.array] = []
 
-    def _set_params(self, params) -> None:
-        for (owner, key), value in zip(self._entries, params):
-            owner[key] = value
+        @mx.custom_function
+        def function(hidden, *params):
+            loss, of_hidden, of_params = compute(hidden, params)
+            found[:] = [of_hidden, *of_params]
+            return loss
+
+        @function.vjp
+        def vjp(_, cotangent, __):
+            gradients = tuple(cotangent.astype(g.dtype) * g for g in found)
+            return gradients if params else gradients[0]
+
+        return function(hidden, *params)
 
 
-def _value_and_grads(function, variables):
-    value, gradients = mx.value_and_grad(lambda vs: function(*vs))(variables)
-    mx.eval(value, gradients)
-    return value, gradients
+def _put(entries: Sequence[tuple[Any, Any]], values: Sequence[mx.array]) -> None:
+    for (owner, key), value in zip(entries, values):
+        owner[key] = value
 
 
 def treats_tokens_alike(head: Head, hidden: mx.array) -> bool:

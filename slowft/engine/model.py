@@ -15,12 +15,15 @@ from .. import _mlx_was_imported_first, platform
 from ..errors import ConfigError, SlowftError, SlowftWarning
 from ..models import adapters, loading, seams
 from ..storage.reader import Reader
+from ..planning.plan import Plan, Planner
+from ..planning.schedule import Schedule
+from .budget import Budget
 from .engine import Engine
 from .stats import Stats
 
-# MLX keeps freed buffers up to this share of a block's computation, because fresh pages cost more than the
-# cast that fills them (DESIGN.md): 0 made a step six times slower.
-CACHE_PER_BLOCK = 1.5
+# Without a plan, MLX keeps freed buffers up to this share of a block's weights: fresh pages cost more than the cast
+# that fills them (DESIGN.md).
+CACHE_PER_BLOCK = 0.5
 CACHE_FLOOR_NBYTES = 64 << 20
 
 
@@ -39,6 +42,11 @@ class StreamedModel(nn.Module):
     @property
     def stats(self) -> Stats:
         return self._engine.stats
+
+    @property
+    def memory(self) -> int | None:
+        """The ceiling, in bytes, that steps are planned within; None: there is none."""
+        return self._budget.memory
 
     @property
     def seed(self) -> int:
@@ -89,6 +97,11 @@ class StreamedModel(nn.Module):
         """Rows of the token embedding: token ids must be below. None if the model has no embedding table."""
         rows = self._cut.outside[seams.Use.ROWS]
         return max((unit.params[0].source.shape[0] for unit in rows), default=None)
+
+    @property
+    def embedding_nbytes(self) -> int:
+        """Bytes on disk of the token embedding."""
+        return sum(unit.nbytes for unit in self._cut.outside[seams.Use.ROWS])
 
     def add_lora(
         self,
@@ -157,12 +170,48 @@ class StreamedModel(nn.Module):
         Returns:
             ((loss float32 `[]`, ntoks int32 `[]`), gradients as a tree like `trainable_parameters()`).
         """
-        return self._engine.loss_and_grads(_micro_batches(batch, lengths))
+        micro_batches = _micro_batches(batch, lengths)
+        self._budget.cover(*_shape(micro_batches))
+        return self._engine.loss_and_grads(micro_batches)
 
     def loss(self, batch: mx.array, lengths: mx.array) -> tuple[mx.array, mx.array]:
         """(loss, ntoks) of a batch, without gradients; each block is read at most once."""
-        ((batch, lengths),) = _micro_batches(batch, lengths)
-        return self._engine.loss(batch, lengths)
+        micro_batches = _micro_batches(batch, lengths)
+        self._budget.cover(*_shape(micro_batches))
+        return self._engine.loss(*micro_batches[0])
+
+    def planner(self, batch_size: int, tokens: int, micro_batches: int = 1, optimizer_copies: int = 2) -> Planner:
+        """Makes plans for such steps under any ceiling; see `plan`."""
+        self._budget.expect_optimizer(optimizer_copies)
+        return self._budget.planner(batch_size, tokens, micro_batches)
+
+    def plan(
+        self,
+        batch_size: int,
+        tokens: int,
+        micro_batches: int = 1,
+        memory: str | int | None = None,
+        optimizer_copies: int = 2,
+        follow: bool = False,
+    ) -> Plan:
+        """What a step over `micro_batches` of `[batch_size, tokens]` will keep in memory, read, and take.
+
+        Args:
+            memory: ceiling, such as "2GB"; None: the one the model was opened with, or none at all.
+            optimizer_copies: how many times the trainable parameters the optimizer keeps (Adam: 2).
+            follow: steps (up to this shape) go by the plan from now on.
+        Raises:
+            ConfigError: the ceiling is too low; names the least that would do. Nothing was read.
+        """
+        budget = self._budget
+        budget.expect_optimizer(optimizer_copies)
+        nbytes = budget.memory if memory is None else parse_nbytes(memory)
+        if follow:
+            budget.memory = nbytes
+            budget.cover(batch_size, tokens, micro_batches)
+            if budget.plan is not None:
+                return budget.plan
+        return budget.make(nbytes, batch_size, tokens, micro_batches)
 
     def close(self) -> None:
         """End the threads and close the files. The model cannot be used afterwards."""
@@ -192,20 +241,23 @@ def open_model(
     memory: str | int | None = None,
     adapter_path: str | Path | None = None,
     compute_dtype: str | None = None,
+    spill_dir: str | Path | None = None,
 ) -> StreamedModel:
     """Open a model for streaming: headers only, nothing resident.
 
     Args:
         path_or_hub_id: an mlx-lm (or hub) model directory, or a hub id, which is downloaded.
-        memory: such as "2GB" (or bytes), for the whole process as the operating system counts it. What the first
-            step leaves unused keeps blocks in memory from the second on, which saves reads. None: two blocks only.
+        memory: such as "2GB" (or bytes): a ceiling for the whole process as the operating system counts it. Each
+            step's shape is planned within it (see `StreamedModel.plan`). None: two blocks at a time, nothing kept.
         adapter_path: directory of a saved adapter, attached and trainable.
-        compute_dtype: "float32", "float16" or "bfloat16"; None computes in the model's own dtype on a GPU
-            and in float32 on a CPU.
+        compute_dtype: "float32", "float16", "bfloat16", or "native": the model's own, quantized layers packed. None
+            is "native" on a GPU and "float32" on a CPU.
+        spill_dir: where block inputs go that `memory` has no room for; by default in the user's cache directory.
     Raises:
         ModelError: missing or corrupt files, an unknown architecture, or one that cannot be streamed.
-        ConfigError: `memory` is below what any step needs; names that.
+        ConfigError: `memory` is below what a step of one token needs; names that.
     """
+    platform.fix_malloc_threshold()
     _warn_of_slow_blas()
     memory_nbytes = None if memory is None else parse_nbytes(memory)
     dtype = _compute_dtype(compute_dtype)
@@ -214,26 +266,29 @@ def open_model(
     cut = seams.find_units(model, skeleton.params)
     engine = Engine(model, cut, Reader())
     model._skeleton, model._cut, model._engine, model._adapter = skeleton, cut, engine, None
+    model._budget = Budget(engine, memory_nbytes, None if spill_dir is None else Path(spill_dir).expanduser())
     try:
         engine.make_resident(cut.resident)
         seams.install(cut, engine.on_block, engine.on_rows, engine.on_matmul)
         seams.probe(model, cut, engine.probe, engine.make_resident)
         mx.eval([array for _, array in tree_flatten(model)])  # no unevaluated table may reach the compute thread
         block_nbytes = max(unit.compute_nbytes for unit in cut.blocks)
-        mx.set_cache_limit(int(CACHE_PER_BLOCK * block_nbytes) + CACHE_FLOOR_NBYTES)
+        slots = 1 if all(p.source.is_copied for unit in cut.blocks for p in unit.params) else 2
+        engine.follow(Schedule(slots, cache_nbytes=int(CACHE_PER_BLOCK * block_nbytes) + CACHE_FLOOR_NBYTES))
         if memory_nbytes is not None:
-            if memory_nbytes < (least := engine.least_memory()):
-                raise ConfigError(
-                    f"memory of {memory_nbytes / 1e9:.2f} GB is too little for this model: "
-                    f"give at least {least / 1e9:.2f}GB"
-                )
-            engine.memory = memory_nbytes
+            model._budget.check(1, 1, 1)
         if adapter_path is not None:
             model.load_adapter(adapter_path)
     except BaseException:
         engine.close()
         raise
     return model
+
+
+def _shape(micro_batches: list[tuple[mx.array, mx.array]]) -> tuple[int, int, int]:
+    """(rows, tokens, number) of the largest step these micro-batches could be."""
+    rows, tokens = (max(batch.shape[axis] for batch, _ in micro_batches) for axis in (0, 1))
+    return rows, tokens - 1, len(micro_batches)
 
 
 def _micro_batches(batch, lengths) -> list[tuple[mx.array, mx.array]]:
@@ -275,9 +330,11 @@ def _warn_of_slow_blas() -> None:
 
 
 def _compute_dtype(name: str | None) -> mx.Dtype | None:
+    if name == "native":
+        return None
     if name is None:
         return mx.float32 if mx.default_device() == mx.Device(mx.cpu) else None
     dtypes: dict[str, Any] = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
     if name not in dtypes:
-        raise ConfigError(f"compute_dtype must be one of {', '.join(dtypes)}, got {name}")
+        raise ConfigError(f"compute_dtype must be one of {', '.join(dtypes)} or native, got {name}")
     return dtypes[name]

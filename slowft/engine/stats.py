@@ -10,13 +10,15 @@ class StepStats:
     """Counts over one step, or over all steps.
 
     Attributes:
-        bytes_read: from the weight files, embedding rows included.
-        wait_s: seconds the computation waited for reads.
+        bytes_read: from the weight files, embedding rows included, and of spilled block inputs.
+        bytes_written: of spilled block inputs.
+        wait_s: seconds the computation waited for reads and writes.
         compute_s: seconds spent computing (and casting) in blocks and head.
         peak_memory: bytes, the most the process held, as the operating system counts it.
     """
 
     bytes_read: int = 0
+    bytes_written: int = 0
     wait_s: float = 0.0
     compute_s: float = 0.0
     peak_memory: int = 0
@@ -29,8 +31,8 @@ class Stats:
         last: the last `loss_and_grads`.
     """
 
-    def __init__(self, reader, residency):
-        self._reader, self._residency = reader, residency
+    def __init__(self, reader, residency, activations):
+        self._reader, self._residency, self._activations = reader, residency, activations
         self._peak_memory = 0
         self.last = StepStats()
 
@@ -38,7 +40,10 @@ class Stats:
     def total(self) -> StepStats:
         """Everything since the model was opened."""
         peak = max(self._peak_memory, platform.peak_memory())
-        return StepStats(self._reader.bytes_read, self._reader.wait_s, self._residency.compute_s, peak)
+        reader, spilled = self._reader, self._activations
+        waited = reader.wait_s + spilled.wait_s
+        computed = self._residency.compute_s - spilled.wait_s
+        return StepStats(reader.bytes_read + spilled.bytes_read, spilled.bytes_written, waited, computed, peak)
 
     def begin_step(self) -> None:
         self._at_begin = self.total
@@ -49,6 +54,7 @@ class Stats:
         now, begin = self.total, self._at_begin
         self.last = StepStats(
             now.bytes_read - begin.bytes_read,
+            now.bytes_written - begin.bytes_written,
             now.wait_s - begin.wait_s,
             now.compute_s - begin.compute_s,
             platform.peak_memory(),

@@ -37,6 +37,26 @@ def resolve(path_or_hub_id: str) -> Path:
     Raises:
         ModelError: no such directory, or the hub does not have it or cannot be reached.
     """
+    if (local := find_local(path_or_hub_id)) is not None:
+        return local
+    from mlx_lm.utils import _download
+
+    try:
+        return _download(str(path_or_hub_id))
+    except Exception as e:  # huggingface-hub raises many kinds, all of which mean: not here
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise ModelError(
+            f"{path_or_hub_id} is neither a directory here nor could it be downloaded ({reason}). "
+            "Check the name and the connection, or give a directory"
+        ) from None
+
+
+def find_local(path_or_hub_id: str) -> Path | None:
+    """The local directory of a model; None if it looks like a hub id.
+
+    Raises:
+        ModelError: something that is neither.
+    """
     path = Path(path_or_hub_id).expanduser()
     if path.is_dir():
         if not (path / "config.json").exists():
@@ -49,16 +69,7 @@ def resolve(path_or_hub_id: str) -> Path:
     )
     if looks_local:
         raise ModelError(f"{path} does not exist. Give a model directory, or a hub id such as Qwen/Qwen3-0.6B")
-    from mlx_lm.utils import _download
-
-    try:
-        return _download(str(path_or_hub_id))
-    except Exception as e:  # huggingface-hub raises many kinds, all of which mean: not here
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise ModelError(
-            f"{path_or_hub_id} is neither a directory here nor could it be downloaded ({reason}). "
-            "Check the name and the connection, or give a directory"
-        ) from None
+    return None
 
 
 def load_skeleton(path: Path, mixin: type, compute_dtype: mx.Dtype | None) -> Skeleton:

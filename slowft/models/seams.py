@@ -71,27 +71,37 @@ class Cut:
     Attributes:
         blocks: in the order of `model.layers`.
         outside: large layers outside the blocks, by use: looked up by row, or multiplied with.
+        head: those of the outside layers that the model's call multiplies with.
         resident: every other parameter: norms, biases. Always in memory.
         order: indices of `blocks` in the order in which a forward pass visits them.
         head_is_separable: what follows the last block depends on that block's output alone, so it can be
             computed by itself.
         plain_blocks: each block takes the array `[B, T, D]` first and returns one of the same shape.
+        is_chain: besides, each block's first argument is the very output of the one before, and nothing else in the
+            model sees that output: then the values between blocks need not go through the model's own call.
+        hidden_nbytes: of what the first block is handed, per token.
     """
 
     blocks: list[Unit]
     outside: dict[Use, list[Unit]]
     resident: list[Param]
+    head: list[Unit] = field(default_factory=list)
     order: list[int] = field(default_factory=list)
     head_is_separable: bool = False
     plain_blocks: bool = False
+    is_chain: bool = False
+    hidden_nbytes: int = 0
 
 
 # handler(unit, inner, args, kwargs) -> what the call returns; `inner` is the module's own method, bound.
 Handler = Callable[[Unit, Callable, tuple, dict], Any]
 
 
-def intercept(module: nn.Module, method: str, unit: Unit, handler: Handler) -> None:
-    """Send calls of `module.method` to `handler`. The module keeps its class's name and everything else."""
+def intercept(module: nn.Module, method: str, unit: Any, handler: Callable) -> None:
+    """Send calls of `module.method` to `handler` (see `Handler`), which is handed `unit` with them.
+
+    The module keeps its class's name and everything else.
+    """
     cls = type(module)
     inner = getattr(cls, method)
 
@@ -162,8 +172,11 @@ class Probe:
         self.visits: list[int] = []
         self.called: set[int] = set()  # ids of the outside units' modules, by use
         self.plain = True
+        self.chained = True  # each block was handed the output of the one before
+        self.calls: list[tuple[tuple, dict]] = []  # the blocks' arguments, by visit
         self.problem: str | None = None
         self._cut, self._fill, self._last_visit = cut, fill, last_visit
+        self._previous: Any = None  # the last block's output
 
     def on_block(self, unit: Unit, inner, args, kwargs):
         self._check_arguments(unit, args, kwargs)
@@ -186,8 +199,11 @@ class Probe:
         if not leaves:
             self.problem = self.problem or f"{unit.name} returns no array"
         is_last = self._last_visit is not None and len(self.visits) == self._last_visit
+        self.chained = self.chained and (not self.visits or first is self._previous)
         self.visits.append(unit.index)
-        return _dummies(output, 0.5 if is_last else self._fill)
+        self.calls.append((args, kwargs))
+        self._previous = _dummies(output, 0.5 if is_last else self._fill)
+        return self._previous
 
     def on_rows(self, unit: Unit, inner, args, kwargs):
         self.called.add((id(unit.module), Use.ROWS))
@@ -242,11 +258,28 @@ def probe(model: nn.Module, cut: Cut, run: Callable[[Probe], mx.array], make_res
         if mx.isnan(logits).any().item():
             raise ModelError(_refusal(model, "it uses weights of its layers other than by calling them"))
 
+    cut.head = [unit for unit in cut.outside[Use.MATMUL] if (id(unit.module), Use.MATMUL) in first.called]
     cut.order = first.visits
     cut.plain_blocks = first.plain
+    hidden = first.calls[0][0][0] if first.plain else None
+    cut.hidden_nbytes = hidden.nbytes // (hidden.shape[0] * hidden.shape[1]) if first.plain else 0
     last = len(first.visits) - 1
-    same_end = [run(Probe(cut, fill, last_visit=last)) for fill in (0.25, 0.75)]
-    cut.head_is_separable = mx.array_equal(*same_end).item()
+    probes = [Probe(cut, fill, last_visit=last) for fill in (0.25, 0.75)]
+    cut.head_is_separable = mx.array_equal(*(run(probe) for probe in probes)).item()
+    cut.is_chain = cut.head_is_separable and first.plain and first.chained and _same_side_inputs(*probes)
+
+
+def _same_side_inputs(a: Probe, b: Probe) -> bool:
+    """Whether what blocks were handed besides the hidden state was the same for different outputs of blocks."""
+    for (args, kwargs), (other_args, other_kwargs) in zip(a.calls, b.calls):
+        mine, theirs = tree_flatten([list(args[1:]), kwargs]), tree_flatten([list(other_args[1:]), other_kwargs])
+        for (path, leaf), (other_path, other) in zip(mine, theirs, strict=True):
+            arrays = isinstance(leaf, mx.array), isinstance(other, mx.array)
+            if path != other_path or arrays[0] != arrays[1]:
+                return False
+            if not (mx.array_equal(leaf, other).item() if all(arrays) else leaf == other):
+                return False
+    return True
 
 
 def _refusal(model: nn.Module, reason: str) -> str:

@@ -59,29 +59,29 @@ class Cost:
         return sum(max(flops / matmul_flops_per_s, nbytes / bytes_per_s) for flops, nbytes in self.ops)
 
 
-def cost(function: Callable, *args) -> Cost:
+def cost(function: Callable, *args, in_part: bool = False) -> Cost:
     """What `mx.eval(function(*args))` takes.
 
     Args:
         function: returns an array or a tree of arrays, in the order in which `mx.eval` would get them. May
             use `mx.vjp` and `mx.value_and_grad`; arrays it captures must be evaluated.
         args: arrays or trees with arrays in them. Their values are not looked at.
+        in_part: leave out outputs that an `mx.custom_function` leads to, rather than look through it by `mx.vmap`, which
+            sees twice what such a function and its vjp share.
 
     Raises:
         CostUnknown: MLX cannot export one of the primitives, such as a custom kernel.
     """
     high, low = mx.random.state[0].tolist()
     try:
-        outputs = _trace(function, args)
-    except CostUnknown as e:
-        if "CustomTransforms" not in str(e):
-            raise
+        outputs = _trace(function, args, in_part)
+    except _HasCustomFunction:
         try:
             outputs = _trace(*_without_custom_functions(function, args))
         except ValueError as of_vmap:
             if not isinstance(of_vmap, CostUnknown) and not str(of_vmap).startswith("[Primitive::vmap]"):
                 raise
-            raise e from of_vmap
+            outputs = _trace(function, args, in_part=True)
     finally:
         mx.random.seed(high << 32 | low)  # dropout in the function moved it
     return _Evaluation(outputs).run()
@@ -161,8 +161,16 @@ class _Op:
     outputs: list[_Array]
 
 
-def _trace(function: Callable, args: tuple) -> list[_Array]:
-    """The outputs of the function as arrays of the graph that leads to them."""
+class _HasCustomFunction(Exception):
+    """The graph has results of an `mx.custom_function` in it."""
+
+
+def _trace(function: Callable, args: tuple, in_part: bool = False) -> list[_Array]:
+    """The outputs of the function as arrays of the graph that leads to them.
+
+    Args:
+        in_part: be content with those outputs that no `mx.custom_function` leads to.
+    """
     unknown: set[str] = set()
     while True:
         exported: list[dict] = []
@@ -186,6 +194,8 @@ def _trace(function: Callable, args: tuple) -> list[_Array]:
             found = _NOT_EXPORTABLE.match(str(e))
             if found is None:
                 raise  # the function's own
+            if found[1] == "CustomTransforms" and not in_part:
+                raise _HasCustomFunction from None
             unknown.add(found[1])
             hidden = _Dot(dot[0]).descendants(unknown)
             if all(f"output_{i}" in hidden for i in range(len(shapes))):

@@ -12,6 +12,9 @@ class Report:
     def begin(self, config, model) -> None:
         """Before the first step; the adapter is attached."""
 
+    def planned(self, plan, note: str = "") -> None:
+        """What the run keeps in memory and is predicted to take; `note` says where its ceiling comes from."""
+
     def advance(self, iterations: int, loss: float, model) -> None:
         """After every optimizer step."""
 
@@ -52,6 +55,10 @@ class Reports(Report):
     def begin(self, config, model):
         for report in self._all:
             report.begin(config, model)
+
+    def planned(self, plan, note=""):
+        for report in self._all:
+            report.planned(plan, note)
 
     def advance(self, iterations, loss, model):
         for report in self._all:

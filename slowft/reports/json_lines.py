@@ -5,10 +5,11 @@ import math
 import sys
 
 from .base import Report
+from .plan import as_dict
 
 
 class JsonReport(Report):
-    """Events: begin, train, valid, test, saved, note. Keys are mlx-lm's, sizes in GB, times in seconds; NaN is null."""
+    """Events: plan, begin, train, valid, test, saved, note. Keys are mlx-lm's, sizes in GB, times in seconds; NaN is null."""
 
     def __init__(self, out=None):
         self._out = out or sys.stdout
@@ -19,6 +20,9 @@ class JsonReport(Report):
 
     def begin(self, config, model):
         self._write("begin", model=str(model.path), blocks=len(model.layers), iters=config.iters)
+
+    def planned(self, plan, note=""):
+        self._write("plan", **as_dict(plan))
 
     def trained(self, info):
         self._write("train", **info)

@@ -9,6 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .. import platform
 from .base import Report
+from .plan import three_lines
 
 
 def describe_run(config, model) -> str:
@@ -45,6 +46,10 @@ class LineReport(Report):
     def begin(self, config, model):
         self._iters, self._done, self._begin = config.iters, 0, time.perf_counter()
         self._print(describe_run(config, model))
+
+    def planned(self, plan, note=""):
+        for line in three_lines(plan, note):
+            self._print(line)
 
     def advance(self, iterations, loss, model):
         self._done += iterations

@@ -12,6 +12,8 @@ from typing import Any
 from ..errors import ConfigError
 
 OPTIMIZERS = ("adam", "adamw", "muon", "sgd", "adafactor")
+# how many times the trainable parameters each keeps at most
+OPTIMIZER_COPIES = {"adam": 2, "adamw": 2, "muon": 1, "sgd": 1, "adafactor": 2}
 
 # Options of mlx_lm.lora that ask for what slowft always does, or for what streaming has no use for.
 NEEDLESS = {
@@ -61,11 +63,18 @@ class TrainConfig:
     memory: str | None = field(
         default=None,
         metadata={
-            "help": "Memory for the whole process, such as 8GB: what steps leave of it keeps blocks, which saves reads."
+            "help": "Ceiling for the whole process's memory, such as 8GB; by default half of the machine's. What is kept "
+            "in memory is planned to fill it."
         },
     )
+    spill_dir: str | None = field(
+        default=None,
+        metadata={"help": "Where activations go that memory has no room for; by default the user's cache directory."},
+    )
+    dry_run: bool = field(default=False, metadata={"help": "Check everything, print the plan, and stop."})
     compute_dtype: str | None = field(
-        default=None, metadata={"help": "float32, float16 or bfloat16; by default the model's own, float32 on a CPU."}
+        default=None,
+        metadata={"help": "float32, float16, bfloat16 or native (the model's own); by default native, on a CPU float32."},
     )
     report_to: str | None = field(default=None, metadata={"help": "wandb, swanlab or both, if installed."})
     project_name: str | None = field(default=None, metadata={"help": "Project name for --report-to."})

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..data.datasets import check_size, load_data, load_tokenizer
+from ..engine.budget import default_memory
 from ..engine.model import open_model
 from ..errors import AdapterError, ConfigError, DataError, SlowftError
 from ..reports.base import Report, Reports
@@ -20,7 +21,7 @@ def run(config: TrainConfig, report: Report) -> dict:
     """Train and test.
 
     Returns:
-        What `Trainer.fit` returns, and test_loss and test_ppl if the test set was asked for.
+        What `Trainer.fit` returns, and test_loss and test_ppl if the test set was asked for. Nothing after --dry-run.
     Raises:
         SlowftError: whatever the user can put right, as one line.
     """
@@ -28,7 +29,7 @@ def run(config: TrainConfig, report: Report) -> dict:
     config.build_optimizer()
     if config.train:
         check_writable(Path(config.adapter_path))
-    model = open_model(config.model, memory=config.memory, compute_dtype=config.compute_dtype)
+    model = open_model(config.model, config.memory, compute_dtype=config.compute_dtype, spill_dir=config.spill_dir)
     try:
         told = Reports(report, CallbackReport(_callback(config))) if config.report_to else report
         trainer = Trainer(model, config, told)
@@ -37,6 +38,11 @@ def run(config: TrainConfig, report: Report) -> dict:
         else:
             _load_adapter_to_test(model, config, report)
         train, valid, test = _load_data(model, config, report)
+        memory = default_memory() if config.memory is None else config.memory
+        plan = trainer.plan(train, valid, test, memory=memory, follow=not config.dry_run)
+        report.planned(plan, " (half of this machine's memory; --memory sets it)" if config.memory is None else "")
+        if config.dry_run:
+            return {}
         result = trainer.fit(train, valid) if config.train else {}
         if config.test:
             result |= _test(trainer, test)

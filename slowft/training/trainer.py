@@ -19,7 +19,9 @@ from .. import platform
 from ..data.datasets import TokenDataset, check_size
 from ..errors import AdapterError, DataError, SlowftError
 from ..reports.base import Report
-from .config import TrainConfig
+from .config import OPTIMIZER_COPIES, TrainConfig
+
+PADDING = 32  # mlx-lm's iterate_batches pads to multiples of it, and one
 
 
 class Trainer:
@@ -48,6 +50,22 @@ class Trainer:
         if c.resume_adapter_file is not None:
             self.model.load_adapter(c.resume_adapter_file)
 
+    def plan(self, *datasets: TokenDataset | None, memory: str | int | None = None, follow: bool = True):
+        """The plan for steps on these datasets (see `StreamedModel.plan`), which the steps then follow.
+
+        Args:
+            memory: ceiling; None: the one the model was opened with.
+        Raises:
+            ConfigError: the ceiling is too low; names the least that would do.
+        """
+        c = self.config
+        longest = max((len(data[i][0]) for data in datasets if data is not None for i in range(len(data))), default=1)
+        tokens = min(-(-longest // PADDING) * PADDING, c.max_seq_length - 1)
+        copies = OPTIMIZER_COPIES[c.optimizer.lower()]
+        return self.model.plan(
+            c.batch_size, tokens, min(c.grad_accumulation_steps, c.iters), memory, copies, follow=follow
+        )
+
     def fit(self, train: TokenDataset, valid: TokenDataset | None = None) -> dict[str, Any]:
         """Train for `config.iters` micro-batches; evaluate before, between and after; save as configured.
 
@@ -66,6 +84,8 @@ class Trainer:
         check_writable(Path(c.adapter_path))
         optimizer = c.build_optimizer()
         self.attach()
+        if model.memory is not None:
+            self.plan(train, valid)
         model.seed = c.seed
         np.random.seed(c.seed)
         batches = self._batches(train, loop=True)

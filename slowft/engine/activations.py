@@ -1,0 +1,121 @@
+"""What a step keeps from its forward pass: block inputs, in memory or on disk, and products of frozen layers.
+
+Comes in: arrays of the compute thread, by micro-batch and visit. Goes out: the same arrays, once. Block inputs
+of the first visits, which are wanted last, may be spilled to a file: written behind compute and read ahead.
+Never used by another thread than the one that computes.
+"""
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from pathlib import Path
+
+import mlx.core as mx
+
+from ..storage.spill import SpillFile
+
+Key = tuple[int, int]  # (micro-batch, visit)
+ALIGNMENT = 4096  # of what is written to the file
+
+
+class Activations:
+    """Inputs of blocks, by micro-batch and visit.
+
+    Attributes:
+        bytes_written, bytes_read: of the file, so far.
+        wait_s: seconds that the computation was held up by it.
+    """
+
+    def __init__(self):
+        self._spilled, self._directory = 0, None
+        self._in_memory: dict[Key, mx.array] = {}
+        self._on_disk: dict[Key, tuple[int, tuple[int, ...], mx.Dtype, int]] = {}
+        self._ahead: dict[Key, Future] = {}
+        self._file: SpillFile | None = None
+        self._reserved_nbytes = self._end = 0
+        self.bytes_written = self.bytes_read = 0
+        self.wait_s = 0.0
+
+    def spill(self, visits: int, directory: Path | None) -> None:
+        """From now on inputs of visits below `visits` go to a file in `directory`."""
+        self.close()
+        self._spilled, self._directory = visits, directory
+
+    def reserve(self, nbytes: Sequence[int]) -> None:
+        """Make room on disk for a step. `nbytes`: of a block's input, for each micro-batch.
+
+        Raises:
+            SlowftError: the disk is too full; nothing has been computed yet.
+        """
+        needed = max(self._spilled - 1, 0) * sum(map(_aligned, nbytes))  # the first visit's input is not ours
+        if needed > self._reserved_nbytes:
+            self.close()
+            pending = 2 * max(map(_aligned, nbytes))  # one being written while the next is computed
+            self._file, self._reserved_nbytes = SpillFile(self._directory, needed, pending), needed
+
+    def put(self, key: Key, array: mx.array) -> None:
+        """Keep an evaluated array; if it is one to be spilled, writing it starts now."""
+        self._in_memory[key] = array
+        if key[1] < self._spilled:
+            offset, self._end = self._end, self._end + _aligned(array.nbytes)
+            self._on_disk[key] = (offset, array.shape, array.dtype, array.nbytes)
+            begin = time.perf_counter()
+            self._file.write(offset, memoryview(array.reshape(-1).view(mx.uint8)))
+            self.wait_s += time.perf_counter() - begin
+            self.bytes_written += array.nbytes
+
+    def get(self, key: Key) -> mx.array:
+        """The array, for the forward pass: it is still in memory."""
+        return self._in_memory[key]
+
+    def passed(self, key: Key) -> None:
+        """The forward pass is done with it: what is spilled leaves the memory."""
+        if key in self._on_disk:
+            del self._in_memory[key]
+
+    def pop(self, key: Key, following: Key | None = None) -> mx.array:
+        """The array, kept no longer.
+
+        Args:
+            following: wanted next: reading it starts now.
+        """
+        if key in self._in_memory:
+            array = self._in_memory.pop(key)
+        else:
+            self._read_ahead(key)
+            _, shape, dtype, nbytes = self._on_disk.pop(key)
+            begin = time.perf_counter()
+            raw = self._ahead.pop(key).result()
+            self.wait_s += time.perf_counter() - begin
+            self.bytes_read += nbytes
+            array = mx.array(raw).view(dtype).reshape(shape)
+        if following is not None and following in self._on_disk:
+            self._read_ahead(following)
+        return array
+
+    def discard(self, key: Key) -> None:
+        self._in_memory.pop(key, None)
+
+    def clear(self) -> None:
+        """Forget everything: a step is over, or was broken off."""
+        for read in self._ahead.values():
+            read.exception()
+        self._in_memory.clear()
+        self._on_disk.clear()
+        self._ahead.clear()
+        self._end = 0
+
+    def close(self) -> None:
+        self.clear()
+        if self._file is not None:
+            self._file.close()
+            self._file, self._reserved_nbytes = None, 0
+
+    def _read_ahead(self, key: Key) -> None:
+        if key not in self._ahead:
+            offset, _, _, nbytes = self._on_disk[key]
+            self._ahead[key] = self._file.read(offset, nbytes)
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT

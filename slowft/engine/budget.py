@@ -1,0 +1,103 @@
+"""The memory ceiling of an opened model: plans each step's shape within it, and has the engine follow.
+
+Comes in: shapes of steps. Goes out: a `Plan` that is being followed, or an error that names the least memory
+that would do, before anything is read.
+"""
+
+import functools
+from pathlib import Path
+
+import mlx.core as mx
+
+from .. import platform
+from ..errors import ConfigError
+from ..planning.job import Cut
+from ..planning.machine import Machine, measure
+from ..planning.plan import Plan, Planner
+from .costs import Costing
+
+# for plans of which only the memory counts
+UNKNOWN = Machine(0, 1e12, 1e10, 1e10, 0.0, None, None, 1, "unknown")
+WARM_UP_NBYTES = 24 << 20  # what libraries take once they are used: OpenBLAS's buffers, threads' stacks, page tables
+
+
+class Budget:
+    """Keeps an engine's steps within `memory` bytes; with None, plans are made only when asked for, and not followed.
+
+    Attributes:
+        plan: the one that is being followed.
+        directory: where block inputs are spilled to.
+        optimizer_copies: how many times the trainable parameters the optimizer is expected to keep (Adam: 2).
+    """
+
+    def __init__(self, engine, memory: int | None, directory: Path | None):
+        self._engine, self.memory = engine, memory
+        self.directory = directory or platform.cache_directory()
+        self.optimizer_copies = 2
+        self.plan: Plan | None = None
+        self._shape = (0, 0, 0)
+        self._base_nbytes: int | None = None
+
+    def expect_optimizer(self, copies: int) -> None:
+        """From now on plan for an optimizer that keeps `copies` times the trainable parameters."""
+        if copies != self.optimizer_copies:
+            self.optimizer_copies, self._shape = copies, (0, 0, 0)
+
+    def cover(self, rows: int, tokens: int, micro_batches: int) -> None:
+        """Follow a plan under which steps of this shape stay within the ceiling.
+
+        Raises:
+            ConfigError: there is none; names the least memory that would do.
+        """
+        if self.memory is None or all(a <= b for a, b in zip((rows, tokens, micro_batches), self._shape)):
+            return
+        shape = tuple(max(a, b) for a, b in zip((rows, tokens, micro_batches), self._shape))
+        plan = self.make(self.memory, *shape)
+        self._engine.follow(plan.schedule, self.directory)
+        self.plan, self._shape = plan, shape
+
+    def make(self, memory: int | None, rows: int, tokens: int, micro_batches: int) -> Plan:
+        """The fastest plan for steps of this shape within `memory` bytes, not followed yet.
+
+        Raises:
+            ConfigError: there is none; names the least memory that would do.
+        """
+        planner = self.planner(rows, tokens, micro_batches)
+        plan = planner.choose(memory)
+        if plan is None:
+            raise ConfigError(planner.too_little(memory))
+        return plan
+
+    def check(self, rows: int, tokens: int, micro_batches: int) -> None:
+        """Raises ConfigError if the ceiling is too low for steps of this shape, without measuring the machine."""
+        planner = self.planner(rows, tokens, micro_batches, UNKNOWN)
+        if self.memory is not None and self.memory < planner.least().peak_nbytes:
+            raise ConfigError(planner.too_little(self.memory))
+
+    def planner(self, rows: int, tokens: int, micro_batches: int, machine: Machine | None = None) -> Planner:
+        """Plans for steps over `micro_batches` of `[rows, tokens]`."""
+        engine = self._engine
+        machine = machine or measured(engine.compute_dtype, engine.files)
+        if self._base_nbytes is None:  # before the first step: nothing of it is in memory yet
+            mx.clear_cache()
+            self._base_nbytes = platform.memory_in_use() + WARM_UP_NBYTES
+        costing = Costing(engine)
+        in_chunks = engine.head_may_be_cut
+
+        @functools.cache
+        def job_of(cut: Cut):
+            return engine.on_thread(
+                lambda: costing.job(rows, tokens, micro_batches, cut, self.optimizer_copies, in_chunks)
+            )
+
+        return Planner(job_of, machine, self._base_nbytes, rows, tokens)
+
+
+@functools.cache  # once in a process
+def measured(compute_dtype: mx.Dtype, files: tuple[str, ...]) -> Machine:
+    return measure(compute_dtype, files)
+
+
+def default_memory() -> int:
+    """Bytes to stay within where nobody says: half of the machine's memory (or of what a cgroup allows)."""
+    return platform.memory_limit() // 2

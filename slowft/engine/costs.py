@@ -1,0 +1,258 @@
+"""What a step on this model costs, from its graphs: MLX traces the very calls of a step, on placeholders.
+
+Comes in: an opened model with its adapter, and the shape of a step. Goes out: a `Job` of numbers. Reads no
+weights and computes nothing.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from ..errors import SlowftError
+from ..models.seams import FLOATS, Probe, Unit, Use, trainable_entries
+from ..models.weights import placeholder
+from ..planning import graph
+from ..planning.graph import Cost, CostUnknown
+from ..planning.job import Cut, Job, Product, Visit
+from .head import HeadLoss
+from .parts import HeadPart, TailCall, TailPart
+from .pieces import Pieces, ordering_by_sums
+from .trees import pack, unpack
+
+
+class Costing:
+    """Costs of steps on the model that `engine` (an `Engine`) runs; equal blocks are looked at once.
+
+    Everything here runs on the compute thread, whose random state every block sets anew.
+    """
+
+    def __init__(self, engine):
+        self._model, self._cut, self._kept, self._pieces = engine.model, engine.cut, engine.kept, engine.pieces
+        self._running_part, self._on_thread = engine.running_part, engine.on_thread
+        in_blocks = {(id(o), k) for unit in self._cut.blocks for _, o, k in unit.trainable()}
+        entries = trainable_entries(self._model)
+        self._outside = [(o, k) for _, o, k in entries if (id(o), k) not in in_blocks]
+
+    def job(
+        self, rows: int, tokens: int, micro_batches: int, cut: Cut, optimizer_copies: int, head_in_chunks: bool
+    ) -> Job:
+        """A step over `micro_batches` of `[rows, tokens]`, cut as `cut` says.
+
+        Args:
+            optimizer_copies: how many times the trainable parameters the optimizer keeps.
+            head_in_chunks: whether logits may be computed some tokens at a time.
+        Raises:
+            SlowftError: MLX cannot show the graph of this model.
+        """
+        n = -(-rows // cut.rows) if cut.rows else 1
+        rows = min(cut.rows or rows, rows)
+        try:
+            return self._job(rows, tokens, micro_batches * n, cut, optimizer_copies, head_in_chunks)
+        except CostUnknown as e:
+            raise SlowftError(f"this model cannot be planned: {e}") from None
+
+    def _job(self, rows, tokens, micro_batches, cut: Cut, optimizer_copies, head_in_chunks) -> Job:
+        order = self._cut.order
+        probe = Probe(self._cut, 0.25)
+        with self._running_part(probe):
+            logits = self._model(mx.zeros((rows, tokens), mx.int32))
+        trained = {unit.index: unit.trainable() for unit in self._cut.blocks}
+        lowest = next((p for p, index in enumerate(order) if trained[index]), len(order))
+        visits, seen, side = [], {}, {}
+        for position, index in enumerate(order):
+            unit, (args, kwargs) = self._cut.blocks[index], probe.calls[position]
+            comes_back = position >= lowest or bool(self._outside)
+            of_input = position > lowest or bool(self._outside)
+            key = (_signature(unit), _call_signature(args, kwargs), comes_back, of_input)
+            if key not in seen:
+                seen[key] = self._visit(unit, args, kwargs, cut, comes_back, of_input)
+            forward, backward, products, backward_kept = seen[key]
+            of_visit = sum(owner[k].nbytes for _, owner, k in trained[index])
+            copied = all(p.source.is_copied for p in unit.params)
+            visits.append(
+                Visit(
+                    index, unit.nbytes, unit.compute_nbytes, copied, of_visit, forward, backward, products, backward_kept
+                )
+            )
+            hidden = args[0]
+            for _, leaf in tree_flatten([list(args[1:]), kwargs]):
+                if isinstance(leaf, mx.array):
+                    side[id(leaf)] = leaf.nbytes
+        rows_units = self._cut.outside[Use.ROWS]
+        trainable = sum(array.nbytes for _, array in tree_flatten(self._model.trainable_parameters()))
+        return Job(
+            cut,
+            micro_batches,
+            rows,
+            tokens,
+            tuple(visits),
+            hidden.nbytes,
+            sum(side.values()),
+            self._head_cost(probe.calls, rows, tokens, cut, lowest, head_in_chunks),
+            logits.shape[-1],
+            sum(unit.nbytes for unit in self._cut.head),
+            sum(unit.compute_nbytes for unit in self._cut.head),
+            sum(rows * tokens * u.params[0].source.extents[0].row_nbytes for u in rows_units),
+            trainable,
+            optimizer_copies * trainable,
+            self._cut.is_chain,
+        )
+
+    def _visit(self, unit: Unit, args, kwargs, cut: Cut, comes_back: bool, of_input: bool):
+        """(forward, backward, products, backward with all of them kept) of one visit to a block."""
+        inputs: list[mx.array] = []
+        spec = pack((args, kwargs), inputs)
+        inputs = [placeholder(a.shape, a.dtype) for a in inputs]
+        n, entries = len(inputs), unit.adapter()
+        originals = [owner[key] for owner, key in entries]
+        trainable = {(id(owner), key) for _, owner, key in unit.trainable()}
+        everything = [*inputs, *originals]
+        wanted = [of_input] * n + [(id(owner), key) in trainable for owner, key in entries]
+        wrt = [i for i, (a, w) in enumerate(zip(everything, wanted)) if w and a.dtype in FLOATS]
+        shapes: dict[str, list[mx.array]] = {}
+        out_shapes: list[mx.array] = []
+
+        def run(xs: Sequence[mx.array]) -> list[mx.array]:
+            for (owner, key), value in zip(entries, xs[n:]):
+                owner[key] = value
+            a, k = unpack(spec, xs[:n])
+            outputs: list[mx.array] = []
+            pack(_inner_call(unit)(*a, **k), outputs)
+            return outputs
+
+        def forward(*xs: mx.array) -> list[mx.array]:
+            with self._pieces.cutting(Pieces(cut.mlp_tokens, cut.attention_queries)):
+                with self._kept.recording(None) as products:
+                    outputs = run(xs)
+                shapes.update(products)
+                out_shapes[:] = outputs
+                return outputs
+
+        def backward_keeping(names: Sequence[str]) -> Cost:
+            kept = {name: [placeholder(a.shape, a.dtype) for a in shapes[name]] for name in names}
+            cotangents = [placeholder(a.shape, a.dtype) for a in out_shapes]
+
+            def backward(xs, cts):
+                def recompute(*variables):
+                    arrays = list(xs)
+                    for i, value in zip(wrt, variables):
+                        arrays[i] = value
+                    return run(arrays)
+
+                with self._pieces.cutting(Pieces(cut.mlp_tokens, cut.attention_queries)), self._kept.replaying(kept):
+                    return mx.vjp(recompute, [xs[i] for i in wrt], cts)[1]
+
+            return cost(backward, everything, cotangents)
+
+        self._kept.watch(unit.module)
+        if cut.mlp_tokens is not None:
+            self._pieces.watch(unit.module)
+        try:
+            of_forward = cost(forward, *everything)
+            if not (comes_back and wrt):
+                return of_forward, None, (), None
+            plain, products = backward_keeping(()), []
+            if cut.mlp_tokens is not None:  # memory is short, and looking at the graph of many pieces takes long
+                return of_forward, plain, (), None
+            for name, arrays in shapes.items():
+                kept = backward_keeping([name])
+                if kept.flops < plain.flops:
+                    products.append(Product(name, sum(a.nbytes for a in arrays), kept))
+            return of_forward, plain, tuple(products), backward_keeping([p.name for p in products])
+        finally:
+            for (owner, key), value in zip(entries, originals):
+                owner[key] = value
+
+    def _head_cost(self, calls, rows: int, tokens: int, cut: Cut, lowest: int, in_chunks: bool):
+        order = self._cut.order
+        visits = [(self._cut.blocks[index], *call) for index, call in zip(order, calls)]
+        mask, total = mx.ones((rows, tokens), mx.bool_), mx.array(rows * tokens)
+        targets = placeholder((rows, tokens), mx.int32)
+        mx.eval(mask, total)
+
+        @functools.cache
+        def head(tail: int, head_tokens: int | None) -> Cost:
+            first = len(order) - tail
+            tail_calls = [TailCall(unit, args, kwargs, 0) for unit, args, kwargs in visits[first:]]
+            start = tail_calls[0].args[0] if tail_calls else self._last_output(calls, rows, tokens)
+            arrays: list[mx.array] = []
+            spec = pack([start, [(call.args[1:], call.kwargs) for call in tail_calls]], arrays)
+            arrays = [placeholder(a.shape, a.dtype) for a in arrays]
+            units = {call.unit: None for call in tail_calls}
+            tail_entries = [entry for unit in units for entry in unit.adapter()]
+            originals = [(owner, key, owner[key]) for owner, key in [*tail_entries, *self._outside]]
+            params = [value for _, _, value in originals]
+            of_input = first > lowest or bool(self._outside) or not tail
+            trainable = {(id(o), k) for unit in units for _, o, k in unit.trainable()}
+            trained = [(id(o), k) in trainable for o, k in tail_entries] + [True] * len(self._outside)
+            wanted = [of_input] + [False] * (len(arrays) - 1) + trained
+            wrt = [i for i, (a, w) in enumerate(zip([*arrays, *params], wanted)) if w and a.dtype in FLOATS]
+            chunk = head_tokens if in_chunks and head_tokens is not None and head_tokens < rows * tokens else None
+
+            def run_tail(values: list[mx.array]) -> Any:
+                hidden, arguments = unpack(spec, values)
+                if not tail_calls:
+                    return hidden
+                bound = [TailCall(c.unit, (None, *a), k, c.seed) for c, (a, k) in zip(tail_calls, arguments)]
+                with self._running_part(TailPart(self._cut, bound, hidden)) as part:
+                    self._model(mx.zeros((rows, tokens), mx.int32))
+                return part.output
+
+            def logits(hidden: Any, n_rows: int, n_tokens: int) -> mx.array:
+                with self._running_part(HeadPart(self._cut, hidden, lambda unit: None)):
+                    return self._model(mx.zeros((n_rows, n_tokens), mx.int32))
+
+            loss = HeadLoss(run_tail, logits, targets, mask, total, tail_entries, self._outside, chunk)
+
+            def function(values, param_values):
+                with self._pieces.cutting(Pieces(cut.mlp_tokens, cut.attention_queries)):
+                    return loss.loss_and_grads(values, param_values, wrt)
+
+            try:
+                return self._on_thread(lambda: cost(function, arrays, params, in_part=True))
+            finally:
+                for owner, key, value in originals:
+                    owner[key] = value
+
+        return head
+
+    def _last_output(self, calls, rows: int, tokens: int) -> Any:
+        unit, (args, kwargs) = self._cut.blocks[self._cut.order[-1]], calls[-1]
+        return _inner_call(unit)(*args, **kwargs)
+
+
+def cost(function: Callable, *args, in_part: bool = False) -> Cost:
+    with ordering_by_sums():
+        return graph.cost(function, *args, in_part=in_part)
+
+
+def _inner_call(unit: Unit) -> Callable:
+    """The block's own method, past the seam."""
+    return super(type(unit.module), unit.module).__call__
+
+
+def _signature(unit: Unit) -> tuple:
+    """Equal for blocks that compute the same: kinds, shapes, dtypes and plain settings of their modules."""
+    arrays = tuple((p.name.removeprefix(unit.name), p.source.shape, p.source.result_dtype) for p in unit.params)
+    adapters = tuple((key, owner[key].shape, owner[key].dtype) for owner, key in unit.adapter())
+    settings = tuple(
+        (name, type(module).__name__, tuple((k, v) for k, v in vars(module).items() if isinstance(v, (int, float, str))))
+        for name, module in unit.module.named_modules()
+        if name or True
+    )
+    trainable = tuple(key for _, _, key in unit.trainable())
+    return str((arrays, adapters, _without_index(settings), trainable))
+
+
+def _without_index(settings: tuple) -> tuple:
+    """Without what numbers a layer among its likes, which changes nothing it computes."""
+    numbers = ("layer_idx", "layer_id", "index", "layer_index")
+    return tuple((name, kind, tuple((k, v) for k, v in values if k not in numbers)) for name, kind, values in settings)
+
+
+def _call_signature(args: tuple, kwargs: dict) -> str:
+    leaves = tree_flatten([list(args), kwargs])
+    return str([(path, (a.shape, a.dtype) if isinstance(a, mx.array) else a) for path, a in leaves])

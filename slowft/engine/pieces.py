@@ -1,0 +1,202 @@
+"""Long sequences within a block: attention in pieces of queries, feed-forward layers in pieces of tokens.
+
+A piece's intermediate values exist only while it is computed, forward and again backward, where it is
+recomputed. The pieces are one lazy MLX graph, put in order by `mx.depends`, so that one is done before the
+next begins. Sums over tokens are taken piece by piece, so gradients agree with the whole's up to rounding.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..models.seams import array_entries, intercept
+from .randomness import dropout_seed
+
+FEED_FORWARD = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe")  # mlx-lm's names for them within a block
+TOLERANCE = 1e-4  # relative, between a token's output alone and among others
+
+
+@dataclass
+class Pieces:
+    """How much of a block is computed at once; None for all of it."""
+
+    mlp_tokens: int | None = None
+    attention_queries: int | None = None
+
+
+class PieceWork:
+    """Cuts blocks' feed-forward layers and attention into pieces while `cutting` is entered."""
+
+    def __init__(self):
+        self._pieces = Pieces()
+        self._watched: set[int] = set()
+        self._tokenwise: dict[int, bool] = {}  # by id of the layer, once it was tried
+        self._inside = False
+        self._seed = self._n_calls = 0
+
+    def watch(self, block: nn.Module) -> None:
+        if id(block) in self._watched:
+            return
+        self._watched.add(id(block))
+        for name, layer in block.items():
+            if name in FEED_FORWARD and isinstance(layer, nn.Module):
+                intercept(layer, "__call__", layer, self._on_feed_forward)
+
+    def check(self, block: nn.Module, x: mx.array) -> None:
+        """Try with the block's weights in place whether its feed-forward layer treats tokens one by one."""
+        for name, layer in block.items():
+            if name in FEED_FORWARD and isinstance(layer, nn.Module) and id(layer) not in self._tokenwise:
+                self._tokenwise[id(layer)] = _treats_tokens_alike(layer, x)
+
+    @contextmanager
+    def cutting(self, pieces: Pieces, seed: int = 0) -> Iterator[None]:
+        """While this is entered, calls of the blocks are cut; `seed` is what their pieces' dropout is drawn from."""
+        before, self._pieces = self._pieces, pieces
+        self._seed, self._n_calls = seed, 0
+        attention = mx.fast.scaled_dot_product_attention
+        if pieces.attention_queries is not None:
+            mx.fast.scaled_dot_product_attention = _attention_in_pieces(attention, pieces.attention_queries)
+        try:
+            yield
+        finally:
+            self._pieces = before
+            mx.fast.scaled_dot_product_attention = attention
+
+    def _on_feed_forward(self, layer: nn.Module, inner: Callable, args: tuple, kwargs: dict) -> Any:
+        n, (x, *rest) = self._pieces.mlp_tokens, args
+        plain = not rest and not kwargs and isinstance(x, mx.array) and x.ndim == 3
+        if n is None or self._inside or not plain or x.shape[1] <= n or not self._tokenwise.get(id(layer), True):
+            return inner(*args, **kwargs)
+        self._inside, self._n_calls = True, self._n_calls + 1
+        try:
+            return _tokens_in_pieces(inner, layer, x, n, self._seed + self._n_calls)
+        finally:
+            self._inside = False
+
+
+def _tokens_in_pieces(inner: Callable, layer: nn.Module, x: mx.array, n: int, seed: int) -> mx.array:
+    """`inner(x)` of `[B, T, D]`, at most `n` of the T tokens at a time; piece by piece its own dropout masks."""
+    entries = [(owner, key) for owner, key, _ in array_entries(layer)]
+    trainable = [(o, k) for o, k in entries if _needs_gradient(o, k)]
+    values = [owner[key] for owner, key in trainable]
+    starts = range(0, x.shape[1], n)
+
+    def call(piece: mx.array, params, start: int) -> mx.array:
+        for (owner, key), value in zip(trainable, params):
+            owner[key] = value
+        mx.random.seed(dropout_seed(seed, start, 0, 0))
+        return inner(piece)
+
+    @mx.custom_function
+    def whole(x, *params):
+        outputs: list[mx.array] = []
+        for start in starts:
+            outputs.append(call(after(x[:, start : start + n], outputs[-1:]), params, start))
+        return mx.concatenate(outputs, axis=1)
+
+    @whole.vjp
+    def whole_vjp(primals, cotangent, _):
+        x, *params = primals if isinstance(primals, (tuple, list)) else [primals]
+        of_x: list[mx.array] = []
+        of_params: list[mx.array] = []
+        for start in starts:
+            piece = after(x[:, start : start + n], of_x[-1:])
+            _, (of_piece, *of_piece_params) = mx.vjp(
+                lambda p, *params, s=start: call(p, params, s), [piece, *params], [cotangent[:, start : start + n]]
+            )
+            of_x.append(of_piece)
+            of_params = [a + b for a, b in zip(of_params, of_piece_params)] or of_piece_params
+        gradients = (mx.concatenate(of_x, axis=1), *of_params)
+        return gradients if params else gradients[0]
+
+    output = whole(x, *values)
+    for (owner, key), value in zip(trainable, values):
+        owner[key] = value
+    return output
+
+
+def _attention_in_pieces(attention: Callable, n: int) -> Callable:
+    """`mx.fast.scaled_dot_product_attention`, at most `n` queries at a time."""
+
+    def in_pieces(q, k, v, *, scale, mask=None, sinks=None, **kwargs):
+        length, offset = q.shape[2], k.shape[2] - q.shape[2]
+        if length <= n:
+            return attention(q, k, v, scale=scale, mask=mask, sinks=sinks, **kwargs)
+        starts = range(0, length, n)
+        is_causal = isinstance(mask, str)
+
+        def call(q, k, v, sinks, start):
+            end = min(start + n, length)
+            visible = offset + end if is_causal else k.shape[2]
+            piece_mask = mask
+            if isinstance(mask, mx.array) and mask.ndim >= 2 and mask.shape[-2] != 1:
+                piece_mask = mask[..., start:end, :]
+            sink = {} if sinks is None else {"sinks": sinks}
+            return attention(q, k[:, :, :visible], v[:, :, :visible], scale=scale, mask=piece_mask, **sink, **kwargs)
+
+        @mx.custom_function
+        def whole(q, k, v, *sinks):
+            outputs: list[mx.array] = []
+            for start in starts:
+                piece = after(q[:, :, start : start + n], outputs[-1:])
+                outputs.append(call(piece, k, v, sinks[0] if sinks else None, start))
+            return mx.concatenate(outputs, axis=2)
+
+        @whole.vjp
+        def whole_vjp(primals, cotangent, _):
+            q, *others = primals
+            of_q: list[mx.array] = []
+            of_others: list[mx.array] = []
+            for start in starts:
+                piece = after(q[:, :, start : start + n], [*of_q[-1:], *of_others])
+                _, (of_piece, *of_piece_others) = mx.vjp(
+                    lambda q, k, v, *sinks, s=start: call(q, k, v, sinks[0] if sinks else None, s),
+                    [piece, *others],
+                    [cotangent[:, :, start : start + n]],
+                )
+                of_q.append(of_piece)
+                of_others = [a + b for a, b in zip(of_others, of_piece_others)] or of_piece_others
+            return (mx.concatenate(of_q, axis=2), *of_others)
+
+        return whole(q, k, v, *([] if sinks is None else [sinks]))
+
+    return in_pieces
+
+
+def after(array: mx.array, others: list[mx.array]) -> mx.array:
+    """The same array, computed after the others."""
+    if not others:
+        return array
+    if _ordering_by_sums:
+        return array + sum(other.reshape(-1)[0] * 0 for other in others).astype(array.dtype)
+    return mx.depends([array], others)[0]
+
+
+_ordering_by_sums = False
+
+
+@contextmanager
+def ordering_by_sums() -> Iterator[None]:
+    """While a graph is only looked at: `mx.depends` has no vmap, which looking through custom functions takes."""
+    global _ordering_by_sums
+    _ordering_by_sums = True
+    try:
+        yield
+    finally:
+        _ordering_by_sums = False
+
+
+def _needs_gradient(owner: Any, key: Any) -> bool:
+    return not isinstance(owner, nn.Module) or key in owner.trainable_parameters()
+
+
+def _treats_tokens_alike(layer: nn.Module, x: mx.array) -> bool:
+    tokens = x[:1, :3]
+    together = layer(tokens).astype(mx.float32)
+    alone = mx.concatenate([layer(tokens[:, i : i + 1]) for i in range(tokens.shape[1])], axis=1).astype(mx.float32)
+    tolerance = TOLERANCE if x.dtype == mx.float32 else 3e-2
+    return bool((mx.abs(together - alone).max() <= tolerance * (mx.abs(together).max() + 1e-6)).item())

@@ -1,0 +1,88 @@
+"""What a job needs, in numbers: bytes of each block and of what a step makes of it, and what computing it takes.
+
+Comes in from the engine, which looks at the model's graphs; goes out to the plan, which only calculates.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .graph import Cost
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a step's work is cut: rows of a micro-batch, tokens of feed-forward layers, queries at a time; None for all."""
+
+    rows: int | None = None
+    mlp_tokens: int | None = None
+    attention_queries: int | None = None
+
+
+@dataclass(frozen=True)
+class Product:
+    """The output of a frozen layer that could be kept for the recomputation: `backward` is what is left then."""
+
+    name: str
+    nbytes: int
+    backward: Cost
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One visit of the forward pass to a block, and the way back.
+
+    Attributes:
+        block: which of the model's blocks.
+        stored_nbytes: as it lies on disk; compute_nbytes: as it is computed with.
+        is_copied: whether the latter have memory of their own, apart from the bytes read.
+        trainable_nbytes: of its adapters.
+        backward: None if the backward pass does not come here.
+        products: what could be kept, of one micro-batch; none where the work is cut into pieces.
+        backward_kept: with all of them kept.
+    """
+
+    block: int
+    stored_nbytes: int
+    compute_nbytes: int
+    is_copied: bool
+    trainable_nbytes: int
+    forward: Cost
+    backward: Cost | None
+    products: tuple[Product, ...]
+    backward_kept: Cost | None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One optimizer step under one way to cut the work.
+
+    Attributes:
+        micro_batches: pieces of the step, each of `rows` sequences of `tokens`.
+        hidden_nbytes: a block's input, of one micro-batch; side_nbytes: masks and the like that all blocks are handed.
+        head: what follows the last blocks and the last blocks themselves: `head(tail, head_tokens)`.
+        head_stored_nbytes, head_compute_nbytes: its large layers.
+        rows_nbytes: of embedding rows that are read, of one micro-batch.
+        trainable_nbytes: of all adapters; optimizer_nbytes: of what the optimizer keeps.
+        is_chain: whether there can be a tail, and inputs can be spilled.
+    """
+
+    cut: Cut
+    micro_batches: int
+    rows: int
+    tokens: int
+    visits: tuple[Visit, ...]
+    hidden_nbytes: int
+    side_nbytes: int
+    head: Callable[[int, int | None], Cost]
+    vocab_size: int
+    head_stored_nbytes: int
+    head_compute_nbytes: int
+    rows_nbytes: int
+    trainable_nbytes: int
+    optimizer_nbytes: int
+    is_chain: bool
+
+    @property
+    def lowest_trained(self) -> int:
+        """The first visit that the backward pass comes back to."""
+        return next((i for i, visit in enumerate(self.visits) if visit.backward is not None), len(self.visits))

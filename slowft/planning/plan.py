@@ -1,0 +1,419 @@
+"""From what a job needs and what the machine can do to what is kept in memory: the schedule that is fastest within it.
+
+Comes in: `Job`s (one for each way to cut the work), a `Machine`, a ceiling in bytes. Goes out: a `Plan`: a
+`Schedule` with its predicted memory, reads, writes and seconds; or the least memory that would do. Only
+calculates: nothing is measured, read or computed here.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from .schedule import Schedule
+from .job import Cut, Job
+from .machine import Machine
+
+PIECE_NBYTES = 32 << 20  # of a layer outside the blocks on its way: two pieces of 16 MB
+PIECES = (2048, 1024, 512, 256)  # tokens and queries at a time, to choose from
+HEAD_TOKENS = (64, 128, 256)  # whose logits exist at once, to choose from: more than that is hardly faster
+SLACK_NBYTES = 8 << 20  # what the process takes besides: Python's heap, stacks, small arrays
+SLACK_SHARE = 0.02
+ALLOCATION_SHARE = 0.4  # of the bytes that operations move are first writes to fresh pages
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a step will do, and what is predicted of it.
+
+    Attributes:
+        memory: the ceiling, in bytes; None if there was none.
+        peak_nbytes: the most the process takes, as the operating system counts it.
+        read_nbytes, written_nbytes: per optimizer step, from and to the disk.
+        compute_s, read_s: seconds per optimizer step of either alone; step_s: of a step.
+        parts: what the peak is made of, name -> bytes.
+        least_nbytes: the peak of the plan that takes the least memory of all.
+    """
+
+    schedule: Schedule
+    job: Job
+    memory: int | None
+    peak_nbytes: int
+    read_nbytes: int
+    written_nbytes: int
+    compute_s: float
+    read_s: float
+    step_s: float
+    parts: dict[str, int]
+    least_nbytes: int = 0
+
+    @property
+    def bound(self) -> str:
+        """What a step's time goes into mostly: "reading" or "computing"."""
+        return "reading" if self.read_s > self.compute_s else "computing"
+
+    @property
+    def resident_blocks(self) -> int:
+        """Blocks that are kept between visits, the tail's left out."""
+        return _whole_blocks(self.job, self.schedule)
+
+
+class Planner:
+    """Chooses schedules for one job on one machine.
+
+    Args:
+        job_of: the job under a way to cut its work; called only for those that are tried.
+        base_nbytes: what the process takes before the first step: libraries, adapter, small layers, data.
+        rows, tokens: of a micro-batch as it is given.
+    """
+
+    def __init__(self, job_of: Callable[[Cut], Job], machine: Machine, base_nbytes: int, rows: int, tokens: int):
+        self.machine = machine
+        self._job_of, self._base = job_of, base_nbytes
+        self._seconds_of: dict[int, float] = {}  # by id of the cost
+        self._candidates_of: dict[int, list] = {}  # by id of the job
+        self._rows, self._tokens = rows, tokens
+
+    @functools.cache  # noqa: B019 (a planner lives as long as it is asked)
+    def least(self) -> Plan:
+        """The plan that takes the least memory of all."""
+        cuts = [cut for cut in self._cuts() if cut.mlp_tokens is None] + self._cuts()[-1:]
+        plan = min((self._least_of(self._job_of(cut)) for cut in cuts), key=lambda plan: plan.peak_nbytes)
+        return replace(plan, least_nbytes=plan.peak_nbytes)
+
+    def most(self) -> Plan:
+        """The fastest plan of all, however much it takes."""
+        return self._best(self._job_of(Cut()), None)
+
+    def too_little(self, memory: int) -> str:
+        """What to say where `choose` finds no plan."""
+        job = self._job_of(Cut())
+        return (
+            f"memory of {memory / 1e9:.2f} GB is too little for steps of {job.micro_batches} x {self._rows} x "
+            f"{self._tokens} tokens on this model: give at least {_up(self.least().peak_nbytes)}, or make "
+            "--batch-size or --max-seq-length smaller"
+        )
+
+    def choose(self, memory: int | None) -> Plan | None:
+        """The fastest plan within `memory` bytes; None if there is none.
+
+        The work is cut only as far as it must be, because smaller pieces change the order of sums.
+        """
+        if memory is None:
+            return self.most()
+        for cut in self._cuts():
+            job = self._job_of(cut)
+            if self._least_of(job).peak_nbytes <= memory:
+                return self._best(job, memory)
+        return None
+
+    def _cuts(self) -> list[Cut]:
+        """Ever smaller pieces: fewer rows, then fewer queries and tokens of feed-forward layers."""
+        cuts, rows = [Cut()], self._rows
+        while rows > 1:
+            rows = -(-rows // 2)
+            cuts.append(Cut(rows=rows))
+        one_row = 1 if self._rows > 1 else None
+        return cuts + [Cut(one_row, mlp_tokens=n, attention_queries=n) for n in PIECES if n < self._tokens]
+
+    def _least_of(self, job: Job) -> Plan:
+        schedule = Schedule(
+            slots=1,
+            spilled=len(job.visits) + 1 if job.is_chain else 0,
+            head_tokens=HEAD_TOKENS[0],
+            cache_nbytes=0,
+            **_as_schedule(job.cut),
+        )
+        return self.predict(job, schedule)
+
+    def _best(self, job: Job, memory: int | None) -> Plan:
+        limit = float("inf") if memory is None else memory
+        while True:
+            best: Plan | None = None
+            for base in self._bases(job, limit):
+                for plan in self._filled(job, base, limit):
+                    if plan.peak_nbytes <= limit and (best is None or plan.step_s < best.step_s * (1 - 1e-9)):
+                        best = plan
+            assert best is not None  # the least one fits
+            plan = self.predict(job, best.schedule)
+            if memory is None or plan.peak_nbytes <= memory:
+                break
+            limit -= plan.peak_nbytes - memory  # a long tail was underestimated
+        active = plan.peak_nbytes if memory is None else memory
+        active -= self._base + (plan.schedule.cache_nbytes or 0)
+        schedule = replace(plan.schedule, active_nbytes=max(active, 1 << 20))
+        return replace(plan, memory=memory, schedule=schedule, least_nbytes=self.least().peak_nbytes)
+
+    def _bases(self, job: Job, limit: float) -> Iterator[Schedule]:
+        """Schedules that fit, before memory is filled with products and resident blocks.
+
+        No more inputs are spilled than must be for anything to fit: spilling wears the disk.
+        """
+        least = self._least_spilled(job, self._least_of(job).schedule, limit)
+        yield least
+        if least.spilled:
+            return
+        chunks = [n for n in HEAD_TOKENS if n < job.rows * job.tokens] or [None]
+        fitting = [n for n in chunks if self._memory(job, replace(least, head_tokens=n), False)[0] <= limit]
+        n, is_copied = len(job.visits), all(visit.is_copied for visit in job.visits)
+        tails = sorted({round(n * i / 16) for i in range(17)} | {1, 2}) if job.is_chain else [0]
+        if limit == float("inf"):
+            tails = tails[-1:]
+        workspace = _workspace(job)
+        for slots in (1,) if is_copied else (1, 2):  # what is copied out of its buffer leaves it to the next block
+            for cache, keep_head in itertools.product((0, workspace // 2, workspace), (False, True)):
+                for tail in tails:
+                    base = replace(
+                        least, slots=slots, keep_head=keep_head, cache_nbytes=cache, tail=tail, head_tokens=fitting[-1]
+                    )
+                    if self._memory(job, base, False)[0] > limit:
+                        break  # a longer tail only takes more
+                    yield base
+
+    def _least_spilled(self, job: Job, schedule: Schedule, limit: float) -> Schedule:
+        """The schedule with as few inputs spilled as fit."""
+        low, high = 0, schedule.spilled
+        while low < high:
+            middle = (low + high) // 2
+            if self._memory(job, replace(schedule, spilled=middle), False)[0] <= limit:
+                high = middle
+            else:
+                low = middle + 1
+        return replace(schedule, spilled=0 if low <= 1 else low)
+
+    def _filled(self, job: Job, base: Schedule, limit: float) -> Iterator[Plan]:
+        """The schedule as it is, and with what room is left given to products, to blocks, or to one and then the other."""
+        plan = self.predict(job, base, exact=False)
+        yield plan
+        if base.spilled or base.tail == len(job.visits):
+            return
+        for order in ((self._keep_products, self._keep_blocks), (self._keep_blocks, self._keep_products)):
+            filled = base
+            for fill in order:
+                filled = fill(job, filled, (limit - self._memory(job, filled, False)[0]) / (1 + SLACK_SHARE))
+            if filled is not base:
+                yield self.predict(job, filled, exact=False)
+
+    def _keep_blocks(self, job: Job, schedule: Schedule, room: float) -> Schedule:
+        streamed = _streamed_blocks(job, schedule)
+        nbytes = int(min(max(room, 0), sum(v.stored_nbytes for v in streamed)))
+        return replace(schedule, resident_nbytes=nbytes) if nbytes >= min(v.stored_nbytes for v in streamed) else schedule
+
+    def _keep_products(self, job: Job, schedule: Schedule, room: float) -> Schedule:
+        """Products by seconds saved per byte over all blocks, as many as there is room for."""
+        kept: list[list[str]] = [[] for _ in range(len(job.visits) - schedule.tail)]
+        for position, product in self._candidates(job):
+            if position < len(kept):
+                room -= product.nbytes * job.micro_batches
+                if room < 0:
+                    break
+                kept[position].append(product.name)
+        return replace(schedule, kept=tuple(map(tuple, kept))) if any(kept) else schedule
+
+    def _candidates(self, job: Job) -> list:
+        """(visit, product), the most seconds saved per byte first; of equals the larger, and the later block."""
+        if (found := self._candidates_of.get(id(job))) is None:
+            found = []
+            for position, visit in enumerate(job.visits):
+                for product in visit.products:
+                    saved = self._seconds(visit.backward) - self._seconds(product.backward)
+                    found.append((-round(1e12 * saved / product.nbytes), -product.nbytes, -position, product))
+            found = [(-position, product) for _, _, position, product in sorted(found, key=lambda c: c[:3])]
+            self._candidates_of[id(job)] = found
+        return found
+
+    # --- Predictions --------------------------------------------------------------------------------
+
+    def predict(self, job: Job, schedule: Schedule, exact: bool = True) -> Plan:
+        """What a step under `schedule` will take."""
+        peak, parts = self._memory(job, schedule, exact)
+        read, head_read = self._reads(job, schedule)
+        written = max(schedule.spilled - 1, 0) * job.hidden_nbytes * job.micro_batches
+        compute = self._compute(job, schedule, exact)
+        bandwidth = self.machine.read_bytes_per_s or float("inf")
+        blocks_s = (read - head_read + written) / bandwidth
+        write_s = written / (self.machine.write_bytes_per_s or bandwidth)
+        overlaps = schedule.slots > 1 or all(visit.is_copied for visit in job.visits)
+        step = (max if overlaps else sum)((compute, blocks_s + write_s)) + head_read / bandwidth
+        return Plan(
+            schedule, job, None, peak, read + written, written, compute, (read + written) / bandwidth + write_s, step, parts
+        )
+
+    def _memory(self, job: Job, s: Schedule, exact: bool) -> tuple[int, dict[str, int]]:
+        n, m = len(job.visits) - s.tail, job.micro_batches
+        blocks = _streamed_blocks(job, s)
+        slots = s.slots * max((v.stored_nbytes for v in blocks), default=0)
+        whole = sum(v.compute_nbytes for v in _tail_blocks(job, s)) + (job.head_compute_nbytes if s.keep_head else 0)
+        stream = min(slots + s.resident_nbytes, max(slots, sum(v.stored_nbytes for v in blocks)))
+        # masks and the first block's input in the trace of each micro-batch; the gradient on its way down
+        trace = m * (2 * job.hidden_nbytes + job.side_nbytes)
+        fixed = {
+            "process": self._base,
+            "optimizer": job.optimizer_nbytes,
+            "tail and head": whole,
+            "block buffers": slots,
+            "resident blocks": stream - slots,
+            "buffer cache": s.cache_nbytes or 0,
+            "trace": trace,
+        }
+        names = s.kept + ((),) * (n - len(s.kept))
+        kept = [sum(p.nbytes for p in v.products if p.name in chosen) * m for v, chosen in zip(job.visits, names)]
+        # of a spilled pass, those of one visit are in memory, those being written, and the one read ahead
+        spill_window = (m + 3) * job.hidden_nbytes if s.spilled else 0
+
+        def stored(position: int) -> int:
+            """Inputs of the visits up to this one, the first in the trace."""
+            in_memory = max(position + 1 - max(s.spilled, 1), 0) if job.is_chain else position
+            return in_memory * m * job.hidden_nbytes + spill_window
+
+        head_peak, _, _ = self._head(job, s.tail, s.head_tokens, exact)
+        head_weights = 0 if s.keep_head else job.head_compute_nbytes + min(job.head_stored_nbytes, PIECE_NBYTES)
+        phases = [
+            {
+                "activations": stored(n),
+                "kept products": sum(kept),
+                "weights": head_weights,
+                "computing": head_peak + 2 * job.hidden_nbytes,
+                "gradients": 0,
+            }
+        ]
+        gradients = sum(v.trainable_nbytes for v in _tail_blocks(job, s))
+        for position in reversed(range(n)):
+            visit = job.visits[position]
+            for passed in (visit.backward, visit.forward):
+                if passed is None:
+                    continue
+                is_backward = passed is visit.backward
+                computing = passed
+                if is_backward and names[position]:
+                    computing = max(visit.backward, visit.backward_kept, key=lambda c: c.peak_nbytes)
+                phases.append(
+                    {
+                        "activations": stored(position) if is_backward else stored(position) + job.hidden_nbytes,
+                        "kept products": sum(kept[: position + 1]),
+                        "weights": visit.compute_nbytes if visit.is_copied else 0,
+                        "computing": computing.peak_nbytes + 2 * job.hidden_nbytes,
+                        "gradients": gradients if is_backward else 0,
+                    }
+                )
+            gradients += visit.trainable_nbytes
+        # the optimizer's turn: gradients, and everything it makes anew
+        phases.append(
+            {"gradients": job.trainable_nbytes, "computing": job.trainable_nbytes + job.optimizer_nbytes}
+        )
+        worst = max(phases, key=lambda phase: sum(phase.values()))
+        total = sum(fixed.values()) + sum(worst.values())
+        slack = SLACK_NBYTES + int(SLACK_SHARE * (total - self._base))
+        return total + slack, {k: v for k, v in {**fixed, **worst, "slack": slack}.items() if v}
+
+    def _reads(self, job: Job, s: Schedule) -> tuple[int, int]:
+        """(bytes read per step in all, of them the head's, which nothing hides)."""
+        n = len(job.visits) - s.tail
+        tail = {v.block for v in job.visits[n:]}
+        sizes = [v.stored_nbytes for v in job.visits[:n] if v.block not in tail]
+        order = [*range(len(sizes)), *(i for i in reversed(range(len(sizes))) if i >= job.lowest_trained)]
+        blocks = _reads_of(tuple(order), tuple(sizes), s.resident_nbytes + s.slots * max(sizes, default=0))
+        head = 0 if s.keep_head else job.head_stored_nbytes
+        return blocks + head + job.rows_nbytes * job.micro_batches, head
+
+    def _compute(self, job: Job, s: Schedule, exact: bool) -> float:
+        n, m = len(job.visits) - s.tail, job.micro_batches
+        names = s.kept + ((),) * (n - len(s.kept))
+        workspace = _workspace(job)
+        fresh = 1 - min((s.cache_nbytes or 0) / max(workspace, 1), 1)
+        seconds = 0.0
+        for visit, chosen in zip(job.visits, names):
+            passes = 1
+            of_micro_batch = self._seconds(visit.forward, fresh)
+            if visit.backward is not None:
+                passes = 2
+                backward = self._seconds(visit.backward, fresh)
+                for product in visit.products:
+                    if product.name in chosen:
+                        backward -= self._seconds(visit.backward) - self._seconds(product.backward)
+                of_micro_batch += backward
+            arrival = visit.compute_nbytes / self.machine.cast_bytes_per_s if visit.is_copied else 0.0
+            seconds += m * of_micro_batch + passes * arrival
+        _, head_s, head_moved = self._head(job, s.tail, s.head_tokens, exact)
+        seconds += m * (head_s + fresh * ALLOCATION_SHARE * head_moved * self.machine.page_s_per_byte)
+        if not s.keep_head and job.head_compute_nbytes != job.head_stored_nbytes:
+            seconds += job.head_compute_nbytes / self.machine.cast_bytes_per_s
+        return seconds
+
+    def _seconds(self, cost, fresh: float = 0.0) -> float:
+        """Seconds of computing, with this share of its buffers on fresh pages."""
+        machine = self.machine
+        seconds = self._seconds_of.get(id(cost))
+        if seconds is None:
+            seconds = self._seconds_of[id(cost)] = cost.seconds(machine.matmul_flops_per_s, machine.bytes_per_s)
+        return seconds + fresh * ALLOCATION_SHARE * cost.moved_nbytes * machine.page_s_per_byte
+
+    def _head(self, job: Job, tail: int, head_tokens: int | None, exact: bool) -> tuple[int, float, int]:
+        """(peak bytes, seconds, bytes moved) of the head and its tail; of a long tail extrapolated, unless `exact`."""
+        if exact or tail <= 2:
+            cost = job.head(tail, head_tokens)
+            return cost.peak_nbytes, self._seconds(cost), cost.moved_nbytes
+        one, two = self._head(job, 1, head_tokens, True), self._head(job, 2, head_tokens, True)
+        return tuple(b + (tail - 2) * (b - a) for a, b in zip(one, two))
+
+
+def _up(nbytes: int) -> str:
+    """As an amount of memory that is enough: rounded up."""
+    return f"{math.ceil(nbytes / 1e7) / 100:.2f}GB"
+
+
+def _as_schedule(cut: Cut) -> dict:
+    return {"rows": cut.rows, "mlp_tokens": cut.mlp_tokens, "attention_queries": cut.attention_queries}
+
+
+def _workspace(job: Job) -> int:
+    """Bytes that computing a block takes at most."""
+    return max(max(v.forward.peak_nbytes, v.backward.peak_nbytes if v.backward else 0) for v in job.visits)
+
+
+def _tail_blocks(job: Job, s: Schedule) -> list:
+    visits = job.visits[len(job.visits) - s.tail :]
+    return list({visit.block: visit for visit in visits}.values())
+
+
+def _streamed_blocks(job: Job, s: Schedule) -> list:
+    tail = {visit.block for visit in _tail_blocks(job, s)}
+    return list({visit.block: visit for visit in job.visits if visit.block not in tail}.values())
+
+
+def _whole_blocks(job: Job, s: Schedule) -> int:
+    sizes = [visit.stored_nbytes for visit in _streamed_blocks(job, s)]
+    return min(len(sizes), s.resident_nbytes // max(sizes)) if sizes else 0
+
+
+def _reads_of(order: tuple[int, ...], sizes: tuple[int, ...], capacity: int) -> int:
+    """Bytes read per round of a visit order gone through for ever, with the best evictions (Belady's)."""
+    if not order or sum(sizes) <= capacity:
+        return 0
+    if len(set(sizes)) == 1:  # what does not fill a whole block is no use
+        capacity = capacity // sizes[0] * sizes[0]
+    return _belady(order, sizes, capacity)
+
+
+@functools.lru_cache(4096)
+def _belady(order: tuple[int, ...], sizes: tuple[int, ...], capacity: int) -> int:
+    n, rounds = len(order), 3
+    visits = order * (rounds + 1)
+    following, last_seen = [0] * len(visits), {}
+    for at in reversed(range(len(visits))):
+        following[at] = last_seen.get(visits[at], len(visits))
+        last_seen[visits[at]] = at
+    held: dict[int, int] = {}  # item -> when it is wanted next
+    nbytes = read = 0
+    for at in range(rounds * n):
+        item = visits[at]
+        if item not in held:
+            read += sizes[item] if at >= (rounds - 1) * n else 0  # the last round: it has settled
+            nbytes += sizes[item]
+            while held and nbytes > capacity:
+                victim = max(held, key=held.get)
+                del held[victim]
+                nbytes -= sizes[victim]
+        held[item] = following[at]
+    return read

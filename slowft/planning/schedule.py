@@ -1,0 +1,41 @@
+"""What a step keeps in memory and how it cuts its work: the planner chooses, the engine follows."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The default streams every block, two buffers at a time, and keeps nothing but block inputs.
+
+    Gradients are the same to the last bit for every schedule that leaves `rows`, `mlp_tokens` and
+    `attention_queries` alone; those three change the order in which sums over tokens are taken.
+
+    Attributes:
+        slots: buffers for blocks on their way. With 2 the next block is read while the present one computes; with 1
+            too where bytes are cast on arrival, which leaves the buffer to the next block; else it waits.
+        resident_nbytes: of blocks as they lie on disk, kept between visits beyond the slots.
+        tail: the last visits to blocks that form one graph with the head, their weights in memory for good.
+        keep_head: the head's layers stay in memory.
+        kept: for each visit to a block, the frozen layers (names within the block) whose outputs are kept from the
+            forward pass for the recomputation.
+        spilled: block inputs of the first so many visits go to disk.
+        rows: of a micro-batch at a time; None for all.
+        head_tokens: whose logits exist at once; None for the engine's default.
+        mlp_tokens: that go through a block's feed-forward layers at once; None for all.
+        attention_queries: of an attention at once; None for all.
+        cache_nbytes: of freed buffers that MLX keeps for reuse.
+        active_nbytes: beyond which MLX stops allocating ahead of the computation; None for MLX's default.
+    """
+
+    slots: int = 2
+    resident_nbytes: int = 0
+    tail: int = 0
+    keep_head: bool = False
+    kept: tuple[tuple[str, ...], ...] = ()
+    spilled: int = 0
+    rows: int | None = None
+    head_tokens: int | None = None
+    mlp_tokens: int | None = None
+    attention_queries: int | None = None
+    cache_nbytes: int | None = None
+    active_nbytes: int | None = None

@@ -1,0 +1,126 @@
+"""A plan in words and numbers: three lines before a run, a page for `slowft plan`, or a dict for programs.
+
+Comes in: `Plan`s, the machine they were made for. Goes out: text or plain values. Sizes are powers of ten.
+"""
+
+from dataclasses import asdict
+from typing import Any
+
+from ..planning.machine import Machine
+from ..planning.plan import Plan
+
+
+def size(nbytes: float) -> str:
+    """"2.20 GB", "88 MB", "4.2 MB"."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= scale or unit == "kB":
+            value = nbytes / scale
+            return f"{value:.2f} {unit}" if unit in ("GB", "TB") else f"{value:.{0 if value >= 10 else 1}f} {unit}"
+    raise AssertionError
+
+
+def duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.2g} s" if seconds < 1 else f"{seconds:.1f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def choices(plan: Plan) -> str:
+    """What is kept and how work is cut, in a few words."""
+    s, job = plan.schedule, plan.job
+    n = len(job.visits)
+    words = []
+    if s.tail == n and s.keep_head:
+        words.append("all blocks and the head in memory, as in ordinary training")
+    else:
+        if s.tail:
+            words.append(f"the last {s.tail} of {n} blocks in memory, not recomputed")
+        if s.tail < n:
+            words.append(f"{s.slots} block buffer{'s' if s.slots > 1 else ''}")
+        if plan.resident_blocks:
+            words.append(f"{plan.resident_blocks} more blocks resident")
+        n_kept = sum(map(len, s.kept))
+        if n_kept:
+            words.append(f"outputs of {n_kept} frozen layers kept")
+        words.append("head in memory" if s.keep_head else "head streamed")
+    if s.spilled > 1:
+        words.append(f"inputs of {s.spilled - 1} blocks on disk")
+    cut = [
+        f"{value} {name}" for value, name in (
+            (s.rows, "rows"), (s.mlp_tokens, "tokens of feed-forward layers"), (s.attention_queries, "queries")
+        ) if value
+    ]
+    if cut:
+        words.append(" and ".join(cut) + " at a time")
+    if s.head_tokens:
+        words.append(f"logits of {s.head_tokens} tokens at a time")
+    return ", ".join(words)
+
+
+def three_lines(plan: Plan, note: str = "") -> list[str]:
+    ceiling = "without a ceiling" if plan.memory is None else f"within {size(plan.memory)}{note}"
+    reads = f"{size(plan.read_nbytes)} read" + (f", {size(plan.written_nbytes)} written" if plan.written_nbytes else "")
+    return [
+        f"Plan {ceiling}: {choices(plan)}",
+        f"  predicted peak {size(plan.peak_nbytes)}; least that works {size(plan.least_nbytes)}",
+        f"  predicted step {duration(plan.step_s)}, bound by {plan.bound}: {reads} a step",
+    ]
+
+
+def describe_machine(machine: Machine) -> str:
+    read = f"reads {size(machine.read_bytes_per_s)}/s" if machine.read_bytes_per_s else "read speed unknown"
+    return (
+        f"{machine.device}, {machine.cores} cores, {size(machine.memory_nbytes)} of memory; {read}, "
+        f"multiplies {machine.matmul_flops_per_s / 1e9:,.0f} GFLOP/s, moves {size(machine.bytes_per_s)}/s in memory"
+    )
+
+
+def describe_job(plan: Plan) -> list[str]:
+    job = plan.job
+    blocks = {visit.block: visit for visit in job.visits}
+    stored, computed = ({getattr(v, k) for v in blocks.values()} for k in ("stored_nbytes", "compute_nbytes"))
+    each = size(max(stored)) + ("" if len(stored) == 1 else " at most")
+    to_compute = f", {size(max(computed))} to compute with" if max(computed) != max(stored) else ""
+    return [
+        f"{len(blocks)} blocks of {each}{to_compute}; head {size(job.head_stored_nbytes)} "
+        f"({size(job.head_compute_nbytes)} to compute with)",
+        f"{job.micro_batches} x {job.rows} x {job.tokens} tokens a step; adapter {size(job.trainable_nbytes)}, gradients "
+        f"the same, optimizer {size(job.optimizer_nbytes)}; {size(job.hidden_nbytes)} of activations a block and "
+        "micro-batch",
+    ]
+
+
+def as_dict(plan: Plan) -> dict[str, Any]:
+    """Everything a program may want, in bytes and seconds."""
+    job = plan.job
+    return {
+        "memory": plan.memory,
+        "least_memory": plan.least_nbytes,
+        "schedule": asdict(plan.schedule),
+        "resident_blocks": plan.resident_blocks,
+        "predicted": {
+            "peak_nbytes": plan.peak_nbytes,
+            "parts": plan.parts,
+            "read_nbytes": plan.read_nbytes,
+            "written_nbytes": plan.written_nbytes,
+            "step_s": plan.step_s,
+            "compute_s": plan.compute_s,
+            "read_s": plan.read_s,
+            "bound": plan.bound,
+        },
+        "job": {
+            "micro_batches": job.micro_batches,
+            "rows": job.rows,
+            "tokens": job.tokens,
+            "blocks": len({visit.block for visit in job.visits}),
+            "block_nbytes": [v.stored_nbytes for v in {visit.block: visit for visit in job.visits}.values()],
+            "block_compute_nbytes": [v.compute_nbytes for v in {visit.block: visit for visit in job.visits}.values()],
+            "head_nbytes": job.head_stored_nbytes,
+            "head_compute_nbytes": job.head_compute_nbytes,
+            "adapter_nbytes": job.trainable_nbytes,
+            "optimizer_nbytes": job.optimizer_nbytes,
+            "activation_nbytes": job.hidden_nbytes,
+        },
+    }

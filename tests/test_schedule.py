@@ -1,0 +1,143 @@
+"""Whatever is kept in memory or on disk, gradients are those of mlx-lm's whole model in memory."""
+
+import pytest
+from mlx_lm.tuner.trainer import default_loss
+
+import slowft
+from architectures import ARCHITECTURES
+from conftest import LLAMA, largest, largest_difference, random_batch, reference, save_random
+from slowft.planning.schedule import Schedule
+from test_gradients import LORA, pair, save_quantized
+
+CHAINS = [name for name in ARCHITECTURES if not name.startswith("gemma4")]
+
+
+def every_product(model) -> tuple[tuple[str, ...], ...]:
+    """The names of all linear layers of every block, by visit."""
+    kinds = ("Linear", "QuantizedLinear", "SwitchLinear", "QuantizedSwitchLinear")
+    blocks = model._cut.blocks
+    names = [[n for n, m in b.module.named_modules() if type(m).__name__ in kinds] for b in blocks]
+    return tuple(tuple(names[index]) for index in model._cut.order)
+
+
+def assert_same_as(expected, streamed, batch, lengths, schedule: Schedule, tmp_path=None):
+    loss, gradients = expected
+    streamed._engine.follow(schedule, tmp_path)
+    for _ in range(2):  # the second step finds what the first one left
+        (streamed_loss, _), streamed_gradients = streamed.loss_and_grads(batch, lengths)
+        assert streamed_loss.item() == loss.item()
+        assert largest_difference(gradients, streamed_gradients) == 0.0
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_gradients_equal_for_every_tail(name, tmp_path):
+    config = ARCHITECTURES[name]
+    whole, streamed = pair(save_random(tmp_path / "m", config))
+    batch, lengths = random_batch(config["vocab_size"])
+    expected = reference(whole, batch, lengths)
+    n = len(streamed._cut.order)
+    for tail, keep_head in ((1, False), (2, True), (n - 1, False), (n, True), (0, True)):
+        assert_same_as(expected, streamed, batch, lengths, Schedule(tail=tail, keep_head=keep_head))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_gradients_equal_with_kept_products(name, tmp_path):
+    config = ARCHITECTURES[name]
+    whole, streamed = pair(save_random(tmp_path / "m", config))
+    batch, lengths = random_batch(config["vocab_size"])
+    expected = reference(whole, batch, lengths)
+    products = every_product(streamed)
+    assert_same_as(expected, streamed, batch, lengths, Schedule(kept=products))
+    some = tuple(names[:2] if i % 2 else () for i, names in enumerate(products))
+    assert_same_as(expected, streamed, batch, lengths, Schedule(kept=some))
+
+
+@pytest.mark.parametrize("bits, mode, group_size", [(4, "affine", 32), (4, "mxfp4", 32)])
+@pytest.mark.parametrize("dtype", ["float32", "files"])
+def test_gradients_equal_on_quantized_bases(bits, mode, group_size, dtype, tmp_path, monkeypatch):
+    """Dequantized on arrival, and (as on a GPU) multiplied with packed."""
+    from conftest import in_memory, randomise
+    from slowft.engine import model as engine_model
+
+    dense = save_random(tmp_path / "dense", LLAMA)
+    packed = save_quantized(tmp_path / "packed", dense, bits, mode, group_size)
+    if dtype == "files":
+        monkeypatch.setattr(engine_model, "_compute_dtype", lambda name: None)
+        whole = in_memory(packed, **LORA)
+    streamed = slowft.open_model(packed).add_lora(**LORA)
+    batch, lengths = random_batch(256)
+    if dtype == "files":
+        randomise(whole, streamed)
+        whole.train(), streamed.train()
+        expected = reference(whole, batch, lengths)
+    else:
+        randomise(streamed)
+        (loss, _), gradients = streamed.loss_and_grads(batch, lengths)
+        expected = loss, gradients
+    for schedule in (Schedule(kept=every_product(streamed)), Schedule(tail=2), Schedule(tail=4, keep_head=True)):
+        assert_same_as(expected, streamed, batch, lengths, schedule)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_dropout_is_the_same_for_every_schedule(dropout, tmp_path):
+    _, streamed = pair(save_random(tmp_path / "m", LLAMA), dropout=dropout)
+    batch, lengths = random_batch(256)
+    results = []
+    for schedule in (Schedule(), Schedule(tail=2), Schedule(tail=4), Schedule(kept=every_product(streamed))):
+        streamed._engine.follow(schedule)
+        streamed.step = 5
+        (loss, _), gradients = streamed.loss_and_grads(batch, lengths)
+        results.append((loss.item(), gradients))
+    for loss, gradients in results[1:]:
+        assert loss == results[0][0]
+        assert largest_difference(gradients, results[0][1]) == 0.0
+
+
+@pytest.mark.parametrize("lora", [{"num_layers": 2}, {"num_layers": 1, "keys": ["self_attn.q_proj", "lm_head"]}], ids=str)
+@pytest.mark.parametrize("tail", [1, 2, 3, 4])
+def test_tail_with_few_trained_blocks(lora, tail, tmp_path):
+    whole, streamed = pair(save_random(tmp_path / "m", LLAMA), **lora)
+    batch, lengths = random_batch(256)
+    expected = reference(whole, batch, lengths)
+    assert_same_as(expected, streamed, batch, lengths, Schedule(tail=tail, kept=every_product(streamed)))
+
+
+def test_spilled_inputs_come_back_equal(tmp_path):
+    whole, streamed = pair(save_random(tmp_path / "m", LLAMA))
+    batch, lengths = random_batch(256)
+    expected = reference(whole, batch, lengths)
+    for spilled in (2, 4, 5):
+        assert_same_as(expected, streamed, batch, lengths, Schedule(spilled=spilled), tmp_path)
+        assert streamed.stats.last.bytes_written == (spilled - 1) * 3 * 24 * 64 * 4
+    assert_same_as(expected, streamed, batch, lengths, Schedule(spilled=2, tail=2), tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]
+
+
+def test_micro_batches_spill_and_accumulate(tmp_path):
+    _, streamed = pair(save_random(tmp_path / "m", LLAMA))
+    batches = [random_batch(256, rows=2, tokens=16 + i, seed=i) for i in range(3)]
+    (loss, _), gradients = streamed.loss_and_grads(batches)
+    for schedule in (Schedule(spilled=5), Schedule(spilled=3, tail=1), Schedule(kept=every_product(streamed))):
+        streamed._engine.follow(schedule, tmp_path)
+        (other, _), other_gradients = streamed.loss_and_grads(batches)
+        assert other.item() == loss.item()
+        assert largest_difference(gradients, other_gradients) == 0.0
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_pieces_agree(name, tmp_path):
+    """Rows, tokens of feed-forward layers, queries, logits: in pieces, equal up to rounding."""
+    config = ARCHITECTURES[name]
+    whole, streamed = pair(save_random(tmp_path / "m", config))
+    batch, lengths = random_batch(config["vocab_size"])
+    loss, gradients = reference(whole, batch, lengths)
+    pieces = [Schedule(rows=1), Schedule(mlp_tokens=7, attention_queries=5), Schedule(head_tokens=11)]
+    if streamed._cut.is_chain:
+        pieces += [Schedule(mlp_tokens=7, attention_queries=5, head_tokens=11, tail=2, rows=2)]
+    for schedule in pieces:
+        streamed._engine.follow(schedule)
+        (streamed_loss, ntoks), streamed_gradients = streamed.loss_and_grads(batch, lengths)
+        assert ntoks.item() == default_loss(whole, batch, lengths)[1].item()
+        assert streamed_loss.item() == pytest.approx(loss.item(), rel=1e-5)
+        assert largest_difference(gradients, streamed_gradients) <= 2e-5 * largest(gradients), schedule
+        assert streamed.loss(batch, lengths)[0].item() == pytest.approx(loss.item(), rel=1e-5)
