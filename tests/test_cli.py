@@ -579,8 +579,21 @@ def test_output_that_is_no_terminal_is_plain_lines(finetune):
     outcome = finetune("--steps-per-report", 1, "--save-every", 1, "--test", "--train")
     assert outcome.status == 0 and outcome.err == ""
     assert "\x1b" not in outcome.out and "\r" not in outcome.out
-    kinds = [line.split(":")[-1].split()[0] for line in outcome.out.splitlines()]
-    assert kinds == ["llama", "valid", "train", "Saved", "train", "valid", "Saved", "Saved", "Test"]
+    lines = outcome.out.splitlines()
+    assert lines[0].startswith("Plan within ") and "--memory sets it" in lines[0]
+    assert lines[1].startswith("  predicted peak ") and lines[2].startswith("  predicted step ")
+    kinds = [line.split(":")[-1].split()[0] for line in lines[3:]]
+    assert kinds == [
+        "llama",
+        "valid",
+        "train",
+        "Saved",
+        "train",
+        "valid",
+        "Saved",
+        "Saved",
+        "Test",
+    ]
 
 
 def shown_test_loss(outcome: Outcome) -> float:
@@ -600,7 +613,7 @@ def test_json_prints_only_json_lines(finetune):
     assert outcome.status == 0 and outcome.err == ""
     events = [strictly_parsed(line) for line in outcome.out.splitlines()]
     kinds = [event["event"] for event in events if event["event"] != "note"]
-    assert kinds == ["begin", "valid", "train", "saved", "train", "valid", "saved", "saved", "test"]
+    assert kinds == ["plan", "begin", "valid", "train", "saved", "train", "valid", "saved", "saved", "test"]
     train = [event for event in events if event["event"] == "train"]
     assert [event["iteration"] for event in train] == [1, 2]
     assert {"train_loss", "learning_rate", "tokens_per_second", "trained_tokens", "peak_memory"} <= train[0].keys()
@@ -760,7 +773,7 @@ def test_every_option_has_help():
 
     for name in COMMANDS:
         command = getattr(importlib.import_module(f"slowft.cli.{name}"), name)
-        assert all(parameter.help for parameter in command.params if not parameter.hidden)
+        assert all(p.help for p in command.params if not getattr(p, "hidden", False))
 
 
 # --- The process ------------------------------------------------------------------------------------

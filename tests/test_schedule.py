@@ -2,12 +2,12 @@
 
 import pytest
 from mlx_lm.tuner.trainer import default_loss
+from test_gradients import LORA, pair, save_quantized
 
 import slowft
 from architectures import ARCHITECTURES
 from conftest import LLAMA, largest, largest_difference, random_batch, reference, save_random
 from slowft.planning.schedule import Schedule
-from test_gradients import LORA, pair, save_quantized
 
 CHAINS = [name for name in ARCHITECTURES if not name.startswith("gemma4")]
 
@@ -93,7 +93,9 @@ def test_dropout_is_the_same_for_every_schedule(dropout, tmp_path):
         assert largest_difference(gradients, results[0][1]) == 0.0
 
 
-@pytest.mark.parametrize("lora", [{"num_layers": 2}, {"num_layers": 1, "keys": ["self_attn.q_proj", "lm_head"]}], ids=str)
+@pytest.mark.parametrize(
+    "lora", [{"num_layers": 2}, {"num_layers": 1, "keys": ["self_attn.q_proj", "lm_head"]}], ids=str
+)
 @pytest.mark.parametrize("tail", [1, 2, 3, 4])
 def test_tail_with_few_trained_blocks(lora, tail, tmp_path):
     whole, streamed = pair(save_random(tmp_path / "m", LLAMA), **lora)

@@ -125,20 +125,10 @@ class UnitCall:
         wrt, n = self._wrt, self._n
 
         def backward():
-            xs, cts = self._attach(detached, backward=True), [attach(c) for c in detached_cotangents]
-
-            def recompute(*variables: mx.array) -> list[mx.array]:
-                arrays = list(xs)
-                for i, value in zip(wrt, variables):
-                    arrays[i] = value
-                return self._run(arrays[:n], arrays[n:])
-
-            mx.random.seed(self._seed)
-            # The outputs are never evaluated: MLX then skips what only they need, such as the last matmul. Nor held: they
-            # share a buffer the size of the hidden state with what is.
             with self._memory.replaying():
-                gradients = mx.vjp(recompute, [xs[i] for i in wrt], cts)[1]
-            del xs, cts
+                gradients = self._gradients(
+                    self._attach(detached, backward=True), [attach(c) for c in detached_cotangents]
+                )
             mx.eval(gradients)
             for at, i in enumerate(wrt):
                 if i >= n:
@@ -151,6 +141,22 @@ class UnitCall:
             result[i] = gradient
         # inputs and parameters apart, or each block's cotangent would live as long as the gradients of its adapters
         return *_differentiable_once(result[:n], primals), *_differentiable_once(result[n:], primals)
+
+    def _gradients(self, xs: list[mx.array], cotangents: list[mx.array]) -> list[mx.array]:
+        """The recomputation and its vjp, unevaluated.
+
+        The outputs are never evaluated: MLX then skips what only they need, such as the last matmul. Nor are they
+        held: they share a buffer of the hidden state's size with what is.
+        """
+
+        def recompute(*variables: mx.array) -> list[mx.array]:
+            arrays = list(xs)
+            for i, value in zip(self._wrt, variables):
+                arrays[i] = value
+            return self._run(arrays[: self._n], arrays[self._n :])
+
+        mx.random.seed(self._seed)
+        return mx.vjp(recompute, [xs[i] for i in self._wrt], cotangents)[1]
 
     def _run(self, inputs: Sequence[mx.array], params: Sequence[mx.array]) -> list[mx.array]:
         for (owner, key), value in zip(self._entries, params):

@@ -5,12 +5,13 @@ that would do, before anything is read.
 """
 
 import functools
+import warnings
 from pathlib import Path
 
 import mlx.core as mx
 
 from .. import platform
-from ..errors import ConfigError
+from ..errors import ConfigError, SlowftWarning
 from ..planning.job import Cut
 from ..planning.machine import Machine, measure
 from ..planning.plan import Plan, Planner
@@ -37,6 +38,7 @@ class Budget:
         self.plan: Plan | None = None
         self._shape = (0, 0, 0)
         self._base_nbytes: int | None = None
+        self._has_warned = False
 
     def expect_optimizer(self, copies: int) -> None:
         """From now on plan for an optimizer that keeps `copies` times the trainable parameters."""
@@ -67,6 +69,24 @@ class Budget:
         if plan is None:
             raise ConfigError(planner.too_little(memory))
         return plan
+
+    def after_step(self, peak_nbytes: int) -> None:
+        """Take note of the most that a step really took, and plan anew if that is more than the ceiling."""
+        if self.plan is None or self.memory is None or peak_nbytes <= self.memory:
+            return
+        self._base_nbytes += peak_nbytes - self.plan.peak_nbytes
+        plan = self.planner(*self._shape).choose(self.memory)
+        if plan is not None:
+            self._engine.follow(plan.schedule, self.directory)
+            self.plan = plan
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"a step took {peak_nbytes / 1e9:.2f} GB, more than the memory of {self.memory / 1e9:.2f} GB it was "
+                "given. " + ("Less is kept in memory from now on" if plan else "Make batches or sequences smaller"),
+                SlowftWarning,
+                stacklevel=4,
+            )
 
     def check(self, rows: int, tokens: int, micro_batches: int) -> None:
         """Raises ConfigError if the ceiling is too low for steps of this shape, without measuring the machine."""

@@ -17,7 +17,7 @@ from ..models.weights import placeholder
 from ..planning import graph
 from ..planning.graph import Cost, CostUnknown
 from ..planning.job import Cut, Job, Product, Visit
-from .head import HeadLoss
+from .head import HeadLoss, usual_chunk
 from .parts import HeadPart, TailCall, TailPart
 from .pieces import Pieces, ordering_by_sums
 from .trees import pack, unpack
@@ -70,13 +70,10 @@ class Costing:
             if key not in seen:
                 seen[key] = self._visit(unit, args, kwargs, cut, comes_back, of_input)
             forward, backward, products, backward_kept = seen[key]
-            of_visit = sum(owner[k].nbytes for _, owner, k in trained[index])
+            trainable = sum(owner[k].nbytes for _, owner, k in trained[index])
             copied = all(p.source.is_copied for p in unit.params)
-            visits.append(
-                Visit(
-                    index, unit.nbytes, unit.compute_nbytes, copied, of_visit, forward, backward, products, backward_kept
-                )
-            )
+            sizes = index, unit.nbytes, unit.compute_nbytes, copied, trainable
+            visits.append(Visit(*sizes, forward, backward, products, backward_kept))
             hidden = args[0]
             for _, leaf in tree_flatten([list(args[1:]), kwargs]):
                 if isinstance(leaf, mx.array):
@@ -91,7 +88,7 @@ class Costing:
             tuple(visits),
             hidden.nbytes,
             sum(side.values()),
-            self._head_cost(probe.calls, rows, tokens, cut, lowest, head_in_chunks),
+            self._head_cost(probe.calls, rows, tokens, logits.shape[-1], cut, lowest, head_in_chunks),
             logits.shape[-1],
             sum(unit.nbytes for unit in self._cut.head),
             sum(unit.compute_nbytes for unit in self._cut.head),
@@ -166,7 +163,7 @@ class Costing:
             for (owner, key), value in zip(entries, originals):
                 owner[key] = value
 
-    def _head_cost(self, calls, rows: int, tokens: int, cut: Cut, lowest: int, in_chunks: bool):
+    def _head_cost(self, calls, rows: int, tokens: int, vocab_size: int, cut: Cut, lowest: int, in_chunks: bool):
         order = self._cut.order
         visits = [(self._cut.blocks[index], *call) for index, call in zip(order, calls)]
         mask, total = mx.ones((rows, tokens), mx.bool_), mx.array(rows * tokens)
@@ -190,7 +187,8 @@ class Costing:
             trained = [(id(o), k) in trainable for o, k in tail_entries] + [True] * len(self._outside)
             wanted = [of_input] + [False] * (len(arrays) - 1) + trained
             wrt = [i for i, (a, w) in enumerate(zip([*arrays, *params], wanted)) if w and a.dtype in FLOATS]
-            chunk = head_tokens if in_chunks and head_tokens is not None and head_tokens < rows * tokens else None
+            chunk = head_tokens or usual_chunk(vocab_size)
+            chunk = chunk if in_chunks and chunk < rows * tokens else None
 
             def run_tail(values: list[mx.array]) -> Any:
                 hidden, arguments = unpack(spec, values)
@@ -234,23 +232,16 @@ def _inner_call(unit: Unit) -> Callable:
     return super(type(unit.module), unit.module).__call__
 
 
-def _signature(unit: Unit) -> tuple:
+def _signature(unit: Unit) -> str:
     """Equal for blocks that compute the same: kinds, shapes, dtypes and plain settings of their modules."""
     arrays = tuple((p.name.removeprefix(unit.name), p.source.shape, p.source.result_dtype) for p in unit.params)
     adapters = tuple((key, owner[key].shape, owner[key].dtype) for owner, key in unit.adapter())
-    settings = tuple(
-        (name, type(module).__name__, tuple((k, v) for k, v in vars(module).items() if isinstance(v, (int, float, str))))
+    settings = [
+        (name, type(module).__name__, [(k, v) for k, v in vars(module).items() if isinstance(v, (int, float, str))])
         for name, module in unit.module.named_modules()
-        if name or True
-    )
+    ]
     trainable = tuple(key for _, _, key in unit.trainable())
-    return str((arrays, adapters, _without_index(settings), trainable))
-
-
-def _without_index(settings: tuple) -> tuple:
-    """Without what numbers a layer among its likes, which changes nothing it computes."""
-    numbers = ("layer_idx", "layer_id", "index", "layer_index")
-    return tuple((name, kind, tuple((k, v) for k, v in values if k not in numbers)) for name, kind, values in settings)
+    return str((arrays, adapters, settings, trainable))
 
 
 def _call_signature(args: tuple, kwargs: dict) -> str:

@@ -18,22 +18,21 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from ..errors import ConfigError, SlowftError
 from ..models.seams import FLOATS, Cut, Probe, Unit, array_entries, trainable_entries
 from ..models.weights import Param, placeholder, read_whole
+from ..planning.schedule import Schedule
 from ..storage.reader import Reader
 from ..streaming.residency import Residency
 from ..streaming.threads import MicroBatches
 from .activations import Activations
 from .block import Memory, UnitCall
-from .head import HeadLoss, loss_mask, token_loss, treats_tokens_alike
+from .head import HeadLoss, loss_mask, token_loss, treats_tokens_alike, usual_chunk
 from .kept import KeptProducts, Products
 from .parts import HeadPart, TailCall, TailPart
 from .pieces import Pieces, PieceWork
 from .randomness import dropout_seed
-from ..planning.schedule import Schedule
 from .stats import Stats
 from .trees import attach, detach, pack, unpack
 
 HEAD = "head"  # stands for the tail and all layers behind the last block where units are named
-LOGITS_NBYTES = 64 << 20  # of logits that may exist at once, unless all of them are fewer
 
 
 class Engine:
@@ -44,7 +43,7 @@ class Engine:
             one with every forward pass in training mode, or every `loss_and_grads`.
         schedule: what is kept in memory; see `follow`.
         head_chunk_tokens: tokens whose logits may exist at once; None: the schedule's, else as many as fit
-            `LOGITS_NBYTES`.
+            in 64 MB.
     """
 
     def __init__(self, model: nn.Module, cut: Cut, reader: Reader):
@@ -373,9 +372,7 @@ class Engine:
                     mx.random.seed(seed)
                     return hidden
 
-                head = HeadLoss(
-                    tail, self._head, attach(targets), mask, total, tail_entries, self._outside, chunk
-                )
+                head = HeadLoss(tail, self._head, attach(targets), mask, total, tail_entries, self._outside, chunk)
                 with self.pieces.cutting(self.cuts):
                     if gradients:
                         loss, of_wrt = head.loss_and_grads(values, values_of_params, wrt)
@@ -429,7 +426,7 @@ class Engine:
             if self._vocab_size is None:
                 one_token = mx.zeros_like(hidden[:1, :1]) if isinstance(hidden, mx.array) else hidden
                 self._vocab_size = self._head(one_token, 1, 1).shape[-1]  # lazy: never evaluated
-            limit = self.schedule.head_tokens or max(1, LOGITS_NBYTES // (4 * self._vocab_size))
+            limit = self.schedule.head_tokens or usual_chunk(self._vocab_size)
         if n_tokens <= limit or not (isinstance(hidden, mx.array) and self.cut.plain_blocks and hidden.ndim == 3):
             return None
         if self._head_in_chunks is None:

@@ -21,6 +21,14 @@ Tail = Callable[[list[mx.array]], Any]
 Head = Callable[[Any, int, int], mx.array]
 
 
+LOGITS_NBYTES = 64 << 20  # of logits that may exist at once where nothing else is said
+
+
+def usual_chunk(vocab_size: int) -> int:
+    """How many tokens' logits may exist at once where nothing else is said."""
+    return max(1, LOGITS_NBYTES // (4 * vocab_size))
+
+
 def loss_mask(lengths: mx.array, n_targets: int) -> mx.array:
     """Which targets count, bool `[B, n_targets]`: mlx-lm's `default_loss`, from lengths `[B, 2]`."""
     steps = mx.arange(1, n_targets + 1)
@@ -38,8 +46,8 @@ class HeadLoss:
 
     Args:
         targets, mask: `[B, T]`; total: tokens that the whole step's loss is divided by.
-        tail_entries, head_entries: (owner, key) of the adapters' arrays in the tail and outside the blocks; `params` are
-            their values, in this order.
+        tail_entries, head_entries: (owner, key) of the adapters' arrays in the tail and outside the blocks; `params`
+            are their values, in this order.
         chunk_tokens: the most tokens whose logits may exist at once; None computes all at once.
     """
 
@@ -67,6 +75,8 @@ class HeadLoss:
         self, arrays: list[mx.array], params: Sequence[mx.array], wrt: Sequence[int]
     ) -> tuple[mx.array, list[mx.array]]:
         """(loss, gradients), unevaluated. `wrt` counts through the arrays, then the params."""
+        if not wrt:
+            return self.loss(arrays, params), []
         everything = [*arrays, *params]
 
         def loss(variables: list[mx.array]) -> mx.array:

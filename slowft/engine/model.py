@@ -14,9 +14,9 @@ from mlx.utils import tree_flatten
 from .. import _mlx_was_imported_first, platform
 from ..errors import ConfigError, SlowftError, SlowftWarning
 from ..models import adapters, loading, seams
-from ..storage.reader import Reader
 from ..planning.plan import Plan, Planner
 from ..planning.schedule import Schedule
+from ..storage.reader import Reader
 from .budget import Budget
 from .engine import Engine
 from .stats import Stats
@@ -172,7 +172,9 @@ class StreamedModel(nn.Module):
         """
         micro_batches = _micro_batches(batch, lengths)
         self._budget.cover(*_shape(micro_batches))
-        return self._engine.loss_and_grads(micro_batches)
+        result = self._engine.loss_and_grads(micro_batches)
+        self._budget.after_step(self.stats.last.peak_memory)
+        return result
 
     def loss(self, batch: mx.array, lengths: mx.array) -> tuple[mx.array, mx.array]:
         """(loss, ntoks) of a batch, without gradients; each block is read at most once."""

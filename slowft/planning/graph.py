@@ -66,8 +66,8 @@ def cost(function: Callable, *args, in_part: bool = False) -> Cost:
         function: returns an array or a tree of arrays, in the order in which `mx.eval` would get them. May
             use `mx.vjp` and `mx.value_and_grad`; arrays it captures must be evaluated.
         args: arrays or trees with arrays in them. Their values are not looked at.
-        in_part: leave out outputs that an `mx.custom_function` leads to, rather than look through it by `mx.vmap`, which
-            sees twice what such a function and its vjp share.
+        in_part: leave out outputs that an `mx.custom_function` leads to, rather than look through it by `mx.vmap`,
+            which sees twice what such a function and its vjp share.
 
     Raises:
         CostUnknown: MLX cannot export one of the primitives, such as a custom kernel.

@@ -11,7 +11,10 @@ from .graph import Cost
 
 @dataclass(frozen=True)
 class Cut:
-    """How a step's work is cut: rows of a micro-batch, tokens of feed-forward layers, queries at a time; None for all."""
+    """How much of a step's work is done at once: rows of a micro-batch, tokens of feed-forward layers, queries.
+
+    None is all of it.
+    """
 
     rows: int | None = None
     mlp_tokens: int | None = None

@@ -11,9 +11,9 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from .schedule import Schedule
 from .job import Cut, Job
 from .machine import Machine
+from .schedule import Schedule
 
 PIECE_NBYTES = 32 << 20  # of a layer outside the blocks on its way: two pieces of 16 MB
 PIECES = (2048, 1024, 512, 256)  # tokens and queries at a time, to choose from
@@ -129,21 +129,38 @@ class Planner:
 
     def _best(self, job: Job, memory: int | None) -> Plan:
         limit = float("inf") if memory is None else memory
-        while True:
-            best: Plan | None = None
-            for base in self._bases(job, limit):
-                for plan in self._filled(job, base, limit):
-                    if plan.peak_nbytes <= limit and (best is None or plan.step_s < best.step_s * (1 - 1e-9)):
-                        best = plan
-            assert best is not None  # the least one fits
+        plan = self._everything(job, limit)
+        while plan is None:
+            candidates = [plan for base in self._bases(job, limit) for plan in self._filled(job, base, limit)]
+            best = min((plan for plan in candidates if plan.peak_nbytes <= limit), key=lambda plan: plan.step_s)
             plan = self.predict(job, best.schedule)
-            if memory is None or plan.peak_nbytes <= memory:
-                break
-            limit -= plan.peak_nbytes - memory  # a long tail was underestimated
+            if plan.peak_nbytes > memory:  # a long tail was underestimated
+                limit -= plan.peak_nbytes - memory
+                plan = None
         active = plan.peak_nbytes if memory is None else memory
         active -= self._base + (plan.schedule.cache_nbytes or 0)
         schedule = replace(plan.schedule, active_nbytes=max(active, 1 << 20))
         return replace(plan, memory=memory, schedule=schedule, least_nbytes=self.least().peak_nbytes)
+
+    def _everything(self, job: Job, limit: float) -> Plan | None:
+        """Ordinary training, if there is room for it."""
+        if not job.is_chain:
+            return None
+        workspace = _workspace(job)
+        for head_tokens, cache in itertools.product((None, HEAD_TOKENS[-1]), (workspace, workspace // 2, 0)):
+            schedule = Schedule(
+                slots=1,
+                tail=len(job.visits),
+                keep_head=True,
+                head_tokens=head_tokens,
+                cache_nbytes=cache,
+                **_as_schedule(job.cut),
+            )
+            if self._memory(job, schedule, False)[0] <= limit:
+                plan = self.predict(job, schedule)
+                if plan.peak_nbytes <= limit:
+                    return plan
+        return None
 
     def _bases(self, job: Job, limit: float) -> Iterator[Schedule]:
         """Schedules that fit, before memory is filled with products and resident blocks.
@@ -158,8 +175,6 @@ class Planner:
         fitting = [n for n in chunks if self._memory(job, replace(least, head_tokens=n), False)[0] <= limit]
         n, is_copied = len(job.visits), all(visit.is_copied for visit in job.visits)
         tails = sorted({round(n * i / 16) for i in range(17)} | {1, 2}) if job.is_chain else [0]
-        if limit == float("inf"):
-            tails = tails[-1:]
         workspace = _workspace(job)
         for slots in (1,) if is_copied else (1, 2):  # what is copied out of its buffer leaves it to the next block
             for cache, keep_head in itertools.product((0, workspace // 2, workspace), (False, True)):
@@ -183,7 +198,7 @@ class Planner:
         return replace(schedule, spilled=0 if low <= 1 else low)
 
     def _filled(self, job: Job, base: Schedule, limit: float) -> Iterator[Plan]:
-        """The schedule as it is, and with what room is left given to products, to blocks, or to one and then the other."""
+        """The schedule as it is, and with the room that is left given to products and then blocks, or the reverse."""
         plan = self.predict(job, base, exact=False)
         yield plan
         if base.spilled or base.tail == len(job.visits):
@@ -196,9 +211,9 @@ class Planner:
                 yield self.predict(job, filled, exact=False)
 
     def _keep_blocks(self, job: Job, schedule: Schedule, room: float) -> Schedule:
-        streamed = _streamed_blocks(job, schedule)
-        nbytes = int(min(max(room, 0), sum(v.stored_nbytes for v in streamed)))
-        return replace(schedule, resident_nbytes=nbytes) if nbytes >= min(v.stored_nbytes for v in streamed) else schedule
+        sizes = [visit.stored_nbytes for visit in _streamed_blocks(job, schedule)]
+        nbytes = int(min(room, sum(sizes)))
+        return replace(schedule, resident_nbytes=nbytes) if nbytes >= min(sizes) else schedule
 
     def _keep_products(self, job: Job, schedule: Schedule, room: float) -> Schedule:
         """Products by seconds saved per byte over all blocks, as many as there is room for."""
@@ -236,9 +251,9 @@ class Planner:
         write_s = written / (self.machine.write_bytes_per_s or bandwidth)
         overlaps = schedule.slots > 1 or all(visit.is_copied for visit in job.visits)
         step = (max if overlaps else sum)((compute, blocks_s + write_s)) + head_read / bandwidth
-        return Plan(
-            schedule, job, None, peak, read + written, written, compute, (read + written) / bandwidth + write_s, step, parts
-        )
+        both = read + written
+        seconds = compute, both / bandwidth + write_s, step
+        return Plan(schedule, job, None, peak, both, written, *seconds, parts)
 
     def _memory(self, job: Job, s: Schedule, exact: bool) -> tuple[int, dict[str, int]]:
         n, m = len(job.visits) - s.tail, job.micro_batches
@@ -299,9 +314,7 @@ class Planner:
                 )
             gradients += visit.trainable_nbytes
         # the optimizer's turn: gradients, and everything it makes anew
-        phases.append(
-            {"gradients": job.trainable_nbytes, "computing": job.trainable_nbytes + job.optimizer_nbytes}
-        )
+        phases.append({"gradients": job.trainable_nbytes, "computing": job.trainable_nbytes + job.optimizer_nbytes})
         worst = max(phases, key=lambda phase: sum(phase.values()))
         total = sum(fixed.values()) + sum(worst.values())
         slack = SLACK_NBYTES + int(SLACK_SHARE * (total - self._base))

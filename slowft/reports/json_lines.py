@@ -9,7 +9,10 @@ from .plan import as_dict
 
 
 class JsonReport(Report):
-    """Events: plan, begin, train, valid, test, saved, note. Keys are mlx-lm's, sizes in GB, times in seconds; NaN is null."""
+    """Events: plan, begin, train, valid, test, saved, note.
+
+    Keys are mlx-lm's, sizes in GB (in the plan, where a key ends in nbytes, in bytes), times in seconds; NaN is null.
+    """
 
     def __init__(self, out=None):
         self._out = out or sys.stdout

@@ -11,7 +11,7 @@ from ..planning.plan import Plan
 
 
 def size(nbytes: float) -> str:
-    """"2.20 GB", "88 MB", "4.2 MB"."""
+    """ "2.20 GB", "88 MB", "4.2 MB"."""
     for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if nbytes >= scale or unit == "kB":
             value = nbytes / scale
@@ -48,9 +48,13 @@ def choices(plan: Plan) -> str:
     if s.spilled > 1:
         words.append(f"inputs of {s.spilled - 1} blocks on disk")
     cut = [
-        f"{value} {name}" for value, name in (
-            (s.rows, "rows"), (s.mlp_tokens, "tokens of feed-forward layers"), (s.attention_queries, "queries")
-        ) if value
+        f"{value} {name}"
+        for value, name in (
+            (s.rows, "rows"),
+            (s.mlp_tokens, "tokens of feed-forward layers"),
+            (s.attention_queries, "queries"),
+        )
+        if value
     ]
     if cut:
         words.append(" and ".join(cut) + " at a time")
@@ -86,9 +90,9 @@ def describe_job(plan: Plan) -> list[str]:
     return [
         f"{len(blocks)} blocks of {each}{to_compute}; head {size(job.head_stored_nbytes)} "
         f"({size(job.head_compute_nbytes)} to compute with)",
-        f"{job.micro_batches} x {job.rows} x {job.tokens} tokens a step; adapter {size(job.trainable_nbytes)}, gradients "
-        f"the same, optimizer {size(job.optimizer_nbytes)}; {size(job.hidden_nbytes)} of activations a block and "
-        "micro-batch",
+        f"{job.micro_batches} x {job.rows} x {job.tokens} tokens a step; adapter {size(job.trainable_nbytes)}, "
+        f"gradients the same, optimizer {size(job.optimizer_nbytes)}; activations {size(job.hidden_nbytes)} a block "
+        "and micro-batch",
     ]
 
 

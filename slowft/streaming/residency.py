@@ -86,8 +86,8 @@ class Residency:
                 del buffer, arrays
                 return [job() for job in jobs]
             finally:
-                # The next block's weights take these buffers: fresh pages cost ten times the cast (0.137 against 0.015 s
-                # for 176 MB). MLX keeps what is freed first, so nothing else may fill its cache now.
+                # The next block's weights take these buffers: fresh pages cost ten times the cast (0.137 against
+                # 0.015 s for 176 MB). MLX keeps what is freed first, so nothing else may fill its cache now.
                 mx.clear_cache()
                 mx.set_cache_limit(max(self.cache_nbytes, unit.compute_nbytes))
                 for param in unit.params:

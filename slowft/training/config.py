@@ -63,8 +63,8 @@ class TrainConfig:
     memory: str | None = field(
         default=None,
         metadata={
-            "help": "Ceiling for the whole process's memory, such as 8GB; by default half of the machine's. What is kept "
-            "in memory is planned to fill it."
+            "help": "Ceiling for the whole process's memory, such as 8GB; by default half of the machine's. What is "
+            "kept in memory is planned to fill it."
         },
     )
     spill_dir: str | None = field(
@@ -74,7 +74,9 @@ class TrainConfig:
     dry_run: bool = field(default=False, metadata={"help": "Check everything, print the plan, and stop."})
     compute_dtype: str | None = field(
         default=None,
-        metadata={"help": "float32, float16, bfloat16 or native (the model's own); by default native, on a CPU float32."},
+        metadata={
+            "help": "float32, float16, bfloat16 or native (the model's own); by default native, on a CPU float32."
+        },
     )
     report_to: str | None = field(default=None, metadata={"help": "wandb, swanlab or both, if installed."})
     project_name: str | None = field(default=None, metadata={"help": "Project name for --report-to."})
