@@ -20,6 +20,7 @@ PIECES = (2048, 1024, 512, 256)  # tokens and queries at a time, to choose from
 HEAD_TOKENS = (64, 128, 256)  # whose logits exist at once, to choose from: more than that is hardly faster
 SLACK_NBYTES = 8 << 20  # what the process takes besides: Python's heap, stacks, small arrays
 SLACK_SHARE = 0.02
+MISFIT_SHARE = 0.4  # of buffers kept over steps that find no use of just their size (8 blocks: 0.34 of 0.94 GB)
 ALLOCATION_SHARE = 0.4  # of the bytes that operations move are first writes to fresh pages
 
 
@@ -138,7 +139,7 @@ class Planner:
                 limit -= plan.peak_nbytes - memory
                 plan = None
         active = plan.peak_nbytes if memory is None else memory
-        active -= self._base + (plan.schedule.cache_nbytes or 0)
+        active -= self._base + plan.parts.get("buffer cache", 0)
         schedule = replace(plan.schedule, active_nbytes=max(active, 1 << 20))
         return replace(plan, memory=memory, schedule=schedule, least_nbytes=self.least().peak_nbytes)
 
@@ -146,14 +147,14 @@ class Planner:
         """Ordinary training, if there is room for it."""
         if not job.is_chain:
             return None
-        workspace = _workspace(job)
-        for head_tokens, cache in itertools.product((None, HEAD_TOKENS[-1]), (workspace, workspace // 2, 0)):
+        tail = len(job.visits)
+        for head_tokens, share in itertools.product((None, HEAD_TOKENS[-1]), (1, 0.5, 0.25, 0)):
             schedule = Schedule(
                 slots=1,
-                tail=len(job.visits),
+                tail=tail,
                 keep_head=True,
                 head_tokens=head_tokens,
-                cache_nbytes=cache,
+                cache_nbytes=int(share * self._head(job, tail, head_tokens, False)[0]),
                 **_as_schedule(job.cut),
             )
             if self._memory(job, schedule, False)[0] <= limit:
@@ -269,7 +270,8 @@ class Planner:
             "tail and head": whole,
             "block buffers": slots,
             "resident blocks": stream - slots,
-            "buffer cache": s.cache_nbytes or 0,
+            # the tail's own buffers are handed out again in the next step, so they count only as far as they do not fit
+            "buffer cache": int((MISFIT_SHARE if s.tail == len(job.visits) else 1) * (s.cache_nbytes or 0)),
             "trace": trace,
         }
         names = s.kept + ((),) * (n - len(s.kept))
@@ -333,7 +335,8 @@ class Planner:
     def _compute(self, job: Job, s: Schedule, exact: bool) -> float:
         n, m = len(job.visits) - s.tail, job.micro_batches
         names = s.kept + ((),) * (n - len(s.kept))
-        workspace = _workspace(job)
+        all_at_once = s.tail == len(job.visits)
+        workspace = self._head(job, s.tail, s.head_tokens, exact)[0] if all_at_once else _workspace(job)
         fresh = 1 - min((s.cache_nbytes or 0) / max(workspace, 1), 1)
         seconds = 0.0
         for visit, chosen in zip(job.visits, names):
