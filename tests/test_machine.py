@@ -19,7 +19,7 @@ import filecache
 from conftest import must_run
 from slowft import platform
 from slowft.planning import machine
-from slowft.planning.machine import dequantize_seconds_per_byte, measure
+from slowft.planning.machine import _dequantize_s_per_byte, measure
 
 MB = 1 << 20
 
@@ -178,11 +178,11 @@ def test_dequantizing_takes_what_it_takes(bits, group_size, mode):
     quantized = mx.quantize(weight, group_size=group_size, bits=bits, mode=mode)
     mx.eval(quantized)
     by_hand = best_s(lambda: mx.eval(mx.dequantize(*quantized, group_size=group_size, bits=bits, mode=mode)))
-    measured = dequantize_seconds_per_byte(bits, group_size, mode, mx.float32)
+    measured = _dequantize_s_per_byte(bits, group_size, mode, mx.float32)
     out_nbytes = weight.nbytes if mode == "affine" else weight.nbytes // 2  # bfloat16 unless asked
     assert by_hand / out_nbytes / 4 < measured < by_hand / out_nbytes * 4
     begin = time.perf_counter()
-    assert dequantize_seconds_per_byte(bits, group_size, mode, mx.float32) == measured
+    assert _dequantize_s_per_byte(bits, group_size, mode, mx.float32) == measured
     assert time.perf_counter() - begin < 0.01  # measured once a process
 
 

@@ -53,10 +53,14 @@ class Activations:
             pending = 2 * max(map(_aligned, nbytes))  # one being written while the next is computed
             self._file, self._reserved_nbytes = SpillFile(self._directory, needed, pending), needed
 
-    def put(self, key: Key, array: mx.array) -> None:
-        """Keep an evaluated array; if it is one to be spilled, writing it starts now."""
+    def put(self, key: Key, array: mx.array, may_spill: bool) -> None:
+        """Keep an evaluated array; if it is one to be spilled, writing it starts now.
+
+        Args:
+            may_spill: False if the backward pass does not come back for it.
+        """
         self._in_memory[key] = array
-        if key[1] < self._spilled:
+        if may_spill and key[1] < self._spilled:
             offset, self._end = self._end, self._end + _aligned(array.nbytes)
             self._on_disk[key] = (offset, array.shape, array.dtype, array.nbytes)
             begin = time.perf_counter()

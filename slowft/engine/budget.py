@@ -45,18 +45,24 @@ class Budget:
         if copies != self.optimizer_copies:
             self.optimizer_copies, self._shape = copies, (0, 0, 0)
 
-    def cover(self, rows: int, tokens: int, micro_batches: int) -> None:
-        """Follow a plan under which steps of this shape stay within the ceiling.
+    def limit(self, nbytes: int) -> None:
+        """From now on this is the ceiling."""
+        if nbytes != self.memory:
+            self.memory, self._shape = nbytes, (0, 0, 0)
+
+    def cover(self, rows: int, tokens: int, micro_batches: int) -> Plan | None:
+        """Follow a plan under which steps of this shape stay within the ceiling, if there is a ceiling.
 
         Raises:
             ConfigError: there is none; names the least memory that would do.
         """
         if self.memory is None or all(a <= b for a, b in zip((rows, tokens, micro_batches), self._shape)):
-            return
+            return self.plan
         shape = tuple(max(a, b) for a, b in zip((rows, tokens, micro_batches), self._shape))
         plan = self.make(self.memory, *shape)
         self._engine.follow(plan.schedule, self.directory)
         self.plan, self._shape = plan, shape
+        return plan
 
     def make(self, memory: int | None, rows: int, tokens: int, micro_batches: int) -> Plan:
         """The fastest plan for steps of this shape within `memory` bytes, not followed yet.

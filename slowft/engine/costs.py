@@ -11,9 +11,9 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from ..errors import SlowftError
+from ..errors import PlanError
 from ..models.seams import FLOATS, Probe, Unit, Use, trainable_entries
-from ..models.weights import placeholder
+from ..models.weights import Packed, placeholder
 from ..planning import graph
 from ..planning.graph import Cost, CostUnknown
 from ..planning.job import Cut, Job, Product, Visit
@@ -45,14 +45,14 @@ class Costing:
             optimizer_copies: how many times the trainable parameters the optimizer keeps.
             head_in_chunks: whether logits may be computed some tokens at a time.
         Raises:
-            SlowftError: MLX cannot show the graph of this model.
+            PlanError: MLX cannot show the graph of this model, or not when it is cut so.
         """
         n = -(-rows // cut.rows) if cut.rows else 1
         rows = min(cut.rows or rows, rows)
         try:
             return self._job(rows, tokens, micro_batches * n, cut, optimizer_copies, head_in_chunks)
         except CostUnknown as e:
-            raise SlowftError(f"this model cannot be planned: {e}") from None
+            raise PlanError(f"no memory plan can be made for this model: {e}") from None
 
     def _job(self, rows, tokens, micro_batches, cut: Cut, optimizer_copies, head_in_chunks) -> Job:
         order = self._cut.order
@@ -72,7 +72,7 @@ class Costing:
             forward, backward, products, backward_kept = seen[key]
             trainable = sum(owner[k].nbytes for _, owner, k in trained[index])
             copied = all(p.source.is_copied for p in unit.params)
-            sizes = index, unit.nbytes, unit.compute_nbytes, copied, trainable
+            sizes = index, unit.nbytes, unit.compute_nbytes, copied, _dequantized(unit), trainable
             visits.append(Visit(*sizes, forward, backward, products, backward_kept))
             hidden = args[0]
             for _, leaf in tree_flatten([list(args[1:]), kwargs]):
@@ -154,11 +154,14 @@ class Costing:
             plain, products = backward_keeping(()), []
             if cut.mlp_tokens is not None:  # memory is short, and looking at the graph of many pieces takes long
                 return of_forward, plain, (), None
-            for name, arrays in shapes.items():
-                kept = backward_keeping([name])
-                if kept.flops < plain.flops:
-                    products.append(Product(name, sum(a.nbytes for a in arrays), kept))
-            return of_forward, plain, tuple(products), backward_keeping([p.name for p in products])
+            try:
+                for name, arrays in shapes.items():
+                    kept = backward_keeping([name])
+                    if kept.flops < plain.flops:
+                        products.append(Product(name, sum(a.nbytes for a in arrays), kept))
+                return of_forward, plain, tuple(products), backward_keeping([p.name for p in products])
+            except CostUnknown:  # experts' products have no vmap, which looking through what replaces a layer takes
+                return of_forward, plain, (), None
         finally:
             for (owner, key), value in zip(entries, originals):
                 owner[key] = value
@@ -242,6 +245,15 @@ def _signature(unit: Unit) -> str:
     ]
     trainable = tuple(key for _, _, key in unit.trainable())
     return str((arrays, adapters, settings, trainable))
+
+
+def _dequantized(unit: Unit) -> dict[tuple[int, int, str], int]:
+    nbytes: dict[tuple[int, int, str], int] = {}
+    for param in unit.params:
+        if isinstance(source := param.source, Packed):
+            kind = source.bits, source.group_size, source.mode
+            nbytes[kind] = nbytes.get(kind, 0) + param.compute_nbytes
+    return nbytes
 
 
 def _call_signature(args: tuple, kwargs: dict) -> str:

@@ -152,8 +152,11 @@ class Engine:
         """What the calling micro-batch's step keeps of a visit."""
         key = self._micro_batches.index, position
         names = self.schedule.kept[position] if position < len(self.schedule.kept) else ()
-        trained = bool(self._outside) or position >= self._lowest_trained  # else there is no way back
-        return _VisitMemory(self, key, names if trained else (), trained)
+        return _VisitMemory(self, key, names if self.comes_back(position) else ())
+
+    def comes_back(self, position: int) -> bool:
+        """Whether the backward pass gets to this visit."""
+        return bool(self._outside) or position >= self._lowest_trained
 
     @property
     def _in_step(self) -> bool:
@@ -588,11 +591,10 @@ class _VisitMemory(Memory):
     Args:
         key: (micro-batch, visit).
         names: layers whose outputs are kept for the recomputation.
-        comes_back: whether the backward pass gets here.
     """
 
-    def __init__(self, engine: Engine, key: tuple[int, int], names: Sequence[str], comes_back: bool):
-        self._engine, self._key, self._names, self._comes_back = engine, key, names, comes_back
+    def __init__(self, engine: Engine, key: tuple[int, int], names: Sequence[str]):
+        self._engine, self._key, self._names = engine, key, names
         self.hides_input, self.hides_output = engine._hides_between(key[1]), engine._hides_between(key[1] + 1)
         self._products: Products = {}
 
@@ -606,8 +608,8 @@ class _VisitMemory(Memory):
     def output(self, array: mx.array) -> mx.array:
         activations, (micro_batch, position) = self._engine._activations, self._key
         if self.hides_input:
-            (activations.passed if self._comes_back else activations.discard)(self._key)
-        activations.put((micro_batch, position + 1), array)
+            (activations.passed if self._engine.comes_back(position) else activations.discard)(self._key)
+        activations.put((micro_batch, position + 1), array, may_spill=self._engine.comes_back(position + 1))
         return placeholder(array.shape, array.dtype)
 
     @contextmanager

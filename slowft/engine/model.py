@@ -208,11 +208,9 @@ class StreamedModel(nn.Module):
         budget = self._budget
         budget.expect_optimizer(optimizer_copies)
         nbytes = budget.memory if memory is None else parse_nbytes(memory)
-        if follow:
-            budget.memory = nbytes
-            budget.cover(batch_size, tokens, micro_batches)
-            if budget.plan is not None:
-                return budget.plan
+        if follow and nbytes is not None:
+            budget.limit(nbytes)
+            return budget.cover(batch_size, tokens, micro_batches)
         return budget.make(nbytes, batch_size, tokens, micro_batches)
 
     def close(self) -> None:

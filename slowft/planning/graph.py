@@ -869,6 +869,11 @@ def _moved_nbytes(op: _Op) -> int:
     read = op.inputs
     if op.name in ("Gather", "GatherAxis"):  # reads of the source what it writes
         written, read = 2 * written, op.inputs[1:]
+    if op.name == "GatherMM" and mx.default_device() == mx.Device(mx.cpu):
+        # mlx/backend/cpu/masked_mm.cpp multiplies each row by its expert's matrix, which it reads anew
+        rows = math.prod(op.outputs[0].shape[:-2])
+        matrix = math.prod(op.inputs[1].shape[-2:]) * op.inputs[1].itemsize
+        return written + op.inputs[0].size * op.inputs[0].itemsize + rows * matrix
     return written + sum(min(array.size, array.data_size) * array.itemsize for array in read)
 
 

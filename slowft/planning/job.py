@@ -38,6 +38,7 @@ class Visit:
         block: which of the model's blocks.
         stored_nbytes: as it lies on disk; compute_nbytes: as it is computed with.
         is_copied: whether the latter have memory of their own, apart from the bytes read.
+        dequantized: what of them is dequantized on arrival: (bits, group size, mode) -> bytes. The rest is cast.
         trainable_nbytes: of its adapters.
         backward: None if the backward pass does not come here.
         products: what could be kept, of one micro-batch; none where the work is cut into pieces.
@@ -48,6 +49,7 @@ class Visit:
     stored_nbytes: int
     compute_nbytes: int
     is_copied: bool
+    dequantized: dict[tuple[int, int, str], int]
     trainable_nbytes: int
     forward: Cost
     backward: Cost | None

@@ -11,7 +11,8 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from .job import Cut, Job
+from ..errors import PlanError
+from .job import Cut, Job, Visit
 from .machine import Machine
 from .schedule import Schedule
 
@@ -80,7 +81,7 @@ class Planner:
     def least(self) -> Plan:
         """The plan that takes the least memory of all."""
         cuts = [cut for cut in self._cuts() if cut.mlp_tokens is None] + self._cuts()[-1:]
-        plan = min((self._least_of(self._job_of(cut)) for cut in cuts), key=lambda plan: plan.peak_nbytes)
+        plan = min((self._least_of(job) for job in self._jobs(cuts)), key=lambda plan: plan.peak_nbytes)
         return replace(plan, least_nbytes=plan.peak_nbytes)
 
     def most(self) -> Plan:
@@ -103,11 +104,19 @@ class Planner:
         """
         if memory is None:
             return self.most()
-        for cut in self._cuts():
-            job = self._job_of(cut)
+        for job in self._jobs(self._cuts()):
             if self._least_of(job).peak_nbytes <= memory:
                 return self._best(job, memory)
         return None
+
+    def _jobs(self, cuts: list[Cut]) -> Iterator[Job]:
+        """The job under each of the cuts, as far as its costs can be seen; the whole one must be."""
+        for cut in cuts:
+            try:
+                yield self._job_of(cut)
+            except PlanError:
+                if cut == Cut():
+                    raise
 
     def _cuts(self) -> list[Cut]:
         """Ever smaller pieces: fewer rows, then fewer queries and tokens of feed-forward layers."""
@@ -196,7 +205,7 @@ class Planner:
                 high = middle
             else:
                 low = middle + 1
-        return replace(schedule, spilled=0 if low <= 1 else low)
+        return replace(schedule, spilled=0 if low <= _first_kept(job) else low)
 
     def _filled(self, job: Job, base: Schedule, limit: float) -> Iterator[Plan]:
         """The schedule as it is, and with the room that is left given to products and then blocks, or the reverse."""
@@ -245,7 +254,7 @@ class Planner:
         """What a step under `schedule` will take."""
         peak, parts = self._memory(job, schedule, exact)
         read, head_read = self._reads(job, schedule)
-        written = max(schedule.spilled - 1, 0) * job.hidden_nbytes * job.micro_batches
+        written = max(schedule.spilled - _first_kept(job), 0) * job.hidden_nbytes * job.micro_batches
         compute = self._compute(job, schedule, exact)
         bandwidth = self.machine.read_bytes_per_s or float("inf")
         blocks_s = (read - head_read + written) / bandwidth
@@ -280,8 +289,8 @@ class Planner:
         spill_window = (m + 3) * job.hidden_nbytes if s.spilled else 0
 
         def stored(position: int) -> int:
-            """Inputs of the visits up to this one, the first in the trace."""
-            in_memory = max(position + 1 - max(s.spilled, 1), 0) if job.is_chain else position
+            """Inputs of the visits up to this one that the backward pass comes back for."""
+            in_memory = max(position + 1 - max(s.spilled, _first_kept(job)), 0) if job.is_chain else position
             return in_memory * m * job.hidden_nbytes + spill_window
 
         head_peak, _, _ = self._head(job, s.tail, s.head_tokens, exact)
@@ -349,12 +358,21 @@ class Planner:
                     if product.name in chosen:
                         backward -= self._seconds(visit.backward) - self._seconds(product.backward)
                 of_micro_batch += backward
-            arrival = visit.compute_nbytes / self.machine.cast_bytes_per_s if visit.is_copied else 0.0
-            seconds += m * of_micro_batch + passes * arrival
+            seconds += m * of_micro_batch + passes * self._arrival(visit)
         _, head_s, head_moved = self._head(job, s.tail, s.head_tokens, exact)
         seconds += m * (head_s + fresh * ALLOCATION_SHARE * head_moved * self.machine.page_s_per_byte)
         if not s.keep_head and job.head_compute_nbytes != job.head_stored_nbytes:
             seconds += job.head_compute_nbytes / self.machine.cast_bytes_per_s
+        return seconds
+
+    def _arrival(self, visit: Visit) -> float:
+        """Seconds to cast or dequantize a block's weights."""
+        if not visit.is_copied:
+            return 0.0
+        cast = visit.compute_nbytes - sum(visit.dequantized.values())
+        seconds = cast / self.machine.cast_bytes_per_s
+        for kind, nbytes in visit.dequantized.items():
+            seconds += nbytes * self.machine.dequantize_s_per_byte(*kind)
         return seconds
 
     def _seconds(self, cost, fresh: float = 0.0) -> float:
@@ -381,6 +399,11 @@ def _up(nbytes: int) -> str:
 
 def _as_schedule(cut: Cut) -> dict:
     return {"rows": cut.rows, "mlp_tokens": cut.mlp_tokens, "attention_queries": cut.attention_queries}
+
+
+def _first_kept(job: Job) -> int:
+    """The first visit whose input is kept for the backward pass; that of the very first is in the trace anyway."""
+    return max(job.lowest_trained, 1)
 
 
 def _workspace(job: Job) -> int:

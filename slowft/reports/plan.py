@@ -46,7 +46,7 @@ def choices(plan: Plan) -> str:
             words.append(f"outputs of {n_kept} frozen layers kept")
         words.append("head in memory" if s.keep_head else "head streamed")
     if s.spilled > 1:
-        words.append(f"inputs of {s.spilled - 1} blocks on disk")
+        words.append(f"inputs of {s.spilled - max(job.lowest_trained, 1)} blocks on disk")
     cut = [
         f"{value} {name}"
         for value, name in (

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..data.datasets import check_size, load_data, load_tokenizer
 from ..engine.budget import default_memory
 from ..engine.model import open_model
-from ..errors import AdapterError, ConfigError, DataError, SlowftError
+from ..errors import AdapterError, ConfigError, DataError, PlanError, SlowftError
 from ..reports.base import Report, Reports
 from ..reports.json_lines import CallbackReport
 from .config import TrainConfig
@@ -39,8 +39,13 @@ def run(config: TrainConfig, report: Report) -> dict:
             _load_adapter_to_test(model, config, report)
         train, valid, test = _load_data(model, config, report)
         memory = default_memory() if config.memory is None else config.memory
-        plan = trainer.plan(train, valid, test, memory=memory, follow=not config.dry_run)
-        report.planned(plan, " (half of this machine's memory; --memory sets it)" if config.memory is None else "")
+        try:
+            plan = trainer.plan(train, valid, test, memory=memory, follow=not config.dry_run)
+            report.planned(plan, " (half of this machine's memory; --memory sets it)" if config.memory is None else "")
+        except PlanError as e:
+            if config.memory is not None or config.dry_run:
+                raise
+            report.note(f"Warning: {e}. Nothing but what a step needs is kept in memory")
         if config.dry_run:
             return {}
         result = trainer.fit(train, valid) if config.train else {}

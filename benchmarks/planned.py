@@ -1,0 +1,134 @@
+"""Steps under a plan, in a process of their own: what was predicted, and what the kernel and the clock say.
+
+A module for the other benchmarks, which call `measure`; `shape` writes the random models they use.
+"""
+
+import slowft  # noqa: F401, I001  (before mlx: it loads OpenBLAS)
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+import cgroup  # noqa: E402
+
+
+def write_random(directory: Path, config: dict, bits: int | None = None) -> Path:
+    """A random bfloat16 model of mlx-lm's class for `config`, one shard a block; with `bits`, quantized."""
+    from mlx_lm.utils import _get_classes, quantize_model
+
+    model_class, args_class = _get_classes(config)
+    model = model_class(args_class.from_dict(config))
+    model.set_dtype(mx.bfloat16)
+    if bits is not None:
+        model, config = quantize_model(model, dict(config), 64, bits)
+    shards: dict[str, dict] = {}
+    for name, array in tree_flatten(model.parameters()):
+        block = name.split(".")[2] if ".layers." in name else "rest"
+        shards.setdefault(block, {})[name] = array
+    del model
+    directory.mkdir(parents=True, exist_ok=True)
+    for i, block in enumerate(list(shards)):
+        mx.save_safetensors(str(directory / f"model-{i:05d}.safetensors"), shards.pop(block), {"format": "mlx"})
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def measure(directory: Path, memory: int | None, limit: bool = True, **job) -> dict:
+    """Run `job` (rows, tokens, micro_batches, steps, num_layers) within `memory` bytes, None for as much as is useful.
+
+    Args:
+        limit: enforce the memory by a cgroup, where one can be made.
+    """
+    command = [sys.executable, __file__, str(directory), str(memory or ""), json.dumps(job)]
+    peak = None
+    if limit and memory is not None and cgroup.why_unavailable() is None:
+        done, peak = cgroup.run(command, memory)
+    else:
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"failed within {memory} bytes (peak {peak}): {done.stderr[-2000:]}")
+    return json.loads(done.stdout) | {"kernel_peak_nbytes": peak}
+
+
+def plans(directory: Path, **job) -> dict[str, int]:
+    """The predicted peaks of the least plan and of the one that keeps everything."""
+    done = subprocess.run(
+        [sys.executable, __file__, str(directory), "plans", json.dumps(job)], check=True, capture_output=True, text=True
+    )
+    return json.loads(done.stdout)
+
+
+def _open(directory: str, rows=4, tokens=128, micro_batches=1, num_layers=-1, memory=None, **_):
+    mx.random.seed(0)
+    model = slowft.open_model(directory, memory=memory)
+    model.add_lora(num_layers=num_layers, rank=8)
+    model.train()
+    return model
+
+
+def _run(directory: str, memory: str, job: dict) -> dict:
+    import mlx.optimizers as optim
+
+    from slowft import platform
+
+    rows, tokens, n = (job.get(k, d) for k, d in (("rows", 4), ("tokens", 128), ("micro_batches", 1)))
+    model = _open(directory, memory=int(memory) if memory else "1000GB", **job)
+    begin = time.perf_counter()
+    plan = model.plan(rows, tokens, n, follow=True)
+    plan_s = time.perf_counter() - begin
+    vocab = model.embedding_rows
+    mx.random.seed(0)
+    batches = [(mx.random.randint(0, vocab, (rows, tokens + 1)), mx.array([[1, tokens]] * rows)) for _ in range(n)]
+    optimizer, times, peaks = optim.Adam(1e-4), [], []
+    for _ in range(job.get("steps", 2) + 1):
+        platform.reset_peak_memory()
+        begin = time.perf_counter()
+        (loss, _), gradients = model.loss_and_grads(batches)
+        optimizer.update(model, gradients)
+        mx.eval(model.trainable_parameters(), optimizer.state)
+        del gradients
+        times.append(time.perf_counter() - begin)
+        peaks.append(max(platform.peak_memory(), model.stats.last.peak_memory))
+    last = model.stats.last
+    return {
+        "memory": plan.memory,
+        "predicted": {
+            "peak_nbytes": plan.peak_nbytes,
+            "step_s": plan.step_s,
+            "read_nbytes": plan.read_nbytes,
+            "written_nbytes": plan.written_nbytes,
+        },
+        "measured": {
+            "peak_nbytes": max(peaks),
+            "step_s": statistics.median(times[1:]),
+            "spread_s": max(times[1:]) - min(times[1:]),
+            "read_nbytes": last.bytes_read,
+            "written_nbytes": last.bytes_written,
+            "wait_s": last.wait_s,
+        },
+        "kept": _choices(plan),
+        "plan_s": plan_s,
+        "loss": loss.item(),
+    }
+
+
+def _choices(plan) -> str:
+    from slowft.reports.plan import choices
+
+    return choices(plan)
+
+
+if __name__ == "__main__":
+    directory_, memory_, job_ = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+    if memory_ == "plans":
+        planner = _open(directory_, **job_).planner(*(job_.get(k, d) for k, d in (("rows", 4), ("tokens", 128))))
+        print(json.dumps({"least": planner.least().peak_nbytes, "most": planner.most().peak_nbytes}))
+    else:
+        print(json.dumps(_run(directory_, memory_, job_)))
