@@ -18,7 +18,7 @@ from ..planning import graph
 from ..planning.graph import Cost, CostUnknown
 from ..planning.job import Cut, Job, Product, Visit
 from .head import HeadLoss, usual_chunk
-from .parts import HeadPart, TailCall, TailPart
+from .parts import HeadPart, Tail, TailCall
 from .pieces import Pieces, ordering_by_sums
 from .trees import pack, unpack
 
@@ -174,39 +174,29 @@ class Costing:
         mx.eval(mask, total)
 
         @functools.cache
-        def head(tail: int, head_tokens: int | None) -> Cost:
-            first = len(order) - tail
+        def head(n_tail: int, head_tokens: int | None) -> Cost:
+            first = len(order) - n_tail
             tail_calls = [TailCall(unit, args, kwargs, 0) for unit, args, kwargs in visits[first:]]
-            start = tail_calls[0].args[0] if tail_calls else self._last_output(calls, rows, tokens)
-            arrays: list[mx.array] = []
-            spec = pack([start, [(call.args[1:], call.kwargs) for call in tail_calls]], arrays)
-            arrays = [placeholder(a.shape, a.dtype) for a in arrays]
-            units = {call.unit: None for call in tail_calls}
-            tail_entries = [entry for unit in units for entry in unit.adapter()]
-            originals = [(owner, key, owner[key]) for owner, key in [*tail_entries, *self._outside]]
-            params = [value for _, _, value in originals]
-            of_input = first > lowest or bool(self._outside) or not tail
-            trainable = {(id(o), k) for unit in units for _, o, k in unit.trainable()}
-            trained = [(id(o), k) in trainable for o, k in tail_entries] + [True] * len(self._outside)
-            wanted = [of_input] + [False] * (len(arrays) - 1) + trained
+            tail = Tail(self._cut, tail_calls, tail_calls[0].args[0] if n_tail else self._last_output(calls))
+            entries = [*tail.entries, *self._outside]
+            arrays, params = (
+                [placeholder(a.shape, a.dtype) for a in tail.arrays],
+                [owner[key] for owner, key in entries],
+            )
+            wanted = tail.wanted(first > lowest or bool(self._outside) or not n_tail, besides=False)
+            wanted += [True] * len(self._outside)
             wrt = [i for i, (a, w) in enumerate(zip([*arrays, *params], wanted)) if w and a.dtype in FLOATS]
             chunk = head_tokens or usual_chunk(vocab_size)
             chunk = chunk if in_chunks and chunk < rows * tokens else None
 
             def run_tail(values: list[mx.array]) -> Any:
-                hidden, arguments = unpack(spec, values)
-                if not tail_calls:
-                    return hidden
-                bound = [TailCall(c.unit, (None, *a), k, c.seed) for c, (a, k) in zip(tail_calls, arguments)]
-                with self._running_part(TailPart(self._cut, bound, hidden)) as part:
-                    self._model(mx.zeros((rows, tokens), mx.int32))
-                return part.output
+                return tail.run(values, self._model, self._running_part, (rows, tokens))
 
             def logits(hidden: Any, n_rows: int, n_tokens: int) -> mx.array:
                 with self._running_part(HeadPart(self._cut, hidden, lambda unit: None)):
                     return self._model(mx.zeros((n_rows, n_tokens), mx.int32))
 
-            loss = HeadLoss(run_tail, logits, targets, mask, total, tail_entries, self._outside, chunk)
+            loss = HeadLoss(run_tail, logits, targets, mask, total, tail.entries, self._outside, chunk)
 
             def function(values, param_values):
                 with self._pieces.cutting(Pieces(cut.mlp_tokens, cut.attention_queries)):
@@ -215,17 +205,18 @@ class Costing:
             try:
                 return self._on_thread(lambda: cost(function, arrays, params, in_part=True))
             finally:
-                for owner, key, value in originals:
+                for (owner, key), value in zip(entries, params):
                     owner[key] = value
 
         return head
 
-    def _last_output(self, calls, rows: int, tokens: int) -> Any:
-        unit, (args, kwargs) = self._cut.blocks[self._cut.order[-1]], calls[-1]
-        return _inner_call(unit)(*args, **kwargs)
+    def _last_output(self, calls) -> Any:
+        args, kwargs = calls[-1]
+        return _inner_call(self._cut.blocks[self._cut.order[-1]])(*args, **kwargs)
 
 
 def cost(function: Callable, *args, in_part: bool = False) -> Cost:
+    """See `planning.graph.cost`; pieces are put in order in a way it can see through."""
     with ordering_by_sums():
         return graph.cost(function, *args, in_part=in_part)
 

@@ -26,11 +26,11 @@ from .activations import Activations
 from .block import Memory, UnitCall
 from .head import HeadLoss, loss_mask, token_loss, treats_tokens_alike, usual_chunk
 from .kept import KeptProducts, Products
-from .parts import HeadPart, TailCall, TailPart
+from .parts import HeadPart, Tail, TailCall
 from .pieces import Pieces, PieceWork
 from .randomness import dropout_seed
 from .stats import Stats
-from .trees import attach, detach, pack, unpack
+from .trees import attach, detach
 
 HEAD = "head"  # stands for the tail and all layers behind the last block where units are named
 
@@ -133,8 +133,13 @@ class Engine:
         entries = unit.adapter()
         params = [self._traced(owner, key) for owner, key in entries]
         trainable = {(id(owner), key) for _, owner, key in unit.trainable()}
+
+        def in_pieces(*args, **kwargs):
+            with self.pieces.cutting(self.cuts, seed):
+                return inner(*args, **kwargs)
+
         call = UnitCall(
-            inner,
+            in_pieces,
             args,
             kwargs,
             entries,
@@ -341,20 +346,33 @@ class Engine:
         return self._head_loss(hidden, detach(targets), mask, total, gradients)
 
     def _head_loss(self, hidden: "_Hidden", targets, mask, total, gradients: bool) -> mx.array:
-        calls, first = hidden.tail, len(self.cut.order) - len(hidden.tail)
-        start = calls[0].args[0] if calls else hidden.output
-        arrays: list[mx.array] = []
-        spec = pack([start, [(call.args[1:], call.kwargs) for call in calls]], arrays)
-        tail_entries = [entry for unit in {call.unit: None for call in calls} for entry in unit.adapter()]
-        entries = [*tail_entries, *self._outside]
+        tail = Tail(self.cut, hidden.tail, hidden.tail[0].args[0] if hidden.tail else hidden.output)
+        entries = [*tail.entries, *self._outside]
         params = [self._traced(owner, key) for owner, key in entries]
-        micro_batch = self._micro_batches.index or 0
+        n, in_step, micro_batch = len(tail.arrays), self._in_step, self._micro_batches.index or 0
         seed = dropout_seed(self.seed, self.step, len(self.cut.order), micro_batch)
-        in_step = self._in_step
-        is_hidden = in_step and self._hides_between(first)
-        following = self.following((micro_batch, first))
-        wrt = self._head_wrt(arrays, calls, params, tail_entries, first)
+        is_hidden, key = in_step and self._hides_between(tail.first), (micro_batch, tail.first)
+        following = self.following(key)
+        everything = not in_step or bool(self._outside)
+        wanted = tail.wanted(everything or tail.first > self._lowest_trained, everything) + [True] * len(self._outside)
+        inputs = [*tail.arrays, *params]
+        wrt = [i for i, (a, w) in enumerate(zip(inputs, wanted, strict=True)) if w and a.dtype in FLOATS]
         found: list[mx.array] = []
+
+        def run_tail(values: list[mx.array]) -> Any:
+            for unit in tail.units:
+                self._residency.bring(unit)
+            output = tail.run(values, self.model, self.running_part, targets.values.shape)
+            mx.random.seed(seed)
+            return output
+
+        def compute(xs: list[mx.array]):
+            chunk = self._chunk_tokens(tail.hidden(xs[:n]), targets.values.size)
+            loss = HeadLoss(run_tail, self._head, attach(targets), mask, total, tail.entries, self._outside, chunk)
+            with self.pieces.cutting(self.cuts, seed):
+                if gradients:
+                    return loss.loss_and_grads(xs[:n], xs[n:], wrt)
+                return loss.loss(xs[:n], xs[n:]), []
 
         @mx.custom_function
         def head_function(*xs):
@@ -363,29 +381,13 @@ class Engine:
             def job():
                 xs = [None if d is None else attach(d) for d in detached]
                 if is_hidden:
-                    xs[0] = self._activations.pop((micro_batch, first), following)
-                values, values_of_params = xs[: len(arrays)], xs[len(arrays) :]
-                tree = unpack(spec, values)[0]
-                chunk = self._chunk_tokens(tree, targets.values.size)
-
-                def tail(values: list[mx.array]) -> Any:
-                    hidden, arguments = unpack(spec, values)
-                    if calls:
-                        hidden = self._run_tail(calls, arguments, hidden, targets.values.shape)
-                    mx.random.seed(seed)
-                    return hidden
-
-                head = HeadLoss(tail, self._head, attach(targets), mask, total, tail_entries, self._outside, chunk)
-                with self.pieces.cutting(self.cuts):
-                    if gradients:
-                        loss, of_wrt = head.loss_and_grads(values, values_of_params, wrt)
-                    else:
-                        loss, of_wrt = head.loss(values, values_of_params), []
-                del xs, values, values_of_params, tree
+                    xs[0] = self._activations.pop(key, following)
+                loss, of_wrt = compute(xs)
+                del xs
                 mx.eval(loss, of_wrt)
                 for at, i in enumerate(wrt[: len(of_wrt)]):
-                    if in_step and len(arrays) <= i < len(arrays) + len(tail_entries):
-                        of_wrt[at] = self.add_gradient(*entries[i - len(arrays)], of_wrt[at])
+                    if in_step and n <= i < n + len(tail.entries):
+                        of_wrt[at] = self.add_gradient(*entries[i - n], of_wrt[at])
                 return loss, of_wrt
 
             loss, found[:] = self._serve(HEAD, job, entries=entries, params=params)
@@ -399,28 +401,7 @@ class Engine:
                 result[i] = cotangent.astype(gradient.dtype) * gradient
             return tuple(result) if len(result) > 1 else result[0]
 
-        return head_function(*arrays, *params)
-
-    def _head_wrt(self, arrays, calls, params, tail_entries, first: int) -> list[int]:
-        """Which of the head function's inputs somebody wants the gradient of."""
-        wanted = [True] * len(arrays)
-        if self._in_step and not self._outside:
-            wanted[0] = first > self._lowest_trained
-            if calls:  # masks and the like
-                wanted[1:] = [False] * (len(arrays) - 1)
-        trainable = {(id(owner), key) for call in calls for _, owner, key in call.unit.trainable()}
-        trained = [(id(owner), key) in trainable for owner, key in tail_entries] + [True] * len(self._outside)
-        everything = [*arrays, *params]
-        return [i for i, (a, w) in enumerate(zip(everything, wanted + trained)) if w and a.dtype in FLOATS]
-
-    def _run_tail(self, calls: Sequence[TailCall], arguments: list, hidden: mx.array, shape: tuple[int, int]) -> Any:
-        """Output of the last block, from the hidden state that goes into the tail: the model's own call does it."""
-        for call in calls:
-            self._residency.bring(call.unit)
-        bound = [TailCall(c.unit, (None, *args), kwargs, c.seed) for c, (args, kwargs) in zip(calls, arguments)]
-        with self.running_part(TailPart(self.cut, bound, hidden)) as part:
-            self.model(mx.zeros(shape, mx.int32))
-        return part.output
+        return head_function(*inputs)
 
     def _chunk_tokens(self, hidden: Any, n_tokens: int) -> int | None:
         """How many tokens' logits may exist at once; None when all may, or when the head cannot be cut."""
@@ -614,17 +595,12 @@ class _VisitMemory(Memory):
 
     @contextmanager
     def recording(self):
-        with self._engine.pieces.cutting(self._engine.cuts):
-            if not self._names:
-                yield {}
-                return
-            with self._engine.kept.recording(self._names) as products:
-                yield products
-            self._products = products
+        with self._engine.kept.recording(self._names) as products:
+            yield products
+        self._products = products
 
     @contextmanager
     def replaying(self):
-        with self._engine.pieces.cutting(self._engine.cuts):
-            with self._engine.kept.replaying(self._products):
-                self._products = {}
-                yield
+        products, self._products = self._products, {}
+        with self._engine.kept.replaying(products):
+            yield

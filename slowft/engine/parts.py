@@ -11,6 +11,7 @@ import mlx.core as mx
 from mlx.utils import tree_map
 
 from ..models.seams import Cut, Unit
+from .trees import pack, unpack
 
 
 @dataclass
@@ -23,13 +24,50 @@ class TailCall:
     seed: int
 
 
-class TailPart:
-    """Computes the blocks from some visit on, in one graph; after the model's call `output` is the last one's.
+class Tail:
+    """The blocks of a tail as one function of flat arrays: the hidden state first, then what they are handed besides.
+
+    With no calls, it hands the hidden state (a tree, then) on.
 
     Args:
-        calls: of the blocks of the tail, in order, with what each is handed besides the hidden state.
-        hidden: input of the first of them.
+        calls: of the blocks of the tail, in order.
+        hidden: input of the first of them, or output of the last block if there are none.
+
+    Attributes:
+        arrays: the function's arguments as they are now.
+        entries: (owner, key) of the arrays of the tail's adapters.
     """
+
+    def __init__(self, cut: Cut, calls: Sequence[TailCall], hidden: Any):
+        self._cut, self._calls = cut, list(calls)
+        self.arrays: list[mx.array] = []
+        self._spec = pack([hidden, [(call.args[1:], call.kwargs) for call in calls]], self.arrays)
+        self.units = list({call.unit: None for call in calls})
+        self.entries = [entry for unit in self.units for entry in unit.adapter()]
+        self.first = len(cut.order) - len(self._calls)
+
+    def hidden(self, values: list[mx.array]) -> Any:
+        return unpack(self._spec, values)[0]
+
+    def run(self, values: list[mx.array], model: Any, running_part: Callable, shape: tuple[int, int]) -> Any:
+        """Output of the last block, unevaluated: the model's own call on tokens of `shape` computes it."""
+        hidden, arguments = unpack(self._spec, values)
+        if not self._calls:
+            return hidden
+        calls = [TailCall(c.unit, (None, *args), kwargs, c.seed) for c, (args, kwargs) in zip(self._calls, arguments)]
+        with running_part(_TailPart(self._cut, calls, hidden)) as part:
+            model(mx.zeros(shape, mx.int32))
+        return part.output
+
+    def wanted(self, hidden: bool, besides: bool) -> list[bool]:
+        """Whose gradient is asked for, of the arrays (the hidden state's, the others') and then of the entries."""
+        trainable = {(id(owner), key) for unit in self.units for _, owner, key in unit.trainable()}
+        of_arrays = [hidden if not self._calls or i == 0 else besides for i in range(len(self.arrays))]
+        return of_arrays + [(id(owner), key) in trainable for owner, key in self.entries]
+
+
+class _TailPart:
+    """Computes the blocks from some visit on, in one graph; after the model's call `output` is the last one's."""
 
     def __init__(self, cut: Cut, calls: Sequence[TailCall], hidden: mx.array):
         self._first = len(cut.order) - len(calls)

@@ -50,7 +50,7 @@ class PieceWork:
     def cutting(self, pieces: Pieces, seed: int = 0) -> Iterator[None]:
         """While this is entered, calls of the blocks are cut; `seed` is what their pieces' dropout is drawn from."""
         before, self._pieces = self._pieces, pieces
-        self._seed, self._n_calls = seed, 0
+        self._seed, self._n_calls = seed % 2**32, 0
         attention = mx.fast.scaled_dot_product_attention
         if pieces.attention_queries is not None:
             mx.fast.scaled_dot_product_attention = _attention_in_pieces(attention, pieces.attention_queries)
@@ -69,7 +69,7 @@ class PieceWork:
         try:
             if not self._is_tokenwise(layer, inner, x):
                 return inner(x)
-            return _tokens_in_pieces(inner, layer, x, n, self._seed + self._n_calls)
+            return _tokens_in_pieces(inner, layer, x, n, self._seed, self._n_calls)
         finally:
             self._inside = False
 
@@ -85,7 +85,7 @@ class PieceWork:
         return self._tokenwise[id(layer)]
 
 
-def _tokens_in_pieces(inner: Callable, layer: nn.Module, x: mx.array, n: int, seed: int) -> mx.array:
+def _tokens_in_pieces(inner: Callable, layer: nn.Module, x: mx.array, n: int, seed: int, layer_number: int) -> mx.array:
     """`inner(x)` of `[B, T, D]`, at most `n` of the T tokens at a time; piece by piece its own dropout masks."""
     entries = [(owner, key) for owner, key, _ in array_entries(layer)]
     trainable = [(o, k) for o, k in entries if _needs_gradient(o, k)]
@@ -95,7 +95,7 @@ def _tokens_in_pieces(inner: Callable, layer: nn.Module, x: mx.array, n: int, se
     def call(piece: mx.array, params, start: int) -> mx.array:
         for (owner, key), value in zip(trainable, params):
             owner[key] = value
-        mx.random.seed(dropout_seed(seed, start, 0, 0))
+        mx.random.seed(dropout_seed(seed, layer_number, start, 0))
         return inner(piece)
 
     @mx.custom_function
