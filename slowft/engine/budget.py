@@ -71,6 +71,8 @@ class Budget:
             ConfigError: there is none; names the least memory that would do.
         """
         planner = self.planner(rows, tokens, micro_batches)
+        if memory is not None:  # more than the machine has (on macOS: than Metal recommends) would be paged
+            memory = min(memory, planner.machine.memory_nbytes)
         plan = planner.choose(memory)
         if plan is None:
             raise ConfigError(planner.too_little(memory))
