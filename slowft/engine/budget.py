@@ -18,7 +18,7 @@ from ..planning.plan import Plan, Planner
 from .costs import Costing
 
 # for plans of which only the memory counts
-UNKNOWN = Machine(0, 1e12, 1e10, 1e10, 0.0, None, None, 1, "unknown")
+UNKNOWN = Machine(0, 1e12, 1e10, 1e9, 1e10, 0.0, None, None, 1, "unknown")
 WARM_UP_NBYTES = 24 << 20  # what libraries take once they are used: OpenBLAS's buffers, threads' stacks, page tables
 
 

@@ -20,6 +20,7 @@ STREAM_NBYTES = 40 << 20  # of each array that is read or written: more than gli
 READ_NBYTES = 32 << 20  # read at a time
 READ_AT_MOST_NBYTES = 512 << 20
 TELLING_NBYTES = 1 << 20  # less than this to read says nothing about a drive
+FUNCTION_VALUES = 1 << 20
 DEQUANTIZED_NBYTES = 8 << 20
 
 
@@ -32,6 +33,7 @@ class Machine:
             working set that Metal recommends, never the wired maximum.
         matmul_flops_per_s: matrix products in the compute dtype; a multiply-add is two.
         bytes_per_s: bytes read and written by an elementwise operation, in memory that is in use already.
+        functions_per_s: exponentials of float numbers.
         cast_bytes_per_s: bytes put out by a cast to the compute dtype, in memory that is in use already.
         page_s_per_byte: seconds that it takes in addition where the memory is fresh from the operating system.
         read_bytes_per_s: one file after the other, past the file cache; None if there was nothing to read.
@@ -44,6 +46,7 @@ class Machine:
     memory_nbytes: int
     matmul_flops_per_s: float
     bytes_per_s: float
+    functions_per_s: float
     cast_bytes_per_s: float
     page_s_per_byte: float
     read_bytes_per_s: float | None
@@ -51,6 +54,11 @@ class Machine:
     cores: int
     device: str
     compute_dtype: str | None = None
+
+    @property
+    def rates(self) -> tuple[float, float, float]:
+        """What `Cost.seconds` takes."""
+        return self.matmul_flops_per_s, self.bytes_per_s, self.functions_per_s
 
     def dequantize_s_per_byte(self, bits: int, group_size: int, mode: str) -> float:
         """Seconds per byte put out when weights are dequantized on arrival, which takes up to four cores.
@@ -81,6 +89,7 @@ def measure(compute_dtype: mx.Dtype, files: Sequence[str], seconds: float = 1.5)
         memory_nbytes=_memory_nbytes(),
         matmul_flops_per_s=matmul_flops_per_s,
         bytes_per_s=bytes_per_s,
+        functions_per_s=_functions_per_s(compute_dtype, seconds * 0.05),
         cast_bytes_per_s=STREAM_NBYTES / warm_s,
         page_s_per_byte=max(0.0, fresh_s - warm_s) / STREAM_NBYTES,
         read_bytes_per_s=_read_bytes_per_s(files, seconds * 0.35),
@@ -158,6 +167,12 @@ def _bytes_per_s(dtype: mx.Dtype, seconds: float) -> float:
     a, b = mx.zeros((2, STREAM_NBYTES // dtype.size), dtype)
     mx.eval(a, b)
     return 3 * STREAM_NBYTES / _best(lambda: a + b, seconds)
+
+
+def _functions_per_s(dtype: mx.Dtype, seconds: float) -> float:
+    array = mx.zeros((FUNCTION_VALUES,), dtype)
+    mx.eval(array)
+    return FUNCTION_VALUES / _best(lambda: mx.exp(array), seconds)
 
 
 def _matmul_flops_per_s(dtype: mx.Dtype, seconds: float) -> float:

@@ -380,7 +380,7 @@ class Planner:
         machine = self.machine
         seconds = self._seconds_of.get(id(cost))
         if seconds is None:
-            seconds = self._seconds_of[id(cost)] = cost.seconds(machine.matmul_flops_per_s, machine.bytes_per_s)
+            seconds = self._seconds_of[id(cost)] = cost.seconds(*machine.rates)
         return seconds + fresh * ALLOCATION_SHARE * cost.moved_nbytes * machine.page_s_per_byte
 
     def _head(self, job: Job, tail: int, head_tokens: int | None, exact: bool) -> tuple[int, float, int]:
