@@ -2,7 +2,7 @@
 
 import json
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import click
@@ -30,7 +30,7 @@ DTYPES = ["float32", "float16", "bfloat16", "native"]
 @click.option("--optimizer", default="adam", show_default=True, type=click.Choice(OPTIMIZERS), help="As in finetune.")
 @click.option("--compute-dtype", type=click.Choice(DTYPES), help="As in finetune.")
 @click.option("--tokens", type=AT_LEAST_1, help="Tokens of the training data: adds hours and bytes written.")
-@click.option("--epochs", default=1.0, show_default=True, help="Passes over them.")
+@click.option("--epochs", type=click.FloatRange(0, min_open=True), help="Passes over them [default: 1].")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output, bytes and seconds.")
 def plan(model, config_file, memory, tokens, epochs, as_json, **job):
     """Say what fine-tuning a model would take here: memory, reads, seconds, and what to keep in memory.
@@ -43,6 +43,8 @@ def plan(model, config_file, memory, tokens, epochs, as_json, **job):
     """
     if (model is None) == (config_file is None):
         raise click.UsageError("give a model: --model with a directory or hub id, or --config with its config.json")
+    if epochs is not None and tokens is None:
+        raise click.UsageError("--epochs says nothing without --tokens, the number of tokens in the training data")
     from ..engine.budget import default_memory
     from ..engine.model import open_model, parse_nbytes
 
@@ -66,10 +68,23 @@ def plan(model, config_file, memory, tokens, epochs, as_json, **job):
             sizes = {"nbytes_on_disk": opened.nbytes_on_disk, "embedding_nbytes": opened.embedding_nbytes}
         finally:
             opened.close()
+    data = None
+    if tokens:
+        tokens_of_step = job["batch_size"] * (job["max_seq_length"] - 1) * job["grad_accumulation_steps"]
+        data = Data(tokens, epochs or 1.0, tokens_of_step)
     if as_json:
-        _print_json(planner.machine, chosen, table, sizes, tokens, epochs)
+        _print_json(planner.machine, chosen, table, sizes, data)
     else:
-        _print(planner.machine, chosen, table, about, sizes["embedding_nbytes"], tokens, epochs)
+        _print(planner.machine, chosen, table, about, sizes["embedding_nbytes"], data)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Training data: its size, how often it is gone through, and how much of it makes a step."""
+
+    tokens: int
+    epochs: float
+    tokens_of_step: int
 
 
 @contextmanager
@@ -87,19 +102,19 @@ def _directory(model: str | None, config_file: str | None):
             yield directory
 
 
-def _print_json(machine, chosen, table, sizes: dict, tokens, epochs) -> None:
+def _print_json(machine, chosen, table, sizes: dict, data: Data | None) -> None:
     result = {
         "machine": asdict(machine),
         "model": sizes,
         "plan": None if chosen is None else as_dict(chosen),
         "table": [as_dict(plan) for plan in table],
     }
-    if tokens and chosen:
-        result["run"] = _run(chosen, tokens, epochs)
+    if data and chosen:
+        result["run"] = _run(chosen, data)
     click.echo(json.dumps(result))
 
 
-def _print(machine, chosen, table, about: str, embedding_nbytes: int, tokens, epochs) -> None:
+def _print(machine, chosen, table, about: str, embedding_nbytes: int, data: Data | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -116,11 +131,14 @@ def _print(machine, chosen, table, about: str, embedding_nbytes: int, tokens, ep
         click.echo(line)
     parts = sorted(shown.parts.items(), key=lambda part: -part[1])
     click.echo("  of the peak: " + ", ".join(f"{name} {size(nbytes)}" for name, nbytes in parts))
-    if tokens:
-        run = _run(shown, tokens, epochs)
+    if machine.read_bytes_per_s is None:
+        click.echo("  reading is not in these seconds: no weights are here to measure the disk with")
+    if data:
+        run = _run(shown, data)
+        written = size(run["written_nbytes"]) if run["written_nbytes"] else "nothing"
         click.echo(
-            f"  {epochs:g} x {tokens:,} tokens: {run['steps']:,} steps, {duration(run['seconds'])}, "
-            f"{size(run['read_nbytes'])} read, {size(run['written_nbytes'])} written to the disk"
+            f"  {data.epochs:g} x {data.tokens:,} tokens: {run['steps']:,} steps, {duration(run['seconds'])}, "
+            f"{size(run['read_nbytes'])} read, {written} written to the disk"
         )
     rows = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("budget", "peak", "read/step", "written/step", "step", "bound by"):
@@ -143,9 +161,8 @@ def _print(machine, chosen, table, about: str, embedding_nbytes: int, tokens, ep
     console.print(rows)
 
 
-def _run(plan, tokens: int, epochs: float) -> dict:
-    job = plan.job
-    steps = max(1, round(tokens * epochs / (job.micro_batches * job.rows * job.tokens)))
+def _run(plan, data: Data) -> dict:
+    steps = max(1, round(data.tokens * data.epochs / data.tokens_of_step))
     return {
         "steps": steps,
         "seconds": steps * plan.step_s,
