@@ -218,7 +218,12 @@ class Costing:
 def cost(function: Callable, *args, in_part: bool = False) -> Cost:
     """See `planning.graph.cost`; pieces are put in order in a way it can see through."""
     with ordering_by_sums():
-        return graph.cost(function, *args, in_part=in_part)
+        if in_part:
+            try:
+                return graph.cost(function, *args, in_part=True)
+            except CostUnknown:  # no part of it can be seen
+                pass
+        return graph.cost(function, *args)
 
 
 def _inner_call(unit: Unit) -> Callable:

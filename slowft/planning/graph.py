@@ -82,8 +82,8 @@ def cost(function: Callable, *args, in_part: bool = False) -> Cost:
     except _HasCustomFunction:
         try:
             outputs = _trace(*_without_custom_functions(function, args))
-        except ValueError as of_vmap:
-            if not isinstance(of_vmap, CostUnknown) and not str(of_vmap).startswith("[Primitive::vmap]"):
+        except (ValueError, RuntimeError) as of_vmap:
+            if not isinstance(of_vmap, CostUnknown) and "vmap" not in str(of_vmap):
                 raise
             outputs = _trace(function, args, in_part=True)
     finally:

@@ -153,11 +153,11 @@ class Planner:
         return replace(plan, memory=memory, schedule=schedule, least_nbytes=self.least().peak_nbytes)
 
     def _everything(self, job: Job, limit: float) -> Plan | None:
-        """Ordinary training, if there is room for it."""
+        """Ordinary training, if there is room for it and for keeping its buffers from step to step."""
         if not job.is_chain:
             return None
         tail = len(job.visits)
-        for head_tokens, share in itertools.product((None, HEAD_TOKENS[-1]), (1, 0.5, 0.25, 0)):
+        for head_tokens, share in itertools.product((None, HEAD_TOKENS[-1]), (1, 0.7, 0.5)):
             schedule = Schedule(
                 slots=1,
                 tail=tail,
