@@ -50,7 +50,7 @@ PAGE = """# Large models on Macs: predictions
 
 **Predicted, not measured.** No Mac was at hand. The speeds are assumptions, about those of a base M-series chip and
 the same for every size of memory: {flops:g} TFLOP/s in 16-bit products, {moved:g} GB/s in memory, {read:g} GB/s read
-from the SSD and {written:g} GB/s written to it.
+from the SSD, {written:g} GB/s written to it.
 
 The job: one sequence of {tokens:,} tokens a step, LoRA of rank {rank} on the last {layers} blocks, Adam, in the
 model's own dtype (`--compute-dtype native`, the default on a Mac). `--memory` is about two thirds of the Mac's

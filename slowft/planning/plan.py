@@ -344,9 +344,8 @@ class Planner:
     def _compute(self, job: Job, s: Schedule, exact: bool) -> float:
         n, m = len(job.visits) - s.tail, job.micro_batches
         names = s.kept + ((),) * (n - len(s.kept))
-        all_at_once = s.tail == len(job.visits)
-        workspace = self._head(job, s.tail, s.head_tokens, exact)[0] if all_at_once else _workspace(job)
-        fresh = 1 - min((s.cache_nbytes or 0) / max(workspace, 1), 1)
+        cache = s.cache_nbytes or 0
+        fresh = 1 - min(cache / max(_workspace(job), 1), 1)
         seconds = 0.0
         for visit, chosen in zip(job.visits, names):
             passes = 1
@@ -359,7 +358,8 @@ class Planner:
                         backward -= self._seconds(visit.backward) - self._seconds(product.backward)
                 of_micro_batch += backward
             seconds += m * of_micro_batch + passes * self._arrival(visit)
-        _, head_s, head_moved = self._head(job, s.tail, s.head_tokens, exact)
+        head_peak, head_s, head_moved = self._head(job, s.tail, s.head_tokens, exact)
+        fresh = 1 - min(cache / max(head_peak, 1), 1)
         seconds += m * (head_s + fresh * ALLOCATION_SHARE * head_moved * self.machine.page_s_per_byte)
         if not s.keep_head and job.head_compute_nbytes != job.head_stored_nbytes:
             seconds += job.head_compute_nbytes / self.machine.cast_bytes_per_s
