@@ -17,32 +17,9 @@ import time
 from pathlib import Path
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
-SHAPE = {
-    "model_type": "llama",
-    "hidden_size": 2048,
-    "intermediate_size": 5632,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "rms_norm_eps": 1e-5,
-    "vocab_size": 32000,
-    "tie_word_embeddings": False,
-}
-
-
-def write_random(directory: Path, layers: int) -> None:
-    """A random bfloat16 model of the shape, one shard a block."""
-    from mlx_lm.models import llama
-
-    config = SHAPE | {"num_hidden_layers": layers}
-    shards: dict[str, dict] = {}
-    for name, array in tree_flatten(llama.Model(llama.ModelArgs.from_dict(config)).parameters()):
-        block = name.split(".")[2] if ".layers." in name else "rest"
-        shards.setdefault(block, {})[name] = array.astype(mx.bfloat16)
-    for i, block in enumerate(list(shards)):
-        mx.save_safetensors(str(directory / f"model-{i:05d}.safetensors"), shards.pop(block), {"format": "mlx"})
-    (directory / "config.json").write_text(json.dumps(config))
+from memory_ladder import SHAPE
+from planned import write_random
 
 
 def batch(rows: int, tokens: int):
@@ -111,7 +88,7 @@ def main() -> None:
         print(json.dumps(globals()[args.one](args.dir, args.rows, args.tokens, args.steps)))
         return
     with tempfile.TemporaryDirectory() as directory:
-        write_random(Path(directory), args.layers)
+        write_random(Path(directory), SHAPE | {"num_hidden_layers": args.layers})
         shape = f"{args.layers} blocks, {args.rows}x{args.tokens} tokens, {platform.machine()} {platform.system()}"
         results = {}
         for kind in ["streamed"] + ["in_memory"] * args.compare:
