@@ -7,7 +7,6 @@ calculates: nothing is measured, read or computed here.
 
 import functools
 import itertools
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -135,7 +134,8 @@ class Planner:
             cache_nbytes=0,
             **_as_schedule(job.cut),
         )
-        return self.predict(job, schedule)
+        plans = (self.predict(job, replace(schedule, spilled=n)) for n in {0, schedule.spilled})
+        return min(plans, key=lambda plan: plan.peak_nbytes)  # of few blocks, spilling takes more than it saves
 
     def _best(self, job: Job, memory: int | None) -> Plan:
         limit = float("inf") if memory is None else memory
@@ -197,15 +197,17 @@ class Planner:
                     yield base
 
     def _least_spilled(self, job: Job, schedule: Schedule, limit: float) -> Schedule:
-        """The schedule with as few inputs spilled as fit."""
-        low, high = 0, schedule.spilled
+        """The schedule with as few inputs spilled as fit: the first few take more than none, being written and read."""
+        if self._memory(job, replace(schedule, spilled=0), False)[0] <= limit:
+            return replace(schedule, spilled=0)
+        low, high = min(_first_kept(job) + 1, schedule.spilled), schedule.spilled
         while low < high:
             middle = (low + high) // 2
             if self._memory(job, replace(schedule, spilled=middle), False)[0] <= limit:
                 high = middle
             else:
                 low = middle + 1
-        return replace(schedule, spilled=0 if low <= _first_kept(job) else low)
+        return replace(schedule, spilled=low)
 
     def _filled(self, job: Job, base: Schedule, limit: float) -> Iterator[Plan]:
         """The schedule as it is, and with the room that is left given to products and then blocks, or the reverse."""
@@ -393,8 +395,8 @@ class Planner:
 
 
 def _up(nbytes: int) -> str:
-    """As an amount of memory that is enough: rounded up."""
-    return f"{math.ceil(nbytes / 1e7) / 100:.2f}GB"
+    """As an amount of memory that is enough: rounded up, always by something, as 2.01 x 1e9 is less than 2010000000."""
+    return f"{(nbytes // 10**7 + 1) / 100:.2f}GB"
 
 
 def _as_schedule(cut: Cut) -> dict:
