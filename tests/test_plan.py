@@ -36,7 +36,7 @@ SMALL = LLAMA | {  # blocks of 1.6 MB in bfloat16, in a plan whose process is ma
     "vocab_size": 1024,
 }
 BASE = 100_000_000
-ROWS, TOKENS = 4, 64
+ROWS, TOKENS = 2, 128
 BLOCK = 2 * (2 * 256 * 512 + 2 * 256 * 128 + 3 * 256 * 704 + 2 * 256)
 HIDDEN = ROWS * TOKENS * 256 * 4
 
@@ -90,7 +90,7 @@ def native(directory):
     opened.model.close()
 
 
-def budgets(planner: Planner, n: int = 12) -> list[int]:
+def budgets(planner: Planner, n: int = 10) -> list[int]:
     """From the least to a little more than all, closer together where memory is short."""
     least, most = planner.least().peak_nbytes, planner.most().peak_nbytes
     return [int(least + (1.02 * most - least) * (i / n) ** 2) for i in range(n + 1)]
@@ -109,7 +109,8 @@ def way_of_cutting(plan) -> tuple:
 )
 def test_no_plan_passes_its_memory_and_more_of_it_is_never_slower(model, machine, request):
     """Within one way to cut the work: that is chosen for equal sums, not for speed."""
-    planner = request.getfixturevalue(model).planner(MACHINES[machine])
+    n = 2 if model == "few_trained" else 1
+    planner = request.getfixturevalue(model).planner(MACHINES[machine], micro_batches=n)
     plans = [planner.choose(memory) for memory in budgets(planner)]
     for plan in plans:
         assert plan.peak_nbytes <= plan.memory
@@ -165,7 +166,7 @@ def test_less_than_the_least_is_refused_before_anything_is_read(directory, monke
 # --- Spilling ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model, lowest, micro_batches", [("opened", 0, 1), ("opened", 0, 3), ("few_trained", 5, 2)])
+@pytest.mark.parametrize("model, lowest, micro_batches", [("opened", 0, 1), ("few_trained", 5, 2)])
 def test_inputs_are_spilled_only_as_far_as_they_must(model, lowest, micro_batches, request):
     """The input of the first block, and of blocks below those trained, is never asked for again."""
     planner = request.getfixturevalue(model).planner(MACHINES["usual disk"], micro_batches=micro_batches)
@@ -199,7 +200,7 @@ def test_a_step_reads_and_writes_what_its_plan_says(opened, tmp_path):
     model, batch = opened.model, distinct_tokens()
     default = planner.predict(planner._job_of(Cut()), model._engine.schedule)
     assert default.read_nbytes == (2 * 8 - 2) * BLOCK + 1024 * 256 * 2 + ROWS * TOKENS * 256 * 2
-    plans = [default, *(planner.choose(memory) for memory in budgets(planner, n=5))]
+    plans = [default, *(planner.choose(memory) for memory in budgets(planner, n=4))]
     try:
         for plan in plans:
             model._engine.follow(plan.schedule, tmp_path)
@@ -281,11 +282,21 @@ def test_products_are_kept_by_seconds_saved_per_byte(opened):
     assert frozenset({"o_proj"}) in seen and frozenset(LAYERS) in seen
 
 
+@pytest.mark.parametrize("n_blocks", [1, 2])
+def test_models_of_a_block_or_two_are_planned_for_every_budget(n_blocks, tmp_path):
+    opened = Opened(save_random(tmp_path / "m", SMALL | {"num_hidden_layers": n_blocks}))
+    planner = opened.planner(MACHINES["usual disk"], rows=1)
+    plans = [planner.choose(memory) for memory in budgets(planner)]
+    assert all(0 <= plan.schedule.tail <= n_blocks and plan.peak_nbytes <= plan.memory for plan in plans)
+    assert plans[-1].schedule.tail == n_blocks
+    opened.model.close()
+
+
 def test_long_sequences_are_cut_into_pieces_only_when_they_must(tmp_path):
     config = LLAMA | {"num_hidden_layers": 1, "num_attention_heads": 8}
     opened = Opened(save_random(tmp_path / "m", config))
-    scores = 8 * 8192 * 8192 * 4
-    planner = opened.planner(MACHINES["usual disk"], rows=1, tokens=8192)
+    scores = 8 * 4096 * 4096 * 4
+    planner = opened.planner(MACHINES["usual disk"], rows=1, tokens=4096)
     whole, small = planner.choose(BASE + 8 * scores), planner.choose(BASE + scores // 2)
     assert way_of_cutting(whole) == (None, None, None) and whole.peak_nbytes > BASE + scores
     assert small.schedule.rows is None and small.schedule.mlp_tokens and small.schedule.attention_queries
@@ -453,7 +464,7 @@ def test_hub_out_of_reach_is_one_line():
 # --- Following it -----------------------------------------------------------------------------------
 
 
-def test_dry_run_prints_the_plan_and_changes_nothing(slowft_):
+def test_dry_run_prints_the_plan_and_changes_nothing_and_a_run_prints_the_same_first(slowft_):
     before = snapshot(slowft_.directory)
     outcome = slowft_("--dry-run", "--memory", "2GB")
     assert outcome.err == "" and outcome.status == 0
@@ -463,12 +474,9 @@ def test_dry_run_prints_the_plan_and_changes_nothing(slowft_):
     assert third.startswith("  predicted step ") and third.endswith(" read a step")
     assert snapshot(slowft_.directory) == before
 
-
-def test_finetune_prints_the_plan_first_and_trains_within_it(slowft_):
-    dry = slowft_("--dry-run", "--memory", "2GB").out.splitlines()
     lines = slowft_("--memory", "2GB").out.splitlines()
-    assert lines[0] == dry[0] and lines[2] == dry[2]
-    assert lines[3].startswith("llama") or "Iter" in "".join(lines[3:])
+    assert lines[0] == first and lines[2] == third  # the second has what this process holds by now
+    assert any(line.startswith("Iter 2") for line in lines[3:])
     assert (slowft_.directory / "adapters" / "adapters.safetensors").exists()
 
 

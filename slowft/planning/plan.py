@@ -184,7 +184,7 @@ class Planner:
         chunks = [n for n in HEAD_TOKENS if n < job.rows * job.tokens] or [None]
         fitting = [n for n in chunks if self._memory(job, replace(least, head_tokens=n), False)[0] <= limit]
         n, is_copied = len(job.visits), all(visit.is_copied for visit in job.visits)
-        tails = sorted({round(n * i / 16) for i in range(17)} | {1, 2}) if job.is_chain else [0]
+        tails = sorted({round(n * i / 16) for i in range(17)} | {1, min(2, n)}) if job.is_chain else [0]
         workspace = _workspace(job)
         for slots in (1,) if is_copied else (1, 2):  # what is copied out of its buffer leaves it to the next block
             for cache, keep_head in itertools.product((0, workspace // 2, workspace), (False, True)):
