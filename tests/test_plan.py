@@ -2,6 +2,7 @@
 
 import slowft  # noqa: F401, I001  (before mlx: it loads OpenBLAS)
 
+import itertools
 import json
 import os
 import subprocess
@@ -38,7 +39,7 @@ SMALL = LLAMA | {  # blocks of 1.6 MB in bfloat16, in a plan whose process is ma
 BASE = 100_000_000
 ROWS, TOKENS = 2, 128
 BLOCK = 2 * (2 * 256 * 512 + 2 * 256 * 128 + 3 * 256 * 704 + 2 * 256)
-HIDDEN = ROWS * TOKENS * 256 * 4
+OUTSIDE = 1024 * 256 * 2 + ROWS * TOKENS * 256 * 2  # head, and rows of the embedding
 
 # what is not said does not count
 FAST = {"matmul_flops_per_s": 1e11, "bytes_per_s": 1e10, "page_s_per_byte": 2e-10}
@@ -127,6 +128,25 @@ def test_no_plan_passes_its_memory_and_more_of_it_is_never_slower(model, machine
     assert plans[-1].step_s < 0.9 * plans[0].step_s
 
 
+@pytest.mark.parametrize("machine", ["usual disk", "fast disk"])
+def test_no_plain_schedule_that_fits_is_faster(machine, opened):
+    planner = opened.planner(MACHINES[machine])
+    job = planner._job_of(Cut())
+    choices = itertools.product(range(9), (0, 4 * BLOCK), (False, True), (0, 20_000_000))
+    plain = [
+        planner.predict(job, Schedule(1, resident, tail, keep_head, head_tokens=64, cache_nbytes=cache))
+        for tail, resident, keep_head, cache in choices
+    ]
+    n_compared = 0
+    for memory in budgets(planner):
+        plan = planner.choose(memory)
+        fitting = [other.step_s for other in plain if other.peak_nbytes <= memory]
+        if fitting and way_of_cutting(plan) == way_of_cutting(plain[0]):
+            assert plan.step_s <= min(fitting) * (1.1 if plan.schedule.tail == 8 else 1.01)
+            n_compared += 1
+    assert n_compared > 5
+
+
 def test_with_room_for_everything_it_is_ordinary_training(opened):
     planner = opened.planner(MACHINES["usual disk"])
     for plan in (planner.most(), planner.choose(10 * planner.most().peak_nbytes)):
@@ -199,7 +219,7 @@ def test_a_step_reads_and_writes_what_its_plan_says(opened, tmp_path):
     planner = opened.planner(MACHINES["slow disk"])
     model, batch = opened.model, distinct_tokens()
     default = planner.predict(planner._job_of(Cut()), model._engine.schedule)
-    assert default.read_nbytes == (2 * 8 - 2) * BLOCK + 1024 * 256 * 2 + ROWS * TOKENS * 256 * 2
+    assert default.read_nbytes == (2 * 8 - 2) * BLOCK + OUTSIDE
     plans = [default, *(planner.choose(memory) for memory in budgets(planner, n=4))]
     try:
         for plan in plans:
@@ -211,6 +231,15 @@ def test_a_step_reads_and_writes_what_its_plan_says(opened, tmp_path):
     finally:
         model._engine.follow(default.schedule, tmp_path)
     assert len({plan.read_nbytes for plan in plans}) >= 4
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_where_reading_takes_longest_room_for_a_block_saves_reading_it_twice(n, opened):
+    planner = opened.planner(MACHINES["slow disk"])
+    streaming = planner.predict(planner._job_of(Cut()), Schedule(slots=1, head_tokens=64, cache_nbytes=0))
+    assert streaming.read_nbytes == (2 * 8 - 2) * BLOCK + OUTSIDE
+    room = int(1.02 * n * BLOCK) + 1
+    assert planner.choose(streaming.peak_nbytes + room).read_nbytes <= streaming.read_nbytes - 2 * n * BLOCK
 
 
 @pytest.mark.parametrize("n", [3, 5])
