@@ -238,7 +238,7 @@ def test_where_reading_takes_longest_room_for_a_block_saves_reading_it_twice(n, 
     planner = opened.planner(MACHINES["slow disk"])
     streaming = planner.predict(planner._job_of(Cut()), Schedule(slots=1, head_tokens=64, cache_nbytes=0))
     assert streaming.read_nbytes == (2 * 8 - 2) * BLOCK + OUTSIDE
-    room = int(1.02 * n * BLOCK) + 1
+    room = int(1.05 * n * BLOCK)  # plans leave a few percent of slack
     assert planner.choose(streaming.peak_nbytes + room).read_nbytes <= streaming.read_nbytes - 2 * n * BLOCK
 
 
