@@ -12,13 +12,15 @@ import mlx.core as mx
 
 from .. import platform
 from ..errors import ConfigError, SlowftWarning
-from ..planning.job import Cut
+from ..models.seams import trainable_entries
+from ..planning.job import Cut, Job
 from ..planning.machine import Machine, measure
 from ..planning.plan import Plan, Planner
 from .costs import Costing
 
 # for plans of which only the memory counts
 UNKNOWN = Machine(0, 1e12, 1e10, 1e9, 1e10, 0.0, None, None, 1, "unknown")
+MEASURING_NBYTES = 256 << 20
 WARM_UP_NBYTES = 24 << 20  # what libraries take once they are used: OpenBLAS's buffers, threads' stacks, page tables
 
 
@@ -39,6 +41,7 @@ class Budget:
         self._shape = (0, 0, 0)
         self._base_nbytes: int | None = None
         self._has_warned = False
+        self._jobs: dict[tuple, Job] = {}
 
     def expect_optimizer(self, copies: int) -> None:
         """From now on plan for an optimizer that keeps `copies` times the trainable parameters."""
@@ -70,8 +73,14 @@ class Budget:
         Raises:
             ConfigError: there is none; names the least memory that would do.
         """
-        planner = self.planner(rows, tokens, micro_batches)
-        if memory is not None:  # more than the machine has (on macOS: than Metal recommends) would be paged
+        if memory is not None:
+            self._check(memory, rows, tokens, micro_batches)
+        # measuring takes memory too, which the smallest jobs do not have
+        roomy = memory is None or memory > self._base_nbytes + MEASURING_NBYTES
+        planner = self.planner(rows, tokens, micro_batches, None if roomy else UNKNOWN)
+        if (
+            memory is not None and planner.machine is not UNKNOWN
+        ):  # more than the machine has (on macOS: than Metal recommends) would be paged
             memory = min(memory, planner.machine.memory_nbytes)
         plan = planner.choose(memory)
         if plan is None:
@@ -97,10 +106,14 @@ class Budget:
             )
 
     def check(self, rows: int, tokens: int, micro_batches: int) -> None:
-        """Raises ConfigError if the ceiling is too low for steps of this shape, without measuring the machine."""
-        planner = self.planner(rows, tokens, micro_batches, UNKNOWN)
-        if self.memory is not None and self.memory < planner.least().peak_nbytes:
-            raise ConfigError(planner.too_little(self.memory))
+        """Raises ConfigError if the ceiling is too low for steps of this shape. Reads nothing, measures nothing."""
+        if self.memory is not None:
+            self._check(self.memory, rows, tokens, micro_batches)
+
+    def _check(self, memory: int, *shape: int) -> None:
+        planner = self.planner(*shape, UNKNOWN)
+        if memory < planner.least().peak_nbytes:
+            raise ConfigError(planner.too_little(memory))
 
     def planner(self, rows: int, tokens: int, micro_batches: int, machine: Machine | None = None) -> Planner:
         """Plans for steps over `micro_batches` of `[rows, tokens]`."""
@@ -112,11 +125,12 @@ class Budget:
         costing = Costing(engine)
         in_chunks = engine.head_may_be_cut
 
-        @functools.cache
         def job_of(cut: Cut):
-            return engine.on_thread(
-                lambda: costing.job(rows, tokens, micro_batches, cut, self.optimizer_copies, in_chunks)
-            )
+            what = rows, tokens, micro_batches, cut, self.optimizer_copies, in_chunks
+            key = (*what, len(trainable_entries(engine.model)))
+            if key not in self._jobs:
+                self._jobs[key] = engine.on_thread(lambda: costing.job(*what))
+            return self._jobs[key]
 
         return Planner(job_of, machine, self._base_nbytes, rows, tokens)
 

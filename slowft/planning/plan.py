@@ -18,9 +18,9 @@ from .schedule import Schedule
 PIECE_NBYTES = 32 << 20  # of a layer outside the blocks on its way: two pieces of 16 MB
 PIECES = (2048, 1024, 512, 256)  # tokens and queries at a time, to choose from
 HEAD_TOKENS = (64, 128, 256)  # whose logits exist at once, to choose from: more than that is hardly faster
-SLACK_NBYTES = 8 << 20  # what the process takes besides: Python's heap, stacks, small arrays
-SLACK_SHARE = 0.02
-MISFIT_SHARE = 0.4  # of buffers kept over steps that find no use of just their size (8 blocks: 0.34 of 0.94 GB)
+SLACK_NBYTES = 12 << 20  # what the process takes besides: Python's heap, stacks, small arrays
+SLACK_SHARE = 0.03
+MISFIT_SHARE = 0.5  # of buffers kept over steps that find no use of just their size (8 blocks: 0.34 of 0.94 GB)
 ALLOCATION_SHARE = 0.4  # of the bytes that operations move are first writes to fresh pages
 
 
