@@ -61,6 +61,10 @@ mx.eval(model.trainable_parameters())
 model.train()
 if at_least:  # to the byte, where a refusal rounds up
     model.plan(*job["shape"], memory=model.planner(*job["shape"]).least().peak_nbytes, follow=True)
+if job.get("spilled"):
+    from pathlib import Path
+    from slowft.planning.schedule import Schedule
+    model._engine.follow(Schedule(slots=1, spilled=job["spilled"]), Path(job["spill_dir"]))
 optimizer = mlx.optimizers.Adam(1e-3)
 numbers = np.random.default_rng(0)
 said = {"losses": [], "digests": [], "in_use": [], "peaks": []}
@@ -380,7 +384,7 @@ def no_space(fd: int, nbytes: int) -> None:
 
 def test_kill_while_spilling_leaves_nothing(small, tmp_path):
     where = tmp_path / "spill"
-    job = command(small, "least", (1, 32, 2), steps=100_000, keys=QUERIES, spill_dir=str(where))
+    job = command(small, None, (1, 32, 2), steps=100_000, spilled=4, spill_dir=str(where))
     process = subprocess.Popen(job, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     try:
         deadline = time.monotonic() + 60
