@@ -48,6 +48,10 @@ class Budget:
         if copies != self.optimizer_copies:
             self.optimizer_copies, self._shape = copies, (0, 0, 0)
 
+    def measure_anew(self) -> None:
+        """The process took on something, such as an adapter, that plans made so far do not know of."""
+        self._base_nbytes, self._shape = None, (0, 0, 0)
+
     def limit(self, nbytes: int) -> None:
         """From now on this is the ceiling."""
         if nbytes != self.memory:

@@ -232,6 +232,7 @@ class StreamedModel(nn.Module):
         if spec.fine_tune_type == "dora" and magnitudes:
             self._engine.compute_magnitudes()
         mx.eval(self.trainable_parameters())
+        self._budget.measure_anew()
         self._adapter = spec
         self._adapter_names = frozenset(name for name, _ in tree_flatten(self.trainable_parameters()))
 
