@@ -53,5 +53,7 @@ def run(command: list[str], nbytes: int, **kwargs) -> tuple[subprocess.Completed
             (group / "cgroup.procs").write_text(str(os.getpid()))
 
         done = subprocess.run(command, preexec_fn=enter, capture_output=True, text=True, **kwargs)
-        peak = group / ("memory.max_usage_in_bytes" if V1.is_dir() else "memory.peak")
-        return done, int(peak.read_text()) if peak.exists() else 0
+        # with swap where version 1 counts it; version 2 allows none
+        counters = ("memory.memsw.max_usage_in_bytes", "memory.max_usage_in_bytes") if V1.is_dir() else ("memory.peak",)
+        peaks = [int((group / name).read_text()) for name in counters if (group / name).exists()]
+        return done, max(peaks, default=0)
