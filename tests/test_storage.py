@@ -734,7 +734,7 @@ def test_same_buffer_takes_the_next_item_as_soon_as_it_is_released(blob):
     cache.release(0)  # again, as where a visit ends
     assert_holds(cache.take(1, [2, 0]), items[1])
     assert reader.bytes_read == 800
-    assert mx.get_active_memory() - before == 400
+    assert mx.get_active_memory() - before < 800  # one buffer, and what of other tests comes or goes
     cache.clear()
     reader.close()
 

@@ -56,6 +56,7 @@ class Residency:
                 self._whole[unit] = self._thread.run(
                     lambda unit=unit: [read_whole(self.reader, param.source) for param in unit.params]
                 )
+        self._thread.run(mx.clear_cache)  # of the pieces that were cast: of no size that a step asks for
 
     def resize(self, slots: int, resident_nbytes: int) -> None:
         """Stream blocks through `slots` buffers, and keep `resident_nbytes` more of them between visits."""
