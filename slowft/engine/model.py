@@ -321,7 +321,7 @@ def parse_nbytes(size: str | int) -> int:
     nbytes = match and float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ")
     if not nbytes or nbytes < 1e6:
         raise ConfigError(f"{size!r} is not an amount of memory to work in. Write it like 8GB or 700MB")
-    return int(nbytes)
+    return round(nbytes)
 
 
 @functools.cache  # once in a process

@@ -143,8 +143,8 @@ class Planner:
         plan = self._everything(job, limit)
         while plan is None:
             candidates = [plan for base in self._bases(job, limit) for plan in self._filled(job, base, limit)]
-            best = min((plan for plan in candidates if plan.peak_nbytes <= limit), key=lambda plan: plan.step_s)
-            plan = self.predict(job, best.schedule)
+            fitting = [plan for plan in candidates if plan.peak_nbytes <= limit] or [self._least_of(job)]
+            plan = self.predict(job, min(fitting, key=lambda plan: plan.step_s).schedule)
             if plan.peak_nbytes > memory:  # a long tail was underestimated
                 limit -= plan.peak_nbytes - memory
                 plan = None
