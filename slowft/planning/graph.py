@@ -45,21 +45,22 @@ class Cost:
         flops: floating point operations of matrix products, convolutions and fused attention; a multiply-add
             is two.
         moved_nbytes: bytes read and written by every operation that is not a view.
-        ops: (flops, bytes moved, function values) of each of these operations, in order of evaluation. The last are
-            elements that an exponential or its like is taken of: on MLX's CPU backend 12 ns each (softmax, sigmoid).
+        ops: (flops, bytes moved, function values, efficiency) of each of these operations, in order of evaluation.
+            Function values are elements that an exponential or its like is taken of: on MLX's CPU backend 12 ns each
+            (softmax, sigmoid). Efficiency is of a product: below 1 where its matrices are narrow.
     """
 
     peak_nbytes: int
     output_nbytes: int
     flops: int
     moved_nbytes: int
-    ops: tuple[tuple[int, int, int], ...] = field(repr=False)
+    ops: tuple[tuple[int, int, int, float], ...] = field(repr=False)
 
     def seconds(self, matmul_flops_per_s: float, bytes_per_s: float, functions_per_s: float = float("inf")) -> float:
         """Seconds if every operation is held up by arithmetic or by memory (the roofline model)."""
         return sum(
-            max(flops / matmul_flops_per_s, nbytes / bytes_per_s, values / functions_per_s)
-            for flops, nbytes, values in self.ops
+            max(flops / (efficiency * matmul_flops_per_s), nbytes / bytes_per_s, values / functions_per_s)
+            for flops, nbytes, values, efficiency in self.ops
         )
 
 
@@ -461,17 +462,20 @@ class _Evaluation:
         return Cost(
             peak_nbytes=self.peak_nbytes,
             output_nbytes=self.live_nbytes,
-            flops=sum(flops for flops, _, _ in ops),
-            moved_nbytes=sum(nbytes for _, nbytes, _ in ops),
+            flops=sum(op[0] for op in ops),
+            moved_nbytes=sum(op[1] for op in ops),
             ops=tuple(ops),
         )
 
-    def _step(self, op: _Op) -> tuple[int, int] | None:
-        """Evaluate one operation; returns its (flops, bytes moved, function values), None for a view."""
+    def _step(self, op: _Op) -> tuple[int, int, int, float] | None:
+        """Evaluate one operation; returns its (flops, bytes moved, function values, efficiency), None for a view."""
         self.temporary_nbytes = 0
         is_view = _RULES.get(op.name, _new)(self, op) is _VIEW
         self.peak_nbytes = max(self.peak_nbytes, self.live_nbytes + self.temporary_nbytes)
-        figures = None if is_view else (_flops(op), _moved_nbytes(op) + 2 * self.temporary_nbytes, _function_values(op))
+        figures = None
+        if not is_view:
+            moved = _moved_nbytes(op) + 2 * self.temporary_nbytes
+            figures = _flops(op), moved, _function_values(op), _efficiency(op)
 
         self.dispatches += (not is_view) + 1  # the work itself, and the release of what it read
         for array in op.inputs:
@@ -866,6 +870,18 @@ def _flops(op: _Op) -> int:
             q, k, v = (array.shape for array in op.inputs[:3])
             return 2 * q[0] * q[1] * q[2] * k[2] * (q[3] + v[3])
     return 0
+
+
+# Products of matrices at least this wide reach the full rate. Narrower ones fall behind about in proportion (512 rows,
+# 2048 columns by rank 8: 14 to 26 of 200 GFLOP/s; 128 x 64 x 128 in attention: 80).
+FULL_RATE_WIDTH = 128
+
+
+def _efficiency(op: _Op) -> float:
+    if op.name not in ("Matmul", "AddMM"):
+        return 1.0
+    rows, columns = op.outputs[0].shape[-2:]
+    return min(1.0, min(rows, columns, op.inputs[0].shape[-1]) / FULL_RATE_WIDTH)
 
 
 # of an exponential's time an element, measured on the CPU backend
