@@ -55,16 +55,16 @@ def test_opening_takes_less_than_a_twentieth_of_the_model(tmp_path):
 
 
 def test_memory_is_flat_over_blocks(tmp_path):
-    """8 and 64 equal blocks, forward and backward: the same peak, but for the blocks' stored inputs and adapters."""
+    """8 and 32 equal blocks, forward and backward: the same peak, but for the blocks' stored inputs and adapters."""
     peaks = {}
-    for n in (8, 64):
+    for n in (8, 32):
         directory = save_random(tmp_path / str(n), SHAPE | {"num_hidden_layers": n}, mx.bfloat16, shards=True)
         peaks[n] = measure(directory)["active_peak"]
     stored_input = 2 * 128 * 512 * 4
     adapter = 8 * 4 * sum((512 + 512, 512 + 512, 512 + 512, 512 + 512, 512 + 1408, 512 + 1408, 512 + 1408))
     kept_per_block = stored_input + 2 * adapter  # the adapter and its gradient
     block = 4 * (4 * 512 * 512 + 3 * 512 * 1408)
-    assert peaks[64] - peaks[8] <= 56 * kept_per_block + 0.1 * block
+    assert peaks[32] - peaks[8] <= 24 * kept_per_block + 0.1 * block
 
 
 def test_each_block_is_read_at_most_twice_however_many_micro_batches(tmp_path):
@@ -202,12 +202,12 @@ def test_trains_in_less_memory_than_the_model_takes(tmp_path):
     directory = save_random(tmp_path / "m", config, mx.bfloat16, shards=True)
     mx.clear_cache()
     limit = 400_000_000
-    done, peak = cgroup.run([sys.executable, "-c", STEP, str(directory), "2"], limit)
+    done, peak = cgroup.run([sys.executable, "-c", STEP, str(directory), "1"], limit)
     assert done.returncode == 0, f"killed under {limit} bytes (peak {peak}): {done.stderr[-2000:]}"
     measured = json.loads(done.stdout)
     assert measured["nbytes"] > 400_000_000
     assert peak <= limit
-    free = measure(directory)
+    free = measure(directory, steps=1)
     assert measured["losses"] == free["losses"]
 
 
