@@ -50,6 +50,7 @@ def _option(name: str, **kwargs):
 @_option("dry_run", is_flag=True)
 @_option("spill_dir")
 @_option("compute_dtype", type=click.Choice(["float32", "float16", "bfloat16", "native"]))
+@_option("trace")
 @_option("report_to")
 @_option("project_name")
 @_option("trust_remote_code", is_flag=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from .. import tracing
 from ..storage.spill import SpillFile
 
 Key = tuple[int, int]  # (micro-batch, visit)
@@ -64,7 +65,8 @@ class Activations:
             offset, self._end = self._end, self._end + _aligned(array.nbytes)
             self._on_disk[key] = (offset, array.shape, array.dtype, array.nbytes)
             begin = time.perf_counter()
-            self._file.write(offset, memoryview(array.reshape(-1).view(mx.uint8)))
+            with tracing.span("wait", "spill write"):
+                self._file.write(offset, memoryview(array.reshape(-1).view(mx.uint8)))
             self.wait_s += time.perf_counter() - begin
             self.bytes_written += array.nbytes
 
@@ -89,7 +91,8 @@ class Activations:
             self._read_ahead(key)
             _, shape, dtype, nbytes = self._on_disk.pop(key)
             begin = time.perf_counter()
-            raw = self._ahead.pop(key).result()
+            with tracing.span("wait", "spill read"):
+                raw = self._ahead.pop(key).result()
             self.wait_s += time.perf_counter() - begin
             self.bytes_read += nbytes
             array = mx.array(raw).view(dtype).reshape(shape)

@@ -15,6 +15,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
+from .. import tracing
 from ..errors import ConfigError, SlowftError
 from ..models.seams import FLOATS, Cut, Probe, Unit, array_entries, trainable_entries
 from ..models.weights import Param, placeholder, read_whole
@@ -114,6 +115,7 @@ class Engine:
             mx.eval(output)
             return output
 
+        job = tracing.spanned(job, "compute", unit.name, **{"pass": "forward", "rows": rows.size})
         return self._residency.look_up(unit, rows.tolist(), job)
 
     @property
@@ -172,8 +174,11 @@ class Engine:
         """The job's result, with the unit's weights in place; micro-batches of a step are served together."""
         if backward and not self._expects_backward:  # a gradient of a model that is not in training mode
             self._expect(backward=True)
+        micro_batch = self._micro_batches.index
+        name, direction = (HEAD, HEAD) if unit is HEAD else (unit.name, "backward" if backward else "forward")
+        job = tracing.spanned(job, "compute", name, **{"pass": direction, "micro-batch": micro_batch or 0})
         try:
-            if self._micro_batches.index is None:
+            if micro_batch is None:
                 return self._serve_together(unit, [job])[0]
             return self._micro_batches.meet(unit, job)
         finally:

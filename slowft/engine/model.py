@@ -3,7 +3,8 @@
 import functools
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from .. import _mlx_was_imported_first, platform
+from .. import _mlx_was_imported_first, platform, tracing
 from ..errors import ConfigError, SlowftError, SlowftWarning
 from ..models import adapters, loading, seams
 from ..planning.plan import Plan, Planner
@@ -212,6 +213,31 @@ class StreamedModel(nn.Module):
             budget.limit(nbytes)
             return budget.cover(batch_size, tokens, micro_batches)
         return budget.make(nbytes, batch_size, tokens, micro_batches)
+
+    @contextmanager
+    def trace(self, file: str | Path) -> Iterator[None]:
+        """While this is entered, record what is read, cast, computed, waited for and spilled, and when.
+
+        On leaving, `file` is written: JSON for Perfetto (ui.perfetto.dev) or chrome://tracing.
+
+        Raises:
+            SlowftError: it cannot be written.
+        """
+        with tracing.recording() as recorder:
+            recorder.write(file)  # what cannot be written is found now
+            try:
+                yield
+            finally:
+                units = [*self._cut.blocks, *(unit for units in self._cut.outside.values() for unit in units)]
+                recorder.name_reads(
+                    [
+                        (e.file, e.offset, e.offset + e.nbytes, unit.name)
+                        for unit in units
+                        for param in unit.params
+                        for e in param.source.extents
+                    ]
+                )
+                recorder.write(file)
 
     def close(self) -> None:
         """End the threads and close the files. The model cannot be used afterwards."""

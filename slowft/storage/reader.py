@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from .. import platform
+from .. import platform, tracing
 from ..errors import ModelError
 
 # Bytes asked of the kernel at a time. Linux puts them into the file cache first, where a memory limit counts
@@ -53,7 +53,10 @@ class Reader:
 
     def submit(self, ranges: Iterable[ByteRange], buffer: memoryview) -> Future:
         """Start filling `buffer` and return a future that is done when it is full."""
-        return self._thread.submit(self._read, list(ranges), buffer)
+        ranges = list(ranges)
+        place = {"file": ranges[0].file, "offset": ranges[0].offset} if ranges else {}
+        traced = tracing.spanned(self._read, "read", "read", bytes=sum(r.nbytes for r in ranges), **place)
+        return self._thread.submit(traced, ranges, buffer)
 
     def wait(self, read: Future) -> None:
         """Return when `read` is done.
@@ -63,7 +66,8 @@ class Reader:
         """
         begin = time.perf_counter()
         try:
-            read.result()
+            with tracing.span("wait", "read"):
+                read.result()
         finally:
             self.wait_s += time.perf_counter() - begin
 

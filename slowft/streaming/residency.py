@@ -12,6 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from .. import tracing
 from ..models.seams import Unit
 from ..models.weights import Layout, read_rows, read_whole
 from ..storage.cache import BlockCache
@@ -77,9 +78,10 @@ class Residency:
         def work():
             buffer = self._cache.take(unit.index, self._upcoming(unit.index))
             try:
-                arrays = self._layouts[unit.index].fill(buffer, self._streams)
-                unit.restore_constants()
-                mx.eval(arrays)
+                with tracing.span("cast", unit.name, bytes=unit.compute_nbytes):
+                    arrays = self._layouts[unit.index].fill(buffer, self._streams)
+                    unit.restore_constants()
+                    mx.eval(arrays)
                 mx.set_cache_limit(self.cache_nbytes)
                 # what was cast or dequantized no longer needs the bytes it came from
                 if all(p.source.is_copied for p in unit.params):
@@ -115,7 +117,10 @@ class Residency:
     def bring(self, unit: Unit) -> None:
         """Put the weights of a layer outside the blocks in place (once), until the jobs under way are done."""
         if not any(unit is other for other in self._outside):
-            arrays = self._whole.get(unit) or [read_whole(self.reader, param.source) for param in unit.params]
+            arrays = self._whole.get(unit)
+            if arrays is None:  # (read and cast in turns)
+                with tracing.span("cast", unit.name, bytes=unit.compute_nbytes):
+                    arrays = [read_whole(self.reader, param.source) for param in unit.params]
             for param, array in zip(unit.params, arrays):
                 param.set(array)
             unit.restore_constants()

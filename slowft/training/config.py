@@ -78,6 +78,13 @@ class TrainConfig:
             "help": "float32, float16, bfloat16 or native (the model's own); by default native, on a CPU float32."
         },
     )
+    trace: str | None = field(
+        default=None,
+        metadata={
+            "help": "File for a trace of the run (Perfetto, chrome://tracing): what is read, cast, computed and waited "
+            "for, when."
+        },
+    )
     report_to: str | None = field(default=None, metadata={"help": "wandb, swanlab or both, if installed."})
     project_name: str | None = field(default=None, metadata={"help": "Project name for --report-to."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Let the tokenizer run code of its own."})

@@ -4,6 +4,7 @@ Whatever can be found wrong is looked for in the order of its cost: options, mod
 """
 
 import math
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -48,10 +49,11 @@ def run(config: TrainConfig, report: Report) -> dict:
             report.note(f"Warning: {e}. Nothing but what a step needs is kept in memory")
         if config.dry_run:
             return {}
-        result = trainer.fit(train, valid) if config.train else {}
-        if config.test:
-            result |= _test(trainer, test)
-            told.tested({key: result[key] for key in ("test_loss", "test_ppl")})
+        with model.trace(config.trace) if config.trace else nullcontext():
+            result = trainer.fit(train, valid) if config.train else {}
+            if config.test:
+                result |= _test(trainer, test)
+                told.tested({key: result[key] for key in ("test_loss", "test_ppl")})
         return result
     finally:
         model.close()
