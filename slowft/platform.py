@@ -251,6 +251,20 @@ def reset_peak_memory() -> None:
         pass
 
 
+def cpu_name() -> str:
+    """The processor's name, such as "Apple M3" or "AMD EPYC"; of one that has none, its architecture."""
+    if MACOS:
+        name, nbytes = ctypes.create_string_buffer(256), ctypes.c_size_t(256)
+        if ctypes.CDLL(None).sysctlbyname(b"machdep.cpu.brand_string", name, ctypes.byref(nbytes), None, 0) == 0:
+            return name.value.decode()
+    else:
+        with open("/proc/cpuinfo") as info:
+            for line in info:
+                if line.startswith("model name"):  # (not on arm64)
+                    return line.partition(":")[2].strip()
+    return os.uname().machine
+
+
 def physical_memory() -> int:
     """Bytes of memory in this machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -11,6 +11,7 @@ from ..errors import ConfigError, SlowftError
 COMMANDS = {
     "finetune": "Train a LoRA adapter with the base model streamed from disk.",
     "plan": "Say what a job would take on this machine: memory, reads, seconds.",
+    "bench": "Measure steps, reads and others' trainers on this machine.",
     "demo": "Fine-tune a real small model on real text, from nothing, in minutes.",
 }
 

@@ -1,0 +1,140 @@
+"""Child control groups, version 1 or 2: a ceiling on memory, page cache and swap included, and on the rate of reads.
+
+Linux only, and root's: `why_unavailable` tells. Elsewhere nothing can limit a process so.
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import ConfigError
+
+ROOT = Path("/sys/fs/cgroup")
+V1 = ROOT / "memory"
+
+
+@dataclass(frozen=True)
+class Group:
+    """`directories`: one, or under version 1 one for each controller."""
+
+    directories: tuple[Path, ...]
+
+    def entered(self, command: list[str]) -> list[str]:
+        """A command that enters the group and becomes `command`."""
+        enter = "".join(f"echo $$ > {shlex.quote(str(d / 'cgroup.procs'))} && " for d in self.directories)
+        return ["sh", "-c", enter + 'exec "$@"', "sh", *command]
+
+    @property
+    def peak_nbytes(self) -> int | None:
+        """The most bytes that the kernel counted, swap included where version 1 counts it; version 2 allows none."""
+        names = "memory.memsw.max_usage_in_bytes", "memory.max_usage_in_bytes", "memory.peak"
+        files = [d / name for d in self.directories for name in names if (d / name).exists()]
+        return max((int(file.read_text()) for file in files), default=None)
+
+
+@contextmanager
+def limit(
+    memory_nbytes: int | None = None, read_bytes_per_s: int | None = None, files: Iterable[Path] = ()
+) -> Iterator[Group]:
+    """A group whose processes may use so much memory, and read so fast from the drives that hold `files`.
+
+    Raises:
+        OSError: not root's, or this kernel lacks the controller.
+        ConfigError: the files are on nothing whose reads can be limited.
+    """
+    limits: dict[str, dict[str, list[str]]] = {}  # controller -> file -> what to write to it
+    is_v1 = V1.is_dir()
+    if memory_nbytes is not None:
+        names = ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes") if is_v1 else ("memory.max",)
+        limits["memory"] = {name: [str(memory_nbytes)] for name in names}
+        if not is_v1:
+            limits["memory"]["memory.swap.max"] = ["0"]
+    if read_bytes_per_s is not None:
+        drives = sorted({drive_of(file) for file in files})
+        if is_v1:
+            limits["blkio"] = {"blkio.throttle.read_bps_device": [f"{drive} {read_bytes_per_s}" for drive in drives]}
+        else:
+            limits["io"] = {"io.max": [f"{drive} rbps={read_bytes_per_s}" for drive in drives]}
+    name = f"slowft-{uuid.uuid4().hex[:8]}"
+    if is_v1:
+        groups = {controller: _own(controller) / name for controller in limits}
+    else:
+        parent = _own("").parent if _own("") != ROOT else ROOT
+        groups = dict.fromkeys(limits, parent / name)
+        _enable(parent, limits)
+    made = tuple(dict.fromkeys(groups.values()))
+    try:
+        for group in made:
+            group.mkdir()
+        for controller, entries in limits.items():
+            for file, values in entries.items():
+                path = groups[controller] / file
+                for value in values:
+                    if path.exists() or not file.startswith(("memory.memsw", "memory.swap")):  # needs swap accounting
+                        path.write_text(value)
+        yield Group(made)
+    finally:
+        for group in made:
+            if group.exists():
+                group.rmdir()
+
+
+def _own(controller: str) -> Path:
+    """This process's group; "" is version 2. A container may see only what is below it: then its root."""
+    root = ROOT / controller if controller else ROOT
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controller in controllers.split(","):
+            group = root / path.lstrip("/")
+            return group if group.is_dir() else root
+    return root
+
+
+def _enable(parent: Path, controllers: Iterable[str]) -> None:
+    enabled = (parent / "cgroup.subtree_control").read_text().split()
+    for controller in controllers:
+        if controller not in enabled:
+            (parent / "cgroup.subtree_control").write_text(f"+{controller}")
+
+
+def drive_of(file: Path) -> str:
+    """ "major:minor" of the whole drive that holds a file: partitions cannot be limited.
+
+    Raises:
+        ConfigError: the file is on no drive of its own, as in memory or on btrfs.
+    """
+    device = os.stat(file).st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    block = Path("/sys/dev/block") / number
+    if not block.exists():
+        raise ConfigError(
+            f"reads from {file} cannot be limited: device {number} is no drive. To fix it: files on a disk "
+            "(XDG_CACHE_HOME, or --model), or leave --limit-read out"
+        )
+    block = block.resolve()
+    drive = block.parent if (block / "partition").exists() else block
+    return (drive / "dev").read_text().strip()
+
+
+def why_unavailable(read_from: Path | None = None) -> str | None:
+    """None if memory (with `read_from`, reads of that file as well) can be limited here, else the reason."""
+    if sys.platform != "linux":
+        return "control groups are Linux's"
+    try:
+        with limit(1 << 30, None if read_from is None else 1 << 30, () if read_from is None else [read_from]):
+            return None
+    except (OSError, ConfigError) as e:
+        return f"no control group can be made ({e}); run as root"
+
+
+def run(command: list[str], nbytes: int, **kwargs) -> tuple[subprocess.CompletedProcess, int]:
+    """The finished process, run within `nbytes` of memory, and the most bytes the kernel counted for it."""
+    with limit(nbytes) as group:
+        done = subprocess.run(group.entered(command), capture_output=True, text=True, **kwargs)
+        return done, group.peak_nbytes or 0

@@ -1,0 +1,128 @@
+"""The same job by slowft and by others, in turns, each in a process of its own: one machine, one run, ratios."""
+
+import statistics
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import ConfigError, SlowftError
+from . import cgroup, slowllama, step, worker
+from .job import Job
+
+OURS = "slowft"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is enforced by control groups; memory only on those who stream, as models in memory have to fit in it."""
+
+    memory_nbytes: int | None = None
+    read_bytes_per_s: int | None = None
+
+    def check(self, job: Job) -> None:
+        """Raises ConfigError where they cannot be enforced."""
+        if self == Limits():
+            return
+        reason = cgroup.why_unavailable(job.files[0] if self.read_bytes_per_s else None)
+        if reason:
+            options = [
+                f"--limit-{name}"
+                for name, value in (("memory", self.memory_nbytes), ("read", self.read_bytes_per_s))
+                if value
+            ]
+            raise ConfigError(f"{' and '.join(options)}: {reason}")
+
+    @contextmanager
+    def group(self, job: Job, streams: bool = True):
+        memory = self.memory_nbytes if streams else None
+        with (
+            nullcontext()
+            if memory is None and self.read_bytes_per_s is None
+            else cgroup.limit(memory, self.read_bytes_per_s, job.files)
+        ) as group:
+            yield group
+
+
+def contenders(slowllama_checkout: str | None) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Name -> (task, its options)."""
+    found: dict[str, tuple[str, dict[str, Any]]] = {
+        OURS: ("slowft", {}),
+        "mlx-lm": ("mlx-lm", {"grad_checkpoint": False}),
+        "mlx-lm --grad-checkpoint": ("mlx-lm", {"grad_checkpoint": True}),
+    }
+    if slowllama_checkout is not None:
+        found["slowllama"] = ("slowllama", {"checkout": slowllama_checkout})
+    return found
+
+
+def measure(
+    job: Job,
+    turns: int,
+    limits: Limits,
+    slowllama_checkout: str | None = None,
+    told: Callable[[str, int], None] = lambda name, steps: None,
+) -> dict[str, Any]:
+    """Step times of all contenders, by turns, and slowft's ratio to each.
+
+    One that fails, as where its memory does not suffice, is in the result with its reason.
+
+    Args:
+        told: who has done how many steps in all.
+    """
+    limits.check(job)
+    machine = worker.run("machine", job)
+    if slowllama_checkout is not None:
+        worker.run("write slowllama's files", job, checkout=slowllama_checkout)
+    everyone = contenders(slowllama_checkout)
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in everyone}
+    failed: dict[str, str] = {}
+    for turn in range(turns):
+        for name, (task, options) in everyone.items():
+            if name in failed:
+                continue
+            if task == "slowllama":
+                slowllama.drop_cached_files(job)
+            with limits.group(job, streams=task != "mlx-lm") as group:
+                try:
+                    before = turn * job.steps
+                    run = worker.run(task, job, lambda n, name=name: told(name, before + n), group, **options)  # noqa: B023
+                    runs[name].append(run | {"kernel_peak_nbytes": group and group.peak_nbytes})
+                except SlowftError as e:
+                    failed[name] = str(e)
+    if OURS in failed:
+        raise SlowftError(failed[OURS])
+    results = {name: _summary(job, of_name) for name, of_name in runs.items() if of_name}
+    ours = step.summary(job, runs[OURS][-1] | {"steps": [s for run in runs[OURS] for s in run["steps"]]}, machine)
+    return {
+        "job": job.as_dict(),
+        "limits": {"memory_nbytes": limits.memory_nbytes, "read_bytes_per_s": limits.read_bytes_per_s},
+        "machine": machine,
+        "results": results | {name: {"failed": reason} for name, reason in failed.items()},
+        OURS: ours,
+        # above 1: the other one takes longer
+        "times_as_fast": {
+            name: of_name["step_s"] / results[OURS]["step_s"] for name, of_name in results.items() if name != OURS
+        },
+    }
+
+
+def check(job: Job, limits: Limits, slowllama_checkout: str | None) -> None:
+    """Raises ConfigError for what cannot be compared here."""
+    limits.check(job)
+    if slowllama_checkout is not None:
+        slowllama.check(slowllama_checkout, job)
+
+
+def _summary(job: Job, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    seconds = [s["step_s"] for run in runs for s in run["steps"]]
+    kernel = [run["kernel_peak_nbytes"] for run in runs if run["kernel_peak_nbytes"]]
+    return {
+        "step_s": statistics.median(seconds),
+        "spread_s": step.spread(seconds),
+        "tokens_per_s": job.tokens_of_step / statistics.median(seconds),
+        "peak_nbytes": max(s["peak_nbytes"] for run in runs for s in [run["first"], *run["steps"]]),
+        "kernel_peak_nbytes": max(kernel, default=None),
+        "loss": runs[-1]["loss"],
+        "step_s_of_turns": [[s["step_s"] for s in run["steps"]] for run in runs],
+    }

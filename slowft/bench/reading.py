@@ -1,0 +1,177 @@
+"""slowft's reader against raw reads of the same files, taking turns: what of the drive's throughput arrives.
+
+Every reading starts with the files forgotten by the file cache, and goes through the same bytes in the same order.
+"""
+
+import json
+import mmap
+import os
+import shutil
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import platform
+from ..errors import SlowftError
+from ..storage.reader import ByteRange, Reader
+
+BLOCK_NBYTES = 64 << 20  # what the reader is asked for at a time: about a block of a 1 B model in 16 bits
+RAW_NBYTES = 16 << 20  # a raw request
+
+
+def measure(
+    files: Sequence[Path], most_nbytes: int, rounds: int, told: Callable[[int], None] = lambda done: None
+) -> dict[str, Any]:
+    """Bytes per second of the reader and of each raw way there is, medians over rounds.
+
+    Args:
+        most_nbytes: of the files, from the first on, that are read each time.
+    Raises:
+        SlowftError: there is too little to read.
+    """
+    parts, left = [], most_nbytes
+    for file in files:  # whole requests, as O_DIRECT wants them
+        nbytes = min(file.stat().st_size, left) // RAW_NBYTES * RAW_NBYTES
+        if nbytes:
+            parts.append((file, nbytes))
+            left -= nbytes
+    if not parts:
+        raise SlowftError(f"there is nothing to measure reading with: give a model of more than {RAW_NBYTES >> 20} MB")
+    ways = {"slowft": _by_reader, **_raw_ways(parts[0][0])}
+    rates: dict[str, list[float]] = {way: [] for way in ways}
+    done = 0
+    for _ in range(rounds):
+        for name, way in ways.items():
+            for file, _ in parts:
+                _forget(file)
+            rates[name].append(sum(nbytes for _, nbytes in parts) / way(parts))
+            done += 1
+            told(done)
+    medians = {way: statistics.median(of_way) for way, of_way in rates.items()}
+    raw = next(way for way in ways if way != "slowft")
+    return {
+        "nbytes": sum(nbytes for _, nbytes in parts),
+        "rates": rates,
+        "median_bytes_per_s": medians,
+        "raw": raw,
+        # of each round's pair: the drive's mood changes from round to round
+        "ratio": statistics.median(ours / theirs for ours, theirs in zip(rates["slowft"], rates[raw])),
+        "ratios": {way: medians["slowft"] / rate for way, rate in medians.items() if way != "slowft"},
+    }
+
+
+def n_readings(file: Path, rounds: int) -> int:
+    """How often `measure` will tell of progress."""
+    return rounds * (1 + len(_raw_ways(file)))
+
+
+Parts = Sequence[tuple[Path, int]]
+
+
+def _raw_ways(file: Path) -> dict[str, Callable[[Parts], float]]:
+    """Ways to read without slowft, each giving seconds; the first is the one to compare with."""
+    ways: dict[str, Callable[[Parts], float]] = {}
+    if shutil.which("fio"):
+        ways["fio"] = _by_fio
+    if shutil.which("dd") and _dd_can_go_past_the_cache(file):
+        ways["dd iflag=direct"] = _by_dd
+    return ways | {"preads": _by_preads}
+
+
+def _forget(file: Path) -> None:
+    fd = platform.open_uncached(str(file))
+    try:
+        platform.drop_cached(fd, 0, 0)
+    finally:
+        os.close(fd)
+
+
+def _by_reader(parts: Parts) -> float:
+    """Two buffers in turns, as blocks are read ahead: the next is asked for before the one before is waited for."""
+    pieces = [
+        ByteRange(str(file), at, min(BLOCK_NBYTES, nbytes - at), 0)
+        for file, nbytes in parts
+        for at in range(0, nbytes, BLOCK_NBYTES)
+    ]
+    buffers = [memoryview(_pages(BLOCK_NBYTES)) for _ in range(2)]
+    reader = Reader()
+    try:
+        begin = time.perf_counter()
+        reads = []
+        for i, piece in enumerate(pieces):
+            if i >= 2:
+                reader.wait(reads[i - 2])
+            reads.append(reader.submit([piece], buffers[i % 2]))
+        for read in reads[-2:]:
+            reader.wait(read)
+        return time.perf_counter() - begin
+    finally:
+        reader.close()
+
+
+def _by_preads(parts: Parts) -> float:
+    buffer, seconds = memoryview(_pages(RAW_NBYTES)), 0.0
+    for file, nbytes in parts:
+        fd = platform.open_uncached(str(file))
+        try:
+            begin = time.perf_counter()
+            for at in range(0, nbytes, RAW_NBYTES):
+                if os.preadv(fd, [buffer], at) != RAW_NBYTES:
+                    raise SlowftError(f"{file} cannot be read at byte {at}")
+                platform.drop_cached(fd, at, RAW_NBYTES)
+            seconds += time.perf_counter() - begin
+        finally:
+            os.close(fd)
+    return seconds
+
+
+def _by_dd(parts: Parts) -> float:
+    return sum(_dd_seconds(file, nbytes) for file, nbytes in parts)
+
+
+def _dd_seconds(file: Path, nbytes: int) -> float:
+    """By dd's own clock, which leaves out its start."""
+    request = ["iflag=direct", f"bs={RAW_NBYTES}", f"count={nbytes // RAW_NBYTES}"]
+    done = subprocess.run(
+        ["dd", f"if={file}", "of=/dev/null", *request], capture_output=True, text=True, env=_english()
+    )
+    if done.returncode:
+        raise SlowftError(f"dd: {done.stderr.strip().splitlines()[-1]}")
+    return float(done.stderr.splitlines()[-1].split(" copied, ")[1].split(" s")[0])
+
+
+def _dd_can_go_past_the_cache(file: Path) -> bool:
+    command = ["dd", f"if={file}", "of=/dev/null", "iflag=direct", "bs=4096", "count=1"]
+    done = subprocess.run(command, capture_output=True, text=True, env=_english())
+    return done.returncode == 0 and " copied, " in done.stderr
+
+
+def _english() -> dict[str, str]:
+    return os.environ | {"LC_ALL": "C"}
+
+
+def _by_fio(parts: Parts) -> float:
+    """Large sequential reads past the cache, several in flight."""
+    seconds = 0.0
+    engine = "posixaio" if platform.MACOS else "libaio"
+    for file, nbytes in parts:
+        done = subprocess.run(
+            ["fio", "--name=read", f"--filename={file}", "--readonly", "--rw=read", "--direct=1", "--iodepth=8"]
+            + [f"--ioengine={engine}", f"--bs={RAW_NBYTES // 4}", f"--size={nbytes}", "--output-format=json"],
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            raise SlowftError(f"fio: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
+        seconds += json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]["read"]["runtime"] / 1e3
+    return seconds
+
+
+def _pages(nbytes: int) -> mmap.mmap:
+    """Memory that begins at a page, its pages there."""
+    pages = mmap.mmap(-1, nbytes)
+    pages.write(bytes(nbytes))
+    return pages

@@ -1,0 +1,39 @@
+"""The machine a figure belongs to, in words that a person can compare: processor, memory, system, versions."""
+
+import datetime
+import importlib.metadata
+import os
+import platform as python_platform
+from typing import Any
+
+from .. import __version__, platform
+
+
+def describe() -> dict[str, Any]:
+    """What to know of this machine beside any figure; imports no MLX."""
+    return {
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "cpu": platform.cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_nbytes": platform.memory_limit(),
+        "system": f"{python_platform.system()} {python_platform.release()} {python_platform.machine()}",
+        "python": python_platform.python_version(),
+        "slowft": __version__,
+        "blas": os.path.basename(platform.blas_library() or "") or None,
+        **{name: _version(name) for name in ("mlx", "mlx-lm")},
+    }
+
+
+def one_line(system: dict[str, Any], device: str | None = None) -> str:
+    on = f", MLX on {device}" if device else ""
+    return (
+        f"{system['cpu']}, {system['cores']} cores, {system['memory_nbytes'] / 1e9:.0f} GB of memory, "
+        f"{system['system']}{on}; slowft {system['slowft']}, mlx {system['mlx']}, mlx-lm {system['mlx-lm']}"
+    )
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,229 @@
+"""A process that runs one task and tells of it: one JSON object a line, the last one the result or the error.
+
+    python -m slowft.bench.worker '{"task": "slowft", "job": {...}}'
+
+Standard output belongs to those lines alone; whatever libraries print goes to standard error.
+"""
+
+import slowft  # noqa: F401, I001  (before mlx: it loads OpenBLAS)
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .. import platform
+from ..errors import SlowftError
+from . import slowllama
+from .cgroup import Group
+from .job import Job, from_dict
+
+Told = Callable[[int], None]  # told of each step that is done, warm-up included
+
+
+def measure_machine(job: Job, told: Told) -> dict[str, Any]:
+    """What the machine can do, computing and reading as slowft would with this model."""
+    model = slowft.open_model(job.model)
+    try:
+        from ..engine.budget import measured
+
+        return asdict(measured(model._engine.compute_dtype, model._engine.files))
+    finally:
+        model.close()
+
+
+def run_slowft(job: Job, told: Told, trace: str | None = None) -> dict[str, Any]:
+    """Steps under a plan for the job's memory, after one that warms up; with `trace`, the last one is traced."""
+    import mlx.core as mx
+    import mlx.optimizers as optim
+
+    from ..engine.budget import default_memory
+    from ..reports.plan import as_dict, choices
+
+    model = slowft.open_model(job.model, memory=job.memory or default_memory())
+    mx.random.seed(0)
+    model.add_lora(job.num_layers, rank=job.rank, keys=job.keys)
+    model.train()
+    batches = [(mx.array(batch), mx.array([[1, job.tokens]] * job.batch_size)) for batch in job.batches()]
+    plan = model.plan(job.batch_size, job.tokens, job.micro_batches, follow=True)
+    optimizer, steps = optim.Adam(1e-4), []
+    for i in range(job.steps + 1):
+        platform.reset_peak_memory()
+        begin = time.perf_counter()
+        with model.trace(trace) if trace and i == job.steps else nullcontext():
+            (loss, _), gradients = model.loss_and_grads(batches)
+            optimizer.update(model, gradients)
+            mx.eval(model.trainable_parameters(), optimizer.state)
+            del gradients
+        last = model.stats.last
+        steps.append(
+            {
+                "step_s": time.perf_counter() - begin,
+                "read_nbytes": last.bytes_read,
+                "written_nbytes": last.bytes_written,
+                "wait_s": last.wait_s,
+                "compute_s": last.compute_s,
+                "peak_nbytes": max(platform.peak_memory(), last.peak_memory),
+            }
+        )
+        told(i + 1)
+    result = {
+        "first": steps[0],
+        "steps": steps[1:],
+        "loss": loss.item(),
+        "plan": as_dict(plan),
+        "kept": choices(plan),
+        "ops": _ops(plan),
+        "device": str(mx.device_info().get("device_name", mx.default_device())),
+    }
+    model.close()
+    return result
+
+
+def _ops(plan) -> list[tuple[int, int, int, int]]:
+    """(how often, flops, bytes moved, function values) of what a step under the plan evaluates.
+
+    A kept product is taken off what the whole backward pass does, so its entry may be negative.
+    """
+    s, job = plan.schedule, plan.job
+    n_streamed = len(job.visits) - s.tail
+    counts: dict[tuple[int, int, int], int] = {}
+
+    def add(cost, times: int = 1) -> None:
+        for op in cost.ops:
+            counts[op] = counts.get(op, 0) + times * job.micro_batches
+
+    for position, visit in enumerate(job.visits[:n_streamed]):
+        names = s.kept[position] if position < len(s.kept) else ()
+        add(visit.forward)
+        if visit.backward is not None:
+            add(visit.backward)
+            for product in visit.products:
+                if product.name in names:
+                    add(visit.backward, -1)
+                    add(product.backward)
+    add(job.head(s.tail, s.head_tokens))
+    return [(times, *op) for op, times in counts.items() if times]
+
+
+def run_mlx_lm(job: Job, told: Told, grad_checkpoint: bool) -> dict[str, Any]:
+    """mlx-lm's own trainer on the model in memory, in the dtype in which slowft computes here.
+
+    Two steps warm up: Adam's state is made in the first, so that the second compiles anew.
+    """
+    import mlx.core as mx
+    import mlx.optimizers as optim
+    from mlx.utils import tree_map
+    from mlx_lm.tuner.callbacks import TrainingCallback
+    from mlx_lm.tuner.trainer import TrainingArgs, train
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+    from mlx_lm.utils import dequantize_model, load_model
+
+    model, _ = load_model(Path(job.model), lazy=True)
+    if mx.default_device() == mx.Device(mx.cpu):
+        model = dequantize_model(model)
+        model.update(tree_map(lambda a: a.astype(mx.float32), model.parameters()))
+    model.freeze()
+    keys = {} if job.keys is None else {"keys": job.keys}
+    n_layers = len(model.layers) if job.num_layers == -1 else job.num_layers
+    linear_to_lora_layers(model, n_layers, {"rank": job.rank, "scale": 20.0, "dropout": 0.0, **keys})
+    mx.eval(model.parameters())
+    steps, n, warm_up = [], job.micro_batches, 2
+    seconds, losses = [], []
+
+    class Clock(TrainingCallback):
+        def on_train_loss_report(self, info: dict) -> None:
+            seconds.append(1 / info["iterations_per_second"])
+            losses.append(info["train_loss"])
+            if len(seconds) % n == 0:
+                peak = platform.peak_memory()
+                platform.reset_peak_memory()
+                steps.append({"step_s": sum(seconds[-n:]), "peak_nbytes": peak})
+                told(len(steps))
+
+    data = [(row.tolist(), 0) for batch in job.batches() for row in batch]
+    with tempfile.TemporaryDirectory() as scratch:
+        args = TrainingArgs(
+            batch_size=job.batch_size,
+            iters=(job.steps + warm_up) * n,
+            steps_per_report=1,
+            steps_per_save=10**9,
+            max_seq_length=job.tokens + 1,
+            adapter_file=f"{scratch}/adapters.safetensors",
+            grad_checkpoint=grad_checkpoint,
+            grad_accumulation_steps=n,
+        )
+        train(model, optim.Adam(1e-4), data, args=args, training_callback=Clock())
+    return {"first": steps[0], "steps": steps[warm_up:], "loss": sum(losses[-n:]) / n}
+
+
+TASKS: dict[str, Callable[..., dict[str, Any]]] = {
+    "machine": measure_machine,
+    "slowft": run_slowft,
+    "mlx-lm": run_mlx_lm,
+    "slowllama": slowllama.run,
+    "write slowllama's files": slowllama.write,
+}
+
+
+def run(task: str, job: Job, told: Told = lambda step: None, group: Group | None = None, **options) -> dict[str, Any]:
+    """The task's result, from a process of its own.
+
+    Args:
+        group: the control group that the process runs in.
+    Raises:
+        SlowftError: the task failed; says why.
+    """
+    message = json.dumps({"task": task, "job": asdict(job), "options": options})
+    command = [sys.executable, "-m", "slowft.bench.worker", message]
+    command = command if group is None else group.entered(command)
+    last: dict[str, Any] = {}
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+        try:
+            for line in process.stdout:
+                last = json.loads(line)
+                if "step" in last:
+                    told(last["step"])
+        except BaseException:
+            process.terminate()
+            raise
+        finally:
+            process.stdout.close()
+            status = process.wait()
+        if "result" in last:
+            return last["result"]
+        if "error" in last:
+            raise SlowftError(f"{task}: {last['error']}")
+        if status == -9:
+            raise SlowftError(f"{task}: killed, most likely for want of memory")
+        errors.seek(0)
+        reason = (errors.read().strip().splitlines() or [f"status {status}"])[-1]
+        raise SlowftError(f"{task}: failed: {reason}")
+
+
+def main() -> None:
+    lines = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def tell(**values) -> None:
+        print(json.dumps(values), file=lines, flush=True)
+
+    message = json.loads(sys.argv[1])
+    try:
+        result = TASKS[message["task"]](from_dict(message["job"]), lambda step: tell(step=step), **message["options"])
+    except SlowftError as e:
+        tell(error=str(e))
+        sys.exit(1)
+    tell(result=result)
+
+
+if __name__ == "__main__":
+    main()
