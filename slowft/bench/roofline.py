@@ -4,7 +4,7 @@ Weights are read per step, computing goes with the micro-batches: from some numb
 """
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,13 @@ from ..errors import ConfigError, SlowftError
 from .job import Job
 
 
-def predict(job: Job, most: int, told: Callable[[int], None] = lambda done: None) -> dict[str, Any]:
+def predict(
+    job: Job, most: int, read_bytes_per_s: float | None = None, told: Callable[[int], None] = lambda done: None
+) -> dict[str, Any]:
     """Plans for 1, 2, 4 ... `most` micro-batches, and the least number at which computing takes as long as reading.
 
+    Args:
+        read_bytes_per_s: suppose that reads are no faster than this.
     Returns:
         "points": figures of a step at each number; "crossover": that number, None if there is none up to `most`.
     Raises:
@@ -30,8 +34,12 @@ def predict(job: Job, most: int, told: Callable[[int], None] = lambda done: None
         planners = {}
 
         def point(n: int) -> dict[str, Any] | None:
-            planners[n] = model.planner(job.batch_size, job.tokens, n)
-            plan = planners[n].choose(memory)
+            planner = planners[n] = model.planner(job.batch_size, job.tokens, n)
+            rate = planner.machine.read_bytes_per_s
+            if read_bytes_per_s is not None:
+                rate = min(rate or read_bytes_per_s, read_bytes_per_s)
+            planner.machine = replace(planner.machine, read_bytes_per_s=rate)
+            plan = planner.choose(memory)
             if plan is None:
                 return None
             tokens = job.batch_size * job.tokens * n
@@ -116,7 +124,7 @@ def plot(result: dict[str, Any], file: str | Path) -> None:
     seconds.set(xlabel="micro-batches a step", ylabel="seconds a step", xscale="log", yscale="log")
     speed.plot(counts, [p["tokens_per_s"] for p in points], "o-", color="#1f4e79")
     speed.set(xlabel="micro-batches a step", ylabel="tokens/s", xscale="log")
-    speed.set_ylim(bottom=0)
+    speed.set_ylim(0, 1.1 * max(p["tokens_per_s"] for p in points))
     for axes in (seconds, speed):
         axes.set_xscale("log", base=2)
         axes.set_xticks(counts, [str(n) for n in counts])

@@ -116,13 +116,14 @@ def run(job: Job, told: Callable[[int], None], checkout: str) -> dict[str, Any]:
             cached_data_path=inputs,
         )
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-        batches = [torch.tensor(batch).long() for batch in job.batches()]
+        tokens = [torch.tensor(batch).long() for batch in job.batches()]
+        pairs = [(batch[:, :-1].contiguous(), batch[:, 1:].contiguous()) for batch in tokens]
         steps = []
         for i in range(job.steps + 1):
             platform.reset_peak_memory()
             begin = time.perf_counter()
             optimizer.zero_grad()
-            losses = [model.manual_loop(batch[:, :-1], batch[:, 1:]) for batch in batches]
+            losses = [model.manual_loop(*pair) for pair in pairs]
             optimizer.step()
             steps.append({"step_s": time.perf_counter() - begin, "peak_nbytes": platform.peak_memory()})
             told(i + 1)

@@ -217,6 +217,8 @@ def main() -> None:
         print(json.dumps(values), file=lines, flush=True)
 
     message = json.loads(sys.argv[1])
+    if "slowllama" not in message["task"]:  # transformers would import PyTorch if it is there, which nobody else needs
+        sys.modules["torch"] = None
     try:
         result = TASKS[message["task"]](from_dict(message["job"]), lambda step: tell(step=step), **message["options"])
     except SlowftError as e:

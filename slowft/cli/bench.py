@@ -119,16 +119,17 @@ def io(model, shape, layers, bits, most, rounds, as_json, save):
 @_of_model
 @_of_job
 @click.option("--micro-batches", "most", default=64, show_default=True, type=AT_LEAST_1, help="Look up to this many.")
+@click.option("--limit-read", help="Suppose that reads are no faster than this, such as 150MB a second.")
 @click.option("--plot", default="roofline.png", show_default=True, help="PNG to draw; not with --json.")
 @_output
-def roofline(model, shape, layers, bits, most, plot, as_json, save, **options):
+def roofline(model, shape, layers, bits, most, limit_read, plot, as_json, save, **options):
     """Where a job is bound: reading and computing against the micro-batches of a step, predicted.
 
     Says from how many micro-batches on (--grad-accumulation-steps of finetune) reading disappears behind computing.
 
     Example:
 
-        slowft bench roofline --shape llama-1b --layers 4 --memory 1GB --batch-size 1
+        slowft bench roofline --shape llama-1b --layers 4 --memory 1GB --batch-size 1 --limit-read 150MB
     """
     from ..bench import roofline as of_roofline
 
@@ -136,7 +137,8 @@ def roofline(model, shape, layers, bits, most, plot, as_json, save, **options):
         of_roofline.check_plot()
     job = _job(model, shape, layers, bits, as_json, **options)
     with _progress("Planning", as_json) as told:
-        result = of_roofline.predict(job, most, lambda done: told(done, most.bit_length()))
+        slower = _parse_limits(None, limit_read).read_bytes_per_s
+        result = of_roofline.predict(job, most, slower, lambda done: told(done, most.bit_length()))
     if not as_json:
         of_roofline.plot(result, plot)
     _finish("roofline", result, as_json, save, lambda result: _print_roofline(result, plot))
@@ -361,7 +363,9 @@ def _print_io(result: dict) -> None:
         ratio = "" if name == "slowft" else f"{result['ratios'][name]:.2f}"
         rows.append([name, f"{size(median)}/s", f"{size(min(rates))} - {size(max(rates))}", ratio])
     _table(["", f"median of {len(rows and result['rates']['slowft'])}", "from - to", "slowft / this"], rows)
-    click.echo(f"slowft reads at {100 * result['ratio']:.0f}% of {result['raw']} (median of the rounds' ratios)")
+    click.echo(
+        f"slowft reads at {100 * result['ratio']:.0f}% of {result['raw']}, the fastest raw way (median of rounds' ratios)"
+    )
 
 
 def _print_roofline(result: dict, plot: str) -> None:
