@@ -14,19 +14,12 @@ import platform
 import tempfile
 from pathlib import Path
 
-from planned import measure, plans, write_random
+from planned import measure, plans
+
+from slowft.bench.shapes import SHAPES, write_random
 
 RESULTS = Path(__file__).parent / "results"
-SHAPE = {
-    "model_type": "llama",
-    "hidden_size": 2048,
-    "intermediate_size": 5632,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "rms_norm_eps": 1e-5,
-    "vocab_size": 32000,
-    "tie_word_embeddings": False,
-}
+SHAPE = SHAPES["llama-1b"]
 
 
 def climb(directory: Path, rungs: int, **job) -> list[dict]:

@@ -1,6 +1,6 @@
 """Steps under a plan, in a process of their own: what was predicted, and what the kernel and the clock say.
 
-A module for the other benchmarks, which call `measure`; `shape` writes the random models they use.
+A module for the other benchmarks, which call `measure`.
 """
 
 import slowft  # noqa: F401, I001  (before mlx: it loads OpenBLAS)
@@ -13,31 +13,7 @@ import time
 from pathlib import Path
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-import cgroup  # noqa: E402
-
-
-def write_random(directory: Path, config: dict, bits: int | None = None) -> Path:
-    """A random bfloat16 model of mlx-lm's class for `config`, one shard a block; with `bits`, quantized."""
-    from mlx_lm.utils import _get_classes, quantize_model
-
-    model_class, args_class = _get_classes(config)
-    model = model_class(args_class.from_dict(config))
-    model.set_dtype(mx.bfloat16)
-    if bits is not None:
-        model, config = quantize_model(model, dict(config), 64, bits)
-    shards: dict[str, dict] = {}
-    for name, array in tree_flatten(model.parameters()):
-        block = name.split(".")[2] if ".layers." in name else "rest"
-        shards.setdefault(block, {})[name] = array
-    del model
-    directory.mkdir(parents=True, exist_ok=True)
-    for i, block in enumerate(list(shards)):
-        mx.save_safetensors(str(directory / f"model-{i:05d}.safetensors"), shards.pop(block), {"format": "mlx"})
-    (directory / "config.json").write_text(json.dumps(config))
-    return directory
+from slowft.bench import cgroup
 
 
 def measure(directory: Path, memory: int | None, limit: bool = True, **job) -> dict:

@@ -13,7 +13,9 @@ import tempfile
 from pathlib import Path
 
 from memory_ladder import RESULTS, SHAPE
-from planned import measure, plans, write_random
+from planned import measure, plans
+
+from slowft.bench.shapes import quantized, write_random
 
 WIDE = SHAPE | {"num_hidden_layers": 6}
 SMALL = SHAPE | {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_hidden_layers": 12}
@@ -59,7 +61,7 @@ def main() -> None:
                 continue
             key = json.dumps([config, bits])
             if key not in written:
-                written[key] = write_random(Path(scratch) / str(len(written)), config, bits)
+                written[key] = write_random(Path(scratch) / str(len(written)), quantized(config, bits))
             ends = plans(written[key], **job)
             memory = int(ends["least"] * 1.005 + share * (ends["most"] - ends["least"]))
             result = results[name] = measure(written[key], memory, steps=2, **job)

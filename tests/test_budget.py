@@ -24,9 +24,9 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-import cgroup
 from conftest import LLAMA, largest, largest_difference, must_run, random_batch, save_random
 from slowft import platform
+from slowft.bench import cgroup
 from slowft.storage import spill
 
 BILLION = LLAMA | {  # 1.1 billion parameters, 2.2 GB in bfloat16

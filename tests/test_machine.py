@@ -14,10 +14,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-import cgroup
 import filecache
 from conftest import must_run
 from slowft import platform
+from slowft.bench import cgroup
 from slowft.planning import machine
 from slowft.planning.machine import _dequantize_s_per_byte, measure
 
@@ -111,7 +111,7 @@ def test_limit_of_the_control_group_counts():
     if not cgroup.V1.is_dir():
         return
     inner = (
-        "import sys; sys.path.insert(0, 'tests'); import cgroup;"
+        "import sys; from slowft.bench import cgroup;"
         f"done, _ = cgroup.run([sys.executable, '-c', {code!r}], 500 << 20); print(done.stdout, done.stderr)"
     )
     done, _ = cgroup.run([sys.executable, "-c", inner], 300 * MB, cwd=Path(__file__).parents[1])

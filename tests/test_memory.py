@@ -8,10 +8,10 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-import cgroup
 import slowft
 from conftest import LLAMA, largest_difference, must_run, random_batch, save_random
 from slowft import platform
+from slowft.bench import cgroup
 from slowft.models import seams
 
 SHAPE = LLAMA | {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "num_key_value_heads": 8}

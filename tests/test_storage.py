@@ -20,9 +20,9 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-import cgroup
 import filecache
 from conftest import must_run
+from slowft.bench import cgroup
 from slowft.errors import ModelError
 from slowft.storage.cache import BlockCache
 from slowft.storage.index import DTYPES, index_model, read_header

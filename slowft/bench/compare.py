@@ -123,6 +123,6 @@ def _summary(job: Job, runs: list[dict[str, Any]]) -> dict[str, Any]:
         "tokens_per_s": job.tokens_of_step / statistics.median(seconds),
         "peak_nbytes": max(s["peak_nbytes"] for run in runs for s in [run["first"], *run["steps"]]),
         "kernel_peak_nbytes": max(kernel, default=None),
-        "loss": runs[-1]["loss"],
+        "losses": runs[-1]["losses"],
         "step_s_of_turns": [[s["step_s"] for s in run["steps"]] for run in runs],
     }

@@ -58,9 +58,12 @@ def config_of(shape: str, layers: int | None = None, bits: int | None = None) ->
     config = dict(SHAPES[shape])
     if layers is not None:
         config["num_hidden_layers"] = layers
-    if bits is not None:
-        config["quantization"] = {"group_size": 64, "bits": bits}
-    return config
+    return quantized(config, bits)
+
+
+def quantized(config: dict, bits: int | None) -> dict:
+    """The config of the same model in `bits` bits, in groups of 64; None leaves it as it is."""
+    return config if bits is None else config | {"quantization": {"group_size": 64, "bits": bits}}
 
 
 def cached(config: dict, progress: Callable[[int, int], None] = lambda done, total: None) -> Path:

@@ -26,7 +26,7 @@ def trace(job: Job, file: str, told: Callable[[int], None]) -> dict[str, Any]:
     """The last of the job's steps, traced to `file`."""
     run = worker.run("slowft", job, told, trace=file)
     last = run["steps"][-1]
-    return {"job": job.as_dict(), "kept": run["kept"], "loss": run["loss"], **last}
+    return {"job": job.as_dict(), "kept": run["kept"], "losses": run["losses"], **last}
 
 
 def summary(job: Job, run: dict[str, Any], machine: dict[str, Any]) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def summary(job: Job, run: dict[str, Any], machine: dict[str, Any]) -> dict[str,
         "predicted": run["plan"]["predicted"],
         "memory": run["plan"]["memory"],
         "kept": run["kept"],
-        "loss": run["loss"],
+        "losses": run["losses"],
         "steps": steps,
     }
 

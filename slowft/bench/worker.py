@@ -53,7 +53,7 @@ def run_slowft(job: Job, told: Told, trace: str | None = None) -> dict[str, Any]
     model.train()
     batches = [(mx.array(batch), mx.array([[1, job.tokens]] * job.batch_size)) for batch in job.batches()]
     plan = model.plan(job.batch_size, job.tokens, job.micro_batches, follow=True)
-    optimizer, steps = optim.Adam(1e-4), []
+    optimizer, steps, losses = optim.Adam(1e-4), [], []
     for i in range(job.steps + 1):
         platform.reset_peak_memory()
         begin = time.perf_counter()
@@ -62,6 +62,7 @@ def run_slowft(job: Job, told: Told, trace: str | None = None) -> dict[str, Any]
             optimizer.update(model, gradients)
             mx.eval(model.trainable_parameters(), optimizer.state)
             del gradients
+        losses.append(loss.item())
         last = model.stats.last
         steps.append(
             {
@@ -77,7 +78,7 @@ def run_slowft(job: Job, told: Told, trace: str | None = None) -> dict[str, Any]
     result = {
         "first": steps[0],
         "steps": steps[1:],
-        "loss": loss.item(),
+        "losses": losses,
         "plan": as_dict(plan),
         "kept": choices(plan),
         "ops": _ops(plan),
@@ -161,7 +162,8 @@ def run_mlx_lm(job: Job, told: Told, grad_checkpoint: bool) -> dict[str, Any]:
             grad_accumulation_steps=n,
         )
         train(model, optim.Adam(1e-4), data, args=args, training_callback=Clock())
-    return {"first": steps[0], "steps": steps[warm_up:], "loss": sum(losses[-n:]) / n}
+    of_steps = [sum(losses[i : i + n]) / n for i in range(0, len(losses), n)]
+    return {"first": steps[0], "steps": steps[warm_up:], "losses": of_steps}
 
 
 TASKS: dict[str, Callable[..., dict[str, Any]]] = {

@@ -326,7 +326,7 @@ def _print_step(result: dict) -> None:
     kernel = result["kernel_peak_nbytes"]
     rows = [
         ["step", _seconds(result), f"predicted {duration(result['predicted']['step_s'])}"],
-        ["speed", f"{result['tokens_per_s']:.0f} tokens/s", f"loss {result['loss']:.3f}"],
+        ["speed", f"{result['tokens_per_s']:.0f} tokens/s", f"loss {result['losses'][-1]:.3f}"],
         [
             "read",
             f"{size(result['read_nbytes'])} a step, {size(result['read_bytes_per_s'])}/s",
@@ -362,10 +362,8 @@ def _print_io(result: dict) -> None:
         median = result["median_bytes_per_s"][name]
         ratio = "" if name == "slowft" else f"{result['ratios'][name]:.2f}"
         rows.append([name, f"{size(median)}/s", f"{size(min(rates))} - {size(max(rates))}", ratio])
-    _table(["", f"median of {len(rows and result['rates']['slowft'])}", "from - to", "slowft / this"], rows)
-    click.echo(
-        f"slowft reads at {100 * result['ratio']:.0f}% of {result['raw']}, the fastest raw way (median of rounds' ratios)"
-    )
+    _table(["", f"median of {len(result['rates']['slowft'])}", "from - to", "slowft / this"], rows)
+    click.echo(f"slowft reads at {100 * result['ratio']:.0f}% of {result['raw']}, the fastest raw way, round by round")
 
 
 def _print_roofline(result: dict, plot: str) -> None:
@@ -399,10 +397,9 @@ def _print_compare(result: dict) -> None:
     limited += [f"reads {size(limits['read_bytes_per_s'])}/s"] if limits["read_bytes_per_s"] else []
     if limited:
         click.echo(f"Limits   {', '.join(limited)}")
-    rows = []
+    rows, failed = [], {name: of["failed"] for name, of in result["results"].items() if "failed" in of}
     for name, of_name in result["results"].items():
-        if "failed" in of_name:
-            rows.append([name, "failed", "", "", "", of_name["failed"]])
+        if name in failed:
             continue
         kernel = of_name["kernel_peak_nbytes"]
         ratio = result["times_as_fast"].get(name)
@@ -417,6 +414,8 @@ def _print_compare(result: dict) -> None:
             ]
         )
     _table(["", "step", "tokens/s", "peak", "control group's", "its step / slowft's"], rows)
+    for reason in failed.values():
+        click.echo(f"Failed   {reason}")
 
 
 def _print_trace(result: dict, out: str) -> None:
