@@ -129,7 +129,7 @@ def roofline(model, shape, layers, bits, most, limit_read, plot, as_json, save, 
 
     Example:
 
-        slowft bench roofline --shape llama-1b --layers 4 --memory 1GB --batch-size 1 --limit-read 150MB
+        slowft bench roofline --layers 4 --memory 500MB --limit-read 10MB
     """
     from ..bench import roofline as of_roofline
 
