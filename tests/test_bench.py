@@ -24,10 +24,10 @@ from conftest import LLAMA, largest_difference, must_run, random_batch, randomis
 from slowft import platform, tracing
 from slowft.bench import cgroup, compare, reading, roofline, shapes, slowllama, step, worker
 from slowft.bench.job import Job
+from slowft.bench.limits import Limits
 from slowft.cli.bench import bench
 from slowft.cli.main import main
 from slowft.errors import ConfigError, SlowftError
-from slowft.planning.machine import Machine
 
 MB = 1 << 20
 
@@ -140,6 +140,17 @@ def test_a_traced_step_is_the_same_step_and_afterwards_nothing_is_recorded(llama
     model.close()
     assert loss.item() == plain.item() and largest_difference(gradients, expected) == 0
     assert tracing.span("read", "x") is tracing.span("compute", "y")  # nothing to fill
+
+
+def test_finetune_writes_a_trace_of_its_steps(llama_with_tokenizer, slowft_, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/train.jsonl").write_text('{"text": "Sample of plain text."}\n' * 4)
+    options = ["--model", llama_with_tokenizer, "--data", tmp_path / "data", "--iters", 2, "--batch-size", 1]
+    outcome = slowft_("finetune", *options, "--num-layers", 1, "--trace", tmp_path / "t.json")
+    assert outcome.status == 0, outcome.err
+    events = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
+    passes = [e["args"]["pass"] for e in events if e.get("cat") == "compute"]
+    assert passes == ["forward", "head"] * 2  # with room for everything: embedding, then all blocks and the head
 
 
 def test_a_trace_that_cannot_be_written_is_refused_before_anything_runs(llama, tmp_path):
@@ -275,26 +286,26 @@ def test_too_little_to_read_is_refused(tmp_path):
 # --- roofline ---------------------------------------------------------------------------------------
 
 
-def test_reading_is_longer_before_the_crossover_and_not_from_it_on(tmp_path):
-    config = LLAMA | {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4}
+@pytest.mark.parametrize("first", [1, 2, 3, 37, 63, 64, 65])
+def test_the_crossover_is_the_first_count_bound_by_computing(first):
+    def point(n: int) -> dict:
+        return {"micro_batches": n, "bound": "computing" if n >= first else "reading"}
+
+    points = [point(1 << i) for i in range(7)]
+    assert roofline._crossover(points, point) == (first if first <= 64 else None)
+
+
+def test_slower_reads_are_what_a_job_is_bound_by(tmp_path):
+    config = LLAMA | {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 2}
     directory = shapes.write_random(tmp_path / "m", config)
     model = slowft.open_model(directory).add_lora(-1)
-    planner = model.planner(1, 16, 8)
-    memory = planner.least().peak_nbytes + 25 * MB  # not enough to keep the 95 MB of blocks
-    plan = planner.choose(memory)
-    rate = plan.read_nbytes / (plan.compute_s / 2.5)  # reading takes as long as about 3 of the 8 micro-batches
-    result = roofline.predict(Job(str(directory), "m", 1, 16, memory=memory), 8, rate)
-    for point in result["points"]:
-        assert point["read_s"] == pytest.approx(point["read_nbytes"] / rate)
-        assert (point["bound"] == "reading") == (point["read_s"] > point["compute_s"])
-    n = result["crossover"]
-    assert 1 < n < 8
-    for count, is_hidden in ((n - 1, False), (n, True)):
-        planner = model.planner(1, 16, count)
-        planner.machine = Machine(**result["machine"])
-        plan = planner.choose(memory)
-        assert (plan.compute_s >= plan.read_nbytes / rate) == is_hidden
+    memory = model.planner(1, 16, 2).least().peak_nbytes + 10 * MB  # not enough to keep the 46 MB of blocks
     model.close()
+    result = roofline.predict(Job(str(directory), "m", 1, 16, memory=memory), 2, 1e6)
+    assert [point["micro_batches"] for point in result["points"]] == [1, 2] and result["crossover"] is None
+    for point in result["points"]:
+        assert point["bound"] == "reading" and point["read_nbytes"] > 0
+        assert point["read_s"] == pytest.approx(point["read_nbytes"] / 1e6)
 
 
 def test_the_plot_is_a_png_and_without_matplotlib_the_fix_is_named(small, slowft_, tmp_path, monkeypatch):
@@ -377,7 +388,7 @@ def test_a_run_that_its_limit_kills_is_in_the_result(small, monkeypatch):
         return {"first": steps[0], "steps": steps, "losses": [1.0], "ops": [], "kept": "", "plan": plan}
 
     monkeypatch.setattr(compare.worker, "run", killed)
-    result = compare.measure(Job(str(small), "small"), 2, compare.Limits())
+    result = compare.measure(Job(str(small), "small"), 2, Limits())
     assert "want of memory" in result["results"]["mlx-lm"]["failed"] and result["results"]["slowft"]["step_s"] == 2.0
 
 

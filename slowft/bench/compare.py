@@ -2,46 +2,14 @@
 
 import statistics
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
-from ..errors import ConfigError, SlowftError
-from . import cgroup, slowllama, step, worker
+from ..errors import SlowftError
+from . import slowllama, step, worker
 from .job import Job
+from .limits import Limits
 
 OURS = "slowft"
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What is enforced by control groups; memory only on those who stream, as models in memory have to fit in it."""
-
-    memory_nbytes: int | None = None
-    read_bytes_per_s: int | None = None
-
-    def check(self, job: Job) -> None:
-        """Raises ConfigError where they cannot be enforced."""
-        if self == Limits():
-            return
-        reason = cgroup.why_unavailable(job.files[0] if self.read_bytes_per_s else None)
-        if reason:
-            options = [
-                f"--limit-{name}"
-                for name, value in (("memory", self.memory_nbytes), ("read", self.read_bytes_per_s))
-                if value
-            ]
-            raise ConfigError(f"{' and '.join(options)}: {reason}")
-
-    @contextmanager
-    def group(self, job: Job, streams: bool = True):
-        memory = self.memory_nbytes if streams else None
-        with (
-            nullcontext()
-            if memory is None and self.read_bytes_per_s is None
-            else cgroup.limit(memory, self.read_bytes_per_s, job.files)
-        ) as group:
-            yield group
 
 
 def contenders(slowllama_checkout: str | None) -> dict[str, tuple[str, dict[str, Any]]]:
@@ -65,13 +33,14 @@ def measure(
 ) -> dict[str, Any]:
     """Step times of all contenders, by turns, and slowft's ratio to each.
 
-    One that fails, as where its memory does not suffice, is in the result with its reason.
+    One that fails, as where its memory does not suffice, is in the result with its reason. Memory is limited only for
+    those that stream: models in memory have to fit in it.
 
     Args:
         told: who has done how many steps in all.
     """
     limits.check(job)
-    machine = worker.run("machine", job)
+    machine = limits.on(worker.run("machine", job))
     if slowllama_checkout is not None:
         worker.run("write slowllama's files", job, checkout=slowllama_checkout)
     everyone = contenders(slowllama_checkout)
@@ -83,7 +52,7 @@ def measure(
                 continue
             if task == "slowllama":
                 slowllama.drop_cached_files(job)
-            with limits.group(job, streams=task != "mlx-lm") as group:
+            with limits.group(job, memory=task != "mlx-lm") as group:
                 try:
                     before = turn * job.steps
                     run = worker.run(task, job, lambda n, name=name: told(name, before + n), group, **options)  # noqa: B023
@@ -96,7 +65,7 @@ def measure(
     ours = step.summary(job, runs[OURS][-1] | {"steps": [s for run in runs[OURS] for s in run["steps"]]}, machine)
     return {
         "job": job.as_dict(),
-        "limits": {"memory_nbytes": limits.memory_nbytes, "read_bytes_per_s": limits.read_bytes_per_s},
+        "limits": limits.as_dict(),
         "machine": machine,
         "results": results | {name: {"failed": reason} for name, reason in failed.items()},
         OURS: ours,

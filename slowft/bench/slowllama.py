@@ -90,15 +90,16 @@ def write(job: Job, told: Callable[[int], None], checkout: str) -> dict[str, Any
     final, params = directory(job), _params(job)
     if final.exists():
         return {}
-    final.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=final.parent, prefix="slowllama-") as unfinished:
-        args = model_config.ModelArgs(**params, frozen_dtype=torch.bfloat16, served_model_path=unfinished)
-        torch.random.manual_seed(0)
-        model = llama2.Transformer(args)  # writes its blocks as it makes them
-        Path(unfinished, "params.json").write_text(json.dumps(params))
-        torch.save(model.state_dict(), Path(unfinished, "model.pth"))
-        shutil.copytree(unfinished, final.with_suffix(".tmp"))
-    os.replace(final.with_suffix(".tmp"), final)
+    unfinished = final.with_suffix(".tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    torch.random.manual_seed(0)
+    model = llama2.Transformer(  # writes its blocks as it makes them
+        model_config.ModelArgs(**params, frozen_dtype=torch.bfloat16, served_model_path=str(unfinished))
+    )
+    (unfinished / "params.json").write_text(json.dumps(params))
+    torch.save(model.state_dict(), unfinished / "model.pth")
+    os.replace(unfinished, final)
     return {}
 
 

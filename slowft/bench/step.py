@@ -5,21 +5,28 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from . import worker
-from .cgroup import Group
 from .job import Job
+from .limits import Limits
 
 
-def measure(job: Job, told: Callable[[int], None], group: Group | None = None) -> dict[str, Any]:
+def measure(job: Job, limits: Limits, told: Callable[[int], None] = lambda step: None) -> dict[str, Any]:
     """Medians and spreads over the job's steps.
 
     Args:
         told: of each step that is done, the first (which is not counted) included.
-        group: the control group that the steps run in.
     """
-    machine = worker.run("machine", job)
-    run = worker.run("slowft", job, told, group)
-    kernel = None if group is None else group.peak_nbytes
-    return {"job": job.as_dict(), "machine": machine, **summary(job, run, machine), "kernel_peak_nbytes": kernel}
+    limits.check(job)
+    machine = limits.on(worker.run("machine", job))
+    with limits.group(job) as group:
+        run = worker.run("slowft", job, told, group)
+        kernel = group and group.peak_nbytes
+    return {
+        "job": job.as_dict(),
+        "limits": limits.as_dict(),
+        "machine": machine,
+        **summary(job, run, machine),
+        "kernel_peak_nbytes": kernel,
+    }
 
 
 def trace(job: Job, file: str, told: Callable[[int], None]) -> dict[str, Any]:

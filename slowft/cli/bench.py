@@ -85,10 +85,9 @@ def step(model, shape, layers, bits, limit_memory, limit_read, as_json, save, **
 
     job = _job(model, shape, layers, bits, as_json, **options)
     limits = _parse_limits(limit_memory, limit_read)
-    job = job if job.memory else job.with_(memory=limits.memory_nbytes)
-    limits.check(job)
-    with _progress("Steps", as_json) as told, limits.group(job) as group:
-        result = of_step.measure(job, lambda n: told(n, job.steps + 1), group)
+    job = job.with_(memory=job.memory or limits.memory_nbytes)
+    with _progress("Steps", as_json) as told:
+        result = of_step.measure(job, limits, lambda n: told(n, job.steps + 1))
     _finish("step", result, as_json, save, _print_step)
 
 
@@ -205,14 +204,14 @@ def _job(model, shape, layers, bits, as_json, memory=None, batch_size=4, max_seq
     """The job, of random weights that are made now if they are not there."""
     from ..bench.job import Job
     from ..bench.shapes import cached, config_of
-    from ..models.loading import resolve
+    from ..models.loading import find_local, resolve
 
     if model is not None and (shape, layers, bits) != (None, None, None):
         raise click.UsageError("--shape, --layers and --bits make random weights; leave them out with --model")
     nbytes = None if memory is None else _parse(memory)
     if model is not None:
         directory = resolve(model)
-        name = directory.name
+        name = model if find_local(model) is None else directory.name
     else:
         config = config_of(shape or DEFAULT_SHAPE, layers, None if bits is None else int(bits))
         name = f"{shape or DEFAULT_SHAPE}, {config['num_hidden_layers']} blocks" + (f", {bits} bits" if bits else "")
@@ -229,7 +228,7 @@ def _parse(amount: str) -> int:
 
 
 def _parse_limits(memory: str | None, read: str | None):
-    from ..bench.compare import Limits
+    from ..bench.limits import Limits
 
     return Limits(memory and _parse(memory), read and _parse(read.removesuffix("/s")))
 
