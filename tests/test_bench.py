@@ -15,6 +15,7 @@ import click
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.models import llama as llama_of_mlx_lm
 from mlx_lm.tuner.trainer import default_loss
 from mlx_lm.utils import load_model
 from safetensors import safe_open
@@ -120,6 +121,17 @@ def test_spans_of_a_thread_do_not_overlap_and_name_their_lane(llama, tmp_path):
         ends[s["tid"]] = s["ts"] + s["dur"]
         assert names[s["tid"]].split()[0] == s["cat"]
     assert {"read", "cast", "compute", "wait"} <= {s["cat"] for s in spans}
+
+
+def test_overlapping_spans_of_a_lane_get_threads_of_their_own(tmp_path):
+    recorder = tracing.Recorder(begin=0.0)
+    for begin, end in ((0, 4), (1, 3), (2, 5), (4, 6), (3, 7)):
+        recorder.add(tracing.Span("read", f"{begin}-{end}", begin, end, {}))
+    recorder.write(tmp_path / "t.json")
+    events = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
+    threads = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    rows = {e["name"]: threads[e["tid"]] for e in events if e["ph"] == "X"}
+    assert rows == {"0-4": "read", "1-3": "read 2", "2-5": "read 3", "3-7": "read 2", "4-6": "read"}
 
 
 def test_spilling_is_in_the_trace(llama, tmp_path):
@@ -309,7 +321,7 @@ def test_slower_reads_are_what_a_job_is_bound_by(tmp_path):
 
 
 def test_the_plot_is_a_png_and_without_matplotlib_the_fix_is_named(small, slowft_, tmp_path, monkeypatch):
-    options = ["--model", small, "--batch-size", 1, "--max-seq-length", 17, "--micro-batches", 2]
+    options = ["--model", small, "--batch-size", 1, "--max-seq-length", 17, "--micro-batches", 1]
     if importlib.util.find_spec("matplotlib"):
         outcome = slowft_("bench", "roofline", *options, "--plot", tmp_path / "r.png")
         assert outcome.status == 0 and "bound by" in outcome.out
@@ -326,21 +338,35 @@ def test_the_plot_is_a_png_and_without_matplotlib_the_fix_is_named(small, slowft
 # --- compare ----------------------------------------------------------------------------------------
 
 
-def test_all_do_the_same_job(small, slowft_):
-    outcome = slowft_(
-        *("bench", "compare", "--model", small, "--batch-size", 2, "--max-seq-length", 33, "--memory", "2GB"),
-        *("--steps", 1, "--turns", 1, "--json"),
-    )
-    assert outcome.status == 0 and outcome.err == ""
-    result = json.loads(outcome.out)
-    assert set(result["results"]) == {"slowft", "mlx-lm", "mlx-lm --grad-checkpoint"}
+def run_here(task, job, told=lambda step: None, group=None, **options):
+    """`worker.run` in this process."""
+    return MACHINE if task == "machine" else json.loads(json.dumps(worker.TASKS[task](job, told, **options)))
+
+
+def test_all_do_the_same_job(small, monkeypatch):
+    block = llama_of_mlx_lm.TransformerBlock
+    monkeypatch.setattr(block, "__call__", block.__call__)  # mlx-lm's checkpointing replaces it for good
+    monkeypatch.setattr(compare.worker, "run", run_here)
+    told = []
+    job = Job(str(small), "small", 2, 32, micro_batches=2, steps=2, memory=2 * 10**9)
+    result = compare.measure(job, 1, Limits(), told=lambda *who: told.append(who))
+    assert told[-1] == ("mlx-lm --grad-checkpoint", 4)  # two warm up
     first = {name: of_name["losses"][0] for name, of_name in result["results"].items()}  # adapters begin as zero
+    assert set(first) == {"slowft", "mlx-lm", "mlx-lm --grad-checkpoint"}
     assert first["mlx-lm"] == pytest.approx(first["slowft"], rel=1e-5)
     assert first["mlx-lm --grad-checkpoint"] == pytest.approx(first["slowft"], rel=1e-5)
     for name, ratio in result["times_as_fast"].items():
         assert ratio == result["results"][name]["step_s"] / result["results"]["slowft"]["step_s"]
-    assert str(small) not in outcome.out  # results are kept and shown: no path of this machine
-    assert result["system"]["cpu"] and result["machine"]["device"]
+        assert len(result["results"][name]["step_s_of_turns"][0]) == 2
+
+
+def test_a_process_of_its_own_tells_steps_results_and_errors(small):
+    told = []
+    job = Job(str(small), "small", 2, 32, steps=1, memory=2 * 10**9)
+    run = worker.run("slowft", job, told.append)
+    assert told == [1, 2] and run["losses"][0] == pytest.approx(run_here("slowft", job)["losses"][0], rel=1e-6)
+    with pytest.raises(SlowftError, match="^slowft: /nowhere does not exist"):
+        worker.run("slowft", job.with_(model="/nowhere"))
 
 
 # --- Limits -----------------------------------------------------------------------------------------
@@ -377,19 +403,25 @@ def test_limits_that_cannot_be_enforced_are_one_line(small, slowft_, monkeypatch
     assert "run as root" in line or "Linux" in line
 
 
-def test_a_run_that_its_limit_kills_is_in_the_result(small, monkeypatch):
+def test_a_run_that_its_limit_kills_is_in_the_result(small, slowft_, monkeypatch):
     def killed(task, job, told=None, group=None, **_):
         if task == "machine":
-            return MACHINE
+            return MACHINE | {"device": "an abacus"}
         if task == "mlx-lm":
             raise SlowftError(f"{task}: killed, most likely for want of memory")
         steps = [{"step_s": 2.0, "peak_nbytes": 1, "read_nbytes": 0, "written_nbytes": 0, "wait_s": 0.0}] * 2
-        plan = {"predicted": {}, "memory": 1}
-        return {"first": steps[0], "steps": steps, "losses": [1.0], "ops": [], "kept": "", "plan": plan}
+        plan = {"predicted": {}, "memory": 10**9}
+        return {"first": steps[0], "steps": steps, "losses": [1.0], "ops": [], "kept": "nothing", "plan": plan}
 
     monkeypatch.setattr(compare.worker, "run", killed)
-    result = compare.measure(Job(str(small), "small"), 2, Limits())
-    assert "want of memory" in result["results"]["mlx-lm"]["failed"] and result["results"]["slowft"]["step_s"] == 2.0
+    outcome = slowft_("bench", "compare", "--model", small, "--batch-size", 2, "--max-seq-length", 33)
+    assert outcome.status == 0 and "Failed   mlx-lm: killed, most likely for want of memory" in outcome.out
+    assert re.search(r"^slowft +2\.00 s", outcome.out, re.M) and "MLX on an abacus" in outcome.out
+    outcome = slowft_("bench", "compare", "--model", small, "--json")
+    result = json.loads(outcome.out)
+    assert "want of memory" in result["results"]["mlx-lm"]["failed"] and result["system"]["cpu"]
+    assert result["results"]["slowft"]["step_s"] == 2.0
+    assert str(small) not in outcome.out  # results are kept and shown: no path of this machine
 
 
 # --- slowllama --------------------------------------------------------------------------------------
