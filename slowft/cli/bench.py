@@ -289,13 +289,13 @@ def _finish(name: str, result: dict, as_json: bool, save: str | None, show) -> N
             click.echo(f"Saved {file}")
 
 
-def _table(header: list[str], rows: list[list[str]]) -> None:
+def _table(header: list[str], rows: list[list[str]], left: tuple[int, ...] = (0,)) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for i, column in enumerate(header):
-        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+        table.add_column(column, justify="left" if i in left else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     console = Console()
@@ -351,7 +351,7 @@ def _print_step(result: dict) -> None:
     ]
     if result["written_nbytes"]:
         rows.insert(3, ["written", f"{size(result['written_nbytes'])} a step", ""])
-    _table(["", f"median of {len(result['steps'])}", ""], rows)
+    _table(["", f"median of {len(result['steps'])}", ""], rows, left=(0, 1, 2))
 
 
 def _print_io(result: dict) -> None:
