@@ -116,6 +116,7 @@ def write_random(
             )
         (directory / "config.json").write_bytes((outline / "config.json").read_bytes())
         with open(source, "rb") as f, open(file, "wb", buffering=0) as out:
+            platform.skip_file_cache(out.fileno())
             out.write(f.read(8 + n))
             platform.preallocate(out.fileno(), total)
             header.pop("__metadata__", None)
