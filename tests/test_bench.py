@@ -477,6 +477,7 @@ def test_mistakes_are_one_line(slowft_):
         (["step", "--shape", "gpt-9"], "llama-135m"),
         (["step", "--model", "x", "--shape", "llama-1b"], "leave them out"),
         (["io", "--model", "./nowhere"], "does not exist"),
+        (["trace", "--out", "no/t.json"], "there is no directory no"),
         (["step", "--memory", "much"], "Write it like 8GB"),
     ):
         outcome = slowft_("bench", *words)

@@ -37,7 +37,11 @@ _of_job = _options(
     click.option("--memory", help="slowft's ceiling, such as 2GB [default: half of this machine's]."),
     click.option("--batch-size", default=4, show_default=True, type=AT_LEAST_1, help="Sequences in a micro-batch."),
     click.option(
-        "--max-seq-length", default=129, show_default=True, type=click.IntRange(2), help="Of each sequence, targets in."
+        "--max-seq-length",
+        default=129,
+        show_default=True,
+        type=click.IntRange(2),
+        help="Longest sequence, as in finetune.",
     ),
     click.option("--num-layers", default=-1, show_default=True, help="Blocks with LoRA, from the last; -1 for all."),
 )
@@ -67,7 +71,7 @@ def bench():
     """
 
 
-@bench.command()
+@bench.command(short_help="Steps: seconds, reads, waiting, memory, against the machine's limits.")
 @_of_model
 @_of_job
 @_accumulation
@@ -91,7 +95,7 @@ def step(model, shape, layers, bits, limit_memory, limit_read, as_json, save, **
     _finish("step", result, as_json, save, _print_step)
 
 
-@bench.command()
+@bench.command(short_help="slowft's reader against raw reads of the same files.")
 @_of_model
 @click.option("--size", "most", default="1GB", show_default=True, help="Read at most this much of the files.")
 @click.option("--rounds", default=5, show_default=True, type=AT_LEAST_1, help="Readings of each kind, in turns.")
@@ -114,7 +118,7 @@ def io(model, shape, layers, bits, most, rounds, as_json, save):
     _finish("io", {"job": {"name": job.name}} | result, as_json, save, _print_io)
 
 
-@bench.command()
+@bench.command(short_help="Where a job is bound, reading or computing; with a plot.")
 @_of_model
 @_of_job
 @click.option("--micro-batches", "most", default=64, show_default=True, type=AT_LEAST_1, help="Look up to this many.")
@@ -134,6 +138,7 @@ def roofline(model, shape, layers, bits, most, limit_read, plot, as_json, save, 
 
     if not as_json:
         of_roofline.check_plot()
+        _check_directory(plot)
     job = _job(model, shape, layers, bits, as_json, **options)
     with _progress("Planning", as_json) as told:
         slower = _parse_limits(None, limit_read).read_bytes_per_s
@@ -143,7 +148,7 @@ def roofline(model, shape, layers, bits, most, limit_read, plot, as_json, save, 
     _finish("roofline", result, as_json, save, lambda result: _print_roofline(result, plot))
 
 
-@bench.command()
+@bench.command(short_help="The same job by slowft, mlx-lm and slowllama.")
 @_of_model
 @_of_job
 @_accumulation
@@ -161,7 +166,7 @@ def compare(model, shape, layers, bits, turns, slowllama, keys, limit_memory, li
 
     Example:
 
-        slowft bench compare --shape llama-1b --layers 2 --memory 1GB --steps 2 --turns 1
+        slowft bench compare --shape llama-1b --layers 2 --memory 1GB
     """
     from ..bench import compare as of_compare
     from ..bench.slowllama import KEYS
@@ -176,7 +181,7 @@ def compare(model, shape, layers, bits, turns, slowllama, keys, limit_memory, li
     _finish("compare", result, as_json, save, _print_compare)
 
 
-@bench.command()
+@bench.command(short_help="One step as a trace for Perfetto.")
 @_of_model
 @_of_job
 @_accumulation
@@ -191,6 +196,7 @@ def trace(model, shape, layers, bits, out, as_json, save, **options):
     """
     from ..bench import step as of_step
 
+    _check_directory(out)
     job = _job(model, shape, layers, bits, as_json, steps=1, **options)
     with _progress("Steps", as_json) as told:
         result = of_step.trace(job, str(Path(out).absolute()), lambda n: told(n, 2))
@@ -219,6 +225,11 @@ def _job(model, shape, layers, bits, as_json, memory=None, batch_size=4, max_seq
             directory = cached(config, told)
     options["micro_batches"] = options.pop("grad_accumulation_steps", 1)
     return Job(str(directory), name, batch_size, max_seq_length - 1, memory=nbytes, **options)
+
+
+def _check_directory(file: str) -> None:
+    if not Path(file).absolute().parent.is_dir():
+        raise ConfigError(f"{file} cannot be written: there is no directory {Path(file).parent}. Give another name")
 
 
 def _parse(amount: str) -> int:
