@@ -6,6 +6,8 @@ nor the rest of slowft: `preload_blas` has to run before MLX is imported anywher
 
 import ctypes
 import ctypes.util
+import errno
+import mmap
 import os
 import sys
 from pathlib import Path
@@ -80,6 +82,39 @@ def open_uncached(path: str) -> int:
     if MACOS:  # on Linux, reading ahead doubles the throughput (reader.py)
         skip_file_cache(fd)
     return fd
+
+
+# of file offset, memory and length in a read past the file cache: a sector of any drive, a page of this processor
+DIRECT_ALIGNMENT = 4096
+
+
+def open_direct(path: str) -> int | None:
+    """Open a file for reads straight from the drive into memory (Linux's O_DIRECT). Returns the descriptor.
+
+    None where there is no such thing: on macOS, where `open_uncached` does it, and on some file systems.
+    """
+    if MACOS:
+        return None
+    try:
+        return os.open(path, os.O_RDONLY | os.O_DIRECT)
+    except OSError as e:
+        if e.errno in (errno.EINVAL, errno.EOPNOTSUPP):
+            return None
+        raise
+
+
+def use_huge_pages(address: int, nbytes: int) -> None:
+    """Have memory on pages as large as the processor has them, from its next use on; what is in it is lost.
+
+    Linux only. A drive takes so many pieces at a time (virtio: 254), which pages of 4 KB make of 1 MB.
+    """
+    if MACOS:
+        return
+    begin = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (address + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    libc = ctypes.CDLL(None)
+    for advice in (mmap.MADV_DONTNEED, mmap.MADV_HUGEPAGE):  # a kernel without huge pages refuses: no harm
+        libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(max(end - begin, 0)), advice)
 
 
 def drop_cached(fd: int, offset: int, nbytes: int) -> None:

@@ -22,10 +22,13 @@ from safetensors import safe_open
 
 import filecache
 from conftest import must_run
+from slowft import platform
 from slowft.bench import cgroup
 from slowft.errors import ModelError
 from slowft.storage.cache import BlockCache
 from slowft.storage.index import DTYPES, index_model, read_header
+from slowft.storage import buffers
+from slowft.storage import reader as storage_reader
 from slowft.storage.reader import ByteRange, Reader
 
 # --- Index ------------------------------------------------------------------------------------------
@@ -350,19 +353,98 @@ def test_file_that_is_cut_while_it_is_used_names_file_and_offset(reader, blob):
     assert str(blob) in message and "byte 150000" in message
 
 
-def test_failing_disk_names_file_offset_and_reason_and_later_reads_work(reader, blob, monkeypatch):
-    preadv = os.preadv
+@pytest.fixture
+def no_pauses(monkeypatch):
+    monkeypatch.setattr(storage_reader, "RETRY_AFTER_S", (0, 0, 0))
 
-    def fails_once(fd, buffers, offset):
-        monkeypatch.setattr(os, "preadv", preadv)
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(os, "preadv", fails_once)
+def failing(monkeypatch, error: int, times: int) -> list[int]:
+    """Have the next `times` reads fail; returns a list that the offsets of all tries go to."""
+    preadv, tries = os.preadv, []
+
+    def fails(fd, buffers, offset):
+        tries.append(offset)
+        if len(tries) <= times:
+            raise OSError(error, os.strerror(error))
+        return preadv(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", fails)
+    return tries
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.EINTR, errno.EAGAIN])
+def test_error_that_may_pass_is_tried_again(error, reader, blob, monkeypatch, no_pauses):
+    tries = failing(monkeypatch, error, 3)
+    ranges, buffer = [ByteRange(str(blob), 4242, 10, 0)], bytearray(10)
+    reader.read_now(ranges, memoryview(buffer))
+    assert bytes(buffer) == expected(ranges, 10) and tries == [4242] * 4
+
+
+@pytest.mark.parametrize("error, times", [(errno.EIO, 4), (errno.EBADF, 1)])
+def test_failing_disk_names_file_offset_and_reason_and_later_reads_work(
+    error, times, reader, blob, monkeypatch, no_pauses
+):
+    """An error that stays, or one where trying again is no use."""
+    tries = failing(monkeypatch, error, times)
     ranges, buffer = [ByteRange(str(blob), 4242, 10, 0)], bytearray(10)
     message = refusal(reader.read_now, ranges, memoryview(buffer))
-    assert str(blob) in message and "byte 4242" in message and os.strerror(errno.EIO) in message
+    assert str(blob) in message and "byte 4242" in message and os.strerror(error) in message
+    assert len(tries) == times
     reader.read_now(ranges, memoryview(buffer))
     assert bytes(buffer) == expected(ranges, 10)
+
+
+def write_within(file: Path) -> None:
+    with open(file, "r+b") as f:
+        f.write(b"x")
+    os.utime(file, ns=(0, 0))  # on a clock that ticks coarsely
+
+
+def append_to(file: Path) -> None:
+    with open(file, "ab") as f:
+        f.write(b"x")
+
+
+def replace(file: Path) -> None:
+    stat = file.stat()
+    other = file.with_name("other")
+    other.write_bytes(bytes(stat.st_size))
+    os.utime(other, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    os.replace(other, file)
+
+
+CHANGES = [(write_within, "written to"), (append_to, "had 200000 bytes and has 200001"), (replace, "another file")]
+
+
+@pytest.mark.parametrize("change, what", CHANGES)
+@pytest.mark.parametrize("when", ["before it is opened", "between reads", "while it is read"])
+def test_changed_file_is_refused_with_what_changed(when, change, what, reader, blob, monkeypatch):
+    ranges, buffer = [ByteRange(str(blob), 500, 100, 0)], memoryview(bytearray(100))
+    if when == "before it is opened":
+        reader.expect_unchanged([str(blob)])
+    else:
+        reader.read_now(ranges, buffer)
+    if when == "while it is read":
+        preadv = os.preadv
+        monkeypatch.setattr(os, "preadv", lambda *args: (preadv(*args), change(blob))[0])
+    else:
+        change(blob)
+    message = refusal(reader.read_now, ranges, buffer)
+    assert f"{blob} was changed" in message and "byte 500" in message and what in message
+
+
+def test_deleted_file_is_read_on(reader, blob):
+    ranges, buffer = [ByteRange(str(blob), 500, 100, 0)], bytearray(100)
+    reader.read_now(ranges, memoryview(bytearray(100)))
+    data = expected(ranges, 100)
+    blob.unlink()
+    reader.read_now(ranges, memoryview(buffer))
+    assert bytes(buffer) == data
+
+
+def test_file_that_is_gone_before_it_is_read_is_named(reader, tmp_path):
+    gone = str(tmp_path / "gone")
+    assert gone in refusal(reader.expect_unchanged, [gone])
 
 
 def test_file_that_is_gone_is_named(reader, tmp_path):
@@ -443,8 +525,182 @@ def test_file_cache_stays_small_while_reading(reader, cold_file, monkeypatch):
     assert 0 < max(held) <= 4 * MB + 3 * filecache.read_ahead_nbytes(cold_file)
 
 
+# --- Reader, directly -------------------------------------------------------------------------------
+
+
+def direct_calls(reader: Reader, monkeypatch) -> list[tuple[int, int]]:
+    """A list that (offset, bytes asked) of every read past the file cache goes to, while through it none may go."""
+    preadv, calls = os.preadv, []
+
+    def watched(fd, targets, offset):
+        assert fd in [file.direct_fd for file in reader._files.values()]
+        calls.append((offset, sum(len(t) for t in targets)))
+        return preadv(fd, targets, offset)
+
+    monkeypatch.setattr(os, "preadv", watched)
+    return calls
+
+
+@pytest.fixture
+def large_blob(tmp_path) -> Path:
+    if not buffers.reads_directly() or platform.open_direct(__file__) is None:
+        must_run("nothing is read directly here")
+    file = tmp_path / "large"
+    file.write_bytes(np.random.default_rng(0).bytes(5 * MB + 1234))
+    return file
+
+
+@pytest.mark.parametrize("first, nbytes", [(0, 5 * MB + 1234), (4096, 4 * MB), (77, 3 * MB), (MB - 1, 4 * MB + 1235)])
+@pytest.mark.parametrize("in_flight", [1, 4])
+def test_any_stretch_of_a_file_is_read_directly_into_an_mlx_buffer(
+    first, nbytes, in_flight, reader, large_blob, monkeypatch
+):
+    """Aligned or not, up to the file's last byte, and nothing beside it is touched."""
+    monkeypatch.setattr(storage_reader, "DIRECT_REQUEST_NBYTES", MB // 2)
+    reader.reads_in_flight = in_flight
+    at = 8192 + buffers.shift(first)
+    buffer = buffers.read_buffer(at + nbytes + 100)
+    data, calls = memoryview(buffer), direct_calls(reader, monkeypatch)
+    data[:at], data[at + nbytes :] = b"a" * at, b"z" * 100
+    reader.read_now([ByteRange(str(large_blob), first, nbytes, at)], data)
+    assert bytes(memoryview(buffer)) == b"a" * at + large_blob.read_bytes()[first : first + nbytes] + b"z" * 100
+    assert max(n for _, n in calls) == MB // 2 and reader.bytes_read == nbytes
+
+
+def test_small_neighbours_of_large_ranges_are_read_directly_too(reader, large_blob, monkeypatch):
+    calls = direct_calls(reader, monkeypatch)
+    at = buffers.shift(3 * MB)
+    ranges = [ByteRange(str(large_blob), 3 * MB, 2 * MB, at)]
+    ranges += [ByteRange(str(large_blob), 100 + 50 * i, 50, at + 3 * MB - 60 * i) for i in range(5)]
+    buffer = buffers.read_buffer(at + 4 * MB)
+    reader.read_now(ranges, memoryview(buffer))
+    for r in ranges:
+        assert bytes(memoryview(buffer))[r.at : r.at + r.nbytes] == large_blob.read_bytes()[r.offset :][: r.nbytes]
+    assert calls[0] == (0, 4096)
+
+
+@pytest.mark.parametrize("in_flight", [1, 4])
+def test_requests_in_flight_are_as_many_as_asked_in_the_order_of_the_file(in_flight, reader, large_blob, monkeypatch):
+    monkeypatch.setattr(storage_reader, "DIRECT_REQUEST_NBYTES", MB // 2)
+    preadv, lock, under_way, seen, order = os.preadv, threading.Lock(), set(), [], []
+
+    def slow(fd, targets, offset):
+        with lock:
+            under_way.add(offset)
+            seen.append(len(under_way))
+            order.append(offset)
+        time.sleep(0.01)
+        try:
+            return preadv(fd, targets, offset)
+        finally:
+            with lock:
+                under_way.discard(offset)
+
+    monkeypatch.setattr(os, "preadv", slow)
+    reader.reads_in_flight = in_flight
+    reader.read_now([ByteRange(str(large_blob), 0, 5 * MB, 0)], memoryview(buffers.read_buffer(5 * MB)))
+    assert max(seen) == in_flight
+    for place, offset in enumerate(order):
+        assert abs(offset // (MB // 2) - place) < in_flight
+
+
+def test_short_direct_reads_are_continued(reader, large_blob, monkeypatch):
+    """Also those that stop within a sector, from where none can go on."""
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, targets, at: min(preadv(fd, targets, at), 777_777))
+    at = buffers.shift(100)
+    buffer = buffers.read_buffer(at + 5 * MB)
+    reader.read_now([ByteRange(str(large_blob), 100, 5 * MB, at)], memoryview(buffer))
+    assert bytes(memoryview(buffer))[at:] == large_blob.read_bytes()[100 : 100 + 5 * MB]
+
+
+@pytest.mark.parametrize("nbytes", [5 * MB + 1234 + 1, 6 * MB])
+@pytest.mark.parametrize("in_flight", [1, 4])
+def test_file_that_ends_early_is_named_by_direct_reads(nbytes, in_flight, reader, large_blob):
+    reader.reads_in_flight = in_flight
+    message = refusal(
+        reader.read_now, [ByteRange(str(large_blob), 0, nbytes, 0)], memoryview(buffers.read_buffer(nbytes))
+    )
+    assert str(large_blob) in message and f"byte {5 * MB + 1234}, " in message
+    assert f"{nbytes - 5 * MB - 1234} bytes early" in message or nbytes == 6 * MB
+
+
+@pytest.mark.parametrize("in_flight", [1, 4])
+def test_failing_disk_is_named_by_direct_reads_after_the_last_one_ended(
+    in_flight, reader, large_blob, monkeypatch, no_pauses
+):
+    monkeypatch.setattr(storage_reader, "DIRECT_REQUEST_NBYTES", MB // 2)
+    reader.reads_in_flight = in_flight
+    preadv, lock, under_way, tries = os.preadv, threading.Lock(), [], []
+
+    def fails(fd, targets, offset):
+        with lock:
+            under_way.append(offset)
+        try:
+            if offset == MB:
+                tries.append(offset)
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            time.sleep(0.02)
+            return preadv(fd, targets, offset)
+        finally:
+            with lock:
+                under_way.remove(offset)
+
+    monkeypatch.setattr(os, "preadv", fails)
+    ranges, buffer = [ByteRange(str(large_blob), 0, 5 * MB, 0)], buffers.read_buffer(5 * MB)
+    message = refusal(reader.read_now, ranges, memoryview(buffer))
+    assert under_way == [] and len(tries) == 4
+    assert f"{large_blob}: reading at byte {MB} failed: {os.strerror(errno.EIO)}" in message
+    monkeypatch.setattr(os, "preadv", preadv)
+    reader.read_now(ranges, memoryview(buffer))
+    assert bytes(memoryview(buffer)) == expected(ranges, 5 * MB)
+
+
+@pytest.mark.parametrize("error", [errno.EINVAL, errno.EFAULT])
+def test_file_system_without_direct_reads_is_read_through_the_file_cache(error, reader, large_blob, monkeypatch):
+    preadv, files = os.preadv, reader._files
+
+    def none(fd, targets, offset):
+        if fd in [file.direct_fd for file in files.values()]:
+            raise OSError(error, os.strerror(error))
+        return preadv(fd, targets, offset)
+
+    monkeypatch.setattr(os, "preadv", none)
+    ranges, buffer = [ByteRange(str(large_blob), 0, 5 * MB, 0)], buffers.read_buffer(5 * MB)
+    for _ in range(2):
+        reader.read_now(ranges, memoryview(buffer))
+        assert bytes(memoryview(buffer)) == expected(ranges, 5 * MB)
+    assert files[str(large_blob)].direct_fd is None
+
+
+def test_direct_reads_leave_nothing_in_the_file_cache(reader, cold_file, monkeypatch):
+    reason = filecache.why_unavailable(cold_file.parent)
+    if reason or not buffers.reads_directly():
+        must_run(reason or "nothing is read directly here")
+    reader.reads_in_flight, start = 4, 77
+    buffer = buffers.read_buffer(RUN_NBYTES + 4096)
+    for run in (0, 1, 3, 2):
+        offset = run * RUN_NBYTES + start
+        reader.read_now([ByteRange(str(cold_file), offset, RUN_NBYTES, buffers.shift(offset))], memoryview(buffer))
+    with open(cold_file, "r+b") as file:
+        assert filecache.nbytes_cached(file.fileno()) == 0
+
+
+def test_large_buffers_begin_on_a_page(reader):
+    if not buffers.reads_directly():
+        must_run("nothing is read directly here")
+    for nbytes in (MB, MB + 1, 7 * MB):
+        buffer = buffers.read_buffer(nbytes)
+        data = np.asarray(memoryview(buffer))
+        assert buffer.nbytes == nbytes and data.ctypes.data % 4096 == 0
+        data[:], data[-1] = 3, 5  # the array's own memory, to its last byte
+        assert (buffer[0].item(), buffer[-1].item()) == (3, 5)
+
+
 READ_RUNS = """
 import sys
+from slowft.storage import buffers
+from slowft.storage import reader as storage_reader
 from slowft.storage.reader import ByteRange, Reader
 file, run_nbytes, order = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 buffer, reader = bytearray(b'1') * run_nbytes, Reader()  # its pages exist
@@ -811,7 +1067,7 @@ def test_unexpected_item_is_served(blob):
     reader.close()
 
 
-def test_failed_read_is_raised_at_its_item_and_tried_again_later(blob, monkeypatch):
+def test_failed_read_is_raised_at_its_item_and_tried_again_later(blob, monkeypatch, no_pauses):
     items, reader = items_of(blob, [400] * 3), CountingReader()
     bad = items[1][0].offset
     preadv = os.preadv

@@ -452,7 +452,7 @@ class Engine:
         self.schedule = schedule
         tail = [self.cut.blocks[index] for index in dict.fromkeys(order[len(order) - schedule.tail :])]
         self._residency.keep_whole([*tail, *(self.cut.head if schedule.keep_head else ())])
-        self._residency.resize(schedule.slots, schedule.resident_nbytes)
+        self._residency.resize(schedule.slots, schedule.resident_nbytes, schedule.reads_in_flight)
         for unit in self.cut.blocks:
             if any(schedule.kept):
                 self.kept.watch(unit.module)

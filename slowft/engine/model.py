@@ -291,7 +291,9 @@ def open_model(
     skeleton = loading.load_skeleton(loading.resolve(str(path_or_hub_id)), StreamedModel, dtype)
     model = skeleton.model
     cut = seams.find_units(model, skeleton.params)
-    engine = Engine(model, cut, Reader())
+    reader = Reader()
+    reader.expect_unchanged({e.file for param in skeleton.params for e in param.source.extents})
+    engine = Engine(model, cut, reader)
     model._skeleton, model._cut, model._engine, model._adapter = skeleton, cut, engine, None
     model._budget = Budget(engine, memory_nbytes, None if spill_dir is None else Path(spill_dir).expanduser())
     try:

@@ -4,12 +4,14 @@ Comes in: extents of a safetensors file and the uint8 buffer they were read into
 Reads only through a `Reader`, and never decides when weights come or go.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..platform import DIRECT_ALIGNMENT
+from ..storage.buffers import read_buffer, reads_directly, shift
 from ..storage.index import Extent
 from ..storage.reader import ByteRange, Reader
 
@@ -151,19 +153,25 @@ def placeholder(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
 
 
 class Layout:
-    """Where the parameters of one unit lie in one buffer: all their extents, each aligned."""
+    """Where the parameters of one unit lie in one buffer.
+
+    Neighbours in a file stay neighbours where files are read past the file cache, so that one read brings them all;
+    else every extent is aligned.
+    """
 
     def __init__(self, params: list[Param]):
         self.ranges: list[ByteRange] = []
-        self._places: list[list[tuple[int, int]]] = []
+        placed: dict[Extent, int] = {}
         at = 0
-        for param in params:
-            places = []
-            for e in param.source.extents:
+        for run in _runs_of({e: None for param in params for e in param.source.extents}):
+            at = _up(at, ALIGNMENT)
+            if reads_directly() and _is_aligned(run[0]):
+                at += (run[0].offset - at) % DIRECT_ALIGNMENT
+            for e in run:
+                placed[e] = at
                 self.ranges.append(ByteRange(e.file, e.offset, e.nbytes, at))
-                places.append((at, at + e.nbytes))
-                at += -(-e.nbytes // ALIGNMENT) * ALIGNMENT
-            self._places.append(places)
+                at += e.nbytes
+        self._places = [[(placed[e], placed[e] + e.nbytes) for e in param.source.extents] for param in params]
         self._params = params
 
     def fill(self, buffer: mx.array, streams: Sequence[mx.Stream]) -> list[mx.array]:
@@ -181,6 +189,28 @@ class Layout:
             param.set(array)
             arrays.append(array)
         return arrays
+
+
+def _up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _is_aligned(e: Extent) -> bool:
+    """Whether its elements are aligned in the file. Only hand-made files may have it otherwise."""
+    return e.offset % getattr(mx, e.dtype).size == 0
+
+
+def _runs_of(extents: Iterable[Extent]) -> Iterator[list[Extent]]:
+    """Extents grouped so that each group may lie in memory as it lies in its file."""
+    run: list[Extent] = []
+    for e in sorted(extents, key=lambda e: (e.file, e.offset)):
+        follows = run and (e.file, e.offset) == (run[-1].file, run[-1].offset + run[-1].nbytes)
+        if run and not (reads_directly() and follows and _is_aligned(run[0]) and _is_aligned(e)):
+            yield run
+            run = []
+        run.append(e)
+    if run:
+        yield run
 
 
 def read_rows(reader: Reader, source: Source, rows: list[int]) -> mx.array:
@@ -258,10 +288,10 @@ def _start_rows(reader: Reader, source: Source, rows: range | None) -> Callable[
     buffers, reads = [], []
     for e in source.extents:
         first, nbytes = (0, e.nbytes) if rows is None else (rows.start * e.row_nbytes, len(rows) * e.row_nbytes)
-        buffer = mx.zeros((nbytes,), mx.uint8)
-        mx.eval(buffer)
-        buffers.append(buffer)
-        reads.append(reader.submit([ByteRange(e.file, e.offset + first, nbytes, 0)], memoryview(buffer)))
+        at = shift(e.offset + first)
+        buffer = read_buffer(at + nbytes)
+        buffers.append(buffer[at : at + nbytes])
+        reads.append(reader.submit([ByteRange(e.file, e.offset + first, nbytes, at)], memoryview(buffer)))
 
     def build() -> mx.array:
         for read in reads:

@@ -6,19 +6,24 @@ Comes in: the compute dtype, the model's files. Goes out: a `Machine`. Never wri
 
 import contextlib
 import functools
+import itertools
+import mmap
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
 from .. import platform
+from ..storage.buffers import read_buffer, shift
 from ..storage.reader import ByteRange, Reader
 
 STREAM_NBYTES = 40 << 20  # of each array that is read or written: more than glibc ever keeps for itself (32 MB)
 READ_NBYTES = 32 << 20  # read at a time
 READ_AT_MOST_NBYTES = 512 << 20
+DEPTHS = (1, 2, 4)  # requests in flight, tried in turn
+WORTH_IT = 1.05  # times as fast as with fewer in flight
 TELLING_NBYTES = 1 << 20  # less than this to read says nothing about a drive
 FUNCTION_VALUES = 1 << 20
 DEQUANTIZED_NBYTES = 8 << 20
@@ -41,6 +46,7 @@ class Machine:
         cores: processor cores that this process may use.
         device: name of the device that MLX computes on.
         compute_dtype: what was measured in; None of a machine that was not measured but described.
+        reads_in_flight: requests at once with which `read_bytes_per_s` was reached.
     """
 
     memory_nbytes: int
@@ -54,6 +60,7 @@ class Machine:
     cores: int
     device: str
     compute_dtype: str | None = None
+    reads_in_flight: int = 1
 
     @property
     def rates(self) -> tuple[float, float, float]:
@@ -79,6 +86,7 @@ def measure(compute_dtype: mx.Dtype, files: Sequence[str], seconds: float = 1.5)
         files: model files; reading is measured on them, from the middle on.
         seconds: what it may take altogether, roughly.
     """
+    read_bytes_per_s, reads_in_flight = _reading(files, seconds * 0.35)
     with _cache_limit(0):  # every output in fresh memory
         fresh_s = _best(_cast(compute_dtype), seconds * 0.1)
     with _cache_limit(8 * STREAM_NBYTES):  # an output takes the place of the one before
@@ -101,6 +109,7 @@ def measure(compute_dtype: mx.Dtype, files: Sequence[str], seconds: float = 1.5)
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         device=str(mx.device_info().get("device_name", mx.default_device())),
         compute_dtype=str(compute_dtype).rsplit(".", 1)[-1],
+        reads_in_flight=reads_in_flight,
     )
 
 
@@ -198,27 +207,36 @@ def _matmul_flops_per_s(dtype: mx.Dtype, seconds: float) -> float:
 # --- Reading --------------------------------------------------------------------------------------
 
 
-def _read_bytes_per_s(files: Sequence[str], seconds: float) -> float | None:
-    """What the engine's own reader reads of the files per second, the file cache emptied of them first."""
+def _reading(files: Sequence[str], seconds: float) -> tuple[float | None, int]:
+    """What the engine's own reader reads of the files per second, and with how many requests in flight.
+
+    The file cache is emptied of them first. More requests have to be worth it.
+    """
     pieces = [piece for file in files for piece in _pieces(file)]
     middle = len(pieces) // 2
     pieces = pieces[middle:] + pieces[:middle]
     if sum(piece.nbytes for piece in pieces) < TELLING_NBYTES:
-        return None
-    buffer = memoryview(bytearray(max(piece.nbytes for piece in pieces)))  # zeroed: its pages are there
-    reader = Reader()
-    took = 0.0
+        return None, 1
+    buffer = memoryview(read_buffer(READ_NBYTES + platform.DIRECT_ALIGNMENT))
+    buffer[:: mmap.PAGESIZE] = bytes(-(-len(buffer) // mmap.PAGESIZE))  # its pages are there
+    reader, took = Reader(), dict.fromkeys(DEPTHS, 0.0)
+    nbytes = dict.fromkeys(DEPTHS, 0)
     try:
-        for piece in pieces:
+        for piece, depth in zip(pieces, itertools.cycle(DEPTHS)):
             _drop(piece)
+            reader.reads_in_flight = depth
             at = time.perf_counter()
-            reader.wait(reader.submit([piece], buffer))
-            took += time.perf_counter() - at
-            if took >= seconds or reader.bytes_read >= READ_AT_MOST_NBYTES:
+            reader.read_now([replace(piece, at=shift(piece.offset))], buffer)
+            took[depth] += time.perf_counter() - at
+            nbytes[depth] += piece.nbytes
+            if sum(took.values()) >= seconds or reader.bytes_read >= READ_AT_MOST_NBYTES:
                 break
-        return reader.bytes_read / took
     finally:
         reader.close()
+    rates = {depth: nbytes[depth] / took[depth] for depth in DEPTHS if nbytes[depth]}
+    best = max(rates.values())
+    depth = next(depth for depth, rate in rates.items() if rate * WORTH_IT >= best)
+    return rates[depth], depth
 
 
 def _pieces(file: str) -> Iterator[ByteRange]:

@@ -150,7 +150,8 @@ class Planner:
                 plan = None
         active = plan.peak_nbytes if memory is None else memory
         active -= self._base + plan.parts.get("buffer cache", 0)
-        schedule = replace(plan.schedule, active_nbytes=max(active, 1 << 20))
+        reads = self.machine.reads_in_flight
+        schedule = replace(plan.schedule, active_nbytes=max(active, 1 << 20), reads_in_flight=reads)
         return replace(plan, memory=memory, schedule=schedule, least_nbytes=self.least().peak_nbytes)
 
     def _everything(self, job: Job, limit: float) -> Plan | None:

@@ -24,6 +24,7 @@ class Schedule:
         mlp_tokens: that go through a block's feed-forward layers at once; None for all.
         attention_queries: of an attention at once; None for all.
         cache_nbytes: of freed buffers that MLX keeps for reuse.
+        reads_in_flight: requests that are under way to the drive at once.
         active_nbytes: beyond which MLX stops allocating ahead of the computation; None for MLX's default.
     """
 
@@ -38,4 +39,5 @@ class Schedule:
     mlp_tokens: int | None = None
     attention_queries: int | None = None
     cache_nbytes: int | None = None
+    reads_in_flight: int = 1
     active_nbytes: int | None = None

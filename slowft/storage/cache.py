@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from .buffers import read_buffer
 from .reader import ByteRange, Reader
 
 NEVER = float("inf")
@@ -170,9 +171,7 @@ class BlockCache:
             return buffer
         while self._free and self._held() + nbytes > self.capacity:  # all too small
             self._free.pop(0)
-        buffer = mx.zeros((max(nbytes, 1),), mx.uint8)
-        mx.eval(buffer)
-        return buffer
+        return read_buffer(nbytes)
 
     def _evict(self, item: int) -> mx.array:
         """Forget `item`, after its read if that has begun. Returns its buffer."""

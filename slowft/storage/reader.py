@@ -1,9 +1,16 @@
-"""Ranges of files into buffers, on a thread of its own, past the file cache.
+"""Ranges of files into buffers, on threads of its own, past the file cache.
 
 Comes in: (extent or byte range, writable memoryview). Goes out: the filled buffer, or an error that names
 file and offset. Only fills bytes: MLX arrays belong to the thread that computes, and are never made here.
+
+Two ways. Directly (Linux's O_DIRECT, `reads_in_flight` requests at a time) where a stretch of a file goes to one
+stretch of memory that is aligned like it: `buffers` and `weights.Layout` see to that for all that is large. The file
+cache is not touched, nothing is copied. Through the file cache, a request at a time and each dropped after it,
+everything else: few bytes, file systems without O_DIRECT; on macOS all of it, where F_NOCACHE keeps it out.
 """
 
+import errno
+import mmap
 import os
 import threading
 import time
@@ -12,16 +19,27 @@ from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
+
 from .. import platform, tracing
 from ..errors import ModelError
+from .buffers import LARGE_NBYTES
 
-# Bytes asked of the kernel at a time. Linux puts them into the file cache first, where a memory limit counts
+# Bytes asked of the kernel at a time where Linux puts them into the file cache first, where a memory limit counts
 # them until they are dropped: 88 MB runs read at once held 101 MB there, and 134 MB backwards; in requests of 2 MB
 # 17 MB, which is twice this disk's read-ahead of 8 MB (128 KB on most laptops). Median throughput forward / backward:
-# 2.3 / 1.9 GB/s at 2 MB, 2.5 / 1.8 at 4 MB, 2.4 / 1.9 whole, 1.0 / 1.0 by O_DIRECT. At 1 MB it falls to a third and
+# 2.3 / 1.9 GB/s at 2 MB, 2.5 / 1.8 at 4 MB, 2.4 / 1.9 whole. At 1 MB it falls to a third and
 # the cache fills: a drop spares the kernel's large pages that it covers only in part. macOS goes past the cache
 # anyway, and only cuts a single read short of 2 GiB.
 MAX_REQUEST_NBYTES = 1 << 30 if platform.MACOS else 2 << 20
+# The same of direct reads. On huge pages, one at a time: 1.9 GB/s at 2 MB, 2.1 at 8; four at a time 2.2 and 2.3.
+DIRECT_REQUEST_NBYTES = 8 << 20
+MAX_READS_IN_FLIGHT = 8
+BOUNCE_NBYTES = LARGE_NBYTES + 2 * platform.DIRECT_ALIGNMENT  # a stretch that is not large, and the pages at its ends
+
+RETRIED_ERRORS = (errno.EIO, errno.EINTR, errno.EAGAIN)  # what may go better the next time: a loose cable, a busy bus
+RETRY_AFTER_S = (0.02, 0.2, 1.0)
+NOT_DIRECT_ERRORS = (errno.EINVAL, errno.EFAULT)  # a file system that opens files for direct reads and has none
 
 
 @dataclass(frozen=True)
@@ -34,22 +52,58 @@ class ByteRange:
     at: int
 
 
+@dataclass(frozen=True)
+class _State:
+    """What tells a file from the same file after somebody wrote to it, or put another in its place."""
+
+    device: int
+    inode: int
+    nbytes: int
+    modified_ns: int
+
+    @classmethod
+    def of(cls, stat: os.stat_result) -> "_State":
+        return cls(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+
+
+@dataclass
+class _File:
+    name: str
+    fd: int
+    direct_fd: int | None
+    state: _State
+
+
 class Reader:
-    """Reads byte ranges in the order asked, one at a time.
+    """Reads byte ranges in the order asked, one list after the other.
 
     Attributes:
+        reads_in_flight: requests that a direct read has under way at once, 1 to `MAX_READS_IN_FLIGHT`. May be changed
+            at any time.
         bytes_read: bytes read so far.
         wait_s: seconds that callers of `wait` and `read_now` were held up by reads.
     """
 
-    def __init__(self):
-        self._descriptors: dict[str, int] = {}
-        self._last: tuple[int, int] | None = None  # (descriptor, end) of the run read last
+    def __init__(self, reads_in_flight: int = 1):
+        self.reads_in_flight = reads_in_flight
+        self._files: dict[str, _File] = {}
+        self._expected: dict[str, _State] = {}
+        self._last: tuple[int, int] | None = None  # (descriptor, end) of the run last read through the file cache
         self._lock = threading.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="slowft-reader")
+        self._helpers = ThreadPoolExecutor(MAX_READS_IN_FLIGHT - 1, thread_name_prefix="slowft-reader-helper")
+        self._bounce = memoryview(mmap.mmap(-1, BOUNCE_NBYTES))  # takes no memory before it is used
         self.bytes_read = 0
         self.wait_s = 0.0
-        self._close_files = weakref.finalize(self, _close_all, self._descriptors)
+        self._close_files = weakref.finalize(self, _close_all, self._files)
+
+    def expect_unchanged(self, files: Iterable[str]) -> None:
+        """From now on reading one of these fails if it is not as it is now. Others must stay as they are first read.
+
+        Raises:
+            ModelError: there is no such file.
+        """
+        self._expected.update({file: self._state(file) for file in files})
 
     def submit(self, ranges: Iterable[ByteRange], buffer: memoryview) -> Future:
         """Start filling `buffer` and return a future that is done when it is full."""
@@ -62,7 +116,7 @@ class Reader:
         """Return when `read` is done.
 
         Raises:
-            ModelError: the file ends early or cannot be read; names the file and the offset.
+            ModelError: the file ends early, cannot be read or was changed; names the file and the offset.
         """
         begin = time.perf_counter()
         try:
@@ -75,32 +129,100 @@ class Reader:
         """Fill `buffer` before returning, ahead of nothing that was submitted earlier."""
         self.wait(self.submit(ranges, buffer))
 
-    def _read(self, ranges: Iterable[ByteRange], buffer: memoryview) -> None:
+    def _read(self, ranges: list[ByteRange], buffer: memoryview) -> None:
+        is_large = sum(r.nbytes for r in ranges) >= LARGE_NBYTES
         # neighbours in the file become one request, scattered to their places
         for run in _contiguous_runs(ranges):
-            self._read_run(run, buffer)
+            file, nbytes = self._open(run[0].file), sum(r.nbytes for r in run)
+            # small ones too where large ones are read directly: the kernel would read ahead of them for nothing
+            if not (is_large and self._read_directly(file, run, nbytes, buffer)):
+                self._read_through_cache(file, run, nbytes, buffer)
+            with self._lock:
+                self.bytes_read += nbytes
+            self._check_unchanged(file, run[0].offset)
 
-    def _read_run(self, run: list[ByteRange], buffer: memoryview) -> None:
-        file, offset = run[0].file, run[0].offset
-        nbytes = sum(r.nbytes for r in run)
-        targets = [buffer[r.at : r.at + r.nbytes] for r in run if r.nbytes]
-        fd = self._descriptor(file)
-        done = 0
+    # --- Directly -----------------------------------------------------------------------------------
+
+    def _read_directly(self, file: _File, run: list[ByteRange], nbytes: int, buffer: memoryview) -> bool:
+        """Read a run past the file cache, if its file system and the place in memory allow it. Returns whether."""
+        if file.direct_fd is None:
+            return False
+        offset, at = run[0].offset, run[0].at
+        try:
+            if nbytes < LARGE_NBYTES:
+                self._read_by_bounce(file, offset, _targets(run, buffer))
+                return True
+            if any(r.at - r.offset != at - offset for r in run):
+                return False
+            target = buffer[at : at + nbytes]
+            address = np.frombuffer(target, np.uint8).ctypes.data
+            if (address - offset) % platform.DIRECT_ALIGNMENT:
+                return False
+            head = -offset % platform.DIRECT_ALIGNMENT
+            body = (nbytes - head) // platform.DIRECT_ALIGNMENT * platform.DIRECT_ALIGNMENT
+            self._read_by_bounce(file, offset, [target[:head]])
+            self._read_in_flight(file, offset + head, target[head : head + body])
+            self._read_by_bounce(file, offset + head + body, [target[head + body :]])
+            return True
+        except OSError as e:
+            if e.errno not in NOT_DIRECT_ERRORS:
+                raise
+            os.close(file.direct_fd)
+            file.direct_fd = None
+            return False
+
+    def _read_in_flight(self, file: _File, offset: int, target: memoryview) -> None:
+        """Fill aligned memory from an aligned offset, several requests at a time, in the order of the file."""
+        starts = iter(range(0, len(target), DIRECT_REQUEST_NBYTES))
+
+        def work():
+            try:
+                for start in starts:  # shared by the threads: each takes the next
+                    request = target[start : start + DIRECT_REQUEST_NBYTES]
+                    _read_aligned(file, offset + start, request, len(request))
+            except BaseException:
+                for _ in starts:  # the others begin no more
+                    pass
+                raise
+
+        requests = -(-len(target) // DIRECT_REQUEST_NBYTES)
+        helpers = [self._helpers.submit(work) for _ in range(min(self.reads_in_flight, requests) - 1)]
+        try:
+            work()
+        finally:
+            errors = [helper.exception() for helper in helpers]  # no thread fills the buffer any more
+        for error in errors:
+            if error is not None:
+                raise error
+
+    def _read_by_bounce(self, file: _File, offset: int, targets: list[memoryview]) -> None:
+        """Fill targets that are no multiple of pages, less than `LARGE_NBYTES` in all, by way of a page-aligned one."""
+        nbytes = sum(len(target) for target in targets)
+        if nbytes == 0:
+            return
+        before = offset % platform.DIRECT_ALIGNMENT
+        aligned_nbytes = -(-(before + nbytes) // platform.DIRECT_ALIGNMENT) * platform.DIRECT_ALIGNMENT
+        _read_aligned(file, offset - before, self._bounce[:aligned_nbytes], before + nbytes)
+        at = before
+        for target in targets:
+            target[:] = self._bounce[at : at + len(target)]
+            at += len(target)
+
+    # --- Through the file cache ---------------------------------------------------------------------
+
+    def _read_through_cache(self, file: _File, run: list[ByteRange], nbytes: int, buffer: memoryview) -> None:
+        offset, targets, done = run[0].offset, _targets(run, buffer), 0
         while done < nbytes:
-            try:  # (Python itself tries again after a signal)
-                got = os.preadv(fd, _first_nbytes(targets, MAX_REQUEST_NBYTES), offset + done)
-            except OSError as e:
-                raise ModelError(f"{file}: reading at byte {offset + done} failed: {e.strerror}") from None
+            got = _preadv(file, file.fd, _first_nbytes(targets, MAX_REQUEST_NBYTES), offset + done)
             if got == 0:
-                raise ModelError(f"{file} ends at byte {offset + done}, {nbytes - done} bytes early: was it changed?")
+                raise _ends_early(file, offset + done, nbytes - done)
             done += got
             targets = _without_first_nbytes(targets, got)
-            platform.drop_cached(fd, 0, offset + done)  # from 0: the page that two runs share goes with the second
+            # from 0: the page that two runs share goes with the second
+            platform.drop_cached(file.fd, 0, offset + done)
             if done == got:
-                self._drop_read_ahead(fd, offset, nbytes)
-        self._last = fd, offset + nbytes
-        with self._lock:
-            self.bytes_read += nbytes
+                self._drop_read_ahead(file.fd, offset, nbytes)
+        self._last = file.fd, offset + nbytes
 
     def _drop_read_ahead(self, fd: int, offset: int, nbytes: int) -> None:
         """Forget what the kernel read past the end of the run before this one, unless this one goes on from there.
@@ -115,24 +237,95 @@ class Reader:
             platform.drop_cached(self._last[0], 0, 0)
         platform.drop_cached(fd, offset + nbytes, 0)
 
-    def _descriptor(self, file: str) -> int:
-        with self._lock:
-            if file not in self._descriptors:
-                try:
-                    self._descriptors[file] = platform.open_uncached(file)
-                except OSError as e:
-                    raise ModelError(f"{file} cannot be opened: {e.strerror}") from None
-            return self._descriptors[file]
+    # --- Files --------------------------------------------------------------------------------------
+
+    def _open(self, name: str) -> _File:
+        if name not in self._files:
+            try:
+                fd = platform.open_uncached(name)
+                self._files[name] = file = _File(name, fd, None, _State.of(os.fstat(fd)))
+                file.direct_fd = platform.open_direct(name)
+            except OSError as e:
+                raise ModelError(f"{name} cannot be opened: {e.strerror}") from None
+            file.state = self._expected.get(name, file.state)
+        return self._files[name]
+
+    def _state(self, name: str) -> _State:
+        try:
+            return _State.of(os.stat(name))
+        except OSError as e:
+            raise ModelError(f"{name} cannot be read: {e.strerror}") from None
+
+    def _check_unchanged(self, file: _File, offset: int) -> None:
+        """Raises ModelError if what was just read at `offset` may not be what was there at first.
+
+        A file that was only deleted is still there for who has it open.
+        """
+        now = _State.of(os.fstat(file.fd))
+        if now == file.state:
+            try:
+                now = _State.of(os.stat(file.name))
+            except FileNotFoundError:
+                return
+        if now != file.state:
+            if (now.device, now.inode) != (file.state.device, file.state.inode):
+                what = "another file was put in its place"
+            elif now.nbytes != file.state.nbytes:
+                what = f"it had {file.state.nbytes} bytes and has {now.nbytes}"
+            else:
+                what = "it was written to"
+            raise ModelError(f"{file.name} was changed while it was in use, seen at byte {offset}: {what}. Open it again")
 
     def close(self) -> None:
-        """Finish the reads under way, end the thread, close the files."""
+        """Finish the reads under way, end the threads, close the files."""
         self._thread.shutdown(cancel_futures=True)
+        self._helpers.shutdown()
         self._close_files()
 
 
-def _close_all(descriptors: dict[str, int]) -> None:
-    while descriptors:
-        os.close(descriptors.popitem()[1])
+def _close_all(files: dict[str, _File]) -> None:
+    while files:
+        _, file = files.popitem()
+        os.close(file.fd)
+        if file.direct_fd is not None:
+            os.close(file.direct_fd)
+
+
+def _preadv(file: _File, fd: int, targets: list[memoryview], offset: int) -> int:
+    """Bytes read at `offset`, 0 at the end of the file; tried again where that can help.
+
+    Raises:
+        ModelError: names file and offset.
+        OSError: of `NOT_DIRECT_ERRORS`, from a direct read.
+    """
+    for pause in (*RETRY_AFTER_S, None):
+        try:
+            return os.preadv(fd, targets, offset)
+        except OSError as e:
+            if fd == file.direct_fd and e.errno in NOT_DIRECT_ERRORS:
+                raise
+            if pause is None or e.errno not in RETRIED_ERRORS:
+                raise ModelError(f"{file.name}: reading at byte {offset} failed: {e.strerror}") from None
+            time.sleep(pause)
+    raise AssertionError
+
+
+def _read_aligned(file: _File, offset: int, target: memoryview, nbytes: int) -> None:
+    """Fill the first `nbytes` of an aligned target; the file may end between them and the target's end."""
+    done = 0
+    while done < nbytes:
+        got = _preadv(file, file.direct_fd, [target[done:]], offset + done)
+        if done + got < nbytes and got < platform.DIRECT_ALIGNMENT:
+            raise _ends_early(file, offset + done + got, nbytes - done - got)
+        done += got if done + got >= nbytes else got // platform.DIRECT_ALIGNMENT * platform.DIRECT_ALIGNMENT
+
+
+def _ends_early(file: _File, end: int, missing: int) -> ModelError:
+    return ModelError(f"{file.name} ends at byte {end}, {missing} bytes early: was it changed?")
+
+
+def _targets(run: list[ByteRange], buffer: memoryview) -> list[memoryview]:
+    return [buffer[r.at : r.at + r.nbytes] for r in run if r.nbytes]
 
 
 def _first_nbytes(targets: list[memoryview], nbytes: int) -> list[memoryview]:

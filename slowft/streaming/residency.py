@@ -31,6 +31,8 @@ class Residency:
         self.reader = reader
         self._layouts = [Layout(unit.params) for unit in blocks]
         self._cache = BlockCache(reader, [layout.ranges for layout in self._layouts])
+        # what alignment adds to blocks in buffers, of which a plan does not know: a few KB each
+        self._padding_nbytes = max(0, self._cache.largest_capacity - sum(unit.nbytes for unit in blocks))
         self._thread = Worker("slowft-compute")
         self._streams = self._thread.run(_streams)
         self._order: list[int] = []
@@ -59,12 +61,13 @@ class Residency:
                 )
         self._thread.run(mx.clear_cache)  # of the pieces that were cast: of no size that a step asks for
 
-    def resize(self, slots: int, resident_nbytes: int) -> None:
+    def resize(self, slots: int, resident_nbytes: int, reads_in_flight: int) -> None:
         """Stream blocks through `slots` buffers, and keep `resident_nbytes` more of them between visits."""
+        self.reader.reads_in_flight = reads_in_flight
 
         def work():
             self._cache.slots = slots
-            self._cache.capacity = self._cache.least_capacity + resident_nbytes
+            self._cache.capacity = self._cache.least_capacity + resident_nbytes + self._padding_nbytes
             self._cache.trim()
 
         self._thread.run(work)
