@@ -612,6 +612,7 @@ def test_short_direct_reads_are_continued(reader, large_blob, monkeypatch):
     buffer = buffers.read_buffer(at + 5 * MB)
     reader.read_now([ByteRange(str(large_blob), 100, 5 * MB, at)], memoryview(buffer))
     assert bytes(memoryview(buffer))[at:] == large_blob.read_bytes()[100 : 100 + 5 * MB]
+    assert reader._files[str(large_blob)].direct_fd is not None  # it was not given up for the file cache
 
 
 @pytest.mark.parametrize("nbytes", [5 * MB + 1234 + 1, 6 * MB])
