@@ -274,7 +274,9 @@ class Reader:
                 what = f"it had {file.state.nbytes} bytes and has {now.nbytes}"
             else:
                 what = "it was written to"
-            raise ModelError(f"{file.name} was changed while it was in use, seen at byte {offset}: {what}. Open it again")
+            raise ModelError(
+                f"{file.name} was changed while it was in use, seen at byte {offset}: {what}. Open it again"
+            )
 
     def close(self) -> None:
         """Finish the reads under way, end the threads, close the files."""
