@@ -4,7 +4,7 @@ python benchmarks/io.py                       # a random file of 1 GB in a tempo
 python benchmarks/io.py --model my-model      # a model's own files
 
 Raw reads are those of `fio` (direct, sequential, 1 and 4 requests of 8 MB in flight, in ordinary and in huge pages)
-where it is installed, else of `dd`. The reader reads blocks of 88 MB, as training does, at offsets that are not aligned.
+where it is installed, else of `dd`. The reader reads blocks of 88 MB, as training does, at unaligned offsets.
 """
 
 import slowft  # noqa: F401, I001  (before mlx: it loads OpenBLAS)
