@@ -59,6 +59,20 @@ def blas_library() -> str | None:
     return info.dli_fname.decode() if everything.dladdr(address, ctypes.byref(info)) else None
 
 
+def blas_description() -> str:
+    """What decides the last bits of a matrix product on this machine: the library, its kernels, its threads."""
+    if MACOS:
+        import platform
+
+        return f"Accelerate of macOS {platform.mac_ver()[0]} {platform.machine()}"
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "openblas_get_config"):
+        return f"{blas_library()} {os.uname().machine}"
+    library.openblas_get_config.restype = library.openblas_get_corename.restype = ctypes.c_char_p
+    config, core = library.openblas_get_config(), library.openblas_get_corename()
+    return f"{config.decode()} {core.decode()} {library.openblas_get_num_threads()} threads"
+
+
 def slow_blas_warning(mlx_was_imported_first: bool) -> str | None:
     """One line to show once when MLX multiplies with the reference BLAS on Linux, else None."""
     if MACOS:

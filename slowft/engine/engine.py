@@ -5,6 +5,7 @@ whole model in memory. The model's own `__call__` drives everything; its units' 
 """
 
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,18 +17,20 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from .. import tracing
-from ..errors import ConfigError, SlowftError
+from ..errors import ConfigError, SlowftError, SlowftWarning
 from ..models.seams import FLOATS, Cut, Probe, Unit, array_entries, trainable_entries
 from ..models.weights import Param, placeholder, read_whole
 from ..planning.schedule import Schedule
+from ..storage.activation_cache import ActivationCache
 from ..storage.reader import Reader
 from ..streaming.residency import Residency
 from ..streaming.threads import MicroBatches
 from .activations import Activations
 from .block import Memory, UnitCall
+from .boundary import Boundary, why_not
 from .head import HeadLoss, loss_mask, token_loss, treats_tokens_alike, usual_chunk
 from .kept import KeptProducts, Products
-from .parts import HeadPart, Tail, TailCall
+from .parts import HeadPart, Tail, TailCall, unevaluated_zeros
 from .pieces import Pieces, PieceWork
 from .randomness import dropout_seed
 from .stats import Stats
@@ -65,6 +68,11 @@ class Engine:
         self.tokens_of_last_step = 0
         self.schedule = Schedule()
         self._activations = Activations()
+        self._stored: Boundary | None = None
+        self._boundary = 0  # the visit whose input is stored on disk between steps; 0 for none
+        self._from_boundary: set[int] = set()  # micro-batches of this step that begin there
+        self._all_from_boundary = False
+        self._has_warned = False
         self._gradients: dict[tuple[int, Any], mx.array] = {}  # of blocks' own arrays, summed over micro-batches
         self.kept = KeptProducts()
         self.pieces = PieceWork()
@@ -76,14 +84,17 @@ class Engine:
         if (part := self._part) is not None:
             return part.on_block(unit, inner, args, kwargs)
         position, seed = self._next_position(unit)
+        if self._is_below_start(position):
+            if not self._all_from_boundary:  # stay in step with the micro-batches that begin below
+                self._serve(unit, lambda: None)
+            return args[0]
         collected = getattr(self._local, "hidden", None)
         if collected is not None and self._in_step and position >= self._first_tail:
             collected.tail.append(TailCall(unit, args, kwargs, seed))
             collected.is_complete = position == len(self.cut.order) - 1
             return args[0]  # the head's own pass computes it: this only stands for it
         needed = not self._in_step or bool(self._outside) or position > self._lowest_trained
-        memory = self._memory_of(position) if self._in_step else Memory()
-        output = self._stream(unit, inner, args, kwargs, seed, needed, memory)
+        output = self._stream(unit, inner, args, kwargs, seed, needed, self._memory_of(position))
         if collected is not None and position == len(self.cut.order) - 1:
             collected.output, collected.is_complete = output, True
         return output
@@ -99,6 +110,8 @@ class Engine:
     def on_rows(self, unit: Unit, inner: Callable, args: tuple, kwargs: dict) -> Any:
         if (part := self._part) is not None:
             return part.on_rows(unit, inner, args, kwargs)
+        if self._is_below_start(0):
+            return unevaluated_zeros(inner(*args, **kwargs))
         ids = detach(args[0]).values
         if ids.size == 0:
             return inner(args[0])
@@ -156,14 +169,21 @@ class Engine:
         return call()
 
     def _memory_of(self, position: int) -> Memory:
-        """What the calling micro-batch's step keeps of a visit."""
+        """What is kept of a visit: of the calling micro-batch's step, or of an evaluation."""
         key = self._micro_batches.index, position
+        if not self._in_step:
+            at_boundary = key[0] is not None and self._boundary in (position, position + 1)
+            return _BoundaryMemory(self, key) if self._boundary and at_boundary else Memory()
         names = self.schedule.kept[position] if position < len(self.schedule.kept) else ()
         return _VisitMemory(self, key, names if self.comes_back(position) else ())
 
     def comes_back(self, position: int) -> bool:
         """Whether the backward pass gets to this visit."""
         return bool(self._outside) or position >= self._lowest_trained
+
+    def _is_below_start(self, position: int) -> bool:
+        """Whether the calling micro-batch begins at the boundary, and this visit lies below."""
+        return position < self._boundary and self._micro_batches.index in self._from_boundary
 
     @property
     def _in_step(self) -> bool:
@@ -210,8 +230,12 @@ class Engine:
         step = self.step if micro_batch is not None else getattr(local, "step", self.step)
         return position, dropout_seed(self.seed, step, position, micro_batch or 0)
 
-    def _expect(self, backward: bool) -> None:
-        """Look at what is trainable now, and tell which blocks will be visited in which order."""
+    def _expect(self, backward: bool, micro_batches: Sequence[tuple[mx.array, mx.array]] = ()) -> None:
+        """Look at what is trainable now, and tell which blocks will be visited in which order.
+
+        Args:
+            micro_batches: of a step of our own, which may begin at the boundary.
+        """
         order = self.cut.order
         entries = trainable_entries(self.model)
         for name, owner, key in entries:
@@ -224,8 +248,10 @@ class Engine:
         self._outside = [(o, k) for _, o, k in entries if (id(o), k) not in in_blocks]
         self._lowest_trained = next((p for p, index in enumerate(order) if trained[index]), len(order))
         self._expects_backward = backward
+        self._find_boundary(micro_batches)
         lowest = 0 if self._outside else self._lowest_trained
-        self._residency.expect(order + order[lowest:][::-1] if backward else order)
+        forward = order[self._boundary :] if self._all_from_boundary else order
+        self._residency.expect(forward + order[lowest:][::-1] if backward else forward)
 
     # --- Traces -----------------------------------------------------------------------------------
 
@@ -279,7 +305,6 @@ class Engine:
         originals = [owner[key] for _, owner, key in entries]
         self.stats.begin_step()
         try:
-            self._expect(backward=True)
             losses, ntoks = self._run_micro_batches(micro_batches, differentiate, gradients=True)
         finally:
             for (_, owner, key), array in zip(entries, originals):
@@ -300,7 +325,6 @@ class Engine:
     def loss(self, batch: mx.array, lengths: mx.array) -> tuple[mx.array, mx.array]:
         """(loss, ntoks) without gradients: blocks are read once, logits never exist whole."""
         self._untrace()
-        self._expect(backward=False)
 
         def evaluate(loss: Callable[[], mx.array]) -> mx.array:
             value = loss()
@@ -336,11 +360,14 @@ class Engine:
             self.on_thread(lambda: self._activations.reserve(nbytes))
         functions = [lambda b=batch, m=mask: run(b, m) for (batch, _), mask in zip(micro_batches, masks)]
         try:
+            self._expect(gradients, micro_batches)
             return self._micro_batches.run(functions, self._serve_together), ntoks
         finally:
             self._residency.rest()
             if self._residency.is_open:
                 self._residency.on_thread(self._activations.clear)
+            self._from_boundary = set()
+            self._warn_of_lost_activations()
 
     def _loss(self, inputs, targets, mask, total, gradients: bool) -> mx.array:
         if not self.cut.head_is_separable:
@@ -467,8 +494,8 @@ class Engine:
 
     @property
     def _first_tail(self) -> int:
-        """The first visit of the tail."""
-        return len(self.cut.order) - self.schedule.tail
+        """The first visit of the tail, which begins no lower than where stored activations go in."""
+        return max(len(self.cut.order) - self.schedule.tail, self._boundary)
 
     def _hides_between(self, position: int) -> bool:
         """Whether the hidden state that goes into this visit stays out of the trace."""
@@ -482,6 +509,65 @@ class Engine:
     @property
     def cuts(self) -> Pieces:
         return Pieces(self.schedule.mlp_tokens, self.schedule.attention_queries)
+
+    # --- The boundary ---------------------------------------------------------------------------------
+
+    def store_activations(self, directory: Path, limit_nbytes: int | None, model_path: Path) -> None:
+        """From now on the lowest trained block's input is stored in `directory`, and steps begin there if they can.
+
+        Raises:
+            ConfigError: there is nothing to store for this model, or the directory cannot be used; says why.
+        """
+        if (reason := self.why_no_boundary()) is not None:
+            raise ConfigError(f"--activation-cache has no use here: {reason}")
+        self.forget_activations()
+        self._stored = Boundary(ActivationCache(directory, limit_nbytes), self.cut, self._residency.reader, model_path)
+        self.stats.cache = self._stored.cache
+
+    @property
+    def activation_cache(self) -> ActivationCache | None:
+        return None if self._stored is None else self._stored.cache
+
+    def forget_activations(self) -> None:
+        """Store and use no activations any more. Those that are stored stay."""
+        if self._stored is not None:
+            self._stored.cache.close()
+            self._stored = None
+
+    def why_no_boundary(self) -> str | None:
+        """Why no activations can be stored for what is trainable now; None if they can."""
+        self._expect(backward=self._expects_backward)
+        return why_not(self.cut, self._lowest_trained, bool(self._outside))
+
+    def _find_boundary(self, micro_batches: Sequence[tuple[mx.array, mx.array]]) -> None:
+        """Put in place what is stored of these micro-batches, and note which of them begin at the boundary."""
+        self._boundary, self._from_boundary, self._all_from_boundary = 0, set(), False
+        if self._stored is None or not micro_batches or why_not(self.cut, self._lowest_trained, bool(self._outside)):
+            return
+        self._boundary = self._lowest_trained
+        cuts = self.schedule.mlp_tokens, self.schedule.attention_queries
+        keys = self._stored.keys(self._boundary, cuts, [batch[:, :-1] for batch, _ in micro_batches])
+
+        def find():
+            for i, hidden in enumerate(self._stored.find(keys)):
+                if hidden is not None:
+                    self._activations.put((i, self._boundary), hidden, may_spill=self._expects_backward)
+                    self._from_boundary.add(i)
+
+        self.on_thread(find)
+        self._all_from_boundary = len(self._from_boundary) == len(micro_batches)
+        self.stats.from_cache += len(self._from_boundary)
+
+    def arrived_at_boundary(self, key: tuple[int, int], hidden: mx.array) -> None:
+        """Store the hidden state that goes into (micro-batch, visit), if that is the boundary."""
+        if key[1] == self._boundary and self._stored is not None:
+            self._stored.keep(key[0], hidden)
+
+    def _warn_of_lost_activations(self) -> None:
+        """Say once that activations are no longer stored."""
+        if self._stored is not None and self._stored.cache.problem is not None and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(self._stored.cache.problem, SlowftWarning, stacklevel=5)
 
     # --- Opening and closing ------------------------------------------------------------------------
 
@@ -541,6 +627,7 @@ class Engine:
         return self.cut.is_chain and self._head_in_chunks is not False
 
     def close(self) -> None:
+        self.forget_activations()
         if self._residency.is_open:
             self._residency.on_thread(self._activations.close)
         self._micro_batches.close()
@@ -595,6 +682,7 @@ class _VisitMemory(Memory):
         activations, (micro_batch, position) = self._engine._activations, self._key
         if self.hides_input:
             (activations.passed if self._engine.comes_back(position) else activations.discard)(self._key)
+        self._engine.arrived_at_boundary((micro_batch, position + 1), array)
         activations.put((micro_batch, position + 1), array, may_spill=self._engine.comes_back(position + 1))
         return placeholder(array.shape, array.dtype)
 
@@ -609,3 +697,24 @@ class _VisitMemory(Memory):
         products, self._products = self._products, {}
         with self._engine.kept.replaying(products):
             yield
+
+
+class _BoundaryMemory(Memory):
+    """An evaluation's visit to the block below the boundary, or to the one above.
+
+    Args:
+        key: (micro-batch, visit).
+    """
+
+    def __init__(self, engine: Engine, key: tuple[int, int]):
+        self._engine, self._key = engine, key
+        self.hides_input, self.hides_output = (engine._boundary == at for at in (key[1], key[1] + 1))
+
+    def input(self, backward: bool) -> mx.array:
+        return self._engine._activations.pop(self._key)
+
+    def output(self, array: mx.array) -> mx.array:
+        above = self._key[0], self._key[1] + 1
+        self._engine.arrived_at_boundary(above, array)
+        self._engine._activations.put(above, array, may_spill=False)
+        return placeholder(array.shape, array.dtype)

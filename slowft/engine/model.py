@@ -183,6 +183,35 @@ class StreamedModel(nn.Module):
         self._budget.cover(*_shape(micro_batches))
         return self._engine.loss(*micro_batches[0])
 
+    @property
+    def activation_cache(self) -> Path | None:
+        """Where the lowest trained block's input is stored between steps; None: nowhere."""
+        cache = self._engine.activation_cache
+        return None if cache is None else cache.directory
+
+    def cache_activations(
+        self, directory: str | Path | None = None, max_size: str | int | None = None
+    ) -> "StreamedModel":
+        """Store the input of the lowest trained block on disk, so that no micro-batch goes through those below twice.
+
+        From then on `loss_and_grads` and `loss` begin at that block for every micro-batch (of the same token ids and
+        padding) whose activations are stored, by this run or an earlier one; losses and gradients are the same to the
+        last bit. Stored in the dtype of the computation, not of the model: rounded to the latter they would differ.
+        Call it after `add_lora`. An entry is a hidden state of `B x T x D` values.
+
+        Args:
+            directory: by default in the user's cache directory.
+            max_size: such as "20GB"; what has not been used for the longest is removed for it. None: a quarter of
+                the free disk.
+        Raises:
+            ConfigError: nothing lies below the lowest trained block, or what does cannot be stored; says why. Or the
+                directory cannot be used.
+        """
+        where = platform.cache_directory() / "activations" if directory is None else Path(directory).expanduser()
+        limit = None if max_size is None else parse_nbytes(max_size)
+        self._engine.store_activations(where, limit, self._skeleton.path)
+        return self
+
     def planner(self, batch_size: int, tokens: int, micro_batches: int = 1, optimizer_copies: int = 2) -> Planner:
         """Makes plans for such steps under any ceiling; see `plan`."""
         self._budget.expect_optimizer(optimizer_copies)

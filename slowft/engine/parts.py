@@ -83,7 +83,7 @@ class _TailPart:
         return self.output
 
     def on_rows(self, unit: Unit, inner: Callable, args: tuple, kwargs: dict) -> Any:
-        return _unevaluated_zeros(inner(*args, **kwargs))
+        return unevaluated_zeros(inner(*args, **kwargs))
 
     on_matmul = on_rows
 
@@ -103,15 +103,15 @@ class HeadPart:
         self._visits += 1
         if self._visits == self._last:
             return self._hidden
-        return args[0] if self._plain else _unevaluated_zeros(inner(*args, **kwargs))
+        return args[0] if self._plain else unevaluated_zeros(inner(*args, **kwargs))
 
     def on_rows(self, unit: Unit, inner: Callable, args: tuple, kwargs: dict) -> Any:
-        return _unevaluated_zeros(inner(*args, **kwargs))
+        return unevaluated_zeros(inner(*args, **kwargs))
 
     def on_matmul(self, unit: Unit, inner: Callable, args: tuple, kwargs: dict) -> Any:
         self._bring(unit)
         return inner(*args, **kwargs)
 
 
-def _unevaluated_zeros(tree: Any) -> Any:
+def unevaluated_zeros(tree: Any) -> Any:
     return tree_map(lambda a: mx.zeros(a.shape, a.dtype) if isinstance(a, mx.array) else a, tree)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from .. import platform
+from ..storage.activation_cache import ActivationCache
 
 
 @dataclass
@@ -10,8 +11,9 @@ class StepStats:
     """Counts over one step, or over all steps.
 
     Attributes:
-        bytes_read: from the weight files, embedding rows included, and of spilled block inputs.
-        bytes_written: of spilled block inputs.
+        bytes_read: from the weight files, embedding rows included, of spilled block inputs, and of stored activations.
+        bytes_written: of spilled block inputs and stored activations.
+        from_cache: micro-batches that began at their stored activations.
         wait_s: seconds the computation waited for reads and writes.
         compute_s: seconds spent computing (and casting) in blocks and head.
         peak_memory: bytes, the most the process held, as the operating system counts it.
@@ -19,6 +21,7 @@ class StepStats:
 
     bytes_read: int = 0
     bytes_written: int = 0
+    from_cache: int = 0
     wait_s: float = 0.0
     compute_s: float = 0.0
     peak_memory: int = 0
@@ -29,11 +32,15 @@ class Stats:
 
     Attributes:
         last: the last `loss_and_grads`.
+        cache: where activations are stored, if they are.
+        from_cache: micro-batches so far that began there.
     """
 
     def __init__(self, reader, residency, activations):
         self._reader, self._residency, self._activations = reader, residency, activations
         self._peak_memory = 0
+        self.cache: ActivationCache | None = None
+        self.from_cache = 0
         self.last = StepStats()
 
     @property
@@ -41,9 +48,14 @@ class Stats:
         """Everything since the model was opened."""
         peak = max(self._peak_memory, platform.peak_memory())
         reader, spilled = self._reader, self._activations
-        waited = reader.wait_s + spilled.wait_s
-        computed = self._residency.compute_s - spilled.wait_s
-        return StepStats(reader.bytes_read + spilled.bytes_read, spilled.bytes_written, waited, computed, peak)
+        read, written = reader.bytes_read + spilled.bytes_read, spilled.bytes_written
+        held_up = spilled.wait_s  # while a block was computed
+        waited = reader.wait_s
+        if self.cache is not None:
+            read, written = read + self.cache.bytes_read, written + self.cache.bytes_written
+            held_up, waited = held_up + self.cache.write_wait_s, waited + self.cache.read_wait_s
+        computed = self._residency.compute_s - held_up
+        return StepStats(read, written, self.from_cache, waited + held_up, computed, peak)
 
     def begin_step(self) -> None:
         self._at_begin = self.total
@@ -55,6 +67,7 @@ class Stats:
         self.last = StepStats(
             now.bytes_read - begin.bytes_read,
             now.bytes_written - begin.bytes_written,
+            now.from_cache - begin.from_cache,
             now.wait_s - begin.wait_s,
             now.compute_s - begin.compute_s,
             platform.peak_memory(),

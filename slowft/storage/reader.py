@@ -250,6 +250,10 @@ class Reader:
             file.state = self._expected.get(name, file.state)
         return self._files[name]
 
+    def descriptor(self, name: str) -> int:
+        """Of the open file that is read under this path, whatever has taken its place since."""
+        return self._open(name).fd
+
     def _state(self, name: str) -> _State:
         try:
             return _State.of(os.stat(name))

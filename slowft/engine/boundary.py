@@ -1,0 +1,126 @@
+"""The input of the lowest trained block, which no training changes: stored on disk, so that later epochs begin there.
+
+Comes in: the token ids of micro-batches, and what blocks below put out. Goes out: hidden states, the very bits that
+those blocks would give. Used on the compute thread, but for `why_not` and `keys`.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from .. import platform
+from ..models.seams import Cut
+from ..storage.activation_cache import ActivationCache
+from ..storage.fingerprint import fingerprint, identities
+from ..storage.reader import Reader
+from ..version import __version__
+
+NUMERICS = 1  # goes up with any change of ours that changes a bit of a forward pass
+
+
+class Boundary:
+    """Stores and finds the hidden states at the boundary of one opened model.
+
+    A key is made of everything that determines their bits: files of weights, configuration, software, the boundary,
+    how the work is cut, and the token ids of the whole padded micro-batch. Not of each sample alone: on MLX's CPU
+    backend a row gets other bits among another number of rows (Llama of hidden size 64, 33 tokens: alone, or one of
+    four) and with other padding (hidden size 1024, 33 tokens or 65). mlx-lm makes up the same batches in every epoch
+    and only changes their order, so nothing is lost by it.
+
+    Args:
+        cache: where they are stored.
+        path: the model's directory.
+    """
+
+    def __init__(self, cache: ActivationCache, cut: Cut, reader: Reader, path: Path):
+        self.cache = cache
+        self._cut, self._reader, self._path = cut, reader, path
+        self._config = (path / "config.json").read_text()
+        self._identities: tuple = ()
+        self._fingerprint = ""
+        self._keys: list[str] = []
+
+    def find(self, keys: Sequence[str]) -> list[mx.array | None]:
+        """The stored hidden states of a step's micro-batches; `keep` takes those that are missing."""
+        self._keys = list(keys)
+        return [self.cache.read(key) for key in keys]
+
+    def keep(self, micro_batch: int, hidden: mx.array) -> None:
+        """Store a hidden state of this step, unless the files have changed since its `find`."""
+        if self._identities == identities(self._descriptors()):
+            self.cache.write(self._keys[micro_batch], hidden)
+
+    def keys(self, position: int, cuts: tuple, ids: Sequence[mx.array]) -> list[str]:
+        """A key for each micro-batch.
+
+        Args:
+            position: the visit at the boundary.
+            cuts: how much of a block's work is done at once.
+            ids: `[B, T]` of each micro-batch, padding included.
+        """
+        now = identities(self._descriptors())
+        if now != self._identities:
+            self._identities, self._fingerprint = now, fingerprint(self._descriptors())
+        common = [self._fingerprint, self._config, _numerics(), self._dtypes(position)]
+        common += [self._cut.order[:position], cuts]
+        return [_digest(common, np.asarray(batch).astype(np.int64)) for batch in ids]
+
+    def _descriptors(self) -> list[int]:
+        return [self._reader.descriptor(str(file)) for file in sorted(self._path.glob("model*.safetensors"))]
+
+    def _dtypes(self, position: int) -> list[str]:
+        """What each parameter below the boundary is computed in."""
+        below = [unit for units in self._cut.outside.values() for unit in units]
+        below += [self._cut.blocks[index] for index in self._cut.order[:position]]
+        return [f"{p.name} {type(p.source).__name__} {p.source.result_dtype}" for unit in below for p in unit.params]
+
+
+def why_not(cut: Cut, position: int, trained_outside: bool) -> str | None:
+    """Why nothing can be stored for a model whose lowest trained visit is `position`; None if it can."""
+    if not cut.is_chain:
+        return "its blocks are handed more than the output of the block before, such as values that depend on it"
+    if trained_outside:
+        return "an adapter is attached outside the blocks, and training it changes what every block is handed"
+    if position == 0:
+        return "the first block is trained, so that none lies below. Use a smaller --num-layers"
+    if position == len(cut.order):
+        return "no block is trained"
+    for index in cut.order[:position]:
+        block = cut.blocks[index]
+        if block.adapter():
+            return f"{block.name}, below the lowest trained block, has an adapter"
+        if any(isinstance(m, (nn.Dropout, nn.Dropout2d, nn.Dropout3d)) and m._p_1 < 1 for m in block.module.modules()):
+            return f"{block.name} drops values out at random"
+    return None
+
+
+def _digest(common: list, ids: np.ndarray) -> str:
+    digest = hashlib.sha256(json.dumps([*common, ids.shape]).encode())
+    digest.update(np.ascontiguousarray(ids))
+    return digest.hexdigest()
+
+
+def _numerics() -> list[str]:
+    from mlx_lm import __version__ as mlx_lm_version
+
+    is_compiled = _is_compiled()
+    versions = [__version__, str(NUMERICS), mx.__version__, mlx_lm_version]
+    return [*versions, str(mx.default_device()), platform.blas_description(), str(is_compiled)]
+
+
+def _is_compiled() -> bool:
+    """Whether functions that mlx-lm compiles, such as SwiGLU, run compiled: they may round otherwise."""
+    calls = []
+
+    def function(x: mx.array) -> mx.array:
+        calls.append(x)
+        return x + 1
+
+    compiled = mx.compile(function)
+    compiled(mx.array(0)), compiled(mx.array(0))
+    return len(calls) == 1

@@ -1,0 +1,235 @@
+"""Arrays on disk that outlive the process, by key: written behind compute, and checked by hash when read.
+
+Comes in: keys (hex digests of whatever determines the values) and evaluated arrays. Goes out: the same arrays, or None.
+What is damaged, cut short or gone is as if it had never been stored. Knows nothing of models, never raises for a disk
+that is full or fails, and leaves nothing in the file cache, which a memory limit counts.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import mlx.core as mx
+
+from .. import platform
+from ..errors import ConfigError
+
+SUFFIX = ".activation"
+HEADER_NBYTES = 4096  # JSON, padded; the array's bytes follow
+REQUEST_NBYTES = 4 << 20  # in the file cache at a time
+ABANDONED_S = 3600  # a temporary file older than this belongs to no process that still writes it
+FREE_DISK_SHARE = 0.25  # of the free disk, if no limit is given
+
+
+class ActivationCache:
+    """One file an array in `directory`, at most `limit_nbytes` of them together.
+
+    A file is written under a temporary name and renamed, so it is whole or not there; after a power cut, when it may be
+    neither, its hash tells. Files that this object has not used make room for new ones, the longest unused first; when
+    there are no more of those, new arrays are not stored.
+
+    Attributes:
+        nbytes: of all files.
+        bytes_read, bytes_written: so far.
+        read_wait_s, write_wait_s: seconds that callers of `read` and of `write` were held up.
+        problem: why arrays are not stored any more, as one line; None as long as they are.
+
+    Args:
+        limit_nbytes: None for a quarter of what is free on the disk, files of earlier runs included.
+
+    Raises:
+        ConfigError: the directory cannot be used, or is in memory.
+    """
+
+    def __init__(self, directory: Path, limit_nbytes: int | None = None):
+        self.directory = directory
+        self.bytes_read = self.bytes_written = 0
+        self.read_wait_s = self.write_wait_s = 0.0
+        self.problem: str | None = None
+        self._used: set[str] = set()
+        self._pending: Future | None = None
+        self._sizes = self._open()  # file name -> bytes, the longest unused first
+        self.limit_nbytes = limit_nbytes if limit_nbytes is not None else self.usual_limit(directory)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="slowft-activation-cache")
+
+    @staticmethod
+    def usual_limit(directory: Path) -> int:
+        """Bytes to stay within where nobody says: a quarter of the free disk and of what is stored there already."""
+        there = next(path for path in (directory, *directory.parents) if path.exists())
+        stored = sum(size for _, _, size in _entries(directory))
+        return int(FREE_DISK_SHARE * (shutil.disk_usage(there).free + stored))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self._sizes.values())
+
+    def read(self, key: str) -> mx.array | None:
+        """The array stored under `key`, an array of the calling thread; None if there is none that is whole."""
+        name, begin = key + SUFFIX, time.perf_counter()
+        self._finish_writing()
+        try:
+            array = self._read(key)
+            if array is None:  # damaged: never to be looked at again
+                (self.directory / name).unlink()
+            else:
+                os.utime(self.directory / name)
+        except OSError:
+            array = None
+        finally:
+            self.read_wait_s += time.perf_counter() - begin
+        if array is None:
+            self._sizes.pop(name, None)
+        else:
+            self._sizes[name] = HEADER_NBYTES + array.nbytes
+            self._used.add(name)
+        return array
+
+    def write(self, key: str, array: mx.array) -> None:
+        """Start storing an evaluated array, whose bytes must not change before the next call of `read` or `write`."""
+        name, nbytes, begin = key + SUFFIX, HEADER_NBYTES + array.nbytes, time.perf_counter()
+        self._finish_writing()
+        self.write_wait_s += time.perf_counter() - begin
+        if self.problem is None and name not in self._sizes and self._make_room(nbytes):
+            self._sizes[name] = nbytes
+            self._used.add(name)
+            facts = {"key": key, "dtype": str(array.dtype).removeprefix("mlx.core."), "shape": list(array.shape)}
+            data = memoryview(array.reshape(-1).view(mx.uint8))
+            self._pending = self._thread.submit(self._write, name, facts, data)
+
+    def close(self) -> None:
+        self._finish_writing()
+        self._thread.shutdown()
+
+    def _open(self) -> dict[str, int]:
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.directory):
+                pass
+            for path in self.directory.glob(f"*{SUFFIX}.tmp"):
+                if time.time() - path.stat().st_mtime > ABANDONED_S:
+                    path.unlink()
+        except OSError as e:
+            raise ConfigError(
+                f"--activation-cache {self.directory} cannot be used: {e.strerror}. Choose another"
+            ) from None
+        if platform.is_memory_filesystem(self.directory):
+            raise ConfigError(
+                f"--activation-cache {self.directory} is in memory. Choose a directory on a disk, such as "
+                f"{platform.cache_directory()}"
+            )
+        return {name: size for _, name, size in sorted(_entries(self.directory))}
+
+    def _make_room(self, nbytes: int) -> bool:
+        """Remove files that are of no use to this run until `nbytes` more fit. Says so where they never will."""
+        if self.nbytes + nbytes > self.limit_nbytes:
+            for name in [name for name in self._sizes if name not in self._used]:
+                with suppress(OSError):
+                    (self.directory / name).unlink()
+                del self._sizes[name]
+                if self.nbytes + nbytes <= self.limit_nbytes:
+                    return True
+            self.problem = (
+                f"the activation cache in {self.directory} is full ({self.nbytes / 1e6:,.0f} of "
+                f"{self.limit_nbytes / 1e6:,.0f} MB): what is not in it is computed in every epoch. To fix it: "
+                "a larger --activation-cache-size"
+            )
+            return False
+        return True
+
+    def _finish_writing(self) -> None:
+        if self._pending is not None:
+            name, error = self._pending.result()
+            self._pending = None
+            if error is not None:
+                self._sizes.pop(name, None)
+                self._used.discard(name)
+                self.problem = (
+                    f"{self.directory}: storing activations failed ({error}): what is not stored yet is computed in "
+                    "every epoch. To fix it: room on that disk, or another --activation-cache"
+                )
+
+    def _write(self, name: str, facts: dict, data: memoryview) -> tuple[str, str | None]:
+        """(name, what went wrong)"""
+        temporary = None
+        try:
+            header = json.dumps({**facts, "sha256": _hash(facts, data)}).encode().ljust(HEADER_NBYTES)
+            with tempfile.NamedTemporaryFile(
+                dir=self.directory, prefix=name.split(".")[0][:16], suffix=f"{SUFFIX}.tmp", delete=False, buffering=0
+            ) as file:
+                temporary = Path(file.name)
+                _write_all(file.fileno(), memoryview(header), 0)
+                _write_all(file.fileno(), data, HEADER_NBYTES)
+            os.replace(temporary, self.directory / name)
+        except OSError as e:
+            if temporary is not None:
+                temporary.unlink(missing_ok=True)
+            return name, e.strerror or str(e)
+        self.bytes_written += HEADER_NBYTES + len(data)
+        return name, None
+
+    def _read(self, key: str) -> mx.array | None:
+        with open(self.directory / (key + SUFFIX), "rb", buffering=0) as file:
+            fd, size = file.fileno(), os.fstat(file.fileno()).st_size
+            header = bytearray(HEADER_NBYTES)
+            try:
+                if not _read_all(fd, memoryview(header), 0):
+                    return None
+                stored = json.loads(header)
+                facts = {"key": key, "dtype": stored["dtype"], "shape": stored["shape"]}
+                buffer = mx.zeros((size - HEADER_NBYTES,), mx.uint8)
+                mx.eval(buffer)
+                data = memoryview(buffer)
+                if not _read_all(fd, data, HEADER_NBYTES) or _hash(facts, data) != stored["sha256"]:
+                    return None
+                self.bytes_read += size
+                return buffer.view(getattr(mx, facts["dtype"])).reshape(facts["shape"])
+            except (ValueError, KeyError, TypeError):
+                return None
+
+
+def _entries(directory: Path) -> list[tuple[float, str, int]]:
+    """(last use, name, bytes) of every file of ours in the directory."""
+    found = []
+    if directory.exists():
+        for entry in os.scandir(directory):
+            if entry.name.endswith(SUFFIX):
+                try:
+                    stat = entry.stat()
+                except FileNotFoundError:  # another run removed it
+                    continue
+                found.append((stat.st_mtime, entry.name, stat.st_size))
+    return found
+
+
+def _hash(facts: dict, data: memoryview) -> str:
+    # SHA-256 has instructions of its own on current processors: 1.8 GB/s a core here, BLAKE2b 0.9
+    digest = hashlib.sha256(json.dumps([facts["key"], facts["dtype"], facts["shape"]]).encode())
+    digest.update(data)
+    return digest.hexdigest()
+
+
+def _write_all(fd: int, data: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(data):
+        written = os.pwrite(fd, data[done : done + REQUEST_NBYTES], offset + done)
+        platform.write_back(fd, offset + done, written)
+        platform.drop_cached(fd, 0, 0)
+        done += written
+
+
+def _read_all(fd: int, buffer: memoryview, offset: int) -> bool:
+    """Fill the buffer; False if the file ends before."""
+    done = 0
+    while done < len(buffer):
+        got = os.preadv(fd, [buffer[done : done + REQUEST_NBYTES]], offset + done)
+        if got == 0:
+            return False
+        done += got
+        platform.drop_cached(fd, 0, 0)
+    return True
