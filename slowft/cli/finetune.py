@@ -49,6 +49,8 @@ def _option(name: str, **kwargs):
 @_option("memory")
 @_option("dry_run", is_flag=True)
 @_option("spill_dir")
+@_option("activation_cache", metavar="DIR|off")
+@_option("activation_cache_size")
 @_option("compute_dtype", type=click.Choice(["float32", "float16", "bfloat16", "native"]))
 @_option("trace")
 @_option("report_to")

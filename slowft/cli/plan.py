@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from ..errors import ConfigError
-from ..reports.plan import as_dict, choices, describe_job, describe_machine, duration, size, three_lines
+from ..reports.plan import as_dict, choices, describe_job, describe_machine, duration, later_step, size, three_lines
 from ..training.config import OPTIMIZER_COPIES, OPTIMIZERS
 
 AT_LEAST_1 = click.IntRange(1)
@@ -47,6 +47,7 @@ def plan(model, config_file, memory, tokens, epochs, as_json, **job):
         raise click.UsageError("--epochs says nothing without --tokens, the number of tokens in the training data")
     from ..engine.budget import default_memory
     from ..engine.model import open_model, parse_nbytes
+    from ..planning.caching import from_boundary, pays
 
     nbytes = default_memory() if memory is None else parse_nbytes(memory)
     with _directory(model, config_file) as directory:
@@ -62,6 +63,7 @@ def plan(model, config_file, memory, tokens, epochs, as_json, **job):
             chosen = planner.choose(nbytes)
             if chosen is None and memory is not None and not as_json:
                 raise ConfigError(planner.too_little(nbytes))
+            later = from_boundary(planner, chosen or planner.least())
             least = planner.least()
             table = [least, *(planner.choose(int(least.peak_nbytes * scale)) for scale in (1.5, 2.0)), planner.most()]
             about = f"{getattr(opened, 'model_type', 'model')}, {size(opened.nbytes_on_disk)} on disk"
@@ -72,10 +74,12 @@ def plan(model, config_file, memory, tokens, epochs, as_json, **job):
     if tokens:
         tokens_of_step = job["batch_size"] * (job["max_seq_length"] - 1) * job["grad_accumulation_steps"]
         data = Data(tokens, epochs or 1.0, tokens_of_step)
+        if later is None or not pays(planner, chosen or least, later, min(data.epochs, 1), data.epochs - 1):
+            later = None
     if as_json:
-        _print_json(planner.machine, chosen, table, sizes, data)
+        _print_json(planner.machine, chosen, table, sizes, data, later)
     else:
-        _print(planner.machine, chosen, table, about, sizes["embedding_nbytes"], data)
+        _print(planner.machine, chosen, table, about, sizes["embedding_nbytes"], data, later)
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,7 @@ def _directory(model: str | None, config_file: str | None):
             yield directory
 
 
-def _print_json(machine, chosen, table, sizes: dict, data: Data | None) -> None:
+def _print_json(machine, chosen, table, sizes: dict, data: Data | None, later) -> None:
     result = {
         "machine": asdict(machine),
         "model": sizes,
@@ -110,11 +114,11 @@ def _print_json(machine, chosen, table, sizes: dict, data: Data | None) -> None:
         "table": [as_dict(plan) for plan in table],
     }
     if data and chosen:
-        result["run"] = _run(chosen, data)
+        result["run"] = _run(chosen, data, later)
     click.echo(json.dumps(result))
 
 
-def _print(machine, chosen, table, about: str, embedding_nbytes: int, data: Data | None) -> None:
+def _print(machine, chosen, table, about: str, embedding_nbytes: int, data: Data | None, later) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -134,12 +138,14 @@ def _print(machine, chosen, table, about: str, embedding_nbytes: int, data: Data
     if machine.read_bytes_per_s is None:
         click.echo("  reading is not in these seconds: no weights are here to measure the disk with")
     if data:
-        run = _run(shown, data)
+        run = _run(shown, data, later)
         written = size(run["written_nbytes"]) if run["written_nbytes"] else "nothing"
         click.echo(
             f"  {data.epochs:g} x {data.tokens:,} tokens: {run['steps']:,} steps, {duration(run['seconds'])}, "
             f"{size(run['read_nbytes'])} read, {written} written to the disk"
         )
+        if later is not None:
+            click.echo(f"  activations of the lower blocks are stored: from the second epoch {later_step(later)}")
     rows = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("budget", "peak", "read/step", "written/step", "step", "bound by"):
         rows.add_column(column, justify="right", no_wrap=True)
@@ -161,12 +167,21 @@ def _print(machine, chosen, table, about: str, embedding_nbytes: int, data: Data
     console.print(rows)
 
 
-def _run(plan, data: Data) -> dict:
+def _run(plan, data: Data, later) -> dict:
+    """Totals; `later` is the plan of steps that begin at stored activations, None if there are none."""
     steps = max(1, round(data.tokens * data.epochs / data.tokens_of_step))
+    whole = min(steps, max(1, round(data.tokens / data.tokens_of_step))) if later else steps
+    stored = whole * plan.job.hidden_nbytes * plan.job.micro_batches if later else 0
+    rest = [(steps - whole, later)] if later else []
+    seconds, read, written = (
+        sum(n * getattr(kind, name) for n, kind in [(whole, plan), *rest])
+        for name in ("step_s", "read_nbytes", "written_nbytes")
+    )
     return {
         "steps": steps,
-        "seconds": steps * plan.step_s,
-        "read_nbytes": steps * plan.read_nbytes,
-        "written_nbytes": steps * plan.written_nbytes,
-        "written_nbytes_per_hour": round(plan.written_nbytes / plan.step_s * 3600),
+        "seconds": seconds,
+        "read_nbytes": read,
+        "written_nbytes": written + stored,
+        "written_nbytes_per_hour": round((written + stored) / seconds * 3600),
+        "later": None if later is None else {"step_s": later.step_s, "read_nbytes": later.read_nbytes},
     }

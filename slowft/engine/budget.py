@@ -13,6 +13,7 @@ import mlx.core as mx
 from .. import platform
 from ..errors import ConfigError, SlowftWarning
 from ..models.seams import trainable_entries
+from ..planning.caching import from_boundary, pays
 from ..planning.job import Cut, Job
 from ..planning.machine import Machine, measure
 from ..planning.plan import Plan, Planner
@@ -42,6 +43,7 @@ class Budget:
         self._base_nbytes: int | None = None
         self._has_warned = False
         self._jobs: dict[tuple, Job] = {}
+        self._planner: Planner | None = None  # of the last plan
 
     def expect_optimizer(self, copies: int) -> None:
         """From now on plan for an optimizer that keeps `copies` times the trainable parameters."""
@@ -89,7 +91,18 @@ class Budget:
         plan = planner.choose(memory)
         if plan is None:
             raise ConfigError(planner.too_little(memory))
+        self._planner = planner
         return plan
+
+    def caching(self, plan: Plan, first_steps: float, later_steps: float) -> tuple[Plan | None, bool]:
+        """(the plan of steps that begin at stored activations, whether it pays to store them).
+
+        Args:
+            plan: of whole steps, the last that was made.
+            first_steps: in which activations are stored; later_steps: that begin there.
+        """
+        later = from_boundary(self._planner, plan)
+        return later, later is not None and pays(self._planner, plan, later, first_steps, later_steps)
 
     def after_step(self, peak_nbytes: int) -> None:
         """Take note of the most that a step really took, and plan anew if that is more than the ceiling."""

@@ -516,10 +516,8 @@ class Engine:
         """From now on the lowest trained block's input is stored in `directory`, and steps begin there if they can.
 
         Raises:
-            ConfigError: there is nothing to store for this model, or the directory cannot be used; says why.
+            ConfigError: the directory cannot be used.
         """
-        if (reason := self.why_no_boundary()) is not None:
-            raise ConfigError(f"--activation-cache has no use here: {reason}")
         self.forget_activations()
         self._stored = Boundary(ActivationCache(directory, limit_nbytes), self.cut, self._residency.reader, model_path)
         self.stats.cache = self._stored.cache

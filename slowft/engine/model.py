@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten
 from .. import _mlx_was_imported_first, platform, tracing
 from ..errors import ConfigError, SlowftError, SlowftWarning
 from ..models import adapters, loading, seams
+from ..planning.caching import Caching
 from ..planning.plan import Plan, Planner
 from ..planning.schedule import Schedule
 from ..storage.reader import Reader
@@ -207,10 +208,32 @@ class StreamedModel(nn.Module):
             ConfigError: nothing lies below the lowest trained block, or what does cannot be stored; says why. Or the
                 directory cannot be used.
         """
-        where = platform.cache_directory() / "activations" if directory is None else Path(directory).expanduser()
-        limit = None if max_size is None else parse_nbytes(max_size)
+        where = usual_activation_cache() if directory is None else Path(directory).expanduser()
+        limit = None if max_size is None else parse_nbytes(max_size, "a size to store activations in")
+        if (reason := self.why_no_activation_cache()) is not None:
+            raise ConfigError(f"--activation-cache {where} has no use here: {reason}")
         self._engine.store_activations(where, limit, self._skeleton.path)
         return self
+
+    def why_no_activation_cache(self) -> str | None:
+        """Why this model has no use for `cache_activations`, as its adapter is now; None if it has."""
+        return self._engine.why_no_boundary()
+
+    def plan_caching(self, plan: Plan, first_steps: float, later_steps: float) -> Caching:
+        """What `cache_activations` would save of a run of steps under `plan`, the last that was made.
+
+        Args:
+            first_steps: in which activations are stored, usually those of an epoch.
+            later_steps: that begin at stored activations.
+        Returns:
+            A `Caching` with the plan of later steps, and the reason if it is not possible or does not pay.
+        """
+        if (reason := self.why_no_activation_cache()) is not None:
+            return Caching(reason=reason)
+        later, is_worthwhile = self._budget.caching(plan, first_steps, later_steps)
+        if later_steps <= 0:
+            return Caching(reason="there is one epoch only", later=later)
+        return Caching(reason=None if is_worthwhile else "it would save no time", later=later)
 
     def planner(self, batch_size: int, tokens: int, micro_batches: int = 1, optimizer_copies: int = 2) -> Planner:
         """Makes plans for such steps under any ceiling; see `plan`."""
@@ -343,6 +366,11 @@ def open_model(
     return model
 
 
+def usual_activation_cache() -> Path:
+    """Where activations are stored if nobody says."""
+    return platform.cache_directory() / "activations"
+
+
 def _shape(micro_batches: list[tuple[mx.array, mx.array]]) -> tuple[int, int, int]:
     """(rows, tokens, number) of the largest step these micro-batches could be."""
     rows, tokens = (max(batch.shape[axis] for batch, _ in micro_batches) for axis in (0, 1))
@@ -368,7 +396,7 @@ def _micro_batches(batch, lengths) -> list[tuple[mx.array, mx.array]]:
     return result
 
 
-def parse_nbytes(size: str | int) -> int:
+def parse_nbytes(size: str | int, what: str = "an amount of memory to work in") -> int:
     """Bytes of a size such as "8GB", "700 MB" (powers of ten, as mlx-lm has them), "8GiB", or a number of bytes.
 
     Raises:
@@ -377,7 +405,7 @@ def parse_nbytes(size: str | int) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(size), re.IGNORECASE)
     nbytes = match and float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ")
     if not nbytes or nbytes < 1e6:
-        raise ConfigError(f"{size!r} is not an amount of memory to work in. Write it like 8GB or 700MB")
+        raise ConfigError(f"{size!r} is not {what}. Write it like 8GB or 700MB")
     return round(nbytes)
 
 

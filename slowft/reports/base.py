@@ -12,7 +12,7 @@ class Report:
     def begin(self, config, model) -> None:
         """Before the first step; the adapter is attached."""
 
-    def planned(self, plan, note: str = "") -> None:
+    def planned(self, plan, note: str = "", caching=None) -> None:
         """What the run keeps in memory and is predicted to take; `note` says where its ceiling comes from."""
 
     def advance(self, iterations: int, loss: float, model) -> None:
@@ -56,9 +56,9 @@ class Reports(Report):
         for report in self._all:
             report.begin(config, model)
 
-    def planned(self, plan, note=""):
+    def planned(self, plan, note="", caching=None):
         for report in self._all:
-            report.planned(plan, note)
+            report.planned(plan, note, caching)
 
     def advance(self, iterations, loss, model):
         for report in self._all:

@@ -24,8 +24,8 @@ class JsonReport(Report):
     def begin(self, config, model):
         self._write("begin", model=str(model.path), blocks=len(model.layers), iters=config.iters)
 
-    def planned(self, plan, note=""):
-        self._write("plan", **as_dict(plan))
+    def planned(self, plan, note="", caching=None):
+        self._write("plan", **as_dict(plan, caching))
 
     def trained(self, info):
         self._write("train", **info)

@@ -6,6 +6,7 @@ Comes in: `Plan`s, the machine they were made for. Goes out: text or plain value
 from dataclasses import asdict
 from typing import Any
 
+from ..planning.caching import Caching
 from ..planning.machine import Machine
 from ..planning.plan import Plan
 
@@ -63,14 +64,23 @@ def choices(plan: Plan) -> str:
     return ", ".join(words)
 
 
-def three_lines(plan: Plan, note: str = "") -> list[str]:
+def three_lines(plan: Plan, note: str = "", caching: Caching | None = None) -> list[str]:
     ceiling = "without a ceiling" if plan.memory is None else f"within {size(plan.memory)}{note}"
     reads = f"{size(plan.read_nbytes)} read" + (f", {size(plan.written_nbytes)} written" if plan.written_nbytes else "")
+    later = ""
+    if caching is not None and caching.directory is not None:
+        later = f"; activations of the lower blocks go to {caching.directory}"
+        if caching.later is not None:
+            later += f" ({size(caching.nbytes)}): from the second epoch {later_step(caching.later)}"
     return [
         f"Plan {ceiling}: {choices(plan)}",
         f"  predicted peak {size(plan.peak_nbytes)}; least that works {size(plan.least_nbytes)}",
-        f"  predicted step {duration(plan.step_s)}, bound by {plan.bound}: {reads} a step",
+        f"  predicted step {duration(plan.step_s)}, bound by {plan.bound}: {reads} a step{later}",
     ]
+
+
+def later_step(later: Plan) -> str:
+    return f"{duration(later.step_s)} and {size(later.read_nbytes)} read a step"
 
 
 def describe_machine(machine: Machine) -> str:
@@ -96,10 +106,11 @@ def describe_job(plan: Plan) -> list[str]:
     ]
 
 
-def as_dict(plan: Plan) -> dict[str, Any]:
+def as_dict(plan: Plan, caching: Caching | None = None) -> dict[str, Any]:
     """Everything a program may want, in bytes and seconds."""
     job = plan.job
-    return {
+    stored = {} if caching is None else {"activation_cache": _caching(caching)}
+    return stored | {
         "memory": plan.memory,
         "least_memory": plan.least_nbytes,
         "schedule": asdict(plan.schedule),
@@ -127,4 +138,14 @@ def as_dict(plan: Plan) -> dict[str, Any]:
             "optimizer_nbytes": job.optimizer_nbytes,
             "activation_nbytes": job.hidden_nbytes,
         },
+    }
+
+
+def _caching(caching: Caching) -> dict[str, Any]:
+    later = caching.later
+    return {
+        "directory": None if caching.directory is None else str(caching.directory),
+        "reason": caching.reason,
+        "nbytes": caching.nbytes,
+        "later": None if later is None else {"read_nbytes": later.read_nbytes, "step_s": later.step_s},
     }

@@ -47,8 +47,8 @@ class LineReport(Report):
         self._iters, self._done, self._begin = config.iters, 0, time.perf_counter()
         self._print(describe_run(config, model))
 
-    def planned(self, plan, note=""):
-        for line in three_lines(plan, note):
+    def planned(self, plan, note="", caching=None):
+        for line in three_lines(plan, note, caching):
             self._print(line)
 
     def advance(self, iterations, loss, model):

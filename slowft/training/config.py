@@ -71,6 +71,17 @@ class TrainConfig:
         default=None,
         metadata={"help": "Where activations go that memory has no room for; by default the user's cache directory."},
     )
+    activation_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "Directory for the activations below the lowest trained block, which later epochs begin from; or "
+            "off. By default in the user's cache directory, if there are several epochs and it saves time."
+        },
+    )
+    activation_cache_size: str | None = field(
+        default=None,
+        metadata={"help": "The most it may take on disk, such as 20GB; by default a quarter of what is free."},
+    )
     dry_run: bool = field(default=False, metadata={"help": "Check everything, print the plan, and stop."})
     compute_dtype: str | None = field(
         default=None,
@@ -133,6 +144,8 @@ class TrainConfig:
             hint = " (mlx-lm's scale is alpha / rank)" if "alpha" in unknown else ""
             names = ", ".join(sorted(map(str, unknown)))
             raise ConfigError(f"lora_parameters has no {names}; it has rank, scale, dropout, keys{hint}")
+        if self.activation_cache == "off" and self.activation_cache_size is not None:
+            raise ConfigError("--activation-cache-size has no effect with --activation-cache off. Leave one out")
         if not self.train and not self.test:
             raise ConfigError("nothing to do: neither train nor test is asked for")
 

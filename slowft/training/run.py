@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..data.datasets import check_size, load_data, load_tokenizer
 from ..engine.budget import default_memory
-from ..engine.model import open_model
+from ..engine.model import open_model, parse_nbytes
 from ..errors import AdapterError, ConfigError, DataError, PlanError, SlowftError
 from ..reports.base import Report, Reports
 from ..reports.json_lines import CallbackReport
@@ -30,6 +30,8 @@ def run(config: TrainConfig, report: Report) -> dict:
     config.build_optimizer()
     if config.train:
         check_writable(Path(config.adapter_path))
+    if config.activation_cache_size is not None:
+        parse_nbytes(config.activation_cache_size, "a size to store activations in")
     model = open_model(config.model, config.memory, compute_dtype=config.compute_dtype, spill_dir=config.spill_dir)
     try:
         told = Reports(report, CallbackReport(_callback(config))) if config.report_to else report
@@ -40,13 +42,17 @@ def run(config: TrainConfig, report: Report) -> dict:
             _load_adapter_to_test(model, config, report)
         train, valid, test = _load_data(model, config, report)
         memory = default_memory() if config.memory is None else config.memory
+        plan = None
         try:
             plan = trainer.plan(train, valid, test, memory=memory, follow=not config.dry_run)
-            report.planned(plan, " (half of this machine's memory; --memory sets it)" if config.memory is None else "")
         except PlanError as e:
             if config.memory is not None or config.dry_run:
                 raise
             report.note(f"Warning: {e}. Nothing but what a step needs is kept in memory")
+        caching = trainer.cache_activations(plan, train, valid, use=not config.dry_run)
+        if plan is not None:
+            note = " (half of this machine's memory; --memory sets it)" if config.memory is None else ""
+            report.planned(plan, note, caching)
         if config.dry_run:
             return {}
         with model.trace(config.trace) if config.trace else nullcontext():

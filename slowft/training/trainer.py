@@ -7,7 +7,7 @@ in float32, without dropout and accumulation, a run ends with the very adapter `
 import math
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,11 @@ from mlx.utils import tree_flatten
 
 from .. import platform
 from ..data.datasets import TokenDataset, check_size
-from ..errors import AdapterError, DataError, SlowftError
+from ..engine.model import parse_nbytes, usual_activation_cache
+from ..errors import AdapterError, ConfigError, DataError, SlowftError
+from ..planning.caching import Caching
 from ..reports.base import Report
+from ..storage.activation_cache import ActivationCache
 from .config import OPTIMIZER_COPIES, TrainConfig
 
 PADDING = 32  # mlx-lm's iterate_batches pads to multiples of it, and one
@@ -40,6 +43,7 @@ class Trainer:
         self.config.check()
         self.report = report or Report()
         self.trained_tokens = 0
+        self.caching: Caching | None = None
 
     def attach(self) -> None:
         """Attach the adapter that the config asks for, initialised from its seed, if none is attached."""
@@ -66,6 +70,54 @@ class Trainer:
             c.batch_size, tokens, min(c.grad_accumulation_steps, c.iters), memory, copies, follow=follow
         )
 
+    def cache_activations(self, plan, *datasets: TokenDataset | None, use: bool = True) -> Caching:
+        """Have the model store activations between epochs, where the config says so or, without a word, where it pays.
+
+        Args:
+            plan: of the steps; None if there is none, and then only the config decides.
+            datasets: the training set first.
+            use: False only looks whether it would.
+        Raises:
+            ConfigError: the config names a directory, and this model has no use for it, or it cannot be used.
+        """
+        c, caching = self.config, Caching(reason="there is no plan of the steps")
+        if plan is not None:
+            n_batches = len(datasets[0]) // c.batch_size if datasets[0] is not None and c.train else 0
+            first, later = min(c.iters, n_batches), max(c.iters - n_batches, 0) if n_batches else 0
+            steps = c.grad_accumulation_steps
+            caching = self.model.plan_caching(plan, first / steps, later / steps)
+            per_token = plan.job.hidden_nbytes / (plan.job.rows * plan.job.tokens)
+            caching = replace(caching, nbytes=int(per_token * sum(map(self._padded_tokens, datasets))))
+        if c.activation_cache == "off":
+            caching = replace(caching, reason="--activation-cache is off")
+        elif c.activation_cache is not None:
+            caching = replace(caching, reason=None, directory=Path(c.activation_cache).expanduser())
+            if (reason := self.model.why_no_activation_cache()) is not None:
+                raise ConfigError(f"--activation-cache {c.activation_cache} has no use here: {reason}")
+        elif caching.reason is None:
+            where = usual_activation_cache()
+            size = c.activation_cache_size
+            limit = ActivationCache.usual_limit(where) if size is None else parse_nbytes(size)
+            full = f"{caching.nbytes / 1e9:.2f} GB would not fit into the {limit / 1e9:.2f} GB it may take on disk"
+            caching = replace(caching, reason=full) if caching.nbytes > limit else replace(caching, directory=where)
+        if use and caching.directory is not None:
+            try:
+                self.model.cache_activations(caching.directory, c.activation_cache_size)
+            except ConfigError as e:
+                if c.activation_cache is not None:
+                    raise
+                caching = replace(caching, directory=None, reason=str(e))
+        self.caching = caching
+        return caching
+
+    def _padded_tokens(self, dataset: TokenDataset | None) -> int:
+        """Of all batches of a dataset together, as mlx-lm pads them."""
+        c, n = self.config, 0
+        for begin in range(0, len(dataset or ()) - c.batch_size + 1, c.batch_size):
+            longest = max(len(dataset[i][0]) for i in range(begin, begin + c.batch_size))
+            n += c.batch_size * min(-(-longest // PADDING) * PADDING, c.max_seq_length - 1)
+        return n
+
     def fit(self, train: TokenDataset, valid: TokenDataset | None = None) -> dict[str, Any]:
         """Train for `config.iters` micro-batches; evaluate before, between and after; save as configured.
 
@@ -84,8 +136,9 @@ class Trainer:
         check_writable(Path(c.adapter_path))
         optimizer = c.build_optimizer()
         self.attach()
-        if model.memory is not None:
-            self.plan(train, valid)
+        plan = self.plan(train, valid) if model.memory is not None else None
+        if self.caching is None:
+            self.cache_activations(plan, train, valid)
         model.seed = c.seed
         np.random.seed(c.seed)
         batches = self._batches(train, loop=True)

@@ -1,0 +1,60 @@
+"""What it saves to store activations between epochs: a step that begins at the lowest trained block, and when it pays.
+
+Comes in: a `Plan` of whole steps. Goes out: the `Plan` of steps that begin at stored activations. Only calculates.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from .plan import Plan, Planner
+
+LEAST_SAVED_SHARE = 0.05  # of the time of later steps: for less, the disk need not be written to
+HASH_BYTES_PER_S = 1.5e9  # SHA-256, on processors with instructions for it
+
+
+@dataclass(frozen=True)
+class Caching:
+    """Whether a run stores activations.
+
+    Attributes:
+        directory: where; None if it does not, and then `reason` says why.
+        later: steps all of whose micro-batches are stored, from the second epoch on; None if nothing is known of them.
+        nbytes: that the run's micro-batches will take on disk.
+    """
+
+    directory: Path | None = None
+    reason: str | None = None
+    later: Plan | None = None
+    nbytes: int = 0
+
+
+def from_boundary(planner: Planner, plan: Plan) -> Plan | None:
+    """The same schedule for steps that begin at stored activations; None if nothing lies below what is trained."""
+    job, s, n = plan.job, plan.schedule, plan.job.lowest_trained
+    if not job.is_chain or not 0 < n < len(job.visits):
+        return None
+    above = replace(job, visits=job.visits[n:], rows_nbytes=0)
+    kept, spilled, tail = s.kept[n:], max(s.spilled - n, 0), min(s.tail, len(above.visits))
+    later = planner.predict(above, replace(s, kept=kept, spilled=spilled, tail=tail))
+    stored = job.hidden_nbytes * job.micro_batches
+    loading_s = _loading_s(planner, stored)
+    return replace(
+        later,
+        memory=plan.memory,
+        least_nbytes=plan.least_nbytes,
+        read_nbytes=later.read_nbytes + stored,
+        read_s=later.read_s + loading_s,
+        step_s=later.step_s + loading_s,
+    )
+
+
+def pays(planner: Planner, plan: Plan, later: Plan, first_steps: float, later_steps: float) -> bool:
+    """Whether `later_steps` from stored activations save enough, less what storing them in `first_steps` takes."""
+    stored = plan.job.hidden_nbytes * plan.job.micro_batches
+    saved = later_steps * (plan.step_s - later.step_s) - first_steps * _loading_s(planner, stored)
+    return later_steps > 0 and saved > LEAST_SAVED_SHARE * later_steps * plan.step_s
+
+
+def _loading_s(planner: Planner, nbytes: int) -> float:
+    """Seconds to read and check what is stored; to hash and write it takes about as long."""
+    return nbytes / (planner.machine.read_bytes_per_s or float("inf")) + nbytes / HASH_BYTES_PER_S
