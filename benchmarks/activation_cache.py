@@ -45,8 +45,6 @@ def train(directory: str, store: str | None, args: argparse.Namespace) -> dict:
     model = slowft.open_model(directory, memory=args.memory)
     mx.random.seed(0)
     model.add_lora(num_layers=max(args.layers // 4, 1), rank=8)
-    if store is not None:
-        model.cache_activations(store)
     model.train()
     batches = [
         (
@@ -57,6 +55,8 @@ def train(directory: str, store: str | None, args: argparse.Namespace) -> dict:
     ]
     if args.memory is not None:
         model.plan(args.rows, args.tokens, follow=True)
+    if store is not None:
+        model.cache_activations(store)
     optimizer = optim.Adam(1e-4)
     epochs = []
     for epoch in range(args.epochs):

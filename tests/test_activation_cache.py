@@ -267,6 +267,21 @@ def test_weights_that_change_while_they_are_in_use(llama, tmp_path):
     assert step_from_cache(model, batch) == 0
 
 
+def test_what_is_computed_while_weights_change_is_not_stored(llama, tmp_path, monkeypatch):
+    (batch,) = batches(1)
+    model, file, find = opened(llama, tmp_path / "store"), llama / "model.safetensors", boundary.Boundary.find
+
+    def changed_meanwhile(self, keys):
+        found, data = find(self, keys), file.read_bytes()
+        with open(file, "r+b") as same_file:
+            same_file.write(data)
+        return found
+
+    monkeypatch.setattr(boundary.Boundary, "find", changed_meanwhile)
+    assert step_from_cache(model, batch) == 0
+    assert not entries(tmp_path / "store")
+
+
 def other_boundary(directory):
     return opened(directory, num_layers=1)
 
@@ -410,6 +425,7 @@ def test_what_no_run_uses_makes_room_the_longest_unused_first(tmp_path):
         os.utime(path, (i, i))
     cache = ActivationCache(tmp_path, 4 * 8192)
     assert cache.read("old0") is not None  # in use again
+    assert (tmp_path / "old0.activation").stat().st_mtime > 4
     for i in range(2):
         cache.write(f"new{i}", mx.arange(n))
     cache.close()

@@ -57,6 +57,15 @@ print(len(caught), caught[0].message)
     assert out.startswith("1 ") and platform.BLAS_FIX in out
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS has one BLAS, as old as the system")
+def test_blas_description_tells_libraries_and_threads_apart():
+    code = "from slowft import platform; print(platform.blas_description())"
+    openblas = run("import slowft\n" + code)
+    assert "OpenBLAS" in openblas and openblas == run("import slowft\n" + code)
+    assert openblas != run("import os; os.environ['OPENBLAS_NUM_THREADS'] = '1'\nimport slowft\n" + code)
+    assert "OpenBLAS" not in run("import ctypes; ctypes.CDLL = lambda *_, f=ctypes.CDLL: f(None)\n" + code)
+
+
 def test_importing_slowft_imports_neither_mlx_nor_numpy():
     assert run("import sys, slowft; print('mlx.core' in sys.modules, 'numpy' in sys.modules)") == "False False\n"
 

@@ -110,7 +110,8 @@ def _numerics() -> list[str]:
 
     is_compiled = _is_compiled()
     versions = [__version__, str(NUMERICS), mx.__version__, mlx_lm_version]
-    return [*versions, str(mx.default_device()), platform.blas_description(), str(is_compiled)]
+    device = f"{mx.default_device()} {mx.device_info().get('device_name')}"
+    return [*versions, device, platform.blas_description(), str(is_compiled)]
 
 
 def _is_compiled() -> bool:

@@ -55,6 +55,7 @@ class ActivationCache:
         self._used: set[str] = set()
         self._pending: Future | None = None
         self._sizes = self._open()  # file name -> bytes, the longest unused first
+        self.nbytes = sum(self._sizes.values())
         self.limit_nbytes = limit_nbytes if limit_nbytes is not None else self.usual_limit(directory)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="slowft-activation-cache")
 
@@ -64,10 +65,6 @@ class ActivationCache:
         there = next(path for path in (directory, *directory.parents) if path.exists())
         stored = sum(size for _, _, size in _entries(directory))
         return int(FREE_DISK_SHARE * (shutil.disk_usage(there).free + stored))
-
-    @property
-    def nbytes(self) -> int:
-        return sum(self._sizes.values())
 
     def read(self, key: str) -> mx.array | None:
         """The array stored under `key`, an array of the calling thread; None if there is none that is whole."""
@@ -83,10 +80,8 @@ class ActivationCache:
             array = None
         finally:
             self.read_wait_s += time.perf_counter() - begin
-        if array is None:
-            self._sizes.pop(name, None)
-        else:
-            self._sizes[name] = HEADER_NBYTES + array.nbytes
+        self._count(name, 0 if array is None else HEADER_NBYTES + array.nbytes)
+        if array is not None:
             self._used.add(name)
         return array
 
@@ -96,7 +91,7 @@ class ActivationCache:
         self._finish_writing()
         self.write_wait_s += time.perf_counter() - begin
         if self.problem is None and name not in self._sizes and self._make_room(nbytes):
-            self._sizes[name] = nbytes
+            self._count(name, nbytes)
             self._used.add(name)
             facts = {"key": key, "dtype": str(array.dtype).removeprefix("mlx.core."), "shape": list(array.shape)}
             data = memoryview(array.reshape(-1).view(mx.uint8))
@@ -125,13 +120,19 @@ class ActivationCache:
             )
         return {name: size for _, name, size in sorted(_entries(self.directory))}
 
+    def _count(self, name: str, nbytes: int) -> None:
+        """Note that a file takes `nbytes`, 0 if it is not there."""
+        self.nbytes += nbytes - self._sizes.pop(name, 0)
+        if nbytes:
+            self._sizes[name] = nbytes
+
     def _make_room(self, nbytes: int) -> bool:
         """Remove files that are of no use to this run until `nbytes` more fit. Says so where they never will."""
         if self.nbytes + nbytes > self.limit_nbytes:
             for name in [name for name in self._sizes if name not in self._used]:
                 with suppress(OSError):
                     (self.directory / name).unlink()
-                del self._sizes[name]
+                self._count(name, 0)
                 if self.nbytes + nbytes <= self.limit_nbytes:
                     return True
             self.problem = (
@@ -147,7 +148,7 @@ class ActivationCache:
             name, error = self._pending.result()
             self._pending = None
             if error is not None:
-                self._sizes.pop(name, None)
+                self._count(name, 0)
                 self._used.discard(name)
                 self.problem = (
                     f"{self.directory}: storing activations failed ({error}): what is not stored yet is computed in "
