@@ -162,7 +162,8 @@ def test_every_schedule(schedule, llama, tmp_path):
     n = 2 if schedule.rows else 1
     for from_cache in (0, n, n):
         assert_same_step(plain, caching, [(batch, lengths)], from_cache)
-        assert plain.loss(batch, lengths)[0].item() == caching.loss(batch, lengths)[0].item()
+    assert caching.stats.last.bytes_written == plain.stats.last.bytes_written  # of what is spilled
+    assert plain.loss(batch, lengths)[0].item() == caching.loss(batch, lengths)[0].item()
 
 
 def test_dropout_above_the_boundary_is_drawn_as_ever(llama, tmp_path):
@@ -526,9 +527,9 @@ def samples() -> TokenDataset:
 
 
 def train(directory, path, store, **options):
-    """(adapter, micro-batches that began at stored activations) after four epochs."""
+    """(adapter, micro-batches that began at stored activations) after two epochs."""
     config = slowft.TrainConfig(
-        **{"iters": 12, "batch_size": 2, "num_layers": 2, "learning_rate": 1e-3, "val_batches": -1} | options,
+        **{"iters": 6, "batch_size": 2, "num_layers": 2, "learning_rate": 1e-3, "val_batches": -1} | options,
         adapter_path=str(path),
         activation_cache=store,
     )
@@ -538,21 +539,17 @@ def train(directory, path, store, **options):
     return mx.load(str(path / "adapters.safetensors")), model.stats.total.from_cache
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"grad_accumulation_steps": 2, "lora_parameters": {"dropout": 0.3}}],
-    ids=str,
-)
-def test_a_run_ends_with_the_same_adapter(options, llama, tmp_path):
+def test_a_run_ends_with_the_same_adapter(llama, tmp_path):
+    options = {"grad_accumulation_steps": 2, "lora_parameters": {"dropout": 0.3}}
     plain, none = train(llama, tmp_path / "plain", "off", **options)
     adapter, n = train(llama, tmp_path / "caching", str(tmp_path / "store"), **options)
     assert largest_difference(plain, adapter) == 0.0
     assert none == 0
-    assert n == 12 + 3  # all but the first evaluation, which has the samples of the training set
+    assert n == 6 + 3  # all but the first evaluation, which has the samples of the training set
     assert len(entries(tmp_path / "store")) == 3
     again, n = train(llama, tmp_path / "again", str(tmp_path / "store"), **options)
     assert largest_difference(plain, again) == 0.0
-    assert n == 12 + 6
+    assert n == 6 + 6
 
 
 @pytest.fixture
@@ -592,13 +589,12 @@ def test_it_is_on_where_it_pays(options, reason, finetune, tmp_path):
     assert not (tmp_path / "xdg").exists()  # a dry run leaves nothing
 
 
-def test_the_command_stores_and_reuses(finetune, tmp_path):
+def test_the_command_stores_where_it_says(finetune, tmp_path):
     assert finetune("--iters", 9).status == 0
     stored = entries(tmp_path / "xdg" / "slowft" / "activations")
     assert len(stored) == 3  # the validation set has the same samples
-    assert finetune("--iters", 3, "--activation-cache", tmp_path / "named").status == 0
-    assert len(entries(tmp_path / "named")) == len(stored)
     outcome = finetune("--iters", 3, "--activation-cache", tmp_path / "named")
+    assert len(entries(tmp_path / "named")) == len(stored)
     assert f"activations of the lower blocks go to {tmp_path / 'named'}" in outcome.out
 
 

@@ -67,7 +67,7 @@ class Boundary:
         if now != self._identities:
             self._identities, self._fingerprint = now, fingerprint(self._descriptors())
         common = [self._fingerprint, self._config, _numerics(), self._dtypes(position)]
-        common += [self._cut.order[:position], cuts]
+        common.append(cuts)
         return [_digest(common, np.asarray(batch).astype(np.int64)) for batch in ids]
 
     def _descriptors(self) -> list[int]:
