@@ -26,7 +26,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten
 
-from planned import write_random
+from slowft.bench.shapes import write_random
 
 SHAPE = {
     "model_type": "llama",

@@ -19,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from memory_ladder import SHAPE
-from planned import write_random
+from slowft.bench.shapes import write_random
 
 SMALL = SHAPE | {
     "hidden_size": 768,

@@ -28,7 +28,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from memory_ladder import SHAPE
-from planned import write_random
+from slowft.bench.shapes import write_random
 from slowft.storage.buffers import read_buffer
 
 REGIMES = {"unlimited": None, "reading 0.9 of computing": 0.9, "reading 1.1 of computing": 1.1}

@@ -94,7 +94,6 @@ def measure(compute_dtype: mx.Dtype, files: Sequence[str], seconds: float = 1.5)
         bytes_per_s = _bytes_per_s(compute_dtype, seconds * 0.15)
         matmul_flops_per_s = _matmul_flops_per_s(compute_dtype, seconds * 0.15)
     functions_per_s = _functions_per_s(compute_dtype, seconds * 0.05)
-    read_bytes_per_s = _read_bytes_per_s(files, seconds * 0.35)
     with _cache_limit(8 * STREAM_NBYTES):  # once more: a moment's other work would halve what both cores do
         matmul_flops_per_s = max(matmul_flops_per_s, _matmul_flops_per_s(compute_dtype, seconds * 0.15))
     return Machine(

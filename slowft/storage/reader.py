@@ -240,15 +240,16 @@ class Reader:
     # --- Files --------------------------------------------------------------------------------------
 
     def _open(self, name: str) -> _File:
-        if name not in self._files:
-            try:
-                fd = platform.open_uncached(name)
-                self._files[name] = file = _File(name, fd, None, _State.of(os.fstat(fd)))
-                file.direct_fd = platform.open_direct(name)
-            except OSError as e:
-                raise ModelError(f"{name} cannot be opened: {e.strerror}") from None
-            file.state = self._expected.get(name, file.state)
-        return self._files[name]
+        with self._lock:
+            if name not in self._files:
+                try:
+                    fd = platform.open_uncached(name)
+                    self._files[name] = file = _File(name, fd, None, _State.of(os.fstat(fd)))
+                    file.direct_fd = platform.open_direct(name)
+                except OSError as e:
+                    raise ModelError(f"{name} cannot be opened: {e.strerror}") from None
+                file.state = self._expected.get(name, file.state)
+            return self._files[name]
 
     def descriptor(self, name: str) -> int:
         """Of the open file that is read under this path, whatever has taken its place since."""
