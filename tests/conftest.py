@@ -34,6 +34,14 @@ def must_run(reason: str) -> None:
     pytest.skip(reason)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def users_cache(tmp_path_factory):
+    """Nothing that tests store goes into the user's own cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 def save_random(
     directory: Path, config: dict, dtype: mx.Dtype = mx.float32, shards: bool = False, seed: int = 0
 ) -> Path:

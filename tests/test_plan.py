@@ -412,8 +412,9 @@ def test_figures_are_those_of_the_shapes(slowft_):
     steps = round(2 * 1_000_000 / (2 * 3 * 128))
     predicted = result["plan"]["predicted"]
     assert result["run"]["steps"] == steps
-    assert result["run"]["read_nbytes"] == steps * predicted["read_nbytes"]
-    assert result["run"]["seconds"] == pytest.approx(steps * predicted["step_s"])
+    first = steps / 2  # in the second epoch the 64 blocks below are not read
+    assert 0 <= result["run"]["read_nbytes"] - first * predicted["read_nbytes"] < 0.3 * first * predicted["read_nbytes"]
+    assert first * predicted["step_s"] < result["run"]["seconds"] < steps * predicted["step_s"]
 
 
 def test_steps_are_counted_by_the_batch_as_given_however_it_is_cut(slowft_, monkeypatch):

@@ -88,14 +88,14 @@ def run_slowft(job: Job, told: Told, trace: str | None = None) -> dict[str, Any]
     return result
 
 
-def _ops(plan) -> list[tuple[int, int, int, int]]:
-    """(how often, flops, bytes moved, function values) of what a step under the plan evaluates.
+def _ops(plan) -> list[tuple[int, int, int, int, float]]:
+    """(how often, flops, bytes moved, function values, efficiency) of what a step under the plan evaluates.
 
     A kept product is taken off what the whole backward pass does, so its entry may be negative.
     """
     s, job = plan.schedule, plan.job
     n_streamed = len(job.visits) - s.tail
-    counts: dict[tuple[int, int, int], int] = {}
+    counts: dict[tuple[int, int, int, float], int] = {}
 
     def add(cost, times: int = 1) -> None:
         for op in cost.ops:
