@@ -87,7 +87,8 @@ def _q4_1_blocks(gguf: bytes, raw, name: str, rows: int, columns: int) -> np.nda
 def test_fine_tuning_lowers_the_held_back_loss(smollm, tmp_path, capsys):
     """A shorter run than the demo's own: the loss per token on held-back entries falls by at least 0.3."""
     demo.write_data(tmp_path)
-    config = demo.config(tmp_path, iters=8)
+    config = demo.config(tmp_path, iters=12)
+    config.batch_size, config.max_seq_length, config.learning_rate = 2, 128, 2e-4
     model = slowft.open_model(smollm)
     tokenizer = load_tokenizer(model.path, model.embedding_rows)
     train, valid, _ = slowft.load_data(config.data, tokenizer, config)
