@@ -4,28 +4,27 @@ python benchmarks/activation_cache.py                                    # 8 blo
 python benchmarks/activation_cache.py --memory 500MB --limit-read 60MB    # reads as slow as a laptop's compute is fast
 
 The vocabulary is small, so that the head has the share of the work that it has in a model of 8 B parameters (2%).
-`--limit-read` needs root and a version 1 cgroup.
+`--limit-read` needs root and a cgroup.
 """
 
 import slowft  # noqa: F401, I001  (before mlx: it loads OpenBLAS)
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import uuid
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten
 
+from slowft.bench import cgroup
 from slowft.bench.shapes import write_random
 
 SHAPE = {
@@ -74,24 +73,6 @@ def train(directory: str, store: str | None, args: argparse.Namespace) -> dict:
     return {"epochs": epochs, "adapter": adapter, "waited_s": model.stats.last.wait_s}
 
 
-@contextmanager
-def slow_reads(directory: Path, bytes_per_s: int | None):
-    """A function that puts the process it runs in under a limit on reads from the drive that holds `directory`."""
-    if bytes_per_s is None:
-        yield None
-        return
-    group = Path("/sys/fs/cgroup/blkio") / f"slowft-{uuid.uuid4().hex[:8]}"
-    device = os.stat(directory).st_dev
-    drive = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve()
-    drive = drive.parent if (drive / "partition").exists() else drive
-    group.mkdir()
-    try:
-        (group / "blkio.throttle.read_bps_device").write_text(f"{(drive / 'dev').read_text().strip()} {bytes_per_s}")
-        yield lambda: (group / "cgroup.procs").write_text(str(os.getpid()))
-    finally:
-        group.rmdir()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=8)
@@ -110,13 +91,16 @@ def main() -> None:
     from slowft.engine.model import parse_nbytes
 
     limit = None if args.limit_read is None else parse_nbytes(args.limit_read)
-    with tempfile.TemporaryDirectory() as directory, slow_reads(Path(directory), limit) as enter:
+    with tempfile.TemporaryDirectory() as directory:
         write_random(Path(directory), SHAPE | {"num_hidden_layers": args.layers})
         results = {}
-        for kind in ("off", "on"):
-            command = [sys.executable, __file__, *sys.argv[1:], "--one", kind, "--dir", directory]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, preexec_fn=enter)
-            results[kind] = json.loads(done.stdout)
+        limited = nullcontext() if limit is None else cgroup.limit(read_bytes_per_s=limit, files=[Path(directory)])
+        with limited as group:
+            for kind in ("off", "on"):
+                command = [sys.executable, __file__, *sys.argv[1:], "--one", kind, "--dir", directory]
+                command = command if group is None else group.entered(command)
+                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+                results[kind] = json.loads(done.stdout)
     first, *later = results["on"]["epochs"]
     assert [e["losses"] for e in results["on"]["epochs"]] == [e["losses"] for e in results["off"]["epochs"]]
     assert results["on"]["adapter"] == results["off"]["adapter"]
