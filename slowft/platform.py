@@ -140,6 +140,15 @@ def drop_cached(fd: int, offset: int, nbytes: int) -> None:
         os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
 
+def drop_cached_file(path: str, offset: int = 0, nbytes: int = 0) -> None:
+    """The same of a file that is not open."""
+    fd = open_uncached(path)
+    try:
+        drop_cached(fd, offset, nbytes)
+    finally:
+        os.close(fd)
+
+
 def skip_file_cache(fd: int) -> None:
     """Let reads and writes go past the file cache (macOS), or read nothing ahead of what is asked (Linux).
 

@@ -46,7 +46,7 @@ def measure(
     for _ in range(rounds):
         for name, way in ways.items():
             for file, _ in parts:
-                _forget(file)
+                platform.drop_cached_file(str(file))
             rates[name].append(sum(nbytes for _, nbytes in parts) / way(parts))
             done += 1
             told(done)
@@ -79,14 +79,6 @@ def _raw_ways(file: Path) -> dict[str, Callable[[Parts], float]]:
     if shutil.which("dd") and _dd_can_go_past_the_cache(file):
         ways["dd iflag=direct"] = _by_dd
     return ways | {"preads": _by_preads}
-
-
-def _forget(file: Path) -> None:
-    fd = platform.open_uncached(str(file))
-    try:
-        platform.drop_cached(fd, 0, 0)
-    finally:
-        os.close(fd)
 
 
 def _by_reader(parts: Parts) -> float:

@@ -66,8 +66,7 @@ class Boundary:
         now = identities(self._descriptors())
         if now != self._identities:
             self._identities, self._fingerprint = now, fingerprint(self._descriptors())
-        common = [self._fingerprint, self._config, _numerics(), self._dtypes(position)]
-        common.append(cuts)
+        common = [self._fingerprint, self._config, _numerics(), self._dtypes(position), cuts]
         return [_digest(common, np.asarray(batch).astype(np.int64)) for batch in ids]
 
     def _descriptors(self) -> list[int]:
@@ -108,10 +107,9 @@ def _digest(common: list, ids: np.ndarray) -> str:
 def _numerics() -> list[str]:
     from mlx_lm import __version__ as mlx_lm_version
 
-    is_compiled = _is_compiled()
     versions = [__version__, str(NUMERICS), mx.__version__, mlx_lm_version]
     device = f"{mx.default_device()} {mx.device_info().get('device_name')}"
-    return [*versions, device, platform.blas_description(), str(is_compiled)]
+    return [*versions, device, platform.blas_description(), str(_is_compiled())]
 
 
 def _is_compiled() -> bool:

@@ -222,7 +222,7 @@ def _reading(files: Sequence[str], seconds: float) -> tuple[float | None, int]:
     nbytes = dict.fromkeys(DEPTHS, 0)
     try:
         for piece, depth in zip(pieces, itertools.cycle(DEPTHS)):
-            _drop(piece)
+            platform.drop_cached_file(piece.file, piece.offset, piece.nbytes)
             reader.reads_in_flight = depth
             at = time.perf_counter()
             reader.read_now([replace(piece, at=shift(piece.offset))], buffer)
@@ -251,11 +251,3 @@ def _pieces(file: str) -> Iterator[ByteRange]:
                 return
             for offset in range(begin, at, READ_NBYTES):
                 yield ByteRange(file, offset, min(READ_NBYTES, at - offset), 0)
-
-
-def _drop(piece: ByteRange) -> None:
-    fd = platform.open_uncached(piece.file)
-    try:
-        platform.drop_cached(fd, piece.offset, piece.nbytes)
-    finally:
-        os.close(fd)
