@@ -6,6 +6,7 @@ traces the whole model, while each micro-batch's trace lives on a thread of its 
 at any moment, in a fixed order: a step is deterministic.
 """
 
+import atexit
 import queue
 import threading
 import weakref
@@ -19,17 +20,21 @@ from ..errors import SlowftError
 
 
 class Worker:
-    """A thread for MLX work: runs functions one after the other, and is joined before the interpreter exits.
+    """A thread for MLX work: runs functions one after the other.
+
+    A thread that is no longer needed waits for the next worker: MLX keeps the threads of its streams, one or two a
+    thread, until the process ends, and wakes all of them again and again (30 opened models made a tiny step take
+    twice as long).
 
     Not a `ThreadPoolExecutor`: MLX aborts the process when a thread that owns streams ends at exit without
     having destroyed them, and the executor's threads are gone before any exit handler can ask them to.
     """
 
     def __init__(self, name: str):
-        self._jobs: queue.SimpleQueue = queue.SimpleQueue()
-        self._thread = threading.Thread(target=_work, args=(self._jobs,), name=name, daemon=True)
-        self._thread.start()
-        self.close = weakref.finalize(self, _end, self._jobs, self._thread)
+        thread = _idle.pop() if _idle else _Thread()
+        thread.name = name
+        self._jobs = thread.jobs
+        self.close = weakref.finalize(self, _rest, thread)
 
     @property
     def is_open(self) -> bool:
@@ -47,23 +52,42 @@ class Worker:
         return self.submit(function).result()
 
 
-def _work(jobs: queue.SimpleQueue) -> None:
-    while (job := jobs.get()) is not None:
-        function, future = job
-        try:
-            result = function()
-        except BaseException as e:
-            future.set_exception(e)
-        else:
-            future.set_result(result)
-        job = function = future = result = None  # keep no array alive while waiting for the next job
-    mx.clear_streams()
+class _Thread(threading.Thread):
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.jobs: queue.SimpleQueue = queue.SimpleQueue()
+        atexit.register(self._end)
+        self.start()
+
+    def run(self) -> None:
+        while (job := self.jobs.get()) is not None:
+            function, future = job
+            try:
+                result = function()
+            except BaseException as e:
+                future.set_exception(e)
+            else:
+                future.set_result(result)
+            job = function = future = result = None  # keep no array alive while waiting for the next job
+        mx.clear_streams()
+
+    def _end(self) -> None:
+        self.jobs.put(None)
+        self.join()
 
 
-def _end(jobs: queue.SimpleQueue, thread: threading.Thread) -> None:
-    jobs.put(None)
+_idle: list[_Thread] = []
+
+
+def _rest(thread: _Thread) -> None:
+    """Have the thread do what it was asked to, and then wait for another worker."""
+    if not thread.is_alive():  # the interpreter exits
+        return
     if thread is not threading.current_thread():
-        thread.join()
+        done: Future = Future()
+        thread.jobs.put((lambda: None, done))
+        done.result()
+    _idle.append(thread)
 
 
 class _Stopped(BaseException):
