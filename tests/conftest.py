@@ -14,6 +14,8 @@ from mlx_lm.tuner.trainer import default_loss
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import _get_classes, load_model
 
+from slowft.engine import engine
+
 LLAMA = {
     "model_type": "llama",
     "hidden_size": 64,
@@ -40,6 +42,15 @@ def users_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def usual_limits():
+    """Models that a test leaves open do not hold up the next one's operations."""
+    yield
+    memory, cache = engine.usual_limits()
+    mx.set_memory_limit(memory)
+    mx.set_cache_limit(cache)
 
 
 def save_random(

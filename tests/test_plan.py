@@ -220,7 +220,9 @@ def test_a_step_reads_and_writes_what_its_plan_says(opened, tmp_path):
     model, batch = opened.model, distinct_tokens()
     default = planner.predict(planner._job_of(Cut()), model._engine.schedule)
     assert default.read_nbytes == (2 * 8 - 2) * BLOCK + OUTSIDE
-    plans = [default, *(planner.choose(memory) for memory in budgets(planner, n=4))]
+    ahead = [replace(default.schedule, slots=slots, head_ahead=True) for slots in (1, 2)]
+    plans = [default, *(planner.predict(planner._job_of(Cut()), schedule) for schedule in ahead)]
+    plans += [planner.choose(memory) for memory in budgets(planner, n=4)]
     try:
         for plan in plans:
             model._engine.follow(plan.schedule, tmp_path)

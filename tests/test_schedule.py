@@ -39,6 +39,8 @@ def test_gradients_equal_for_every_tail(name, tmp_path):
     n = len(streamed._cut.order)
     for tail, keep_head in ((1, False), (2, True), (n - 1, False), (n, True), (0, True)):
         assert_same_as(expected, streamed, batch, lengths, Schedule(tail=tail, keep_head=keep_head))
+    for slots, tail in ((1, 0), (2, 1), (1, n)):
+        assert_same_as(expected, streamed, batch, lengths, Schedule(slots, tail=tail, head_ahead=True))
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

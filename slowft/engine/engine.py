@@ -4,6 +4,7 @@ Comes in: token batches. Goes out: loss and gradients, the numbers that `nn.valu
 whole model in memory. The model's own `__call__` drives everything; its units' calls arrive here.
 """
 
+import functools
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -51,6 +52,7 @@ class Engine:
     """
 
     def __init__(self, model: nn.Module, cut: Cut, reader: Reader):
+        usual_limits()
         self.model, self.cut = model, cut
         self._residency = Residency(cut.blocks, reader)
         self._micro_batches = MicroBatches()
@@ -251,7 +253,7 @@ class Engine:
         self._find_boundary(micro_batches)
         lowest = 0 if self._outside else self._lowest_trained
         forward = order[self._boundary :] if self._all_from_boundary else order
-        self._residency.expect(forward + order[lowest:][::-1] if backward else forward)
+        self._residency.expect(forward, order[lowest:][::-1] if backward else ())
 
     # --- Traces -----------------------------------------------------------------------------------
 
@@ -479,7 +481,8 @@ class Engine:
         self.schedule = schedule
         tail = [self.cut.blocks[index] for index in dict.fromkeys(order[len(order) - schedule.tail :])]
         self._residency.keep_whole([*tail, *(self.cut.head if schedule.keep_head else ())])
-        self._residency.resize(schedule.slots, schedule.resident_nbytes, schedule.reads_in_flight)
+        head = self.cut.head if schedule.head_ahead else ()
+        self._residency.resize(schedule.slots, schedule.resident_nbytes, schedule.reads_in_flight, head)
         for unit in self.cut.blocks:
             if any(schedule.kept):
                 self.kept.watch(unit.module)
@@ -489,8 +492,7 @@ class Engine:
         if schedule.cache_nbytes is not None:
             self._residency.cache_nbytes = schedule.cache_nbytes
             mx.set_cache_limit(schedule.cache_nbytes)
-        if schedule.active_nbytes is not None:
-            mx.set_memory_limit(schedule.active_nbytes)
+        mx.set_memory_limit(schedule.active_nbytes or usual_limits()[0])
 
     @property
     def _first_tail(self) -> int:
@@ -630,6 +632,18 @@ class Engine:
             self._residency.on_thread(self._activations.close)
         self._micro_batches.close()
         self._residency.close()
+        memory, cache = usual_limits()  # below what is in use, MLX would wait at every operation of whatever follows
+        mx.set_memory_limit(memory)
+        mx.set_cache_limit(cache)
+
+
+@functools.cache
+def usual_limits() -> tuple[int, int]:
+    """MLX's limits of memory and cache as they were when this was first called: before any model was opened."""
+    limits = mx.set_memory_limit(1 << 40), mx.set_cache_limit(0)
+    mx.set_memory_limit(limits[0])
+    mx.set_cache_limit(limits[1])
+    return limits
 
 
 def nothing(array: mx.array) -> mx.array:

@@ -48,6 +48,8 @@ class Cost:
         ops: (flops, bytes moved, function values, efficiency) of each of these operations, in order of evaluation.
             Function values are elements that an exponential or its like is taken of: on MLX's CPU backend 12 ns each
             (softmax, sigmoid). Efficiency is of a product: below 1 where its matrices are narrow.
+        gathered: what experts' products read where MLX multiplies row by row, each by its expert's matrix (CPU
+            backend): (rows, columns, is transposed) of such a matrix -> bytes of matrices; not in `ops`.
     """
 
     peak_nbytes: int
@@ -55,9 +57,10 @@ class Cost:
     flops: int
     moved_nbytes: int
     ops: tuple[tuple[int, int, int, float], ...] = field(repr=False)
+    gathered: dict[tuple[int, int, bool], int] = field(default_factory=dict)
 
     def seconds(self, matmul_flops_per_s: float, bytes_per_s: float, functions_per_s: float = float("inf")) -> float:
-        """Seconds if every operation is held up by arithmetic or by memory (the roofline model)."""
+        """Seconds if every operation is held up by arithmetic or by memory (the roofline model); `gathered` left out."""
         return sum(
             max(flops / (efficiency * matmul_flops_per_s), nbytes / bytes_per_s, values / functions_per_s)
             for flops, nbytes, values, efficiency in self.ops
@@ -465,6 +468,7 @@ class _Evaluation:
             flops=sum(op[0] for op in ops),
             moved_nbytes=sum(op[1] for op in ops),
             ops=tuple(ops),
+            gathered=_gathered(order),
         )
 
     def _step(self, op: _Op) -> tuple[int, int, int, float] | None:
@@ -878,6 +882,8 @@ FULL_RATE_WIDTH = 128
 
 
 def _efficiency(op: _Op) -> float:
+    if _is_row_by_row(op):
+        return math.inf
     if op.name not in ("Matmul", "AddMM"):
         return 1.0
     rows, columns = op.outputs[0].shape[-2:]
@@ -920,12 +926,25 @@ def _moved_nbytes(op: _Op) -> int:
     read = op.inputs
     if op.name in ("Gather", "GatherAxis"):  # reads of the source what it writes
         written, read = 2 * written, op.inputs[1:]
-    if op.name == "GatherMM" and mx.default_device() == mx.Device(mx.cpu):
-        # mlx/backend/cpu/masked_mm.cpp multiplies each row by its expert's matrix, which it reads anew
-        rows = math.prod(op.outputs[0].shape[:-2])
-        matrix = math.prod(op.inputs[1].shape[-2:]) * op.inputs[1].itemsize
-        return written + op.inputs[0].size * op.inputs[0].itemsize + rows * matrix
+    if _is_row_by_row(op):
+        return written + op.inputs[0].size * op.inputs[0].itemsize
     return written + sum(min(array.size, array.data_size) * array.itemsize for array in read)
+
+
+def _is_row_by_row(op: _Op) -> bool:
+    """mlx/backend/cpu/masked_mm.cpp multiplies each row by its expert's matrix, which it reads anew."""
+    return op.name == "GatherMM" and mx.default_device() == mx.Device(mx.cpu)
+
+
+def _gathered(ops: list[_Op]) -> dict[tuple[int, int, bool], int]:
+    """See `Cost.gathered`."""
+    nbytes: dict[tuple[int, int, bool], int] = {}
+    for op in filter(_is_row_by_row, ops):
+        matrices = op.inputs[1]
+        kind = (*matrices.shape[-2:], matrices.strides[-1] != 1)
+        rows = math.prod(op.outputs[0].shape[:-2])
+        nbytes[kind] = nbytes.get(kind, 0) + rows * math.prod(matrices.shape[-2:]) * matrices.itemsize
+    return nbytes
 
 
 # --- Strides

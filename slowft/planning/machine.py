@@ -27,6 +27,7 @@ WORTH_IT = 1.05  # times as fast as with fewer in flight
 TELLING_NBYTES = 1 << 20  # less than this to read says nothing about a drive
 FUNCTION_VALUES = 1 << 20
 DEQUANTIZED_NBYTES = 8 << 20
+EXPERT_NBYTES = 48 << 20  # of a matrix, at most: more than processors' caches hold
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,15 @@ class Machine:
         seconds = _dequantize_s_per_byte(bits, group_size, mode, getattr(mx, self.compute_dtype))
         return seconds / min(self.cores, 4)
 
+    def gather_mm_s_per_byte(self, rows: int, columns: int, is_transposed: bool) -> float:
+        """Seconds per byte of experts' matrices `[rows, columns]` that are multiplied by row after row.
+
+        Measured when it is first asked for, as it depends on what the processor's caches hold.
+        """
+        if self.compute_dtype is None:
+            return 1 / self.bytes_per_s
+        return _gather_mm_s_per_byte(rows, columns, is_transposed, getattr(mx, self.compute_dtype))
+
 
 def measure(compute_dtype: mx.Dtype, files: Sequence[str], seconds: float = 1.5) -> Machine:
     """Measure this machine on MLX's default device.
@@ -125,6 +135,24 @@ def _dequantize_s_per_byte(bits: int, group_size: int, mode: str, dtype: mx.Dtyp
 
     with _cache_limit(8 * DEQUANTIZED_NBYTES):
         return _best(dequantize, 0.05) / DEQUANTIZED_NBYTES
+
+
+@functools.cache
+def _gather_mm_s_per_byte(rows: int, columns: int, is_transposed: bool, dtype: mx.Dtype) -> float:
+    """Seconds per byte of `[rows, columns]` matrices in `mx.gather_mm` of rows that are sorted by expert."""
+    largest = EXPERT_NBYTES // dtype.size  # a larger matrix is read from memory just as one of this size is
+    rows = min(rows, max(1, largest // columns))
+    shape = (2, columns, rows) if is_transposed else (2, rows, columns)
+    matrices = mx.random.normal(shape, key=mx.random.key(0)).astype(dtype)
+    x = mx.ones((16, 1, rows), dtype)
+    of_expert = mx.array([0] * 8 + [1] * 8)
+    mx.eval(matrices, x, of_expert)
+
+    def multiply() -> mx.array:
+        b = matrices.swapaxes(-1, -2) if is_transposed else matrices
+        return mx.gather_mm(x, b, rhs_indices=of_expert, sorted_indices=True)
+
+    return _best(multiply, 0.05) / (len(of_expert) * rows * columns * dtype.size)
 
 
 def _memory_nbytes() -> int:

@@ -149,7 +149,7 @@ class Planner:
                 limit -= plan.peak_nbytes - memory
                 plan = None
         active = plan.peak_nbytes if memory is None else memory
-        active -= self._base + plan.parts.get("buffer cache", 0)
+        active -= self._base + _cache_nbytes(job, plan.schedule)
         reads = self.machine.reads_in_flight
         schedule = replace(plan.schedule, active_nbytes=max(active, 1 << 20), reads_in_flight=reads)
         return replace(plan, memory=memory, schedule=schedule, least_nbytes=self.least().peak_nbytes)
@@ -189,11 +189,10 @@ class Planner:
         tails = sorted({round(n * i / 16) for i in range(17)} | {1, min(2, n)}) if _has_tail(job) else [0]
         workspace = _workspace(job)
         for slots in (1,) if is_copied else (1, 2):  # what is copied out of its buffer leaves it to the next block
-            for cache, keep_head in itertools.product((0, workspace // 2, workspace), (False, True)):
+            heads = ({}, {"keep_head": True}) + (({"head_ahead": True},) if job.is_chain else ())
+            for cache, head in itertools.product((0, workspace // 2, workspace), heads):
                 for tail in tails:
-                    base = replace(
-                        least, slots=slots, keep_head=keep_head, cache_nbytes=cache, tail=tail, head_tokens=fitting[-1]
-                    )
+                    base = replace(least, slots=slots, cache_nbytes=cache, tail=tail, head_tokens=fitting[-1], **head)
                     if self._memory(job, base, False)[0] > limit:
                         break  # a longer tail only takes more
                     yield base
@@ -271,10 +270,10 @@ class Planner:
 
     def _memory(self, job: Job, s: Schedule, exact: bool) -> tuple[int, dict[str, int]]:
         n, m = len(job.visits) - s.tail, job.micro_batches
-        blocks = _streamed_blocks(job, s)
-        slots = s.slots * max((v.stored_nbytes for v in blocks), default=0)
+        sizes = _streamed_nbytes(job, s)
+        slots = s.slots * max(sizes, default=0)
         whole = sum(v.compute_nbytes for v in _tail_blocks(job, s)) + (job.head_compute_nbytes if s.keep_head else 0)
-        stream = min(slots + s.resident_nbytes, max(slots, sum(v.stored_nbytes for v in blocks)))
+        stream = min(slots + s.resident_nbytes, max(slots, sum(sizes)))
         # masks and the first block's input in the trace of each micro-batch; the gradient on its way down
         trace = m * (2 * job.hidden_nbytes + job.side_nbytes)
         fixed = {
@@ -283,10 +282,9 @@ class Planner:
             "tail and head": whole,
             "block buffers": slots,
             "resident blocks": stream - slots,
-            # the tail's own buffers are handed out again in the next step, so they count only as far as they do not fit
-            "buffer cache": int((MISFIT_SHARE if s.tail == len(job.visits) else 1) * (s.cache_nbytes or 0)),
             "trace": trace,
         }
+        cache = _cache_nbytes(job, s)
         names = s.kept + ((),) * (n - len(s.kept))
         kept = [sum(p.nbytes for p in v.products if p.name in chosen) * m for v, chosen in zip(job.visits, names)]
         # of a spilled pass, those of one visit are in memory, those being written, and the one read ahead
@@ -298,9 +296,14 @@ class Planner:
             return in_memory * m * job.hidden_nbytes + spill_window
 
         head_peak, _, _ = self._head(job, s.tail, s.head_tokens, exact)
-        head_weights = 0 if s.keep_head else job.head_compute_nbytes + min(job.head_stored_nbytes, PIECE_NBYTES)
+        head_weights = 0 if s.keep_head else job.head_compute_nbytes
+        if not (s.keep_head or s.head_ahead):
+            head_weights += min(job.head_stored_nbytes, PIECE_NBYTES)
+        # while the head computes, the cache holds no more than what the last block's weights left
+        cast = max((v.compute_nbytes for v in _streamed_blocks(job, s) if v.is_copied), default=cache)
         phases = [
             {
+                "buffer cache": min(cache, cast),
                 "activations": stored(n),
                 "kept products": sum(kept),
                 "weights": head_weights,
@@ -321,6 +324,7 @@ class Planner:
                     computing = max(visit.backward, visit.backward_kept, key=lambda c: c.peak_nbytes)
                 phases.append(
                     {
+                        "buffer cache": cache,
                         "activations": stored(position) if is_backward else stored(position) + job.hidden_nbytes,
                         "kept products": sum(kept[: position + 1]),
                         "weights": visit.compute_nbytes if visit.is_copied else 0,
@@ -330,7 +334,8 @@ class Planner:
                 )
             gradients += visit.trainable_nbytes
         # the optimizer's turn: gradients, and everything it makes anew
-        phases.append({"gradients": job.trainable_nbytes, "computing": job.trainable_nbytes + job.optimizer_nbytes})
+        made = job.trainable_nbytes + job.optimizer_nbytes
+        phases.append({"buffer cache": cache, "gradients": job.trainable_nbytes, "computing": made})
         worst = max(phases, key=lambda phase: sum(phase.values()))
         total = sum(fixed.values()) + sum(worst.values())
         slack = SLACK_NBYTES + int(SLACK_SHARE * (total - self._base))
@@ -342,8 +347,11 @@ class Planner:
         tail = {v.block for v in job.visits[n:]}
         sizes = [v.stored_nbytes for v in job.visits[:n] if v.block not in tail]
         order = [*range(len(sizes)), *(i for i in reversed(range(len(sizes))) if i >= job.lowest_trained)]
+        if s.head_ahead:
+            order.insert(len(sizes), len(sizes))
+            sizes.append(job.head_stored_nbytes)
         blocks = _reads_of(tuple(order), tuple(sizes), s.resident_nbytes + s.slots * max(sizes, default=0))
-        head = 0 if s.keep_head else job.head_stored_nbytes
+        head = 0 if s.keep_head or s.head_ahead else job.head_stored_nbytes
         return blocks + head + job.rows_nbytes * job.micro_batches, head
 
     def _compute(self, job: Job, s: Schedule, exact: bool) -> float:
@@ -385,7 +393,9 @@ class Planner:
         machine = self.machine
         seconds = self._seconds_of.get(id(cost))
         if seconds is None:
-            seconds = self._seconds_of[id(cost)] = cost.seconds(*machine.rates)
+            seconds = cost.seconds(*machine.rates)
+            seconds += sum(n * machine.gather_mm_s_per_byte(*kind) for kind, n in cost.gathered.items())
+            self._seconds_of[id(cost)] = seconds
         return seconds + fresh * ALLOCATION_SHARE * cost.moved_nbytes * machine.page_s_per_byte
 
     def _head(self, job: Job, tail: int, head_tokens: int | None, exact: bool) -> tuple[int, float, int]:
@@ -424,6 +434,11 @@ def _workspace(job: Job) -> int:
     return max(max(v.forward.peak_nbytes, v.backward.peak_nbytes if v.backward else 0) for v in job.visits)
 
 
+def _cache_nbytes(job: Job, s: Schedule) -> int:
+    """What MLX's cache takes: of a tail alone only what finds no use in the next step, which takes up the rest."""
+    return int((MISFIT_SHARE if s.tail == len(job.visits) else 1) * (s.cache_nbytes or 0))
+
+
 def _tail_blocks(job: Job, s: Schedule) -> list:
     visits = job.visits[len(job.visits) - s.tail :]
     return list({visit.block: visit for visit in visits}.values())
@@ -432,6 +447,11 @@ def _tail_blocks(job: Job, s: Schedule) -> list:
 def _streamed_blocks(job: Job, s: Schedule) -> list:
     tail = {visit.block for visit in _tail_blocks(job, s)}
     return list({visit.block: visit for visit in job.visits if visit.block not in tail}.values())
+
+
+def _streamed_nbytes(job: Job, s: Schedule) -> list[int]:
+    """Sizes of what goes through the block buffers."""
+    return [v.stored_nbytes for v in _streamed_blocks(job, s)] + [job.head_stored_nbytes] * s.head_ahead
 
 
 def _whole_blocks(job: Job, s: Schedule) -> int:

@@ -16,6 +16,7 @@ class Schedule:
         resident_nbytes: of blocks as they lie on disk, kept between visits beyond the slots.
         tail: the last visits to blocks that form one graph with the head, their weights in memory for good.
         keep_head: the head's layers stay in memory.
+        head_ahead: they are read ahead like one more block, through the same buffers; else in pieces when they are used.
         kept: for each visit to a block, the frozen layers (names within the block) whose outputs are kept from the
             forward pass for the recomputation.
         spilled: block inputs of the first so many visits go to disk.
@@ -32,6 +33,7 @@ class Schedule:
     resident_nbytes: int = 0
     tail: int = 0
     keep_head: bool = False
+    head_ahead: bool = False
     kept: tuple[tuple[str, ...], ...] = ()
     spilled: int = 0
     rows: int | None = None

@@ -45,7 +45,7 @@ def choices(plan: Plan) -> str:
         n_kept = sum(map(len, s.kept))
         if n_kept:
             words.append(f"outputs of {n_kept} frozen layers kept")
-        words.append("head in memory" if s.keep_head else "head streamed")
+        words.append("head in memory" if s.keep_head else "head read ahead" if s.head_ahead else "head streamed")
     if s.spilled > 1:
         words.append(f"inputs of {s.spilled - max(job.lowest_trained, 1)} blocks on disk")
     cut = [

@@ -6,6 +6,7 @@ from the order in which a step visits the blocks. Knows nothing of gradients.
 
 import itertools
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -29,10 +30,9 @@ class Residency:
 
     def __init__(self, blocks: Sequence[Unit], reader: Reader):
         self.reader = reader
-        self._layouts = [Layout(unit.params) for unit in blocks]
-        self._cache = BlockCache(reader, [layout.ranges for layout in self._layouts])
-        # what alignment adds to blocks in buffers, of which a plan does not know: a few KB each
-        self._padding_nbytes = max(0, self._cache.largest_capacity - sum(unit.nbytes for unit in blocks))
+        self._blocks = list(blocks)
+        self._head: list[Unit] = []  # outside layers that are read together, as one more block
+        self._stream([])
         self._thread = Worker("slowft-compute")
         self._streams = self._thread.run(_streams)
         self._order: list[int] = []
@@ -43,10 +43,21 @@ class Residency:
         self.cache_nbytes = mx.set_cache_limit(0)  # of freed buffers that MLX keeps while a block is computed
         mx.set_cache_limit(self.cache_nbytes)
 
-    def expect(self, order: Sequence[int]) -> None:
-        """From now on blocks are visited in this order (indices), again and again."""
+    def _stream(self, head: Sequence[Unit]) -> None:
+        """Begin with an empty cache, of blocks and, if there are any, of these layers, as the item behind the last."""
+        self._head = list(head)
+        params = [unit.params for unit in self._blocks] + ([[p for u in head for p in u.params]] if head else [])
+        self._layouts = [Layout(of_item) for of_item in params]
+        self._cache = BlockCache(self.reader, [layout.ranges for layout in self._layouts])
+        # what alignment adds to items in buffers, of which a plan does not know: a few KB each
+        nbytes = sum(p.nbytes for of_item in params for p in of_item)
+        self._padding_nbytes = max(0, self._cache.largest_capacity - nbytes)
+
+    def expect(self, forward: Sequence[int], backward: Sequence[int] = ()) -> None:
+        """From now on blocks are visited in this order (indices), and the head between the two, again and again."""
         whole = {unit.index for unit in self._whole}
-        order = [index for index in order if index not in whole]
+        head = [len(self._blocks)] if self._head else []
+        order = [index for index in [*forward, *head, *backward] if index not in whole]
         if order != self._order:
             self._order, self._position = order, -1
 
@@ -61,11 +72,18 @@ class Residency:
                 )
         self._thread.run(mx.clear_cache)  # of the pieces that were cast: of no size that a step asks for
 
-    def resize(self, slots: int, resident_nbytes: int, reads_in_flight: int) -> None:
-        """Stream blocks through `slots` buffers, and keep `resident_nbytes` more of them between visits."""
+    def resize(self, slots: int, resident_nbytes: int, reads_in_flight: int, head: Sequence[Unit] = ()) -> None:
+        """Stream blocks through `slots` buffers, and keep `resident_nbytes` more of them between visits.
+
+        Args:
+            head: layers outside the blocks that are read ahead as a block is; the others are read when they are used.
+        """
         self.reader.reads_in_flight = reads_in_flight
 
         def work():
+            if list(head) != self._head:
+                self._cache.clear()
+                self._stream(head)
             self._cache.slots = slots
             self._cache.capacity = self._cache.least_capacity + resident_nbytes + self._padding_nbytes
             self._cache.trim()
@@ -114,20 +132,37 @@ class Residency:
                     for param in unit.params:
                         param.clear()
                 self._outside.clear()
+                if self._head:
+                    self._cache.release(len(self._blocks))
 
         return self._timed(work)
 
     def bring(self, unit: Unit) -> None:
         """Put the weights of a layer outside the blocks in place (once), until the jobs under way are done."""
-        if not any(unit is other for other in self._outside):
-            arrays = self._whole.get(unit)
-            if arrays is None:  # (read and cast in turns)
-                with tracing.span("cast", unit.name, bytes=unit.compute_nbytes):
-                    arrays = [read_whole(self.reader, param.source) for param in unit.params]
-            for param, array in zip(unit.params, arrays):
-                param.set(array)
+        if any(unit is other for other in self._outside):
+            return
+        if unit in self._head and unit not in self._whole:
+            self._bring_head()
+            return
+        arrays = self._whole.get(unit)
+        if arrays is None:  # (read and cast in turns)
+            with tracing.span("cast", unit.name, bytes=unit.compute_nbytes):
+                arrays = [read_whole(self.reader, param.source) for param in unit.params]
+        for param, array in zip(unit.params, arrays):
+            param.set(array)
+        unit.restore_constants()
+        self._outside.append(unit)
+
+    def _bring_head(self) -> None:
+        item = len(self._blocks)
+        self._outside += self._head
+        buffer = self._cache.take(item, self._upcoming(item))
+        with tracing.span("cast", self._head[0].name, bytes=sum(unit.compute_nbytes for unit in self._head)):
+            mx.eval(self._layouts[item].fill(buffer, self._streams))
+        for unit in self._head:
             unit.restore_constants()
-            self._outside.append(unit)
+        if all(p.source.is_copied for unit in self._head for p in unit.params):
+            self._cache.release(item)  # the first block of the backward pass is read while the head computes
 
     def look_up(self, unit: Unit, rows: list[int], job: Callable[[], Any]) -> Any:
         """`job()` while the unit's parameters hold only these entries (sorted, distinct) of their first axis."""
@@ -184,9 +219,15 @@ class Residency:
         return iter(())
 
 
+_of_thread = threading.local()
+
+
 def _streams() -> list[mx.Stream]:
     """Streams to cast and dequantize on: MLX runs such work on one core per stream, so one a core on a CPU."""
     device = mx.default_device()
     if device != mx.Device(mx.cpu):
         return [mx.default_stream(device)]
-    return [mx.default_stream(device)] + [mx.new_stream(device) for _ in range(min(os.cpu_count() or 1, 4) - 1)]
+    if not hasattr(_of_thread, "streams"):  # threads, and MLX's streams with them, are used again
+        others = [mx.new_stream(device) for _ in range(min(os.cpu_count() or 1, 4) - 1)]
+        _of_thread.streams = [mx.default_stream(device), *others]
+    return _of_thread.streams
