@@ -21,6 +21,8 @@ _EXPORTS = {
     "load_data": "slowft.data.datasets",
     "load_tokenizer": "slowft.data.datasets",
     "dropout_seed": "slowft.engine.randomness",
+    "prepare": "slowft.models.prepare",
+    "verify": "slowft.storage.manifest",
     "SlowftError": "slowft.errors",
 }
 

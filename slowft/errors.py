@@ -9,6 +9,19 @@ class ModelError(SlowftError):
     """The model directory is missing, incomplete, corrupt, or of a kind that cannot be streamed."""
 
 
+class NeedsPreparing(ModelError):
+    """The model has to be written anew before it can be streamed: `slowft prepare` does.
+
+    Attributes:
+        reason: what in its files is not as the model uses it.
+        nbytes: of that.
+    """
+
+    def __init__(self, message: str, reason: str, nbytes: int):
+        super().__init__(message)
+        self.reason, self.nbytes = reason, nbytes
+
+
 class DataError(SlowftError):
     """The training data is missing, malformed, or does not fit the model."""
 

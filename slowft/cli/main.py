@@ -11,6 +11,8 @@ from ..errors import ConfigError, SlowftError
 COMMANDS = {
     "finetune": "Train a LoRA adapter with the base model streamed from disk.",
     "plan": "Say what a job would take on this machine: memory, reads, seconds.",
+    "prepare": "Write a model anew so that it streams: experts stacked, quantized if asked for.",
+    "verify": "Check a model's files against their checksums.",
     "bench": "Measure steps, reads and others' trainers on this machine.",
     "demo": "Fine-tune a real small model on real text, from nothing, in minutes.",
 }

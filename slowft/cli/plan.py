@@ -1,13 +1,13 @@
 """`slowft plan`: what a job would take on this machine, from headers alone."""
 
 import json
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import click
 
-from ..errors import ConfigError
+from ..errors import ConfigError, NeedsPreparing
 from ..reports.plan import as_dict, choices, describe_job, describe_machine, duration, later_step, size, three_lines
 from ..training.config import OPTIMIZER_COPIES, OPTIMIZERS
 
@@ -46,12 +46,22 @@ def plan(model, config_file, memory, tokens, epochs, as_json, **job):
     if epochs is not None and tokens is None:
         raise click.UsageError("--epochs says nothing without --tokens, the number of tokens in the training data")
     from ..engine.budget import default_memory
-    from ..engine.model import open_model, parse_nbytes
+    from ..engine.model import open_model
+    from ..models.loading import prepare_command
+    from ..models.outline import outline_of_config
     from ..planning.caching import from_boundary, pays
+    from ..sizes import parse_nbytes
 
     nbytes = default_memory() if memory is None else parse_nbytes(memory)
-    with _directory(model, config_file) as directory:
-        opened = open_model(directory, compute_dtype=job["compute_dtype"])
+    files = {"in_place": True}
+    with ExitStack() as stack:
+        directory = stack.enter_context(_directory(model, config_file))
+        try:
+            opened = open_model(directory, compute_dtype=job["compute_dtype"])
+        except NeedsPreparing as e:
+            files = {"in_place": False, "reason": e.reason, "nbytes": e.nbytes, "command": prepare_command(model)}
+            directory = stack.enter_context(outline_of_config(directory / "config.json"))  # as it will be prepared
+            opened = open_model(directory, compute_dtype=job["compute_dtype"])
         try:
             opened.add_lora(job["num_layers"], rank=job["rank"], use_dora=job["fine_tune_type"] == "dora")
             planner = opened.planner(
@@ -77,9 +87,9 @@ def plan(model, config_file, memory, tokens, epochs, as_json, **job):
         if later is None or not pays(planner, chosen or least, later, min(data.epochs, 1), data.epochs - 1):
             later = None
     if as_json:
-        _print_json(planner.machine, chosen, table, sizes, data, later)
+        _print_json(planner.machine, chosen, table, sizes, files, data, later)
     else:
-        _print(planner.machine, chosen, table, about, sizes["embedding_nbytes"], data, later)
+        _print(planner.machine, chosen, table, about, sizes["embedding_nbytes"], files, data, later)
 
 
 @dataclass(frozen=True)
@@ -106,10 +116,11 @@ def _directory(model: str | None, config_file: str | None):
             yield directory
 
 
-def _print_json(machine, chosen, table, sizes: dict, data: Data | None, later) -> None:
+def _print_json(machine, chosen, table, sizes: dict, files: dict, data: Data | None, later) -> None:
     result = {
         "machine": asdict(machine),
         "model": sizes,
+        "files": files,
         "plan": None if chosen is None else as_dict(chosen),
         "table": [as_dict(plan) for plan in table],
     }
@@ -118,7 +129,7 @@ def _print_json(machine, chosen, table, sizes: dict, data: Data | None, later) -
     click.echo(json.dumps(result))
 
 
-def _print(machine, chosen, table, about: str, embedding_nbytes: int, data: Data | None, later) -> None:
+def _print(machine, chosen, table, about: str, embedding_nbytes: int, files: dict, data: Data | None, later) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -126,6 +137,11 @@ def _print(machine, chosen, table, about: str, embedding_nbytes: int, data: Data
     of_blocks, of_step = describe_job(shown)
     click.echo(f"Machine  {describe_machine(machine)}")
     click.echo(f"Model    {about}: {of_blocks}; embedding {size(embedding_nbytes)}")
+    if files["in_place"]:
+        click.echo("Files    streamed as they lie on the disk: nothing to prepare")
+    else:
+        click.echo(f"Files    need preparing: {files['reason']} ({size(files['nbytes'])}). What follows holds after")
+        click.echo(f"         {files['command']}")
     click.echo(f"Job      {of_step}")
     first, *rest = three_lines(shown)
     click.echo(

@@ -1,7 +1,6 @@
 """The public face of an opened model: mlx-lm's own class, with its weights on disk."""
 
 import functools
-import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from ..models import adapters, loading, seams
 from ..planning.caching import Caching
 from ..planning.plan import Plan, Planner
 from ..planning.schedule import Schedule
+from ..sizes import parse_nbytes
 from ..storage.reader import Reader
 from .budget import Budget
 from .engine import Engine
@@ -394,19 +394,6 @@ def _micro_batches(batch, lengths) -> list[tuple[mx.array, mx.array]]:
             raise SlowftError(f"lengths must be [{tokens.shape[0]}, 2] for this batch, got {list(lengths.shape)}")
         result.append((tokens, lengths))
     return result
-
-
-def parse_nbytes(size: str | int, what: str = "an amount of memory to work in") -> int:
-    """Bytes of a size such as "8GB", "700 MB" (powers of ten, as mlx-lm has them), "8GiB", or a number of bytes.
-
-    Raises:
-        ConfigError: not such a size, or one so small that the unit must be missing.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(size), re.IGNORECASE)
-    nbytes = match and float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ")
-    if not nbytes or nbytes < 1e6:
-        raise ConfigError(f"{size!r} is not {what}. Write it like 8GB or 700MB")
-    return round(nbytes)
 
 
 @functools.cache  # once in a process

@@ -7,6 +7,8 @@ untouched is streamed from where it lies. Never evaluates a weight.
 
 import inspect
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +16,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ..errors import ModelError
+from ..errors import ModelError, NeedsPreparing
+from ..storage import manifest
 from ..storage.index import Extent, index_model
 from .weights import Packed, Param, Plain, Source, locate, placeholder
 
@@ -60,6 +63,8 @@ def find_local(path_or_hub_id: str) -> Path | None:
     path = Path(path_or_hub_id).expanduser()
     if path.is_dir():
         if not (path / "config.json").exists():
+            if (path / manifest.JOURNAL).exists():
+                raise ModelError(f"{path} is an unfinished slowft prepare. Run the same command again: it goes on")
             raise ModelError(f"{path} has no config.json: it is not a model directory")
         return path
     if path.exists():
@@ -82,45 +87,95 @@ def load_skeleton(path: Path, mixin: type, compute_dtype: mx.Dtype | None) -> Sk
         ModelError: files missing or cut short, unknown architecture, or weights that do not fit it.
     """
     extents = index_model(path)
-    model, raw = _build_lazily(path, mixin)
+    built = build_lazily(path, mixin)
+    model, raw = built.model, built.raw
     source_of = {id(array): extents[name] for name, array in raw.items() if name in extents}
     params, rewritten = _map_parameters(model, source_of, compute_dtype)
-    _check_rewritten(path, model, rewritten, extents)
+    _check_rewritten(path, built, rewritten, extents)
     for param in params:
         param.clear()
     for owner, key, array in rewritten:
         floating = compute_dtype is not None and mx.issubdtype(array.dtype, mx.floating)
         owner[key] = array.astype(compute_dtype) if floating else array
         mx.eval(owner[key])
-    del raw
+    del raw, built
     model.freeze()
     return Skeleton(model, path, params)
 
 
-def _build_lazily(path: Path, mixin: type) -> tuple[nn.Module, dict[str, mx.array]]:
+@dataclass
+class Built:
+    """mlx-lm's model with arrays that were never evaluated, and what is known of where they come from.
+
+    Attributes:
+        config: as `mlx_lm.utils.load_model` returns it.
+        raw: the files' tensors by name, as `sanitize` was given them.
+        joins: id of an array -> (that array, those it is made of, end to end along its first axis).
+    """
+
+    model: nn.Module
+    config: dict
+    raw: dict[str, mx.array]
+    joins: dict[int, tuple[mx.array, list[mx.array]]]
+
+
+def build_lazily(path: Path, mixin: type | None = None) -> Built:
+    """Build the model of `path` (with `mixin` as a subclass of it) by mlx-lm's own `load_model`.
+
+    Raises:
+        ModelError: an unknown architecture, or weights that do not fit it.
+    """
     from mlx_lm.utils import load_model
 
     raw: dict[str, mx.array] = {}
+    joins: dict[int, tuple[mx.array, list[mx.array]]] = {}
     find_classes = inspect.signature(load_model).parameters["get_model_classes"].default
 
     def streamed_classes(config: dict):
         model_class, args_class = find_classes(config=config)
 
-        class Streamed(mixin, model_class):
+        class Streamed(*([mixin] if mixin else []), model_class):
             def sanitize(self, weights):
                 raw.update(weights)
-                return super().sanitize(weights) if hasattr(model_class, "sanitize") else weights
+                if not hasattr(model_class, "sanitize"):
+                    return weights
+                with _joins_noted(joins):
+                    return super().sanitize(weights)
 
         Streamed.__name__ = Streamed.__qualname__ = f"Streamed{model_class.__name__}"
         return Streamed, args_class
 
     try:
-        model, _ = load_model(path, lazy=True, get_model_classes=streamed_classes)
+        model, config = load_model(path, lazy=True, get_model_classes=streamed_classes)
     except json.JSONDecodeError as e:
         raise ModelError(f"{path / 'config.json'} is not JSON ({e})") from None
     except Exception as e:
         raise ModelError(_explain(e, path)) from None
-    return model, raw
+    return Built(model, config, raw, joins)
+
+
+@contextmanager
+def _joins_noted(joins: dict[int, tuple[mx.array, list[mx.array]]]) -> Iterator[None]:
+    """Note what `mx.stack` and `mx.concatenate` join along the first axis: a lazy array does not tell its inputs."""
+    functions = {"stack": mx.stack, "concatenate": mx.concatenate}
+
+    def noting(function):
+        def join(arrays, axis=0, **kwargs):
+            arrays = list(arrays)
+            joined = function(arrays, axis, **kwargs)
+            if axis == 0:
+                joins[id(joined)] = joined, arrays  # held, so that no other array gets this id
+            return joined
+
+        return join
+
+    try:
+        for name, function in functions.items():
+            setattr(mx, name, noting(function))
+        yield
+    finally:
+        for name, function in functions.items():
+            setattr(mx, name, function)
 
 
 def _explain(error: Exception, path: Path) -> str:
@@ -188,15 +243,24 @@ def _replace_quantized(model, source_of: dict[int, Extent], dtype: mx.Dtype) -> 
     return packed
 
 
-def _check_rewritten(path: Path, model, rewritten, extents: dict[str, Extent]) -> None:
+def _check_rewritten(path: Path, built: Built, rewritten, extents: dict[str, Extent]) -> None:
     total = sum(e.nbytes for e in extents.values())
     nbytes = sum(array.nbytes for _, _, array in rewritten)
     if nbytes <= max(MAX_TRANSFORMED_SHARE * total, MAX_TRANSFORMED_NBYTES):
         return
-    largest = max(rewritten, key=lambda entry: entry[2].nbytes)[2]
-    name = next(name for name, array in tree_flatten(model.parameters()) if array is largest)
-    raise ModelError(
-        f"{path}: {name} does not lie in the files as the model uses it (stacked, transposed or unpacked on loading; "
-        f"{nbytes / 1e9:.2f} GB in all), so it cannot be streamed. "
-        f"Convert the model once: mlx_lm.convert --hf-path {path} --mlx-path {path.name}-mlx"
+    arrays = [array for _, _, array in rewritten]
+    largest = max(arrays, key=lambda array: array.nbytes)
+    name = next(name for name, array in tree_flatten(built.model.parameters()) if array is largest)
+    joined = sum(array.nbytes for array in arrays if id(array) in built.joins)
+    reason = "experts to stack" if joined > nbytes / 2 else "tensors to transpose, split or unpack"
+    raise NeedsPreparing(
+        f"{path} needs preparing: {reason} ({nbytes / 1e9:.2f} GB, such as {name}), so it cannot be streamed as it "
+        f"lies on the disk. Once: {prepare_command(str(path))}",
+        reason,
+        nbytes,
     )
+
+
+def prepare_command(model: str) -> str:
+    """The command that makes of a model (a directory or hub id) one that can be streamed."""
+    return f"slowft prepare {model} --output {Path(model).resolve().name}-prepared"

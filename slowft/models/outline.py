@@ -81,14 +81,14 @@ def outline_of_config(config_file: str | Path) -> Iterator[Path]:
 @contextmanager
 def _directory(name: str, shown_as: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="slowft-outline-") as parent:
-        path = Path(parent) / (name or "model")  # errors propose `--mlx-path {name}-mlx`
+        path = Path(parent) / (name or "model")  # errors propose `--output {name}-prepared`
         path.mkdir()
         try:
             yield path
         except ModelError as e:
             config = shown_as if Path(shown_as).is_file() else f"{shown_as}'s config.json"
-            message = str(e).replace(str(path / "config.json"), config).replace(str(path), shown_as)
-            raise ModelError(message) from None
+            e.args = (str(e).replace(str(path / "config.json"), config).replace(str(path), shown_as), *e.args[1:])
+            raise e from None
 
 
 def _write_hollow(file: Path, start: bytes, size: int) -> None:

@@ -1,0 +1,345 @@
+"""What a model directory becomes when it is written anew: which tensors, made of what, in which files.
+
+Comes in: a directory that mlx-lm loads, and how to quantize it. Goes out: a `Conversion`. Found out by mlx-lm's own code
+on arrays that are never evaluated (`loading`); reads headers only, writes nothing.
+
+A tensor lies in a file as it is, or is joined of several that do (experts to stack), or is computed by `sanitize`
+(transposed, split, unpacked). The first two can be made in pieces; the last is computed whole, by MLX.
+"""
+
+import contextlib
+import dataclasses
+import fnmatch
+import hashlib
+import importlib.metadata
+import io
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map_with_path
+
+from ..errors import ConfigError, ModelError
+from ..storage import manifest
+from ..storage.index import Extent, index_model
+from ..storage.tensorfile import Tensor, arrange, header
+from ..version import __version__
+from .loading import Built, build_lazily
+
+MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
+INDEX = "model.safetensors.index.json"
+COPIED = (*manifest.USED, "*.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
+WRITTEN_ANEW = ("config.json", INDEX, "hf_quant_config.json", manifest.NAME)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the tensors are to be written: names and meaning as in `mlx_lm.convert`."""
+
+    quantize: bool = False
+    bits: int | None = None
+    group_size: int | None = None
+    mode: str = "affine"
+    quant_predicate: str | None = None
+    dtype: str | None = None
+
+    def check(self) -> None:
+        from mlx_lm.convert import MODEL_CONVERSION_DTYPES, QUANT_RECIPES
+
+        if not self.quantize:
+            given = {"--bits": self.bits, "--group-size": self.group_size, "--quant-predicate": self.quant_predicate}
+            given["--mode"] = None if self.mode == "affine" else self.mode
+            for name, value in given.items():
+                if value is not None:
+                    raise ConfigError(f"{name} {value} has no effect without --quantize. Add --quantize")
+        for name, value, known in (
+            ("mode", self.mode, MODES),
+            ("quant-predicate", self.quant_predicate, (None, *QUANT_RECIPES)),
+            ("dtype", self.dtype, (None, *MODEL_CONVERSION_DTYPES)),
+        ):
+            if value not in known:
+                raise ConfigError(f"--{name} {value} is not one of {', '.join(filter(None, known))}")
+        if self.quant_predicate and self.mode != "affine":
+            raise ConfigError(f"--quant-predicate {self.quant_predicate} goes with --mode affine, not {self.mode}")
+        if self.quant_predicate and self.bits is not None:
+            raise ConfigError(f"--bits {self.bits} has no effect with --quant-predicate, which says the bits. Drop one")
+        if self.quantize:
+            try:
+                mx.quantize(mx.zeros((1, 1024)), self.group_size, self.bits, mode=self.mode)
+            except ValueError as e:
+                reason = str(e).removeprefix("[quantize] ")
+                raise ConfigError(f"MLX cannot quantize so: {reason} To fix it: --bits, --group-size, --mode") from None
+
+
+@dataclass
+class Job:
+    """One tensor as the model has it, and what becomes of it.
+
+    Attributes:
+        parts: it, end to end: where each part lies in a file, or a lazy array. Emptied as they are worked on.
+        dtype: before it is cast to `target`.
+        outputs: its own name, or those of the weight, scales and perhaps biases that it is quantized to.
+        quantization: arguments of `mx.quantize`, if it is: group size, bits, mode.
+    """
+
+    name: str
+    parts: list[Extent | mx.array]
+    shape: tuple[int, ...]
+    dtype: mx.Dtype
+    target: mx.Dtype
+    outputs: list[str]
+    quantization: tuple[int, int, str] | None = None
+
+    @property
+    def n_columns(self) -> int:
+        """Elements that have to stay together: a row, if it is to be quantized."""
+        return 1 if self.quantization is None else self.shape[-1]
+
+
+@dataclass
+class File:
+    """One file of the output: its tensors, and the jobs that make them, in the order of the file."""
+
+    name: str
+    tensors: list[Tensor]
+    jobs: list[Job]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors)
+
+
+class Conversion:
+    """Everything that can be known before a weight is read.
+
+    Raises:
+        ModelError: files missing or cut short, an unknown architecture, or layers that cannot be quantized.
+
+    Attributes:
+        config: of the output.
+        files: in the order of a forward pass.
+        index: the contents of `model.safetensors.index.json`, as mlx-lm writes it.
+        computed_from: files with tensors that others are computed from, whole.
+        computed_nbytes: memory that the largest of those takes, at most.
+    """
+
+    def __init__(self, path: Path, options: Options):
+        from mlx_lm.utils import get_total_parameters
+
+        self.path, self.options = path, options
+        self._extents = index_model(path)
+        built = build_lazily(path)
+        model, self.config = built.model, built.config
+        self.keeps_vision = "vision_tower" in getattr(model, "model", {})  # as mlx_lm.utils.save asks
+        dense = dict(tree_flatten(model.parameters()))
+        try:
+            _cast(model, self.config, options)
+            targets = {name: array.dtype for name, array in tree_flatten(model.parameters())}
+            layers = dict(model.named_modules())
+            if options.quantize:
+                self.config = _quantize(model, self.config, options)
+        except (ValueError, TypeError, KeyError) as e:
+            raise ModelError(f"{path}: mlx-lm cannot convert this model: {str(e).splitlines()[0]}") from None
+        outputs = dict(tree_flatten(model.parameters()))
+        quantized = {
+            name: layer
+            for name, layer in model.named_modules()
+            if type(layer) in _row_quantized() and layers.get(name) is not layer and layer.get("global_scale") is None
+        }
+        tensors = {name: Tensor(name, str(a.dtype).removeprefix("mlx.core."), a.shape) for name, a in outputs.items()}
+        self.index = {
+            "metadata": {
+                "total_size": sum(t.nbytes for t in tensors.values()),
+                "total_parameters": get_total_parameters(model),
+            },
+            "weight_map": {},
+        }
+        jobs = self._jobs(built, dense, targets, outputs, quantized)
+        self.files = _files(model, tensors, jobs)
+        for file in self.files:
+            self.index["weight_map"] |= {t.name: file.name for t in file.tensors}
+        self.index["weight_map"] = dict(sorted(self.index["weight_map"].items()))
+
+    def _jobs(self, built: Built, dense, targets, outputs, quantized) -> list[Job]:
+        source_of = {id(array): self._extents[name] for name, array in built.raw.items() if name in self._extents}
+
+        def parts(array: mx.array) -> list[Extent | mx.array]:
+            if id(array) in source_of:
+                return [source_of[id(array)]]
+            if id(array) in built.joins:
+                return [part for joined in built.joins[id(array)][1] for part in parts(joined)]
+            return [array]
+
+        jobs, made = [], set()
+        for layer_name, layer in quantized.items():
+            name = f"{layer_name}.weight"
+            names = [n for n in (name, f"{layer_name}.scales", f"{layer_name}.biases") if n in outputs]
+            made.update(names)
+            array = dense[name]
+            quantization = layer.group_size, layer.bits, layer.mode
+            jobs.append(Job(name, parts(array), array.shape, array.dtype, targets[name], names, quantization))
+        for name, array in outputs.items():
+            if name in made:
+                continue
+            if name in dense and dense[name].shape == array.shape and targets[name] == array.dtype:
+                array = dense[name]
+                jobs.append(Job(name, parts(array), array.shape, array.dtype, targets[name], [name]))
+            else:  # a layer that quantizes itself in a way of its own
+                jobs.append(Job(name, [array], array.shape, array.dtype, array.dtype, [name]))
+        computed = [part for job in jobs for part in job.parts if not isinstance(part, Extent)]
+        inputs = _inputs(computed, {name: array for name, array in built.raw.items() if name in self._extents})
+        self.computed_from = sorted({self._extents[name].file for names in inputs for name in names})
+        # what it is computed from, and some copies of it: in between and joined end to end
+        needs = (sum(self._extents[n].nbytes for n in names) + 3 * a.nbytes for a, names in zip(computed, inputs))
+        self.computed_nbytes = max(needs, default=0)
+        return jobs
+
+    @property
+    def nbytes(self) -> int:
+        return sum(file.nbytes for file in self.files)
+
+    def skip(self, names: Iterable[str]) -> None:
+        """Let go of the arrays of files that are there already."""
+        for file in self.files:
+            if file.name in names:
+                for job in file.jobs:
+                    job.parts.clear()
+
+    def identity(self) -> dict:
+        """What must be the same for an unfinished output to be gone on with."""
+        sources = sorted({e.file for e in self._extents.values()} | {str(self.path / "config.json")})
+        stats = [(Path(file).name, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in sources]
+        layout = hashlib.sha256()
+        for file in self.files:
+            layout.update(file.name.encode() + header(file.tensors))
+        layout.update(self.config_text().encode())
+        return {
+            "source": str(self.path.resolve()),
+            "source files": hashlib.sha256(repr(stats).encode()).hexdigest(),
+            "options": dataclasses.asdict(self.options),
+            "versions": versions(),
+            "layout": layout.hexdigest(),
+        }
+
+    def config_text(self) -> str:
+        from mlx_lm.utils import save_config
+
+        with tempfile.TemporaryDirectory() as directory:
+            file = Path(directory) / "config.json"
+            save_config(dict(self.config), file, keep_vision_config=self.keeps_vision)
+            return file.read_text()
+
+    def copied(self) -> list[Path]:
+        """Files besides the weights that go along: tokenizer, generation settings, code, licence."""
+        return [
+            file
+            for file in sorted(self.path.iterdir())
+            if file.is_file()
+            and file.name not in WRITTEN_ANEW
+            and not file.name.endswith((".safetensors", ".index.json"))
+            and any(fnmatch.fnmatch(file.name, pattern) for pattern in COPIED)
+        ]
+
+
+def versions() -> dict[str, str]:
+    return {"slowft": __version__} | {name: importlib.metadata.version(name) for name in ("mlx", "mlx-lm")}
+
+
+def _row_quantized() -> tuple[type, ...]:
+    """Layers whose `to_quantized` is `mx.quantize` of their weight, row by row."""
+    from mlx_lm.models.mla import QuantizedMultiLinear
+    from mlx_lm.models.switch_layers import QuantizedSwitchLinear
+
+    return nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear, QuantizedMultiLinear
+
+
+def _cast(model: nn.Module, config: dict, options: Options) -> None:
+    """Give the parameters their dtype, unevaluated, as `mlx_lm.convert` does."""
+    from mlx_lm.convert import MODEL_CONVERSION_DTYPES
+
+    name = options.dtype or config.get("torch_dtype") or (config.get("text_config") or {}).get("dtype")
+    if name not in MODEL_CONVERSION_DTYPES:
+        return
+    dtype, is_cast = getattr(mx, name), getattr(model, "cast_predicate", lambda _: True)
+
+    def cast(key: str, array: mx.array) -> mx.array:
+        return array.astype(dtype) if is_cast(key) and mx.issubdtype(array.dtype, mx.floating) else array
+
+    model.update(tree_map_with_path(cast, model.parameters()))
+
+
+def _quantize(model: nn.Module, config: dict, options: Options) -> dict:
+    """Quantize the layers, unevaluated, by mlx-lm's own code. Returns the config of the result."""
+    from mlx_lm.convert import mixed_quant_predicate_builder
+    from mlx_lm.utils import quantize_model
+
+    predicate = None
+    if options.quant_predicate:
+        predicate = mixed_quant_predicate_builder(options.quant_predicate, model, options.group_size)
+    with contextlib.redirect_stdout(io.StringIO()):
+        _, config = quantize_model(
+            model, config, options.group_size, options.bits, mode=options.mode, quant_predicate=predicate
+        )
+    return config
+
+
+def _inputs(arrays: list[mx.array], raw: dict[str, mx.array]) -> list[set[str]]:
+    """Which of the files' tensors `raw` each of some lazy arrays is computed from, by MLX's drawing of the graph."""
+    if not arrays:
+        return []
+    names, graph = list(raw), io.StringIO()
+    named = {f"of_{i}": array for i, array in enumerate(arrays)} | {f"raw_{i}": raw[n] for i, n in enumerate(names)}
+    mx.export_to_dot(graph, **named)
+    parents: dict[str, list[str]] = {}
+    for parent, child in re.findall(r'^"?(\w+)"? -> "?(\w+)"?$', graph.getvalue(), re.MULTILINE):
+        parents.setdefault(child, []).append(parent)
+
+    def sources(node: str) -> set[str]:
+        seen, waiting = set(), [node]
+        while waiting:
+            if (node := waiting.pop()) not in seen:
+                seen.add(node)
+                waiting += parents.get(node, ())
+        return {names[int(n[4:])] for n in seen if n.startswith("raw_")}
+
+    return [sources(f"of_{i}") for i in range(len(arrays))]
+
+
+def _files(model: nn.Module, tensors: dict[str, Tensor], jobs: list[Job]) -> list[File]:
+    """One for what comes before the blocks, one for each block, one for what comes after."""
+    blocks: dict[int, int] = {}  # id of a module -> the block it belongs to
+    for i, block in enumerate(getattr(model, "layers", None) or []):
+        if isinstance(block, nn.Module):
+            for _, module in block.named_modules():
+                blocks.setdefault(id(module), i)
+    block_of_module = {name: blocks[id(m)] for name, m in model.named_modules() if id(m) in blocks}
+
+    def block_of(name: str) -> int | None:
+        parts = name.split(".")
+        prefixes = (".".join(parts[:n]) for n in range(len(parts) - 1, 0, -1))
+        return next((block_of_module[p] for p in prefixes if p in block_of_module), None)
+
+    embeddings = (nn.Embedding, nn.QuantizedEmbedding)
+    first = {f"{name}." for name, module in model.named_modules() if isinstance(module, embeddings)}
+    groups: dict[float, list[Tensor]] = {}
+    after = -1.0  # -1 before the blocks, infinity after them
+    for name, tensor in tensors.items():
+        block = block_of(name)
+        if block is not None:
+            after = float("inf")
+        is_first = any(name.startswith(prefix) for prefix in first)
+        place = float(block) if block is not None else -1.0 if is_first else after
+        groups.setdefault(place, []).append(tensor)
+    job_of = {name: job for job in jobs for name in job.outputs}
+    files = []
+    for i, place in enumerate(sorted(groups), 1):
+        ordered = arrange(groups[place])
+        name = "model.safetensors" if len(groups) == 1 else f"model-{i:05d}-of-{len(groups):05d}.safetensors"
+        files.append(File(name, ordered, list({id(job_of[t.name]): job_of[t.name] for t in ordered}.values())))
+    return files

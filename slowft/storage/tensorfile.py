@@ -1,0 +1,228 @@
+"""A safetensors file written tensor by tensor, a piece at a time, hashed as it is written, in place all at once.
+
+Comes in: names, dtypes and shapes, then bytes. Goes out: a file under its final name, synced, and its checksums.
+Never holds more than a bounded number of unwritten bytes, nor leaves any in the file cache.
+
+Data begins on a page of the file, and tensors of whole pages come first, so that all of those lie on page boundaries.
+The format allows a header padded with spaces and no holes between tensors, so those of other sizes (norms, biases)
+follow one another at the end. Format: https://github.com/huggingface/safetensors#format
+"""
+
+import hashlib
+import json
+import math
+import os
+import struct
+from collections import deque
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import platform
+from ..errors import SlowftError
+from .index import DTYPES
+
+PAGE_NBYTES = 4096
+REQUEST_NBYTES = 4 << 20  # in the file cache at a time, as in spill.py
+UNFINISHED = ".partial"
+
+STORED = {dtype: stored for stored, (dtype, _) in reversed(DTYPES.items())}  # MLX dtype -> safetensors type
+ITEM_NBYTES = dict(DTYPES.values())
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """What a file is to hold: an array of `shape` and MLX dtype name."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * ITEM_NBYTES[self.dtype]
+
+
+def arrange(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The order in the file: whole pages first, then larger items before smaller, so that every item is aligned."""
+    return sorted(tensors, key=lambda t: (t.nbytes % PAGE_NBYTES != 0, t.nbytes % PAGE_NBYTES and -_item_nbytes(t)))
+
+
+def _item_nbytes(tensor: Tensor) -> int:
+    return ITEM_NBYTES[tensor.dtype]
+
+
+def header(tensors: Iterable[Tensor]) -> bytes:
+    """The start of the file that holds these, in this order, up to the data: whole pages."""
+    entries: dict[str, dict] = {"__metadata__": {"format": "mlx"}}
+    end = 0
+    for t in tensors:
+        begin, end = end, end + t.nbytes
+        entries[t.name] = {"dtype": STORED[t.dtype], "shape": list(t.shape), "data_offsets": [begin, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % PAGE_NBYTES)
+    return struct.pack("<Q", len(text)) + text
+
+
+class TensorFile:
+    """`file`, under a temporary name in its directory until `finish`.
+
+    Raises:
+        SlowftError: it cannot be made, or its disk has no room for it.
+    """
+
+    def __init__(self, file: Path, tensors: Iterable[Tensor], max_pending_nbytes: int = 64 << 20):
+        self._file, self._partial = file, file.with_name(file.name + UNFINISHED)
+        self._tensors = arrange(tensors)
+        start = header(self._tensors)
+        self._begin: dict[str, int] = {}
+        self.nbytes = len(start)
+        for t in self._tensors:
+            self._begin[t.name] = self.nbytes
+            self.nbytes += t.nbytes
+        self._written = dict(self._begin)  # up to where each tensor's bytes are in the file
+        self._hashes = {t.name: hashlib.sha256() for t in self._tensors}
+        self._header_hash = hashlib.sha256(start).hexdigest()
+        self._file_hash, self._hashed, self._next = hashlib.sha256(start), len(start), 0
+        self._max_pending_nbytes = max_pending_nbytes
+        self._pending: deque[tuple[Future, int]] = deque()
+        try:
+            self._fd = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        except OSError as e:
+            raise cannot_write(file, e) from None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="slowft-write")
+        try:
+            platform.skip_file_cache(self._fd)
+            platform.preallocate(self._fd, self.nbytes)
+            self._put(0, memoryview(start))
+        except OSError as e:
+            self.abandon()
+            raise cannot_write(file, e, self.nbytes) from None
+
+    def write(self, name: str, data: memoryview) -> None:
+        """Start writing the next bytes of a tensor; they must not change before `finish` returns.
+
+        Blocks while too much is unwritten.
+
+        Raises:
+            SlowftError: an earlier write failed.
+        """
+        self._pending.append((self._thread.submit(self._write, name, data), len(data)))
+        while sum(nbytes for _, nbytes in self._pending) > self._max_pending_nbytes:
+            self._wait_for_oldest()
+
+    def finish(self) -> dict:
+        """Sync the file and give it its name. Returns its checksums, as the manifest has them.
+
+        Raises:
+            SlowftError: a write failed.
+        """
+        while self._pending:
+            self._wait_for_oldest()
+        ends = {t.name: self._begin[t.name] + t.nbytes for t in self._tensors}
+        if self._written != ends or self._hashed != self.nbytes:
+            missing = [name for name, end in ends.items() if self._written[name] != end]
+            raise RuntimeError(f"{self._file.name}: tensors {missing} are not of the size that was announced")
+        try:
+            platform.sync_file(self._fd)
+            self._close()
+            os.replace(self._partial, self._file)
+            sync_directory(self._file.parent)
+        except OSError as e:
+            raise cannot_write(self._file, e) from None
+        return {
+            "nbytes": self.nbytes,
+            "sha256": self._file_hash.hexdigest(),
+            "header_sha256": self._header_hash,
+            "tensors": {
+                t.name: {
+                    "offset": self._begin[t.name],
+                    "nbytes": t.nbytes,
+                    "sha256": self._hashes[t.name].hexdigest(),
+                }
+                for t in self._tensors
+            },
+        }
+
+    def abandon(self) -> None:
+        """Delete what was written."""
+        self._close()
+        self._partial.unlink(missing_ok=True)
+
+    def _close(self) -> None:
+        self._thread.shutdown(cancel_futures=True)
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _wait_for_oldest(self) -> None:
+        try:
+            self._pending.popleft()[0].result()
+        except OSError as e:
+            raise cannot_write(self._file, e, self.nbytes) from None
+
+    def _write(self, name: str, data: memoryview) -> None:
+        at = self._written[name]
+        self._put(at, data)
+        self._hashes[name].update(data)
+        self._written[name] = at + len(data)
+        if at == self._hashed:
+            self._file_hash.update(data)
+            self._hashed += len(data)
+        self._hash_what_follows()
+
+    def _put(self, at: int, data: memoryview) -> None:
+        done = 0
+        while done < len(data):
+            written = os.pwrite(self._fd, data[done : done + REQUEST_NBYTES], at + done)
+            platform.write_back(self._fd, at + done, written)
+            platform.drop_cached(self._fd, at + done, written)
+            done += written
+
+    def _hash_what_follows(self) -> None:
+        """Go on with the file's hash through what was written before its turn: scales, beside their weight."""
+        while self._next < len(self._tensors):
+            t = self._tensors[self._next]
+            while self._hashed < self._written[t.name]:
+                data = os.pread(self._fd, min(REQUEST_NBYTES, self._written[t.name] - self._hashed), self._hashed)
+                self._file_hash.update(data)
+                platform.drop_cached(self._fd, self._hashed, len(data))
+                self._hashed += len(data)
+            if self._hashed < self._begin[t.name] + t.nbytes:
+                return
+            self._next += 1
+
+
+def cannot_write(file: Path, error: OSError, nbytes: int | None = None) -> SlowftError:
+    """What to tell a user whose disk is full, read-only or gone."""
+    size = "" if nbytes is None else f" ({nbytes / 1e6:,.1f} MB)"
+    return SlowftError(f"{file}{size} cannot be written: {error.strerror or error}")
+
+
+def sync_directory(directory: Path) -> None:
+    """Make the names of files written there survive a power cut."""
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_file(file: Path, contents: bytes) -> None:
+    """A small file, in place all at once and synced.
+
+    Raises:
+        SlowftError: it cannot be written.
+    """
+    partial = file.with_name(file.name + UNFINISHED)
+    try:
+        with open(partial, "wb") as out:
+            out.write(contents)
+            out.flush()
+            platform.sync_file(out.fileno())
+        os.replace(partial, file)
+        sync_directory(file.parent)
+    except OSError as e:
+        partial.unlink(missing_ok=True)
+        raise cannot_write(file, e, len(contents)) from None
