@@ -13,7 +13,6 @@ import fnmatch
 import hashlib
 import importlib.metadata
 import io
-import json
 import os
 import re
 import tempfile

@@ -315,7 +315,7 @@ def _refuse_unusable(output: Path) -> None:
     if names and manifest.JOURNAL not in names:
         if manifest.NAME in names:
             raise SlowftError(
-                f"{output} holds a prepared model already. Check it with slowft verify {output}, or give another --output"
+                f"{output} holds a prepared model already. Check it (slowft verify {output}) or use another --output"
             )
         raise SlowftError(f"{output} is not empty and not slowft's. Give another --output")
 
@@ -433,7 +433,7 @@ class _Output:
         if isinstance(error, ModelError):
             return error
         n, total = len(self.done.keys() & {f.name for f in self._conversion.files}), len(self._conversion.files)
-        return SlowftError(f"{error}. {n} of {total} files are done: make room, then the same command goes on from there")
+        return SlowftError(f"{error}. {n} of {total} files are done: make room, then the same command goes on")
 
 
 def _existing(directory: Path) -> Path:

@@ -80,7 +80,9 @@ def write_manifest(directory: Path, made: dict[str, Any], progress: Progress | N
             extents = read_header(file)
             start = min((e.offset for e in extents.values()), default=size)
             segments[file.name, "header_sha256"] = Segment(str(file), 0, start)
-            entries[file.name]["tensors"] = {name: {"offset": e.offset, "nbytes": e.nbytes} for name, e in extents.items()}
+            entries[file.name]["tensors"] = {
+                name: {"offset": e.offset, "nbytes": e.nbytes} for name, e in extents.items()
+            }
             for name, e in extents.items():
                 segments[file.name, "tensors", name, "sha256"] = Segment(str(file), e.offset, e.nbytes)
     for (*path, last), digest in zip(segments, _hash(list(segments.values()), progress)):
@@ -142,6 +144,8 @@ def verify(path: str | Path, progress: Progress | None = None) -> Verification:
     if not directory.is_dir():
         kind = "is a file" if directory.exists() else "does not exist"
         raise ModelError(f"{directory} {kind}. Give the directory of a model")
+    if (directory / JOURNAL).exists() and not (directory / "config.json").exists():
+        raise ModelError(f"{directory} is an unfinished slowft prepare. Run the same command again: it goes on")
     if (directory / NAME).exists():
         manifest = load(directory / NAME)
         found = Verification(directory, "manifest")
@@ -150,8 +154,6 @@ def verify(path: str | Path, progress: Progress | None = None) -> Verification:
             if name != NAME and name not in manifest["files"] and any(fnmatch.fnmatch(name, u) for u in USED):
                 found.faults.append(Fault(name, None, "is not in the manifest, and mlx-lm would read it"))
         return found
-    if (directory / JOURNAL).exists():
-        raise ModelError(f"{directory} is an unfinished slowft prepare. Run the same command again: it goes on")
     return _verify_without_manifest(directory, progress)
 
 
@@ -259,7 +261,9 @@ def _verify_headers(found: Verification) -> list:
         end = min((e.offset for e in own.values()), default=size)
         for e in sorted(own.values(), key=lambda e: e.offset):
             if e.offset != end:
-                found.faults.append(Fault(file.name, e.name, f"begins at byte {e.offset}, the one before ends at {end}"))
+                found.faults.append(
+                    Fault(file.name, e.name, f"begins at byte {e.offset}, the one before ends at {end}")
+                )
             end = e.offset + e.nbytes
         if end != size:
             found.faults.append(Fault(file.name, None, f"has {size} bytes, its tensors end at {end}"))
