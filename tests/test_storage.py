@@ -243,10 +243,12 @@ def test_directory_under_a_weight_files_name_is_one_line(tmp_path):
     assert str(tmp_path / "model.safetensors") in refusal(index_model, tmp_path)
 
 
-def test_directory_without_weights_says_what_it_found_and_how_to_convert(tmp_path):
-    assert "mlx_lm.convert" in refusal(index_model, tmp_path)
+def test_directory_without_weights_says_what_it_found_and_what_to_do(tmp_path):
+    assert "copy of the model in safetensors" in refusal(index_model, tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
     assert "found pytorch_model.bin" in refusal(index_model, tmp_path)
+    (tmp_path / "small.gguf").write_bytes(b"x")
+    assert f"slowft prepare {tmp_path / 'small.gguf'} --output small" in refusal(index_model, tmp_path)
 
 
 # --- Reader -----------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """What a model directory becomes when it is written anew: which tensors, made of what, in which files.
 
-Comes in: a directory that mlx-lm loads, and how to quantize it. Goes out: a `Conversion`. Found out by mlx-lm's own code
-on arrays that are never evaluated (`loading`); reads headers only, writes nothing.
+Comes in: a directory that mlx-lm loads, and how to quantize it. Goes out: a `Conversion`. Found out by mlx-lm's own
+code on arrays that are never evaluated (`loading`); reads headers only, writes nothing.
 
 A tensor lies in a file as it is, or is joined of several that do (experts to stack), or is computed by `sanitize`
 (transposed, split, unpacked). The first two can be made in pieces; the last is computed whole, by MLX.
@@ -68,9 +68,12 @@ class Options:
             raise ConfigError(f"--quant-predicate {self.quant_predicate} goes with --mode affine, not {self.mode}")
         if self.quant_predicate and self.bits is not None:
             raise ConfigError(f"--bits {self.bits} has no effect with --quant-predicate, which says the bits. Drop one")
+        for name, value in (("bits", self.bits), ("group-size", self.group_size)):
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name} must be at least 1, got {value}")
         if self.quantize:
             try:
-                mx.quantize(mx.zeros((1, 1024)), self.group_size, self.bits, mode=self.mode)
+                mx.quantize(mx.zeros((1, 32 * (self.group_size or 64))), self.group_size, self.bits, mode=self.mode)
             except ValueError as e:
                 reason = str(e).removeprefix("[quantize] ")
                 raise ConfigError(f"MLX cannot quantize so: {reason} To fix it: --bits, --group-size, --mode") from None

@@ -68,6 +68,8 @@ def find_local(path_or_hub_id: str) -> Path | None:
             raise ModelError(f"{path} has no config.json: it is not a model directory")
         return path
     if path.exists():
+        if path.suffix.lower() == ".gguf":
+            raise ModelError(f"{path} has to be prepared first. Once: slowft prepare {path} --output {path.stem}")
         raise ModelError(f"{path} is a file. Give the directory that holds config.json and model*.safetensors")
     looks_local = (
         path.is_absolute() or str(path_or_hub_id).startswith((".", "~")) or str(path_or_hub_id).count("/") != 1

@@ -136,7 +136,9 @@ def index_model(directory: str | os.PathLike) -> dict[str, Extent]:
     if not extents:
         other = sorted(p.name for pattern in ("*.bin", "*.gguf", "*.safetensors") for p in directory.glob(pattern))
         found = f" (found {', '.join(other[:3])}, which mlx-lm does not load)" if other else ""
+        gguf = next((name for name in other if name.endswith(".gguf")), None)
+        fix = f"Prepare it: slowft prepare {directory / gguf} --output {Path(gguf).stem}" if gguf else None
         raise ModelError(
-            f"{directory} has no model*.safetensors{found}. Convert the model with mlx_lm.convert --hf-path {directory}"
+            f"{directory} has no model*.safetensors{found}. {fix or 'Look for a copy of the model in safetensors'}"
         )
     return extents
