@@ -15,6 +15,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx_lm.utils
 import pytest
+from architectures import ARCHITECTURES
 from conftest import (
     LLAMA,
     in_memory,
@@ -32,10 +33,10 @@ from safetensors import safe_open
 from slowft.bench import cgroup
 from slowft.cli.main import main
 from slowft.errors import ConfigError, ModelError, NeedsPreparing, SlowftError
-from slowft.models import loading
+from slowft.models import conversion, loading
 from slowft.models import prepare as preparing
 from slowft.storage import manifest
-from slowft.storage.index import index_model
+from slowft.storage.index import Extent, index_model
 
 SMALL = LLAMA | {"num_hidden_layers": 8, "torch_dtype": "bfloat16"}
 MIXTRAL = LLAMA | {"model_type": "mixtral", "num_hidden_layers": 2, "num_local_experts": 4, "torch_dtype": "float32"}
@@ -194,6 +195,88 @@ def test_experts_of_a_quantized_model_are_stacked_packed(mixtral, tmp_path):
 def test_tensors_that_sanitize_computes_equal_mlx_lm_convert(gpt2, tmp_path, small_pieces):
     theirs = convert_by_mlx_lm(gpt2, tmp_path / "theirs", quantize=True)
     assert_same_tensors(theirs, slowft.prepare(gpt2, tmp_path / "ours", quantize=True))
+
+
+GPT_OSS = ARCHITECTURES["gpt_oss (attention sinks, experts, sliding window)"]
+LLAMA4 = {
+    "model_type": "llama4",
+    "text_config": LLAMA
+    | {
+        "model_type": "llama4_text",
+        "num_hidden_layers": 2,
+        "attention_chunk_size": 8,
+        "head_dim": 16,
+        "interleave_moe_layer_step": 1,
+        "intermediate_size_mlp": 96,
+        "max_position_embeddings": 64,
+        "num_experts_per_tok": 1,
+        "num_local_experts": 4,
+        "rope_scaling": None,
+        "rope_theta": 1e4,
+        "use_qk_norm": True,
+        "attention_bias": False,
+    },
+}
+
+
+def fused(weights: dict[str, mx.array], join) -> dict[str, mx.array]:
+    """Gate and up projections of experts as one tensor, as published: `join(name, gate, up)` gives its name and it."""
+    published = dict(weights)
+    for name in weights:
+        if "experts.gate_proj." in name:
+            gate, up = published.pop(name), published.pop(name.replace("gate_proj", "up_proj"))
+            new, array = join(name.replace("gate_proj", "gate_up_proj"), gate, up)
+            published[new] = array
+        elif "experts.down_proj.weight" in name and "feed_forward" in name:  # Llama 4 has these transposed
+            published[name.removesuffix(".weight")] = mx.contiguous(published.pop(name).swapaxes(1, 2))
+    return published
+
+
+def alternating(name: str, gate: mx.array, up: mx.array):
+    """gpt-oss: rows of gate and up by turns."""
+    array = mx.stack([gate, up], axis=2).reshape(gate.shape[0], 2 * gate.shape[1], *gate.shape[2:])
+    return name.replace("gate_up_proj.bias", "gate_up_proj_bias"), array
+
+
+def side_by_side(name: str, gate: mx.array, up: mx.array):
+    """Llama 4: gate and up side by side, transposed."""
+    return name.removesuffix(".weight"), mx.contiguous(mx.concatenate([gate, up], axis=1).swapaxes(1, 2))
+
+
+@pytest.mark.parametrize("config, join", [(GPT_OSS, alternating), (LLAMA4, side_by_side)], ids=["gpt_oss", "llama4"])
+def test_fused_experts_are_computed_one_by_one_and_equal_mlx_lm_convert(
+    tmp_path, tokenizer_files, small_pieces, monkeypatch, config, join
+):
+    monkeypatch.setattr(conversion, "WHOLE_NBYTES", 0)
+    one_by_one = []
+    entries = preparing._Worker._entries
+    monkeypatch.setattr(
+        preparing._Worker, "_entries", lambda self, part: one_by_one.append(part) or entries(self, part)
+    )
+    directory = save_random(tmp_path / "m", config)
+    weights = mx.load(str(directory / "model.safetensors"))
+    published = fused(weights, join)
+    assert published.keys() != weights.keys()
+    mx.save_safetensors(str(directory / "model.safetensors"), published)
+    for file in tokenizer_files:
+        shutil.copy(file, directory)
+    theirs = convert_by_mlx_lm(directory, tmp_path / "theirs", quantize=True, q_group_size=32)
+    assert_same_tensors(theirs, slowft.prepare(directory, tmp_path / "ours", quantize=True, group_size=32))
+    assert len(one_by_one) >= 4
+
+
+def test_what_mixes_experts_is_not_computed_one_by_one():
+    extents = {"a": Extent("a", "file", 0, 4 * 6 * 8 * 4, "float32", (4, 6, 8))}
+
+    def found(function) -> bool:
+        entries = conversion._Entries(lambda weights: {"b": function(weights["a"])}, extents)
+        return entries.of("a", "b", function(mx.zeros((4, 6, 8)))) is not None
+
+    assert found(lambda a: a[..., ::2].swapaxes(1, 2) * 2)
+    assert not found(lambda a: a[::-1])
+    assert not found(lambda a: a - a.max(axis=0))
+    assert not found(lambda a: a.swapaxes(0, 1)[:4])
+    assert not found(lambda a: a.reshape(4, 8, 6).swapaxes(0, 1).reshape(4, 6, 8))
 
 
 def test_mlx_lm_loads_the_result_with_its_tokenizer(small, tmp_path):

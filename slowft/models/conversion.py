@@ -4,7 +4,8 @@ Comes in: a directory that mlx-lm loads, and how to quantize it. Goes out: a `Co
 code on arrays that are never evaluated (`loading`); reads headers only, writes nothing.
 
 A tensor lies in a file as it is, or is joined of several that do (experts to stack), or is computed by `sanitize`
-(transposed, split, unpacked). The first two can be made in pieces; the last is computed whole, by MLX.
+(transposed, split, unpacked). The first two can be made in pieces, the last expert by expert if it is of experts; else
+MLX computes it whole.
 """
 
 import contextlib
@@ -16,13 +17,13 @@ import io
 import os
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map_with_path
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 from ..errors import ConfigError, ModelError
 from ..storage import manifest
@@ -34,6 +35,7 @@ from .loading import Built, build_lazily
 MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
 INDEX = "model.safetensors.index.json"
 COPIED = (*manifest.USED, "*.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
+WHOLE_NBYTES = 128 << 20  # what takes less is computed whole, even if it could be done in pieces
 WRITTEN_ANEW = ("config.json", INDEX, "hf_quant_config.json", manifest.NAME)
 
 
@@ -79,19 +81,39 @@ class Options:
                 raise ConfigError(f"MLX cannot quantize so: {reason} To fix it: --bits, --group-size, --mode") from None
 
 
+@dataclass(frozen=True)
+class Computed:
+    """What `sanitize` makes of one tensor of a file, entry by entry of the first axis: of experts, one by one.
+
+    Attributes:
+        compute: entries `[n, ...]` of the tensor -> the same entries of the result, unevaluated.
+        shape: of the result.
+        entry_nbytes: memory that computing one entry takes, at most.
+    """
+
+    extent: Extent
+    compute: Callable[[mx.array], mx.array]
+    shape: tuple[int, ...]
+    entry_nbytes: int
+
+
+Part = Extent | Computed | mx.array
+
+
 @dataclass
 class Job:
     """One tensor as the model has it, and what becomes of it.
 
     Attributes:
-        parts: it, end to end: where each part lies in a file, or a lazy array. Emptied as they are worked on.
+        parts: it, end to end: where each part lies in a file, or what it is computed from there, or a lazy array.
+            Emptied as they are worked on.
         dtype: before it is cast to `target`.
         outputs: its own name, or those of the weight, scales and perhaps biases that it is quantized to.
         quantization: arguments of `mx.quantize`, if it is: group size, bits, mode.
     """
 
     name: str
-    parts: list[Extent | mx.array]
+    parts: list[Part]
     shape: tuple[int, ...]
     dtype: mx.Dtype
     target: mx.Dtype
@@ -167,11 +189,15 @@ class Conversion:
         for file in self.files:
             self.index["weight_map"] |= {t.name: file.name for t in file.tensors}
         self.index["weight_map"] = dict(sorted(self.index["weight_map"].items()))
+        # `sanitize` is needed later, and with it the model: what is computed must be freed once it is written
+        built.raw.clear()
+        built.joins.clear()
+        model.update(tree_map(lambda _: mx.array(0), model.parameters()))
 
     def _jobs(self, built: Built, dense, targets, outputs, quantized) -> list[Job]:
         source_of = {id(array): self._extents[name] for name, array in built.raw.items() if name in self._extents}
 
-        def parts(array: mx.array) -> list[Extent | mx.array]:
+        def parts(array: mx.array) -> list[Part]:
             if id(array) in source_of:
                 return [source_of[id(array)]]
             if id(array) in built.joins:
@@ -194,13 +220,30 @@ class Conversion:
                 jobs.append(Job(name, parts(array), array.shape, array.dtype, targets[name], [name]))
             else:  # a layer that quantizes itself in a way of its own
                 jobs.append(Job(name, [array], array.shape, array.dtype, array.dtype, [name]))
-        computed = [part for job in jobs for part in job.parts if not isinstance(part, Extent)]
-        inputs = _inputs(computed, {name: array for name, array in built.raw.items() if name in self._extents})
-        self.computed_from = sorted({self._extents[name].file for names in inputs for name in names})
-        # what it is computed from, and some copies of it: in between and joined end to end
-        needs = (sum(self._extents[n].nbytes for n in names) + 3 * a.nbytes for a, names in zip(computed, inputs))
-        self.computed_nbytes = max(needs, default=0)
+        self._note_computed(jobs, built)
         return jobs
+
+    def _note_computed(self, jobs: list[Job], built: Built) -> None:
+        """Find out from what the lazy arrays among the jobs' parts are computed, and which of them in pieces."""
+        computed = [(job, i) for job in jobs for i, part in enumerate(job.parts) if isinstance(part, mx.array)]
+        raw = {name: array for name, array in built.raw.items() if name in self._extents}
+        inputs = _inputs([job.parts[i] for job, i in computed], raw)
+        entries = _Entries(built.sanitize, self._extents)
+        whole: set[str] = set()
+        self.computed_nbytes = 0
+        for (job, i), names in zip(computed, inputs):
+            array = job.parts[i]
+            # what it is computed from, and some copies of it: in between, and joined end to end
+            needed = sum(self._extents[name].nbytes for name in names) + 3 * array.nbytes
+            if needed > WHOLE_NBYTES and len(names) == 1 and len(job.parts) == 1:
+                (name,) = names
+                if (compute := entries.of(name, job.name, array)) is not None:
+                    needed = -(-2 * needed // array.shape[0])  # two at a time, at least
+                    job.parts[i] = Computed(self._extents[name], compute, array.shape, needed)
+                    names = set()
+            whole |= names
+            self.computed_nbytes = max(self.computed_nbytes, needed)
+        self.computed_from = sorted({self._extents[name].file for name in whole})
 
     @property
     def nbytes(self) -> int:
@@ -247,6 +290,45 @@ class Conversion:
             and not file.name.endswith((".safetensors", ".index.json"))
             and any(fnmatch.fnmatch(file.name, pattern) for pattern in COPIED)
         ]
+
+
+class _Entries:
+    """Finds what `sanitize` computes of a tensor entry by entry, by giving it less than all entries."""
+
+    def __init__(self, sanitize: Callable[[dict], dict], extents: dict[str, Extent]):
+        self._sanitize, self._extents = sanitize, extents
+        self._independent: dict[str, bool] = {}  # by name, numbers left out: blocks are alike
+
+    def of(self, source: str, name: str, array: mx.array) -> Callable[[mx.array], mx.array] | None:
+        """Some entries of tensor `source` -> the same entries of parameter `name`, which is all of `array`.
+
+        None if it has not as many entries, or if one could depend on another.
+        """
+        extent = self._extents[source]
+        if not extent.shape or array.ndim < 2 or extent.shape[0] != array.shape[0] or array.shape[0] < 2:
+            return None
+
+        def compute(entries: mx.array) -> mx.array:
+            others = {n: mx.zeros(e.shape, getattr(mx, e.dtype)) for n, e in self._extents.items()}  # never evaluated
+            return self._sanitize(others | {source: entries})[name]
+
+        kind = re.sub(r"\d+", "N", name)
+        if kind not in self._independent:
+            self._independent[kind] = self._is_independent(compute, extent, array)
+        return compute if self._independent[kind] else None
+
+    def _is_independent(self, compute: Callable[[mx.array], mx.array], extent: Extent, array: mx.array) -> bool:
+        """Whether two entries together give what each gives alone, tried on numbers of the tensor's own shape."""
+        dtype = getattr(mx, extent.dtype)
+        two = mx.random.randint(0, 100, (2, *extent.shape[1:]), key=mx.random.key(0)).astype(dtype)
+        try:
+            together = compute(two)
+            if (together.shape, together.dtype) != ((2, *array.shape[1:]), array.dtype):
+                return False
+            apart = mx.concatenate([compute(two[:1]), compute(two[1:])])
+            return apart.shape == together.shape and mx.array_equal(together, apart).item()
+        except (KeyError, ValueError, RuntimeError, TypeError):  # `sanitize` has its reasons
+            return False
 
 
 def versions() -> dict[str, str]:

@@ -5,9 +5,10 @@ never read. Which file tensor became which parameter is seen by identity: what `
 untouched is streamed from where it lies. Never evaluates a weight.
 """
 
+import functools
 import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,12 +114,14 @@ class Built:
         config: as `mlx_lm.utils.load_model` returns it.
         raw: the files' tensors by name, as `sanitize` was given them.
         joins: id of an array -> (that array, those it is made of, end to end along its first axis).
+        sanitize: the model's own.
     """
 
     model: nn.Module
     config: dict
     raw: dict[str, mx.array]
     joins: dict[int, tuple[mx.array, list[mx.array]]]
+    sanitize: Callable[[dict[str, mx.array]], dict[str, mx.array]]
 
 
 def build_lazily(path: Path, mixin: type | None = None) -> Built:
@@ -153,7 +156,8 @@ def build_lazily(path: Path, mixin: type | None = None) -> Built:
         raise ModelError(f"{path / 'config.json'} is not JSON ({e})") from None
     except Exception as e:
         raise ModelError(_explain(e, path)) from None
-    return Built(model, config, raw, joins)
+    inner = getattr(type(model).__bases__[-1], "sanitize", None)
+    return Built(model, config, raw, joins, functools.partial(inner, model) if inner else dict)
 
 
 @contextmanager

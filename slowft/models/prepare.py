@@ -25,7 +25,7 @@ from ..storage.index import Extent
 from ..storage.reader import ByteRange, Reader
 from ..storage.scan import EXPONENTS
 from ..storage.tensorfile import ITEM_NBYTES, UNFINISHED, TensorFile, header, sync_directory, write_file
-from .conversion import INDEX, Conversion, File, Job, Options, versions
+from .conversion import INDEX, Computed, Conversion, File, Job, Options, versions
 from .loading import resolve
 
 # Of a tensor, in the dtype of its file, read and worked on at a time. Larger pieces are no faster.
@@ -149,7 +149,7 @@ def _piece_nbytes(conversion: Conversion, limit: int) -> int:
     piece = min(PIECE_NBYTES, (limit - held) // PIECES_IN_MEMORY)
     if piece < LEAST_PIECE_NBYTES:
         least = -(-(held + PIECES_IN_MEMORY * LEAST_PIECE_NBYTES) // 10_000_000) * 10_000_000
-        why = f", {conversion.computed_nbytes / 1e9:.2f} GB of it for the largest tensor that has to be computed whole"
+        why = f", {conversion.computed_nbytes / 1e9:.2f} GB of it for the largest that has to be computed at once"
         raise ConfigError(
             f"--memory {limit / 1e9:.2f}GB is too little: preparing {conversion.path} takes {least / 1e9:.2f}GB"
             f"{why if conversion.computed_nbytes > FLOOR_NBYTES else ''}. Use --memory {least / 1e9:.2f}GB or more"
@@ -219,10 +219,22 @@ class _Worker:
                 n = part.nbytes // ITEM_NBYTES[part.dtype]
                 for start in range(0, n, step):
                     yield _Piece(job, self._start_read(part, start, min(step, n - start)), part.file)
+            elif isinstance(part, Computed):
+                for entries in self._entries(part):
+                    yield from self._computed_pieces(job, part.compute(entries), step, part.extent.file)
             else:
-                yield from self._computed_pieces(job, part, step)
+                yield from self._computed_pieces(job, part, step, "the model")
 
-    def _computed_pieces(self, job: Job, array: mx.array, step: int) -> Iterator[_Piece]:
+    def _entries(self, part: Computed) -> Iterator[mx.array]:
+        """Some entries of the tensor's first axis after the other, `[n, ...]`."""
+        extent, n_entries = part.extent, part.shape[0]
+        per_entry = extent.nbytes // n_entries // ITEM_NBYTES[extent.dtype]
+        step = max(self._piece_nbytes // extent.row_nbytes, 1)
+        for start in range(0, n_entries, step):
+            n = min(step, n_entries - start)
+            yield self._start_read(extent, start * per_entry, n * per_entry)().reshape(n, *extent.shape[1:])
+
+    def _computed_pieces(self, job: Job, array: mx.array, step: int, source: str) -> Iterator[_Piece]:
         flat = array.reshape(-1)
         del array
         try:
@@ -233,7 +245,7 @@ class _Worker:
             platform.drop_cached_file(file)
         for start in range(0, flat.size, step):
             piece = flat[start : start + step]
-            yield _Piece(job, lambda piece=piece: piece, "the model")
+            yield _Piece(job, lambda piece=piece: piece, source)
 
     def _start_read(self, extent: Extent, start: int, n: int) -> Callable[[], mx.array]:
         item = ITEM_NBYTES[extent.dtype]
