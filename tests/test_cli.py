@@ -12,6 +12,7 @@ import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import click
 import mlx.core as mx
 import mlx_lm
 import mlx_lm.lora
@@ -773,7 +774,8 @@ def test_every_option_has_help():
 
     for name in COMMANDS:
         command = getattr(importlib.import_module(f"slowft.cli.{name}"), name)
-        assert all(p.help for p in command.params if not getattr(p, "hidden", False))
+        options = [p for p in command.params if isinstance(p, click.Option)]
+        assert all(option.help for option in options if not option.hidden)
 
 
 # --- The process ------------------------------------------------------------------------------------

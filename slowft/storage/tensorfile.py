@@ -68,11 +68,14 @@ def header(tensors: Iterable[Tensor]) -> bytes:
 class TensorFile:
     """`file`, under a temporary name in its directory until `finish`.
 
+    Args:
+        max_pending_nbytes: of data given to `write` and not written yet.
+
     Raises:
         SlowftError: it cannot be made, or its disk has no room for it.
     """
 
-    def __init__(self, file: Path, tensors: Iterable[Tensor], max_pending_nbytes: int = 64 << 20):
+    def __init__(self, file: Path, tensors: Iterable[Tensor], max_pending_nbytes: int):
         self._file, self._partial = file, file.with_name(file.name + UNFINISHED)
         self._tensors = arrange(tensors)
         start = header(self._tensors)
@@ -81,7 +84,8 @@ class TensorFile:
         for t in self._tensors:
             self._begin[t.name] = self.nbytes
             self.nbytes += t.nbytes
-        self._written = dict(self._begin)  # up to where each tensor's bytes are in the file
+        self._given = dict(self._begin)  # up to where each tensor's bytes were given to `write`
+        self._written = dict(self._begin)  # up to where they were hashed, and are in the file
         self._hashes = {t.name: hashlib.sha256() for t in self._tensors}
         self._header_hash = hashlib.sha256(start).hexdigest()
         self._file_hash, self._hashed, self._next = hashlib.sha256(start), len(start), 0
@@ -91,7 +95,8 @@ class TensorFile:
             self._fd = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
         except OSError as e:
             raise cannot_write(file, e) from None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="slowft-write")
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="slowft-write")
+        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="slowft-hash")
         try:
             platform.skip_file_cache(self._fd)
             platform.preallocate(self._fd, self.nbytes)
@@ -108,7 +113,10 @@ class TensorFile:
         Raises:
             SlowftError: an earlier write failed.
         """
-        self._pending.append((self._thread.submit(self._write, name, data), len(data)))
+        at = self._given[name]
+        self._given[name] = at + len(data)
+        put = self._writer.submit(self._put, at, data)
+        self._pending.append((self._hasher.submit(self._hash, name, at, data, put), len(data)))
         while sum(nbytes for _, nbytes in self._pending) > self._max_pending_nbytes:
             self._wait_for_oldest()
 
@@ -151,7 +159,8 @@ class TensorFile:
         self._partial.unlink(missing_ok=True)
 
     def _close(self) -> None:
-        self._thread.shutdown(cancel_futures=True)
+        for thread in (self._writer, self._hasher):  # in this order: a hash waits for its data to be written
+            thread.shutdown(cancel_futures=True)
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -162,14 +171,13 @@ class TensorFile:
         except OSError as e:
             raise cannot_write(self._file, e, self.nbytes) from None
 
-    def _write(self, name: str, data: memoryview) -> None:
-        at = self._written[name]
-        self._put(at, data)
+    def _hash(self, name: str, at: int, data: memoryview, put: Future) -> None:
         self._hashes[name].update(data)
-        self._written[name] = at + len(data)
         if at == self._hashed:
             self._file_hash.update(data)
             self._hashed += len(data)
+        put.result()
+        self._written[name] = at + len(data)
         self._hash_what_follows()
 
     def _put(self, at: int, data: memoryview) -> None:
