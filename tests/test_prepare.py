@@ -553,8 +553,8 @@ def flip_bit(file: Path, at: int) -> None:
 
 
 @pytest.fixture
-def prepared(small, tmp_path) -> Path:
-    return slowft.prepare(small, tmp_path / "prepared")
+def prepared(small, tmp_path, small_pieces) -> Path:
+    return slowft.prepare(small, tmp_path / "prepared", quantize=True, group_size=32)
 
 
 def faults(directory: Path) -> list[str]:
