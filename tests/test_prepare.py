@@ -33,7 +33,7 @@ from safetensors import safe_open
 from slowft.bench import cgroup
 from slowft.cli.main import main
 from slowft.errors import ConfigError, ModelError, NeedsPreparing, SlowftError
-from slowft.models import conversion, loading
+from slowft.models import conversion, gguf, loading
 from slowft.models import prepare as preparing
 from slowft.storage import manifest
 from slowft.storage.index import Extent, index_model
@@ -195,6 +195,58 @@ def test_experts_of_a_quantized_model_are_stacked_packed(mixtral, tmp_path):
 def test_tensors_that_sanitize_computes_equal_mlx_lm_convert(gpt2, tmp_path, small_pieces):
     theirs = convert_by_mlx_lm(gpt2, tmp_path / "theirs", quantize=True)
     assert_same_tensors(theirs, slowft.prepare(gpt2, tmp_path / "ours", quantize=True))
+    largest_nbytes = 64 * 256 * 4
+    assert conversion.Conversion(gpt2, conversion.Options()).computed_nbytes == 4 * largest_nbytes
+
+
+DEEPSEEK = {
+    "model_type": "deepseek_v3",
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 32,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+    "rope_theta": 1e4,
+    "max_position_embeddings": 64,
+    "torch_dtype": "bfloat16",
+    "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+}
+
+
+def test_experts_in_fp8_are_unpacked_stacked_and_equal_mlx_lm_convert(tmp_path, tokenizer_files, small_pieces):
+    """DeepSeek V3 as published: experts apart, each in fp8 with a scale for every 128 x 128 of its weights."""
+
+    def in_fp8(name: str, array: mx.array):
+        if "switch_mlp" not in name:
+            return [(name, array)]
+        start, kind = name.removesuffix(".weight").split("switch_mlp.")
+        pairs = []
+        for e in range(array.shape[0]):
+            scales = mx.full([-(-n // 128) for n in array.shape[1:]], 0.25 + e)
+            pairs.append((f"{start}experts.{e}.{kind}.weight", mx.to_fp8(array[e])))
+            pairs.append((f"{start}experts.{e}.{kind}.weight_scale_inv", scales))
+        return pairs
+
+    directory = as_published(tmp_path / "m", DEEPSEEK, in_fp8)
+    for file in tokenizer_files:
+        shutil.copy(file, directory)
+    theirs = convert_by_mlx_lm(directory, tmp_path / "theirs", quantize=True, q_group_size=32)
+    assert_same_tensors(theirs, slowft.prepare(directory, tmp_path / "ours", quantize=True, group_size=32))
+    found = conversion.Conversion(directory, conversion.Options())
+    assert found.computed_nbytes < 2 * 160 * 64 * 8  # an expert at a time
 
 
 GPT_OSS = ARCHITECTURES["gpt_oss (attention sinks, experts, sliding window)"]
@@ -679,6 +731,17 @@ def test_prepare_and_verify_by_command(small, tmp_path, command):
     assert (status, out) == (2, "") and err.startswith("Error: --bits 4 has no effect") and err.count("\n") == 1
     status, out, err = command("prepare", tmp_path / "none", "--output", tmp_path / "q")
     assert status == 1 and "does not exist" in err and err.count("\n") == 1
+
+
+def test_a_gguf_file_is_converted_and_gets_a_manifest(small, tmp_path, command, monkeypatch):
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    monkeypatch.setattr(gguf, "convert", lambda file, directory: shutil.copytree(small, directory))
+    status, _, err = command("prepare", file, "--output", tmp_path / "p", "-q")
+    assert status == 2 and f"First: slowft prepare {file} --output model" in err
+    status, _, err = command("prepare", file, "--output", tmp_path / "p")
+    assert (status, err) == (0, "")
+    assert slowft.verify(tmp_path / "p").checked_with == "manifest" and not faults(tmp_path / "p")
 
 
 def test_interrupted_by_ctrl_c_it_says_how_to_go_on(small, tmp_path, command, monkeypatch):

@@ -374,25 +374,18 @@ def _quantize(model: nn.Module, config: dict, options: Options) -> dict:
 
 
 def _inputs(arrays: list[mx.array], raw: dict[str, mx.array]) -> list[set[str]]:
-    """Which of the files' tensors `raw` each of some lazy arrays is computed from, by MLX's drawing of the graph."""
+    """Which of the files' tensors `raw` each of some lazy arrays is computed from."""
     if not arrays:
         return []
-    names, graph = list(raw), io.StringIO()
-    named = {f"of_{i}": array for i, array in enumerate(arrays)} | {f"raw_{i}": raw[n] for i, n in enumerate(names)}
-    mx.export_to_dot(graph, **named)
-    parents: dict[str, list[str]] = {}
-    for parent, child in re.findall(r'^"?(\w+)"? -> "?(\w+)"?$', graph.getvalue(), re.MULTILINE):
-        parents.setdefault(child, []).append(parent)
+    name_of = {load: name for name, array in raw.items() for load in _loads(array)}
+    return [{name_of[load] for load in _loads(array) if load in name_of} for array in arrays]
 
-    def sources(node: str) -> set[str]:
-        seen, waiting = set(), [node]
-        while waiting:
-            if (node := waiting.pop()) not in seen:
-                seen.add(node)
-                waiting += parents.get(node, ())
-        return {names[int(n[4:])] for n in seen if n.startswith("raw_")}
 
-    return [sources(f"of_{i}") for i in range(len(arrays))]
+def _loads(array: mx.array) -> list[str]:
+    """The reads from files in an array's graph, by what MLX calls each one in a drawing of it."""
+    graph = io.StringIO()
+    mx.export_to_dot(graph, array)
+    return re.findall(r'{ (\d+) \[label ="Load"', graph.getvalue())
 
 
 def _files(model: nn.Module, tensors: dict[str, Tensor], jobs: list[Job]) -> list[File]:
