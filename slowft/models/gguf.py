@@ -1,150 +1,274 @@
 """A GGUF file -> an ordinary mlx-lm model directory, weights repacked exactly, tokenizer included.
 
-Comes in: a `llama`-architecture GGUF that MLX's `mx.load` reads (Q4_0, Q4_1, Q8_0, F16, F32) with a GPT-2
-style byte-level BPE tokenizer. Goes out: config.json, model.safetensors, tokenizer files, put in place all at
-once. Q4_1 and Q8_0 blocks are MLX's own affine 4- and 8-bit groups of 32, so no value changes.
+Comes in: a file of one of `gguf_architectures.ARCHITECTURES`, of any size. Goes out: config.json, model.safetensors,
+tokenizer files, put in place all at once. Tensors pass through a piece at a time; no more of the file is ever in memory.
+
+No value changes: a block of Q4_0, Q4_1, Q5_0, Q5_1 or Q8_0 is an affine group of 32 in MLX, one of MXFP4 is MLX's
+own, and F32, F16 and BF16 stay what they are. (`mx.load` reads a whole file into memory, and BF16 as float16.)
+Only Q6_K, in which llama.cpp keeps the output matrix of its Q4_0 files, has groups of 16, and becomes float16.
 """
 
 import json
+import math
+import os
 import shutil
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import mlx.core as mx
+import numpy as np
 
-from ..errors import ModelError
+from .. import platform
+from ..errors import ModelError, SlowftError
+from ..storage.gguf import Gguf, GgufTensor, read_gguf
+from .gguf_architectures import ROPE_TABLES, Place, make_config, place
+from .gguf_blocks import AFFINE_BITS, GROUP_SIZE, narrow, repack, widen
+from .tokenizer import write_gguf_tokenizer
 
-NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-}
-GROUP_SIZE = 32
-CONTROL_TOKEN = 3  # of tokenizer.ggml.token_type
-PRE_TOKENIZERS = ("smollm",)  # tokenizer.ggml.pre that this module knows the meaning of
+PIECE_NBYTES = 4 << 20
+PLAIN_DTYPES = {"F16": "F16", "BF16": "BF16", "Q6_K": "F16"}  # safetensors types
+ITEM_NBYTES = {"F32": 4, "F16": 2, "BF16": 2, "U32": 4, "U8": 1}
+
+Progress = Callable[[Iterable, str, int], Iterable]  # (items, description, how many) -> the same items
 
 
-def convert(file: Path, directory: Path) -> None:
-    """Write the mlx-lm model directory of a GGUF file.
+@dataclass(frozen=True)
+class Output:
+    """One array of the safetensors file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * ITEM_NBYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A tensor of the file and what it becomes: `outputs` by part ("weight", "scales", "biases"; "" if plain)."""
+
+    source: GgufTensor
+    outputs: dict[str, Output]
+    n_heads: int = 0
+    offset: float = 0.0
+
+
+def convert(file: str | Path, directory: Path, progress: Progress | None = None) -> None:
+    """Write the mlx-lm model directory of a GGUF file (of a split model, the first file).
 
     Raises:
-        ModelError: not a readable GGUF file, or an architecture or tokenizer this cannot convert.
+        ModelError: not a whole GGUF file, or an architecture, tensor or tokenizer that cannot be converted.
+        SlowftError: `directory` is there already, or cannot be written.
     """
-    try:
-        tensors, metadata = mx.load(str(file), return_metadata=True, format="gguf")
-    except (RuntimeError, ValueError) as e:
-        raise ModelError(f"{file} is not a GGUF file MLX reads: {str(e).splitlines()[0]}") from None
-    architecture = metadata.get("general.architecture")
-    if architecture != "llama":
-        raise ModelError(f"{file} is of architecture {architecture}; only llama can be converted")
-
+    gguf = read_gguf(file)
+    config = make_config(gguf)
+    weights = plan_weights(gguf, config)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise SlowftError(f"{directory} is there already. Name another directory, or delete it")
     temporary = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     try:
-        weights = _rename(tensors, metadata)
-        config = _config(metadata, weights)
-        mx.save_safetensors(str(temporary / "model.safetensors"), weights, {"format": "mlx"})
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        _check_space(temporary, weights)
+        config |= write_gguf_tokenizer(gguf, config["vocab_size"], temporary)
+        config |= _quantization(weights)
         (temporary / "config.json").write_text(json.dumps(config, indent=4, sort_keys=True) + "\n")
-        _write_tokenizer(file, metadata, temporary)
+        _write(temporary / "model.safetensors", weights, progress)
         temporary.rename(directory)
+    except OSError as e:
+        raise SlowftError(f"{directory} cannot be written: {e.strerror or e}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _int(metadata: dict, key: str) -> int:
-    return int(metadata[key].item())
+def _check_space(directory: Path, weights: list[Weight]) -> None:
+    needed, free = sum(o.nbytes for w in weights for o in w.outputs.values()), shutil.disk_usage(directory).free
+    if needed > free:
+        raise SlowftError(f"the model takes {needed / 1e9:.2f} GB, and {directory.parent} has {free / 1e9:.2f} GB free")
 
 
-def _rename(tensors: dict[str, mx.array], metadata: dict) -> dict[str, mx.array]:
-    heads = {
-        "attn_q": _int(metadata, "llama.attention.head_count"),
-        "attn_k": _int(metadata, "llama.attention.head_count_kv"),
-    }
-    weights = {}
-    for name, array in tensors.items():
-        *block, part, kind = name.split(".")
-        prefix = f"model.layers.{block[1]}." if block else ""
-        if part not in NAMES:
-            raise ModelError(f"GGUF tensor {name} has no place in a llama model")
-        if part in heads:  # rows are permuted for interleaved RoPE; packed rows move like plain ones
-            n = heads[part]
-            array = array.reshape(n, array.shape[0] // n // 2, 2, -1).swapaxes(1, 2).reshape(array.shape)
-        weights[f"{prefix}{NAMES[part]}.{kind}"] = array
+# --- What becomes of each tensor -----------------------------------------------------------------------
+
+
+def plan_weights(gguf: Gguf, config: dict[str, Any]) -> list[Weight]:
+    """What is written, in the order in which the model uses it.
+
+    Raises:
+        ModelError: mlx-lm's model has other parameters than the file has tensors, or of other shapes.
+    """
+    tensors = sorted((t for t in gguf.tensors.values() if t.name not in ROPE_TABLES), key=_visit_order)
+    places = [place(gguf, t.name, config) for t in tensors]
+    shapes = _parameter_shapes(gguf, config, [p.name for p in places])
+    dtypes = PLAIN_DTYPES | {"F32": _dtype_of_float32(tensors, places)}
+    weights = []
+    for t, there in zip(tensors, places):
+        if there.name not in shapes:
+            raise ModelError(f"{gguf.file}: mlx-lm's {config['model_type']} has no {there.name}, for tensor {t.name}")
+        shape = shapes.pop(there.name)
+        if [n for n in shape if n > 1] != [n for n in t.shape if n > 1]:
+            raise ModelError(
+                f"{gguf.file}: tensor {t.name} has shape {t.shape}, mlx-lm's {there.name} would have {shape}: the "
+                "metadata is of another model, or of one that mlx-lm has otherwise"
+            )
+        outputs = _outputs(there.name, t.kind, shape, dtypes.get(t.kind))
+        weights.append(Weight(t, outputs, there.n_heads, there.offset))
+    if shapes:
+        raise ModelError(f"{gguf.file} has no tensor for mlx-lm's {next(iter(shapes))} ({len(shapes)} missing in all)")
     return weights
 
 
-def _config(metadata: dict, weights: dict[str, mx.array]) -> dict:
-    hidden, n_heads = _int(metadata, "llama.embedding_length"), _int(metadata, "llama.attention.head_count")
-    config = {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_size": hidden,
-        "num_hidden_layers": _int(metadata, "llama.block_count"),
-        "intermediate_size": _int(metadata, "llama.feed_forward_length"),
-        "num_attention_heads": n_heads,
-        "num_key_value_heads": _int(metadata, "llama.attention.head_count_kv"),
-        "head_dim": hidden // n_heads,
-        "rms_norm_eps": float(f"{metadata['llama.attention.layer_norm_rms_epsilon'].item():.6g}"),
-        "rope_theta": metadata["llama.rope.freq_base"].item(),
-        "max_position_embeddings": _int(metadata, "llama.context_length"),
-        "vocab_size": len(metadata["tokenizer.ggml.tokens"]),
-        "tie_word_embeddings": "lm_head.weight" not in weights,
-        "bos_token_id": _int(metadata, "tokenizer.ggml.bos_token_id"),
-        "eos_token_id": _int(metadata, "tokenizer.ggml.eos_token_id"),
-    }
-    layers = [name.removesuffix(".scales") for name in weights if name.endswith(".scales")]
-    if layers:
-        bits = {
-            layer: weights[f"{layer}.weight"].shape[-1] * 32 // (weights[f"{layer}.scales"].shape[-1] * GROUP_SIZE)
-            for layer in layers
-        }
-        usual = max(set(bits.values()), key=list(bits.values()).count)
-        config["quantization"] = {"group_size": GROUP_SIZE, "bits": usual, "mode": "affine"} | {
-            layer: {"group_size": GROUP_SIZE, "bits": n} for layer, n in sorted(bits.items()) if n != usual
-        }
-    return config
+def _visit_order(tensor: GgufTensor) -> tuple:
+    part, *rest = tensor.name.split(".")
+    if part == "blk":
+        return 1, int(rest[0]), tensor.name
+    return (0 if part == "token_embd" else 2), 0, tensor.name
 
 
-def _write_tokenizer(file: Path, metadata: dict, directory: Path) -> None:
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+def _parameter_shapes(gguf: Gguf, config: dict[str, Any], names: list[str]) -> dict[str, tuple[int, ...]]:
+    """Of mlx-lm's model for this configuration, which is built without its weights."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+    from mlx_lm.utils import _get_classes
 
-    model, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
-    if model != "gpt2" or pre not in PRE_TOKENIZERS:
-        raise ModelError(
-            f"{file} has a tokenizer of kind {model}/{pre}; only gpt2/{', '.join(PRE_TOKENIZERS)} is known"
-        )
-    tokens = metadata["tokenizer.ggml.tokens"]
-    merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    types = metadata["tokenizer.ggml.token_type"].tolist()
-    control = [token for token, kind in zip(tokens, types) if kind == CONTROL_TOKEN]
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
-    tokenizer.save(str(directory / "tokenizer.json"))
+    try:
+        model_class, args_class = _get_classes(config)
+        model = model_class(args_class.from_dict(config))
+        if hasattr(model, "sanitize"):  # may leave out the head of a model whose embedding serves as one
+            model.sanitize({name: mx.zeros(()) for name in names})
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        raise ModelError(f"{gguf.file}: mlx-lm cannot build its {config['model_type']}: {e}") from None
+    return {name: tuple(array.shape) for name, array in tree_flatten(model.parameters())}
 
-    def token(which: str) -> str:
-        return tokens[_int(metadata, f"tokenizer.ggml.{which}_token_id")]
 
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": token("bos"),
-        "eos_token": token("eos"),
-        "unk_token": token("unknown"),
-        "pad_token": token("padding"),
-        "model_max_length": _int(metadata, "llama.context_length"),
-        "clean_up_tokenization_spaces": False,
-        "chat_template": metadata["tokenizer.chat_template"],
-    }
-    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=4, ensure_ascii=False) + "\n")
+def _dtype_of_float32(tensors: list[GgufTensor], places: list[Place]) -> str:
+    """The type of float32 tensors: that of a 16-bit file's matrices if they all fit.
+
+    llama.cpp keeps norms, biases and routers in float32 whatever the model had, and one such tensor makes MLX compute
+    in float32. In a quantized file they stay float32, as llama.cpp computes with them.
+    """
+    nbytes = {kind: sum(t.nbytes for t in tensors if t.kind == kind) for kind in {t.kind for t in tensors}}
+    usual = max(nbytes, key=nbytes.__getitem__)
+    if usual not in ("F16", "BF16"):
+        return "F32"
+    for tensor, there in zip(tensors, places):
+        if tensor.kind == "F32":
+            for raw in _pieces(tensor):
+                values = raw.view("<f4") - np.float32(there.offset)
+                if not np.array_equal(widen(usual, narrow(values, usual).view(np.uint8)), values):
+                    return "F32"
+    return usual
+
+
+def _outputs(name: str, kind: str, shape: tuple[int, ...], dtype: str | None) -> dict[str, Output]:
+    if dtype:
+        return {"": Output(name, dtype, shape)}
+    layer, groups = name.removesuffix(".weight"), (*shape[:-1], shape[-1] // GROUP_SIZE)
+    packed = Output(name, "U32", (*shape[:-1], shape[-1] * AFFINE_BITS.get(kind, 4) // 32))
+    if kind == "MXFP4":
+        return {"weight": packed, "scales": Output(f"{layer}.scales", "U8", groups)}
+    return {"weight": packed} | {part: Output(f"{layer}.{part}", "F16", groups) for part in ("scales", "biases")}
+
+
+def _quantization(weights: list[Weight]) -> dict[str, Any]:
+    """What config.json says of quantized layers: the usual setting, and layers that have another."""
+    settings = {}
+    for w in weights:
+        if "scales" in w.outputs:
+            mode = "mxfp4" if w.source.kind == "MXFP4" else "affine"
+            setting = {"group_size": GROUP_SIZE, "bits": AFFINE_BITS.get(w.source.kind, 4), "mode": mode}
+            settings[w.outputs["weight"].name.removesuffix(".weight")] = setting
+    if not settings:
+        return {}
+    all_settings = list(settings.values())
+    usual = max(all_settings, key=all_settings.count)
+    quantization = usual | {layer: setting for layer, setting in settings.items() if setting != usual}
+    return {"quantization": quantization, "quantization_config": quantization}  # mlx-lm writes both
+
+
+# --- Piece by piece ------------------------------------------------------------------------------------
+
+
+def _write(file: Path, weights: list[Weight], progress: Progress | None) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
+    end = 0
+    for w in weights:
+        for o in w.outputs.values():
+            header[o.name] = {"dtype": o.dtype, "shape": o.shape, "data_offsets": [end, end + o.nbytes]}
+            end += o.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % 4096)
+    pieces = _converted(weights)
+    if progress is not None:
+        pieces = progress(pieces, "Converting", sum(-(-w.source.n_rows // _step(w.source, w.n_heads)) for w in weights))
+    with open(file, "wb", buffering=0) as out:
+        platform.skip_file_cache(out.fileno())
+        out.write(struct.pack("<Q", len(text)) + text)
+        at = {o.name: 8 + len(text) + header[o.name]["data_offsets"][0] for w in weights for o in w.outputs.values()}
+        for piece in pieces:
+            for name, array in piece.items():
+                data = memoryview(array).cast("B")
+                begin, at[name] = at[name], at[name] + len(data)
+                while data:
+                    done = os.pwrite(out.fileno(), data, at[name] - len(data))
+                    data = data[done:]
+                platform.write_back(out.fileno(), begin, at[name] - begin)
+                platform.drop_cached(out.fileno(), begin, at[name] - begin)
+        platform.sync_file(out.fileno())
+
+
+def _converted(weights: list[Weight]) -> Iterator[dict[str, np.ndarray]]:
+    """The next bytes of each array of a tensor, by the array's name."""
+    for w in weights:
+        for raw in _pieces(w.source, w.n_heads):
+            if w.n_heads:
+                n, row_nbytes = raw.shape
+                head_rows = _rows(w.source)[0] // w.n_heads
+                raw = raw.reshape(-1, head_rows // 2, 2, row_nbytes).swapaxes(1, 2).reshape(n, row_nbytes)
+            if "" in w.outputs:
+                arrays = {"": _plain(w, raw)}
+            else:
+                arrays = repack(w.source.kind, raw)
+            yield {w.outputs[part].name: np.ascontiguousarray(array) for part, array in arrays.items()}
+
+
+def _plain(w: Weight, raw: np.ndarray) -> np.ndarray:
+    dtype = w.outputs[""].dtype
+    if w.source.kind == dtype and not w.offset:
+        return raw
+    return narrow(widen(w.source.kind, raw) - np.float32(w.offset), dtype)
+
+
+def _rows(tensor: GgufTensor) -> tuple[int, int]:
+    """(rows, bytes of a row); every value of a vector is a row."""
+    n = tensor.n_rows if len(tensor.shape) > 1 else tensor.shape[0]
+    return n, tensor.nbytes // n
+
+
+def _step(tensor: GgufTensor, n_heads: int = 0) -> int:
+    """Rows of a piece: whole heads."""
+    n, row_nbytes = _rows(tensor)
+    least = n // n_heads if n_heads else 1
+    return max(1, PIECE_NBYTES // (row_nbytes * least)) * least
+
+
+def _pieces(tensor: GgufTensor, n_heads: int = 0) -> Iterator[np.ndarray]:
+    """The tensor's bytes, uint8 [rows, bytes of a row], some rows at a time."""
+    n, row_nbytes = _rows(tensor)
+    step = _step(tensor, n_heads)
+    fd = platform.open_uncached(str(tensor.file))
+    try:
+        for first in range(0, n, step):
+            raw = np.empty((min(step, n - first), row_nbytes), np.uint8)
+            view, at = memoryview(raw).cast("B"), tensor.offset + first * row_nbytes
+            while view:
+                if not (got := os.preadv(fd, [view], at)):
+                    raise ModelError(f"{tensor.file} was cut short while it was read")
+                platform.drop_cached(fd, at, got)
+                view, at = view[got:], at + got
+            yield raw
+    finally:
+        os.close(fd)
