@@ -46,9 +46,6 @@ class Metadata:
             raise ModelError(f"{self.gguf.file} has no tensor {tensor}, which {self.architecture} models have")
         return self.gguf.tensors[tensor].shape
 
-    def blocks_with(self, tensor: str) -> list[int]:
-        return [i for i in range(self["block_count"]) if self.has(f"blk.{i}.{tensor}")]
-
     @property
     def head_dim(self) -> int:
         return self.get("attention.key_length") or self["embedding_length"] // self["attention.head_count"]
@@ -115,8 +112,7 @@ def _expert_counts(m: Metadata, key: str = "num_experts") -> dict[str, Any]:
 
 
 def _expert_size(m: Metadata) -> int:
-    block = next(iter(m.blocks_with("ffn_gate_exps.weight")), 0)
-    return m.shape(f"blk.{block}.ffn_gate_exps.weight")[1]
+    return m.shape("blk.0.ffn_gate_exps.weight")[1]
 
 
 def _biases(m: Metadata) -> dict[str, bool]:
@@ -138,7 +134,7 @@ def _qwen3_moe(m: Metadata) -> dict[str, Any]:
     return _expert_counts(m) | {
         "moe_intermediate_size": _expert_size(m),
         "decoder_sparse_step": 1,
-        "mlp_only_layers": m.blocks_with("ffn_gate.weight"),
+        "mlp_only_layers": [],
         "norm_topk_prob": True,
     }
 

@@ -88,16 +88,18 @@ def write_gguf_tokenizer(gguf: Gguf, n_rows: int, directory: Path) -> dict[str, 
             f"{gguf.file}: the tokenizer has {len(tokens)} token ids, the embedding {n_rows} rows: they belong to "
             "different models"
         )
-    types = [int(t) for t in get("token_type", [NORMAL] * len(tokens))]
-    if kind == "gpt2" and pre in SPLITS:
-        tokenizer = _byte_level_bpe(tokens, types, get("merges", []), pre)
-        begins = get("add_bos_token", pre in BEGIN_UNLESS_SAID)
-    elif kind == "llama":
-        tokenizer = sentencepiece_bpe(tokens, types, get("scores", []), get("add_space_prefix", True))
-        begins = get("add_bos_token", True)
-    else:
+    if not (kind == "llama" or kind == "gpt2" and pre in SPLITS):
         known = f"llama, and gpt2 with {', '.join(SPLITS)}"
         raise ModelError(f"{gguf.file} has a tokenizer of kind {kind}/{pre}; known are {known}")
+    types = [int(t) for t in get("token_type", [NORMAL] * len(tokens))]
+    try:
+        if kind == "llama":
+            tokenizer = sentencepiece_bpe(tokens, types, get("scores", []), get("add_space_prefix", True))
+        else:
+            tokenizer = _byte_level_bpe(tokens, types, get("merges", []), pre)
+    except Exception as e:  # the library raises no other kind
+        raise ModelError(f"{gguf.file}: its tokenizer contradicts itself ({e}). Download it again") from None
+    begins = get("add_bos_token", kind == "llama" or pre in BEGIN_UNLESS_SAID)
 
     ids = {name: get(f"{name}_token_id") for name in ("bos", "eos", "eot", "unknown", "padding")}
     if wrong := [f"{name} {i}" for name, i in ids.items() if i is not None and not 0 <= i < len(tokens)]:
