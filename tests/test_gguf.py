@@ -261,7 +261,9 @@ def llama3_factors(base: float, dim: int, scaling: dict) -> np.ndarray:
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         smooth = (length / wavelength - low) / (high - low)
         between = 1 / ((1 - smooth) / scaling["factor"] + smooth)
-        factors.append(1.0 if wavelength < length / high else scaling["factor"] if wavelength > length / low else between)
+        factors.append(
+            1.0 if wavelength < length / high else scaling["factor"] if wavelength > length / low else between
+        )
     assert len(set(factors)) > 3
     return np.array(factors, np.float32)
 
@@ -345,7 +347,9 @@ def test_mixed_kinds_are_stated_layer_by_layer(tmp_path):
             data, raw_dtype = output, gguf.GGMLQuantizationType.Q6_K
         if "attn_v" in name:
             raw_dtype = gguf.GGMLQuantizationType.Q8_0
-            data = gguf.quants.quantize(weights[f"model.layers.{name.split('.')[1]}.self_attn.v_proj.weight"], raw_dtype)
+            data = gguf.quants.quantize(
+                weights[f"model.layers.{name.split('.')[1]}.self_attn.v_proj.weight"], raw_dtype
+            )
         reference(self, name, data, raw_shape, raw_dtype, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -500,7 +504,7 @@ def test_an_architecture_that_mlx_lm_lacks_is_named(tmp_path):
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    with pytest.raises(slowft.SlowftError, match="architecture rwkv6; those that can be converted are cohere2, "):
+    with pytest.raises(slowft.SlowftError, match="architecture rwkv6; convertible are cohere2, "):
         ours.convert(tmp_path / "m.gguf", tmp_path / "out")
 
 
@@ -518,7 +522,8 @@ def test_nothing_is_overwritten_and_a_full_disk_is_seen_first(small, tmp_path, m
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path):
     config = BASE | {"model_type": "llama"}
-    file = write(tmp_path / "m.gguf", "llama", config, random_model(config)[1], tokenizer=lambda w, n: byte_tokenizer(w, n + 5))
+    weights = random_model(config)[1]
+    file = write(tmp_path / "m.gguf", "llama", config, weights, tokenizer=lambda w, n: byte_tokenizer(w, n + 5))
     with pytest.raises(slowft.SlowftError, match="the tokenizer has 101 token ids, the embedding 96 rows"):
         ours.convert(file, tmp_path / "out")
 

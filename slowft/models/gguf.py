@@ -1,7 +1,7 @@
 """A GGUF file -> an ordinary mlx-lm model directory, weights repacked exactly, tokenizer included.
 
 Comes in: a file of one of `gguf_architectures.ARCHITECTURES`, of any size. Goes out: config.json, model.safetensors,
-tokenizer files, put in place all at once. Tensors pass through a piece at a time; no more of the file is ever in memory.
+tokenizer files, put in place all at once. Tensors pass through a piece at a time; no more is ever in memory.
 
 No value changes: a block of Q4_0, Q4_1, Q5_0, Q5_1 or Q8_0 is an affine group of 32 in MLX, one of MXFP4 is MLX's
 own, and F32, F16 and BF16 stay what they are. (`mx.load` reads a whole file into memory, and BF16 as float16.)

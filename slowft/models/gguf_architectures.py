@@ -1,7 +1,7 @@
 """What a GGUF architecture is called in mlx-lm: its configuration from the metadata, and the names of its tensors.
 
 Comes in: a file's header. Goes out: the dictionary for config.json, and for each tensor its parameter's name and how
-its values differ. The reverse of llama.cpp's conversion/*.py and gguf-py's tensor_mapping.py, from which all of this is.
+its values differ. The reverse of llama.cpp's conversion/*.py and gguf-py's tensor_mapping.py.
 """
 
 import math
@@ -191,7 +191,7 @@ def _phi3(m: Metadata) -> dict[str, Any]:
     if m.has("rope_factors_long.weight"):
         expected = math.sqrt(1 + math.log(max(m["context_length"] / original, 1.0)) / math.log(original))
         if not math.isclose(m.get("rope.scaling.attn_factor", expected), expected, rel_tol=1e-4):
-            raise ModelError(f"{m.gguf.file}: mlx-lm's phi3 scales attention otherwise for long contexts than this model")
+            raise ModelError(f"{m.gguf.file}: mlx-lm's phi3 scales attention differently from this model")
         factors = {f"{n}_factor": _floats(m, f"rope_factors_{n}.weight") for n in ("long", "short")}
         config["rope_scaling"] = {"type": "longrope", **factors}
     return config
@@ -333,7 +333,7 @@ def architecture_of(gguf: Gguf) -> Architecture:
     name = gguf.metadata.get("general.architecture")
     if name not in ARCHITECTURES:
         raise ModelError(
-            f"{gguf.file} is of architecture {name}; those that can be converted are {', '.join(sorted(ARCHITECTURES))}. "
+            f"{gguf.file} is of architecture {name}; convertible are {', '.join(sorted(ARCHITECTURES))}. "
             "Take the original model instead (safetensors)"
         )
     return ARCHITECTURES[name]

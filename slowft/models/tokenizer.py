@@ -15,8 +15,13 @@ from typing import Any
 from ..errors import DataError, ModelError
 from ..storage.gguf import Gguf
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, _UNUSED, BYTE = range(1, 7)  # kinds of pieces, in SentencePiece and in GGUF
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of pieces, in SentencePiece and in GGUF
 SPACE = "▁"
+
+
+class NotSentencePieceError(DataError):
+    """A `tokenizer.model` of another kind."""
+
 
 # --- How byte-level BPE splits text, by the name that llama.cpp has for it --------------------------------
 
@@ -32,8 +37,7 @@ _GPT2_DIGITS = (r"\p{N}", *_GPT2)
 _LLAMA3 = (_CONTRACTION + _WORD + r"|\p{N}{1,3}" + _REST,)
 _QWEN2 = (_CONTRACTION + _WORD + r"|\p{N}" + _REST,)
 _QWEN35 = (
-    _CONTRACTION
-    + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
 _GPT4O = ("|".join(f"{word}{_CONTRACTION}?" for word in _CASED) + r"|\p{N}{1,3}" + _CASED_REST,)
 _TEKKEN = ("|".join(_CASED) + r"|\p{N}" + _CASED_REST,)
@@ -144,11 +148,57 @@ def _byte_level_bpe(tokens: Sequence[str], types: Sequence[int], merges: Sequenc
 # --- SentencePiece ---------------------------------------------------------------------------------------
 
 
-def read_sentencepiece(file: Path):
-    """(Tokenizer that encodes as SentencePiece does, the names of its begin, end and unknown pieces).
+def has_sentencepiece_only(model_path: Path) -> bool:
+    """Whether a model directory has a tokenizer.model, no tokenizer.json, and no tokenizer class of its own."""
+    if (model_path / "tokenizer.json").exists() or not (model_path / "tokenizer.model").exists():
+        return False
+    return "auto_map" not in _read_json(model_path / "tokenizer_config.json")
+
+
+def write_sentencepiece_tokenizer(model_path: Path, directory: Path) -> None:
+    """Write tokenizer.json and tokenizer_config.json of a model directory that has a tokenizer.model only.
+
+    Texts begin with the begin token if tokenizer_config.json says so (`add_bos_token`), as with mlx-lm.
 
     Raises:
-        DataError: not a SentencePiece model (Llama 3's `tokenizer.model` is not one), or of a kind not known here.
+        NotSentencePieceError: see `read_sentencepiece`.
+        DataError: files that contradict each other.
+    """
+    from tokenizers import AddedToken
+
+    config, special, named_added = (
+        _read_json(model_path / name)
+        for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    )
+    added = {i: AddedToken(content, normalized=False) for content, i in named_added.items()}
+    added |= {int(i): AddedToken(**token) for i, token in config.get("added_tokens_decoder", {}).items()}
+    tokenizer, named = read_sentencepiece(model_path / "tokenizer.model", added)
+    config = named | special | config
+    begin, end = (_content(config.get(f"{name}_token")) for name in ("bos", "eos"))
+    add_ends(tokenizer, begin if config.get("add_bos_token") else None, end if config.get("add_eos_token") else None)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=4, ensure_ascii=False) + "\n", "utf-8")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text("utf-8")) if file.exists() else {}
+    except ValueError as e:
+        raise DataError(f"{file} is not JSON ({e})") from None
+
+
+def _content(token: str | dict | None) -> str | None:
+    return token["content"] if isinstance(token, dict) else token
+
+
+def read_sentencepiece(file: Path, added: dict[int, Any] | None = None):
+    """(Tokenizer that encodes as SentencePiece does, its begin, end and unknown piece as in tokenizer_config.json).
+
+    Args:
+        added: AddedTokens by id, beyond the pieces or instead of them.
+    Raises:
+        NotSentencePieceError: it is of another kind (Llama 3's `tokenizer.model` is), or a kind not known here.
     """
     from google.protobuf.message import DecodeError
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
@@ -157,17 +207,27 @@ def read_sentencepiece(file: Path):
     try:
         model.ParseFromString(file.read_bytes())
     except (DecodeError, RuntimeError) as e:
-        raise DataError(f"{file} is not a SentencePiece model: {e}") from None
+        raise NotSentencePieceError(f"{file} is not a SentencePiece model: {e}") from None
     pieces, trained, normalizer = model.pieces, model.trainer_spec, model.normalizer_spec
     if not pieces or trained.model_type not in (trained.UNIGRAM, trained.BPE):
-        raise DataError(f"{file} is not a SentencePiece model of unigrams or BPE")
+        raise NotSentencePieceError(f"{file} is not a SentencePiece model of unigrams or BPE")
     tokens, types, scores = ([getattr(p, name) for p in pieces] for name in ("piece", "type", "score"))
+    named = {"bos_token": trained.bos_id, "eos_token": trained.eos_id, "unk_token": trained.unk_id}
+    named = {name: tokens[i] for name, i in named.items() if 0 <= i < len(tokens)}
+    for i, token in sorted((added or {}).items()):
+        missing = range(len(tokens), i + 1)
+        tokens += [f"<unused {n}>" for n in missing]
+        types += [UNUSED] * len(missing)
+        scores += [0.0] * len(missing)
+        tokens[i] = token.content
+        if types[i] != UNKNOWN:
+            types[i] = CONTROL if token.special else USER_DEFINED
     make = sentencepiece_bpe if trained.model_type == trained.BPE else _sentencepiece_unigram
     charsmap = normalizer.precompiled_charsmap
-    prefix, squeeze = normalizer.add_dummy_prefix, normalizer.remove_extra_whitespaces
-    tokenizer = make(tokens, types, scores, prefix, charsmap, squeeze)
-    named = {"bos_token": trained.bos_id, "eos_token": trained.eos_id, "unk_token": trained.unk_id}
-    return tokenizer, {name: tokens[i] for name, i in named.items() if 0 <= i < len(tokens)}
+    tokenizer = make(tokens, types, scores, normalizer.add_dummy_prefix, charsmap, normalizer.remove_extra_whitespaces)
+    for token in (added or {}).values():  # as they are described there: with spaces around, and so on
+        tokenizer.add_special_tokens([token]) if token.special else tokenizer.add_tokens([token])
+    return tokenizer, named
 
 
 def sentencepiece_bpe(

@@ -128,8 +128,8 @@ class _Header:
         known = KIND_NAMES[kind] if kind < len(KIND_NAMES) else f"type {kind}"
         if known not in KINDS:
             raise ModelError(
-                f"{self._file}: tensor {name} is {known}, which MLX has no equal of. Take the model's Q4_0, Q4_1, Q5_0, "
-                "Q5_1, Q8_0, F16 or BF16 file, or the original"
+                f"{self._file}: tensor {name} is {known}, which MLX has no equal of. Take the model's Q4_0, Q4_1, "
+                "Q5_0, Q5_1, Q8_0, F16 or BF16 file, or the original"
             )
         n, block_nbytes = KINDS[known]
         if not shape or shape[-1] % n:
