@@ -4,6 +4,7 @@ Comes in: extents of a safetensors file and the uint8 buffer they were read into
 Reads only through a `Reader`, and never decides when weights come or go.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from ..platform import DIRECT_ALIGNMENT
 from ..storage.buffers import read_buffer, reads_directly, shift
 from ..storage.index import Extent
 from ..storage.reader import ByteRange, Reader
+from . import dequantize
 
 ALIGNMENT = 64  # of every tensor in a buffer: a cache line, and enough for any dtype on a GPU
 PIECE_NBYTES = 16 << 20  # of a large tensor, read and cast at a time when it goes to memory row by row
@@ -91,6 +93,14 @@ class Packed:
 
     def build(self, raw: list[mx.array], n_rows: int | None = None) -> mx.array:
         """Dequantized in the compute dtype: the scales are cast first, as `quantized_matmul` does."""
+        kind = self.bits, self.group_size, self.mode
+        scales_dtype = getattr(mx, self.scales.dtype)
+        if dequantize.is_available(*kind, scales_dtype, self.dtype):
+            shape = self.shape if n_rows is None else (n_rows, *self.shape[1:])
+            values = mx.zeros((math.prod(shape) * self.dtype.size,), mx.uint8)
+            mx.eval(values, raw)
+            dequantize.dequantize([memoryview(part) for part in raw], *kind, scales_dtype, memoryview(values))
+            return values.view(self.dtype).reshape(shape)
         parts = []
         for bytes_, extent in zip(raw, self.extents):
             shape = extent.shape if n_rows is None else (n_rows, *extent.shape[1:])
