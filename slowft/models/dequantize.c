@@ -5,8 +5,8 @@
 #include <string.h>
 
 #if defined(__x86_64__) && defined(__GLIBC__)
-/* the best of these that the processor has is chosen when the library is loaded */
-#define FOR_EVERY_PROCESSOR __attribute__((target_clones("arch=skylake-avx512", "avx2", "default")))
+/* the better one that the processor has is chosen when the library is loaded (AVX-512 was no faster) */
+#define FOR_EVERY_PROCESSOR __attribute__((target_clones("avx2", "default")))
 #else
 #define FOR_EVERY_PROCESSOR
 #endif
@@ -30,7 +30,7 @@ INLINE float scale_at(const void *scales, int kind, size_t i) {
   return as_float(sign | 0x3f800000) * (as_float(rest) * 0x1p112f);     /* also right for subnormal ones */
 }
 
-/* `n` values (a multiple of 16) of `bits` bits each, the lowest bits first, to a byte each. */
+/* `n` values (a multiple of 32) of `bits` bits each, the lowest bits first, to a byte each. */
 INLINE void unpack(const uint8_t *packed, uint8_t *values, size_t n, const int bits) {
   if (bits == 4) { /* compilers make vectors of it */
     for (size_t i = 0; i < n / 2; i++) {
@@ -47,9 +47,9 @@ INLINE void unpack(const uint8_t *packed, uint8_t *values, size_t n, const int b
     uint64_t x = 0;
     if (bits == 1 || bits == 2) {
       memcpy(&x, packed, bits);
-    } else if (i + 8 < n) {
+    } else if ((n - i) / 8 * bits >= 8) {
       memcpy(&x, packed, 8);
-    } else { /* nothing behind the last is there to be read */
+    } else { /* nothing may be read behind the last */
       memcpy(&x, packed + bits - 8, 8);
       x >>= 64 - 8 * bits;
     }

@@ -31,9 +31,9 @@ def is_available(bits: int, group_size: int, mode: str, scales: mx.Dtype, dtype:
     """
     if dtype != mx.float32 or mx.default_device() != mx.Device(mx.cpu) or _library() is None:
         return False
-    if group_size % 16 or group_size > MAX_GROUP_SIZE:
-        return False
-    return (bits in AFFINE_BITS and scales in SCALES) if mode == "affine" else mode in ONE
+    if mode == "affine":
+        return bits in AFFINE_BITS and scales in SCALES and group_size % 32 == 0 and group_size <= MAX_GROUP_SIZE
+    return mode in ONE
 
 
 def dequantize(

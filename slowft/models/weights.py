@@ -5,6 +5,8 @@ Reads only through a `Reader`, and never decides when weights come or go.
 """
 
 import math
+import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -190,15 +192,39 @@ class Layout:
         Args:
             streams: the work of casting and dequantizing is shared out among these, evenly by bytes.
         """
-        arrays, load = [], [0] * len(streams)
-        for param, places in zip(self._params, self._places):
-            least = load.index(min(load))
-            load[least] += param.compute_nbytes
-            with mx.stream(streams[least]):
-                array = param.source.build([buffer[a:b] for a, b in places])
+        raw = [[buffer[a:b] for a, b in places] for places in self._places]
+        arrays = build_all([(param.source, parts) for param, parts in zip(self._params, raw)], streams)
+        for param, array in zip(self._params, arrays):
             param.set(array)
-            arrays.append(array)
         return arrays
+
+
+def build_all(sources: Sequence[tuple[Source, list[mx.array]]], streams: Sequence[mx.Stream]) -> list[mx.array]:
+    """The sources' arrays from their bytes, the work shared out among the streams, evenly by bytes."""
+    arrays, load = [], [0] * len(streams)
+    for source, raw in sources:
+        least = load.index(min(load))
+        load[least] += math.prod(source.shape) * source.result_dtype.size
+        with mx.stream(streams[least]):
+            arrays.append(source.build(raw))
+    return arrays
+
+
+def casting_streams() -> list[mx.Stream]:
+    """Streams to cast and dequantize on: MLX runs such work on one core per stream, so one a core on a CPU.
+
+    They belong to the calling thread.
+    """
+    device = mx.default_device()
+    if device != mx.Device(mx.cpu):
+        return [mx.default_stream(device)]
+    if not hasattr(_of_thread, "streams"):  # MLX keeps a thread for each stream until the process ends
+        others = [mx.new_stream(device) for _ in range(min(os.cpu_count() or 1, 4) - 1)]
+        _of_thread.streams = [mx.default_stream(device), *others]
+    return _of_thread.streams
+
+
+_of_thread = threading.local()
 
 
 def _up(n: int, multiple: int) -> int:

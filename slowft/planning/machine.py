@@ -16,7 +16,9 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 
 from .. import platform
+from ..models.weights import Packed, build_all, casting_streams
 from ..storage.buffers import read_buffer, shift
+from ..storage.index import Extent
 from ..storage.reader import ByteRange, Reader
 
 STREAM_NBYTES = 40 << 20  # of each array that is read or written: more than glibc ever keeps for itself (32 MB)
@@ -26,7 +28,7 @@ DEPTHS = (1, 2, 4)  # requests in flight, tried in turn
 WORTH_IT = 1.05  # times as fast as with fewer in flight
 TELLING_NBYTES = 1 << 20  # less than this to read says nothing about a drive
 FUNCTION_VALUES = 1 << 20
-DEQUANTIZED_NBYTES = 8 << 20
+DEQUANTIZED_NBYTES, DEQUANTIZED_AT_ONCE = 8 << 20, 4
 EXPERT_NBYTES = 48 << 20  # of a matrix, at most: more than processors' caches hold
 
 
@@ -69,14 +71,13 @@ class Machine:
         return self.matmul_flops_per_s, self.bytes_per_s, self.functions_per_s
 
     def dequantize_s_per_byte(self, bits: int, group_size: int, mode: str) -> float:
-        """Seconds per byte put out when weights are dequantized on arrival, which takes up to four cores.
+        """Seconds per byte put out when a block's weights are dequantized on arrival, on all the cores that takes.
 
         Measured when it is first asked for; 0 of a machine that was not measured.
         """
         if self.compute_dtype is None:
             return 0.0
-        seconds = _dequantize_s_per_byte(bits, group_size, mode, getattr(mx, self.compute_dtype))
-        return seconds / min(self.cores, 4)
+        return _dequantize_s_per_byte(bits, group_size, mode, getattr(mx, self.compute_dtype))
 
     def gather_mm_s_per_byte(self, rows: int, columns: int, is_transposed: bool) -> float:
         """Seconds per byte of experts' matrices `[rows, columns]` that are multiplied by row after row.
@@ -124,17 +125,26 @@ def measure(compute_dtype: mx.Dtype, files: Sequence[str], seconds: float = 1.5)
 
 @functools.cache
 def _dequantize_s_per_byte(bits: int, group_size: int, mode: str, dtype: mx.Dtype) -> float:
-    """Seconds per byte put out by `mx.dequantize` to `dtype`, on one core, in memory that is in use already."""
+    """Seconds per byte put out in `dtype` as a block's weights arrive: together, in memory that is in use already."""
     columns = 2048
     weight = mx.random.normal((DEQUANTIZED_NBYTES // dtype.size // columns, columns), key=mx.random.key(0))
-    quantized = mx.quantize(weight.astype(dtype), group_size=group_size, bits=bits, mode=mode)
-    mx.eval(quantized)
+    parts = mx.quantize(weight.astype(mx.bfloat16), group_size=group_size, bits=bits, mode=mode)
+    stored = [part.reshape(-1).view(mx.uint8) for part in parts]
+    mx.eval(stored)
+    extents = [
+        Extent("", "", 0, a.nbytes, str(part.dtype).rsplit(".", 1)[-1], part.shape) for a, part in zip(stored, parts)
+    ]
+    biases = extents[2] if len(extents) > 2 else None
+    source = Packed(extents[0], extents[1], biases, group_size, bits, mode, dtype)
+    nbytes = DEQUANTIZED_AT_ONCE * DEQUANTIZED_NBYTES
+    del weight, parts
 
-    def dequantize() -> mx.array:
-        return mx.dequantize(*quantized, group_size=group_size, bits=bits, mode=mode, dtype=dtype)
+    def arrive() -> list[mx.array]:
+        return build_all([(source, stored)] * DEQUANTIZED_AT_ONCE, streams)
 
-    with _cache_limit(8 * DEQUANTIZED_NBYTES):
-        return _best(dequantize, 0.05) / DEQUANTIZED_NBYTES
+    streams = casting_streams()
+    with _cache_limit(nbytes):  # as between blocks
+        return _best(arrive, 0.05) / nbytes
 
 
 @functools.cache
@@ -176,7 +186,7 @@ def _cache_limit(nbytes: int) -> Iterator[None]:
         mx.set_cache_limit(previous)
 
 
-def _best(function: Callable[[], mx.array], seconds: float) -> float:
+def _best(function: Callable[[], mx.array | list[mx.array]], seconds: float) -> float:
     """The least seconds one evaluation takes, of at least three and as many as go into `seconds`.
 
     The first is not counted: it wakes devices and loads kernels. Other work on the machine only ever adds.

@@ -5,8 +5,6 @@ from the order in which a step visits the blocks. Knows nothing of gradients.
 """
 
 import itertools
-import os
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -15,7 +13,7 @@ import mlx.core as mx
 
 from .. import tracing
 from ..models.seams import Unit
-from ..models.weights import Layout, read_rows, read_whole
+from ..models.weights import Layout, casting_streams, read_rows, read_whole
 from ..storage.cache import BlockCache
 from ..storage.reader import Reader
 from .threads import Worker
@@ -34,7 +32,7 @@ class Residency:
         self._head: list[Unit] = []  # outside layers that are read together, as one more block
         self._stream([])
         self._thread = Worker("slowft-compute")
-        self._streams = self._thread.run(_streams)
+        self._streams = self._thread.run(casting_streams)
         self._order: list[int] = []
         self._position = -1
         self._outside: list[Unit] = []  # large layers outside the blocks whose weights are in place now
@@ -217,17 +215,3 @@ class Residency:
                 self._position = place
                 return itertools.islice(itertools.cycle(self._order), place + 1, None)
         return iter(())
-
-
-_of_thread = threading.local()
-
-
-def _streams() -> list[mx.Stream]:
-    """Streams to cast and dequantize on: MLX runs such work on one core per stream, so one a core on a CPU."""
-    device = mx.default_device()
-    if device != mx.Device(mx.cpu):
-        return [mx.default_stream(device)]
-    if not hasattr(_of_thread, "streams"):  # threads, and MLX's streams with them, are used again
-        others = [mx.new_stream(device) for _ in range(min(os.cpu_count() or 1, 4) - 1)]
-        _of_thread.streams = [mx.default_stream(device), *others]
-    return _of_thread.streams
