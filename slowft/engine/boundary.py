@@ -76,7 +76,9 @@ class Boundary:
         """What each parameter below the boundary is computed in."""
         below = [unit for units in self._cut.outside.values() for unit in units]
         below += [self._cut.blocks[index] for index in self._cut.order[:position]]
-        return [f"{p.name} {type(p.source).__name__} {p.source.result_dtype}" for unit in below for p in unit.params]
+        params = [p for unit in below for p in unit.params]
+        kinds = [getattr(p.source, "kind", "") for p in params]
+        return [f"{p.name} {type(p.source).__name__} {k} {p.source.result_dtype}" for p, k in zip(params, kinds)]
 
 
 def why_not(cut: Cut, position: int, trained_outside: bool) -> str | None:

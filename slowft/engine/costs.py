@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 
 from ..errors import PlanError
 from ..models.seams import FLOATS, Probe, Unit, Use, trainable_entries
-from ..models.weights import Packed, placeholder
+from ..models.weights import Packed, Rounded, placeholder
 from ..planning import graph
 from ..planning.graph import Cost, CostUnknown
 from ..planning.job import Cut, Job, Product, Visit
@@ -72,8 +72,10 @@ class Costing:
             forward, backward, products, backward_kept = seen[key]
             trainable = sum(owner[k].nbytes for _, owner, k in trained[index])
             copied = all(p.source.is_copied for p in unit.params)
-            sizes = index, unit.nbytes, unit.compute_nbytes, copied, _dequantized(unit), trainable
-            visits.append(Visit(*sizes, forward, backward, products, backward_kept))
+            sizes = index, unit.nbytes, unit.compute_nbytes, copied
+            kinds = _nbytes_by_kind(unit, Packed), _nbytes_by_kind(unit, Rounded)
+            held = sum(p.source.held_nbytes for p in unit.params)
+            visits.append(Visit(*sizes, *kinds, held, trainable, forward, backward, products, backward_kept))
             hidden = args[0]
             for _, leaf in tree_flatten([list(args[1:]), kwargs]):
                 if isinstance(leaf, mx.array):
@@ -243,12 +245,11 @@ def _signature(unit: Unit) -> str:
     return str((arrays, adapters, settings, trainable))
 
 
-def _dequantized(unit: Unit) -> dict[tuple[int, int, str], int]:
+def _nbytes_by_kind(unit: Unit, source_class: type) -> dict[tuple[int, int, str], int]:
     nbytes: dict[tuple[int, int, str], int] = {}
     for param in unit.params:
-        if isinstance(source := param.source, Packed):
-            kind = source.bits, source.group_size, source.mode
-            nbytes[kind] = nbytes.get(kind, 0) + param.compute_nbytes
+        if isinstance(source := param.source, source_class):
+            nbytes[source.kind] = nbytes.get(source.kind, 0) + param.compute_nbytes
     return nbytes
 
 

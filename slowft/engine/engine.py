@@ -481,6 +481,8 @@ class Engine:
         self.schedule = schedule
         tail = [self.cut.blocks[index] for index in dict.fromkeys(order[len(order) - schedule.tail :])]
         self._residency.keep_whole([*tail, *(self.cut.head if schedule.keep_head else ())])
+        below = [block for index in order[::-1] if (block := self.cut.blocks[index]) not in tail]
+        self._residency.keep_held(list(dict.fromkeys(below))[: schedule.packed])
         head = self.cut.head if schedule.head_ahead else ()
         self._residency.resize(schedule.slots, schedule.resident_nbytes, schedule.reads_in_flight, head)
         for unit in self.cut.blocks:

@@ -58,10 +58,18 @@ class Plain:
         """Whether the built array has memory of its own, apart from the bytes it was built from."""
         return self.result_dtype != getattr(mx, self.extent.dtype)
 
-    def build(self, raw: list[mx.array], n_rows: int | None = None) -> mx.array:
-        """The array, from the flat uint8 bytes of its extents (of `n_rows` entries of the first axis, if given)."""
-        shape = self.shape if n_rows is None else (n_rows, *self.shape[1:])
-        return _as_array(raw[0], self.extent, shape).astype(self.result_dtype)
+    @property
+    def held_nbytes(self) -> int:
+        """Bytes of what `hold` returns."""
+        return self.extent.nbytes
+
+    def hold(self, raw: list[mx.array], n_rows: int | None = None) -> list[mx.array]:
+        """What `build` takes, from the flat uint8 bytes of the extents."""
+        return raw
+
+    def build(self, held: list[mx.array], n_rows: int | None = None) -> mx.array:
+        """The array, from what is held of its extents (of `n_rows` entries of the first axis, if given)."""
+        return _as_array(held[0], self.extent, _shape(self, n_rows)).astype(self.result_dtype)
 
 
 @dataclass(frozen=True)
@@ -93,28 +101,91 @@ class Packed:
     def is_copied(self) -> bool:
         return True
 
-    def build(self, raw: list[mx.array], n_rows: int | None = None) -> mx.array:
-        """Dequantized in the compute dtype: the scales are cast first, as `quantized_matmul` does."""
-        kind = self.bits, self.group_size, self.mode
-        scales_dtype = getattr(mx, self.scales.dtype)
-        if dequantize.is_available(*kind, scales_dtype, self.dtype):
-            shape = self.shape if n_rows is None else (n_rows, *self.shape[1:])
-            values = mx.zeros((math.prod(shape) * self.dtype.size,), mx.uint8)
-            mx.eval(values, raw)
-            dequantize.dequantize([memoryview(part) for part in raw], *kind, scales_dtype, memoryview(values))
-            return values.view(self.dtype).reshape(shape)
-        parts = []
-        for bytes_, extent in zip(raw, self.extents):
-            shape = extent.shape if n_rows is None else (n_rows, *extent.shape[1:])
-            part = _as_array(bytes_, extent, shape)
-            parts.append(part.astype(self.dtype) if _is_float(part.dtype) else part)
-        weight, scales, *biases = parts
-        return mx.dequantize(
-            weight, scales, biases[0] if biases else None, self.group_size, self.bits, self.mode, dtype=self.dtype
-        )
+    @property
+    def kind(self) -> tuple[int, int, str]:
+        return self.bits, self.group_size, self.mode
+
+    @property
+    def held_nbytes(self) -> int:
+        return sum(e.nbytes for e in self.extents)
+
+    def hold(self, raw: list[mx.array], n_rows: int | None = None) -> list[mx.array]:
+        return raw
+
+    def build(self, held: list[mx.array], n_rows: int | None = None) -> mx.array:
+        parts = [_as_array(part, extent, _shape(extent, n_rows)) for part, extent in zip(held, self.extents)]
+        return _dequantized(parts, *self.kind, self.dtype)
 
 
-Source = Plain | Packed
+@dataclass(frozen=True)
+class Rounded:
+    """A weight stored in 16 or 32 bits a value, used as quantizing and dequantizing leave it.
+
+    Held packed, it takes a fraction of its bytes on disk.
+    """
+
+    extent: Extent
+    bits: int
+    group_size: int
+    dtype: mx.Dtype
+    mode = "affine"
+
+    @property
+    def extents(self) -> tuple[Extent, ...]:
+        return (self.extent,)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.extent.shape
+
+    @property
+    def result_dtype(self) -> mx.Dtype:
+        return self.dtype
+
+    @property
+    def is_copied(self) -> bool:
+        return True
+
+    @property
+    def kind(self) -> tuple[int, int, str]:
+        return self.bits, self.group_size, self.mode
+
+    @property
+    def held_nbytes(self) -> int:
+        n_values = math.prod(self.shape)
+        return n_values * self.bits // 8 + 2 * n_values // self.group_size * getattr(mx, self.extent.dtype).size
+
+    def hold(self, raw: list[mx.array], n_rows: int | None = None) -> list[mx.array]:
+        weight = _as_array(raw[0], self.extent, _shape(self, n_rows))
+        return list(mx.quantize(weight, group_size=self.group_size, bits=self.bits, mode=self.mode))
+
+    def build(self, held: list[mx.array], n_rows: int | None = None) -> mx.array:
+        return _dequantized(held, *self.kind, self.dtype)
+
+
+Source = Plain | Packed | Rounded
+
+
+def _shape(of: "Extent | Source", n_rows: int | None) -> tuple[int, ...]:
+    return of.shape if n_rows is None else (n_rows, *of.shape[1:])
+
+
+def _dequantized(parts: list[mx.array], bits: int, group_size: int, mode: str, dtype: mx.Dtype) -> mx.array:
+    """In the compute dtype, to which scales and biases are cast first, as `quantized_matmul` does.
+
+    Args:
+        parts: packed weight, scales and, of mode "affine", biases.
+    """
+    weight, scales, *biases = parts
+    if not dequantize.is_available(bits, group_size, mode, scales.dtype, dtype):
+        weight, *others = (part.astype(dtype) if _is_float(part.dtype) else part for part in parts)
+        return mx.dequantize(weight, *others, group_size=group_size, bits=bits, mode=mode, dtype=dtype)
+    shape = (*weight.shape[:-1], weight.shape[-1] * 32 // bits)
+    values = mx.zeros((math.prod(shape) * dtype.size,), mx.uint8)
+    stored = [part.reshape(-1).view(mx.uint8) for part in parts]
+    mx.eval(values, stored)
+    dequantize.dequantize([memoryview(s) for s in stored], bits, group_size, mode, scales.dtype, memoryview(values))
+    return values.view(dtype).reshape(shape)
 
 
 @dataclass
@@ -190,24 +261,42 @@ class Layout:
         """Put every parameter in its module, built lazily from the filled `buffer`. Returns the arrays.
 
         Args:
-            streams: the work of casting and dequantizing is shared out among these, evenly by bytes.
+            streams: the work of casting, quantizing and dequantizing is shared out among these, evenly by bytes.
         """
         raw = [[buffer[a:b] for a, b in places] for places in self._places]
-        arrays = build_all([(param.source, parts) for param, parts in zip(self._params, raw)], streams)
+        sources = [param.source for param in self._params]
+        return self.put(hold_all(sources, raw, streams), streams)
+
+    def put(self, held: Sequence[list[mx.array]], streams: Sequence[mx.Stream]) -> list[mx.array]:
+        """The same from what is held of each parameter."""
+        arrays = build_all([param.source for param in self._params], held, streams)
         for param, array in zip(self._params, arrays):
             param.set(array)
         return arrays
 
 
-def build_all(sources: Sequence[tuple[Source, list[mx.array]]], streams: Sequence[mx.Stream]) -> list[mx.array]:
-    """The sources' arrays from their bytes, the work shared out among the streams, evenly by bytes."""
-    arrays, load = [], [0] * len(streams)
-    for source, raw in sources:
+def hold_all(sources: Sequence[Source], raw: Sequence[list[mx.array]], streams: Sequence[mx.Stream]) -> list:
+    """What is held of each source, from its bytes."""
+    held = _on_streams(sources, raw, streams, lambda source, parts: source.hold(parts))
+    if any(isinstance(source, Rounded) for source in sources):
+        mx.eval(held)  # together, or each would be waited for in turn
+    return held
+
+
+def build_all(sources: Sequence[Source], held: Sequence[list[mx.array]], streams: Sequence[mx.Stream]) -> list:
+    """Each source's array, from what is held of it."""
+    return _on_streams(sources, held, streams, lambda source, parts: source.build(parts))
+
+
+def _on_streams(sources: Sequence[Source], parts: Sequence[list[mx.array]], streams, work: Callable) -> list:
+    """`work` of each source and its parts, shared out among the streams, evenly by bytes."""
+    results, load = [], [0] * len(streams)
+    for source, part in zip(sources, parts):
         least = load.index(min(load))
         load[least] += math.prod(source.shape) * source.result_dtype.size
         with mx.stream(streams[least]):
-            arrays.append(source.build(raw))
-    return arrays
+            results.append(work(source, part))
+    return results
 
 
 def casting_streams() -> list[mx.Stream]:
@@ -279,7 +368,7 @@ def read_rows(reader: Reader, source: Source, rows: list[int]) -> mx.array:
                 span += 1
             positions.append(starts[span] // n + row - spans[span][0])
         raw.append(buffer.reshape(-1, n)[mx.array(positions)].reshape(-1))
-    array = source.build(raw, n_rows=len(rows))
+    array = source.build(source.hold(raw, len(rows)), n_rows=len(rows))
     mx.eval(array)
     return array
 
@@ -294,7 +383,7 @@ def read_whole(reader: Reader, source: Source) -> mx.array:
         reader.read_now([ByteRange(first.file, first.offset, first.nbytes, 0)], out)
     else:
         at = 0
-        for piece in _pieces(reader, source):
+        for piece in _pieces(reader, source, lambda raw, n_rows: source.build(source.hold(raw, n_rows), n_rows)):
             bytes_ = piece.reshape(-1).view(mx.uint8)
             mx.eval(bytes_)
             out[at : at + bytes_.nbytes] = memoryview(bytes_)
@@ -304,23 +393,34 @@ def read_whole(reader: Reader, source: Source) -> mx.array:
     return array
 
 
-def _pieces(reader: Reader, source: Source) -> Iterator[mx.array]:
-    """The parameter's rows, some at a time, built; the next ones are read while the caller uses these."""
+def read_held(reader: Reader, source: Source) -> list[mx.array]:
+    """What is held of the whole parameter, evaluated; read, and quantized if it is to be, in pieces."""
+    held = []
+    for piece in _pieces(reader, source, source.hold):
+        mx.eval(piece)
+        held.append(piece)
+    whole = [mx.concatenate(parts) for parts in zip(*held)]
+    mx.eval(whole)
+    return whole
+
+
+def _pieces(reader: Reader, source: Source, work: Callable) -> Iterator:
+    """`work` of the bytes of the parameter's rows, some at a time; the next are read while the caller uses these."""
     if not source.shape:
-        yield _start_rows(reader, source, None)()
+        yield _start_rows(reader, source, None, work)()
         return
     n_rows = source.shape[0]
     step = max(1, PIECE_NBYTES // max(sum(e.row_nbytes for e in source.extents), 1))
     ahead = None
     for start in range(0, n_rows, step):
-        piece = ahead or _start_rows(reader, source, range(start, min(start + step, n_rows)))
+        piece = ahead or _start_rows(reader, source, range(start, min(start + step, n_rows)), work)
         following = range(start + step, min(start + 2 * step, n_rows))
-        ahead = _start_rows(reader, source, following) if following else None
+        ahead = _start_rows(reader, source, following, work) if following else None
         yield piece()
 
 
-def _start_rows(reader: Reader, source: Source, rows: range | None) -> Callable[[], mx.array]:
-    """Start reading consecutive rows (None: all of a scalar); the returned function waits and builds them."""
+def _start_rows(reader: Reader, source: Source, rows: range | None, work: Callable) -> Callable:
+    """Start reading consecutive rows (None: all of a scalar); the returned function waits and does `work` on them."""
     buffers, reads = [], []
     for e in source.extents:
         first, nbytes = (0, e.nbytes) if rows is None else (rows.start * e.row_nbytes, len(rows) * e.row_nbytes)
@@ -329,9 +429,9 @@ def _start_rows(reader: Reader, source: Source, rows: range | None) -> Callable[
         buffers.append(buffer[at : at + nbytes])
         reads.append(reader.submit([ByteRange(e.file, e.offset + first, nbytes, at)], memoryview(buffer)))
 
-    def build() -> mx.array:
+    def finish():
         for read in reads:
             reader.wait(read)
-        return source.build(buffers, None if rows is None else len(rows))
+        return work(buffers, None if rows is None else len(rows))
 
-    return build
+    return finish

@@ -216,7 +216,10 @@ class Planner:
         yield plan
         if base.spilled or base.tail == len(job.visits):
             return
-        for order in ((self._keep_products, self._keep_blocks), (self._keep_blocks, self._keep_products)):
+        orders = [(self._keep_products, self._keep_blocks), (self._keep_blocks, self._keep_products)]
+        if any(visit.rounded for visit in job.visits):
+            orders += [(self._keep_packed, self._keep_products), (self._keep_products, self._keep_packed)]
+        for order in orders:
             filled = base
             for fill in order:
                 filled = fill(job, filled, (limit - self._memory(job, filled, False)[0]) / (1 + SLACK_SHARE))
@@ -227,6 +230,12 @@ class Planner:
         sizes = [visit.stored_nbytes for visit in _streamed_blocks(job, schedule)]
         nbytes = int(min(room, sum(sizes)))
         return replace(schedule, resident_nbytes=nbytes) if nbytes >= min(sizes) else schedule
+
+    def _keep_packed(self, job: Job, schedule: Schedule, room: float) -> Schedule:
+        """As many blocks held packed as there is room for; what is left goes to others as they lie on disk."""
+        sizes = [visit.held_nbytes for visit in _streamed_blocks(job, schedule)[::-1]]
+        n = sum(total <= room for total in itertools.accumulate(sizes))
+        return replace(schedule, packed=n) if n else schedule
 
     def _keep_products(self, job: Job, schedule: Schedule, room: float) -> Schedule:
         """Products by seconds saved per byte over all blocks, as many as there is room for."""
@@ -282,6 +291,7 @@ class Planner:
             "tail and head": whole,
             "block buffers": slots,
             "resident blocks": stream - slots,
+            "packed blocks": sum(v.held_nbytes for v in _packed_blocks(job, s)),
             "trace": trace,
         }
         cache = _cache_nbytes(job, s)
@@ -300,7 +310,7 @@ class Planner:
         if not (s.keep_head or s.head_ahead):
             head_weights += min(job.head_stored_nbytes, PIECE_NBYTES)
         # while the head computes, the cache holds no more than what the last block's weights left
-        cast = max((v.compute_nbytes for v in _streamed_blocks(job, s) if v.is_copied), default=cache)
+        cast = max((v.compute_nbytes for v in _blocks_below_tail(job, s) if v.is_copied), default=cache)
         phases = [
             {
                 "buffer cache": min(cache, cast),
@@ -311,6 +321,7 @@ class Planner:
                 "gradients": 0,
             }
         ]
+        packed = {visit.block for visit in _packed_blocks(job, s)}
         margin = 1 if job.cut.mlp_tokens is None else PIECES_MARGIN
         gradients = sum(v.trainable_nbytes for v in _tail_blocks(job, s))
         for position in reversed(range(n)):
@@ -327,7 +338,8 @@ class Planner:
                         "buffer cache": cache,
                         "activations": stored(position) if is_backward else stored(position) + job.hidden_nbytes,
                         "kept products": sum(kept[: position + 1]),
-                        "weights": visit.compute_nbytes if visit.is_copied else 0,
+                        "weights": (visit.compute_nbytes if visit.is_copied else 0)
+                        + (visit.held_nbytes if visit.rounded and visit.block not in packed else 0),
                         "computing": int(margin * computing.peak_nbytes) + 2 * job.hidden_nbytes,
                         "gradients": gradients if is_backward else 0,
                     }
@@ -343,9 +355,8 @@ class Planner:
 
     def _reads(self, job: Job, s: Schedule) -> tuple[int, int]:
         """(bytes read per step in all, of them the head's, which nothing hides)."""
-        n = len(job.visits) - s.tail
-        tail = {v.block for v in job.visits[n:]}
-        sizes = [v.stored_nbytes for v in job.visits[:n] if v.block not in tail]
+        streamed = {v.block for v in _streamed_blocks(job, s)}
+        sizes = [v.stored_nbytes for v in job.visits if v.block in streamed]
         order = [*range(len(sizes)), *(i for i in reversed(range(len(sizes))) if i >= job.lowest_trained)]
         if s.head_ahead:
             order.insert(len(sizes), len(sizes))
@@ -357,6 +368,7 @@ class Planner:
     def _compute(self, job: Job, s: Schedule, exact: bool) -> float:
         n, m = len(job.visits) - s.tail, job.micro_batches
         names = s.kept + ((),) * (n - len(s.kept))
+        packed = {visit.block for visit in _packed_blocks(job, s)}
         cache = s.cache_nbytes or 0
         fresh = 1 - min(cache / max(_workspace(job), 1), 1)
         seconds = 0.0
@@ -370,7 +382,7 @@ class Planner:
                     if product.name in chosen:
                         backward -= self._seconds(visit.backward) - self._seconds(product.backward)
                 of_micro_batch += backward
-            seconds += m * of_micro_batch + passes * self._arrival(visit)
+            seconds += m * of_micro_batch + passes * self._arrival(visit, visit.block in packed)
         head_peak, head_s, head_moved = self._head(job, s.tail, s.head_tokens, exact)
         fresh = 1 - min(cache / max(head_peak, 1), 1)
         seconds += m * (head_s + fresh * ALLOCATION_SHARE * head_moved * self.machine.page_s_per_byte)
@@ -378,14 +390,16 @@ class Planner:
             seconds += job.head_compute_nbytes / self.machine.cast_bytes_per_s
         return seconds
 
-    def _arrival(self, visit: Visit) -> float:
-        """Seconds to cast or dequantize a block's weights."""
-        if not visit.is_copied:
-            return 0.0
-        cast = visit.compute_nbytes - sum(visit.dequantized.values())
-        seconds = cast / self.machine.cast_bytes_per_s
-        for kind, nbytes in visit.dequantized.items():
+    def _arrival(self, visit: Visit, is_packed: bool) -> float:
+        """Seconds to cast, quantize or dequantize a block's weights."""
+        unpacked = [*visit.dequantized.items(), *visit.rounded.items()]
+        seconds = 0.0
+        if visit.is_copied:
+            seconds += (visit.compute_nbytes - sum(n for _, n in unpacked)) / self.machine.cast_bytes_per_s
+        for kind, nbytes in unpacked:
             seconds += nbytes * self.machine.dequantize_s_per_byte(*kind)
+        for (bits, group_size, _), nbytes in visit.rounded.items():
+            seconds += 0.0 if is_packed else nbytes * self.machine.quantize_s_per_byte(bits, group_size)
         return seconds
 
     def _seconds(self, cost, fresh: float = 0.0) -> float:
@@ -444,7 +458,7 @@ def _tail_blocks(job: Job, s: Schedule) -> list:
     return list({visit.block: visit for visit in visits}.values())
 
 
-def _streamed_blocks(job: Job, s: Schedule) -> list:
+def _blocks_below_tail(job: Job, s: Schedule) -> list:
     tail = {visit.block for visit in _tail_blocks(job, s)}
     return list({visit.block: visit for visit in job.visits if visit.block not in tail}.values())
 
@@ -452,6 +466,15 @@ def _streamed_blocks(job: Job, s: Schedule) -> list:
 def _streamed_nbytes(job: Job, s: Schedule) -> list[int]:
     """Sizes of what goes through the block buffers."""
     return [v.stored_nbytes for v in _streamed_blocks(job, s)] + [job.head_stored_nbytes] * s.head_ahead
+def _packed_blocks(job: Job, s: Schedule) -> list:
+    """The last ones: the backward pass comes back for them."""
+    below = _blocks_below_tail(job, s)
+    return below[len(below) - s.packed :]
+
+
+def _streamed_blocks(job: Job, s: Schedule) -> list:
+    below = _blocks_below_tail(job, s)
+    return below[: len(below) - s.packed]
 
 
 def _whole_blocks(job: Job, s: Schedule) -> int:

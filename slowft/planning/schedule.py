@@ -14,6 +14,7 @@ class Schedule:
         slots: buffers for blocks on their way. With 2 the next block is read while the present one computes; with 1
             too where bytes are cast on arrival, which leaves the buffer to the next block; else it waits.
         resident_nbytes: of blocks as they lie on disk, kept between visits beyond the slots.
+        packed: the last blocks below the tail that are kept in memory quantized (see `resident_bits` of `open_model`).
         tail: the last visits to blocks that form one graph with the head, their weights in memory for good.
         keep_head: the head's layers stay in memory.
         head_ahead: they are read ahead like one more block, through the same buffers; else in pieces when they are used.
@@ -31,6 +32,7 @@ class Schedule:
 
     slots: int = 2
     resident_nbytes: int = 0
+    packed: int = 0
     tail: int = 0
     keep_head: bool = False
     head_ahead: bool = False

@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from .. import tracing
 from ..models.seams import Unit
-from ..models.weights import Layout, casting_streams, read_rows, read_whole
+from ..models.weights import Layout, casting_streams, read_held, read_rows, read_whole
 from ..storage.cache import BlockCache
 from ..storage.reader import Reader
 from .threads import Worker
@@ -37,6 +37,7 @@ class Residency:
         self._position = -1
         self._outside: list[Unit] = []  # large layers outside the blocks whose weights are in place now
         self._whole: dict[Unit, list[mx.array]] = {}  # units whose weights, ready to compute with, stay in memory
+        self._held: dict[Unit, list[list[mx.array]]] = {}  # of blocks that stay in memory packed: each param's parts
         self.compute_s = 0.0
         self.cache_nbytes = mx.set_cache_limit(0)  # of freed buffers that MLX keeps while a block is computed
         mx.set_cache_limit(self.cache_nbytes)
@@ -53,9 +54,9 @@ class Residency:
 
     def expect(self, forward: Sequence[int], backward: Sequence[int] = ()) -> None:
         """From now on blocks are visited in this order (indices), and the head between the two, again and again."""
-        whole = {unit.index for unit in self._whole}
+        in_memory = {unit.index for unit in [*self._whole, *self._held]}
         head = [len(self._blocks)] if self._head else []
-        order = [index for index in [*forward, *head, *backward] if index not in whole]
+        order = [index for index in [*forward, *head, *backward] if index not in in_memory]
         if order != self._order:
             self._order, self._position = order, -1
 
@@ -69,6 +70,17 @@ class Residency:
                     lambda unit=unit: [read_whole(self.reader, param.source) for param in unit.params]
                 )
         self._thread.run(mx.clear_cache)  # of the pieces that were cast: of no size that a step asks for
+
+    def keep_held(self, blocks: Sequence[Unit]) -> None:
+        """Keep these blocks' weights in memory, packed, and no others'."""
+        for unit in [unit for unit in self._held if unit not in blocks]:
+            self._thread.run(lambda unit=unit: self._held.pop(unit))
+        for unit in blocks:
+            if unit not in self._held:
+                self._held[unit] = self._thread.run(
+                    lambda unit=unit: [read_held(self.reader, param.source) for param in unit.params]
+                )
+        self._thread.run(mx.clear_cache)
 
     def resize(self, slots: int, resident_nbytes: int, reads_in_flight: int, head: Sequence[Unit] = ()) -> None:
         """Stream blocks through `slots` buffers, and keep `resident_nbytes` more of them between visits.
@@ -95,10 +107,11 @@ class Residency:
             return self.with_outside([lambda job=job: (self.bring(unit), job())[1] for job in jobs])
 
         def work():
-            buffer = self._cache.take(unit.index, self._upcoming(unit.index))
+            held, layout = self._held.get(unit), self._layouts[unit.index]
+            buffer = None if held else self._cache.take(unit.index, self._upcoming(unit.index))
             try:
                 with tracing.span("cast", unit.name, bytes=unit.compute_nbytes):
-                    arrays = self._layouts[unit.index].fill(buffer, self._streams)
+                    arrays = layout.put(held, self._streams) if held else layout.fill(buffer, self._streams)
                     unit.restore_constants()
                     mx.eval(arrays)
                 mx.set_cache_limit(self.cache_nbytes)
@@ -192,6 +205,7 @@ class Residency:
         if not self.is_open:
             return
         self._thread.run(self._whole.clear)
+        self._thread.run(self._held.clear)
         self._thread.run(self._cache.clear)
         self._thread.close()
         self.reader.close()

@@ -67,6 +67,13 @@ class TrainConfig:
             "kept in memory is planned to fill it."
         },
     )
+    resident_bits: int | None = field(
+        default=None,
+        metadata={
+            "help": "4 or 8: blocks may stay in memory in so many bits (affine, groups of 64), so that more of them do. "
+            "Changes the numbers: all blocks' weights are rounded so."
+        },
+    )
     spill_dir: str | None = field(
         default=None,
         metadata={"help": "Where activations go that memory has no room for; by default the user's cache directory."},
@@ -144,6 +151,8 @@ class TrainConfig:
             hint = " (mlx-lm's scale is alpha / rank)" if "alpha" in unknown else ""
             names = ", ".join(sorted(map(str, unknown)))
             raise ConfigError(f"lora_parameters has no {names}; it has rank, scale, dropout, keys{hint}")
+        if self.resident_bits is not None:
+            self._check("resident_bits", int, lambda v: v in (4, 8), "4 or 8")
         if self.activation_cache == "off" and self.activation_cache_size is not None:
             raise ConfigError("--activation-cache-size has no effect with --activation-cache off. Leave one out")
         if not self.train and not self.test:
