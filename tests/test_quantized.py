@@ -29,9 +29,11 @@ from conftest import (
     reference,
     save_random,
 )
-from slowft.models import dequantize
+from slowft.models import quantized
+from slowft.models.weights import Rounded
 from slowft.planning.schedule import Schedule
 from slowft.reports.plan import choices
+from slowft.storage.index import Extent
 from slowft.storage.reader import Reader
 
 SMALL = LLAMA | {"num_hidden_layers": 2, "hidden_size": 128, "vocab_size": 128}
@@ -115,8 +117,8 @@ def in_memory_packed(directory: Path):
 def compiled():
     if sys.platform != "linux":
         pytest.skip("nothing is compiled for macOS, where GPUs multiply by packed weights")
-    if dequantize._library() is None:
-        must_run("models/dequantize.c was not compiled: pip install --editable . with a C compiler")
+    if quantized._library() is None:
+        must_run("models/quantized.c was not compiled: pip install --editable . with a C compiler")
 
 
 def random_packed(rows: int, columns: int, bits: int, group_size: int, mode: str, scales: mx.Dtype):
@@ -139,14 +141,14 @@ def test_dequantizing_in_c_equals_mlx(bits, group_size, mode, scales, compiled):
     rows, columns = 37, 768  # a number of groups that neither threads nor what is unpacked at a time divide
     packed = random_packed(rows, columns, bits, group_size, mode, scales)
     scales = packed[1].dtype
-    assert dequantize.is_available(bits, group_size, mode, scales, mx.float32)
+    assert quantized.can_dequantize(bits, group_size, mode, scales, mx.float32)
     expected = [part.astype(mx.float32) if scales != mx.uint8 and i else part for i, part in enumerate(packed)]
     expected = mx.dequantize(*expected, group_size=group_size, bits=bits, mode=mode, dtype=mx.float32)
     result = mx.full((rows, columns), 1e30)
     parts = [part.reshape(-1).view(mx.uint8) for part in packed]
     mx.eval(result, expected, parts)
     out = memoryview(result).cast("B")
-    dequantize.dequantize([memoryview(p) for p in parts], bits, group_size, mode, scales, out)
+    quantized.dequantize([memoryview(p) for p in parts], bits, group_size, mode, scales, out)
     result, expected = np.array(result), np.array(expected)
     assert np.array_equal(np.isnan(result), np.isnan(expected))
     numbers = ~np.isnan(expected)
@@ -154,18 +156,37 @@ def test_dequantizing_in_c_equals_mlx(bits, group_size, mode, scales, compiled):
     assert np.array_equal(result[numbers].view(np.uint32), expected[numbers].view(np.uint32))  # -0.0 is not 0.0
 
 
+@pytest.mark.parametrize("stored", [mx.float32, mx.float16, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantizing_in_c_equals_mlx(bits, stored, compiled):
+    mx.random.seed(0)
+    weight = mx.random.normal((37, 768)) * mx.exp(mx.random.normal((37, 1)) * 3)
+    weight[0], weight[1], weight[2] = 0.0, mx.abs(weight[1]), -mx.abs(weight[2])
+    weight[3] = mx.round(weight[3])  # halves are rounded to even
+    weight[4, :64], weight[5] = 1.5, weight[5] * 1e-9
+    weight = weight.astype(stored)
+    raw = weight.reshape(-1).view(mx.uint8)
+    mx.eval(raw)
+    source = Rounded(Extent("", "", 0, raw.size, str(stored).split(".")[-1], weight.shape), bits, 64, mx.float32)
+    assert quantized.can_quantize(*source.kind, stored)
+    for part, expected in zip(source.hold([raw]), mx.quantize(weight, 64, bits), strict=True):
+        assert part.dtype == expected.dtype
+        assert mx.array_equal(part, expected)
+
+
 def test_threads_share_the_work(compiled, monkeypatch):
-    monkeypatch.setattr(dequantize, "THREAD_VALUES", 1)
-    monkeypatch.setattr(dequantize, "_n_threads", lambda: 5)
+    monkeypatch.setattr(quantized, "THREAD_VALUES", 1)
+    monkeypatch.setattr(quantized, "_n_cores", lambda: 5)
     test_dequantizing_in_c_equals_mlx(3, 32, "affine", mx.bfloat16, None)
     test_dequantizing_in_c_equals_mlx(4, 16, "nvfp4", mx.bfloat16, None)
+    test_quantizing_in_c_equals_mlx(4, mx.bfloat16, None)
 
 
 def test_nothing_is_read_beyond_the_last_byte(compiled):
     """The packed weight ends where a page that may not be touched begins."""
     code = """
 import ctypes, mmap, numpy as np, slowft, mlx.core as mx
-from slowft.models.dequantize import dequantize
+from slowft.models.quantized import dequantize
 pages = mmap.mmap(-1, 2 * mmap.PAGESIZE)
 array = np.frombuffer(pages, np.uint8)
 ctypes.CDLL(None).mprotect(ctypes.c_void_p(array.ctypes.data + mmap.PAGESIZE), mmap.PAGESIZE, 0)
@@ -199,7 +220,7 @@ def test_gradients_equal_on_packed_weights(bits, group_size, mode, tmp_path):
 
 
 def test_gradients_equal_where_nothing_was_compiled(tmp_path, monkeypatch):
-    monkeypatch.setattr(dequantize, "_library", lambda: None)
+    monkeypatch.setattr(quantized, "_library", lambda: None)
     packed = save_quantized(tmp_path, SMALL, 3, 64, dtype=mx.float16)
     assert_gradients_equal(dequantized(packed), packed, "float32", SMALL["vocab_size"])
 

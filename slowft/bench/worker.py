@@ -47,7 +47,8 @@ def run_slowft(job: Job, told: Told, trace: str | None = None) -> dict[str, Any]
     from ..engine.budget import default_memory
     from ..reports.plan import as_dict, choices
 
-    model = slowft.open_model(job.model, memory=job.memory or default_memory())
+    memory = job.memory or default_memory()
+    model = slowft.open_model(job.model, memory=memory, resident_bits=job.resident_bits)
     mx.random.seed(0)
     model.add_lora(job.num_layers, rank=job.rank, keys=job.keys)
     model.train()

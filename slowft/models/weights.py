@@ -17,7 +17,7 @@ from ..platform import DIRECT_ALIGNMENT
 from ..storage.buffers import read_buffer, reads_directly, shift
 from ..storage.index import Extent
 from ..storage.reader import ByteRange, Reader
-from . import dequantize
+from . import quantized
 
 ALIGNMENT = 64  # of every tensor in a buffer: a cache line, and enough for any dtype on a GPU
 PIECE_NBYTES = 16 << 20  # of a large tensor, read and cast at a time when it goes to memory row by row
@@ -157,7 +157,16 @@ class Rounded:
 
     def hold(self, raw: list[mx.array], n_rows: int | None = None) -> list[mx.array]:
         weight = _as_array(raw[0], self.extent, _shape(self, n_rows))
-        return list(mx.quantize(weight, group_size=self.group_size, bits=self.bits, mode=self.mode))
+        if not quantized.can_quantize(*self.kind, weight.dtype):
+            return list(mx.quantize(weight, group_size=self.group_size, bits=self.bits, mode=self.mode))
+        *lead, columns = weight.shape
+        packed = mx.zeros((weight.size * self.bits // 8,), mx.uint8)
+        scales, biases = mx.zeros((2, *lead, columns // self.group_size), mx.float32)
+        mx.eval(packed, scales, biases, raw)
+        out = [memoryview(part).cast("B") for part in (packed, scales, biases)]
+        quantized.quantize(memoryview(raw[0]), weight.dtype, self.bits, self.group_size, *out)
+        packed = packed.view(mx.uint32).reshape(*lead, columns * self.bits // 32)
+        return [packed, scales.astype(weight.dtype), biases.astype(weight.dtype)]
 
     def build(self, held: list[mx.array], n_rows: int | None = None) -> mx.array:
         return _dequantized(held, *self.kind, self.dtype)
@@ -177,14 +186,14 @@ def _dequantized(parts: list[mx.array], bits: int, group_size: int, mode: str, d
         parts: packed weight, scales and, of mode "affine", biases.
     """
     weight, scales, *biases = parts
-    if not dequantize.is_available(bits, group_size, mode, scales.dtype, dtype):
+    if not quantized.can_dequantize(bits, group_size, mode, scales.dtype, dtype):
         weight, *others = (part.astype(dtype) if _is_float(part.dtype) else part for part in parts)
         return mx.dequantize(weight, *others, group_size=group_size, bits=bits, mode=mode, dtype=dtype)
     shape = (*weight.shape[:-1], weight.shape[-1] * 32 // bits)
     values = mx.zeros((math.prod(shape) * dtype.size,), mx.uint8)
     stored = [part.reshape(-1).view(mx.uint8) for part in parts]
     mx.eval(values, stored)
-    dequantize.dequantize([memoryview(s) for s in stored], bits, group_size, mode, scales.dtype, memoryview(values))
+    quantized.dequantize([memoryview(s) for s in stored], bits, group_size, mode, scales.dtype, memoryview(values))
     return values.view(dtype).reshape(shape)
 
 

@@ -70,8 +70,8 @@ class TrainConfig:
     resident_bits: int | None = field(
         default=None,
         metadata={
-            "help": "4 or 8: blocks may stay in memory in so many bits (affine, groups of 64), so that more of them do. "
-            "Changes the numbers: all blocks' weights are rounded so."
+            "help": "4 or 8: blocks may stay in memory in so many bits (affine, groups of 64), so that more of them "
+            "do. Changes the numbers: all blocks' weights are rounded so."
         },
     )
     spill_dir: str | None = field(

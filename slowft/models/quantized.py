@@ -1,0 +1,143 @@
+"""Dequantizing to float32, and quantizing, on a CPU, by the C functions of quantized.c: the numbers of MLX's own.
+
+Comes in: bytes. Goes out: bytes, in memory that is there already. To the last bit what `mx.dequantize` and
+`mx.quantize` compute, on every core (MLX: one a stream), and many times faster (benchmarks/LOG.md). Where it was not
+compiled, and on a GPU, `can_dequantize` and `can_quantize` say so and MLX does it.
+"""
+
+import ctypes
+import functools
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import mlx.core as mx
+import numpy as np
+
+MAX_GROUP_SIZE = 512
+AFFINE_BITS = (1, 2, 3, 4, 5, 6, 8)
+KINDS = {mx.float32: 0, mx.float16: 1, mx.bfloat16: 2}  # as quantized.c numbers them
+# of modes whose values are codes: the scale that stands for 1, and the code that does
+ONE = {"mxfp4": (127, 2), "mxfp8": (127, 0x38), "nvfp4": (0x38, 2)}
+THREAD_VALUES = 1 << 18  # fewer are not worth another thread
+
+
+def can_dequantize(bits: int, group_size: int, mode: str, scales: mx.Dtype, dtype: mx.Dtype) -> bool:
+    """Whether `dequantize` can do this, here.
+
+    Args:
+        scales: dtype that the scales are stored in; dtype: of the values.
+    """
+    if dtype != mx.float32 or not _is_here():
+        return False
+    if mode == "affine":
+        return bits in AFFINE_BITS and scales in KINDS and _is_group(group_size)
+    return mode in ONE
+
+
+def dequantize(
+    parts: Sequence[memoryview], bits: int, group_size: int, mode: str, scales: mx.Dtype, out: memoryview
+) -> None:
+    """Fill `out`, bytes of a contiguous float32 array, on every core.
+
+    Args:
+        parts: bytes of the packed weight, of its scales and, of mode "affine", of its biases, all contiguous.
+        scales: dtype of the latter two.
+    """
+    sizes = group_size * bits // 8, scales.size, scales.size
+    whole = ctypes.c_size_t(group_size)
+    if mode == "affine":
+
+        def work(n, out, weight, scales_, biases):
+            _library().slowft_affine(weight, scales_, biases, KINDS[scales], out, n, whole, bits)
+    else:
+        values, scale_values = _tables(mode, bits, group_size)
+        function = _library().slowft_codes4 if bits == 4 else _library().slowft_codes8
+        tables = ctypes.c_void_p(values.ctypes.data), ctypes.c_void_p(scale_values.ctypes.data)
+
+        def work(n, out, weight, scales_):
+            function(weight, scales_, *tables, out, n, whole)
+
+    _on_every_core(work, group_size, [(out, 4 * group_size), *zip(parts, sizes)])
+
+
+def can_quantize(bits: int, group_size: int, mode: str, stored: mx.Dtype) -> bool:
+    """Whether `quantize` can do this, here, of weights stored in this dtype."""
+    return bits in (4, 8) and mode == "affine" and stored in KINDS and _is_group(group_size) and _is_here()
+
+
+def quantize(
+    weights: memoryview, stored: mx.Dtype, bits: int, group_size: int, packed: memoryview, scales, biases
+) -> None:
+    """Fill `packed` and, in float32, `scales` and `biases`, memoryviews all, from weights, on every core."""
+
+    def work(n, weights, packed, scales, biases):
+        whole = ctypes.c_size_t(group_size)
+        _library().slowft_quantize(weights, KINDS[stored], packed, scales, biases, n, whole, bits)
+
+    sizes = stored.size * group_size, group_size * bits // 8, 4, 4
+    _on_every_core(work, group_size, list(zip((weights, packed, scales, biases), sizes)))
+
+
+def _is_here() -> bool:
+    return mx.default_device() == mx.Device(mx.cpu) and _library() is not None
+
+
+def _is_group(group_size: int) -> bool:
+    return group_size % 32 == 0 and group_size <= MAX_GROUP_SIZE
+
+
+def _on_every_core(work: Callable, group_size: int, buffers: Sequence[tuple[memoryview, int]]) -> None:
+    """`work(groups, *addresses)` of as many equal shares of the groups as there are cores.
+
+    Args:
+        buffers: each with its bytes per group; the first says how many groups there are.
+    """
+    n_groups = buffers[0][0].nbytes // buffers[0][1]
+    addresses = [(np.frombuffer(buffer, np.uint8).ctypes.data, nbytes) for buffer, nbytes in buffers]
+    share = -(-n_groups // max(1, min(_n_cores(), n_groups * group_size // THREAD_VALUES)))
+
+    def of(first: int) -> None:
+        pointers = [ctypes.c_void_p(address + first * nbytes) for address, nbytes in addresses]
+        work(ctypes.c_size_t(min(share, n_groups - first)), *pointers)
+
+    others = [_threads().submit(of, first) for first in range(share, n_groups, share)]
+    of(0)
+    for other in others:
+        other.result()
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """The compiled functions; None if there are none. Calls let other Python threads run."""
+    spec = importlib.util.find_spec("slowft.models._quantized")
+    return None if spec is None or spec.origin is None else ctypes.CDLL(spec.origin)
+
+
+def _n_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    """All but the calling one. They never come near MLX, whose streams belong to threads."""
+    return ThreadPoolExecutor(max(_n_cores() - 1, 1), "slowft-quantized")
+
+
+@functools.cache
+def _tables(mode: str, bits: int, group_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """(values of a byte's codes, values of scales), as MLX has them."""
+    scale_of_one, code_of_one = ONE[mode]
+    codes = np.arange(256, dtype=np.uint8)
+    one = np.full((256, 64 * bits // 8), code_of_one * (0x11 if bits == 4 else 1), np.uint8)
+
+    def values(packed: np.ndarray, scales: mx.array) -> np.ndarray:
+        scales = mx.repeat(scales, packed.shape[1] * 8 // bits // group_size, axis=1)
+        array = mx.dequantize(mx.array(packed.view(np.uint32)), scales, None, group_size, bits, mode, dtype=mx.float32)
+        return np.array(array)
+
+    return (
+        values(codes[None], mx.full((1, 1), scale_of_one, mx.uint8))[0],
+        np.ascontiguousarray(values(one, mx.array(codes)[:, None])[:, 0]),
+    )
