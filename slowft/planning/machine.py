@@ -199,6 +199,7 @@ def _memory_nbytes() -> int:
 def _cache_limit(nbytes: int) -> Iterator[None]:
     """MLX keeps up to so many bytes of freed buffers to hand out again."""
     previous = mx.set_cache_limit(nbytes)
+    mx.clear_cache()  # of what would fill it
     try:
         yield
     finally:

@@ -1,0 +1,116 @@
+"""How fast quantized weights become float32: slowft's C functions and MLX, one core and all, every format.
+
+python benchmarks/dequantizing.py     # about a minute
+
+A layer of 2816x2048 at a time, as it arrives in a block: the memory that it goes to was in use before, and is made
+anew by MLX (zeros first). "C alone" leaves that out. Writes JSON to benchmarks/results/.
+"""
+
+import slowft  # noqa: F401, I001  (before mlx: it loads OpenBLAS)
+
+import datetime
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from slowft.models import quantized
+from slowft.models.weights import Packed, Rounded, build_all, casting_streams
+from slowft.storage.index import Extent
+
+RESULTS = Path(__file__).parent / "results"
+SHAPE, LAYERS = (2816, 2048), 4
+FORMATS = [(bits, 64, "affine") for bits in (2, 3, 4, 5, 6, 8)] + [
+    (4, 32, "affine"),
+    (4, 128, "affine"),
+    (4, 32, "mxfp4"),
+    (8, 32, "mxfp8"),
+    (4, 16, "nvfp4"),
+]
+
+
+def best_s(function: Callable[[], object], repetitions: int) -> float:
+    times = []
+    for _ in range(repetitions):
+        begin = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+def extent(part: mx.array) -> Extent:
+    return Extent("", "", 0, part.nbytes, str(part.dtype).rsplit(".", 1)[-1], part.shape)
+
+
+def rates(bits: int, group_size: int, mode: str, streams: list[mx.Stream]) -> dict[str, float]:
+    """GB/s of packed weights (scales left out)."""
+    weight = mx.random.normal(SHAPE).astype(mx.bfloat16)
+    parts = mx.quantize(weight, group_size, bits, mode=mode)
+    stored = [part.reshape(-1).view(mx.uint8) for part in parts]
+    mx.eval(stored)
+    extents = [extent(part) for part in parts]
+    source = Packed(extents[0], extents[1], (extents + [None])[2], group_size, bits, mode, mx.float32)
+    out = mx.zeros((weight.size * 4,), mx.uint8)
+    mx.eval(out)
+    memory, views, scales = memoryview(out), [memoryview(part) for part in stored], parts[1].dtype
+    gb = parts[0].nbytes / 1e9
+    result = {"C alone": gb / best_s(lambda: quantized.dequantize(views, bits, group_size, mode, scales, memory), 200)}
+    can_dequantize = quantized.can_dequantize
+    for name, repetitions in (("C", 40), ("MLX", 3)):
+        quantized.can_dequantize = can_dequantize if name == "C" else lambda *_: False
+        mx.clear_cache()  # MLX keeps what was freed first: what is freed below is what shall be handed out again
+        took = best_s(lambda: mx.eval(build_all([source] * LAYERS, [stored] * LAYERS, streams)), repetitions)
+        result[name] = LAYERS * gb / took
+    quantized.can_dequantize = can_dequantize
+    return result
+
+
+def memory_rates() -> dict[str, float]:
+    """GB/s written to memory that is in use, and to fresh pages."""
+    array = np.zeros(LAYERS * SHAPE[0] * SHAPE[1], np.float32)
+    array.fill(1)
+    in_use = best_s(lambda: array.fill(2), 10)
+    fresh = best_s(lambda: np.frombuffer(mx.zeros((array.nbytes,), mx.uint8), np.uint8).ctypes.data, 3)
+    return {"fill": array.nbytes / 1e9 / in_use, "fresh pages": array.nbytes / 1e9 / fresh}
+
+
+def quantizing() -> dict[str, float]:
+    weight = mx.random.normal(SHAPE).astype(mx.bfloat16)
+    stored = [weight.reshape(-1).view(mx.uint8)]
+    mx.eval(stored)
+    source = Rounded(extent(weight), 4, 64, mx.float32)
+    gb = weight.nbytes / 1e9
+    return {
+        "C": gb / best_s(lambda: mx.eval(source.hold(stored)), 20),
+        "MLX": gb / best_s(lambda: mx.eval(mx.quantize(weight, 64, 4)), 3),
+    }
+
+
+def main() -> None:
+    cores = os.sched_getaffinity(0)
+    results = {"device": mx.device_info().get("device_name"), "cores": len(cores)}
+    streams = casting_streams()
+    with_cache = 2 * LAYERS * SHAPE[0] * SHAPE[1] * 4
+    for name, n in (("one core", 1), ("all cores", len(cores))):
+        os.sched_setaffinity(0, sorted(cores)[:n])
+        mx.set_cache_limit(0)
+        results[name] = {"memory": memory_rates()}
+        print(f"{name}: " + ", ".join(f"{k} {v:.1f} GB/s" for k, v in results[name]["memory"].items()))
+        mx.set_cache_limit(with_cache)
+        for bits, group_size, mode in FORMATS:
+            found = rates(bits, group_size, mode, streams[:n])
+            results[name][f"{bits} {mode} {group_size}"] = found
+            print(f"  {bits} bits, {mode:6} {group_size:3}: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()))
+        results[name]["quantize 4 affine 64, of bfloat16"] = quantizing()
+        print("  quantizing bfloat16:", {k: round(v, 2) for k, v in quantizing().items()}, flush=True)
+    RESULTS.mkdir(exist_ok=True)
+    file = RESULTS / f"dequantizing_{datetime.date.today().isoformat()}.json"
+    file.write_text(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main()
