@@ -1,5 +1,6 @@
 """Quantized bases of every format: the numbers of mlx-lm's QLoRA in memory on the same weights, to the last bit."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from conftest import (
     reference,
     save_random,
 )
+from slowft.cli.main import main
 from slowft.models import quantized
 from slowft.models.weights import Rounded
 from slowft.planning.schedule import Schedule
@@ -398,3 +400,23 @@ def test_resident_bits_of_a_quantized_base_are_refused(tmp_path):
         slowft.open_model(packed, resident_bits=4)
     with pytest.raises(slowft.SlowftError, match="one of 4, 8"):
         slowft.open_model(packed, resident_bits=3)
+
+
+def test_command_line_says_that_it_changes_the_numbers(llama_with_tokenizer, tmp_path, capsys, monkeypatch):
+    lines = [json.dumps({"text": f"Sample {i} of plain text, long enough."}) for i in range(6)]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    words = ["--model", llama_with_tokenizer, "--data", tmp_path, "--adapter-path", tmp_path / "adapters"]
+    words += ["--iters", 2, "--batch-size", 2, "--memory", "1GB"]
+
+    def run(*words: object) -> tuple[str, str]:
+        monkeypatch.setattr(sys, "argv", ["slowft", *map(str, words)])
+        with contextlib.suppress(SystemExit):
+            main()
+        return capsys.readouterr()
+
+    out, _ = run("finetune", *words, "--resident-bits", 4)
+    assert "all blocks' weights rounded to 4 bits, which changes the numbers" in out
+    assert "saves nothing" in out  # everything fits
+    assert run("finetune", *words, "--resident-bits", 5)[1] == "Error: --resident-bits must be 4 or 8, got 5\n"
+    out, _ = run("plan", "--model", llama_with_tokenizer, "--resident-bits", 4, "--max-seq-length", 64, "--json")
+    assert json.loads(out)["plan"]["job"]["resident_bits"] == 4
