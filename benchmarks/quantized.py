@@ -35,11 +35,11 @@ FIGURES = ("step_s", "spread_s", "read_nbytes", "wait_share", "peak_nbytes", "ke
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--memory", default="330MB", help="of the process: too little for 16-bit blocks to stay")
+    parser.add_argument("--memory", default="450MB", help="of the process: too little for most 16-bit blocks to stay")
     parser.add_argument("--limit-read", default="150MB", help="bytes a second")
     args = parser.parse_args()
     memory, limits = parse_nbytes(args.memory), Limits(read_bytes_per_s=parse_nbytes(args.limit_read))
