@@ -407,6 +407,7 @@ def test_figures_are_those_of_the_shapes(slowft_):
         "block_compute_nbytes": [4 * block] * 80,
         "head_nbytes": 2 * hidden * vocab,
         "head_compute_nbytes": 4 * hidden * vocab,
+        "resident_bits": None,
         "adapter_nbytes": adapter,
         "optimizer_nbytes": 2 * adapter,
         "activation_nbytes": 2 * 128 * hidden * 4,
