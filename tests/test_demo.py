@@ -85,16 +85,16 @@ def _q4_1_blocks(gguf: bytes, raw, name: str, rows: int, columns: int) -> np.nda
 
 
 def test_fine_tuning_lowers_the_held_back_loss(smollm, tmp_path, capsys):
-    """A shorter run than the demo's own: the loss per token on held-back entries falls by at least 0.1."""
+    """A shorter run than the demo's own: the loss per token on held-back entries falls by at least 0.3."""
     demo.write_data(tmp_path)
-    config = demo.config(tmp_path, iters=6)
-    config.batch_size, config.max_seq_length, config.learning_rate = 2, 128, 5e-4
+    config = demo.config(tmp_path, iters=12)
+    config.batch_size, config.max_seq_length, config.learning_rate = 2, 128, 2e-4
     model = slowft.open_model(smollm)
     tokenizer = load_tokenizer(model.path, model.embedding_rows)
     train, valid, _ = slowft.load_data(config.data, tokenizer, config)
     config.val_batches = 2
     result = slowft.Trainer(model, config).fit(train, valid)
-    assert result["valid_loss"] < result["valid_loss_before"] - 0.1
+    assert result["valid_loss"] < result["valid_loss_before"] - 0.3
     assert (tmp_path / "adapter" / "adapters.safetensors").exists()
 
 
