@@ -353,6 +353,19 @@ def test_gradients_of_prepared_experts_equal_those_of_the_published_ones(mixtral
     assert largest_difference(gradients, our_gradients) == 0.0
 
 
+@pytest.mark.parametrize(
+    "name", [name for name in ARCHITECTURES if name.startswith(("gemma4", "qwen3_next", "cohere2"))]
+)
+def test_other_architectures_equal_mlx_lm_convert(tmp_path, tokenizer_files, small_pieces, name):
+    directory = save_random(tmp_path / "m", ARCHITECTURES[name], mx.bfloat16)
+    for file in tokenizer_files:
+        shutil.copy(file, directory)
+    theirs = convert_by_mlx_lm(directory, tmp_path / "theirs", quantize=True, q_group_size=32)
+    ours = slowft.prepare(directory, tmp_path / "ours", quantize=True, group_size=32)
+    assert_same_tensors(theirs, ours)
+    assert json.loads((ours / "config.json").read_text()) == json.loads((theirs / "config.json").read_text())
+
+
 # --- Where the bytes lie ----------------------------------------------------------------------------
 
 
