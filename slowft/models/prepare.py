@@ -129,8 +129,6 @@ def prepare_gguf(file: str | Path, output: str | Path, *, progress: manifest.Pro
     if not file.is_file():
         raise ModelError(f"{file} does not exist. Give a .gguf file, a model directory or a hub id")
     _refuse_unusable(output)
-    if output.exists():
-        output.rmdir()  # empty: the conversion makes it, all at once
     needed, free = file.stat().st_size, _free_nbytes(_existing(output))
     if free < needed:
         raise SlowftError(_no_room(output, needed, free))
