@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from ..errors import ConfigError
+
 RECIPES = ["mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6"]
 DTYPES = ["float16", "bfloat16", "float32"]
 
@@ -49,6 +51,8 @@ def prepare(model, output, memory, as_json, **options):
     try:
         with progress_bar("Preparing", not as_json) as progress:
             if model.lower().endswith(".gguf"):
+                if memory is not None:
+                    raise ConfigError("--memory has no effect on a GGUF file. Leave it out")
                 prepare_gguf(model, output, **options, progress=progress)
             else:
                 prepare_model(model, output, **options, memory=memory, progress=progress, note=note)

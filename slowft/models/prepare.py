@@ -63,7 +63,8 @@ def prepare(
         quant_predicate: a recipe of mixed bits, such as "mixed_4_6".
         dtype: of the tensors that are not quantized; None is the config's.
         memory: such as "2GB" (or bytes): a ceiling for the whole process. None: half of this machine's.
-        progress: told (bytes done, bytes in all) of the tensors to be written; from this thread.
+        progress: told (bytes done, bytes in all) of the tensors to be written, and before that of an earlier run's
+            files, which are hashed again.
         note: told of what a user should know, such as that an earlier run is gone on with.
     Returns:
         The output directory.
@@ -84,7 +85,7 @@ def prepare(
     conversion = Conversion(path, options)
     piece_nbytes = _piece_nbytes(conversion, limit)
     with _Output(output, conversion, note) as out:
-        out.go_on()
+        out.go_on(progress)
         conversion.skip(out.done)
         out.check_room()
         total, done = conversion.nbytes, sum(file.nbytes for file in conversion.files if file.name in out.done)
@@ -375,7 +376,7 @@ class _Output:
     def __exit__(self, *exception) -> None:
         os.close(self._fd)
 
-    def go_on(self) -> None:
+    def go_on(self, progress: manifest.Progress | None) -> None:
         """Keep what an earlier run finished, if it was one of this very job and its files are as it left them."""
         _refuse_unusable(self._directory)
         journal = self._directory / manifest.JOURNAL
@@ -392,7 +393,7 @@ class _Output:
                 f"{self._directory} holds an unfinished slowft prepare of another job (other {differing[0]}). "
                 "Delete it, or give another --output"
             )
-        faults = {fault.file for fault in manifest.verify_entries(self._directory, files)}
+        faults = {fault.file for fault in manifest.verify_entries(self._directory, files, progress)}
         wanted = {file.name for file in self._conversion.files}
         self.done = {name: entry for name, entry in files.items() if name in wanted and name not in faults}
         n, redone = len(self.done), len(wanted & files.keys() & faults)
