@@ -402,12 +402,15 @@ def test_memory_stays_small_however_large_the_file(tmp_path):
     shapes = {name: array.shape for name, array in tree_flatten(_model(config).parameters())}
     write(file, "llama", config, {n: np.zeros(s, np.float32) for n, s in shapes.items()}, tokenizer=few_tokens)
     assert file.stat().st_size > 100e6
+    told: list[tuple[int, int]] = []
     tracemalloc.start()
     try:
-        ours.convert(file, tmp_path / "out")
+        ours.convert(file, tmp_path / "out", lambda done, total: told.append((done, total)))
         assert tracemalloc.get_traced_memory()[1] < 25e6
     finally:
         tracemalloc.stop()
+    assert len(told) > 20 and told[-1][0] == told[-1][1] > 100e6
+    assert told == sorted(told) and len({total for _, total in told}) == 1
 
 
 def _model(config: dict):

@@ -3,6 +3,7 @@
 import slowft  # noqa: F401, I001  (before mlx: it loads OpenBLAS)
 
 import json
+import re
 import subprocess
 import sys
 import textwrap
@@ -26,7 +27,7 @@ PROSE = (Path(__file__).parent / "prose.txt").read_text()
 TEXTS = [
     PROSE,
     *PROSE.splitlines(),
-    *Path(__file__).read_text().replace("<", "(").replace("[", "(").split("\n\n"),  # code: runs of spaces, no special tokens
+    *re.sub("[<[]", "(", Path(__file__).read_text()).split("\n\n"),  # code: runs of spaces; no special tokens
     *(f"{' ' * n}def{' ' * n}f{' ' * n}" for n in range(40)),
     "  two before, two after  ",
     "",

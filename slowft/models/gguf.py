@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ PIECE_NBYTES = 4 << 20
 PLAIN_DTYPES = {"F16": "F16", "BF16": "BF16", "Q6_K": "F16"}  # safetensors types
 ITEM_NBYTES = {"F32": 4, "F16": 2, "BF16": 2, "U32": 4, "U8": 1}
 
-Progress = Callable[[Iterable, str, int], Iterable]  # (items, description, how many) -> the same items
+Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,8 @@ class Weight:
 def convert(file: str | Path, directory: Path, progress: Progress | None = None) -> None:
     """Write the mlx-lm model directory of a GGUF file (of a split model, the first file).
 
+    Args:
+        progress: told (bytes written, bytes in all).
     Raises:
         ModelError: not a whole GGUF file, or an architecture, tensor or tokenizer that cannot be converted.
         SlowftError: `directory` is there already, or cannot be written.
@@ -201,23 +203,28 @@ def _write(file: Path, weights: list[Weight], progress: Progress | None) -> None
             end += o.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % 4096)
-    pieces = _converted(weights)
-    if progress is not None:
-        pieces = progress(pieces, "Converting", sum(-(-w.source.n_rows // _step(w.source, w.n_heads)) for w in weights))
     with open(file, "wb", buffering=0) as out:
         platform.skip_file_cache(out.fileno())
         out.write(struct.pack("<Q", len(text)) + text)
         at = {o.name: 8 + len(text) + header[o.name]["data_offsets"][0] for w in weights for o in w.outputs.values()}
-        for piece in pieces:
+        done = 0
+        for piece in _converted(weights):
             for name, array in piece.items():
                 data = memoryview(array).cast("B")
-                begin, at[name] = at[name], at[name] + len(data)
-                while data:
-                    done = os.pwrite(out.fileno(), data, at[name] - len(data))
-                    data = data[done:]
-                platform.write_back(out.fileno(), begin, at[name] - begin)
-                platform.drop_cached(out.fileno(), begin, at[name] - begin)
+                _put(out.fileno(), data, at[name])
+                at[name] += len(data)
+                done += len(data)
+            if progress is not None:
+                progress(done, end)
         platform.sync_file(out.fileno())
+
+
+def _put(fd: int, data: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(fd, data[done:], offset + done)
+    platform.write_back(fd, offset, len(data))
+    platform.drop_cached(fd, offset, len(data))
 
 
 def _converted(weights: list[Weight]) -> Iterator[dict[str, np.ndarray]]:
