@@ -196,18 +196,22 @@ def half(disk, billion) -> Path:
 
 @pytest.fixture(scope="module")
 def ladder(half) -> list[int]:
-    """Five ceilings for two rows of 68 tokens, in two micro-batches: from the least to what takes everything."""
-    everything = round(json.loads(output(MOST, half, *SHAPE)) / 1e7 + 0.5) * 10_000_000
-    bottom = least(half, SHAPE)
+    """Five ceilings for two rows of 68 tokens, in two micro-batches: from the least to what takes everything.
+
+    The least for whole blocks: by groups of rows, which take less, sums come in another order.
+    """
+    bottom, everything = (round(n / 1e7 + 0.5) * 10_000_000 for n in json.loads(output(LEAST_AND_MOST, half, *SHAPE)))
     return [round(bottom * (everything / bottom) ** (i / 4)) for i in range(5)]
 
 
 SHAPE = 1, 68, 2  # one row at a time as it is, so that no plan cuts it; more than the 64 tokens of a head's chunk
 
-MOST = """
+LEAST_AND_MOST = """
 import sys, slowft
+from slowft.planning.job import Cut
 model = slowft.open_model(sys.argv[1]).add_lora(num_layers=-1, rank=8)
-print(model.train().planner(*map(int, sys.argv[2:])).most().peak_nbytes)
+planner = model.train().planner(*map(int, sys.argv[2:]))
+print([planner._least_of(planner._job_of(Cut())).peak_nbytes, planner.most().peak_nbytes])
 """
 
 

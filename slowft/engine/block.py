@@ -6,7 +6,7 @@ the cotangents of all inputs and of the trainable parameters. Values handed from
 arithmetic between blocks need nothing more: MLX's autodiff of the model's own call connects them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from ..errors import SlowftError
 from ..models.seams import FLOATS
+from .layers import LayerWork
 from .trees import attach, detach, pack, unpack
 
 # serve(job, backward) -> job's result, called on the compute thread with the unit's weights in place
@@ -62,6 +63,8 @@ class UnitCall:
         seed: random seed of this call, so that the recomputation draws the same dropout masks.
         inputs_need_gradient: False below the lowest trained block, where nobody asks for it.
         memory: what the step keeps of this call.
+        layers: computes the unit's layers that are not brought with it; None if there are none.
+        kind: of the unit, for `layers`.
     """
 
     def __init__(
@@ -76,9 +79,12 @@ class UnitCall:
         seed: int,
         inputs_need_gradient: bool,
         memory: Memory,
+        layers: LayerWork | None = None,
+        kind: Hashable = None,
     ):
         self._inner, self._entries, self._params = inner, list(entries), list(params)
         self._serve, self._seed, self._memory = serve, seed, memory
+        self._layers, self._kind = layers, kind
         self._inputs: list[mx.array] = []
         self._in_spec = pack((args, kwargs), self._inputs)
         self._n = len(self._inputs)
@@ -126,9 +132,12 @@ class UnitCall:
 
         def backward():
             with self._memory.replaying():
-                gradients = self._gradients(
-                    self._attach(detached, backward=True), [attach(c) for c in detached_cotangents]
-                )
+                if self._layers is not None and self._layers.are_apart:
+                    gradients = self._gradients_in_waves(detached, detached_cotangents)
+                else:
+                    gradients = self._gradients(
+                        self._attach(detached, backward=True), [attach(c) for c in detached_cotangents]
+                    )
             mx.eval(gradients)
             for at, i in enumerate(wrt):
                 if i >= n:
@@ -157,6 +166,16 @@ class UnitCall:
 
         mx.random.seed(self._seed)
         return mx.vjp(recompute, [xs[i] for i in self._wrt], cotangents)[1]
+
+    def _gradients_in_waves(self, detached: list, detached_cotangents: list) -> list[mx.array]:
+        xs, cotangents = self._attach(detached, backward=True), [attach(c) for c in detached_cotangents]
+
+        def recompute() -> None:
+            mx.random.seed(self._seed)
+            self._run(xs[: self._n], xs[self._n :])
+
+        kind = self._kind, tuple(self._wrt), tuple(x.shape for x in xs)
+        return self._layers.gradients(kind, recompute, lambda: self._gradients(xs, cotangents))
 
     def _run(self, inputs: Sequence[mx.array], params: Sequence[mx.array]) -> list[mx.array]:
         for (owner, key), value in zip(self._entries, params):

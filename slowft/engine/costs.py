@@ -16,8 +16,9 @@ from ..models.seams import FLOATS, Probe, Unit, Use, trainable_entries
 from ..models.weights import Packed, Rounded, placeholder
 from ..planning import graph
 from ..planning.graph import Cost, CostUnknown
-from ..planning.job import Cut, Job, Product, Visit
+from ..planning.job import Cut, Job, LayerCost, Product, Visit
 from .head import HeadLoss, usual_chunk
+from .layers import LayerCall, inner_call
 from .parts import HeadPart, Tail, TailCall
 from .pieces import Pieces, ordering_by_sums
 from .trees import pack, unpack
@@ -31,6 +32,7 @@ class Costing:
 
     def __init__(self, engine):
         self._model, self._cut, self._kept, self._pieces = engine.model, engine.cut, engine.kept, engine.pieces
+        self._layers, self._layers_apart = engine.layers, engine.layers_apart
         self._running_part, self._on_thread = engine.running_part, engine.on_thread
         in_blocks = {(id(o), k) for unit in self._cut.blocks for _, o, k in unit.trainable()}
         entries = trainable_entries(self._model)
@@ -66,16 +68,18 @@ class Costing:
             unit, (args, kwargs) = self._cut.blocks[index], probe.calls[position]
             comes_back = position >= lowest or bool(self._outside)
             of_input = position > lowest or bool(self._outside)
-            key = (_signature(unit), _call_signature(args, kwargs), comes_back, of_input)
+            key = (signature(unit), _call_signature(args, kwargs), comes_back, of_input)
             if key not in seen:
                 seen[key] = self._visit(unit, args, kwargs, cut, comes_back, of_input)
-            forward, backward, products, backward_kept = seen[key]
+            forward, backward, products, backward_kept, calls = seen[key]
             trainable = sum(owner[k].nbytes for _, owner, k in trained[index])
             copied = all(p.source.is_copied for p in unit.params)
             sizes = index, unit.nbytes, unit.compute_nbytes, copied
             kinds = _nbytes_by_kind(unit, Packed), _nbytes_by_kind(unit, Rounded)
             held = sum(p.source.held_nbytes for p in unit.params)
-            visits.append(Visit(*sizes, *kinds, held, trainable, forward, backward, products, backward_kept))
+            layers = self._layer_costs(unit, calls, products, rows * tokens)
+            costs = forward, backward, products, backward_kept, layers
+            visits.append(Visit(*sizes, *kinds, held, trainable, *costs))
             hidden = args[0]
             for _, leaf in tree_flatten([list(args[1:]), kwargs]):
                 if isinstance(leaf, mx.array):
@@ -101,7 +105,7 @@ class Costing:
         )
 
     def _visit(self, unit: Unit, args, kwargs, cut: Cut, comes_back: bool, of_input: bool):
-        """(forward, backward, products, backward with all of them kept) of one visit to a block."""
+        """(forward, backward, products, backward with all of them kept, calls of layers) of one visit to a block."""
         inputs: list[mx.array] = []
         spec = pack((args, kwargs), inputs)
         inputs = [placeholder(a.shape, a.dtype) for a in inputs]
@@ -113,20 +117,22 @@ class Costing:
         wrt = [i for i, (a, w) in enumerate(zip(everything, wanted)) if w and a.dtype in FLOATS]
         shapes: dict[str, list[mx.array]] = {}
         out_shapes: list[mx.array] = []
+        calls: dict[str, LayerCall] = {}
 
         def run(xs: Sequence[mx.array]) -> list[mx.array]:
             for (owner, key), value in zip(entries, xs[n:]):
                 owner[key] = value
             a, k = unpack(spec, xs[:n])
             outputs: list[mx.array] = []
-            pack(_inner_call(unit)(*a, **k), outputs)
+            pack(inner_call(unit)(*a, **k), outputs)
             return outputs
 
         def forward(*xs: mx.array) -> list[mx.array]:
             with self._pieces.cutting(Pieces(cut.mlp_tokens, cut.attention_queries)):
-                with self._kept.recording(None) as products:
+                with self._kept.recording(None) as products, self._layers.noting() as noted:
                     outputs = run(xs)
                 shapes.update(products)
+                calls.update({layer.name: call for layer, call in noted.items()})
                 out_shapes[:] = outputs
                 return outputs
 
@@ -152,21 +158,34 @@ class Costing:
         try:
             of_forward = cost(forward, *everything)
             if not (comes_back and wrt):
-                return of_forward, None, (), None
+                return of_forward, None, (), None, calls
             plain, products = backward_keeping(()), []
             if cut.mlp_tokens is not None:  # memory is short, and looking at the graph of many pieces takes long
-                return of_forward, plain, (), None
+                return of_forward, plain, (), None, calls
             try:
                 for name, arrays in shapes.items():
                     kept = backward_keeping([name])
                     if kept.flops < plain.flops:
                         products.append(Product(name, sum(a.nbytes for a in arrays), kept))
-                return of_forward, plain, tuple(products), backward_keeping([p.name for p in products])
+                return of_forward, plain, tuple(products), backward_keeping([p.name for p in products]), calls
             except CostUnknown:  # experts' products have no vmap, which looking through what replaces a layer takes
-                return of_forward, plain, (), None
+                return of_forward, plain, (), None, calls
         finally:
             for (owner, key), value in zip(entries, originals):
                 owner[key] = value
+
+    def _layer_costs(
+        self, unit: Unit, calls: dict[str, LayerCall], products: Sequence[Product], tokens: int
+    ) -> tuple[LayerCost, ...]:
+        """What may come apart from the block. Where no products can be told, all outputs count as needed."""
+        needed = {product.name for product in products}
+        costs = []
+        for layer in self._layers_apart(unit):
+            if (call := calls.get(layer.name)) is not None:
+                per_token = None if call.n_routed is None else call.n_routed / tokens
+                sizes = layer.nbytes, layer.compute_nbytes, layer.n, per_token, call.input_nbytes, call.output_nbytes
+                costs.append(LayerCost(layer.name, *sizes, not products or layer.name in needed))
+        return tuple(costs)
 
     def _head_cost(self, calls, rows: int, tokens: int, vocab_size: int, cut: Cut, lowest: int, in_chunks: bool):
         order = self._cut.order
@@ -214,7 +233,7 @@ class Costing:
 
     def _last_output(self, calls) -> Any:
         args, kwargs = calls[-1]
-        return _inner_call(self._cut.blocks[self._cut.order[-1]])(*args, **kwargs)
+        return inner_call(self._cut.blocks[self._cut.order[-1]])(*args, **kwargs)
 
 
 def cost(function: Callable, *args, in_part: bool = False) -> Cost:
@@ -228,12 +247,7 @@ def cost(function: Callable, *args, in_part: bool = False) -> Cost:
         return graph.cost(function, *args)
 
 
-def _inner_call(unit: Unit) -> Callable:
-    """The block's own method, past the seam."""
-    return super(type(unit.module), unit.module).__call__
-
-
-def _signature(unit: Unit) -> str:
+def signature(unit: Unit) -> str:
     """Equal for blocks that compute the same: kinds, shapes, dtypes and plain settings of their modules."""
     arrays = tuple((p.name.removeprefix(unit.name), p.source.shape, p.source.result_dtype) for p in unit.params)
     adapters = tuple((key, owner[key].shape, owner[key].dtype) for owner, key in unit.adapter())

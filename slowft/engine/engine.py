@@ -19,8 +19,10 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from .. import tracing
 from ..errors import ConfigError, SlowftError, SlowftWarning
+from ..models.layers import Layer
 from ..models.seams import FLOATS, Cut, Probe, Unit, array_entries, trainable_entries
 from ..models.weights import Param, placeholder, read_whole
+from ..planning.experts import is_read_on_demand
 from ..planning.schedule import Schedule
 from ..storage.activation_cache import ActivationCache
 from ..storage.reader import Reader
@@ -29,8 +31,10 @@ from ..streaming.threads import MicroBatches
 from .activations import Activations
 from .block import Memory, UnitCall
 from .boundary import Boundary, why_not
+from .costs import signature
 from .head import HeadLoss, loss_mask, token_loss, treats_tokens_alike, usual_chunk
 from .kept import KeptProducts, Products
+from .layers import GROUP_NBYTES, LayerWork
 from .parts import HeadPart, Tail, TailCall, unevaluated_zeros
 from .pieces import Pieces, PieceWork
 from .randomness import dropout_seed
@@ -75,9 +79,15 @@ class Engine:
         self._from_boundary: set[int] = set()  # micro-batches of this step that begin there
         self._all_from_boundary = False
         self._has_warned = False
+        self._routed_to: dict[Layer, float] = {}  # experts of each layer that a token goes to
+        self._n_trainable = 0
+        self._layers_apart: dict[Unit, list[Layer]] = {}
         self._gradients: dict[tuple[int, Any], mx.array] = {}  # of blocks' own arrays, summed over micro-batches
         self.kept = KeptProducts()
         self.pieces = PieceWork()
+        self.layers = LayerWork(self._residency)
+        for unit in cut.blocks:
+            self.layers.watch(unit)
         self.stats = Stats(reader, self._residency, self._activations)
 
     # --- What the model's units do when they are called -------------------------------------------
@@ -85,7 +95,9 @@ class Engine:
     def on_block(self, unit: Unit, inner: Callable, args: tuple, kwargs: dict) -> Any:
         if (part := self._part) is not None:
             return part.on_block(unit, inner, args, kwargs)
-        position, seed = self._next_position(unit)
+        first = args[0] if args else None
+        tokens = first.size // first.shape[-1] if isinstance(first, mx.array) and first.ndim == 3 else None
+        position, seed = self._next_position(unit, tokens)
         if self._is_below_start(position):
             if not self._all_from_boundary:  # stay in step with the micro-batches that begin below
                 self._serve(unit, lambda: None)
@@ -167,6 +179,8 @@ class Engine:
             seed=seed,
             inputs_need_gradient=inputs_need_gradient,
             memory=memory,
+            layers=self.layers,
+            kind=unit,
         )
         return call()
 
@@ -199,6 +213,8 @@ class Engine:
         micro_batch = self._micro_batches.index
         name, direction = (HEAD, HEAD) if unit is HEAD else (unit.name, "backward" if backward else "forward")
         job = tracing.spanned(job, "compute", name, **{"pass": direction, "micro-batch": micro_batch or 0})
+        if unit is not HEAD:
+            job = self.layers.in_order(job, backward)
         try:
             if micro_batch is None:
                 return self._serve_together(unit, [job])[0]
@@ -217,8 +233,8 @@ class Engine:
 
     # --- Where in the model a trace is ---------------------------------------------------------------
 
-    def _next_position(self, unit: Unit) -> tuple[int, int]:
-        """Which visit of a forward pass this is, and the random seed it runs under."""
+    def _next_position(self, unit: Unit, tokens: int | None) -> tuple[int, int]:
+        """Which visit of a forward pass (over `tokens` tokens) this is, and the random seed it runs under."""
         order, local = self.cut.order, self._local
         position = getattr(local, "position", -1) + 1
         if position >= len(order) or order[position] != unit.index:  # a new pass, or one that was broken off
@@ -228,18 +244,24 @@ class Engine:
         if position == 0 and micro_batch is None:
             local.step = self.step
             self.step += bool(self.model.training)
-            self._expect(backward=self.model.training)
+            self._expect(backward=self.model.training, tokens=tokens)
         step = self.step if micro_batch is not None else getattr(local, "step", self.step)
         return position, dropout_seed(self.seed, step, position, micro_batch or 0)
 
-    def _expect(self, backward: bool, micro_batches: Sequence[tuple[mx.array, mx.array]] = ()) -> None:
+    def _expect(
+        self, backward: bool, micro_batches: Sequence[tuple[mx.array, mx.array]] = (), tokens: int | None = None
+    ) -> None:
         """Look at what is trainable now, and tell which blocks will be visited in which order.
 
         Args:
             micro_batches: of a step of our own, which may begin at the boundary.
+            tokens: of a pass whose experts may be read as they are needed.
         """
         order = self.cut.order
         entries = trainable_entries(self.model)
+        if len(entries) != self._n_trainable:
+            self._n_trainable = len(entries)
+            self.adapter_changed()
         for name, owner, key in entries:
             if (id(owner), key) in self._on_disk:
                 raise SlowftError(
@@ -253,7 +275,51 @@ class Engine:
         self._find_boundary(micro_batches)
         lowest = 0 if self._outside else self._lowest_trained
         forward = order[self._boundary :] if self._all_from_boundary else order
-        self._residency.expect(forward, order[lowest:][::-1] if backward else ())
+        of_backward = order[lowest:][::-1] if backward else ()
+        self._residency.expect(forward, of_backward, self._apart(tokens, len(micro_batches) or 1))
+
+    def _apart(self, tokens: int | None = None, passes: int = 1) -> dict[int, list[Layer]]:
+        """The layers that do not come with their blocks, by block.
+
+        Args:
+            tokens: of each of the `passes` of an evaluation, for which experts may be read as they are needed.
+        """
+        if self.schedule.group_nbytes is None and (tokens is None or not self._routed_to):
+            return {}
+        self.find_layers()
+        apart = {}
+        for unit in self.cut.blocks:
+            layers = self.layers_apart(unit)
+            if self.schedule.group_nbytes is None:
+                layers = [layer for layer in layers if layer in self._routed_to]
+                experts = [(layer.nbytes, layer.n, self._routed_to[layer]) for layer in layers]
+                layers = layers if is_read_on_demand(experts, tokens, passes) else []
+            if layers:
+                apart[unit.index] = layers
+        return apart
+
+    def layers_apart(self, unit: Unit) -> list[Layer]:
+        """The layers that need not come with their block. Only after `find_layers`."""
+        return self._layers_apart[unit]
+
+    def find_layers(self) -> None:
+        """Look for layers that need not come with their blocks, as these are now. Not on the compute thread."""
+        if self._layers_apart:
+            return
+        probe = Probe(self.cut, 0.25)
+        self.probe(probe)
+        mx.eval([leaf for _, leaf in tree_flatten(probe.calls) if isinstance(leaf, mx.array)])
+        names: dict[str, set[str]] = {}
+        for index, (args, kwargs) in zip(self.cut.order, probe.calls):
+            unit = self.cut.blocks[index]
+            if (kind := signature(unit)) not in names:
+                found = self.on_thread(lambda unit=unit, call=(args, kwargs): self.layers.separable(unit, *call))
+                names[kind] = {layer.name for layer in found}
+            self._layers_apart[unit] = [layer for layer in self.layers.of(unit) if layer.name in names[kind]]
+
+    def adapter_changed(self) -> None:
+        """The model has other adapter layers than before."""
+        self._layers_apart.clear()
 
     # --- Traces -----------------------------------------------------------------------------------
 
@@ -362,7 +428,8 @@ class Engine:
             self.on_thread(lambda: self._activations.reserve(nbytes))
         functions = [lambda b=batch, m=mask: run(b, m) for (batch, _), mask in zip(micro_batches, masks)]
         try:
-            self._expect(gradients, micro_batches)
+            tokens = None if gradients else max(mask.size for mask in masks)
+            self._expect(gradients, micro_batches, tokens)
             return self._micro_batches.run(functions, self._serve_together), ntoks
         finally:
             self._residency.rest()
@@ -483,8 +550,10 @@ class Engine:
         self._residency.keep_whole([*tail, *(self.cut.head if schedule.keep_head else ())])
         below = [block for index in order[::-1] if (block := self.cut.blocks[index]) not in tail]
         self._residency.keep_held(list(dict.fromkeys(below))[: schedule.packed])
+        self.layers.group_nbytes = schedule.group_nbytes or GROUP_NBYTES
         head = self.cut.head if schedule.head_ahead else ()
-        self._residency.resize(schedule.slots, schedule.resident_nbytes, schedule.reads_in_flight, head)
+        sizes = schedule.slots, schedule.resident_nbytes, schedule.reads_in_flight
+        self._residency.resize(*sizes, self._apart(), head)
         for unit in self.cut.blocks:
             if any(schedule.kept):
                 self.kept.watch(unit.module)
@@ -548,6 +617,8 @@ class Engine:
             return
         self._boundary = self._lowest_trained
         cuts = self.schedule.mlp_tokens, self.schedule.attention_queries
+        if self.schedule.group_nbytes is not None:
+            cuts += (self.schedule.group_nbytes,)
         keys = self._stored.keys(self._boundary, cuts, [batch[:, :-1] for batch, _ in micro_batches])
 
         def find():
@@ -575,8 +646,11 @@ class Engine:
 
     def probe(self, part: Probe) -> mx.array:
         """Logits of a few tokens, every unit's call answered by `part`."""
-        with self.running_part(part):
-            return self.model(mx.array([[0, 1, 2, 3, 0], [1, 0, 3, 2, 1]]))
+        tokens = mx.array([[0, 1, 2, 3, 0], [1, 0, 3, 2, 1]])
+        with self.running_part(part), self.layers.noting() as calls:
+            logits = self.model(tokens)
+        self._routed_to = {layer: c.n_routed / tokens.size for layer, c in calls.items() if c.n_routed is not None}
+        return logits
 
     def make_resident(self, params: Sequence[Param]) -> None:
         for param in params:
@@ -584,7 +658,7 @@ class Engine:
             param.clear()
 
     def compute_magnitudes(self) -> None:
-        """Give every DoRA layer the norms of its base weight's rows, each block read once.
+        """Give every DoRA layer the norms of its base weight's rows, one layer at a time.
 
         Raises:
             ConfigError: a DoRA layer outside the blocks, which would use its base weight past the seam.
@@ -596,13 +670,14 @@ class Engine:
             layers = [module for module in unit.module.modules() if isinstance(module, DoRALinear)]
             in_blocks |= {id(layer) for layer in layers}
 
-            def job(layers=layers):
-                for layer in layers:
-                    layer.set_linear(layer.linear)
-                mx.eval([layer.m for layer in layers])
+            for layer in layers:
 
-            if layers:
-                self._residency.with_block(unit, [job])
+                def job(layer=layer):
+                    layer.set_linear(layer.linear)
+                    mx.eval(layer.m)
+
+                params = [param for param in unit.params if param.owner is layer.linear]
+                self._residency.with_params(params, job)
         for name, module in self.model.named_modules():
             if isinstance(module, (DoRALinear, DoRAEmbedding)) and id(module) not in in_blocks:
                 raise ConfigError(f"DoRA cannot be attached to {name}, outside the blocks. Use LoRA there")
@@ -709,7 +784,8 @@ class _VisitMemory(Memory):
     @contextmanager
     def replaying(self):
         products, self._products = self._products, {}
-        with self._engine.kept.replaying(products):
+        by_groups = self._engine.layers.are_apart
+        with (self._engine.layers if by_groups else self._engine.kept).replaying(products):
             yield
 
 

@@ -95,6 +95,11 @@ class StreamedModel(nn.Module):
         return self._adapter is not None
 
     @property
+    def adapter_notes(self) -> list[str]:
+        """What a person should know of the attached adapter: keys that match less than one may think."""
+        return [] if self._adapter is None else list(self._adapter_notes)
+
+    @property
     def embedding_rows(self) -> int | None:
         """Rows of the token embedding: token ids must be below. None if the model has no embedding table."""
         rows = self._cut.outside[seams.Use.ROWS]
@@ -306,7 +311,8 @@ class StreamedModel(nn.Module):
         raise SlowftError("a streamed model cannot be pickled. Open it where it is needed instead")
 
     def _attach(self, spec: adapters.AdapterSpec, magnitudes: bool) -> None:
-        adapters.attach(self, spec)
+        self._adapter_notes = adapters.attach(self, spec)
+        self._engine.adapter_changed()
         if spec.fine_tune_type == "dora" and magnitudes:
             self._engine.compute_magnitudes()
         mx.eval(self.trainable_parameters())

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,11 +39,13 @@ class AdapterSpec:
         }
 
 
-def attach(model: nn.Module, spec: AdapterSpec) -> None:
+def attach(model: nn.Module, spec: AdapterSpec) -> list[str]:
     """Replace linear layers by LoRA or DoRA layers, with mlx-lm's `linear_to_lora_layers`.
 
     DoRA magnitudes (`m`) come out of placeholders here; the caller computes them from the weights.
 
+    Returns:
+        What a person should know of keys that match less than one may think, a sentence each.
     Raises:
         ConfigError: an impossible value, or keys that match no layer.
     """
@@ -63,22 +66,47 @@ def attach(model: nn.Module, spec: AdapterSpec) -> None:
     if keys is not None and not (isinstance(keys, (list, tuple)) and keys and all(isinstance(k, str) for k in keys)):
         raise ConfigError(f"LoRA keys must be a list of layer names such as self_attn.q_proj, got {keys!r}")
     before = {id(module) for module in model.modules()}
+    notes: list[str] = []
     if keys is not None:
         names = {name for layer in model.layers for name, _ in layer.named_modules()}
         names |= {name for name, _ in model.named_modules()}
         absent = sorted(set(keys) - names)
         if absent:
-            linear = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding)
+            linear = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding, *_kinds_of_experts())
             possible = sorted({n for layer in model.layers for n, m in layer.named_modules() if isinstance(m, linear)})
             raise ConfigError(
                 f"LoRA keys {', '.join(absent)} match no layer of the model. Its blocks have: {', '.join(possible)}"
             )
+        notes = _partly_matched(keys, model.layers[-spec.num_layers :] if spec.num_layers > 0 else model.layers)
     try:
         linear_to_lora_layers(model, spec.num_layers, dict(p), use_dora=spec.fine_tune_type == "dora")
     except (ValueError, KeyError) as e:
         raise ConfigError(f"LoRA cannot be attached: {e.args[0]}") from None
     if not any(id(module) not in before for module in model.modules()):
         raise ConfigError(f"LoRA keys {', '.join(keys or [])} match no layer of the last {spec.num_layers} blocks")
+    return notes
+
+
+def _partly_matched(keys: Sequence[str], blocks: Sequence[nn.Module]) -> list[str]:
+    """Keys that only some of the blocks to be trained have, and layers of experts left out beside others."""
+    names = [{name for name, _ in block.named_modules()} for block in blocks]
+    notes = []
+    for key in keys:
+        n = sum(key in of_block for of_block in names)
+        if 0 < n < len(blocks):
+            notes.append(f"{key} is trained in {n} of {len(blocks)} blocks: the others have no such layer")
+    kinds = _kinds_of_experts()
+    experts = sorted({name for block in blocks for name, layer in block.named_modules() if isinstance(layer, kinds)})
+    left_out = [name for name in experts if name not in keys]
+    if left_out and len(left_out) < len(experts):
+        notes.append(f"Of the experts' layers, {', '.join(left_out)} are not trained: LoRA keys name the others only")
+    return notes
+
+
+def _kinds_of_experts() -> tuple[type, ...]:
+    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
+    return SwitchLinear, QuantizedSwitchLinear
 
 
 def read_spec(directory: Path) -> AdapterSpec:

@@ -285,6 +285,8 @@ class Layout:
                 at += e.nbytes
         self._places = [[(placed[e], placed[e] + e.nbytes) for e in param.source.extents] for param in params]
         self._params = params
+        self.compute_nbytes = sum(param.compute_nbytes for param in params)
+        self.is_copied = all(param.source.is_copied for param in params)
 
     def fill(self, buffer: mx.array, streams: Sequence[mx.Stream]) -> list[mx.array]:
         """Put every parameter in its module, built lazily from the filled `buffer`. Returns the arrays.

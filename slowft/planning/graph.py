@@ -15,7 +15,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -45,6 +45,7 @@ class Cost:
         flops: floating point operations of matrix products, convolutions and fused attention; a multiply-add
             is two.
         moved_nbytes: bytes read and written by every operation that is not a view.
+        made_nbytes: of all results of these operations together: what they take if none is let go.
         ops: (flops, bytes moved, function values, efficiency) of each of these operations, in order of evaluation.
             Function values are elements that an exponential or its like is taken of: on MLX's CPU backend 12 ns each
             (softmax, sigmoid). Efficiency is of a product: below 1 where its matrices are narrow.
@@ -58,6 +59,7 @@ class Cost:
     moved_nbytes: int
     ops: tuple[tuple[int, int, int, float], ...] = field(repr=False)
     gathered: dict[tuple[int, int, bool], int] = field(default_factory=dict)
+    made_nbytes: int = 0
 
     def seconds(self, matmul_flops_per_s: float, bytes_per_s: float, functions_per_s: float = float("inf")) -> float:
         """Seconds if every operation is held up by arithmetic or by memory (the roofline model); `gathered` left out."""
@@ -93,6 +95,25 @@ def cost(function: Callable, *args, in_part: bool = False) -> Cost:
     finally:
         mx.random.seed(high << 32 | low)  # dropout in the function moved it
     return _Evaluation(outputs).run()
+
+
+def needs(results: Sequence[mx.array], arrays: Sequence[mx.array]) -> list[set[int]]:
+    """Which of these arrays, by their number, evaluating each of the results would use."""
+    # views of their own, as one array can have one name only
+    named = {f"result_{i}": result[None] for i, result in enumerate(results)}
+    text = io.StringIO()
+    mx.export_to_dot(text, **named, **{f"array_{i}": array for i, array in enumerate(arrays)})
+    dot, used = _Dot(text.getvalue()), []
+    for name in named:
+        seen, waiting = set(), [name]
+        while waiting:
+            number = dot.producers.get(waiting.pop())
+            if number is not None:
+                new = set(dot.inputs[number]) - seen
+                seen |= new
+                waiting += new
+        used.append({i for i in range(len(arrays)) if f"array_{i}" in seen})
+    return used
 
 
 def _arrays(tree) -> list[mx.array]:
@@ -451,7 +472,7 @@ class _Evaluation:
 
     def __init__(self, outputs: list[_Array]):
         self.outputs = outputs
-        self.live_nbytes = self.temporary_nbytes = self.peak_nbytes = 0
+        self.live_nbytes = self.temporary_nbytes = self.peak_nbytes = self.made_nbytes = 0
         self.dispatches = 0
 
     def run(self) -> Cost:
@@ -469,6 +490,7 @@ class _Evaluation:
             moved_nbytes=sum(op[1] for op in ops),
             ops=tuple(ops),
             gathered=_gathered(order),
+            made_nbytes=self.made_nbytes,
         )
 
     def _step(self, op: _Op) -> tuple[int, int, int, float] | None:
@@ -478,6 +500,7 @@ class _Evaluation:
         self.peak_nbytes = max(self.peak_nbytes, self.live_nbytes + self.temporary_nbytes)
         figures = None
         if not is_view:
+            self.made_nbytes += sum(out.size * out.itemsize for out in op.outputs)
             moved = _moved_nbytes(op) + 2 * self.temporary_nbytes
             figures = _flops(op), moved, _function_values(op), _efficiency(op)
 

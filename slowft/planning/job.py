@@ -6,6 +6,7 @@ Comes in from the engine, which looks at the model's graphs; goes out to the pla
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from .experts import read_share
 from .graph import Cost
 
 
@@ -31,6 +32,38 @@ class Product:
 
 
 @dataclass(frozen=True)
+class LayerCost:
+    """A large layer of a block, which may come apart from it by groups of the first axis of its matrix.
+
+    Attributes:
+        nbytes: of its matrix on disk; compute_nbytes: as it is computed with.
+        n: entries of the first axis: rows, or experts.
+        per_token: experts that a token goes to; None if these are rows, which all are needed.
+        input_nbytes, output_nbytes: of a call, of one micro-batch.
+        is_needed: whether the backward pass needs the output.
+    """
+
+    name: str
+    nbytes: int
+    compute_nbytes: int
+    n: int
+    per_token: float | None
+    input_nbytes: int
+    output_nbytes: int
+    is_needed: bool
+
+    def read_share(self, tokens: int) -> float:
+        """Of the layer, what `tokens` tokens need on average if their experts are drawn evenly."""
+        if self.per_token is None:
+            return 1.0
+        return read_share(self.n, self.per_token, tokens)
+
+    def group_share(self, group_nbytes: int) -> float:
+        """Of the layer, what comes at once in groups of so many bytes; a whole entry at least."""
+        return min(max(1, group_nbytes * self.n // self.compute_nbytes), self.n) / self.n
+
+
+@dataclass(frozen=True)
 class Visit:
     """One visit of the forward pass to a block, and the way back.
 
@@ -45,6 +78,7 @@ class Visit:
         backward: None if the backward pass does not come here.
         products: what could be kept, of one micro-batch; none where the work is cut into pieces.
         backward_kept: with all of them kept.
+        layers: its large layers.
     """
 
     block: int
@@ -59,6 +93,16 @@ class Visit:
     backward: Cost | None
     products: tuple[Product, ...]
     backward_kept: Cost | None
+    layers: tuple[LayerCost, ...] = ()
+
+    @property
+    def rest_nbytes(self) -> int:
+        """Bytes on disk without the large layers."""
+        return self.stored_nbytes - sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def rest_compute_nbytes(self) -> int:
+        return self.compute_nbytes - sum(layer.compute_nbytes for layer in self.layers)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,9 @@ SLACK_NBYTES = 12 << 20  # what the process takes besides: Python's heap, stacks
 SLACK_SHARE = 0.03
 MISFIT_SHARE = 0.35  # of buffers kept over steps that find no use of just their size (8 blocks: 0.34 of 0.94 GB)
 PIECES_MARGIN = 1.12  # what computing in pieces takes more than its graph shows (8,192 tokens: 23 of 250 MB)
+GROUPS = (256 << 20, 128 << 20, 64 << 20, 32 << 20, 16 << 20)  # bytes of a layer at once, to choose from
+WAVES_SHARE = 0.25  # of layers' outputs, which a pass by groups holds beyond what its graph shows
+RECOMPUTED_SHARE = 0.3  # of a forward pass, done once more as a block's vjp is taken in waves
 ALLOCATION_SHARE = 0.4  # of the bytes that operations move are first writes to fresh pages
 
 
@@ -81,7 +84,8 @@ class Planner:
     def least(self) -> Plan:
         """The plan that takes the least memory of all."""
         cuts = [cut for cut in self._cuts() if cut.mlp_tokens is None] + self._cuts()[-1:]
-        plan = min((self._least_of(job) for job in self._jobs(cuts)), key=lambda plan: plan.peak_nbytes)
+        plans = [plan for job in self._jobs(cuts) for plan in (self._least_of(job), self._least_by_groups(job)) if plan]
+        plan = min(plans, key=lambda plan: plan.peak_nbytes)
         return replace(plan, least_nbytes=plan.peak_nbytes)
 
     def most(self) -> Plan:
@@ -100,14 +104,21 @@ class Planner:
     def choose(self, memory: int | None) -> Plan | None:
         """The fastest plan within `memory` bytes; None if there is none.
 
-        The work is cut only as far as it must be, because smaller pieces change the order of sums.
+        The work is cut only as far as it must be, because smaller pieces change the order of sums. Blocks are brought
+        by groups of their layers, and read up to three times, only where whole ones do not fit with the work uncut.
         """
         if memory is None:
             return self.most()
-        for job in self._jobs(self._cuts()):
-            if self._least_of(job).peak_nbytes <= memory:
-                return self._best(job, memory)
-        return None
+        whole = next((job for job in self._jobs(self._cuts()) if self._least_of(job).peak_nbytes <= memory), None)
+        plans = [] if whole is None else [self._best(whole, memory)]
+        if whole is not None and whole.cut == Cut():
+            return plans[0]
+        for job in self._jobs([cut for cut in self._cuts() if cut.mlp_tokens is None]):
+            least = self._least_by_groups(job)
+            if least is not None and least.peak_nbytes <= memory:
+                plans.append(self._best(job, memory, least))
+                break
+        return min(plans, key=lambda plan: plan.step_s, default=None)
 
     def _jobs(self, cuts: list[Cut]) -> Iterator[Job]:
         """The job under each of the cuts, as far as its costs can be seen; the whole one must be."""
@@ -138,12 +149,28 @@ class Planner:
         plans = (self.predict(job, replace(schedule, spilled=n)) for n in {0, schedule.spilled})
         return min(plans, key=lambda plan: plan.peak_nbytes)  # of few blocks, spilling takes more than it saves
 
-    def _best(self, job: Job, memory: int | None) -> Plan:
+    def _least_by_groups(self, job: Job) -> Plan | None:
+        """The least with blocks brought by groups of their layers; None where that is no less, or blocks are small."""
+        largest = max(sum(layer.compute_nbytes for layer in visit.layers) for visit in job.visits)
+        if job.cut.mlp_tokens is not None or largest < 2 * GROUPS[-1]:
+            return None
+        least = self._least_of(job)
+        schedule = replace(least.schedule, slots=_slots_by_groups(job), group_nbytes=GROUPS[-1])
+        plan = self.predict(job, schedule)
+        return plan if plan.peak_nbytes < least.peak_nbytes else None
+
+    def _best(self, job: Job, memory: int | None, least: Plan | None = None) -> Plan:
+        """The fastest plan within `memory`.
+
+        Args:
+            least: what fits certainly, if that is not whole blocks, one at a time.
+        """
         limit = float("inf") if memory is None else memory
-        plan = self._everything(job, limit)
+        plan = self._everything(job, limit) if least is None else None
+        bases = self._bases if least is None else self._bases_by_groups
         while plan is None:
-            candidates = [plan for base in self._bases(job, limit) for plan in self._filled(job, base, limit)]
-            fitting = [plan for plan in candidates if plan.peak_nbytes <= limit] or [self._least_of(job)]
+            candidates = [plan for base in bases(job, limit) for plan in self._filled(job, base, limit)]
+            fitting = [plan for plan in candidates if plan.peak_nbytes <= limit] or [least or self._least_of(job)]
             plan = self.predict(job, min(fitting, key=lambda plan: plan.step_s).schedule)
             if plan.peak_nbytes > memory:  # a long tail was underestimated
                 limit -= plan.peak_nbytes - memory
@@ -197,6 +224,20 @@ class Planner:
                         break  # a longer tail only takes more
                     yield base
 
+    def _bases_by_groups(self, job: Job, limit: float) -> Iterator[Schedule]:
+        """The same with blocks brought by groups of their layers: of the largest groups that fit."""
+        schedule = self._least_by_groups(job).schedule
+        for group_nbytes in GROUPS:
+            base = self._least_spilled(job, replace(schedule, group_nbytes=group_nbytes), limit)
+            if self._memory(job, base, False)[0] > limit:
+                continue
+            chunks = [n for n in HEAD_TOKENS if n < job.rows * job.tokens] or [None]
+            fitting = [n for n in chunks if self._memory(job, replace(base, head_tokens=n), False)[0] <= limit]
+            for cache, keep_head in itertools.product((0, _group(job, group_nbytes)[1]), (False, True)):
+                chosen = replace(base, cache_nbytes=cache, keep_head=keep_head, head_tokens=(fitting or chunks)[-1])
+                if self._memory(job, chosen, False)[0] <= limit:
+                    yield chosen
+
     def _least_spilled(self, job: Job, schedule: Schedule, limit: float) -> Schedule:
         """The schedule with as few inputs spilled as fit: the first few take more than none, being written and read."""
         if self._memory(job, replace(schedule, spilled=0), False)[0] <= limit:
@@ -219,7 +260,7 @@ class Planner:
         orders = [(self._keep_products, self._keep_blocks), (self._keep_blocks, self._keep_products)]
         if any(visit.rounded for visit in job.visits):
             orders += [(self._keep_packed, self._keep_products), (self._keep_products, self._keep_packed)]
-        for order in orders:
+        for order in [(self._keep_products,)] if base.group_nbytes else orders:
             filled = base
             for fill in order:
                 filled = fill(job, filled, (limit - self._memory(job, filled, False)[0]) / (1 + SLACK_SHARE))
@@ -279,10 +320,12 @@ class Planner:
 
     def _memory(self, job: Job, s: Schedule, exact: bool) -> tuple[int, dict[str, int]]:
         n, m = len(job.visits) - s.tail, job.micro_batches
+        by_groups = s.group_nbytes is not None
         sizes = _streamed_nbytes(job, s)
         slots = s.slots * max(sizes, default=0)
         whole = sum(v.compute_nbytes for v in _tail_blocks(job, s)) + (job.head_compute_nbytes if s.keep_head else 0)
         stream = min(slots + s.resident_nbytes, max(slots, sum(sizes)))
+        buffers, built = _group(job, s.group_nbytes) if by_groups else (0, 0)
         # masks and the first block's input in the trace of each micro-batch; the gradient on its way down
         trace = m * (2 * job.hidden_nbytes + job.side_nbytes)
         fixed = {
@@ -293,6 +336,7 @@ class Planner:
             "resident blocks": stream - slots,
             "packed blocks": sum(v.held_nbytes for v in _packed_blocks(job, s)),
             "trace": trace,
+            "groups of layers": buffers,
         }
         cache = _cache_nbytes(job, s)
         names = s.kept + ((),) * (n - len(s.kept))
@@ -333,14 +377,19 @@ class Planner:
                 computing = passed
                 if is_backward and names[position]:
                     computing = max(visit.backward, visit.backward_kept, key=lambda c: c.peak_nbytes)
+                weights = visit.compute_nbytes
+                if by_groups:
+                    weights = visit.rest_compute_nbytes + built
                 phases.append(
                     {
                         "buffer cache": cache,
                         "activations": stored(position) if is_backward else stored(position) + job.hidden_nbytes,
                         "kept products": sum(kept[: position + 1]),
-                        "weights": (visit.compute_nbytes if visit.is_copied else 0)
+                        "weights": (weights if visit.is_copied else 0)
                         + (visit.held_nbytes if visit.rounded and visit.block not in packed else 0),
-                        "computing": int(margin * computing.peak_nbytes) + 2 * job.hidden_nbytes,
+                        "computing": int(margin * computing.peak_nbytes)
+                        + 2 * job.hidden_nbytes
+                        + (_held_by_groups(visit, is_backward) if by_groups else 0),
                         "gradients": gradients if is_backward else 0,
                     }
                 )
@@ -361,9 +410,25 @@ class Planner:
         if s.head_ahead:
             order.insert(len(sizes), len(sizes))
             sizes.append(job.head_stored_nbytes)
-        blocks = _reads_of(tuple(order), tuple(sizes), s.resident_nbytes + s.slots * max(sizes, default=0))
+        if s.group_nbytes is None:
+            blocks = _reads_of(tuple(order), tuple(sizes), s.resident_nbytes + s.slots * max(sizes, default=0))
+        else:
+            blocks = self._reads_by_groups(job, s, tuple(order))
         head = 0 if s.keep_head or s.head_ahead else job.head_stored_nbytes
         return blocks + head + job.rows_nbytes * job.micro_batches, head
+
+    def _reads_by_groups(self, job: Job, s: Schedule, order: tuple[int, ...]) -> int:
+        """Bytes of blocks read per step: the layers anew for each micro-batch and pass, the rest with the block."""
+        rest = tuple(visit.rest_nbytes for visit in job.visits)
+        nbytes = _reads_of(order, rest, s.resident_nbytes + s.slots * max(rest, default=0))
+        for visit, kept in itertools.zip_longest(job.visits, s.kept, fillvalue=()):
+            for layer in visit.layers:
+                passes = 1
+                if visit.backward is not None:
+                    passes = 2 + (layer.is_needed and layer.name not in kept)
+                share = layer.read_share(job.rows * job.tokens)
+                nbytes += int(job.micro_batches * passes * share * layer.nbytes)
+        return nbytes
 
     def _compute(self, job: Job, s: Schedule, exact: bool) -> float:
         n, m = len(job.visits) - s.tail, job.micro_batches
@@ -382,7 +447,12 @@ class Planner:
                     if product.name in chosen:
                         backward -= self._seconds(visit.backward) - self._seconds(product.backward)
                 of_micro_batch += backward
-            seconds += m * of_micro_batch + passes * self._arrival(visit, visit.block in packed)
+            arrival = passes * self._arrival(visit, visit.block in packed)
+            if s.group_nbytes is not None:
+                fresh_pages = 0 if cache else self.machine.page_s_per_byte * visit.compute_nbytes
+                arrival = (2 * passes - 1) * m * (self._arrival(visit, False) + fresh_pages * visit.is_copied)
+                of_micro_batch += (passes - 1) * RECOMPUTED_SHARE * self._seconds(visit.forward, fresh)
+            seconds += m * of_micro_batch + arrival
         head_peak, head_s, head_moved = self._head(job, s.tail, s.head_tokens, exact)
         fresh = 1 - min(cache / max(head_peak, 1), 1)
         seconds += m * (head_s + fresh * ALLOCATION_SHARE * head_moved * self.machine.page_s_per_byte)
@@ -453,6 +523,30 @@ def _cache_nbytes(job: Job, s: Schedule) -> int:
     return int((MISFIT_SHARE if s.tail == len(job.visits) else 1) * (s.cache_nbytes or 0))
 
 
+def _slots_by_groups(job: Job) -> int:
+    """Buffers for what is left of blocks: the next one's is read meanwhile."""
+    return 1 if all(visit.is_copied for visit in job.visits) else 2
+
+
+def _group(job: Job, group_nbytes: int) -> tuple[int, int]:
+    """Bytes of (two buffers for groups of layers, the group in use as it is computed with)."""
+    layers = [layer for visit in job.visits for layer in visit.layers]
+    shares = [layer.group_share(group_nbytes) for layer in layers]
+    buffers = 2 * max((int(share * layer.nbytes) for layer, share in zip(layers, shares)), default=0)
+    return buffers, max((int(share * layer.compute_nbytes) for layer, share in zip(layers, shares)), default=0)
+
+
+def _held_by_groups(visit: Visit, is_backward: bool) -> int:
+    """Bytes that a pass by groups takes more than its graph shows.
+
+    Backward, the layers' outputs and the cotangents of their inputs are there to the end; forward, a layer's input and
+    output come to its groups and go by way of a copy.
+    """
+    if not is_backward:
+        return max((layer.input_nbytes + layer.output_nbytes for layer in visit.layers), default=0)
+    return sum(layer.input_nbytes + int(WAVES_SHARE * layer.output_nbytes) for layer in visit.layers)
+
+
 def _tail_blocks(job: Job, s: Schedule) -> list:
     visits = job.visits[len(job.visits) - s.tail :]
     return list({visit.block: visit for visit in visits}.values())
@@ -465,7 +559,8 @@ def _blocks_below_tail(job: Job, s: Schedule) -> list:
 
 def _streamed_nbytes(job: Job, s: Schedule) -> list[int]:
     """Sizes of what goes through the block buffers."""
-    return [v.stored_nbytes for v in _streamed_blocks(job, s)] + [job.head_stored_nbytes] * s.head_ahead
+    blocks = [v.rest_nbytes if s.group_nbytes else v.stored_nbytes for v in _streamed_blocks(job, s)]
+    return blocks + [job.head_stored_nbytes] * s.head_ahead
 def _packed_blocks(job: Job, s: Schedule) -> list:
     """The last ones: the backward pass comes back for them."""
     below = _blocks_below_tail(job, s)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 class Schedule:
     """The default streams every block, two buffers at a time, and keeps nothing but block inputs.
 
-    Gradients are the same to the last bit for every schedule that leaves `rows`, `mlp_tokens` and
-    `attention_queries` alone; those three change the order in which sums over tokens are taken.
+    Gradients are the same to the last bit for every schedule that leaves `rows`, `mlp_tokens`, `attention_queries` and
+    `group_nbytes` alone; those four change the order in which sums are taken, the last one of matrices larger than a
+    group.
 
     Attributes:
         slots: buffers for blocks on their way. With 2 the next block is read while the present one computes; with 1
@@ -27,6 +28,8 @@ class Schedule:
         attention_queries: of an attention at once; None for all.
         cache_nbytes: of freed buffers that MLX keeps for reuse.
         reads_in_flight: requests that are under way to the drive at once.
+        group_nbytes: blocks come without their large layers, and these in groups of so many bytes, as they are computed
+            with; None for whole blocks.
         active_nbytes: beyond which MLX stops allocating ahead of the computation; None for MLX's default.
     """
 
@@ -45,3 +48,4 @@ class Schedule:
     cache_nbytes: int | None = None
     reads_in_flight: int = 1
     active_nbytes: int | None = None
+    group_nbytes: int | None = None

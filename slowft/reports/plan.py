@@ -39,7 +39,10 @@ def choices(plan: Plan) -> str:
         if s.tail:
             words.append(f"the last {s.tail} of {n} blocks in memory, not recomputed")
         if s.tail < n:
-            words.append(f"{s.slots} block buffer{'s' if s.slots > 1 else ''}")
+            if s.group_nbytes:
+                words.append(f"large layers of blocks by groups of {size(s.group_nbytes)}")
+            else:
+                words.append(f"{s.slots} block buffer{'s' if s.slots > 1 else ''}")
         if s.packed:
             words.append(f"{s.packed} more blocks held in {job.rounded_bits} bits")
         if plan.resident_blocks:

@@ -53,10 +53,13 @@ class BlockCache:
 
     def __init__(self, reader: Reader, items: Sequence[Sequence[ByteRange]], capacity: int = 0, slots: int = 2):
         self._reader = reader
-        self._items = [list(ranges) for ranges in items]
-        self.nbytes = [max((r.at + r.nbytes for r in ranges), default=0) for ranges in self._items]
+        self._items: list[list[ByteRange]] = []
+        self.nbytes: list[int] = []
+        for ranges in items:
+            self.add(ranges)
         self.largest_capacity = sum(self.nbytes)
         self.slots = slots
+        self._in_use = range(len(self._items))
         self.capacity = max(capacity, self.least_capacity)
         self._residents: dict[int, _Resident] = {}
         self._free: list[mx.array] = []
@@ -64,7 +67,21 @@ class BlockCache:
 
     @property
     def least_capacity(self) -> int:
-        return self.slots * max(self.nbytes, default=0)
+        return self.slots * max((self.nbytes[item] for item in self._in_use), default=0)
+
+    def add(self, ranges: Iterable[ByteRange]) -> int:
+        """One more item; returns its number."""
+        self._items.append(list(ranges))
+        self.nbytes.append(max((r.at + r.nbytes for r in self._items[-1]), default=0))
+        return len(self._items) - 1
+
+    def use(self, items: Sequence[int]) -> None:
+        """From now on `least_capacity` is what these items need. (Others may be visited if they fit.)"""
+        self._in_use = list(items)
+
+    def holds(self, item: int) -> bool:
+        """Whether `item` is in memory, or being read."""
+        return item in self._residents
 
     def take(self, item: int, upcoming: Iterable[int]) -> mx.array:
         """The filled uint8 buffer of `item`, in use until `release`. Starts reading what comes next, if it may.

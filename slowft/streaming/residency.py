@@ -6,17 +6,22 @@ from the order in which a step visits the blocks. Knows nothing of gradients.
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
 
 from .. import tracing
+from ..models.layers import Layer
 from ..models.seams import Unit
-from ..models.weights import Layout, casting_streams, read_held, read_rows, read_whole
+from ..models.weights import Layout, Param, casting_streams, read_held, read_rows, read_whole
 from ..storage.cache import BlockCache
 from ..storage.reader import Reader
+from .groups import Group, GroupReader
 from .threads import Worker
+
+# Which layers do not come with their block, by its index.
+Apart = Mapping[int, Sequence[Layer]]
 
 
 class Residency:
@@ -24,14 +29,25 @@ class Residency:
 
     Attributes:
         compute_s: seconds spent computing, casting included, waiting for reads left out.
+        apart: layers of the block in place whose weights are not there, but come by `with_groups`.
     """
 
     def __init__(self, blocks: Sequence[Unit], reader: Reader):
         self.reader = reader
         self._blocks = list(blocks)
-        self._head: list[Unit] = []  # outside layers that are read together, as one more block
-        self._stream([])
+        self._layouts = [Layout(unit.params) for unit in blocks]  # of the cache's items: first the whole blocks
+        self._items: dict[tuple, int] = {}  # (block, names of the layers apart) -> item
+        self._head: list[Unit] = []  # outside layers that are read ahead, together, like one more block
+        self._head_item: int | None = None
+        self._expects_apart: Apart = {}
+        self.apart: Collection[Layer] = ()
+        self._cache = BlockCache(reader, [layout.ranges for layout in self._layouts])
+        # what alignment adds to items in buffers, of which a plan does not know: a few KB each
+        self._padding_nbytes = max(0, self._cache.largest_capacity - sum(unit.nbytes for unit in blocks))
         self._thread = Worker("slowft-compute")
+        # not the former: a trace on it would keep every group's weights
+        self._layer_thread = Worker("slowft-layers")
+        self._groups = GroupReader(reader)
         self._streams = self._thread.run(casting_streams)
         self._order: list[int] = []
         self._position = -1
@@ -42,21 +58,22 @@ class Residency:
         self.cache_nbytes = mx.set_cache_limit(0)  # of freed buffers that MLX keeps while a block is computed
         mx.set_cache_limit(self.cache_nbytes)
 
-    def _stream(self, head: Sequence[Unit]) -> None:
-        """Begin with an empty cache, of blocks and, if there are any, of these layers, as the item behind the last."""
-        self._head = list(head)
-        params = [unit.params for unit in self._blocks] + ([[p for u in head for p in u.params]] if head else [])
-        self._layouts = [Layout(of_item) for of_item in params]
-        self._cache = BlockCache(self.reader, [layout.ranges for layout in self._layouts])
-        # what alignment adds to items in buffers, of which a plan does not know: a few KB each
-        nbytes = sum(p.nbytes for of_item in params for p in of_item)
-        self._padding_nbytes = max(0, self._cache.largest_capacity - nbytes)
+    def expect(self, forward: Sequence[int], backward: Sequence[int] = (), apart: Apart | None = None) -> None:
+        """From now on blocks are visited in this order (indices), and the head between the two, again and again.
 
-    def expect(self, forward: Sequence[int], backward: Sequence[int] = ()) -> None:
-        """From now on blocks are visited in this order (indices), and the head between the two, again and again."""
+        Args:
+            apart: layers without which blocks come.
+        """
+        if self._expects_apart and not apart:
+            self._layer_thread.run(self._groups.clear)
         in_memory = {unit.index for unit in [*self._whole, *self._held]}
-        head = [len(self._blocks)] if self._head else []
-        order = [index for index in [*forward, *head, *backward] if index not in in_memory]
+        if apart:  # blocks that are in memory with all their layers need no part of them read
+            holds = self._thread.run(lambda: [self._cache.holds(unit.index) for unit in self._blocks])
+            in_memory_as_read = {index for index, is_held in enumerate(holds) if is_held}
+            apart = {i: layers for i, layers in apart.items() if i not in in_memory | in_memory_as_read}
+        self._expects_apart = apart or {}
+        forward, backward = ([self._item(i) for i in order if i not in in_memory] for order in (forward, backward))
+        order = [*forward, *([self._head_item] if self._head else []), *backward]
         if order != self._order:
             self._order, self._position = order, -1
 
@@ -82,19 +99,28 @@ class Residency:
                 )
         self._thread.run(mx.clear_cache)
 
-    def resize(self, slots: int, resident_nbytes: int, reads_in_flight: int, head: Sequence[Unit] = ()) -> None:
+    def resize(
+        self,
+        slots: int,
+        resident_nbytes: int,
+        reads_in_flight: int,
+        apart: Apart | None = None,
+        head: Sequence[Unit] = (),
+    ) -> None:
         """Stream blocks through `slots` buffers, and keep `resident_nbytes` more of them between visits.
 
         Args:
+            apart: layers without which the blocks have to fit their buffers.
             head: layers outside the blocks that are read ahead as a block is; the others are read when they are used.
         """
         self.reader.reads_in_flight = reads_in_flight
+        self._expects_apart = apart or {}
 
         def work():
-            if list(head) != self._head:
-                self._cache.clear()
-                self._stream(head)
+            self._head = list(head)
+            items = [self._item(unit.index) for unit in self._blocks]
             self._cache.slots = slots
+            self._cache.use(items + ([self._find_head_item()] if head else []))
             self._cache.capacity = self._cache.least_capacity + resident_nbytes + self._padding_nbytes
             self._cache.trim()
 
@@ -107,29 +133,72 @@ class Residency:
             return self.with_outside([lambda job=job: (self.bring(unit), job())[1] for job in jobs])
 
         def work():
-            held, layout = self._held.get(unit), self._layouts[unit.index]
-            buffer = None if held else self._cache.take(unit.index, self._upcoming(unit.index))
+            held = self._held.get(unit)
+            item = self._item(unit.index)
+            layout = self._layouts[item]
+            buffer = None if held else self._cache.take(item, self._upcoming(item))
             try:
-                with tracing.span("cast", unit.name, bytes=unit.compute_nbytes):
+                with tracing.span("cast", unit.name, bytes=layout.compute_nbytes):
                     arrays = layout.put(held, self._streams) if held else layout.fill(buffer, self._streams)
                     unit.restore_constants()
                     mx.eval(arrays)
                 mx.set_cache_limit(self.cache_nbytes)
                 # what was cast or dequantized no longer needs the bytes it came from
-                if all(p.source.is_copied for p in unit.params):
-                    self._cache.release(unit.index)
+                if layout.is_copied:
+                    self._cache.release(item)
                 del buffer, arrays
+                self.apart = self._expects_apart.get(unit.index, ())
                 return [job() for job in jobs]
             finally:
+                self.apart = ()
                 # The next block's weights take these buffers: fresh pages cost ten times the cast (0.137 against
                 # 0.015 s for 176 MB). MLX keeps what is freed first, so nothing else may fill its cache now.
                 mx.clear_cache()
-                mx.set_cache_limit(max(self.cache_nbytes, unit.compute_nbytes))
+                mx.set_cache_limit(max(self.cache_nbytes, layout.compute_nbytes))
                 for param in unit.params:
                     param.clear()
-                self._cache.release(unit.index)
+                self._cache.release(item)
 
         return self._timed(work)
+
+    def with_groups(self, groups: Sequence[Group], following: Group | None, job: Callable[[Group], Any]) -> None:
+        """Call `job` with each of the groups of a layer in turn, while the layer's weights are the group's alone.
+
+        It runs on a thread of its own, on which nothing is traced, has to evaluate what it makes, and keeps no array of
+        the layer's.
+
+        Args:
+            following: the group that will be asked for next, if that is known.
+        """
+
+        def work():
+            for group, after in zip(groups, [*groups[1:], following]):
+                module, whole = group.layer.module, dict(group.layer.module)
+                with tracing.span("cast", group.layer.name, entries=len(group)):
+                    arrays = self._groups.arrays(group, after)
+                for param, array in zip(group.layer.params, arrays):
+                    param.set(array)
+                keys = {param.key for param in group.layer.params}
+                for key, array in whole.items():  # biases
+                    if key not in keys and isinstance(array, mx.array) and array.shape[:1] == (group.layer.n,):
+                        module[key] = array[group.start : group.stop]
+                del arrays
+                try:
+                    job(group)
+                finally:
+                    for key, array in whole.items():
+                        module[key] = array
+
+        if groups:
+            self._layer_thread.run(work)
+
+    def on_layer_thread(self, job: Callable[[], Any]) -> Any:
+        """`job()` on the thread that groups are used on."""
+        return self._layer_thread.run(job)
+
+    def read_ahead(self, group: Group) -> None:
+        """Begin to read a group that `with_groups` will be asked for."""
+        self._layer_thread.run(lambda: self._groups.start(group))
 
     def with_outside(self, jobs: Sequence[Callable[[], Any]]) -> list:
         """The same for layers outside the blocks: jobs call `bring` for each layer they come to use."""
@@ -144,7 +213,7 @@ class Residency:
                         param.clear()
                 self._outside.clear()
                 if self._head:
-                    self._cache.release(len(self._blocks))
+                    self._cache.release(self._head_item)
 
         return self._timed(work)
 
@@ -165,7 +234,7 @@ class Residency:
         self._outside.append(unit)
 
     def _bring_head(self) -> None:
-        item = len(self._blocks)
+        item = self._head_item
         self._outside += self._head
         buffer = self._cache.take(item, self._upcoming(item))
         with tracing.span("cast", self._head[0].name, bytes=sum(unit.compute_nbytes for unit in self._head)):
@@ -189,9 +258,24 @@ class Residency:
 
         return self._timed(work)
 
+    def with_params(self, params: Sequence[Param], job: Callable[[], Any]) -> Any:
+        """`job()` while only these parameters are in place."""
+
+        def work():
+            for param in params:
+                param.set(read_whole(self.reader, param.source))
+            try:
+                return job()
+            finally:
+                for param in params:
+                    param.clear()
+
+        return self._timed(work)
+
     def rest(self) -> None:
         """A step is over: give back the buffers that were kept for the next block's weights."""
         mx.set_cache_limit(self.cache_nbytes)
+        self._layer_thread.run(self._groups.clear)
 
     def on_thread(self, job: Callable[[], Any]) -> Any:
         """`job()` on the compute thread, with nothing put in place."""
@@ -207,6 +291,8 @@ class Residency:
         self._thread.run(self._whole.clear)
         self._thread.run(self._held.clear)
         self._thread.run(self._cache.clear)
+        self._layer_thread.run(self._groups.clear)
+        self._layer_thread.close()
         self._thread.close()
         self.reader.close()
 
@@ -220,12 +306,34 @@ class Residency:
 
         return self._thread.run(timed)
 
-    def _upcoming(self, index: int) -> Iterator[int]:
+    def _item(self, index: int) -> int:
+        """Which of the cache's items is this block as it is to come now."""
+        apart = self._expects_apart.get(index, ())
+        if not apart:
+            return index
+        key = index, tuple(layer.name for layer in apart)
+        if key not in self._items:
+            without = {id(param) for layer in apart for param in layer.params}
+            layout = Layout([param for param in self._blocks[index].params if id(param) not in without])
+            self._layouts.append(layout)
+            self._items[key] = self._cache.add(layout.ranges)
+        return self._items[key]
+
+    def _find_head_item(self) -> int:
+        """The cache's item of the layers that are read ahead."""
+        if self._head_item is None:
+            layout = Layout([param for unit in self._head for param in unit.params])
+            self._layouts.append(layout)
+            self._head_item = self._cache.add(layout.ranges)
+            self._padding_nbytes += max(0, self._cache.nbytes[self._head_item] - sum(u.nbytes for u in self._head))
+        return self._head_item
+
+    def _upcoming(self, item: int) -> Iterator[int]:
         """The visits after this one. Finds its place anew if the model took an unexpected way."""
         n = len(self._order)
         for step in range(1, n + 1):
             place = (self._position + step) % n
-            if self._order[place] == index:
+            if self._order[place] == item:
                 self._position = place
                 return itertools.islice(itertools.cycle(self._order), place + 1, None)
         return iter(())

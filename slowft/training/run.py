@@ -46,6 +46,8 @@ def run(config: TrainConfig, report: Report) -> dict:
             trainer.attach()
         else:
             _load_adapter_to_test(model, config, report)
+        for note in model.adapter_notes:
+            report.note(note)
         train, valid, test = _load_data(model, config, report)
         memory = default_memory() if config.memory is None else config.memory
         plan = None
