@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--memory", default="450MB", help="of the process: too little for most 16-bit blocks to stay")
-    parser.add_argument("--limit-read", default="150MB", help="bytes a second")
+    parser.add_argument("--limit-read", default="60MB", help="bytes a second")
     args = parser.parse_args()
     memory, limits = parse_nbytes(args.memory), Limits(read_bytes_per_s=parse_nbytes(args.limit_read))
     results = {}

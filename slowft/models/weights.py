@@ -67,11 +67,7 @@ class Plain:
         """What `build` takes, from the flat uint8 bytes of the extents."""
         return raw
 
-    def room(self) -> mx.array | None:
-        """Memory for `build` to fill, not evaluated yet; None where it needs none."""
-        return None
-
-    def build(self, held: list[mx.array], n_rows: int | None = None, room: mx.array | None = None) -> mx.array:
+    def build(self, held: list[mx.array], n_rows: int | None = None) -> mx.array:
         """The array, from what is held of its extents (of `n_rows` entries of the first axis, if given)."""
         return _as_array(held[0], self.extent, _shape(self, n_rows)).astype(self.result_dtype)
 
@@ -116,12 +112,9 @@ class Packed:
     def hold(self, raw: list[mx.array], n_rows: int | None = None) -> list[mx.array]:
         return raw
 
-    def room(self) -> mx.array | None:
-        return _room(self, getattr(mx, self.scales.dtype))
-
-    def build(self, held: list[mx.array], n_rows: int | None = None, room: mx.array | None = None) -> mx.array:
+    def build(self, held: list[mx.array], n_rows: int | None = None) -> mx.array:
         parts = [_as_array(part, extent, _shape(extent, n_rows)) for part, extent in zip(held, self.extents)]
-        return _dequantized(parts, *self.kind, self.dtype, room)
+        return _dequantized(parts, *self.kind, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -175,11 +168,8 @@ class Rounded:
         packed = packed.view(mx.uint32).reshape(*lead, columns * self.bits // 32)
         return [packed, scales.astype(weight.dtype), biases.astype(weight.dtype)]
 
-    def room(self) -> mx.array | None:
-        return _room(self, getattr(mx, self.extent.dtype))
-
-    def build(self, held: list[mx.array], n_rows: int | None = None, room: mx.array | None = None) -> mx.array:
-        return _dequantized(held, *self.kind, self.dtype, room)
+    def build(self, held: list[mx.array], n_rows: int | None = None) -> mx.array:
+        return _dequantized(held, *self.kind, self.dtype)
 
 
 Source = Plain | Packed | Rounded
@@ -189,32 +179,22 @@ def _shape(of: "Extent | Source", n_rows: int | None) -> tuple[int, ...]:
     return of.shape if n_rows is None else (n_rows, *of.shape[1:])
 
 
-def _room(source: Packed | Rounded, scales: mx.Dtype) -> mx.array | None:
-    if not quantized.can_dequantize(*source.kind, scales, source.dtype):
-        return None
-    return mx.zeros((math.prod(source.shape) * source.dtype.size,), mx.uint8)  # of bytes they come fastest
-
-
-def _dequantized(
-    parts: list[mx.array], bits: int, group_size: int, mode: str, dtype: mx.Dtype, room: mx.array | None
-) -> mx.array:
+def _dequantized(parts: list[mx.array], bits: int, group_size: int, mode: str, dtype: mx.Dtype) -> mx.array:
     """In the compute dtype, to which scales and biases are cast first, as `quantized_matmul` does.
 
     Args:
         parts: packed weight, scales and, of mode "affine", biases.
-        room: see `Plain.room`; None if there is none yet.
     """
     weight, scales, *biases = parts
     if not quantized.can_dequantize(bits, group_size, mode, scales.dtype, dtype):
         weight, *others = (part.astype(dtype) if _is_float(part.dtype) else part for part in parts)
         return mx.dequantize(weight, *others, group_size=group_size, bits=bits, mode=mode, dtype=dtype)
     shape = (*weight.shape[:-1], weight.shape[-1] * 32 // bits)
-    if room is None:
-        room = mx.zeros((math.prod(shape) * dtype.size,), mx.uint8)
+    values = mx.zeros((math.prod(shape) * dtype.size,), mx.uint8)
     stored = [part.reshape(-1).view(mx.uint8) for part in parts]
-    mx.eval(room, stored)
-    quantized.dequantize([memoryview(s) for s in stored], bits, group_size, mode, scales.dtype, memoryview(room))
-    return room.view(dtype).reshape(shape)
+    mx.eval(values, stored)
+    quantized.dequantize([memoryview(s) for s in stored], bits, group_size, mode, scales.dtype, memoryview(values))
+    return values.view(dtype).reshape(shape)
 
 
 @dataclass
@@ -316,14 +296,10 @@ def hold_all(sources: Sequence[Source], raw: Sequence[list[mx.array]], streams: 
 
 def build_all(sources: Sequence[Source], held: Sequence[list[mx.array]], streams: Sequence[mx.Stream]) -> list:
     """Each source's array, from what is held of it."""
-    rooms = _on_streams(sources, held, streams, lambda source, _: source.room())
-    mx.eval(rooms)  # together: MLX writes zeros there, one core a stream, which takes as long as filling it
-    return _on_streams(
-        sources, list(zip(held, rooms)), streams, lambda source, parts: source.build(parts[0], room=parts[1])
-    )
+    return _on_streams(sources, held, streams, lambda source, parts: source.build(parts))
 
 
-def _on_streams(sources: Sequence[Source], parts: Sequence, streams, work: Callable) -> list:
+def _on_streams(sources: Sequence[Source], parts: Sequence[list[mx.array]], streams, work: Callable) -> list:
     """`work` of each source and its parts, shared out among the streams, evenly by bytes."""
     results, load = [], [0] * len(streams)
     for source, part in zip(sources, parts):
