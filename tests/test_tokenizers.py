@@ -206,6 +206,8 @@ def test_byte_level_bpe_splits_text_as_its_model_was_trained(pre, tmp_path):
     encoded = tokenizer.encode("hi<|end|>")
     assert encoded.tokens == ["hi", "<|end|>"]
     assert tokenizer.decode(tokenizer.encode(GREETING).ids) == GREETING
+    composes = tokenizer.encode("e\u0301").ids == tokenizer.encode("\u00e9").ids
+    assert composes == (pre == "qwen2")  # whose tokenizer.json has a step of NFC
 
 
 def test_every_split_is_a_pattern_that_the_library_takes(tmp_path):
