@@ -5,7 +5,8 @@ weights and computes nothing.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -33,7 +34,7 @@ class Costing:
     def __init__(self, engine):
         self._model, self._cut, self._kept, self._pieces = engine.model, engine.cut, engine.kept, engine.pieces
         self._layers, self._layers_apart = engine.layers, engine.layers_apart
-        self._running_part, self._on_thread = engine.running_part, engine.on_thread
+        self._cores, self._running_part, self._on_thread = engine.cores, engine.running_part, engine.on_thread
         in_blocks = {(id(o), k) for unit in self._cut.blocks for _, o, k in unit.trainable()}
         entries = trainable_entries(self._model)
         self._outside = [(o, k) for _, o, k in entries if (id(o), k) not in in_blocks]
@@ -128,7 +129,7 @@ class Costing:
             return outputs
 
         def forward(*xs: mx.array) -> list[mx.array]:
-            with self._pieces.cutting(Pieces(cut.mlp_tokens, cut.attention_queries)):
+            with self._as_computed(cut):
                 with self._kept.recording(None) as products, self._layers.noting() as noted:
                     outputs = run(xs)
                 shapes.update(products)
@@ -147,7 +148,7 @@ class Costing:
                         arrays[i] = value
                     return run(arrays)
 
-                with self._pieces.cutting(Pieces(cut.mlp_tokens, cut.attention_queries)), self._kept.replaying(kept):
+                with self._as_computed(cut), self._kept.replaying(kept):
                     return mx.vjp(recompute, [xs[i] for i in wrt], cts)[1]
 
             return cost(backward, everything, cotangents)
@@ -220,7 +221,7 @@ class Costing:
             loss = HeadLoss(run_tail, logits, targets, mask, total, tail.entries, self._outside, chunk)
 
             def function(values, param_values):
-                with self._pieces.cutting(Pieces(cut.mlp_tokens, cut.attention_queries)):
+                with self._as_computed(cut):
                     return loss.loss_and_grads(values, param_values, wrt)
 
             try:
@@ -230,6 +231,11 @@ class Costing:
                     owner[key] = value
 
         return head
+
+    @contextmanager
+    def _as_computed(self, cut: Cut) -> Iterator[None]:
+        with self._cores.shared(), self._pieces.cutting(Pieces(cut.mlp_tokens, cut.attention_queries)):
+            yield
 
     def _last_output(self, calls) -> Any:
         args, kwargs = calls[-1]

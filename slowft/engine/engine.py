@@ -31,6 +31,7 @@ from ..streaming.threads import MicroBatches
 from .activations import Activations
 from .block import Memory, UnitCall
 from .boundary import Boundary, why_not
+from .cores import Cores
 from .costs import signature
 from .head import HeadLoss, loss_mask, token_loss, treats_tokens_alike, usual_chunk
 from .kept import KeptProducts, Products
@@ -88,6 +89,7 @@ class Engine:
         self.layers = LayerWork(self._residency)
         for unit in cut.blocks:
             self.layers.watch(unit)
+        self.cores = Cores(self._residency.streams)
         self.stats = Stats(reader, self._residency, self._activations)
 
     # --- What the model's units do when they are called -------------------------------------------
@@ -164,7 +166,7 @@ class Engine:
         trainable = {(id(owner), key) for _, owner, key in unit.trainable()}
 
         def in_pieces(*args, **kwargs):
-            with self.pieces.cutting(self.cuts, seed):
+            with self.cores.shared(), self.pieces.cutting(self.cuts, seed):
                 return inner(*args, **kwargs)
 
         call = UnitCall(
@@ -470,7 +472,7 @@ class Engine:
         def compute(xs: list[mx.array]):
             chunk = self._chunk_tokens(tail.hidden(xs[:n]), targets.values.size)
             loss = HeadLoss(run_tail, self._head, attach(targets), mask, total, tail.entries, self._outside, chunk)
-            with self.pieces.cutting(self.cuts, seed):
+            with self.cores.shared(), self.pieces.cutting(self.cuts, seed):
                 if gradients:
                     return loss.loss_and_grads(xs[:n], xs[n:], wrt)
                 return loss.loss(xs[:n], xs[n:]), []

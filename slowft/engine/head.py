@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from .cores import by_rows
 from .pieces import after
 
 # tail(arrays) -> the last block's output; arrays are what goes into the tail, in a fixed order
@@ -20,6 +21,8 @@ Tail = Callable[[list[mx.array]], Any]
 # head(hidden, n_rows, n_tokens) -> logits [n_rows, n_tokens, V]; hidden is a tree as the last block returned it
 Head = Callable[[Any, int, int], mx.array]
 
+
+_cross_entropy = by_rows(nn.losses.cross_entropy)  # of logits [n, V] and targets [n]
 
 LOGITS_NBYTES = 64 << 20  # of logits that may exist at once where nothing else is said
 
@@ -37,7 +40,7 @@ def loss_mask(lengths: mx.array, n_targets: int) -> mx.array:
 
 def token_loss(logits: mx.array, targets: mx.array, mask: mx.array, total: mx.array) -> mx.array:
     """Cross-entropy over the tokens in `mask`, divided by `total`: mlx-lm's `default_loss` when total is theirs."""
-    ce = nn.losses.cross_entropy(logits, targets) * mask
+    ce = _cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)).reshape(mask.shape) * mask
     return ce.astype(mx.float32).sum() / total
 
 
@@ -109,7 +112,7 @@ class HeadLoss:
 
         def losses(h: mx.array, params: Sequence[mx.array], tokens: mx.array) -> mx.array:
             _put(self._head_entries, params)
-            return nn.losses.cross_entropy(self._head(h[None], 1, h.shape[0])[0], targets[tokens])
+            return _cross_entropy(self._head(h[None], 1, h.shape[0])[0], targets[tokens])
 
         def spread(parts: list[mx.array], shape: tuple[int, ...]) -> mx.array:
             values = mx.concatenate(parts)

@@ -41,7 +41,7 @@ class Machine:
             working set that Metal recommends, never the wired maximum.
         matmul_flops_per_s: matrix products in the compute dtype; a multiply-add is two.
         bytes_per_s: bytes read and written by an elementwise operation, in memory that is in use already.
-        functions_per_s: exponentials of float numbers.
+        functions_per_s: exponentials of float numbers, which take up to four cores on a CPU.
         cast_bytes_per_s: bytes put out by a cast to the compute dtype, in memory that is in use already.
         page_s_per_byte: seconds that it takes in addition where the memory is fresh from the operating system.
         read_bytes_per_s: one file after the other, past the file cache; None if there was nothing to read.
@@ -113,16 +113,17 @@ def measure(compute_dtype: mx.Dtype, files: Sequence[str], seconds: float = 1.5)
     functions_per_s = _functions_per_s(compute_dtype, seconds * 0.05)
     with _cache_limit(8 * STREAM_NBYTES):  # once more: a moment's other work would halve what both cores do
         matmul_flops_per_s = max(matmul_flops_per_s, _matmul_flops_per_s(compute_dtype, seconds * 0.15))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Machine(
         memory_nbytes=_memory_nbytes(),
         matmul_flops_per_s=matmul_flops_per_s,
         bytes_per_s=bytes_per_s,
-        functions_per_s=functions_per_s,
+        functions_per_s=functions_per_s * (min(cores, 4) if mx.default_device() == mx.Device(mx.cpu) else 1),
         cast_bytes_per_s=STREAM_NBYTES / warm_s,
         page_s_per_byte=max(0.0, fresh_s - warm_s) / STREAM_NBYTES,
         read_bytes_per_s=read_bytes_per_s,
         write_bytes_per_s=None,
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=cores,
         device=str(mx.device_info().get("device_name", mx.default_device())),
         compute_dtype=str(compute_dtype).rsplit(".", 1)[-1],
         reads_in_flight=reads_in_flight,

@@ -30,6 +30,7 @@ class Residency:
     Attributes:
         compute_s: seconds spent computing, casting included, waiting for reads left out.
         apart: layers of the block in place whose weights are not there, but come by `with_groups`.
+        streams: of the compute thread, the default one first: one a core on a CPU, which uses one core for each.
     """
 
     def __init__(self, blocks: Sequence[Unit], reader: Reader):
@@ -48,7 +49,7 @@ class Residency:
         # not the former: a trace on it would keep every group's weights
         self._layer_thread = Worker("slowft-layers")
         self._groups = GroupReader(reader)
-        self._streams = self._thread.run(casting_streams)
+        self.streams = self._thread.run(casting_streams)
         self._order: list[int] = []
         self._position = -1
         self._outside: list[Unit] = []  # large layers outside the blocks whose weights are in place now
@@ -139,7 +140,7 @@ class Residency:
             buffer = None if held else self._cache.take(item, self._upcoming(item))
             try:
                 with tracing.span("cast", unit.name, bytes=layout.compute_nbytes):
-                    arrays = layout.put(held, self._streams) if held else layout.fill(buffer, self._streams)
+                    arrays = layout.put(held, self.streams) if held else layout.fill(buffer, self.streams)
                     unit.restore_constants()
                     mx.eval(arrays)
                 mx.set_cache_limit(self.cache_nbytes)
@@ -238,7 +239,7 @@ class Residency:
         self._outside += self._head
         buffer = self._cache.take(item, self._upcoming(item))
         with tracing.span("cast", self._head[0].name, bytes=sum(unit.compute_nbytes for unit in self._head)):
-            mx.eval(self._layouts[item].fill(buffer, self._streams))
+            mx.eval(self._layouts[item].fill(buffer, self.streams))
         for unit in self._head:
             unit.restore_constants()
         if all(p.source.is_copied for unit in self._head for p in unit.params):

@@ -1,0 +1,219 @@
+"""Softmax, activations and attention on all cores: MLX's CPU backend computes an operation on one core of a stream.
+
+Rows (of attention: batch rows or heads) are shared out among streams, one a core, and the parts put together again:
+MLX's own operations on some rows of their arguments, so results and gradients stay the same to the last bit. Their
+vjps run on the streams of what they are vjps of. On a GPU, or with one core, nothing is changed. Products of matrices
+are left alone: OpenBLAS uses all cores for each.
+"""
+
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+LEAST_ELEMENTS = 1 << 16  # of an array that is worth it: 0.8 ms of exponentials, against 0.05 ms to wait for a stream
+# Compiled functions of MLX and mlx-lm that treat elements one by one and take an exponential or the like of each
+ACTIVATIONS = (
+    *("silu", "gelu", "gelu_approx", "gelu_fast_approx", "softplus", "swiglu", "precise_swiglu", "swiglu_oai"),
+    *("clamped_swiglu", "geglu", "logit_softcap", "softcap", "_silu_mul", "_situ"),
+)
+_COMPILED = type(nn.silu)
+
+_local = threading.local()  # .streams: those among which the calling thread's work is shared out; None for not at all
+_lock = threading.Lock()
+_n_sharing = 0  # contexts for which functions are replaced now
+_found: list[tuple[Any, str, Callable, Callable]] = []  # see _replacements
+_n_modules = 0  # that were looked through for it
+
+
+class Cores:
+    """Shares work of one thread out among `streams`, which are that thread's own."""
+
+    def __init__(self, streams: Sequence[mx.Stream]):
+        self._streams = list(streams)
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        """While this is entered, what the calling thread gives MLX to compute is shared out."""
+        if len(self._streams) == 1:
+            yield
+            return
+        before = getattr(_local, "streams", None)
+        _install()
+        _local.streams = self._streams
+        try:
+            yield
+        finally:
+            _local.streams = before
+            _uninstall()
+
+
+def by_rows(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """`function` of arrays whose first axis is that of independent rows, which are shared out."""
+
+    def call(*arrays: mx.array) -> mx.array:
+        with _whole() as streams:
+            if streams is None or arrays[0].size < LEAST_ELEMENTS:
+                return function(*arrays)
+            return _in_parts(function, arrays, [0] * len(arrays), arrays[0].shape[0], streams)
+
+    return call
+
+
+def _in_parts(
+    function: Callable[..., mx.array],
+    arrays: Sequence[mx.array],
+    axes: Sequence[int],
+    size: int,
+    streams: list[mx.Stream],
+    axis=0,
+) -> mx.array:
+    """`function(*arrays)` in one part a stream.
+
+    Args:
+        axes: along which the arguments are cut; `size`, or a multiple of it, is their length.
+        axis: along which the parts of the result are put together.
+    """
+    n = min(len(streams), size)
+    if n < 2:
+        return function(*arrays)
+    cuts = [size * i // n for i in range(1, n)]
+    parts = [mx.split(a, [c * (a.shape[x] // size) for c in cuts], x) for a, x in zip(arrays, axes)]
+    results = []
+    for stream, *part in zip(streams, *parts):
+        with mx.stream(stream):
+            results.append(function(*part))
+    return mx.concatenate(results, axis)
+
+
+@contextmanager
+def _whole() -> Iterator[list[mx.Stream] | None]:
+    """The streams to share out among; meanwhile, everything else that this thread calls stays whole."""
+    streams = getattr(_local, "streams", None)
+    _local.streams = None
+    try:
+        yield streams
+    finally:
+        _local.streams = streams
+
+
+# --- What takes the place of MLX's and mlx-lm's functions ---------------------------------------------
+
+
+def _install() -> None:
+    global _n_sharing
+    with _lock:
+        _n_sharing += 1
+        if _n_sharing == 1:
+            for owner, name, _, replacement in _replacements():
+                setattr(owner, name, replacement)
+
+
+def _uninstall() -> None:
+    global _n_sharing
+    with _lock:
+        _n_sharing -= 1
+        if _n_sharing == 0:
+            for owner, name, original, _ in _found:
+                setattr(owner, name, original)
+
+
+def _replacements() -> list[tuple[Any, str, Callable, Callable]]:
+    """(owner, name, function, what takes its place). Models find their compiled functions in their modules."""
+    global _n_modules
+    if _n_modules != len(sys.modules):
+        _n_modules = len(sys.modules)
+        attention = mx.fast.scaled_dot_product_attention
+        _found[:] = [(mx.fast, "scaled_dot_product_attention", attention, _attention(attention))]
+        _found.append((mx, "softmax", mx.softmax, _softmax(mx.softmax)))
+        _found.extend((mx, f.__name__, f, _activation(f)) for f in (mx.sigmoid, mx.tanh, mx.exp))
+        places: dict[int, Callable] = {}
+        for module in [m for name, m in list(sys.modules.items()) if name.startswith(("mlx_lm.models.", "mlx.nn"))]:
+            for name, value in list(vars(module).items()):
+                if type(value) is _COMPILED:
+                    replacement = (_activation if name in ACTIVATIONS else _as_a_whole)(value)
+                    _found.append((module, name, value, places.setdefault(id(value), replacement)))
+    return _found
+
+
+def _activation(function: Callable) -> Callable:
+    def call(*args, **kwargs):
+        with _whole() as streams:
+            arrays = [a for a in args if isinstance(a, mx.array)]
+            alike = len({a.shape for a in arrays}) == 1 and arrays[0].ndim > 1
+            alike = alike and not any(isinstance(value, mx.array) for value in kwargs.values())
+            if streams is None or not alike or "stream" in kwargs or arrays[0].size < LEAST_ELEMENTS:
+                return function(*args, **kwargs)
+
+            def of(*rows: mx.array) -> mx.array:
+                rest = iter(rows)
+                return function(*[next(rest) if isinstance(a, mx.array) else a for a in args], **kwargs)
+
+            return _rows_in_parts(of, arrays, streams)
+
+    return call
+
+
+def _as_a_whole(function: Callable) -> Callable:
+    """A compiled function, which is not to be compiled with what is in place now."""
+
+    def call(*args, **kwargs):
+        with _whole():
+            return function(*args, **kwargs)
+
+    return call
+
+
+def _softmax(softmax: Callable) -> Callable:
+    def call(a, axis=None, **kwargs):
+        with _whole() as streams:
+            last = a.ndim > 1 and axis in (-1, a.ndim - 1)
+            if streams is None or not last or "stream" in kwargs or a.size < LEAST_ELEMENTS:
+                return softmax(a, axis, **kwargs)
+            return _rows_in_parts(lambda rows: softmax(rows, -1, **kwargs), [a], streams)
+
+    return call
+
+
+def _rows_in_parts(function: Callable, arrays: Sequence[mx.array], streams: list[mx.Stream]) -> mx.array:
+    """`function` of arrays `[..., D]`, the result's shape too, in one part a stream."""
+    flat = [a.reshape(-1, a.shape[-1]) for a in arrays]
+    return _in_parts(function, flat, [0] * len(flat), flat[0].shape[0], streams).reshape(arrays[0].shape)
+
+
+def _attention(attention: Callable) -> Callable:
+    """`mx.fast.scaled_dot_product_attention`, with batch rows or groups of heads shared out."""
+
+    def call(q, k, v, *, scale, mask=None, sinks=None, **kwargs):
+        with _whole() as streams:
+            rows, heads, length, _ = q.shape
+            groups = k.shape[1]
+            if streams is None or kwargs or rows * heads * length * k.shape[2] < LEAST_ELEMENTS:
+                return attention(q, k, v, scale=scale, mask=mask, sinks=sinks, **kwargs)
+            # rows lie in one piece; but what is added up over them is not to be added up in parts
+            axis, size = (0, rows) if rows % len(streams) == 0 and sinks is None else (1, groups)
+            if size == 1:
+                return attention(q, k, v, scale=scale, mask=mask, sinks=sinks)
+            arrays, axes = [q, k, v], [axis] * 3
+            cut_mask = isinstance(mask, mx.array) and mask.ndim >= 4 - axis and mask.shape[axis - 4] > 1
+            if isinstance(mask, mx.array) and not cut_mask and mask.dtype != mx.bool_:
+                return attention(q, k, v, scale=scale, mask=mask, sinks=sinks)
+            if cut_mask:
+                arrays.append(mask)
+                axes.append(axis + mask.ndim - 4)
+            if sinks is not None:
+                arrays.append(sinks)
+                axes.append(0)
+
+            def of(q, k, v, *rest):
+                rest = list(rest)
+                m = rest.pop(0) if cut_mask else mask
+                return attention(q, k, v, scale=scale, mask=m, sinks=rest[0] if rest else None)
+
+            return _in_parts(of, arrays, axes, size, streams, axis)
+
+    return call
