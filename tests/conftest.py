@@ -89,6 +89,8 @@ def in_memory(directory: Path, dtype: mx.Dtype = mx.float32, **lora) -> nn.Modul
     """The reference: mlx-lm's model, whole and in memory, computing in `dtype`, with LoRA layers attached."""
     model, _ = load_model(directory)
     model.update(tree_map(lambda p: p.astype(dtype) if mx.issubdtype(p.dtype, mx.floating) else p, model.parameters()))
+    if not hasattr(model, "_no_grad"):
+        nn.Module.__init__(model)  # mlx-lm's recurrent_gemma forgets it, and cannot be frozen without
     model.freeze()
     if lora:
         attach_in_memory(model, **lora)

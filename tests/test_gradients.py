@@ -9,7 +9,7 @@ from mlx_lm.tuner.trainer import default_loss
 from mlx_lm.utils import dequantize_model, load_model, save_config
 
 import slowft
-from architectures import ARCHITECTURES, REFUSED
+from architectures import ARCHITECTURES
 from conftest import (
     LLAMA,
     attach_in_memory,
@@ -84,14 +84,6 @@ def test_chunked_head_agrees(name, tmp_path):
     assert streamed_loss.item() == pytest.approx(loss.item(), rel=1e-5)
     assert largest_difference(gradients, streamed_gradients) <= 1e-5 * largest(gradients)
     assert streamed.loss(batch, lengths)[0].item() == pytest.approx(loss.item(), rel=1e-5)
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_cut_is_refused_with_its_reason(name, tmp_path):
-    config, reason = REFUSED[name]
-    with pytest.raises(slowft.SlowftError, match=reason) as error:
-        slowft.open_model(save_random(tmp_path / "m", config))
-    assert "cannot be streamed" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_weights_used_past_the_seam_are_kept_in_memory(tmp_path, monkeypatch):

@@ -2,20 +2,22 @@
 
 Streaming as a custom vjp: what mlx-lm's `grad_checkpoint` does, one step further. The primal has the unit's
 weights brought, runs it, and keeps only its output; the vjp has them brought again, recomputes, and returns
-the cotangents of all inputs and of the trainable parameters. Values handed from block to block, tuples and
-arithmetic between blocks need nothing more: MLX's autodiff of the model's own call connects them.
+the cotangents of all inputs and of the trainable parameters. Values handed from block to block, tuples, what blocks
+write into containers they share (see `models.calls`) and arithmetic between blocks need nothing more: MLX's autodiff
+of the model's own call connects them.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import mlx.core as mx
 
 from ..errors import SlowftError
+from ..models.calls import Arguments, Outcome
 from ..models.seams import FLOATS
 from .layers import LayerWork
-from .trees import attach, detach, pack, unpack
+from .trees import attach, detach
 
 # serve(job, backward) -> job's result, called on the compute thread with the unit's weights in place
 Serve = Callable[[Callable[[], Any], bool], Any]
@@ -63,6 +65,7 @@ class UnitCall:
         seed: random seed of this call, so that the recomputation draws the same dropout masks.
         inputs_need_gradient: False below the lowest trained block, where nobody asks for it.
         memory: what the step keeps of this call.
+        carriers: see `Arguments`.
         layers: computes the unit's layers that are not brought with it; None if there are none.
         kind: of the unit, for `layers`.
     """
@@ -79,27 +82,28 @@ class UnitCall:
         seed: int,
         inputs_need_gradient: bool,
         memory: Memory,
+        carriers: Collection[type] = (),
         layers: LayerWork | None = None,
         kind: Hashable = None,
     ):
         self._inner, self._entries, self._params = inner, list(entries), list(params)
         self._serve, self._seed, self._memory = serve, seed, memory
         self._layers, self._kind = layers, kind
-        self._inputs: list[mx.array] = []
-        self._in_spec = pack((args, kwargs), self._inputs)
+        self._arguments = Arguments(args, kwargs, carriers)
+        self._inputs = self._arguments.arrays
         self._n = len(self._inputs)
         wanted = [inputs_need_gradient] * self._n + list(trained)
         arrays = [*self._inputs, *self._params]
         self._wrt = [i for i, a in enumerate(arrays) if wanted[i] and a.dtype in FLOATS]
-        self._states = [leaf for leaf in _static_leaves(self._in_spec) if hasattr(leaf, "state")]  # key-value caches
-        self._out_spec: Any = None
+        self._states = [leaf for leaf in self._arguments.objects if hasattr(leaf, "state")]  # key-value caches
+        self._outcome: Outcome | None = None
 
     def __call__(self) -> Any:
         function = mx.custom_function(self._primal)
         function.vjp(self._vjp)
         function.jvp(_refuse("forward-mode derivatives"))
         outputs = function(*self._inputs, *self._params)
-        return unpack(self._out_spec, _as_list(outputs))
+        return self._arguments.take_over(self._outcome, _as_list(outputs))
 
     def _primal(self, *xs: mx.array) -> tuple[mx.array, ...]:
         detached = self._detach(xs)
@@ -113,7 +117,11 @@ class UnitCall:
                 mx.eval(outputs, kept, [cache.state for cache in self._states])
             return [self._memory.output(*outputs)] if self._memory.hides_output else outputs
 
-        return tuple(self._serve(forward, False))
+        outputs = self._serve(forward, False)
+        if not self._memory.hides_input:
+            for at, i in self._outcome.handed_on:
+                outputs[at] = xs[i]  # no second copy
+        return tuple(outputs)
 
     def _detach(self, xs: Sequence[mx.array]) -> list:
         """Values apart from the trace; None for a hidden state that is not in it."""
@@ -180,9 +188,8 @@ class UnitCall:
     def _run(self, inputs: Sequence[mx.array], params: Sequence[mx.array]) -> list[mx.array]:
         for (owner, key), value in zip(self._entries, params):
             owner[key] = value
-        args, kwargs = unpack(self._in_spec, inputs)
-        outputs: list[mx.array] = []
-        self._out_spec = pack(self._inner(*args, **kwargs), outputs)
+        self._outcome = self._arguments.call(self._inner, inputs)
+        outputs, self._outcome.arrays = self._outcome.arrays, []  # not held: the trace has them, or nobody
         return outputs
 
 
@@ -204,15 +211,3 @@ def _refuse(what: str) -> Callable:
 
 def _as_list(arrays) -> list[mx.array]:
     return list(arrays) if isinstance(arrays, (tuple, list)) else [arrays]
-
-
-def _static_leaves(spec):
-    kind, value = spec
-    if kind == "static":
-        yield value
-    elif kind is dict:
-        for v in value.values():
-            yield from _static_leaves(v)
-    elif kind != "array":
-        for v in value:
-            yield from _static_leaves(v)

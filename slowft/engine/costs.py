@@ -13,6 +13,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ..errors import PlanError
+from ..models.calls import Arguments
 from ..models.seams import FLOATS, Probe, Unit, Use, trainable_entries
 from ..models.weights import Packed, Rounded, placeholder
 from ..planning import graph
@@ -22,7 +23,6 @@ from .head import HeadLoss, usual_chunk
 from .layers import LayerCall, inner_call
 from .parts import HeadPart, Tail, TailCall
 from .pieces import Pieces, ordering_by_sums
-from .trees import pack, unpack
 
 
 class Costing:
@@ -66,12 +66,12 @@ class Costing:
         lowest = next((p for p, index in enumerate(order) if trained[index]), len(order))
         visits, seen, side = [], {}, {}
         for position, index in enumerate(order):
-            unit, (args, kwargs) = self._cut.blocks[index], probe.calls[position]
+            unit, arguments = self._cut.blocks[index], probe.calls[position]
             comes_back = position >= lowest or bool(self._outside)
             of_input = position > lowest or bool(self._outside)
-            key = (signature(unit), _call_signature(args, kwargs), comes_back, of_input)
+            key = (signature(unit), arguments.signature(), comes_back, of_input)
             if key not in seen:
-                seen[key] = self._visit(unit, args, kwargs, cut, comes_back, of_input)
+                seen[key] = self._visit(unit, arguments, cut, comes_back, of_input)
             forward, backward, products, backward_kept, calls = seen[key]
             trainable = sum(owner[k].nbytes for _, owner, k in trained[index])
             copied = all(p.source.is_copied for p in unit.params)
@@ -81,10 +81,8 @@ class Costing:
             layers = self._layer_costs(unit, calls, products, rows * tokens)
             costs = forward, backward, products, backward_kept, layers
             visits.append(Visit(*sizes, *kinds, held, trainable, *costs))
-            hidden = args[0]
-            for _, leaf in tree_flatten([list(args[1:]), kwargs]):
-                if isinstance(leaf, mx.array):
-                    side[id(leaf)] = leaf.nbytes
+            hidden, *others = arguments.arrays
+            side |= {id(array): array.nbytes for array in others}
         rows_units = self._cut.outside[Use.ROWS]
         trainable = sum(array.nbytes for _, array in tree_flatten(self._model.trainable_parameters()))
         return Job(
@@ -105,11 +103,9 @@ class Costing:
             self._cut.is_chain,
         )
 
-    def _visit(self, unit: Unit, args, kwargs, cut: Cut, comes_back: bool, of_input: bool):
+    def _visit(self, unit: Unit, arguments: Arguments, cut: Cut, comes_back: bool, of_input: bool):
         """(forward, backward, products, backward with all of them kept, calls of layers) of one visit to a block."""
-        inputs: list[mx.array] = []
-        spec = pack((args, kwargs), inputs)
-        inputs = [placeholder(a.shape, a.dtype) for a in inputs]
+        inputs = [placeholder(a.shape, a.dtype) for a in arguments.arrays]
         n, entries = len(inputs), unit.adapter()
         originals = [owner[key] for owner, key in entries]
         trainable = {(id(owner), key) for _, owner, key in unit.trainable()}
@@ -123,10 +119,7 @@ class Costing:
         def run(xs: Sequence[mx.array]) -> list[mx.array]:
             for (owner, key), value in zip(entries, xs[n:]):
                 owner[key] = value
-            a, k = unpack(spec, xs[:n])
-            outputs: list[mx.array] = []
-            pack(inner_call(unit)(*a, **k), outputs)
-            return outputs
+            return arguments.call(inner_call(unit), xs[:n]).arrays
 
         def forward(*xs: mx.array) -> list[mx.array]:
             with self._as_computed(cut):
@@ -190,7 +183,7 @@ class Costing:
 
     def _head_cost(self, calls, rows: int, tokens: int, vocab_size: int, cut: Cut, lowest: int, in_chunks: bool):
         order = self._cut.order
-        visits = [(self._cut.blocks[index], *call) for index, call in zip(order, calls)]
+        units = [self._cut.blocks[index] for index in order]
         mask, total = mx.ones((rows, tokens), mx.bool_), mx.array(rows * tokens)
         targets = placeholder((rows, tokens), mx.int32)
         mx.eval(mask, total)
@@ -198,7 +191,7 @@ class Costing:
         @functools.cache
         def head(n_tail: int, head_tokens: int | None) -> Cost:
             first = len(order) - n_tail
-            tail_calls = [TailCall(unit, args, kwargs, 0) for unit, args, kwargs in visits[first:]]
+            tail_calls = [TailCall(unit, *_arguments(call), 0) for unit, call in zip(units[first:], calls[first:])]
             tail = Tail(self._cut, tail_calls, tail_calls[0].args[0] if n_tail else self._last_output(calls))
             entries = [*tail.entries, *self._outside]
             arrays, params = (
@@ -238,7 +231,7 @@ class Costing:
             yield
 
     def _last_output(self, calls) -> Any:
-        args, kwargs = calls[-1]
+        args, kwargs = _arguments(calls[-1])
         return inner_call(self._cut.blocks[self._cut.order[-1]])(*args, **kwargs)
 
 
@@ -273,6 +266,6 @@ def _nbytes_by_kind(unit: Unit, source_class: type) -> dict[tuple[int, int, str]
     return nbytes
 
 
-def _call_signature(args: tuple, kwargs: dict) -> str:
-    leaves = tree_flatten([list(args), kwargs])
-    return str([(path, (a.shape, a.dtype) if isinstance(a, mx.array) else a) for path, a in leaves])
+def _arguments(call: Arguments) -> tuple[tuple, dict]:
+    args, kwargs, _ = call.with_arrays(call.arrays)
+    return args, kwargs

@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from .. import tracing
 from ..errors import ConfigError, SlowftError, SlowftWarning
 from ..models.layers import Layer
-from ..models.seams import FLOATS, Cut, Probe, Unit, array_entries, trainable_entries
+from ..models.seams import FLOATS, TOKENS, Arrays, Cut, Probe, Unit, array_entries, trainable_entries
 from ..models.weights import Param, placeholder, read_whole
 from ..planning.experts import is_read_on_demand
 from ..planning.schedule import Schedule
@@ -36,7 +36,7 @@ from .costs import signature
 from .head import HeadLoss, loss_mask, token_loss, treats_tokens_alike, usual_chunk
 from .kept import KeptProducts, Products
 from .layers import GROUP_NBYTES, LayerWork
-from .parts import HeadPart, Tail, TailCall, unevaluated_zeros
+from .parts import HeadPart, Tail, TailCall, alias, unevaluated_zeros
 from .pieces import Pieces, PieceWork
 from .randomness import dropout_seed
 from .stats import Stats
@@ -63,7 +63,6 @@ class Engine:
         self._micro_batches = MicroBatches()
         self._local = threading.local()  # what the calling thread is in the middle of
         self._head_in_chunks: bool | None = None  # not known before the head's weights were seen
-        self._vocab_size: int | None = None
         self._outside: list[tuple[Any, Any]] = []  # (owner, key) of trainable parameters outside the blocks
         self._lowest_trained = 0  # the first visit of a forward pass to a block with trainable parameters
         self._expects_backward = False
@@ -108,11 +107,11 @@ class Engine:
         if collected is not None and self._in_step and position >= self._first_tail:
             collected.tail.append(TailCall(unit, args, kwargs, seed))
             collected.is_complete = position == len(self.cut.order) - 1
-            return args[0]  # the head's own pass computes it: this only stands for it
+            return alias(args[0])  # the head's own pass computes it: this only stands for it
         needed = not self._in_step or bool(self._outside) or position > self._lowest_trained
         output = self._stream(unit, inner, args, kwargs, seed, needed, self._memory_of(position))
         if collected is not None and position == len(self.cut.order) - 1:
-            collected.output, collected.is_complete = output, True
+            collected.output, collected.is_complete = alias(output), True
         return output
 
     def on_matmul(self, unit: Unit, inner: Callable, args: tuple, kwargs: dict) -> Any:
@@ -155,10 +154,13 @@ class Engine:
     @contextmanager
     def running_part(self, part):
         self._local.part, before = part, self._part
+        arrays = Arrays(self.model) if self.cut.keeps_arrays else None
         try:
             yield part
         finally:
             self._local.part = before
+            if arrays is not None:
+                arrays.restore()  # what a part makes may be of another thread
 
     def _stream(self, unit: Unit, inner, args, kwargs, seed: int, inputs_need_gradient: bool, memory: Memory) -> Any:
         entries = unit.adapter()
@@ -181,6 +183,7 @@ class Engine:
             seed=seed,
             inputs_need_gradient=inputs_need_gradient,
             memory=memory,
+            carriers=self.cut.carriers,
             layers=self.layers,
             kind=unit,
         )
@@ -310,12 +313,12 @@ class Engine:
             return
         probe = Probe(self.cut, 0.25)
         self.probe(probe)
-        mx.eval([leaf for _, leaf in tree_flatten(probe.calls) if isinstance(leaf, mx.array)])
+        mx.eval([call.arrays for call in probe.calls])
         names: dict[str, set[str]] = {}
-        for index, (args, kwargs) in zip(self.cut.order, probe.calls):
+        for index, call in zip(self.cut.order, probe.calls):
             unit = self.cut.blocks[index]
             if (kind := signature(unit)) not in names:
-                found = self.on_thread(lambda unit=unit, call=(args, kwargs): self.layers.separable(unit, *call))
+                found = self.on_thread(lambda unit=unit, call=call: self.layers.separable(unit, call))
                 names[kind] = {layer.name for layer in found}
             self._layers_apart[unit] = [layer for layer in self.layers.of(unit) if layer.name in names[kind]]
 
@@ -510,10 +513,7 @@ class Engine:
         """How many tokens' logits may exist at once; None when all may, or when the head cannot be cut."""
         limit = self.head_chunk_tokens
         if limit is None:
-            if self._vocab_size is None:
-                one_token = mx.zeros_like(hidden[:1, :1]) if isinstance(hidden, mx.array) else hidden
-                self._vocab_size = self._head(one_token, 1, 1).shape[-1]  # lazy: never evaluated
-            limit = self.schedule.head_tokens or usual_chunk(self._vocab_size)
+            limit = self.schedule.head_tokens or usual_chunk(self.cut.vocab_size)
         if n_tokens <= limit or not (isinstance(hidden, mx.array) and self.cut.plain_blocks and hidden.ndim == 3):
             return None
         if self._head_in_chunks is None:
@@ -648,7 +648,7 @@ class Engine:
 
     def probe(self, part: Probe) -> mx.array:
         """Logits of a few tokens, every unit's call answered by `part`."""
-        tokens = mx.array([[0, 1, 2, 3, 0], [1, 0, 3, 2, 1]])
+        tokens = mx.array(TOKENS)
         with self.running_part(part), self.layers.noting() as calls:
             logits = self.model(tokens)
         self._routed_to = {layer: c.n_routed / tokens.size for layer, c in calls.items() if c.n_routed is not None}
@@ -703,7 +703,7 @@ class Engine:
     @property
     def head_may_be_cut(self) -> bool:
         """Whether logits may be computed some tokens at a time, as far as it is known."""
-        return self.cut.is_chain and self._head_in_chunks is not False
+        return self.cut.is_chain and len(self.cut.hidden_shape) == 3 and self._head_in_chunks is not False
 
     def close(self) -> None:
         self.forget_activations()

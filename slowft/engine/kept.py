@@ -33,7 +33,7 @@ class KeptProducts:
             return
         self._layers[id(block)] = {}
         for name, layer in block.named_modules():
-            if _is_candidate(layer):
+            if layer is not block and _is_candidate(layer):
                 self._names[id(layer)] = name
                 intercept(layer, "__call__", name, self._on_call)
                 self._layers[id(block)][name] = layer

@@ -12,12 +12,13 @@ those in place, several times, each as far as the cotangents of the layers that 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
 
+from ..models.calls import Arguments
 from ..models.layers import Layer, large_layers
 from ..models.seams import FLOATS, Unit, intercept
 from ..models.weights import placeholder
@@ -89,13 +90,13 @@ class LayerWork:
 
         return in_order
 
-    def separable(self, unit: Unit, args: tuple, kwargs: dict) -> list[Layer]:
+    def separable(self, unit: Unit, call: Arguments) -> list[Layer]:
         """Those of the block's large layers whose weights it uses in no other way than by calling them.
 
         (DoRA, for one, takes norms of them.) Tried on placeholders: NaN where weights are apart, numbers elsewhere.
 
         Args:
-            args, kwargs: some that the block is called with, evaluated.
+            call: arguments that the block is called with, evaluated.
         """
         layers = self._layers[unit]
         entries = [(param.owner, param.key) for param in unit.params] + unit.adapter()
@@ -112,8 +113,8 @@ class LayerWork:
                 if id(param) in without:
                     param.clear()
             unit.restore_constants()
-            outputs = [leaf for _, leaf in tree_flatten([inner_call(unit)(*args, **kwargs)])]
-            return not any(mx.isnan(output).any().item() for output in outputs if isinstance(output, mx.array))
+            outputs = call.call(inner_call(unit), call.arrays).arrays
+            return not any(mx.isnan(output).any().item() for output in outputs)
 
         self._is_trying = True
         try:
@@ -484,7 +485,7 @@ class _HostArray:
 
 def inner_call(unit: Unit) -> Callable:
     """The block's own method, past the seam."""
-    return super(type(unit.module), unit.module).__call__
+    return partial(unit.call, super(type(unit.module), unit.module).__call__)
 
 
 def _attach_as(original: Detached, values: np.ndarray) -> mx.array:

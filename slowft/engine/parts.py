@@ -10,8 +10,8 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_map
 
+from ..models.calls import pack, unpack
 from ..models.seams import Cut, Unit
-from .trees import pack, unpack
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Tail:
     def __init__(self, cut: Cut, calls: Sequence[TailCall], hidden: Any):
         self._cut, self._calls = cut, list(calls)
         self.arrays: list[mx.array] = []
-        self._spec = pack([hidden, [(call.args[1:], call.kwargs) for call in calls]], self.arrays)
+        self._spec = pack([hidden, [(call.args[1:], call.kwargs) for call in calls]], self.arrays, cut.carriers)
         self.units = list({call.unit: None for call in calls})
         self.entries = [entry for unit in self.units for entry in unit.adapter()]
         self.first = len(cut.order) - len(self._calls)
@@ -80,7 +80,7 @@ class _TailPart:
         call = self._calls[self._visits - self._first]
         mx.random.seed(call.seed)
         self.output = inner(self.output, *call.args[1:], **call.kwargs)
-        return self.output
+        return alias(self.output)
 
     def on_rows(self, unit: Unit, inner: Callable, args: tuple, kwargs: dict) -> Any:
         return unevaluated_zeros(inner(*args, **kwargs))
@@ -102,7 +102,7 @@ class HeadPart:
     def on_block(self, unit: Unit, inner: Callable, args: tuple, kwargs: dict) -> Any:
         self._visits += 1
         if self._visits == self._last:
-            return self._hidden
+            return alias(self._hidden)
         return args[0] if self._plain else unevaluated_zeros(inner(*args, **kwargs))
 
     def on_rows(self, unit: Unit, inner: Callable, args: tuple, kwargs: dict) -> Any:
@@ -111,6 +111,11 @@ class HeadPart:
     def on_matmul(self, unit: Unit, inner: Callable, args: tuple, kwargs: dict) -> Any:
         self._bring(unit)
         return inner(*args, **kwargs)
+
+
+def alias(tree: Any) -> Any:
+    """The same arrays as objects of their own, so that the model may write into them."""
+    return tree_map(lambda a: mx.array(a) if isinstance(a, mx.array) else a, tree)
 
 
 def unevaluated_zeros(tree: Any) -> Any:

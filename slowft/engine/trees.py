@@ -1,38 +1,11 @@
-"""Calls as flat lists of arrays: what goes into a unit and what comes out, as MLX's transformations want it."""
+"""Arrays out of a trace and a thread, and into another."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from ..errors import SlowftError
-
-
-def pack(tree: Any, arrays: list[mx.array]) -> Any:
-    """Append the arrays of a tree of arguments to `arrays`; returns what `unpack` needs to put them back."""
-    if isinstance(tree, mx.array):
-        arrays.append(tree)
-        return ("array", len(arrays) - 1)
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):  # a named tuple
-        return (type(tree), [pack(v, arrays) for v in tree])
-    if type(tree) in (tuple, list):
-        return (type(tree), [pack(v, arrays) for v in tree])
-    if type(tree) is dict:
-        return (dict, {k: pack(v, arrays) for k, v in tree.items()})
-    return ("static", tree)
-
-
-def unpack(spec: Any, arrays: list[mx.array]) -> Any:
-    kind, value = spec
-    if kind == "array":
-        return arrays[value]
-    if kind == "static":
-        return value
-    if kind is dict:
-        return {k: unpack(v, arrays) for k, v in value.items()}
-    parts = [unpack(v, arrays) for v in value]
-    return kind(*parts) if hasattr(kind, "_fields") else kind(parts)
 
 
 @dataclass(frozen=True)

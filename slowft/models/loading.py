@@ -141,6 +141,10 @@ def build_lazily(path: Path, mixin: type | None = None) -> Built:
         model_class, args_class = find_classes(config=config)
 
         class Streamed(*([mixin] if mixin else []), model_class):
+            def __init__(self, args):
+                nn.Module.__init__(self)  # mlx-lm's recurrent_gemma forgets it, and can then not be frozen
+                super().__init__(args)
+
             def sanitize(self, weights):
                 raw.update(weights)
                 if not hasattr(model_class, "sanitize"):
@@ -155,6 +159,10 @@ def build_lazily(path: Path, mixin: type | None = None) -> Built:
         model, config = load_model(path, lazy=True, get_model_classes=streamed_classes)
     except json.JSONDecodeError as e:
         raise ModelError(f"{path / 'config.json'} is not JSON ({e})") from None
+    except SystemExit:  # mlx-lm's olmo
+        raise ModelError(
+            f"{path}: mlx-lm cannot build this model without a package that is not installed; it says above which"
+        ) from None
     except Exception as e:
         raise ModelError(_explain(e, path)) from None
     inner = getattr(type(model).__bases__[-1], "sanitize", None)

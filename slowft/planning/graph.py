@@ -62,7 +62,7 @@ class Cost:
     made_nbytes: int = 0
 
     def seconds(self, matmul_flops_per_s: float, bytes_per_s: float, functions_per_s: float = float("inf")) -> float:
-        """Seconds if every operation is held up by arithmetic or by memory (the roofline model); `gathered` left out."""
+        """Seconds if arithmetic or memory holds every operation up (the roofline model); `gathered` is left out."""
         return sum(
             max(flops / (efficiency * matmul_flops_per_s), nbytes / bytes_per_s, values / functions_per_s)
             for flops, nbytes, values, efficiency in self.ops

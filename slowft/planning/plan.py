@@ -561,6 +561,8 @@ def _streamed_nbytes(job: Job, s: Schedule) -> list[int]:
     """Sizes of what goes through the block buffers."""
     blocks = [v.rest_nbytes if s.group_nbytes else v.stored_nbytes for v in _streamed_blocks(job, s)]
     return blocks + [job.head_stored_nbytes] * s.head_ahead
+
+
 def _packed_blocks(job: Job, s: Schedule) -> list:
     """The last ones: the backward pass comes back for them."""
     below = _blocks_below_tail(job, s)

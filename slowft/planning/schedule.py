@@ -18,7 +18,7 @@ class Schedule:
         packed: the last blocks below the tail that are kept in memory quantized (see `resident_bits` of `open_model`).
         tail: the last visits to blocks that form one graph with the head, their weights in memory for good.
         keep_head: the head's layers stay in memory.
-        head_ahead: they are read ahead like one more block, through the same buffers; else in pieces when they are used.
+        head_ahead: they are read ahead like one more block, through the same buffers; else in pieces when used.
         kept: for each visit to a block, the frozen layers (names within the block) whose outputs are kept from the
             forward pass for the recomputation.
         spilled: block inputs of the first so many visits go to disk.

@@ -1,0 +1,49 @@
+"""Every model type of mlx-lm, A to K: streamed as in memory, or refused with its reason. L to Z are in another file,
+so that two workers share them."""
+
+import importlib.util
+
+import pytest
+
+import slowft
+from architectures import HELPERS, MODEL_TYPES, REFUSED
+from matrix import TABLE, modules, refused_row, save, stand_in_for_hf_olmo, start, verify
+
+TYPES = [name for name in MODEL_TYPES if name not in REFUSED and name.lower() < "l"]
+
+
+def test_every_module_of_the_installed_mlx_lm_is_accounted_for():
+    """A new mlx-lm with new models fails here: give each a configuration in architectures.py."""
+    assert modules() == sorted({*MODEL_TYPES, *HELPERS})
+    assert len(REFUSED) <= 3
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_streamed_as_in_memory(name, tmp_path):
+    assert verify(tmp_path, name) in TABLE.read_text().splitlines(), "write it anew: python tests/matrix.py"
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_with_its_reason(name, tmp_path):
+    assert refused_row(name) in TABLE.read_text().splitlines(), "write it anew: python tests/matrix.py"
+    with stand_in_for_hf_olmo(), pytest.raises(slowft.SlowftError, match=REFUSED[name][1]) as error:
+        slowft.open_model(save(tmp_path / "m", name)).add_lora()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("hf_olmo") is not None, reason="the package that mlx-lm's olmo needs is here"
+)
+def test_olmo_without_its_package_is_refused_not_left(tmp_path):
+    """mlx-lm's module for it ends the process that imports it."""
+    with stand_in_for_hf_olmo():
+        save(tmp_path / "m", "olmo")
+    with pytest.raises(slowft.SlowftError, match="without a package that is not installed"):
+        slowft.open_model(tmp_path / "m")
+
+
+def test_table_has_a_line_for_each_and_no_other():
+    text = TABLE.read_text()
+    assert text.startswith(start()), "write it anew: python tests/matrix.py"
+    lines = text.removeprefix(start()).splitlines()
+    assert [line.split("|")[1].strip() for line in lines] == sorted(MODEL_TYPES, key=str.lower)
