@@ -19,7 +19,6 @@ KINDS = {
     "deepseek_v41": "a dict and a cache that blocks write into",
     "deepseek_v3": "multi-latent attention, experts: a chain",
     "granitemoehybrid": "state space and attention: a chain",
-    "nanbeige": "blocks visited twice",
     "iquestloopcoder": "the model's call goes past its blocks",
 }
 
