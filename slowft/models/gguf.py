@@ -12,7 +12,6 @@ import json
 import math
 import os
 import shutil
-import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +22,14 @@ import numpy as np
 from .. import platform
 from ..errors import ModelError, SlowftError
 from ..storage.gguf import Gguf, GgufTensor, read_gguf
+from ..storage.index import DTYPES
+from ..storage.tensorfile import Tensor, TensorFile
 from .gguf_architectures import ROPE_TABLES, Place, make_config, place
 from .gguf_blocks import AFFINE_BITS, GROUP_SIZE, narrow, repack, widen
 from .tokenizer import write_gguf_tokenizer
 
 PIECE_NBYTES = 4 << 20
 PLAIN_DTYPES = {"F16": "F16", "BF16": "BF16", "Q6_K": "F16"}  # safetensors types
-ITEM_NBYTES = {"F32": 4, "F16": 2, "BF16": 2, "U32": 4, "U8": 1}
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
@@ -44,7 +44,7 @@ class Output:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * ITEM_NBYTES[self.dtype]
+        return math.prod(self.shape) * DTYPES[self.dtype][1]
 
 
 @dataclass(frozen=True)
@@ -195,36 +195,21 @@ def _quantization(weights: list[Weight]) -> dict[str, Any]:
 
 
 def _write(file: Path, weights: list[Weight], progress: Progress | None) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
-    end = 0
-    for w in weights:
-        for o in w.outputs.values():
-            header[o.name] = {"dtype": o.dtype, "shape": o.shape, "data_offsets": [end, end + o.nbytes]}
-            end += o.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % 4096)
-    with open(file, "wb", buffering=0) as out:
-        platform.skip_file_cache(out.fileno())
-        out.write(struct.pack("<Q", len(text)) + text)
-        at = {o.name: 8 + len(text) + header[o.name]["data_offsets"][0] for w in weights for o in w.outputs.values()}
-        done = 0
+    outputs = [o for w in weights for o in w.outputs.values()]
+    total, done = sum(o.nbytes for o in outputs), 0
+    tensors = [Tensor(o.name, DTYPES[o.dtype][0], o.shape) for o in outputs]
+    out = TensorFile(file, tensors, max_pending_nbytes=2 * PIECE_NBYTES)
+    try:
         for piece in _converted(weights):
             for name, array in piece.items():
-                data = memoryview(array).cast("B")
-                _put(out.fileno(), data, at[name])
-                at[name] += len(data)
-                done += len(data)
+                out.write(name, memoryview(array).cast("B"))
+                done += array.nbytes
             if progress is not None:
-                progress(done, end)
-        platform.sync_file(out.fileno())
-
-
-def _put(fd: int, data: memoryview, offset: int) -> None:
-    done = 0
-    while done < len(data):
-        done += os.pwrite(fd, data[done:], offset + done)
-    platform.write_back(fd, offset, len(data))
-    platform.drop_cached(fd, offset, len(data))
+                progress(done, total)
+        out.finish()
+    except BaseException:
+        out.abandon()
+        raise
 
 
 def _converted(weights: list[Weight]) -> Iterator[dict[str, np.ndarray]]:

@@ -134,7 +134,7 @@ def prepare_gguf(file: str | Path, output: str | Path, *, progress: manifest.Pro
     if free < needed:
         raise SlowftError(_no_room(output, needed, free))
     try:
-        gguf.convert(file, output)
+        gguf.convert(file, output, progress)
     except OSError as e:
         raise SlowftError(f"{output} cannot be written: {e.strerror}") from None
     manifest.write_manifest(output, {"source": str(file.resolve()), "versions": versions()}, progress)
