@@ -163,7 +163,7 @@ def figures() -> dict[str, tuple[int, int]]:
 @pytest.mark.parametrize("job", [*(f"{name}, {way}" for name in (*SIZES, SHARED) for way in WAYS), f"{KEPT}, backward"])
 def test_peak_is_what_resident_memory_rises_by(figures, job):
     predicted, measured = figures[job]
-    assert 0.98 <= predicted / measured <= 1.05, f"{predicted / 1e6:.1f} MB predicted, {measured / 1e6:.1f} measured"
+    assert 0.98 <= predicted / measured <= 1.09, f"{predicted / 1e6:.1f} MB predicted, {measured / 1e6:.1f} measured"
 
 
 def test_flops_and_bytes_of_a_chain_of_products_by_hand():

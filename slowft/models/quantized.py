@@ -11,6 +11,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -109,7 +110,7 @@ def _on_every_core(work: Callable, group_size: int, buffers: Sequence[tuple[memo
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
+def _library() -> Any:
     """The compiled functions; None if there are none. Calls let other Python threads run."""
     spec = importlib.util.find_spec("slowft.models._quantized")
     return None if spec is None or spec.origin is None else ctypes.CDLL(spec.origin)
