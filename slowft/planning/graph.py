@@ -49,6 +49,8 @@ class Cost:
         ops: (flops, bytes moved, function values, efficiency) of each of these operations, in order of evaluation.
             Function values are elements that an exponential or its like is taken of: on MLX's CPU backend 12 ns each
             (softmax, sigmoid). Efficiency is of a product: below 1 where its matrices are narrow.
+        products: of each shape of matrix products (batches, rows, inner, columns, is the first transposed, the second):
+            (flops, flops over efficiency) of all of them, by which a measured rate takes the place of an estimated one.
         gathered: what experts' products read where MLX multiplies row by row, each by its expert's matrix (CPU
             backend): (rows, columns, is transposed) of such a matrix -> bytes of matrices; not in `ops`.
     """
@@ -58,6 +60,7 @@ class Cost:
     flops: int
     moved_nbytes: int
     ops: tuple[tuple[int, int, int, float], ...] = field(repr=False)
+    products: dict[tuple[int, int, int, int, bool, bool], tuple[int, float]] = field(default_factory=dict, repr=False)
     gathered: dict[tuple[int, int, bool], int] = field(default_factory=dict)
     made_nbytes: int = 0
 
@@ -489,6 +492,7 @@ class _Evaluation:
             flops=sum(op[0] for op in ops),
             moved_nbytes=sum(op[1] for op in ops),
             ops=tuple(ops),
+            products=_products(order),
             gathered=_gathered(order),
             made_nbytes=self.made_nbytes,
         )
@@ -954,6 +958,23 @@ def _moved_nbytes(op: _Op) -> int:
     return written + sum(min(array.size, array.data_size) * array.itemsize for array in read)
 
 
+def _products(ops: list[_Op]) -> dict[tuple[int, int, int, int, bool, bool], tuple[int, float]]:
+    """See `Cost.products`."""
+    found: dict[tuple[int, int, int, int, bool, bool], tuple[int, float]] = {}
+    for op in ops:
+        if op.name in ("Matmul", "AddMM"):
+            a, b = op.inputs[:2]
+            *batches, rows, columns = op.outputs[0].shape
+            shape = math.prod(batches), rows, a.shape[-1], columns, _is_transposed(a), _is_transposed(b)
+            flops, effective = found.get(shape, (0, 0.0))
+            found[shape] = flops + _flops(op), effective + _flops(op) / _efficiency(op)
+    return found
+
+
+def _is_transposed(array: _Array) -> bool:
+    return array.shape[-1] > 1 and array.strides[-1] != 1
+
+
 def _is_row_by_row(op: _Op) -> bool:
     """mlx/backend/cpu/masked_mm.cpp multiplies each row by its expert's matrix, which it reads anew."""
     return op.name == "GatherMM" and mx.default_device() == mx.Device(mx.cpu)
@@ -964,7 +985,7 @@ def _gathered(ops: list[_Op]) -> dict[tuple[int, int, bool], int]:
     nbytes: dict[tuple[int, int, bool], int] = {}
     for op in filter(_is_row_by_row, ops):
         matrices = op.inputs[1]
-        kind = (*matrices.shape[-2:], matrices.strides[-1] != 1)
+        kind = (*matrices.shape[-2:], _is_transposed(matrices))
         rows = math.prod(op.outputs[0].shape[:-2])
         nbytes[kind] = nbytes.get(kind, 0) + rows * math.prod(matrices.shape[-2:]) * matrices.itemsize
     return nbytes
