@@ -13,6 +13,8 @@ import json
 import tempfile
 from pathlib import Path
 
+from activation_cache import SHAPE
+
 from slowft.bench import step
 from slowft.bench.job import Job
 from slowft.bench.limits import Limits
@@ -20,16 +22,6 @@ from slowft.bench.shapes import quantized, write_random
 from slowft.engine.model import parse_nbytes
 
 RESULTS = Path(__file__).parent / "results"
-SHAPE = {
-    "model_type": "llama",
-    "hidden_size": 1024,
-    "intermediate_size": 2816,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 4,
-    "rms_norm_eps": 1e-5,
-    "vocab_size": 2000,
-    "tie_word_embeddings": False,
-}
 FIGURES = ("step_s", "spread_s", "read_nbytes", "wait_share", "peak_nbytes", "kernel_peak_nbytes", "kept", "losses")
 
 

@@ -72,8 +72,26 @@ class Plain:
         return _as_array(held[0], self.extent, _shape(self, n_rows)).astype(self.result_dtype)
 
 
+class _Dequantized:
+    """What sources have in common that are dequantized as they come: to `dtype`, in memory of its own."""
+
+    bits: int
+    group_size: int
+    mode: str
+    dtype: mx.Dtype
+    is_copied = True
+
+    @property
+    def result_dtype(self) -> mx.Dtype:
+        return self.dtype
+
+    @property
+    def kind(self) -> tuple[int, int, str]:
+        return self.bits, self.group_size, self.mode
+
+
 @dataclass(frozen=True)
-class Packed:
+class Packed(_Dequantized):
     """A quantized weight, stored as packed integers with scales (and biases), used dequantized."""
 
     weight: Extent
@@ -94,18 +112,6 @@ class Packed:
         return (*lead, packed * 32 // self.bits)
 
     @property
-    def result_dtype(self) -> mx.Dtype:
-        return self.dtype
-
-    @property
-    def is_copied(self) -> bool:
-        return True
-
-    @property
-    def kind(self) -> tuple[int, int, str]:
-        return self.bits, self.group_size, self.mode
-
-    @property
     def held_nbytes(self) -> int:
         return sum(e.nbytes for e in self.extents)
 
@@ -118,7 +124,7 @@ class Packed:
 
 
 @dataclass(frozen=True)
-class Rounded:
+class Rounded(_Dequantized):
     """A weight stored in 16 or 32 bits a value, used as quantizing and dequantizing leave it.
 
     Held packed, it takes a fraction of its bytes on disk.
@@ -137,18 +143,6 @@ class Rounded:
     @property
     def shape(self) -> tuple[int, ...]:
         return self.extent.shape
-
-    @property
-    def result_dtype(self) -> mx.Dtype:
-        return self.dtype
-
-    @property
-    def is_copied(self) -> bool:
-        return True
-
-    @property
-    def kind(self) -> tuple[int, int, str]:
-        return self.bits, self.group_size, self.mode
 
     @property
     def held_nbytes(self) -> int:

@@ -14,7 +14,7 @@ import mlx.core as mx
 from .. import tracing
 from ..models.layers import Layer
 from ..models.seams import Unit
-from ..models.weights import Layout, Param, casting_streams, read_held, read_rows, read_whole
+from ..models.weights import Layout, Param, Source, casting_streams, read_held, read_rows, read_whole
 from ..storage.cache import BlockCache
 from ..storage.reader import Reader
 from .groups import Group, GroupReader
@@ -80,25 +80,24 @@ class Residency:
 
     def keep_whole(self, units: Sequence[Unit]) -> None:
         """Keep these units' weights in memory, as they are computed with, and no others'."""
-        for unit in [unit for unit in self._whole if unit not in units]:
-            self._thread.run(lambda unit=unit: self._whole.pop(unit))
-        for unit in units:
-            if unit not in self._whole:
-                self._whole[unit] = self._thread.run(
-                    lambda unit=unit: [read_whole(self.reader, param.source) for param in unit.params]
-                )
-        self._thread.run(mx.clear_cache)  # of the pieces that were cast: of no size that a step asks for
+        self._keep(self._whole, units, read_whole)
 
     def keep_held(self, blocks: Sequence[Unit]) -> None:
         """Keep these blocks' weights in memory, packed, and no others'."""
-        for unit in [unit for unit in self._held if unit not in blocks]:
-            self._thread.run(lambda unit=unit: self._held.pop(unit))
-        for unit in blocks:
-            if unit not in self._held:
-                self._held[unit] = self._thread.run(
-                    lambda unit=unit: [read_held(self.reader, param.source) for param in unit.params]
-                )
-        self._thread.run(mx.clear_cache)
+        self._keep(self._held, blocks, read_held)
+
+    def _keep(self, kept: dict[Unit, list], units: Sequence[Unit], read: Callable[[Reader, Source], Any]) -> None:
+        """Have `kept` hold what `read` gives for each parameter of these units, and nothing else."""
+
+        def work():
+            for unit in [unit for unit in kept if unit not in units]:
+                del kept[unit]
+            for unit in units:
+                if unit not in kept:
+                    kept[unit] = [read(self.reader, param.source) for param in unit.params]
+            mx.clear_cache()  # of the pieces that were cast: of no size that a step asks for
+
+        self._thread.run(work)
 
     def resize(
         self,
@@ -247,24 +246,16 @@ class Residency:
 
     def look_up(self, unit: Unit, rows: list[int], job: Callable[[], Any]) -> Any:
         """`job()` while the unit's parameters hold only these entries (sorted, distinct) of their first axis."""
-
-        def work():
-            for param in unit.params:
-                param.set(read_rows(self.reader, param.source, rows))
-            try:
-                return job()
-            finally:
-                for param in unit.params:
-                    param.clear()
-
-        return self._timed(work)
+        return self._with_read(unit.params, lambda source: read_rows(self.reader, source, rows), job)
 
     def with_params(self, params: Sequence[Param], job: Callable[[], Any]) -> Any:
         """`job()` while only these parameters are in place."""
+        return self._with_read(params, lambda source: read_whole(self.reader, source), job)
 
+    def _with_read(self, params: Sequence[Param], read: Callable[[Source], mx.array], job: Callable[[], Any]) -> Any:
         def work():
             for param in params:
-                param.set(read_whole(self.reader, param.source))
+                param.set(read(param.source))
             try:
                 return job()
             finally:
