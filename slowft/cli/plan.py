@@ -68,7 +68,8 @@ def plan(model, config_file, memory, tokens, epochs, as_json, **job):
             directory = stack.enter_context(outline_of_config(directory / "config.json"))  # as it will be prepared
             opened = open_model(directory, **options)
         try:
-            opened.add_lora(job["num_layers"], rank=job["rank"], use_dora=job["fine_tune_type"] == "dora")
+            use_dora = job["fine_tune_type"] == "dora"
+            opened.add_lora(job["num_layers"], rank=job["rank"], use_dora=use_dora, only_to_plan=True)
             planner = opened.planner(
                 job["batch_size"],
                 job["max_seq_length"] - 1,

@@ -18,11 +18,14 @@ from ..models.seams import FLOATS, Probe, Unit, Use, trainable_entries
 from ..models.weights import Packed, Rounded, placeholder
 from ..planning import graph
 from ..planning.graph import Cost, CostUnknown
-from ..planning.job import Cut, Job, LayerCost, Product, Visit
+from ..planning.job import Cut, Job, LayerCost, Product, Products, Visit
 from .head import HeadLoss, usual_chunk
 from .layers import LayerCall, inner_call
 from .parts import HeadPart, Tail, TailCall
 from .pieces import Pieces, ordering_by_sums
+
+LONGEST_PERIOD = 8  # of blocks that alternate
+REPETITIONS = 2  # of it that a long tail's graph is made with
 
 
 class Costing:
@@ -64,7 +67,7 @@ class Costing:
             logits = self._model(mx.zeros((rows, tokens), mx.int32))
         trained = {unit.index: unit.trainable() for unit in self._cut.blocks}
         lowest = next((p for p, index in enumerate(order) if trained[index]), len(order))
-        visits, seen, side = [], {}, {}
+        visits, seen, kinds, side = [], {}, [], {}
         for position, index in enumerate(order):
             unit, arguments = self._cut.blocks[index], probe.calls[position]
             comes_back = position >= lowest or bool(self._outside)
@@ -72,15 +75,15 @@ class Costing:
             key = (signature(unit), arguments.signature(), comes_back, of_input)
             if key not in seen:
                 seen[key] = self._visit(unit, arguments, cut, comes_back, of_input)
-            forward, backward, products, backward_kept, calls = seen[key]
+            kinds.append(key)
+            forward, backward, look_at_products, calls = seen[key]
             trainable = sum(owner[k].nbytes for _, owner, k in trained[index])
             copied = all(p.source.is_copied for p in unit.params)
             sizes = index, unit.nbytes, unit.compute_nbytes, copied
-            kinds = _nbytes_by_kind(unit, Packed), _nbytes_by_kind(unit, Rounded)
+            unpacked = _nbytes_by_kind(unit, Packed), _nbytes_by_kind(unit, Rounded)
             held = sum(p.source.held_nbytes for p in unit.params)
-            layers = self._layer_costs(unit, calls, products, rows * tokens)
-            costs = forward, backward, products, backward_kept, layers
-            visits.append(Visit(*sizes, *kinds, held, trainable, *costs))
+            layers = self._layer_costs(unit, calls, rows * tokens)
+            visits.append(Visit(*sizes, *unpacked, held, trainable, forward, backward, look_at_products, layers))
             hidden, *others = arguments.arrays
             side |= {id(array): array.nbytes for array in others}
         rows_units = self._cut.outside[Use.ROWS]
@@ -93,7 +96,7 @@ class Costing:
             tuple(visits),
             hidden.nbytes,
             sum(side.values()),
-            self._head_cost(probe.calls, rows, tokens, logits.shape[-1], cut, lowest, head_in_chunks),
+            self._head_cost(probe.calls, kinds, rows, tokens, logits.shape[-1], cut, lowest, head_in_chunks),
             logits.shape[-1],
             sum(unit.nbytes for unit in self._cut.head),
             sum(unit.compute_nbytes for unit in self._cut.head),
@@ -104,7 +107,7 @@ class Costing:
         )
 
     def _visit(self, unit: Unit, arguments: Arguments, cut: Cut, comes_back: bool, of_input: bool):
-        """(forward, backward, products, backward with all of them kept, calls of layers) of one visit to a block."""
+        """(forward, backward, a function that looks at what could be kept, calls of layers) of one visit to a block."""
         inputs = [placeholder(a.shape, a.dtype) for a in arguments.arrays]
         n, entries = len(inputs), unit.adapter()
         originals = [owner[key] for owner, key in entries]
@@ -130,58 +133,81 @@ class Costing:
                 out_shapes[:] = outputs
                 return outputs
 
+        def gradients(xs: Sequence[mx.array], cotangents: Sequence[mx.array]) -> list[mx.array]:
+            def recompute(*variables):
+                arrays = list(xs)
+                for i, value in zip(wrt, variables):
+                    arrays[i] = value
+                return run(arrays)
+
+            return mx.vjp(recompute, [xs[i] for i in wrt], cotangents)[1]
+
         def backward_keeping(names: Sequence[str]) -> Cost:
             kept = {name: [placeholder(a.shape, a.dtype) for a in shapes[name]] for name in names}
             cotangents = [placeholder(a.shape, a.dtype) for a in out_shapes]
 
             def backward(xs, cts):
-                def recompute(*variables):
-                    arrays = list(xs)
-                    for i, value in zip(wrt, variables):
-                        arrays[i] = value
-                    return run(arrays)
-
                 with self._as_computed(cut), self._kept.replaying(kept):
-                    return mx.vjp(recompute, [xs[i] for i in wrt], cts)[1]
+                    return gradients(xs, cts)
 
             return cost(backward, everything, cotangents)
+
+        def products_apart() -> list[Product]:
+            """Those that would save the backward pass a multiplication."""
+            cotangents = [placeholder(a.shape, a.dtype) for a in out_shapes]
+
+            def backward(xs, cts):
+                with self._as_computed(cut), self._kept.recording(list(shapes)) as made:
+                    wanted = gradients(xs, cts)
+                return wanted, [made[name] for name in shapes]
+
+            plain, *kept = costs_without(backward, everything, cotangents)
+            sizes = [sum(a.nbytes for a in arrays) for arrays in shapes.values()]
+            products = [Product(*found) for found in zip(shapes, sizes, kept)]
+            return [product for product in products if product.backward.flops < plain.flops]
+
+        @contextmanager
+        def adapter_as_it_is() -> Iterator[None]:
+            try:
+                yield
+            finally:
+                for (owner, key), value in zip(entries, originals):
+                    owner[key] = value
 
         self._kept.watch(unit.module)
         if cut.mlp_tokens is not None:
             self._pieces.watch(unit.module)
-        try:
+        with adapter_as_it_is():
             of_forward = cost(forward, *everything)
-            if not (comes_back and wrt):
-                return of_forward, None, (), None, calls
-            plain, products = backward_keeping(()), []
-            if cut.mlp_tokens is not None:  # memory is short, and looking at the graph of many pieces takes long
-                return of_forward, plain, (), None, calls
-            try:
-                for name, arrays in shapes.items():
-                    kept = backward_keeping([name])
-                    if kept.flops < plain.flops:
-                        products.append(Product(name, sum(a.nbytes for a in arrays), kept))
-                return of_forward, plain, tuple(products), backward_keeping([p.name for p in products]), calls
-            except CostUnknown:  # experts' products have no vmap, which looking through what replaces a layer takes
-                return of_forward, plain, (), None, calls
-        finally:
-            for (owner, key), value in zip(entries, originals):
-                owner[key] = value
+            comes_back = comes_back and bool(wrt)
+            plain = backward_keeping(()) if comes_back else None
 
-    def _layer_costs(
-        self, unit: Unit, calls: dict[str, LayerCall], products: Sequence[Product], tokens: int
-    ) -> tuple[LayerCost, ...]:
-        """What may come apart from the block. Where no products can be told, all outputs count as needed."""
-        needed = {product.name for product in products}
+        def products() -> Products:
+            with adapter_as_it_is():
+                try:
+                    products = products_apart()
+                    return Products(tuple(products), backward_keeping([product.name for product in products]))
+                except CostUnknown:  # experts' products have no vmap, which looking through what replaces a layer takes
+                    return Products()
+
+        @functools.cache
+        def look_at_products() -> Products:
+            # in pieces memory is short, and looking at the graph of many takes long
+            return self._on_thread(products) if comes_back and cut.mlp_tokens is None else Products()
+
+        return of_forward, plain, look_at_products, calls
+
+    def _layer_costs(self, unit: Unit, calls: dict[str, LayerCall], tokens: int) -> tuple[LayerCost, ...]:
+        """What may come apart from the block."""
         costs = []
         for layer in self._layers_apart(unit):
             if (call := calls.get(layer.name)) is not None:
                 per_token = None if call.n_routed is None else call.n_routed / tokens
                 sizes = layer.nbytes, layer.compute_nbytes, layer.n, per_token, call.input_nbytes, call.output_nbytes
-                costs.append(LayerCost(layer.name, *sizes, not products or layer.name in needed))
+                costs.append(LayerCost(layer.name, *sizes))
         return tuple(costs)
 
-    def _head_cost(self, calls, rows: int, tokens: int, vocab_size: int, cut: Cut, lowest: int, in_chunks: bool):
+    def _head_cost(self, calls, kinds, rows: int, tokens: int, vocab_size: int, cut: Cut, lowest: int, in_chunks: bool):
         order = self._cut.order
         units = [self._cut.blocks[index] for index in order]
         mask, total = mx.ones((rows, tokens), mx.bool_), mx.array(rows * tokens)
@@ -190,8 +216,26 @@ class Costing:
 
         @functools.cache
         def head(n_tail: int, head_tokens: int | None) -> Cost:
-            first = len(order) - n_tail
-            tail_calls = [TailCall(unit, *_arguments(call), 0) for unit, call in zip(units[first:], calls[first:])]
+            """Of a long tail, what the repetitions of its blocks add is counted by the last of a few of them."""
+            positions = list(range(len(order) - n_tail, len(order)))
+            runs = repetitions([kinds[position] for position in positions], REPETITIONS)
+            surplus = [n - REPETITIONS for _, _, n in runs]
+
+            def without(counts: Sequence[int]) -> tuple[int, ...]:
+                """The tail less the first so many repetitions of each run."""
+                left_out = {at + i for (at, period, _), n in zip(runs, counts) for i in range(n * period)}
+                return tuple(position for i, position in enumerate(positions) if i not in left_out)
+
+            base = whole = of_positions(without(surplus), head_tokens)
+            for i, n in enumerate(surplus):
+                shorter = of_positions(without([m + (i == j) for j, m in enumerate(surplus)]), head_tokens)
+                whole = whole.lengthened(base, shorter, n)
+            return whole
+
+        @functools.cache
+        def of_positions(positions: tuple[int, ...], head_tokens: int | None) -> Cost:
+            n_tail, first = len(positions), min(positions, default=len(order))
+            tail_calls = [TailCall(units[position], *_arguments(calls[position]), 0) for position in positions]
             tail = Tail(self._cut, tail_calls, tail_calls[0].args[0] if n_tail else self._last_output(calls))
             entries = [*tail.entries, *self._outside]
             arrays, params = (
@@ -246,16 +290,46 @@ def cost(function: Callable, *args, in_part: bool = False) -> Cost:
         return graph.cost(function, *args)
 
 
+def costs_without(function: Callable, *args) -> list[Cost]:
+    """See `planning.graph.costs_without`."""
+    with ordering_by_sums():
+        return graph.costs_without(function, *args)
+
+
+def repetitions(kinds: Sequence[Any], more_than: int) -> list[tuple[int, int, int]]:
+    """(where, length of the period, how often) of what comes more than so many times in a row, the longest first."""
+    runs, at = [], 0
+    while at < len(kinds):
+        found = (0, 0, 0)
+        for period in range(1, LONGEST_PERIOD + 1):
+            n = 1
+            while kinds[at + n * period : at + (n + 1) * period] == kinds[at : at + period]:
+                n += 1
+            if n > more_than and n * period > found[1] * found[2]:
+                found = at, period, n
+        if found[2]:
+            runs.append(found)
+        at += max(found[1] * found[2], 1)
+    return runs
+
+
 def signature(unit: Unit) -> str:
     """Equal for blocks that compute the same: kinds, shapes, dtypes and plain settings of their modules."""
     arrays = tuple((p.name.removeprefix(unit.name), p.source.shape, p.source.result_dtype) for p in unit.params)
     adapters = tuple((key, owner[key].shape, owner[key].dtype) for owner, key in unit.adapter())
     settings = [
-        (name, type(module).__name__, [(k, v) for k, v in vars(module).items() if isinstance(v, (int, float, str))])
+        (name, type(module).__name__, [(k, _setting(k, v)) for k, v in vars(module).items()])
         for name, module in unit.module.named_modules()
     ]
     trainable = tuple(key for _, _, key in unit.trainable())
     return str((arrays, adapters, settings, trainable))
+
+
+def _setting(name: str, value: Any) -> Any:
+    """Of a block's number, only whether it is the first counts: mlx-lm's blocks ask for no more."""
+    if name == "layer_idx":
+        return value > 0
+    return value if isinstance(value, (int, float, str)) else None
 
 
 def _nbytes_by_kind(unit: Unit, source_class: type) -> dict[tuple[int, int, str], int]:

@@ -9,11 +9,12 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
 from .. import _mlx_was_imported_first, platform, tracing
 from ..errors import ConfigError, SlowftError, SlowftWarning
 from ..models import adapters, loading, seams
+from ..models.weights import placeholder
 from ..planning.caching import Caching
 from ..planning.plan import Plan, Planner
 from ..planning.schedule import Schedule
@@ -118,6 +119,7 @@ class StreamedModel(nn.Module):
         dropout: float = 0.0,
         keys: Sequence[str] | None = None,
         use_dora: bool = False,
+        only_to_plan: bool = False,
     ) -> "StreamedModel":
         """Attach trainable LoRA (or DoRA) layers to the last `num_layers` blocks, as mlx-lm does.
 
@@ -125,6 +127,7 @@ class StreamedModel(nn.Module):
             num_layers: -1 for all; the default of 16 also means all where a model has fewer.
             keys: names of the linear layers within a block, such as "self_attn.q_proj"; None: all of them.
                 Full names, such as "lm_head", attach outside the blocks.
+            only_to_plan: the layers get no values and take no memory: plans count what they would take.
         Raises:
             ConfigError: impossible values, keys that match nothing, or an adapter is attached already.
         """
@@ -133,7 +136,8 @@ class StreamedModel(nn.Module):
         parameters = {"rank": rank, "scale": scale, "dropout": dropout}
         if keys is not None:
             parameters["keys"] = keys
-        self._attach(adapters.AdapterSpec("dora" if use_dora else "lora", num_layers, parameters), magnitudes=True)
+        spec = adapters.AdapterSpec("dora" if use_dora else "lora", num_layers, parameters)
+        self._attach(spec, magnitudes=not only_to_plan, only_to_plan=only_to_plan)
         return self
 
     def load_adapter(self, path: str | Path) -> "StreamedModel":
@@ -310,13 +314,15 @@ class StreamedModel(nn.Module):
     def __reduce__(self):
         raise SlowftError("a streamed model cannot be pickled. Open it where it is needed instead")
 
-    def _attach(self, spec: adapters.AdapterSpec, magnitudes: bool) -> None:
+    def _attach(self, spec: adapters.AdapterSpec, magnitudes: bool, only_to_plan: bool = False) -> None:
         self._adapter_notes = adapters.attach(self, spec)
         self._engine.adapter_changed()
         if spec.fine_tune_type == "dora" and magnitudes:
             self._engine.compute_magnitudes()
+        if only_to_plan:
+            self.update(tree_map(lambda array: placeholder(array.shape, array.dtype), self.trainable_parameters()))
         mx.eval(self.trainable_parameters())
-        self._budget.measure_anew()
+        self._budget.measure_anew(adapter_is_absent=only_to_plan)
         self._adapter = spec
         self._adapter_names = frozenset(name for name, _ in tree_flatten(self.trainable_parameters()))
 

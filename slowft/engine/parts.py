@@ -12,6 +12,7 @@ from mlx.utils import tree_map
 
 from ..models.calls import pack, unpack
 from ..models.seams import Cut, Unit
+from .layers import inner_call
 
 
 @dataclass
@@ -79,7 +80,7 @@ class _TailPart:
             return args[0]
         call = self._calls[self._visits - self._first]
         mx.random.seed(call.seed)
-        self.output = inner(self.output, *call.args[1:], **call.kwargs)
+        self.output = inner_call(call.unit)(self.output, *call.args[1:], **call.kwargs)
         return alias(self.output)
 
     def on_rows(self, unit: Unit, inner: Callable, args: tuple, kwargs: dict) -> Any:

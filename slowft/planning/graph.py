@@ -10,6 +10,7 @@ copies first (mlx/backend/common, mlx/backend/cpu) are replayed on shapes and st
 the same and the rules are close; its fused primitives count by their outputs.
 """
 
+import functools
 import io
 import math
 import os
@@ -71,6 +72,20 @@ class Cost:
             for flops, nbytes, values, efficiency in self.ops
         )
 
+    def lengthened(self, longer: "Cost", shorter: "Cost", times: int) -> "Cost":
+        """This, and so many times what `longer` has beyond `shorter`."""
+        added = tuple((Counter(longer.ops) - Counter(shorter.ops)).elements())
+        products, gathered = dict(self.products), dict(self.gathered)
+        for shape, (flops, effective) in longer.products.items():
+            less, less_effective = shorter.products.get(shape, (0, 0.0))
+            sums = products.get(shape, (0, 0.0))
+            products[shape] = sums[0] + times * (flops - less), sums[1] + times * (effective - less_effective)
+        for kind, nbytes in longer.gathered.items():
+            gathered[kind] = gathered.get(kind, 0) + times * (nbytes - shorter.gathered.get(kind, 0))
+        names = ("peak_nbytes", "output_nbytes", "flops", "moved_nbytes", "made_nbytes")
+        sizes = {n: getattr(self, n) + times * (getattr(longer, n) - getattr(shorter, n)) for n in names}
+        return Cost(**sizes, ops=self.ops + times * added, products=products, gathered=gathered)
+
 
 def cost(function: Callable, *args, in_part: bool = False) -> Cost:
     """What `mx.eval(function(*args))` takes.
@@ -85,19 +100,66 @@ def cost(function: Callable, *args, in_part: bool = False) -> Cost:
     Raises:
         CostUnknown: MLX cannot export one of the primitives, such as a custom kernel.
     """
+    return _Evaluation(_graph(function, args, in_part)).run()
+
+
+def costs_without(function: Callable, *args) -> list[Cost]:
+    """What evaluating some arrays takes, and what it would if others on the way to them were there already.
+
+    Args:
+        function: returns (the arrays to evaluate, groups of others, each a list).
+    Returns:
+        The `Cost` of the former, then what it would be with each of the groups at hand.
+    """
+    sizes: list[int] = []
+
+    def flat(*arrays):
+        results, groups = function(*arrays)
+        sizes[:] = [len(_arrays(results)), *map(len, groups)]
+        return [results, groups]
+
+    outputs = iter(_graph(flat, args, False))
+    results, *groups = ([next(outputs) for _ in range(n)] for n in sizes)
+    costs = [_Evaluation(results).run()]
+    for group in groups:
+        producers = [array.op for array in group]
+        for array in group:
+            array.op = None
+        _reset(results)
+        costs.append(_Evaluation(results).run())
+        for array, producer in zip(group, producers):
+            array.op = producer
+    return costs
+
+
+def _graph(function: Callable, args: tuple, in_part: bool) -> "list[_Array]":
+    """The outputs of the function; the random state is left as it was."""
     high, low = mx.random.state[0].tolist()
     try:
-        outputs = _trace(function, args, in_part)
+        return _trace(function, args, in_part)
     except _HasCustomFunction:
         try:
-            outputs = _trace(*_without_custom_functions(function, args))
+            return _trace(*_without_custom_functions(function, args))
         except (ValueError, RuntimeError) as of_vmap:
             if not isinstance(of_vmap, CostUnknown) and "vmap" not in str(of_vmap):
                 raise
-            outputs = _trace(function, args, in_part=True)
+            return _trace(function, args, in_part=True)
     finally:
         mx.random.seed(high << 32 | low)  # dropout in the function moved it
-    return _Evaluation(outputs).run()
+
+
+def _reset(outputs: "list[_Array]") -> None:
+    """The graph that leads to these as it was before an evaluation was replayed."""
+    seen: set[_Op] = set()
+    waiting = list(outputs)
+    while waiting:
+        array = waiting.pop()
+        array.uses, array.buffer = 0, None
+        array.set_row_contiguous()
+        if array.op is not None and array.op not in seen:
+            seen.add(array.op)
+            waiting += array.op.inputs
+            waiting += array.op.outputs
 
 
 def needs(results: Sequence[mx.array], arrays: Sequence[mx.array]) -> list[set[int]]:
@@ -162,7 +224,6 @@ class _Array:
 
     def __init__(self, shape: tuple[int, ...], itemsize: int, op: "_Op | None" = None):
         self.shape = tuple(shape)
-        self.size = math.prod(shape)
         self.itemsize = itemsize
         self.op = op  # None: there before the computation starts
         self.uses = 0  # references: operations not yet scheduled, and the caller
@@ -174,9 +235,8 @@ class _Array:
         return self.size * self.itemsize
 
     def set_row_contiguous(self) -> None:
-        self.strides = _row_strides(self.shape)
+        self.size, self.strides, self.col_contiguous = _row_layout(self.shape)
         self.row_contiguous = self.contiguous = True
-        self.col_contiguous = self.size <= 1 or self.size == max(self.shape)
         self.data_size = self.size
 
     def set_layout(self, other: "_Array") -> None:
@@ -277,25 +337,24 @@ class _Dot:
     of a compiled function share theirs; each operation's lines stand together.)
     """
 
-    _PRIMITIVE = re.compile(r'\{ \d+ \[label ="([^ "]*)')
-    _INPUT = re.compile(r'"(\w+)" -> \d+')
-    _OUTPUT = re.compile(r'\d+ -> "(\w+)"')
+    # a primitive, one of its inputs, one of its outputs
+    _LINE = re.compile(r'^(?:\{ \d+ \[label ="([^ "]*)|"(\w+)" -> \d+|\d+ -> "(\w+)")', re.MULTILINE)
 
     def __init__(self, text: str):
         self.names: list[str] = []
         self.inputs: list[list[str]] = []
         self.outputs: list[list[str]] = []
         self.producers: dict[str, int] = {}
-        for line in text.splitlines():
-            if found := self._PRIMITIVE.match(line):
-                self.names.append(found[1])
+        for primitive, used, made in self._LINE.findall(text):
+            if used:
+                self.inputs[-1].append(used)
+            elif made:
+                self.outputs[-1].append(made)
+                self.producers[made] = len(self.names) - 1
+            else:
+                self.names.append(primitive)
                 self.inputs.append([])
                 self.outputs.append([])
-            elif found := self._INPUT.match(line):
-                self.inputs[-1].append(found[1])
-            elif found := self._OUTPUT.match(line):
-                self.outputs[-1].append(found[1])
-                self.producers[found[1]] = len(self.names) - 1
 
     def descendants(self, primitives: set[str]) -> set[str]:
         """Arrays that come from any of these primitives."""
@@ -994,6 +1053,14 @@ def _gathered(ops: list[_Op]) -> dict[tuple[int, int, bool], int]:
 # --- Strides
 
 
+@functools.lru_cache(1 << 14)
+def _row_layout(shape: tuple[int, ...]) -> tuple[int, tuple[int, ...], bool]:
+    """(elements, strides in row order, whether that is column order too)"""
+    size = math.prod(shape)
+    return size, _row_strides(shape), size <= 1 or size == max(shape)
+
+
+@functools.lru_cache(1 << 14)
 def _row_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     strides, size = [], 1
     for n in reversed(shape):

@@ -40,7 +40,6 @@ class LayerCost:
         n: entries of the first axis: rows, or experts.
         per_token: experts that a token goes to; None if these are rows, which all are needed.
         input_nbytes, output_nbytes: of a call, of one micro-batch.
-        is_needed: whether the backward pass needs the output.
     """
 
     name: str
@@ -50,7 +49,6 @@ class LayerCost:
     per_token: float | None
     input_nbytes: int
     output_nbytes: int
-    is_needed: bool
 
     def read_share(self, tokens: int) -> float:
         """Of the layer, what `tokens` tokens need on average if their experts are drawn evenly."""
@@ -61,6 +59,14 @@ class LayerCost:
     def group_share(self, group_nbytes: int) -> float:
         """Of the layer, what comes at once in groups of so many bytes; a whole entry at least."""
         return min(max(1, group_nbytes * self.n // self.compute_nbytes), self.n) / self.n
+
+
+@dataclass(frozen=True)
+class Products:
+    """What could be kept of one micro-batch, and the backward pass with all of it kept."""
+
+    all: tuple[Product, ...] = ()
+    backward: Cost | None = None
 
 
 @dataclass(frozen=True)
@@ -76,8 +82,7 @@ class Visit:
         held_nbytes: that it takes in memory packed.
         trainable_nbytes: of its adapters.
         backward: None if the backward pass does not come here.
-        products: what could be kept, of one micro-batch; none where the work is cut into pieces.
-        backward_kept: with all of them kept.
+        look_at_products: what could be kept; nothing where the work is cut into pieces. Looks when first asked.
         layers: its large layers.
     """
 
@@ -91,9 +96,22 @@ class Visit:
     trainable_nbytes: int
     forward: Cost
     backward: Cost | None
-    products: tuple[Product, ...]
-    backward_kept: Cost | None
+    look_at_products: Callable[[], Products]
     layers: tuple[LayerCost, ...] = ()
+
+    @property
+    def products(self) -> tuple[Product, ...]:
+        return self.look_at_products().all
+
+    @property
+    def backward_kept(self) -> Cost | None:
+        """The backward pass with all products kept."""
+        return self.look_at_products().backward
+
+    def needs_output(self, layer: LayerCost) -> bool:
+        """Whether the backward pass needs what the layer puts out. Where no products can be told, it may."""
+        products = self.products
+        return not products or layer.name in {product.name for product in products}
 
     @property
     def rest_nbytes(self) -> int:

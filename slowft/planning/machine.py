@@ -32,6 +32,7 @@ FUNCTION_VALUES = 1 << 20
 DEQUANTIZED_NBYTES, DEQUANTIZED_AT_ONCE = 8 << 20, 4
 PRODUCT_LENGTH, PRODUCT_FLOPS = 2048, 4 << 30  # of products that are measured: larger ones run as fast
 EXPERT_NBYTES = 48 << 20  # of a matrix, at most: more than processors' caches hold
+GATHERED_NBYTES = 192 << 20  # of experts' matrices that are multiplied by at once, about
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,9 @@ class Machine:
         Measured when it is first asked for: 512 x 1024 x 2816 reaches two thirds of what 4096^3 does, rank 8 a tenth.
         """
         sizes = [min(n, PRODUCT_LENGTH) for n in (rows, inner, columns)]
+        while 2 * math.prod(sizes) > PRODUCT_FLOPS:
+            longest = sizes.index(max(sizes))
+            sizes[longest] = -(-sizes[longest] // 2)
         batches = max(1, min(batches, PRODUCT_FLOPS // (2 * math.prod(sizes))))
         dtype = getattr(mx, self.compute_dtype or "float32")
         return _matmul_s_per_flop(batches, *sizes, a_transposed, b_transposed, dtype)
@@ -172,10 +176,7 @@ def _dequantize_s_per_byte(bits: int, group_size: int, mode: str, dtype: mx.Dtyp
 def _matmul_s_per_flop(batches, rows, inner, columns, a_transposed, b_transposed, dtype) -> float:
     def matrices(n_rows: int, n_columns: int, is_transposed: bool) -> mx.array:
         shape = (batches, n_columns, n_rows) if is_transposed else (batches, n_rows, n_columns)
-        array = mx.random.normal(shape[-2:], key=mx.random.key(0)).astype(dtype)
-        array = mx.contiguous(mx.broadcast_to(array, shape))
-        mx.eval(array)
-        return array
+        return _ones(shape, dtype)
 
     a, b = matrices(rows, inner, a_transposed), matrices(inner, columns, b_transposed)
 
@@ -183,7 +184,7 @@ def _matmul_s_per_flop(batches, rows, inner, columns, a_transposed, b_transposed
         return (a.swapaxes(-1, -2) if a_transposed else a) @ (b.swapaxes(-1, -2) if b_transposed else b)
 
     with _cache_limit(batches * rows * columns * dtype.size):
-        return _best(multiply, 0) / (2 * batches * rows * inner * columns)
+        return _best(multiply, 0, at_least=2) / (2 * batches * rows * inner * columns)
 
 
 @functools.cache
@@ -192,16 +193,17 @@ def _gather_mm_s_per_byte(rows: int, columns: int, is_transposed: bool, dtype: m
     largest = EXPERT_NBYTES // dtype.size  # a larger matrix is read from memory just as one of this size is
     rows = min(rows, max(1, largest // columns))
     shape = (2, columns, rows) if is_transposed else (2, rows, columns)
-    matrices = mx.random.normal(shape, key=mx.random.key(0)).astype(dtype)
-    x = mx.ones((16, 1, rows), dtype)
-    of_expert = mx.array([0] * 8 + [1] * 8)
-    mx.eval(matrices, x, of_expert)
+    matrices = _ones(shape, dtype)
+    n = min(max(GATHERED_NBYTES // (2 * rows * columns * dtype.size), 2), 8)  # rows for each of two experts
+    x = mx.ones((2 * n, 1, rows), dtype)
+    of_expert = mx.array([0] * n + [1] * n)
+    mx.eval(x, of_expert)
 
     def multiply() -> mx.array:
         b = matrices.swapaxes(-1, -2) if is_transposed else matrices
         return mx.gather_mm(x, b, rhs_indices=of_expert, sorted_indices=True)
 
-    return _best(multiply, 0.05) / (len(of_expert) * rows * columns * dtype.size)
+    return _best(multiply, 0.05, at_least=2) / (len(of_expert) * rows * columns * dtype.size)
 
 
 @functools.cache
@@ -240,8 +242,15 @@ def _cache_limit(nbytes: int) -> Iterator[None]:
         mx.set_cache_limit(previous)
 
 
-def _best(function: Callable[[], mx.array | list[mx.array]], seconds: float) -> float:
-    """The least seconds one evaluation takes, of at least three and as many as go into `seconds`.
+def _ones(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    """Ones in memory of their own: drawing random numbers takes longer than multiplying them."""
+    array = mx.contiguous(mx.broadcast_to(mx.array(1, dtype), shape))
+    mx.eval(array)
+    return array
+
+
+def _best(function: Callable[[], mx.array | list[mx.array]], seconds: float, at_least: int = 3) -> float:
+    """The least seconds one evaluation takes, of so many at least and as many as go into `seconds`.
 
     The first is not counted: it wakes devices and loads kernels. Other work on the machine only ever adds.
     """
@@ -249,7 +258,7 @@ def _best(function: Callable[[], mx.array | list[mx.array]], seconds: float) -> 
     best = float("inf")
     begin = time.perf_counter()
     repetitions = 0
-    while repetitions < 3 or time.perf_counter() - begin < seconds:
+    while repetitions < at_least or time.perf_counter() - begin < seconds:
         at = time.perf_counter()
         output = function()
         mx.eval(output)
@@ -284,8 +293,7 @@ def _matmul_flops_per_s(dtype: mx.Dtype, seconds: float) -> float:
     size, rate = 512, 0.0
     begin = time.perf_counter()
     while size <= 4096:
-        a = mx.random.normal((size, size), key=mx.random.key(0)).astype(dtype)
-        mx.eval(a)
+        a = _ones((size, size), dtype)
         at = time.perf_counter()
         rate = max(rate, 2 * size**3 / _best(lambda a=a: a @ a, 0))
         took = time.perf_counter() - at

@@ -28,6 +28,7 @@ RECOMPUTED_SHARE = 0.3  # of a forward pass, done once more as a block's vjp is 
 # of buffers that find no page in use however large MLX's cache: 0.3 with everything in memory, 0.5 in streamed blocks,
 # whose forward pass took 0.37 s for a predicted 0.30, backward 0.51 for 0.35, the head 1.17 for 0.94
 LEAST_FRESH = 0.4
+LEAST_MEASURED_SHARE = 0.003  # of a computation's seconds: the rate of products that take less is not measured
 ALLOCATION_SHARE = 0.4  # of the bytes that operations move are first writes to fresh pages
 
 
@@ -86,10 +87,16 @@ class Planner:
     @functools.cache  # noqa: B019 (a planner lives as long as it is asked)
     def least(self) -> Plan:
         """The plan that takes the least memory of all."""
-        cuts = [cut for cut in self._cuts() if cut.mlp_tokens is None] + self._cuts()[-1:]
-        plans = [plan for job in self._jobs(cuts) for plan in (self._least_of(job), self._least_by_groups(job)) if plan]
-        plan = min(plans, key=lambda plan: plan.peak_nbytes)
-        return replace(plan, least_nbytes=plan.peak_nbytes)
+        cuts = self._cuts()
+        cuts = list(dict.fromkeys([cuts[0], [cut for cut in cuts if cut.mlp_tokens is None][-1], cuts[-1]]))
+        least = [
+            (self._peak(job, schedule), job, schedule)
+            for job in self._jobs(cuts)
+            for schedule in (self._least_of(job), self._least_by_groups(job))
+            if schedule
+        ]
+        peak, job, schedule = min(least, key=lambda found: found[0])
+        return replace(self.predict(job, schedule), least_nbytes=peak)
 
     def most(self) -> Plan:
         """The fastest plan of all, however much it takes."""
@@ -112,13 +119,14 @@ class Planner:
         """
         if memory is None:
             return self.most()
-        whole = next((job for job in self._jobs(self._cuts()) if self._least_of(job).peak_nbytes <= memory), None)
+        jobs = self._jobs(self._cuts())
+        whole = next((job for job in jobs if self._peak(job, self._least_of(job)) <= memory), None)
         plans = [] if whole is None else [self._best(whole, memory)]
         if whole is not None and whole.cut == Cut():
             return plans[0]
         for job in self._jobs([cut for cut in self._cuts() if cut.mlp_tokens is None]):
             least = self._least_by_groups(job)
-            if least is not None and least.peak_nbytes <= memory:
+            if least is not None and self._peak(job, least) <= memory:
                 plans.append(self._best(job, memory, least))
                 break
         return min(plans, key=lambda plan: plan.step_s, default=None)
@@ -141,7 +149,8 @@ class Planner:
         one_row = 1 if self._rows > 1 else None
         return cuts + [Cut(one_row, mlp_tokens=n, attention_queries=n) for n in PIECES if n < self._tokens]
 
-    def _least_of(self, job: Job) -> Plan:
+    def _least_of(self, job: Job) -> Schedule:
+        """What takes the least memory with whole blocks."""
         schedule = Schedule(
             slots=1,
             spilled=len(job.visits) + 1 if job.is_chain else 0,
@@ -149,20 +158,19 @@ class Planner:
             cache_nbytes=0,
             **_as_schedule(job.cut),
         )
-        plans = (self.predict(job, replace(schedule, spilled=n)) for n in {0, schedule.spilled})
-        return min(plans, key=lambda plan: plan.peak_nbytes)  # of few blocks, spilling takes more than it saves
+        schedules = [replace(schedule, spilled=n) for n in {0, schedule.spilled}]
+        return min(schedules, key=lambda s: self._peak(job, s))  # of few blocks, spilling takes more than it saves
 
-    def _least_by_groups(self, job: Job) -> Plan | None:
+    def _least_by_groups(self, job: Job) -> Schedule | None:
         """The least with blocks brought by groups of their layers; None where that is no less, or blocks are small."""
         largest = max(sum(layer.compute_nbytes for layer in visit.layers) for visit in job.visits)
         if job.cut.mlp_tokens is not None or largest < 2 * GROUPS[-1]:
             return None
         least = self._least_of(job)
-        schedule = replace(least.schedule, slots=_slots_by_groups(job), group_nbytes=GROUPS[-1])
-        plan = self.predict(job, schedule)
-        return plan if plan.peak_nbytes < least.peak_nbytes else None
+        schedule = replace(least, slots=_slots_by_groups(job), group_nbytes=GROUPS[-1])
+        return schedule if self._peak(job, schedule) < self._peak(job, least) else None
 
-    def _best(self, job: Job, memory: int | None, least: Plan | None = None) -> Plan:
+    def _best(self, job: Job, memory: int | None, least: Schedule | None = None) -> Plan:
         """The fastest plan within `memory`.
 
         Args:
@@ -173,9 +181,10 @@ class Planner:
         bases = self._bases if least is None else self._bases_by_groups
         while plan is None:
             candidates = [plan for base in bases(job, limit) for plan in self._filled(job, base, limit)]
-            fitting = [plan for plan in candidates if plan.peak_nbytes <= limit] or [least or self._least_of(job)]
-            plan = self.predict(job, min(fitting, key=lambda plan: plan.step_s).schedule)
-            if plan.peak_nbytes > memory:  # a long tail was underestimated
+            fitting = [plan for plan in candidates if plan.peak_nbytes <= limit]
+            chosen = min(fitting, key=lambda plan: plan.step_s).schedule if fitting else least or self._least_of(job)
+            plan = self.predict(job, chosen)
+            if memory is not None and plan.peak_nbytes > memory:  # a long tail was underestimated
                 limit -= plan.peak_nbytes - memory
                 plan = None
         active = plan.peak_nbytes if memory is None else memory
@@ -209,7 +218,7 @@ class Planner:
 
         No more inputs are spilled than must be for anything to fit: spilling wears the disk.
         """
-        least = self._least_spilled(job, self._least_of(job).schedule, limit)
+        least = self._least_spilled(job, self._least_of(job), limit)
         yield least
         if least.spilled:
             return
@@ -229,7 +238,7 @@ class Planner:
 
     def _bases_by_groups(self, job: Job, limit: float) -> Iterator[Schedule]:
         """The same with blocks brought by groups of their layers: of the largest groups that fit."""
-        schedule = self._least_by_groups(job).schedule
+        schedule = self._least_by_groups(job)
         for group_nbytes in GROUPS:
             base = self._least_spilled(job, replace(schedule, group_nbytes=group_nbytes), limit)
             if self._memory(job, base, False)[0] > limit:
@@ -321,6 +330,9 @@ class Planner:
         seconds = compute, both / bandwidth + write_s, step
         return Plan(schedule, job, None, peak, both, written, *seconds, parts)
 
+    def _peak(self, job: Job, schedule: Schedule) -> int:
+        return self._memory(job, schedule, True)[0]
+
     def _memory(self, job: Job, s: Schedule, exact: bool) -> tuple[int, dict[str, int]]:
         n, m = len(job.visits) - s.tail, job.micro_batches
         by_groups = s.group_nbytes is not None
@@ -343,7 +355,10 @@ class Planner:
         }
         cache = _cache_nbytes(job, s)
         names = s.kept + ((),) * (n - len(s.kept))
-        kept = [sum(p.nbytes for p in v.products if p.name in chosen) * m for v, chosen in zip(job.visits, names)]
+        kept = [
+            sum(p.nbytes for p in v.products if p.name in chosen) * m if chosen else 0
+            for v, chosen in zip(job.visits, names)
+        ]
         # of a spilled pass, those of one visit are in memory, those being written, and the one read ahead
         spill_window = (m + 3) * job.hidden_nbytes if s.spilled else 0
 
@@ -428,7 +443,7 @@ class Planner:
             for layer in visit.layers:
                 passes = 1
                 if visit.backward is not None:
-                    passes = 2 + (layer.is_needed and layer.name not in kept)
+                    passes = 2 + (layer.name not in kept and visit.needs_output(layer))
                 share = layer.read_share(job.rows * job.tokens)
                 nbytes += int(job.micro_batches * passes * share * layer.nbytes)
         return nbytes
@@ -446,7 +461,7 @@ class Planner:
             if visit.backward is not None:
                 passes = 2
                 backward = self._seconds(visit.backward, fresh)
-                for product in visit.products:
+                for product in visit.products if chosen else ():
                     if product.name in chosen:
                         backward -= self._seconds(visit.backward) - self._seconds(product.backward)
                 of_micro_batch += backward
@@ -483,7 +498,9 @@ class Planner:
             seconds = cost.seconds(*machine.rates)
             seconds += sum(n * machine.gather_mm_s_per_byte(*kind) for kind, n in cost.gathered.items())
             for shape, (flops, effective) in cost.products.items() if machine.compute_dtype is not None else ():
-                seconds += flops * machine.matmul_s_per_flop(*shape) - effective / machine.matmul_flops_per_s
+                estimated = effective / machine.matmul_flops_per_s
+                if estimated > LEAST_MEASURED_SHARE * seconds:
+                    seconds += flops * machine.matmul_s_per_flop(*shape) - estimated
             self._seconds_of[id(cost)] = seconds
         return seconds + fresh * ALLOCATION_SHARE * cost.moved_nbytes * machine.page_s_per_byte
 
