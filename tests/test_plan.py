@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import mlx.core as mx
 import pytest
@@ -19,6 +20,7 @@ from conftest import LLAMA, save_random
 from slowft import platform
 from slowft.engine import budget
 from slowft.engine.model import open_model, parse_nbytes
+from slowft.models.outline import outline_of_config
 from slowft.planning.job import Cut
 from slowft.planning.plan import Planner, _reads_of
 from slowft.planning.schedule import Schedule
@@ -126,6 +128,41 @@ def test_no_plan_passes_its_memory_and_more_of_it_is_never_slower(model, machine
             if machine == "slow disk":  # elsewhere memory may serve computing better
                 assert larger.read_nbytes <= plan.read_nbytes
     assert plans[-1].step_s < 0.9 * plans[0].step_s
+
+
+DESCRIBED = (MACHINES["usual disk"], replace(NEVER_WAITS, matmul_flops_per_s=3.5e12, read_bytes_per_s=3e9))
+EXPERTS = {
+    "model_type": "mixtral",
+    "num_hidden_layers": 4,
+    "hidden_size": 256,
+    "intermediate_size": 14336,  # blocks of 177 MB in bfloat16
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "vocab_size": 1024,
+}
+DENSE = SMALL | {"num_hidden_layers": 3, "hidden_size": 1024, "intermediate_size": 14336}
+
+
+@pytest.mark.parametrize("dtype", ["native", "float32"])
+@pytest.mark.parametrize("config", [DENSE, EXPERTS], ids=["dense", "experts"])
+def test_more_memory_is_never_slower_whatever_is_done_with_it(config, dtype, tmp_path):
+    """Across ways to cut the work and to bring blocks, as on a GPU (native: nothing is cast on arrival) and a CPU."""
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with outline_of_config(tmp_path / "config.json") as directory:
+        opened = Opened(directory, compute_dtype=dtype)
+        try:
+            for machine in DESCRIBED:
+                planner = opened.planner(machine, rows=4, tokens=64)
+                with mock.patch.object(mx, "default_device", lambda: mx.Device(mx.gpu)):  # which gathers experts' rows
+                    plans = [planner.choose(memory) for memory in budgets(planner, n=60)]
+                for plan, larger in zip(plans, plans[1:]):
+                    assert plan.peak_nbytes <= plan.memory
+                    assert larger.step_s <= plan.step_s * 1.001
+                assert {bool(plan.schedule.group_nbytes) for plan in plans} == {True, False}
+        finally:
+            opened.model.close()
 
 
 @pytest.mark.parametrize("machine", ["usual disk", "fast disk"])

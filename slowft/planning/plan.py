@@ -111,25 +111,39 @@ class Planner:
             "--batch-size or --max-seq-length smaller"
         )
 
+    @functools.cache  # noqa: B019
     def choose(self, memory: int | None) -> Plan | None:
         """The fastest plan within `memory` bytes; None if there is none.
 
         The work is cut only as far as it must be, because smaller pieces change the order of sums. Blocks are brought
         by groups of their layers, and read up to three times, only where whole ones do not fit with the work uncut.
+        Except where that would be slower than what has to be done with less memory: then it is done that way.
         """
         if memory is None:
             return self.most()
-        jobs = self._jobs(self._cuts())
-        whole = next((job for job in jobs if self._peak(job, self._least_of(job)) <= memory), None)
-        plans = [] if whole is None else [self._best(whole, memory)]
-        if whole is not None and whole.cut == Cut():
-            return plans[0]
-        for job in self._jobs([cut for cut in self._cuts() if cut.mlp_tokens is None]):
-            least = self._least_by_groups(job)
-            if least is not None and self._peak(job, least) <= memory:
-                plans.append(self._best(job, memory, least))
-                break
+        plans, least = [], 0  # the memory from which on the work can be done so
+        if (whole := self._first_that_fits(self._cuts(), self._least_of, memory)) is not None:
+            least = self._peak(*whole)
+            plans.append(self._best(whole[0], memory))
+        if whole is None or whole[0].cut != Cut():
+            cuts = [cut for cut in self._cuts() if cut.mlp_tokens is None]
+            if (by_groups := self._first_that_fits(cuts, self._least_by_groups, memory)) is not None:
+                least = max(least, self._peak(*by_groups))
+                plans.append(self._best(by_groups[0], memory, by_groups[1]))
+        # with more, all that a plan for less memory keeps has room beside the larger pieces
+        if plans and memory < 2 * least - self.least().peak_nbytes and (less := self.choose(least - 1)) is not None:
+            plans.append(replace(less, memory=memory))
         return min(plans, key=lambda plan: plan.step_s, default=None)
+
+    def _first_that_fits(
+        self, cuts: list[Cut], least_of: Callable[[Job], Schedule | None], memory: int
+    ) -> tuple[Job, Schedule] | None:
+        """The job under the first of the cuts of which the least fits, and that."""
+        for job in self._jobs(cuts):
+            schedule = least_of(job)
+            if schedule is not None and self._peak(job, schedule) <= memory:
+                return job, schedule
+        return None
 
     def _jobs(self, cuts: list[Cut]) -> Iterator[Job]:
         """The job under each of the cuts, as far as its costs can be seen; the whole one must be."""
