@@ -26,7 +26,7 @@ from ..planning.experts import is_read_on_demand
 from ..planning.schedule import Schedule
 from ..storage.activation_cache import ActivationCache
 from ..storage.reader import Reader
-from ..streaming.residency import Residency
+from ..streaming.residency import Residency, Reuse
 from ..streaming.threads import MicroBatches
 from .activations import Activations
 from .block import Memory, UnitCall
@@ -231,7 +231,7 @@ class Engine:
 
     def _serve_together(self, unit: Unit | str, jobs: Sequence[Callable]) -> list:
         if unit is HEAD:
-            return self._residency.with_outside(jobs)
+            return self._residency.with_outside(jobs, is_head=True)
         if unit in self.cut.blocks:
             return self._residency.with_block(unit, jobs)
         return self._residency.with_outside([lambda job=job: (self._residency.bring(unit), job())[1] for job in jobs])
@@ -563,7 +563,7 @@ class Engine:
                 self.pieces.watch(unit.module)
         self._residency.on_thread(lambda: self._activations.spill(schedule.spilled, directory))
         if schedule.cache_nbytes is not None:
-            self._residency.cache_nbytes = schedule.cache_nbytes
+            self._residency.reuse = Reuse(schedule)
             mx.set_cache_limit(schedule.cache_nbytes)
         mx.set_memory_limit(schedule.active_nbytes or usual_limits()[0])
 

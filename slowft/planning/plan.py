@@ -20,6 +20,9 @@ PIECES = (2048, 1024, 512, 256)  # tokens and queries at a time, to choose from
 HEAD_TOKENS = (64, 128, 256)  # whose logits exist at once, to choose from: more than that is hardly faster
 SLACK_NBYTES = 12 << 20  # what the process takes besides: Python's heap, stacks, small arrays
 SLACK_SHARE = 0.03
+# of what computing takes: a buffer that MLX hands out again ahead of time is in memory already, a new one is not yet
+AHEAD_SHARE = 1.3
+LONG_TAIL = 2  # visits, from which on what the head and its tail make is mostly what blocks make
 MISFIT_SHARE = 0.35  # of buffers kept over steps that find no use of just their size (8 blocks: 0.34 of 0.94 GB)
 PIECES_MARGIN = 1.12  # what computing in pieces takes more than its graph shows (8,192 tokens: 23 of 250 MB)
 GROUPS = (256 << 20, 128 << 20, 64 << 20, 32 << 20, 16 << 20)  # bytes of a layer at once, to choose from
@@ -30,6 +33,8 @@ RECOMPUTED_SHARE = 0.3  # of a forward pass, done once more as a block's vjp is 
 LEAST_FRESH = 0.4
 LEAST_MEASURED_SHARE = 0.003  # of a computation's seconds: the rate of products that take less is not measured
 ALLOCATION_SHARE = 0.4  # of the bytes that operations move are first writes to fresh pages
+
+Phases = dict[tuple[str, int], dict[str, int]]  # (what is done, at which visit) -> what takes memory then -> bytes
 
 
 @dataclass(frozen=True)
@@ -197,22 +202,42 @@ class Planner:
             candidates = [plan for base in bases(job, limit) for plan in self._filled(job, base, limit)]
             fitting = [plan for plan in candidates if plan.peak_nbytes <= limit]
             chosen = min(fitting, key=lambda plan: plan.step_s).schedule if fitting else least or self._least_of(job)
-            plan = self.predict(job, chosen)
+            plan = self.predict(job, chosen, limit=limit)
             if memory is not None and plan.peak_nbytes > memory:  # a long tail was underestimated
                 limit -= plan.peak_nbytes - memory
                 plan = None
-        active = plan.peak_nbytes if memory is None else memory
-        active -= self._base + _cache_nbytes(job, plan.schedule)
-        reads = self.machine.reads_in_flight
-        schedule = replace(plan.schedule, active_nbytes=max(active, 1 << 20), reads_in_flight=reads)
-        return replace(plan, memory=memory, schedule=schedule, least_nbytes=self.least().peak_nbytes)
+        plan = self._with_reuse(job, plan, plan.peak_nbytes if memory is None else memory)
+        return replace(plan, memory=memory, least_nbytes=self.least().peak_nbytes)
+
+    def _with_reuse(self, job: Job, plan: Plan, memory: int) -> Plan:
+        """The plan with what is left of `memory` given to freed buffers, as far as they can be of use."""
+        s = plan.schedule
+        head_peak, _, _ = self._head(job, s.tail, s.head_tokens, True)
+        left = min(memory - plan.peak_nbytes, max(head_peak, _workspace(job)))
+        peak, parts = plan.peak_nbytes + left, {**plan.parts, "buffer cache": plan.parts.get("buffer cache", 0) + left}
+        schedule = replace(
+            s,
+            active_nbytes=max(memory - self._base - _cache_nbytes(job, s), 1 << 20),
+            reads_in_flight=self.machine.reads_in_flight,
+            **self._reuse(job, s, head_peak, peak - plan.parts["slack"] - self._base),
+        )
+        return replace(plan, schedule=schedule, peak_nbytes=peak, parts={k: v for k, v in parts.items() if v})
+
+    def _reuse(self, job: Job, s: Schedule, head_peak: int, nbytes: int) -> dict[str, int]:
+        """What MLX has to know to keep freed buffers while it takes no more than `nbytes`."""
+        return {
+            "total_nbytes": nbytes,
+            "workspace_nbytes": int(AHEAD_SHARE * max(_workspace(job), job.trainable_nbytes + job.optimizer_nbytes)),
+            "head_workspace_nbytes": int(AHEAD_SHARE * head_peak) + (0 if s.keep_head else job.head_compute_nbytes),
+            "head_reuses_blocks": s.tail >= LONG_TAIL,
+        }
 
     def _everything(self, job: Job, limit: float) -> Plan | None:
-        """Ordinary training, if there is room for it and for keeping its buffers from step to step."""
+        """Ordinary training, if there is room for it: for keeping all its buffers from step to step, or most."""
         if not _has_tail(job):
             return None
         tail = len(job.visits)
-        for head_tokens, share in itertools.product((None, HEAD_TOKENS[-1]), (1, 0.7, 0.5)):
+        for head_tokens, share in itertools.product((None, HEAD_TOKENS[-1]), (1, 0)):
             schedule = Schedule(
                 slots=1,
                 tail=tail,
@@ -221,8 +246,8 @@ class Planner:
                 cache_nbytes=int(share * self._head(job, tail, head_tokens, False)[0]),
                 **_as_schedule(job.cut),
             )
-            if self._memory(job, schedule, False)[0] <= limit:
-                plan = self.predict(job, schedule)
+            if self._peak(job, schedule, False) <= limit:
+                plan = self.predict(job, schedule, limit=limit)
                 if plan.peak_nbytes <= limit:
                     return plan
         return None
@@ -237,7 +262,7 @@ class Planner:
         if least.spilled:
             return
         chunks = [n for n in HEAD_TOKENS if n < job.rows * job.tokens] or [None]
-        fitting = [n for n in chunks if self._memory(job, replace(least, head_tokens=n), False)[0] <= limit]
+        fitting = [n for n in chunks if self._peak(job, replace(least, head_tokens=n), False) <= limit]
         n, is_copied = len(job.visits), all(visit.is_copied for visit in job.visits)
         tails = sorted({round(n * i / 16) for i in range(17)} | {1, min(2, n)}) if _has_tail(job) else [0]
         workspace = _workspace(job)
@@ -246,7 +271,7 @@ class Planner:
             for cache, head in itertools.product((0, workspace // 2, workspace), heads):
                 for tail in tails:
                     base = replace(least, slots=slots, cache_nbytes=cache, tail=tail, head_tokens=fitting[-1], **head)
-                    if self._memory(job, base, False)[0] > limit:
+                    if self._peak(job, base, False) > limit:
                         break  # a longer tail only takes more
                     yield base
 
@@ -255,23 +280,23 @@ class Planner:
         schedule = self._least_by_groups(job)
         for group_nbytes in GROUPS:
             base = self._least_spilled(job, replace(schedule, group_nbytes=group_nbytes), limit)
-            if self._memory(job, base, False)[0] > limit:
+            if self._peak(job, base, False) > limit:
                 continue
             chunks = [n for n in HEAD_TOKENS if n < job.rows * job.tokens] or [None]
-            fitting = [n for n in chunks if self._memory(job, replace(base, head_tokens=n), False)[0] <= limit]
+            fitting = [n for n in chunks if self._peak(job, replace(base, head_tokens=n), False) <= limit]
             for cache, keep_head in itertools.product((0, _group(job, group_nbytes)[1]), (False, True)):
                 chosen = replace(base, cache_nbytes=cache, keep_head=keep_head, head_tokens=(fitting or chunks)[-1])
-                if self._memory(job, chosen, False)[0] <= limit:
+                if self._peak(job, chosen, False) <= limit:
                     yield chosen
 
     def _least_spilled(self, job: Job, schedule: Schedule, limit: float) -> Schedule:
         """The schedule with as few inputs spilled as fit: the first few take more than none, being written and read."""
-        if self._memory(job, replace(schedule, spilled=0), False)[0] <= limit:
+        if self._peak(job, replace(schedule, spilled=0), False) <= limit:
             return replace(schedule, spilled=0)
         low, high = min(_first_kept(job) + 1, schedule.spilled), schedule.spilled
         while low < high:
             middle = (low + high) // 2
-            if self._memory(job, replace(schedule, spilled=middle), False)[0] <= limit:
+            if self._peak(job, replace(schedule, spilled=middle), False) <= limit:
                 high = middle
             else:
                 low = middle + 1
@@ -279,8 +304,7 @@ class Planner:
 
     def _filled(self, job: Job, base: Schedule, limit: float) -> Iterator[Plan]:
         """The schedule as it is, and with the room that is left given to products and then blocks, or the reverse."""
-        plan = self.predict(job, base, exact=False)
-        yield plan
+        yield self.predict(job, base, False, limit)
         if base.spilled or base.tail == len(job.visits):
             return
         orders = [(self._keep_products, self._keep_blocks), (self._keep_blocks, self._keep_products)]
@@ -289,9 +313,9 @@ class Planner:
         for order in [(self._keep_products,)] if base.group_nbytes else orders:
             filled = base
             for fill in order:
-                filled = fill(job, filled, (limit - self._memory(job, filled, False)[0]) / (1 + SLACK_SHARE))
+                filled = fill(job, filled, (limit - self._peak(job, filled, False)) / (1 + SLACK_SHARE))
             if filled is not base:
-                yield self.predict(job, filled, exact=False)
+                yield self.predict(job, filled, False, limit)
 
     def _keep_blocks(self, job: Job, schedule: Schedule, room: float) -> Schedule:
         sizes = [visit.stored_nbytes for visit in _streamed_blocks(job, schedule)]
@@ -329,12 +353,18 @@ class Planner:
 
     # --- Predictions --------------------------------------------------------------------------------
 
-    def predict(self, job: Job, schedule: Schedule, exact: bool = True) -> Plan:
-        """What a step under `schedule` will take."""
-        peak, parts = self._memory(job, schedule, exact)
+    def predict(self, job: Job, schedule: Schedule, exact: bool = True, limit: float = 0) -> Plan:
+        """What a step under `schedule` will take.
+
+        Args:
+            exact: long tails are looked at, rather than extrapolated from short ones.
+            limit: bytes that it may take. What it does not need of them goes to freed buffers.
+        """
+        fixed, phases = self._phases(job, schedule, exact)
+        peak, parts = self._peak_of(fixed, phases)
         read, head_read = self._reads(job, schedule)
         written = max(schedule.spilled - _first_kept(job), 0) * job.hidden_nbytes * job.micro_batches
-        compute = self._compute(job, schedule, exact)
+        compute = self._compute(job, schedule, exact, self._rooms(schedule, fixed, phases, limit))
         bandwidth = self.machine.read_bytes_per_s or float("inf")
         blocks_s = (read - head_read + written) / bandwidth
         write_s = written / (self.machine.write_bytes_per_s or bandwidth)
@@ -344,10 +374,34 @@ class Planner:
         seconds = compute, both / bandwidth + write_s, step
         return Plan(schedule, job, None, peak, both, written, *seconds, parts)
 
-    def _peak(self, job: Job, schedule: Schedule) -> int:
-        return self._memory(job, schedule, True)[0]
+    def _peak(self, job: Job, schedule: Schedule, exact: bool = True) -> int:
+        return self._peak_of(*self._phases(job, schedule, exact))[0]
 
-    def _memory(self, job: Job, s: Schedule, exact: bool) -> tuple[int, dict[str, int]]:
+    def _peak_of(self, fixed: dict[str, int], phases: Phases) -> tuple[int, dict[str, int]]:
+        """(the most bytes that a step takes, what they are made of)."""
+        worst = max(phases.values(), key=lambda phase: sum(phase.values()))
+        total = sum(fixed.values()) + sum(worst.values())
+        slack = self._slack(total)
+        return total + slack, {k: v for k, v in {**fixed, **worst, "slack": slack}.items() if v}
+
+    def _rooms(self, s: Schedule, fixed: dict[str, int], phases: Phases, limit: float) -> dict[tuple[str, int], int]:
+        """Bytes of freed buffers that MLX may keep in each phase: all that the phase does not need."""
+        totals = {key: sum(phase.values()) for key, phase in phases.items()}
+        most = max(totals.values())
+        if limit < float("inf"):
+            within = (limit - SLACK_NBYTES + SLACK_SHARE * self._base) / (1 + SLACK_SHARE)
+            most = max(most, int(within) - sum(fixed.values()))
+        ahead = {key: int((AHEAD_SHARE - 1) * phase["computing"]) for key, phase in phases.items()}
+        return {
+            key: max(s.cache_nbytes or 0, most - total + phases[key]["buffer cache"] - ahead[key])
+            for key, total in totals.items()
+        }
+
+    def _slack(self, total: int) -> int:
+        return SLACK_NBYTES + int(SLACK_SHARE * (total - self._base))
+
+    def _phases(self, job: Job, s: Schedule, exact: bool) -> tuple[dict[str, int], Phases]:
+        """Bytes, by what they are for: (there all the time, in each of the phases of a step)."""
         n, m = len(job.visits) - s.tail, job.micro_batches
         by_groups = s.group_nbytes is not None
         sizes = _streamed_nbytes(job, s)
@@ -387,8 +441,8 @@ class Planner:
             head_weights += min(job.head_stored_nbytes, PIECE_NBYTES)
         # while the head computes, the cache holds no more than what the last block's weights left; a tail fills it
         cast = max((v.compute_nbytes for v in job.visits if v.is_copied and not s.tail), default=cache)
-        phases = [
-            {
+        phases: Phases = {
+            ("head", 0): {
                 "buffer cache": min(cache, cast),
                 "activations": stored(n),
                 "kept products": sum(kept),
@@ -396,7 +450,7 @@ class Planner:
                 "computing": head_peak + 2 * job.hidden_nbytes,
                 "gradients": 0,
             }
-        ]
+        }
         packed = {visit.block for visit in _packed_blocks(job, s)}
         margin = 1 if job.cut.mlp_tokens is None else PIECES_MARGIN
         gradients = sum(v.trainable_nbytes for v in _tail_blocks(job, s))
@@ -412,27 +466,22 @@ class Planner:
                 weights = visit.compute_nbytes
                 if by_groups:
                     weights = visit.rest_compute_nbytes + built
-                phases.append(
-                    {
-                        "buffer cache": cache,
-                        "activations": stored(position) if is_backward else stored(position) + job.hidden_nbytes,
-                        "kept products": sum(kept[: position + 1]),
-                        "weights": (weights if visit.is_copied else 0)
-                        + (visit.held_nbytes if visit.rounded and visit.block not in packed else 0),
-                        "computing": int(margin * computing.peak_nbytes)
-                        + 2 * job.hidden_nbytes
-                        + (_held_by_groups(visit, is_backward) if by_groups else 0),
-                        "gradients": gradients if is_backward else 0,
-                    }
-                )
+                phases["backward" if is_backward else "forward", position] = {
+                    "buffer cache": cache,
+                    "activations": stored(position) if is_backward else stored(position) + job.hidden_nbytes,
+                    "kept products": sum(kept[: position + 1]),
+                    "weights": (weights if visit.is_copied else 0)
+                    + (visit.held_nbytes if visit.rounded and visit.block not in packed else 0),
+                    "computing": int(margin * computing.peak_nbytes)
+                    + 2 * job.hidden_nbytes
+                    + (_held_by_groups(visit, is_backward) if by_groups else 0),
+                    "gradients": gradients if is_backward else 0,
+                }
             gradients += visit.trainable_nbytes
         # the optimizer's turn: gradients, and everything it makes anew
         made = job.trainable_nbytes + job.optimizer_nbytes
-        phases.append({"buffer cache": cache, "gradients": job.trainable_nbytes, "computing": made})
-        worst = max(phases, key=lambda phase: sum(phase.values()))
-        total = sum(fixed.values()) + sum(worst.values())
-        slack = SLACK_NBYTES + int(SLACK_SHARE * (total - self._base))
-        return total + slack, {k: v for k, v in {**fixed, **worst, "slack": slack}.items() if v}
+        phases["optimizer", 0] = {"buffer cache": cache, "gradients": job.trainable_nbytes, "computing": made}
+        return fixed, phases
 
     def _reads(self, job: Job, s: Schedule) -> tuple[int, int]:
         """(bytes read per step in all, of them the head's, which nothing hides)."""
@@ -462,19 +511,20 @@ class Planner:
                 nbytes += int(job.micro_batches * passes * share * layer.nbytes)
         return nbytes
 
-    def _compute(self, job: Job, s: Schedule, exact: bool) -> float:
+    def _compute(self, job: Job, s: Schedule, exact: bool, rooms: dict[tuple[str, int], int]) -> float:
         n, m = len(job.visits) - s.tail, job.micro_batches
         names = s.kept + ((),) * (n - len(s.kept))
         packed = {visit.block for visit in _packed_blocks(job, s)}
         cache = s.cache_nbytes or 0
-        fresh = _fresh_share(cache, _workspace(job))
         seconds = 0.0
-        for visit, chosen in zip(job.visits, names):
+        for position, (visit, chosen) in enumerate(zip(job.visits, names)):
             passes = 1
+            fresh = _fresh_share(rooms["forward", position], visit.forward.peak_nbytes)
             of_micro_batch = self._seconds(visit.forward, fresh)
             if visit.backward is not None:
                 passes = 2
-                backward = self._seconds(visit.backward, fresh)
+                fresh_backward = _fresh_share(rooms["backward", position], visit.backward.peak_nbytes)
+                backward = self._seconds(visit.backward, fresh_backward)
                 for product in visit.products if chosen else ():
                     if product.name in chosen:
                         backward -= self._seconds(visit.backward) - self._seconds(product.backward)
@@ -486,10 +536,10 @@ class Planner:
                 of_micro_batch += (passes - 1) * RECOMPUTED_SHARE * self._seconds(visit.forward, fresh)
             seconds += m * of_micro_batch + arrival
         head_peak, head_s, head_moved = self._head(job, s.tail, s.head_tokens, exact)
-        fresh = _fresh_share(cache, head_peak)
+        fresh = _fresh_share(rooms["head", 0], head_peak)
         seconds += m * (head_s + fresh * ALLOCATION_SHARE * head_moved * self.machine.page_s_per_byte)
         if not s.keep_head and job.head_compute_nbytes != job.head_stored_nbytes:
-            seconds += job.head_compute_nbytes / self.machine.cast_bytes_per_s
+            seconds += job.head_compute_nbytes * (1 / self.machine.cast_bytes_per_s + self.machine.page_s_per_byte)
         return seconds
 
     def _arrival(self, visit: Visit, is_packed: bool) -> float:

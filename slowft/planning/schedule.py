@@ -31,6 +31,11 @@ class Schedule:
         group_nbytes: blocks come without their large layers, and these in groups of so many bytes, as they are computed
             with; None for whole blocks.
         active_nbytes: beyond which MLX stops allocating ahead of the computation; None for MLX's default.
+        total_nbytes: of arrays and of freed buffers together: what arrays leave of it, while a block or the head is
+            computed, MLX may keep for reuse beyond `cache_nbytes`.
+        workspace_nbytes: of arrays that computing a block, or an optimizer's update, makes at most.
+        head_workspace_nbytes: the same of the head and its tail, its weights included where they do not stay.
+        head_reuses_blocks: these take up what blocks freed, rather than asking for other sizes.
     """
 
     slots: int = 2
@@ -48,4 +53,8 @@ class Schedule:
     cache_nbytes: int | None = None
     reads_in_flight: int = 1
     active_nbytes: int | None = None
+    total_nbytes: int = 0
+    workspace_nbytes: int = 0
+    head_workspace_nbytes: int = 0
+    head_reuses_blocks: bool = False
     group_nbytes: int | None = None

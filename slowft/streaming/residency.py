@@ -15,6 +15,7 @@ from .. import tracing
 from ..models.layers import Layer
 from ..models.seams import Unit
 from ..models.weights import Layout, Param, Source, casting_streams, read_held, read_rows, read_whole
+from ..planning.schedule import Schedule
 from ..storage.cache import BlockCache
 from ..storage.reader import Reader
 from .groups import Group, GroupReader
@@ -22,6 +23,52 @@ from .threads import Worker
 
 # Which layers do not come with their block, by its index.
 Apart = Mapping[int, Sequence[Layer]]
+
+
+class Reuse:
+    """How much of freed buffers MLX keeps to hand out again, from one piece of work to the next.
+
+    Fresh pages cost more than most of what is written to them. MLX gives back to the system what is freed while its
+    cache is full, whatever it is full of; so what was freed longest ago has to go first.
+
+    Args:
+        schedule: `cache_nbytes` are kept at least, and what arrays leave of `total_nbytes`.
+    """
+
+    def __init__(self, schedule: Schedule):
+        self._schedule = schedule
+        self._was_head = False
+
+    def around(self, job: Callable[[], Any], is_head: bool = False) -> Any:
+        """`job()`, with as much kept as leaves it room."""
+        s = self._schedule
+        grows = s.head_workspace_nbytes if is_head else s.workspace_nbytes
+        limit = max(s.cache_nbytes, s.total_nbytes - mx.get_active_memory() - grows)
+        if is_head != self._was_head and not s.head_reuses_blocks:  # what is kept is of sizes that nobody will ask for
+            mx.set_cache_limit(max(0, limit - grows))
+        self._was_head = is_head
+        mx.set_cache_limit(limit)
+        return job()
+
+    def before_freeing(self, nbytes: int, wanted_nbytes: int, are_alike: bool) -> None:
+        """Weights of so many bytes are about to be freed.
+
+        Args:
+            wanted_nbytes: that are made next; are_alike: of weights that take up the former's buffers.
+        """
+        s = self._schedule
+        left = s.total_nbytes - (mx.get_active_memory() - nbytes) - wanted_nbytes
+        limit = max(s.cache_nbytes + (nbytes if are_alike else 0), left)
+        cached = mx.get_cache_memory()
+        if are_alike or not s.head_reuses_blocks or cached + nbytes <= limit:
+            mx.set_cache_limit(max(0, limit - nbytes))
+            mx.set_cache_limit(limit)
+        else:  # what is there already is of use, the weights are not
+            mx.set_cache_limit(min(cached, limit))
+
+    def before_head(self, nbytes: int) -> None:
+        """Weights of so many bytes are about to be freed, and the head comes next."""
+        self.before_freeing(nbytes, self._schedule.head_workspace_nbytes, are_alike=False)
 
 
 class Residency:
@@ -52,12 +99,15 @@ class Residency:
         self.streams = self._thread.run(casting_streams)
         self._order: list[int] = []
         self._position = -1
+        self._is_below_head = True  # in a pass, before the head
+        self._last_block: int | None = None  # that is visited before the head, of those whose weights come and go
         self._outside: list[Unit] = []  # large layers outside the blocks whose weights are in place now
         self._whole: dict[Unit, list[mx.array]] = {}  # units whose weights, ready to compute with, stay in memory
         self._held: dict[Unit, list[list[mx.array]]] = {}  # of blocks that stay in memory packed: each param's parts
         self.compute_s = 0.0
-        self.cache_nbytes = mx.set_cache_limit(0)  # of freed buffers that MLX keeps while a block is computed
-        mx.set_cache_limit(self.cache_nbytes)
+        cache_nbytes = mx.set_cache_limit(0)
+        mx.set_cache_limit(cache_nbytes)
+        self.reuse = Reuse(Schedule(cache_nbytes=cache_nbytes))
 
     def expect(self, forward: Sequence[int], backward: Sequence[int] = (), apart: Apart | None = None) -> None:
         """From now on blocks are visited in this order (indices), and the head between the two, again and again.
@@ -67,6 +117,8 @@ class Residency:
         """
         if self._expects_apart and not apart:
             self._layer_thread.run(self._groups.clear)
+        self._is_below_head = True
+        self._last_block = next((i for i in reversed(forward) if self._blocks[i] not in self._whole), None)
         in_memory = {unit.index for unit in [*self._whole, *self._held]}
         if apart:  # blocks that are in memory with all their layers need no part of them read
             holds = self._thread.run(lambda: [self._cache.holds(unit.index) for unit in self._blocks])
@@ -142,19 +194,20 @@ class Residency:
                     arrays = layout.put(held, self.streams) if held else layout.fill(buffer, self.streams)
                     unit.restore_constants()
                     mx.eval(arrays)
-                mx.set_cache_limit(self.cache_nbytes)
                 # what was cast or dequantized no longer needs the bytes it came from
                 if layout.is_copied:
                     self._cache.release(item)
                 del buffer, arrays
                 self.apart = self._expects_apart.get(unit.index, ())
-                return [job() for job in jobs]
+                return [self.reuse.around(job) for job in jobs]
             finally:
                 self.apart = ()
                 # The next block's weights take these buffers: fresh pages cost ten times the cast (0.137 against
-                # 0.015 s for 176 MB). MLX keeps what is freed first, so nothing else may fill its cache now.
-                mx.clear_cache()
-                mx.set_cache_limit(max(self.cache_nbytes, layout.compute_nbytes))
+                # 0.015 s for 176 MB).
+                if self._is_below_head and unit.index == self._last_block:
+                    self.reuse.before_head(layout.compute_nbytes)
+                else:
+                    self.reuse.before_freeing(layout.compute_nbytes, layout.compute_nbytes, are_alike=True)
                 for param in unit.params:
                     param.clear()
                 self._cache.release(item)
@@ -200,14 +253,17 @@ class Residency:
         """Begin to read a group that `with_groups` will be asked for."""
         self._layer_thread.run(lambda: self._groups.start(group))
 
-    def with_outside(self, jobs: Sequence[Callable[[], Any]]) -> list:
+    def with_outside(self, jobs: Sequence[Callable[[], Any]], is_head: bool = False) -> list:
         """The same for layers outside the blocks: jobs call `bring` for each layer they come to use."""
 
         def work():
-            mx.set_cache_limit(self.cache_nbytes)
             try:
-                return [job() for job in jobs]
+                self._is_below_head = self._is_below_head and not is_head
+                return [self.reuse.around(job, is_head) for job in jobs]
             finally:
+                freed = sum(unit.compute_nbytes for unit in self._outside if unit not in self._whole)
+                wanted = max((layout.compute_nbytes for layout in self._layouts), default=0)
+                self.reuse.before_freeing(freed, wanted, are_alike=False)
                 for unit in self._outside:
                     for param in unit.params:
                         param.clear()
@@ -266,7 +322,7 @@ class Residency:
 
     def rest(self) -> None:
         """A step is over: give back the buffers that were kept for the next block's weights."""
-        mx.set_cache_limit(self.cache_nbytes)
+        self.reuse.around(lambda: None)
         self._layer_thread.run(self._groups.clear)
 
     def on_thread(self, job: Callable[[], Any]) -> Any:
