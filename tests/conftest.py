@@ -15,6 +15,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import _get_classes, load_model
 
 from slowft.engine import engine
+from slowft.storage import requests
 
 LLAMA = {
     "model_type": "llama",
@@ -51,6 +52,12 @@ def usual_limits():
     memory, cache = engine.usual_limits()
     mx.set_memory_limit(memory)
     mx.set_cache_limit(cache)
+
+
+@pytest.fixture
+def no_pauses(monkeypatch):
+    """A read or write that fails is tried again at once."""
+    monkeypatch.setattr(requests, "RETRY_AFTER_S", (0, 0, 0))
 
 
 def save_random(
