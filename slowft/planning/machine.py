@@ -11,7 +11,7 @@ import math
 import mmap
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
@@ -67,10 +67,28 @@ class Machine:
     compute_dtype: str | None = None
     reads_in_flight: int = 1
 
-    @property
-    def rates(self) -> tuple[float, float, float]:
-        """What `Cost.seconds` takes."""
-        return self.matmul_flops_per_s, self.bytes_per_s, self.functions_per_s
+    def seconds(
+        self,
+        ops: Iterable[tuple[int, int, int, float]],
+        products: Iterable[tuple[Sequence, tuple[int, float]]],
+        gathered: Iterable[tuple[Sequence, int]],
+    ) -> float:
+        """Seconds of computing what a `Cost.work` says, if arithmetic, memory or functions hold every operation up.
+
+        That is the roofline model. Matrix products take what they are measured to take, where the machine was measured.
+        """
+        seconds = sum(
+            max(
+                flops / (efficiency * self.matmul_flops_per_s),
+                nbytes / self.bytes_per_s,
+                values / self.functions_per_s,
+            )
+            for flops, nbytes, values, efficiency in ops
+        )
+        seconds += sum(nbytes * self.gather_mm_s_per_byte(*kind) for kind, nbytes in gathered)
+        for shape, (flops, effective) in products if self.compute_dtype is not None else ():
+            seconds += flops * self.matmul_s_per_flop(*shape) - effective / self.matmul_flops_per_s
+        return seconds
 
     def dequantize_s_per_byte(self, bits: int, group_size: int, mode: str) -> float:
         """Seconds per byte put out when a block's weights are dequantized on arrival, on all the cores that takes.

@@ -477,15 +477,10 @@ class Planner:
 
     def _seconds(self, cost, fresh: float = 0.0) -> float:
         """Seconds of computing, with this share of its buffers on fresh pages."""
-        machine = self.machine
         seconds = self._seconds_of.get(id(cost))
         if seconds is None:
-            seconds = cost.seconds(*machine.rates)
-            seconds += sum(n * machine.gather_mm_s_per_byte(*kind) for kind, n in cost.gathered.items())
-            for shape, (flops, effective) in cost.products.items() if machine.compute_dtype is not None else ():
-                seconds += flops * machine.matmul_s_per_flop(*shape) - effective / machine.matmul_flops_per_s
-            self._seconds_of[id(cost)] = seconds
-        return seconds + fresh * ALLOCATION_SHARE * cost.moved_nbytes * machine.page_s_per_byte
+            seconds = self._seconds_of[id(cost)] = self.machine.seconds(*cost.work)
+        return seconds + fresh * ALLOCATION_SHARE * cost.moved_nbytes * self.machine.page_s_per_byte
 
     def _head(self, job: Job, tail: int, head_tokens: int | None, exact: bool) -> tuple[int, float, int]:
         """(peak bytes, seconds, bytes moved) of the head and its tail; of a long tail extrapolated, unless `exact`."""
