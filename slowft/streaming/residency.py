@@ -4,6 +4,7 @@ Comes in: a unit and the jobs that want its weights. Goes out: the jobs' results
 from the order in which a step visits the blocks. Knows nothing of gradients.
 """
 
+import functools
 import itertools
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -56,8 +57,7 @@ class Residency:
         self._whole: dict[Unit, list[mx.array]] = {}  # units whose weights, ready to compute with, stay in memory
         self._held: dict[Unit, list[list[mx.array]]] = {}  # of blocks that stay in memory packed: each param's parts
         self.compute_s = 0.0
-        self.cache_nbytes = mx.set_cache_limit(0)  # of freed buffers that MLX keeps while a block is computed
-        mx.set_cache_limit(self.cache_nbytes)
+        _, self.cache_nbytes = usual_limits()  # of freed buffers that MLX keeps while a block is computed
 
     def expect(self, forward: Sequence[int], backward: Sequence[int] = (), apart: Apart | None = None) -> None:
         """From now on blocks are visited in this order (indices), and the head between the two, again and again.
@@ -329,3 +329,12 @@ class Residency:
                 self._position = place
                 return itertools.islice(itertools.cycle(self._order), place + 1, None)
         return iter(())
+
+
+@functools.cache
+def usual_limits() -> tuple[int, int]:
+    """MLX's limits of memory and cache as they were when this was first called: before any model was opened."""
+    limits = mx.set_memory_limit(1 << 40), mx.set_cache_limit(0)
+    mx.set_memory_limit(limits[0])
+    mx.set_cache_limit(limits[1])
+    return limits
