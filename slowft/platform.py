@@ -228,16 +228,22 @@ def cache_directory() -> Path:
 
 
 def sync_file(fd: int) -> None:
-    """Make written data survive a power cut. On macOS `fsync` alone stops at the drive's own cache."""
+    """Make written data, or a directory's names, survive a power cut.
+
+    On macOS `fsync` alone stops at the drive's own cache; network drives have no more than that.
+    """
     if MACOS:
         import fcntl
 
-        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
-    else:
-        os.fsync(fd)
+        try:
+            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+            return
+        except OSError:  # ENOTSUP on SMB, EINVAL on WebDAV, ENOTTY elsewhere: `fsync` fails too if it is anything else
+            pass
+    os.fsync(fd)
 
 
-# --- Memory ---------------------------------------------------------------------------------------
+# --- Memory and processor -------------------------------------------------------------------------
 
 
 def fix_malloc_threshold(nbytes: int = 1 << 20) -> bool:

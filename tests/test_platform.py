@@ -1,5 +1,7 @@
 """The one place that knows the operating system: BLAS, file cache, memory."""
 
+import errno
+import fcntl
 import os
 import platform as python_platform
 import subprocess
@@ -10,6 +12,7 @@ import pytest
 
 from conftest import must_run
 from slowft import platform
+from slowft.storage.tensorfile import sync_directory
 
 MATMUL = """
 import time
@@ -112,7 +115,24 @@ def test_cache_directory_is_where_the_system_wants_it(monkeypatch, tmp_path):
     assert platform.cache_directory() == tmp_path / ".cache" / "slowft"
 
 
-# --- Memory -----------------------------------------------------------------------------------------
+def test_syncing_makes_do_with_fsync_where_macos_knows_no_more(monkeypatch, tmp_path):
+    """Network and FAT drives refuse F_FULLFSYNC, each with an error of its own."""
+    synced = []
+
+    def refuse(fd, command):
+        synced.append(("F_FULLFSYNC", command))
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    monkeypatch.setattr(platform, "MACOS", True)
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", refuse)
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(("fsync", fd)))
+    sync_directory(tmp_path)
+    assert synced[0] == ("F_FULLFSYNC", 51) and [name for name, _ in synced] == ["F_FULLFSYNC", "fsync"]
+
+
+# --- Memory and processor ---------------------------------------------------------------------------
+
 
 FREE = """
 import ctypes, sys

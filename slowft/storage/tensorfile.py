@@ -204,7 +204,7 @@ def sync_directory(directory: Path) -> None:
     """Make the names of files written there survive a power cut."""
     fd = os.open(directory, os.O_RDONLY)
     try:
-        os.fsync(fd)
+        platform.sync_file(fd)
     finally:
         os.close(fd)
 
