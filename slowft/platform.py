@@ -319,6 +319,11 @@ def reset_peak_memory() -> None:
         pass
 
 
+def cores() -> int:
+    """Processor cores that this process may use: `taskset` and containers may leave it fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def cpu_name() -> str:
     """The processor's name, such as "Apple M3" or "AMD EPYC"; of one that has none, its architecture."""
     if MACOS:

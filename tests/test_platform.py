@@ -134,6 +134,19 @@ def test_syncing_makes_do_with_fsync_where_macos_knows_no_more(monkeypatch, tmp_
 # --- Memory and processor ---------------------------------------------------------------------------
 
 
+def test_cores_are_those_that_this_process_may_use():
+    if not hasattr(os, "sched_setaffinity"):
+        must_run("only Linux holds a process to some of the cores")
+    code = """
+import os, subprocess
+os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+from slowft import platform
+from slowft.models.weights import casting_streams
+print(platform.cores(), len(casting_streams()), subprocess.run("nproc", capture_output=True, text=True).stdout)
+"""
+    assert run(code).split() == ["1", "1", "1"]
+
+
 FREE = """
 import ctypes, sys
 from slowft import platform

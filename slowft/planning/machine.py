@@ -145,7 +145,7 @@ def measure(compute_dtype: mx.Dtype, files: Sequence[str], seconds: float = 1.5)
     functions_per_s = _functions_per_s(compute_dtype, seconds * 0.05)
     with _cache_limit(8 * STREAM_NBYTES):  # once more: a moment's other work would halve what both cores do
         matmul_flops_per_s = max(matmul_flops_per_s, _matmul_flops_per_s(compute_dtype, seconds * 0.15))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = platform.cores()
     return Machine(
         memory_nbytes=_memory_nbytes(),
         matmul_flops_per_s=matmul_flops_per_s,
