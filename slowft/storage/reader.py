@@ -53,7 +53,11 @@ class ByteRange:
 
 @dataclass(frozen=True)
 class _State:
-    """What tells a file from the same file after somebody wrote to it, or put another in its place."""
+    """What tells a file from the same file after somebody wrote to it, or put another in its place.
+
+    Not the time of its last change (ctime), by which `fingerprint.identities` tells files between runs: taking a name
+    from an open file, or giving it one, sets that too.
+    """
 
     device: int
     inode: int
