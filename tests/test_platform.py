@@ -187,3 +187,25 @@ def test_freed_buffers_go_back_to_the_system():
 def test_malloc_threshold_of_the_user_stays():
     fixed, _ = freed_but_kept(fix=True, MALLOC_MMAP_THRESHOLD_="134217728")
     assert not fixed
+
+
+@pytest.mark.skipif(python_platform.libc_ver()[0] != "glibc", reason="only glibc keeps what is free between blocks")
+def test_what_is_free_between_small_blocks_goes_back_when_it_is_asked_for():
+    code = """
+import ctypes
+from slowft import platform
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+ctypes.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+base = platform.memory_in_use()
+blocks = [libc.malloc(10_000) for _ in range(4000)]
+for block in blocks:
+    ctypes.memset(block, 1, 10_000)
+for block in blocks[:-1]:
+    libc.free(block)
+kept = platform.memory_in_use() - base
+platform.release_freed_memory()
+print(kept, platform.memory_in_use() - base)
+"""
+    kept, left = map(int, run(code).split())
+    assert kept > 30e6 and left < 5e6
