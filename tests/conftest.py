@@ -14,7 +14,8 @@ from mlx_lm.tuner.trainer import default_loss
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import _get_classes, load_model
 
-from slowft.engine import engine
+from slowft.storage import requests
+from slowft.streaming import residency
 
 LLAMA = {
     "model_type": "llama",
@@ -48,9 +49,15 @@ def users_cache(tmp_path_factory):
 def usual_limits():
     """Models that a test leaves open do not hold up the next one's operations."""
     yield
-    memory, cache = engine.usual_limits()
+    memory, cache = residency.usual_limits()
     mx.set_memory_limit(memory)
     mx.set_cache_limit(cache)
+
+
+@pytest.fixture
+def no_pauses(monkeypatch):
+    """A read or write that fails is tried again at once."""
+    monkeypatch.setattr(requests, "RETRY_AFTER_S", (0, 0, 0))
 
 
 def save_random(

@@ -377,12 +377,12 @@ from pathlib import Path
 from slowft import platform
 from slowft.storage import activation_cache as store
 platform.is_memory_filesystem = lambda path: False
-write = store._write_all
+write = store.write_all
 def half(fd, data, offset):
     write(fd, data[: len(data) // 2], offset)
     if offset:
         os.kill(os.getpid(), signal.SIGKILL)
-store._write_all = half
+store.write_all = half
 cache = store.ActivationCache(Path({str(tmp_path)!r}))
 cache.write("a", mx.arange(100_000))
 cache.close()
@@ -450,7 +450,7 @@ def test_a_full_disk_warns_and_training_goes_on(llama, tmp_path, monkeypatch):
         os.pwrite(fd, data[:100], offset)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(activation_cache, "_write_all", full)
+    monkeypatch.setattr(activation_cache, "write_all", full)
     with pytest.warns(SlowftWarning, match="No space left on device.*To fix it") as told:
         for _ in range(2):
             for batch in (two, three):

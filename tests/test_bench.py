@@ -9,6 +9,7 @@ import re
 import shlex
 import statistics
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -21,6 +22,7 @@ from mlx_lm.utils import load_model
 from safetensors import safe_open
 
 import filecache
+from architectures import ARCHITECTURES
 from conftest import LLAMA, largest_difference, must_run, random_batch, randomise, save_random
 from slowft import platform, tracing
 from slowft.bench import cgroup, compare, reading, roofline, shapes, slowllama, step, worker
@@ -28,6 +30,7 @@ from slowft.bench.job import Job
 from slowft.bench.limits import Limits
 from slowft.cli.bench import bench
 from slowft.cli.main import main
+from slowft.engine import budget
 from slowft.errors import ConfigError, SlowftError
 
 MB = 1 << 20
@@ -210,7 +213,8 @@ def test_a_shape_is_written_once(slowft_, tmp_path, monkeypatch):
 
 # --- step -------------------------------------------------------------------------------------------
 
-MACHINE = {"matmul_flops_per_s": 1e9, "bytes_per_s": 1e18, "functions_per_s": 1e18, "read_bytes_per_s": 1e6}
+RATES = {"matmul_flops_per_s": 1e9, "bytes_per_s": 1e18, "functions_per_s": 1e18, "read_bytes_per_s": 1e6}
+MACHINE = asdict(budget.UNKNOWN) | RATES
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +239,7 @@ def test_flops_of_a_plan_are_those_of_the_closed_form(small):
     model = slowft.open_model(small).add_lora(-1)
     planner = model.planner(2, 64)
     for plan, is_recomputed in ((planner.least(), True), (planner.most(), False)):
-        flops = sum(times * flops for times, flops, *_ in worker._ops(plan))
+        flops = sum(times * flops for times, (ops, *_) in worker._work(plan) for flops, *_ in ops)
         closed = matmul_flops(64, 2, is_recomputed) - is_recomputed * 4 * 2 * 128 * 320 * 128  # all but a last product
         assert flops == pytest.approx(closed, rel=0.04)  # (the first block's input needs no gradient)
     model.close()
@@ -247,7 +251,7 @@ def test_figures_of_a_step_follow_from_its_steps(small):
     result = step.summary(job, run, MACHINE)
     assert told == [1, 2, 3] and len(result["steps"]) == 2 and len(result["losses"]) == 3
     assert "all blocks and the head in memory" in run["kept"]
-    in_effect = sum(times * flops / efficiency for times, flops, _, _, efficiency in run["ops"])
+    in_effect = sum(times * flops / efficiency for times, (ops, *_) in run["work"] for flops, _, _, efficiency in ops)
     assert result["compute_s"] == pytest.approx(in_effect / 1e9, rel=0.02)  # by that machine's rates
     assert result["compute_s"] > result["flops"] / 1e9
     seconds = [s["step_s"] for s in result["steps"]]
@@ -255,6 +259,26 @@ def test_figures_of_a_step_follow_from_its_steps(small):
     assert result["tokens_per_s"] == pytest.approx(128 / result["step_s"])
     assert result["roofline_share"] == max(result["compute_s"], result["read_s"]) / result["step_s"]
     assert 0 <= result["wait_share"] < 1
+
+
+def test_experts_are_multiplied_at_the_rate_at_which_they_are_read(tmp_path, monkeypatch):
+    """On the CPU, where MLX multiplies row by row: a step of a mixture of experts takes no less than that."""
+    if mx.default_device() != mx.Device(mx.cpu):
+        pytest.skip("a GPU reads an expert's matrix once")
+    d, f, rows, blocks = 128, 256, 2 * 2 * 64, 2  # each token goes to two experts
+    config = ARCHITECTURES["mixtral (experts)"] | {
+        "hidden_size": d,
+        "intermediate_size": f,
+        "num_hidden_layers": blocks,
+    }
+    directory = save_random(tmp_path / "m", config)
+    monkeypatch.setattr(budget, "measured", lambda dtype, files: budget.UNKNOWN)
+    job = Job(str(directory), "m", 2, 64, steps=1, memory=2 * 10**9, keys=("self_attn.q_proj",))
+    run = json.loads(json.dumps(worker.run_slowft(job, lambda step: None)))
+    assert "all blocks and the head in memory" in run["kept"]
+    machine = MACHINE | {"matmul_flops_per_s": 1e18, "bytes_per_s": 1e9}
+    matrices = blocks * 2 * 3 * rows * d * f * 4  # bytes: forward and backward, gate, up and down
+    assert matrices < 1e9 * step.summary(job, run, machine)["compute_s"] < 1.3 * matrices
 
 
 # --- io ---------------------------------------------------------------------------------------------
@@ -417,7 +441,7 @@ def test_a_run_that_its_limit_kills_is_in_the_result(small, slowft_, monkeypatch
             raise SlowftError(f"{task}: killed, most likely for want of memory")
         steps = [{"step_s": 2.0, "peak_nbytes": 1, "read_nbytes": 0, "written_nbytes": 0, "wait_s": 0.0}] * 2
         plan = {"predicted": {}, "memory": 10**9}
-        return {"first": steps[0], "steps": steps, "losses": [1.0], "ops": [], "kept": "nothing", "plan": plan}
+        return {"first": steps[0], "steps": steps, "losses": [1.0], "work": [], "kept": "nothing", "plan": plan}
 
     monkeypatch.setattr(compare.worker, "run", killed)
     outcome = slowft_("bench", "compare", "--model", small, "--batch-size", 2, "--max-seq-length", 33)

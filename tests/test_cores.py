@@ -12,6 +12,7 @@ from mlx_lm.tuner.trainer import default_loss
 
 from architectures import ARCHITECTURES
 from conftest import in_memory, largest, largest_difference, random_batch, randomise, reference, save_random
+from slowft import platform
 from slowft.engine import cores
 from slowft.planning.schedule import Schedule
 
@@ -30,6 +31,7 @@ def parts(monkeypatch) -> list[int]:
         counts.append(len(calls))
         return output
 
+    monkeypatch.setattr(platform, "cores", lambda: 2)
     monkeypatch.setattr(cores, "LEAST_ELEMENTS", 1)
     monkeypatch.setattr(cores, "_in_parts", counted)
     return counts

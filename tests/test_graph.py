@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,6 +19,7 @@ from mlx_lm.utils import _get_classes
 from architectures import ARCHITECTURES
 from conftest import must_run
 from slowft import platform
+from slowft.engine.budget import UNKNOWN
 from slowft.engine.cores import Cores
 from slowft.models.weights import placeholder
 from slowft.planning.graph import CostUnknown, cost
@@ -185,8 +187,9 @@ def test_flops_and_bytes_of_a_chain_of_products_by_hand():
     # each operation takes the longer of its two times; narrow products are slower in proportion
     widths = min(rows, inner, middle), min(rows, middle, out)
     slowed = (op[0] * 128 / width for op, width in zip((of_chain.ops[0], of_chain.ops[2]), widths))
-    assert of_chain.seconds(1.0, 1e30) == pytest.approx(sum(slowed))
-    assert of_chain.seconds(1e30, 1.0) == of_chain.moved_nbytes
+    at_once = replace(UNKNOWN, matmul_flops_per_s=1e30, bytes_per_s=1e30, functions_per_s=1e30)
+    assert replace(at_once, matmul_flops_per_s=1.0).seconds(*of_chain.work) == pytest.approx(sum(slowed))
+    assert replace(at_once, bytes_per_s=1.0).seconds(*of_chain.work) == of_chain.moved_nbytes
 
 
 def test_operand_with_gaps_is_copied_for_a_product():

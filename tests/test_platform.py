@@ -1,5 +1,7 @@
 """The one place that knows the operating system: BLAS, file cache, memory."""
 
+import errno
+import fcntl
 import os
 import platform as python_platform
 import subprocess
@@ -10,6 +12,7 @@ import pytest
 
 from conftest import must_run
 from slowft import platform
+from slowft.storage.tensorfile import sync_directory
 
 MATMUL = """
 import time
@@ -112,7 +115,37 @@ def test_cache_directory_is_where_the_system_wants_it(monkeypatch, tmp_path):
     assert platform.cache_directory() == tmp_path / ".cache" / "slowft"
 
 
-# --- Memory -----------------------------------------------------------------------------------------
+def test_syncing_makes_do_with_fsync_where_macos_knows_no_more(monkeypatch, tmp_path):
+    """Network and FAT drives refuse F_FULLFSYNC, each with an error of its own."""
+    synced = []
+
+    def refuse(fd, command):
+        synced.append(("F_FULLFSYNC", command))
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    monkeypatch.setattr(platform, "MACOS", True)
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", refuse)
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(("fsync", fd)))
+    sync_directory(tmp_path)
+    assert synced[0] == ("F_FULLFSYNC", 51) and [name for name, _ in synced] == ["F_FULLFSYNC", "fsync"]
+
+
+# --- Memory and processor ---------------------------------------------------------------------------
+
+
+def test_cores_are_those_that_this_process_may_use():
+    if not hasattr(os, "sched_setaffinity"):
+        must_run("only Linux holds a process to some of the cores")
+    code = """
+import os, subprocess
+os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+from slowft import platform
+from slowft.models.weights import casting_streams
+print(platform.cores(), len(casting_streams()), subprocess.run("nproc", capture_output=True, text=True).stdout)
+"""
+    assert run(code).split() == ["1", "1", "1"]
+
 
 FREE = """
 import ctypes, sys
@@ -154,3 +187,25 @@ def test_freed_buffers_go_back_to_the_system():
 def test_malloc_threshold_of_the_user_stays():
     fixed, _ = freed_but_kept(fix=True, MALLOC_MMAP_THRESHOLD_="134217728")
     assert not fixed
+
+
+@pytest.mark.skipif(python_platform.libc_ver()[0] != "glibc", reason="only glibc keeps what is free between blocks")
+def test_what_is_free_between_small_blocks_goes_back_when_it_is_asked_for():
+    code = """
+import ctypes
+from slowft import platform
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+ctypes.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+base = platform.memory_in_use()
+blocks = [libc.malloc(10_000) for _ in range(4000)]
+for block in blocks:
+    ctypes.memset(block, 1, 10_000)
+for block in blocks[:-1]:
+    libc.free(block)
+kept = platform.memory_in_use() - base
+platform.release_freed_memory()
+print(kept, platform.memory_in_use() - base)
+"""
+    kept, left = map(int, run(code).split())
+    assert kept > 30e6 and left < 5e6

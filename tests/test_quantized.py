@@ -30,6 +30,7 @@ from conftest import (
     reference,
     save_random,
 )
+from slowft import platform
 from slowft.cli.main import main
 from slowft.models import quantized
 from slowft.models.weights import Rounded
@@ -178,7 +179,7 @@ def test_quantizing_in_c_equals_mlx(bits, stored, compiled):
 
 def test_threads_share_the_work(compiled, monkeypatch):
     monkeypatch.setattr(quantized, "THREAD_VALUES", 1)
-    monkeypatch.setattr(quantized, "_n_cores", lambda: 5)
+    monkeypatch.setattr(platform, "cores", lambda: 5)
     test_dequantizing_in_c_equals_mlx(3, 32, "affine", mx.bfloat16, None)
     test_dequantizing_in_c_equals_mlx(4, 16, "nvfp4", mx.bfloat16, None)
     test_quantizing_in_c_equals_mlx(4, mx.bfloat16, None)

@@ -240,18 +240,45 @@ def test_directory_in_memory_is_refused_with_one_that_is_not():
     assert "/dev/shm is in memory" in message and elsewhere in message
 
 
-@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO])
-@pytest.mark.parametrize("call", ["pwrite", "write_back"])
-@pytest.mark.parametrize("then", ["write", "read", "close"])
-def test_failed_write_is_told_by_the_next_call(error, call, then, tmp_path, monkeypatch):
-    def fails(*args):
+def failing(monkeypatch, call: str, error: int, times: int) -> list[int]:
+    """Have the next `times` calls fail and what they write be lost; returns a list that the offsets of all go to."""
+    owner = platform if call == "write_back" else os
+    works, pwrite, tries = getattr(owner, call), os.pwrite, []
+
+    def fails(fd, data, offset):
+        tries.append(offset if call != "write_back" else data)
+        if len(tries) > times:
+            return works(fd, data, offset)
+        if call == "write_back":  # the kernel gives such pages up, and says so once
+            pwrite(fd, bytes(offset), data)
         raise OSError(error, os.strerror(error))
 
-    monkeypatch.setattr(os if call == "pwrite" else platform, call, fails)
+    monkeypatch.setattr(owner, call, fails)
+    return tries
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.EINTR, errno.EAGAIN])
+@pytest.mark.parametrize("call", ["pwrite", "write_back", "preadv"])
+def test_error_that_may_pass_is_tried_again(error, call, tmp_path, monkeypatch, no_pauses):
+    spill, array = SpillFile(tmp_path, 300), np.arange(200, dtype=np.uint8)
+    tries = failing(monkeypatch, call, error, 3)
+    spill.write(70, array)
+    assert (spill.read(70, 200).result() == array).all()
+    assert tries == [70] * 4 and spill.bytes_written == spill.bytes_read == 200
+    spill.close()
+
+
+@pytest.mark.parametrize("error, times", [(errno.ENOSPC, 1), (errno.EIO, 4)])
+@pytest.mark.parametrize("call", ["pwrite", "write_back"])
+@pytest.mark.parametrize("then", ["write", "read", "close"])
+def test_failed_write_is_told_by_the_next_call(error, times, call, then, tmp_path, monkeypatch, no_pauses):
+    """Where trying again is no use, as on a full disk, or was none."""
+    tries = failing(monkeypatch, call, error, times)
     before, spill = open_descriptors(), SpillFile(tmp_path, 100)
     failed = spill.write(20, np.zeros(10, np.uint8))
     with pytest.raises(SlowftError):
         failed.result()
+    assert len(tries) == times
     action = {
         "write": lambda: spill.write(0, np.zeros(10, np.uint8)),
         "read": lambda: spill.read(20, 10),
@@ -259,6 +286,7 @@ def test_failed_write_is_told_by_the_next_call(error, call, then, tmp_path, monk
     }[then]
     message = refusal(action)
     assert str(tmp_path) in message and "byte 20" in message and os.strerror(error) in message
+    assert "To fix it: another --spill-dir" in message
     spill.close()  # told once is enough
     assert open_descriptors() == before
 
@@ -269,7 +297,7 @@ def test_after_a_failed_write_nothing_waits_for_ever_or_goes_on(tmp_path, monkey
     def fails(fd, data, at):
         tried.append(at)
         time.sleep(0.05)
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "pwrite", fails)
     spill = SpillFile(tmp_path, 100, max_pending_nbytes=50)
@@ -282,14 +310,22 @@ def test_after_a_failed_write_nothing_waits_for_ever_or_goes_on(tmp_path, monkey
     assert tried == [0]
 
 
-def test_failed_read_names_its_place(tmp_path, monkeypatch):
+def test_failed_read_names_its_place_and_later_reads_work(tmp_path, monkeypatch, no_pauses):
     spill = SpillFile(tmp_path, 100)
-    spill.write(0, np.zeros(100, np.uint8)).result()
-
-    def fails(*args):
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    monkeypatch.setattr(os, "preadv", fails)
+    spill.write(0, np.ones(100, np.uint8)).result()
+    tries = failing(monkeypatch, "preadv", errno.EIO, 4)
     message = refusal(spill.read(30, 10).result)
     assert str(tmp_path) in message and "byte 30" in message and os.strerror(errno.EIO) in message
+    assert "To fix it: another --spill-dir" in message and tries == [30] * 4
+    assert spill.read(30, 10).result().tolist() == [1] * 10
+    os.ftruncate(spill._fd, 35)
+    assert "activations end at byte 35" in refusal(spill.read(30, 10).result)
+    spill.close()
+
+
+def test_a_disk_that_writes_nothing_is_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "pwrite", lambda *args: 0)
+    spill = SpillFile(tmp_path, 100)
+    assert "byte 20" in refusal(spill.write(20, np.zeros(10, np.uint8)).result)
+    refusal(spill.read, 0, 10)
     spill.close()

@@ -355,11 +355,6 @@ def test_file_that_is_cut_while_it_is_used_names_file_and_offset(reader, blob):
     assert str(blob) in message and "byte 150000" in message
 
 
-@pytest.fixture
-def no_pauses(monkeypatch):
-    monkeypatch.setattr(storage_reader, "RETRY_AFTER_S", (0, 0, 0))
-
-
 def failing(monkeypatch, error: int, times: int) -> list[int]:
     """Have the next `times` reads fail; returns a list that the offsets of all tries go to."""
     preadv, tries = os.preadv, []

@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ..planning.machine import Machine
 from . import worker
 from .job import Job
 from .limits import Limits
@@ -41,8 +42,8 @@ def summary(job: Job, run: dict[str, Any], machine: dict[str, Any]) -> dict[str,
     steps = run["steps"]
     step_s = statistics.median(step["step_s"] for step in steps)
     read = statistics.median(step["read_nbytes"] for step in steps)
-    flops = sum(times * flops for times, flops, *_ in run["ops"])
-    compute_s = computing_s(run["ops"], machine)
+    flops = sum(times * flops for times, (ops, *_) in run["work"] for flops, *_ in ops)
+    compute_s = sum(times * Machine(**machine).seconds(*work) for times, work in run["work"])
     read_s = read / machine["read_bytes_per_s"] if machine["read_bytes_per_s"] else 0.0
     return {
         "step_s": step_s,
@@ -66,15 +67,6 @@ def summary(job: Job, run: dict[str, Any], machine: dict[str, Any]) -> dict[str,
         "losses": run["losses"],
         "steps": steps,
     }
-
-
-def computing_s(ops: Sequence[tuple[int, int, int, int, float]], machine: dict[str, Any]) -> float:
-    """Seconds if every operation were held up by arithmetic, memory or functions alone (the roofline model)."""
-    rates = [machine[name] for name in ("matmul_flops_per_s", "bytes_per_s", "functions_per_s")]
-    return sum(
-        times * max(amount / rate for amount, rate in zip((flops / efficiency, nbytes, values), rates))
-        for times, flops, nbytes, values, efficiency in ops
-    )
 
 
 def spread(values: Sequence[float]) -> float:

@@ -14,7 +14,7 @@ def describe() -> dict[str, Any]:
     return {
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "cpu": platform.cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": platform.cores(),
         "memory_nbytes": platform.memory_limit(),
         "system": f"{python_platform.system()} {python_platform.release()} {python_platform.machine()}",
         "python": python_platform.python_version(),

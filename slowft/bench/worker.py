@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -82,25 +83,25 @@ def run_slowft(job: Job, told: Told, trace: str | None = None) -> dict[str, Any]
         "losses": losses,
         "plan": as_dict(plan),
         "kept": choices(plan),
-        "ops": _ops(plan),
+        "work": _work(plan),
         "device": str(mx.device_info().get("device_name", mx.default_device())),
     }
     model.close()
     return result
 
 
-def _ops(plan) -> list[tuple[int, int, int, int, float]]:
-    """(how often, flops, bytes moved, function values, efficiency) of what a step under the plan evaluates.
+def _work(plan) -> list[tuple[int, tuple[list, list, list]]]:
+    """(how often, `Cost.work`) of what a step under the plan evaluates.
 
-    A kept product is taken off what the whole backward pass does, so its entry may be negative.
+    A kept product is taken off what the whole backward pass does, which may then be there a negative number of times.
     """
     s, job = plan.schedule, plan.job
     n_streamed = len(job.visits) - s.tail
-    counts: dict[tuple[int, int, int, float], int] = {}
+    costs, times = {}, Counter()
 
-    def add(cost, times: int = 1) -> None:
-        for op in cost.ops:
-            counts[op] = counts.get(op, 0) + times * job.micro_batches
+    def add(cost, n: int = 1) -> None:
+        costs[id(cost)] = cost
+        times[id(cost)] += n * job.micro_batches
 
     for position, visit in enumerate(job.visits[:n_streamed]):
         names = s.kept[position] if position < len(s.kept) else ()
@@ -112,7 +113,7 @@ def _ops(plan) -> list[tuple[int, int, int, int, float]]:
                     add(visit.backward, -1)
                     add(product.backward)
     add(job.head(s.tail, s.head_tokens))
-    return [(times, *op) for op, times in counts.items() if times]
+    return [(times[i], cost.work) for i, cost in costs.items()]
 
 
 def run_mlx_lm(job: Job, told: Told, grad_checkpoint: bool) -> dict[str, Any]:

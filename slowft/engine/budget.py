@@ -145,6 +145,7 @@ class Budget:
         machine = machine or measured(engine.compute_dtype, engine.files)
         if self._base_nbytes is None:  # before the first step: nothing of it is in memory yet
             mx.clear_cache()
+            platform.release_freed_memory()
             self._base_nbytes = platform.memory_in_use() + WARM_UP_NBYTES
             if self._adapter_is_absent:
                 trainable = tree_flatten(self._engine.model.trainable_parameters())

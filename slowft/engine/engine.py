@@ -4,7 +4,6 @@ Comes in: token batches. Goes out: loss and gradients, the numbers that `nn.valu
 whole model in memory. The model's own `__call__` drives everything; its units' calls arrive here.
 """
 
-import functools
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -26,7 +25,8 @@ from ..planning.experts import is_read_on_demand
 from ..planning.schedule import Schedule
 from ..storage.activation_cache import ActivationCache
 from ..storage.reader import Reader
-from ..streaming.residency import Residency, Reuse
+from ..streaming.residency import Residency
+from ..streaming.reuse import Reuse, usual_limits
 from ..streaming.threads import MicroBatches
 from .activations import Activations
 from .block import Memory, UnitCall
@@ -57,7 +57,6 @@ class Engine:
     """
 
     def __init__(self, model: nn.Module, cut: Cut, reader: Reader):
-        usual_limits()
         self.model, self.cut = model, cut
         self._residency = Residency(cut.blocks, reader)
         self._micro_batches = MicroBatches()
@@ -714,15 +713,6 @@ class Engine:
         memory, cache = usual_limits()  # below what is in use, MLX would wait at every operation of whatever follows
         mx.set_memory_limit(memory)
         mx.set_cache_limit(cache)
-
-
-@functools.cache
-def usual_limits() -> tuple[int, int]:
-    """MLX's limits of memory and cache as they were when this was first called: before any model was opened."""
-    limits = mx.set_memory_limit(1 << 40), mx.set_cache_limit(0)
-    mx.set_memory_limit(limits[0])
-    mx.set_cache_limit(limits[1])
-    return limits
 
 
 def nothing(array: mx.array) -> mx.array:

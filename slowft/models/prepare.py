@@ -194,7 +194,7 @@ class _Worker:
         self._reader = Reader(reads_in_flight=4)
         device = mx.default_device()
         # MLX's CPU backend quantizes on one core a stream: bfloat16 to affine 4 bits at 0.58 GB/s
-        n_more = min(os.cpu_count() or 1, 16) - 1 if device == mx.Device(mx.cpu) else 0
+        n_more = min(platform.cores(), 16) - 1 if device == mx.Device(mx.cpu) else 0
         self._streams = [mx.default_stream(device), *(mx.new_stream(device) for _ in range(n_more))]
 
     def close(self) -> None:

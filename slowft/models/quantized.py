@@ -8,13 +8,14 @@ compiled, and on a GPU, `can_dequantize` and `can_quantize` say so and MLX does 
 import ctypes
 import functools
 import importlib.util
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
+
+from .. import platform
 
 MAX_GROUP_SIZE = 512
 AFFINE_BITS = (1, 2, 3, 4, 5, 6, 8)
@@ -97,7 +98,7 @@ def _on_every_core(work: Callable, group_size: int, buffers: Sequence[tuple[memo
     """
     n_groups = buffers[0][0].nbytes // buffers[0][1]
     addresses = [(np.frombuffer(buffer, np.uint8).ctypes.data, nbytes) for buffer, nbytes in buffers]
-    share = -(-n_groups // max(1, min(_n_cores(), n_groups * group_size // THREAD_VALUES)))
+    share = -(-n_groups // max(1, min(platform.cores(), n_groups * group_size // THREAD_VALUES)))
 
     def of(first: int) -> None:
         pointers = [ctypes.c_void_p(address + first * nbytes) for address, nbytes in addresses]
@@ -116,14 +117,10 @@ def _library() -> Any:
     return None if spec is None or spec.origin is None else ctypes.CDLL(spec.origin)
 
 
-def _n_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 @functools.cache
 def _threads() -> ThreadPoolExecutor:
     """All but the calling one. They never come near MLX, whose streams belong to threads."""
-    return ThreadPoolExecutor(max(_n_cores() - 1, 1), "slowft-quantized")
+    return ThreadPoolExecutor(max(platform.cores() - 1, 1), "slowft-quantized")
 
 
 @functools.cache

@@ -5,7 +5,6 @@ Reads only through a `Reader`, and never decides when weights come or go.
 """
 
 import math
-import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..platform import DIRECT_ALIGNMENT
+from .. import platform
 from ..storage.buffers import read_buffer, reads_directly, shift
 from ..storage.index import Extent
 from ..storage.reader import ByteRange, Reader
@@ -252,7 +251,7 @@ class Layout:
         for run in _runs_of({e: None for param in params for e in param.source.extents}):
             at = _up(at, ALIGNMENT)
             if reads_directly() and _is_aligned(run[0]):
-                at += (run[0].offset - at) % DIRECT_ALIGNMENT
+                at += (run[0].offset - at) % platform.DIRECT_ALIGNMENT
             for e in run:
                 placed[e] = at
                 self.ranges.append(ByteRange(e.file, e.offset, e.nbytes, at))
@@ -313,7 +312,7 @@ def casting_streams() -> list[mx.Stream]:
     if device != mx.Device(mx.cpu):
         return [mx.default_stream(device)]
     if not hasattr(_of_thread, "streams"):  # MLX keeps a thread for each stream until the process ends
-        others = [mx.new_stream(device) for _ in range(min(os.cpu_count() or 1, 4) - 1)]
+        others = [mx.new_stream(device) for _ in range(min(platform.cores(), 4) - 1)]
         _of_thread.streams = [mx.default_stream(device), *others]
     return _of_thread.streams
 

@@ -66,12 +66,10 @@ class Cost:
     gathered: dict[tuple[int, int, bool], int] = field(default_factory=dict)
     made_nbytes: int = 0
 
-    def seconds(self, matmul_flops_per_s: float, bytes_per_s: float, functions_per_s: float = float("inf")) -> float:
-        """Seconds if arithmetic or memory holds every operation up (the roofline model); `gathered` is left out."""
-        return sum(
-            max(flops / (efficiency * matmul_flops_per_s), nbytes / bytes_per_s, values / functions_per_s)
-            for flops, nbytes, values, efficiency in self.ops
-        )
+    @property
+    def work(self) -> tuple[list, list, list]:
+        """What `Machine.seconds` takes: operations, products, and what is gathered, also after a way through JSON."""
+        return list(self.ops), list(self.products.items()), list(self.gathered.items())
 
     def lengthened(self, longer: "Cost", shorter: "Cost", times: int) -> "Cost":
         """This, and so many times what `longer` has beyond `shorter`."""

@@ -11,7 +11,7 @@ import math
 import mmap
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
@@ -31,6 +31,7 @@ TELLING_NBYTES = 1 << 20  # less than this to read says nothing about a drive
 FUNCTION_VALUES = 1 << 20
 DEQUANTIZED_NBYTES, DEQUANTIZED_AT_ONCE = 8 << 20, 4
 PRODUCT_LENGTH, PRODUCT_FLOPS = 2048, 4 << 30  # of products that are measured: larger ones run as fast
+LEAST_MEASURED_SHARE = 0.003  # of a computation's seconds: the rate of products that take less is not measured
 EXPERT_NBYTES = 48 << 20  # of a matrix, at most: more than processors' caches hold
 GATHERED_NBYTES = 192 << 20  # of experts' matrices that are multiplied by at once, about
 
@@ -68,10 +69,30 @@ class Machine:
     compute_dtype: str | None = None
     reads_in_flight: int = 1
 
-    @property
-    def rates(self) -> tuple[float, float, float]:
-        """What `Cost.seconds` takes."""
-        return self.matmul_flops_per_s, self.bytes_per_s, self.functions_per_s
+    def seconds(
+        self,
+        ops: Iterable[tuple[int, int, int, float]],
+        products: Iterable[tuple[Sequence, tuple[int, float]]],
+        gathered: Iterable[tuple[Sequence, int]],
+    ) -> float:
+        """Seconds of computing what a `Cost.work` says, if arithmetic, memory or functions hold every operation up.
+
+        That is the roofline model. Matrix products take what they are measured to take, where the machine was measured.
+        """
+        seconds = sum(
+            max(
+                flops / (efficiency * self.matmul_flops_per_s),
+                nbytes / self.bytes_per_s,
+                values / self.functions_per_s,
+            )
+            for flops, nbytes, values, efficiency in ops
+        )
+        seconds += sum(nbytes * self.gather_mm_s_per_byte(*kind) for kind, nbytes in gathered)
+        for shape, (flops, effective) in products if self.compute_dtype is not None else ():
+            estimated = effective / self.matmul_flops_per_s
+            if estimated > LEAST_MEASURED_SHARE * seconds:
+                seconds += flops * self.matmul_s_per_flop(*shape) - estimated
+        return seconds
 
     def dequantize_s_per_byte(self, bits: int, group_size: int, mode: str) -> float:
         """Seconds per byte put out when a block's weights are dequantized on arrival, on all the cores that takes.
@@ -131,7 +152,7 @@ def measure(compute_dtype: mx.Dtype, files: Sequence[str], seconds: float = 1.5)
     functions_per_s = _functions_per_s(compute_dtype, seconds * 0.05)
     with _cache_limit(8 * STREAM_NBYTES):  # once more: a moment's other work would halve what both cores do
         matmul_flops_per_s = max(matmul_flops_per_s, _matmul_flops_per_s(compute_dtype, seconds * 0.15))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = platform.cores()
     return Machine(
         memory_nbytes=_memory_nbytes(),
         matmul_flops_per_s=matmul_flops_per_s,

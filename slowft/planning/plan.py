@@ -31,7 +31,6 @@ RECOMPUTED_SHARE = 0.3  # of a forward pass, done once more as a block's vjp is 
 # of buffers that find no page in use however large MLX's cache: 0.3 with everything in memory, 0.5 in streamed blocks,
 # whose forward pass took 0.37 s for a predicted 0.30, backward 0.51 for 0.35, the head 1.17 for 0.94
 LEAST_FRESH = 0.4
-LEAST_MEASURED_SHARE = 0.003  # of a computation's seconds: the rate of products that take less is not measured
 ALLOCATION_SHARE = 0.4  # of the bytes that operations move are first writes to fresh pages
 
 Phases = dict[tuple[str, int], dict[str, int]]  # (what is done, at which visit) -> what takes memory then -> bytes
@@ -556,17 +555,10 @@ class Planner:
 
     def _seconds(self, cost, fresh: float = 0.0) -> float:
         """Seconds of computing, with this share of its buffers on fresh pages."""
-        machine = self.machine
         seconds = self._seconds_of.get(id(cost))
         if seconds is None:
-            seconds = cost.seconds(*machine.rates)
-            seconds += sum(n * machine.gather_mm_s_per_byte(*kind) for kind, n in cost.gathered.items())
-            for shape, (flops, effective) in cost.products.items() if machine.compute_dtype is not None else ():
-                estimated = effective / machine.matmul_flops_per_s
-                if estimated > LEAST_MEASURED_SHARE * seconds:
-                    seconds += flops * machine.matmul_s_per_flop(*shape) - estimated
-            self._seconds_of[id(cost)] = seconds
-        return seconds + fresh * ALLOCATION_SHARE * cost.moved_nbytes * machine.page_s_per_byte
+            seconds = self._seconds_of[id(cost)] = self.machine.seconds(*cost.work)
+        return seconds + fresh * ALLOCATION_SHARE * cost.moved_nbytes * self.machine.page_s_per_byte
 
     def _head(self, job: Job, tail: int, head_tokens: int | None, exact: bool) -> tuple[int, float, int]:
         """(peak bytes, seconds, bytes moved) of the head and its tail; of a long tail extrapolated, unless `exact`."""

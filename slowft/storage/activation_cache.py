@@ -19,10 +19,10 @@ import mlx.core as mx
 
 from .. import platform
 from ..errors import ConfigError
+from .requests import read_all, write_all
 
 SUFFIX = ".activation"
 HEADER_NBYTES = 4096  # JSON, padded; the array's bytes follow
-REQUEST_NBYTES = 4 << 20  # in the file cache at a time
 ABANDONED_S = 3600  # a temporary file older than this belongs to no process that still writes it
 FREE_DISK_SHARE = 0.25  # of the free disk, if no limit is given
 
@@ -164,8 +164,8 @@ class ActivationCache:
                 dir=self.directory, prefix=name.split(".")[0][:16], suffix=f"{SUFFIX}.tmp", delete=False, buffering=0
             ) as file:
                 temporary = Path(file.name)
-                _write_all(file.fileno(), memoryview(header), 0)
-                _write_all(file.fileno(), data, HEADER_NBYTES)
+                write_all(file.fileno(), memoryview(header), 0)
+                write_all(file.fileno(), data, HEADER_NBYTES)
             os.replace(temporary, self.directory / name)
         except OSError as e:
             if temporary is not None:
@@ -179,14 +179,14 @@ class ActivationCache:
             fd, size = file.fileno(), os.fstat(file.fileno()).st_size
             header = bytearray(HEADER_NBYTES)
             try:
-                if not _read_all(fd, memoryview(header), 0):
+                if read_all(fd, memoryview(header), 0) < HEADER_NBYTES:
                     return None
                 stored = json.loads(header)
                 facts = {"key": key, "dtype": stored["dtype"], "shape": stored["shape"]}
                 buffer = mx.zeros((size - HEADER_NBYTES,), mx.uint8)
                 mx.eval(buffer)
                 data = memoryview(buffer)
-                if not _read_all(fd, data, HEADER_NBYTES) or _hash(facts, data) != stored["sha256"]:
+                if read_all(fd, data, HEADER_NBYTES) < len(data) or _hash(facts, data) != stored["sha256"]:
                     return None
                 self.bytes_read += size
                 return buffer.view(getattr(mx, facts["dtype"])).reshape(facts["shape"])
@@ -213,24 +213,3 @@ def _hash(facts: dict, data: memoryview) -> str:
     digest = hashlib.sha256(json.dumps([facts["key"], facts["dtype"], facts["shape"]]).encode())
     digest.update(data)
     return digest.hexdigest()
-
-
-def _write_all(fd: int, data: memoryview, offset: int) -> None:
-    done = 0
-    while done < len(data):
-        written = os.pwrite(fd, data[done : done + REQUEST_NBYTES], offset + done)
-        platform.write_back(fd, offset + done, written)
-        platform.drop_cached(fd, 0, 0)
-        done += written
-
-
-def _read_all(fd: int, buffer: memoryview, offset: int) -> bool:
-    """Fill the buffer; False if the file ends before."""
-    done = 0
-    while done < len(buffer):
-        got = os.preadv(fd, [buffer[done : done + REQUEST_NBYTES]], offset + done)
-        if got == 0:
-            return False
-        done += got
-        platform.drop_cached(fd, 0, 0)
-    return True

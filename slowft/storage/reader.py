@@ -24,6 +24,7 @@ import numpy as np
 from .. import platform, tracing
 from ..errors import ModelError
 from .buffers import LARGE_NBYTES
+from .requests import retried
 
 # Bytes asked of the kernel at a time where Linux puts them into the file cache first, where a memory limit counts
 # them until they are dropped: 88 MB runs read at once held 101 MB there, and 134 MB backwards; in requests of 2 MB
@@ -37,8 +38,6 @@ DIRECT_REQUEST_NBYTES = 8 << 20
 MAX_READS_IN_FLIGHT = 8
 BOUNCE_NBYTES = LARGE_NBYTES + 2 * platform.DIRECT_ALIGNMENT  # a stretch that is not large, and the pages at its ends
 
-RETRIED_ERRORS = (errno.EIO, errno.EINTR, errno.EAGAIN)  # what may go better the next time: a loose cable, a busy bus
-RETRY_AFTER_S = (0.02, 0.2, 1.0)
 NOT_DIRECT_ERRORS = (errno.EINVAL, errno.EFAULT)  # a file system that opens files for direct reads and has none
 
 
@@ -54,7 +53,11 @@ class ByteRange:
 
 @dataclass(frozen=True)
 class _State:
-    """What tells a file from the same file after somebody wrote to it, or put another in its place."""
+    """What tells a file from the same file after somebody wrote to it, or put another in its place.
+
+    Not the time of its last change (ctime), by which `fingerprint.identities` tells files between runs: taking a name
+    from an open file, or giving it one, sets that too.
+    """
 
     device: int
     inode: int
@@ -305,16 +308,12 @@ def _preadv(file: _File, fd: int, targets: list[memoryview], offset: int) -> int
         ModelError: names file and offset.
         OSError: of `NOT_DIRECT_ERRORS`, from a direct read.
     """
-    for pause in (*RETRY_AFTER_S, None):
-        try:
-            return os.preadv(fd, targets, offset)
-        except OSError as e:
-            if fd == file.direct_fd and e.errno in NOT_DIRECT_ERRORS:
-                raise
-            if pause is None or e.errno not in RETRIED_ERRORS:
-                raise ModelError(f"{file.name}: reading at byte {offset} failed: {e.strerror}") from None
-            time.sleep(pause)
-    raise AssertionError
+    try:
+        return retried(os.preadv, fd, targets, offset)
+    except OSError as e:
+        if fd == file.direct_fd and e.errno in NOT_DIRECT_ERRORS:
+            raise
+        raise ModelError(f"{file.name}: reading at byte {offset} failed: {e.strerror}") from None
 
 
 def _read_aligned(file: _File, offset: int, target: memoryview, nbytes: int) -> None:

@@ -6,7 +6,6 @@ reading it met. Holds two pieces a thread, however large the segments.
 
 import hashlib
 import mmap
-import os
 import queue
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -22,7 +21,7 @@ from .reader import ByteRange, Reader
 
 PIECE_NBYTES = 8 << 20
 # SHA-256 runs at 1.3 GB/s a core where the processor has instructions for it, at 0.4 elsewhere; a drive reads 2 to 7
-THREADS = min(os.cpu_count() or 1, 8)
+THREADS = min(platform.cores(), 8)
 
 EXPONENTS = {"bfloat16": (np.uint16, 0x7F80), "float16": (np.uint16, 0x7C00), "float32": (np.uint32, 0x7F800000)}
 

@@ -22,9 +22,9 @@ from pathlib import Path
 from .. import platform
 from ..errors import SlowftError
 from .index import DTYPES
+from .requests import REQUEST_NBYTES, write_all
 
 PAGE_NBYTES = 4096
-REQUEST_NBYTES = 4 << 20  # in the file cache at a time, as in spill.py
 UNFINISHED = ".partial"
 
 STORED = {dtype: stored for stored, (dtype, _) in reversed(DTYPES.items())}  # MLX dtype -> safetensors type
@@ -100,7 +100,7 @@ class TensorFile:
         try:
             platform.skip_file_cache(self._fd)
             platform.preallocate(self._fd, self.nbytes)
-            self._put(0, memoryview(start))
+            write_all(self._fd, memoryview(start), 0)
         except OSError as e:
             self.abandon()
             raise cannot_write(file, e, self.nbytes) from None
@@ -115,7 +115,7 @@ class TensorFile:
         """
         at = self._given[name]
         self._given[name] = at + len(data)
-        put = self._writer.submit(self._put, at, data)
+        put = self._writer.submit(write_all, self._fd, data, at)
         self._pending.append((self._hasher.submit(self._hash, name, at, data, put), len(data)))
         while sum(nbytes for _, nbytes in self._pending) > self._max_pending_nbytes:
             self._wait_for_oldest()
@@ -180,14 +180,6 @@ class TensorFile:
         self._written[name] = at + len(data)
         self._hash_what_follows()
 
-    def _put(self, at: int, data: memoryview) -> None:
-        done = 0
-        while done < len(data):
-            written = os.pwrite(self._fd, data[done : done + REQUEST_NBYTES], at + done)
-            platform.write_back(self._fd, at + done, written)
-            platform.drop_cached(self._fd, at + done, written)
-            done += written
-
     def _hash_what_follows(self) -> None:
         """Go on with the file's hash through what was written before its turn: scales, beside their weight."""
         while self._next < len(self._tensors):
@@ -212,7 +204,7 @@ def sync_directory(directory: Path) -> None:
     """Make the names of files written there survive a power cut."""
     fd = os.open(directory, os.O_RDONLY)
     try:
-        os.fsync(fd)
+        platform.sync_file(fd)
     finally:
         os.close(fd)
 

@@ -19,56 +19,11 @@ from ..planning.schedule import Schedule
 from ..storage.cache import BlockCache
 from ..storage.reader import Reader
 from .groups import Group, GroupReader
+from .reuse import Reuse, usual_limits
 from .threads import Worker
 
 # Which layers do not come with their block, by its index.
 Apart = Mapping[int, Sequence[Layer]]
-
-
-class Reuse:
-    """How much of freed buffers MLX keeps to hand out again, from one piece of work to the next.
-
-    Fresh pages cost more than most of what is written to them. MLX gives back to the system what is freed while its
-    cache is full, whatever it is full of; so what was freed longest ago has to go first.
-
-    Args:
-        schedule: `cache_nbytes` are kept at least, and what arrays leave of `total_nbytes`.
-    """
-
-    def __init__(self, schedule: Schedule):
-        self._schedule = schedule
-        self._was_head = False
-
-    def around(self, job: Callable[[], Any], is_head: bool = False) -> Any:
-        """`job()`, with as much kept as leaves it room."""
-        s = self._schedule
-        grows = s.head_workspace_nbytes if is_head else s.workspace_nbytes
-        limit = max(s.cache_nbytes, s.total_nbytes - mx.get_active_memory() - grows)
-        if is_head != self._was_head and not s.head_reuses_blocks:  # what is kept is of sizes that nobody will ask for
-            mx.set_cache_limit(max(0, limit - grows))
-        self._was_head = is_head
-        mx.set_cache_limit(limit)
-        return job()
-
-    def before_freeing(self, nbytes: int, wanted_nbytes: int, are_alike: bool) -> None:
-        """Weights of so many bytes are about to be freed.
-
-        Args:
-            wanted_nbytes: that are made next; are_alike: of weights that take up the former's buffers.
-        """
-        s = self._schedule
-        left = s.total_nbytes - (mx.get_active_memory() - nbytes) - wanted_nbytes
-        limit = max(s.cache_nbytes + (nbytes if are_alike else 0), left)
-        cached = mx.get_cache_memory()
-        if are_alike or not s.head_reuses_blocks or cached + nbytes <= limit:
-            mx.set_cache_limit(max(0, limit - nbytes))
-            mx.set_cache_limit(limit)
-        else:  # what is there already is of use, the weights are not
-            mx.set_cache_limit(min(cached, limit))
-
-    def before_head(self, nbytes: int) -> None:
-        """Weights of so many bytes are about to be freed, and the head comes next."""
-        self.before_freeing(nbytes, self._schedule.head_workspace_nbytes, are_alike=False)
 
 
 class Residency:
@@ -105,9 +60,7 @@ class Residency:
         self._whole: dict[Unit, list[mx.array]] = {}  # units whose weights, ready to compute with, stay in memory
         self._held: dict[Unit, list[list[mx.array]]] = {}  # of blocks that stay in memory packed: each param's parts
         self.compute_s = 0.0
-        cache_nbytes = mx.set_cache_limit(0)
-        mx.set_cache_limit(cache_nbytes)
-        self.reuse = Reuse(Schedule(cache_nbytes=cache_nbytes))
+        self.reuse = Reuse(Schedule(cache_nbytes=usual_limits()[1]))
 
     def expect(self, forward: Sequence[int], backward: Sequence[int] = (), apart: Apart | None = None) -> None:
         """From now on blocks are visited in this order (indices), and the head between the two, again and again.

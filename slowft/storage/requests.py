@@ -1,0 +1,91 @@
+"""Stretches of a file written and read a request at a time, each tried again where that can help.
+
+Comes in: a descriptor, an offset, bytes or room for them. Goes out: all of them, or an error that knows its offset.
+Leaves no more than a request in the file cache, which a memory limit counts.
+"""
+
+import errno
+import os
+import time
+from collections.abc import Callable
+
+from .. import platform
+
+# Bytes in the file cache at a time. Writing, measured on ext4: 2.3 GB/s at 4 MB, 2.1 at 2, 2.2 at 16. Reading back
+# takes in fresh pages too: 0.8 GB/s, with the kernel's read-ahead or without.
+REQUEST_NBYTES = 4 << 20
+
+RETRIED_ERRORS = (errno.EIO, errno.EINTR, errno.EAGAIN)  # what may go better the next time: a loose cable, a busy bus
+RETRY_AFTER_S = (0.02, 0.2, 1.0)
+
+
+class RequestError(OSError):
+    """A request failed, and trying again did not help or is no use.
+
+    Attributes:
+        offset: in the file, of what could not be read or written.
+    """
+
+    def __init__(self, error: OSError, offset: int):
+        super().__init__(error.errno, error.strerror)
+        self.offset = offset
+
+
+def retried(request: Callable[..., int], *args) -> int:
+    """`request(*args)`, tried again where that can help.
+
+    Raises:
+        OSError: the last one.
+    """
+    for pause in RETRY_AFTER_S:
+        try:
+            return request(*args)
+        except OSError as e:
+            if e.errno not in RETRIED_ERRORS:
+                raise
+            time.sleep(pause)
+    return request(*args)
+
+
+def write_all(fd: int, data: memoryview, offset: int) -> None:
+    """Write the bytes of `data` at `offset`; they are out of memory when this returns.
+
+    Raises:
+        RequestError: they could not be written.
+    """
+    done = 0
+    while done < len(data):
+        try:
+            written = retried(_write, fd, data[done : done + REQUEST_NBYTES], offset + done)
+            if written == 0:
+                raise OSError(errno.EIO, "nothing was written")
+        except OSError as e:
+            raise RequestError(e, offset + done) from None
+        platform.drop_cached(fd, 0, 0)
+        done += written
+
+
+def read_all(fd: int, target: memoryview, offset: int) -> int:
+    """Fill `target` from `offset`. Returns how many bytes there were, fewer only if the file ends before.
+
+    Raises:
+        RequestError: they could not be read.
+    """
+    done = 0
+    while done < len(target):
+        try:
+            got = retried(os.preadv, fd, [target[done : done + REQUEST_NBYTES]], offset + done)
+        except OSError as e:
+            raise RequestError(e, offset + done) from None
+        if got == 0:
+            break
+        platform.drop_cached(fd, 0, 0)
+        done += got
+    return done
+
+
+def _write(fd: int, data: memoryview, offset: int) -> int:
+    """Linux tells of a page that it could not write once, and takes it for written: trying again begins here."""
+    written = os.pwrite(fd, data, offset)
+    platform.write_back(fd, offset, written)
+    return written

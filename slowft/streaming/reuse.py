@@ -1,0 +1,67 @@
+"""Which freed buffers MLX keeps to hand out again, from one piece of work to the next.
+
+Comes in: a `Schedule`, which knows what each piece takes. Goes out: MLX's cache limit, set anew around each.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+
+from ..planning.schedule import Schedule
+
+
+@functools.cache
+def usual_limits() -> tuple[int, int]:
+    """MLX's limits of memory and cache as they were when this was first called: before any model was opened."""
+    limits = mx.set_memory_limit(1 << 40), mx.set_cache_limit(0)
+    mx.set_memory_limit(limits[0])
+    mx.set_cache_limit(limits[1])
+    return limits
+
+
+class Reuse:
+    """How much of freed buffers MLX keeps to hand out again, from one piece of work to the next.
+
+    Fresh pages cost more than most of what is written to them. MLX gives back to the system what is freed while its
+    cache is full, whatever it is full of; so what was freed longest ago has to go first.
+
+    Args:
+        schedule: `cache_nbytes` are kept at least, and what arrays leave of `total_nbytes`.
+    """
+
+    def __init__(self, schedule: Schedule):
+        self._schedule = schedule
+        self._was_head = False
+
+    def around(self, job: Callable[[], Any], is_head: bool = False) -> Any:
+        """`job()`, with as much kept as leaves it room."""
+        s = self._schedule
+        grows = s.head_workspace_nbytes if is_head else s.workspace_nbytes
+        limit = max(s.cache_nbytes, s.total_nbytes - mx.get_active_memory() - grows)
+        if is_head != self._was_head and not s.head_reuses_blocks:  # what is kept is of sizes that nobody will ask for
+            mx.set_cache_limit(max(0, limit - grows))
+        self._was_head = is_head
+        mx.set_cache_limit(limit)
+        return job()
+
+    def before_freeing(self, nbytes: int, wanted_nbytes: int, are_alike: bool) -> None:
+        """Weights of so many bytes are about to be freed.
+
+        Args:
+            wanted_nbytes: that are made next; are_alike: of weights that take up the former's buffers.
+        """
+        s = self._schedule
+        left = s.total_nbytes - (mx.get_active_memory() - nbytes) - wanted_nbytes
+        limit = max(s.cache_nbytes + (nbytes if are_alike else 0), left)
+        cached = mx.get_cache_memory()
+        if are_alike or not s.head_reuses_blocks or cached + nbytes <= limit:
+            mx.set_cache_limit(max(0, limit - nbytes))
+            mx.set_cache_limit(limit)
+        else:  # what is there already is of use, the weights are not
+            mx.set_cache_limit(min(cached, limit))
+
+    def before_head(self, nbytes: int) -> None:
+        """Weights of so many bytes are about to be freed, and the head comes next."""
+        self.before_freeing(nbytes, self._schedule.head_workspace_nbytes, are_alike=False)
