@@ -22,13 +22,13 @@ from ..models.calls import Arguments
 from ..models.layers import Layer, large_layers
 from ..models.seams import FLOATS, Unit, intercept
 from ..models.weights import placeholder
+from ..planning.experts import GROUP_NBYTES
 from ..planning.graph import needs
 from ..streaming.groups import Group
 from ..streaming.residency import Residency
 from .kept import Products
 from .trees import Detached, attach, detach
 
-GROUP_NBYTES = 32 << 20  # of experts brought at once where nothing else is said
 ROWS_MULTIPLE = 64  # of the rows of a group
 
 
@@ -231,16 +231,13 @@ class LayerWork:
         return self._residency.on_layer_thread(job.result)
 
     def _groups(self, layer: Layer, entries: np.ndarray | None, backward: bool) -> list[Group]:
-        """Neighbouring entries together, as many as may be; None stands for all. The other way round backward."""
+        """Entries in order, as many together as may be; None stands for all. The other way round backward."""
         most = max(1, self.group_nbytes * layer.n // layer.compute_nbytes)
         if entries is None:
             if ROWS_MULTIPLE < most < layer.n:
                 most -= most % ROWS_MULTIPLE
             entries = np.arange(layer.n)
-        groups: list[Group] = []
-        for run in np.split(entries, np.flatnonzero(np.diff(entries) > 1) + 1):
-            starts = range(run[0], run[-1] + 1, most) if len(run) else ()
-            groups += [Group(layer, int(start), int(min(start + most, run[-1] + 1))) for start in starts]
+        groups = [Group.of(layer, entries[start : start + most]) for start in range(0, len(entries), most)]
         return groups[::-1] if backward else groups
 
     def _following(self) -> Group | None:
@@ -390,7 +387,7 @@ class _DenseCall(_Call):
         def on_group(group: Group) -> None:
             if not values:
                 values.append(_attach_as(x, x.values))
-            output.values[..., group.start : group.stop] = detach(self._inner(values[0])).values
+            output.values[..., _slice(group)] = detach(self._inner(values[0])).values
 
         return _Job(on_group, output.array)
 
@@ -399,7 +396,7 @@ class _DenseCall(_Call):
         nothing = placeholder(self._x_shape, self._x_dtype)  # its value makes no difference
 
         def on_group(group: Group) -> None:
-            part = _attach_as(cotangent, cotangent.values[..., group.start : group.stop])
+            part = _attach_as(cotangent, cotangent.values[..., _slice(group)])
             gradient = mx.vjp(self._inner, [nothing], [part])[1][0]
             if len(group) < self.layer.n:
                 gradient = gradient.astype(mx.float32)
@@ -454,11 +451,17 @@ class _ExpertsCall(_Call):
 
     def _chosen(self, group: Group) -> np.ndarray:
         """Which of the (input, expert) pairs the group has to do with."""
-        return np.flatnonzero((self._experts >= group.start) & (self._experts < group.stop))
+        return np.flatnonzero(np.isin(self._experts, group.entries))
 
     def _of_group(self, group: Group, chosen: np.ndarray) -> Callable[[mx.array], mx.array]:
-        indices = mx.array(self._experts[chosen] - group.start)
+        indices = mx.array(np.searchsorted(group.entries, self._experts[chosen]).astype(np.uint32))
         return lambda x: self._inner(x, indices, *self._rest, **self._kwargs)
+
+
+def _slice(group: Group) -> slice:
+    """Its rows, which are neighbours."""
+    (run,) = group.runs
+    return slice(run.start, run.stop)
 
 
 class _HostArray:

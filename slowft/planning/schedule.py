@@ -30,6 +30,8 @@ class Schedule:
         reads_in_flight: requests that are under way to the drive at once.
         group_nbytes: blocks come without their large layers, and these in groups of so many bytes, as they are computed
             with; None for whole blocks.
+        routed: else they come without their experts, of which only those are read that were routed to; None leaves it
+            to the engine, by what a step of so many tokens needs.
         active_nbytes: beyond which MLX stops allocating ahead of the computation; None for MLX's default.
     """
 
@@ -49,3 +51,4 @@ class Schedule:
     reads_in_flight: int = 1
     active_nbytes: int | None = None
     group_nbytes: int | None = None
+    routed: bool | None = None
