@@ -312,7 +312,9 @@ class Engine:
         if routed or tokens is None or (backward and routed is not None):
             return bool(routed)
         experts = [(layer.nbytes, layer.n, self._routed_to[layer]) for layer in layers]
-        return is_read_on_demand(experts, tokens, passes, backward)
+        seen = (self.layers.routed_share(layer, tokens * self._routed_to[layer]) for layer in layers)
+        seen = max((share for share in seen if share is not None), default=None)
+        return is_read_on_demand(experts, tokens, passes, backward, seen)
 
     def _kept_groups(self, apart: dict[int, list[Layer]], tokens: int | None) -> int:
         """Bytes of experts that the backward pass needs twice: for the recomputation, and for cotangents."""

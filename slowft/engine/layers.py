@@ -61,6 +61,7 @@ class LayerWork:
         self._is_trying = False
         self._noted: dict[Layer, LayerCall] | None = None
         self._structures: dict[Hashable, _Structure] = {}
+        self._routed: dict[Layer, tuple[int, float]] = {}  # of the last call: (inputs and experts, share of experts)
 
     def watch(self, unit: Unit) -> None:
         """From now on this block may come without its large layers."""
@@ -72,6 +73,11 @@ class LayerWork:
     def of(self, unit: Unit) -> list[Layer]:
         """The block's large layers."""
         return self._layers[unit]
+
+    def routed_share(self, layer: Layer, n: float) -> float | None:
+        """Of the layer's experts, the share that `n` pairs of input and expert, or fewer, went to the last time."""
+        pairs, share = self._routed.get(layer, (n + 1, 0.0))
+        return share if pairs <= n else None
 
     @property
     def are_apart(self) -> bool:
@@ -212,6 +218,8 @@ class LayerWork:
             return next(self._traced).in_trace(layer, args[0])
         call = _ExpertsCall if layer.is_experts else _DenseCall
         product = call(layer, inner, args, kwargs)
+        if isinstance(product, _ExpertsCall):
+            self._routed[layer] = product.n_pairs, len(product.entries) / layer.n
         if self._recomputed is None:
             return self._by_groups(product, False, product.forward(detach(args[0])))
         kept, is_needed = self._products.get(layer.name), next(self._needed, True)
@@ -416,6 +424,7 @@ class _ExpertsCall(_Call):
         experts, inputs = detach(indices).values, np.arange(int(np.prod(lead))).reshape(lead)
         self._inputs, self._experts = (a.reshape(-1) for a in np.broadcast_arrays(inputs, experts))
         self.entries = np.unique(self._experts)
+        self.n_pairs = len(self._experts)
 
     def forward(self, x: Detached) -> _Job:
         output = _HostArray((len(self._inputs), *self.shape[-2:]), self.dtype)
