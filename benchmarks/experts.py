@@ -1,10 +1,12 @@
-"""Evaluation of a mixture of experts with 1, 32 and 2,048 tokens: bytes read and seconds, by each way to bring blocks.
+"""A mixture of experts with 1, 32 and 2,048 tokens: bytes read and seconds, by each way to bring blocks.
 
 python benchmarks/experts.py          # about 3 minutes; --read 150MB holds reads to that by a control group, as root
+python benchmarks/experts.py --train  # steps of training instead of evaluation
 
 "whole": every block as it lies on disk. "routed": without its experts, of which those come that were routed to.
 "groups": every large layer by groups of 16 MB, which takes the least memory. "planned": what slowft does by itself.
-The model: 8 blocks of 64 experts, 4 a token, as random as its router; 0.43 GB. Writes JSON to benchmarks/results/.
+The model: 8 blocks of 64 experts, 4 a token (or --per-token), as random as its router; 0.43 GB. Writes JSON to
+benchmarks/results/.
 """
 
 import argparse
@@ -52,17 +54,20 @@ import mlx.core as mx
 from slowft.engine import engine
 from slowft.planning.schedule import Schedule
 directory, method, tokens, passes = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+trains = sys.argv[5] == "train"
 if method in ("whole", "routed"):
     engine.is_read_on_demand = lambda *_: method == "routed"
 model = slowft.open_model(directory)
-model.eval()
+if trains:
+    model.add_lora(num_layers=-1, rank=8)
+model.train(trains)
 model._engine.follow(Schedule(slots=1, group_nbytes=16 << 20 if method == "groups" else None))
 mx.random.seed(0)
 read, seconds = [], []
 for _ in range(passes):
-    batch = mx.random.randint(0, 1024, (1, tokens))
+    batch = mx.random.randint(0, 1024, (1, tokens + trains))
     before, begin = model.stats.total.bytes_read, time.perf_counter()
-    mx.eval(model(batch))
+    mx.eval(model.loss_and_grads(batch, mx.array([[0, tokens]])) if trains else model(batch))
     seconds.append(time.perf_counter() - begin)
     read.append(model.stats.total.bytes_read - before)
 of_blocks = sum(unit.nbytes for unit in model._cut.blocks)
@@ -78,23 +83,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--read", help="bytes a second, such as 150MB")
     parser.add_argument("--tokens", type=int, nargs="*", default=TOKENS)
+    parser.add_argument("--per-token", type=int, default=CONFIG["num_experts_per_tok"], help="experts")
+    parser.add_argument("--train", action="store_true", help="steps of training")
     args = parser.parse_args()
     rate = args.read and parse_nbytes(args.read)
+    config = CONFIG | {"num_experts_per_tok": args.per_token}
     results = []
     with tempfile.TemporaryDirectory() as scratch:
-        directory = write_random(Path(scratch) / "model", CONFIG)
+        directory = write_random(Path(scratch) / "model", config)
         for tokens in args.tokens:
             for method in METHODS:
-                passes = "4" if tokens < 1000 else "2"
-                command = [sys.executable, "-c", WORKER, str(directory), method, str(tokens), passes]
+                passes = "9" if tokens < 1000 else "2"
+                kind = "train" if args.train else "evaluate"
+                command = [sys.executable, "-c", WORKER, str(directory), method, str(tokens), passes, kind]
                 limits = Limits(read_bytes_per_s=rate)
                 with limits.group(Job(str(directory), "experts")) as group:
                     command = command if group is None else group.entered(command)
                     done = subprocess.run(command, capture_output=True, text=True, check=True)
                 results.append(json.loads(done.stdout.splitlines()[-1]))
                 print("{tokens:5} tokens, {method:8} {read_nbytes:13,} bytes, {seconds:.2f} s".format(**results[-1]))
-    name = f"experts_{datetime.date.today()}{'_' + args.read if args.read else ''}.json"
-    result = {"machine": describe(), "config": CONFIG, "read": args.read, "results": results}
+    kinds = ["train"] * args.train + [args.read] * bool(args.read)
+    kinds += [f"{args.per_token}_a_token"] * (config != CONFIG)
+    name = "_".join(["experts", str(datetime.date.today()), *kinds]) + ".json"
+    result = {"machine": describe(), "config": config, "read": args.read, "results": results}
     (RESULTS / name).write_text(json.dumps(result, indent=1) + "\n")
 
 

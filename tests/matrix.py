@@ -94,7 +94,10 @@ def assert_equal(name: str, streamed, loss, gradients) -> None:
 
 def every_product(streamed) -> tuple[tuple[str, ...], ...]:
     kinds = ("Linear", "QuantizedLinear", "SwitchLinear", "QuantizedSwitchLinear")
-    names = [[n for n, m in b.module.named_modules() if n and type(m).__name__ in kinds] for b in streamed._cut.blocks]
+    names = [
+        [n.removesuffix(".linear") for n, m in b.module.named_modules() if n and type(m).__name__ in kinds]
+        for b in streamed._cut.blocks
+    ]
     return tuple(tuple(names[index]) for index in streamed._cut.order)
 
 

@@ -26,6 +26,7 @@ from conftest import (
 from slowft.bench import cgroup
 from slowft.bench.shapes import write_random
 from slowft.models.seams import intercept
+from slowft.planning.experts import NEARLY_ALL
 from slowft.planning.job import Cut
 from slowft.planning.schedule import Schedule
 from slowft.reports.plan import choices
@@ -133,7 +134,7 @@ def routed(whole, tokens: mx.array) -> tuple[list[int], mx.array]:
     return [len(set(indices.reshape(-1).tolist())) for indices in seen], logits
 
 
-@pytest.mark.parametrize("tokens", [1, 8, 512])
+@pytest.mark.parametrize("tokens", [1, 8, 32, 512])
 def test_evaluation_reads_the_experts_that_were_routed_to(tokens, tmp_path):
     directory = save_random(tmp_path / "m", FEW | {"max_position_embeddings": 1024})
     whole, streamed = in_memory(directory), slowft.open_model(directory)
@@ -142,19 +143,23 @@ def test_evaluation_reads_the_experts_that_were_routed_to(tokens, tmp_path):
     blocks = sum(unit.nbytes for unit in streamed._cut.blocks)
     outside = len(set(batch.tolist()[0])) * 64 * 4 + 128 * 64 * 4  # rows of the embedding, and the head
     n_experts, expected = routed(whole, batch)
+    reads = []
     for _ in range(2):
         before = streamed.stats.total.bytes_read
         logits = streamed(batch)
         mx.eval(logits)
-        read = streamed.stats.total.bytes_read - before
+        reads.append(streamed.stats.total.bytes_read - before)
         assert mx.array_equal(logits, expected)
     experts, first = sum(n_experts) * EXPERT, streamed._cut.blocks[0].nbytes
+    rest = blocks - 4 * N_FEW * EXPERT  # attention, norms, routers: read, or still in a buffer
+    assert experts < reads[0] <= experts + rest + outside + (first - N_FEW * EXPERT)
+    # the next time blocks come whole of which nearly all experts are needed
+    apart = {i for i, n in enumerate(n_experts) if n < NEARLY_ALL * N_FEW}
+    assert set(streamed._engine._residency._expects_apart) == apart
     if tokens == 512:
-        assert blocks - 2 * first <= read <= blocks + outside + 2 * first  # some are there, some are read ahead
+        assert 0 < len(apart) < 4
     else:
-        rest = blocks - 4 * N_FEW * EXPERT  # attention, norms, routers: read, or still in a buffer
-        assert experts < read <= experts + rest + outside + (first - N_FEW * EXPERT)
-        assert read < 0.6 * blocks
+        assert experts < reads[1] <= experts + rest + outside + (first - N_FEW * EXPERT)
 
 
 def test_generation_reads_few_experts(tmp_path):
@@ -170,6 +175,46 @@ def test_generation_reads_few_experts(tmp_path):
     assert [token for token, _ in generate_step(prompt, streamed, max_tokens=6)] == expected
     read = streamed.stats.total.bytes_read - before
     assert read < 8 * 0.3 * sum(unit.nbytes for unit in streamed._cut.blocks)
+
+
+@pytest.mark.parametrize("schedule", [Schedule(slots=1), Schedule(slots=1, routed=True, resident_nbytes=100_000)])
+def test_training_reads_the_experts_that_were_routed_to(schedule, tmp_path):
+    """Of a step's few tokens, once forward and once backward; gradients are those in memory."""
+    whole, streamed = pair(save_random(tmp_path / "m", FEW))
+    batch, lengths = mx.random.randint(0, 128, (1, 9)), mx.array([[0, 8]])
+    assert_same_as(reference(whole, batch, lengths), streamed, batch, lengths, schedule)
+    n_experts, _ = routed(whole, batch[:, :-1])
+    read = streamed.stats.last.bytes_read
+    rest = sum(unit.nbytes for unit in streamed._cut.blocks) - len(n_experts) * N_FEW * EXPERT
+    outside = len(set(batch[0, :-1].tolist())) * 64 * 4 + 128 * 64 * 4
+    turn = 2 * 8 * EXPERT  # what the forward pass leaves in memory to the backward pass, at most
+    assert 2 * sum(n_experts) * EXPERT - turn < read <= 2 * (sum(n_experts) * EXPERT + rest) + outside
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_steps_read_what_was_planned(n, tmp_path):
+    """By routing with one token a micro-batch, of which it is known how many experts it takes."""
+    _, streamed = pair(save_random(tmp_path / "m", FEW))
+    planner = streamed.planner(1, 1, micro_batches=n)
+    plan = planner.choose(planner._least_of(planner._job_of(Cut())).peak_nbytes)
+    assert plan.schedule.routed and "experts only those" in choices(plan)
+    streamed._engine.follow(plan.schedule)
+    for first in (3, 4):
+        streamed.loss_and_grads([(mx.array([[first + 10 * i, 1]]), mx.array([[0, 1]])) for i in range(n)])
+    assert abs(streamed.stats.last.bytes_read - plan.read_nbytes) <= 0.02 * plan.read_nbytes
+
+
+def test_steps_by_groups_read_what_was_planned(tmp_path):
+    streamed = slowft.open_model(save_random(tmp_path / "m", LLAMA)).add_lora(**LORA)
+    planner = streamed.planner(2, 24, micro_batches=2)
+    batches = [random_batch(256, rows=2, seed=seed) for seed in (3, 4)]
+    for kept in ((), (("self_attn.q_proj", "mlp.gate_proj"),) * 4):
+        schedule = Schedule(slots=1, group_nbytes=10_000, kept=kept)
+        plan = planner.predict(planner._job_of(Cut()), schedule)
+        streamed._engine.follow(schedule)
+        for _ in range(2):  # the first one finds out which outputs nobody needs
+            streamed.loss_and_grads(batches)
+        assert abs(streamed.stats.last.bytes_read - plan.read_nbytes) <= 0.02 * plan.read_nbytes
 
 
 # --- What cannot come apart ---------------------------------------------------------------------------

@@ -17,7 +17,9 @@ def every_product(model) -> tuple[tuple[str, ...], ...]:
     """The names of all linear layers of every block, by visit."""
     kinds = ("Linear", "QuantizedLinear", "SwitchLinear", "QuantizedSwitchLinear")
     blocks = model._cut.blocks
-    names = [[n for n, m in b.module.named_modules() if type(m).__name__ in kinds] for b in blocks]
+    names = [
+        [n.removesuffix(".linear") for n, m in b.module.named_modules() if type(m).__name__ in kinds] for b in blocks
+    ]
     return tuple(tuple(names[index]) for index in model._cut.order)
 
 

@@ -21,7 +21,7 @@ from ..errors import ConfigError, SlowftError, SlowftWarning
 from ..models.layers import Layer
 from ..models.seams import FLOATS, TOKENS, Arrays, Cut, Probe, Unit, array_entries, trainable_entries
 from ..models.weights import Param, placeholder, read_whole
-from ..planning.experts import is_read_on_demand
+from ..planning.experts import GROUP_NBYTES, is_read_on_demand, most_share
 from ..planning.schedule import Schedule
 from ..storage.activation_cache import ActivationCache
 from ..storage.reader import Reader
@@ -35,7 +35,7 @@ from .cores import Cores
 from .costs import signature
 from .head import HeadLoss, loss_mask, token_loss, treats_tokens_alike, usual_chunk
 from .kept import KeptProducts, Products
-from .layers import GROUP_NBYTES, LayerWork
+from .layers import LayerWork
 from .parts import HeadPart, Tail, TailCall, alias, unevaluated_zeros
 from .pieces import Pieces, PieceWork
 from .randomness import dropout_seed
@@ -81,6 +81,7 @@ class Engine:
         self._routed_to: dict[Layer, float] = {}  # experts of each layer that a token goes to
         self._n_trainable = 0
         self._layers_apart: dict[Unit, list[Layer]] = {}
+        self._kinds: dict[Unit, str] = {}
         self._gradients: dict[tuple[int, Any], mx.array] = {}  # of blocks' own arrays, summed over micro-batches
         self.kept = KeptProducts()
         self.pieces = PieceWork()
@@ -184,7 +185,7 @@ class Engine:
             memory=memory,
             carriers=self.cut.carriers,
             layers=self.layers,
-            kind=unit,
+            kind=self._kind_of(unit),
         )
         return call()
 
@@ -259,7 +260,7 @@ class Engine:
 
         Args:
             micro_batches: of a step of our own, which may begin at the boundary.
-            tokens: of a pass whose experts may be read as they are needed.
+            tokens: of each micro-batch; None if it is not known.
         """
         order = self.cut.order
         entries = trainable_entries(self.model)
@@ -280,27 +281,49 @@ class Engine:
         lowest = 0 if self._outside else self._lowest_trained
         forward = order[self._boundary :] if self._all_from_boundary else order
         of_backward = order[lowest:][::-1] if backward else ()
-        self._residency.expect(forward, of_backward, self._apart(tokens, len(micro_batches) or 1))
+        apart = self._apart(tokens, len(micro_batches) or 1, backward)
+        self._residency.expect(forward, of_backward, apart)
+        self._residency.keep_groups(self._kept_groups(apart, tokens) if backward else 0)
 
-    def _apart(self, tokens: int | None = None, passes: int = 1) -> dict[int, list[Layer]]:
+    def _apart(self, tokens: int | None = None, passes: int = 1, backward: bool = False) -> dict[int, list[Layer]]:
         """The layers that do not come with their blocks, by block.
 
         Args:
-            tokens: of each of the `passes` of an evaluation, for which experts may be read as they are needed.
+            tokens: of each of the `passes` through a block, one way.
         """
-        if self.schedule.group_nbytes is None and (tokens is None or not self._routed_to):
+        s = self.schedule
+        if s.group_nbytes is None and not (self._routed_to and (s.routed or tokens is not None)):
             return {}
         self.find_layers()
         apart = {}
         for unit in self.cut.blocks:
             layers = self.layers_apart(unit)
-            if self.schedule.group_nbytes is None:
+            if s.group_nbytes is None:
                 layers = [layer for layer in layers if layer in self._routed_to]
-                experts = [(layer.nbytes, layer.n, self._routed_to[layer]) for layer in layers]
-                layers = layers if is_read_on_demand(experts, tokens, passes) else []
+                layers = layers if self._is_routed(layers, tokens, passes, backward) else []
             if layers:
                 apart[unit.index] = layers
         return apart
+
+    def _is_routed(self, layers: Sequence[Layer], tokens: int | None, passes: int, backward: bool) -> bool:
+        """Whether a block comes without these layers of experts."""
+        routed = self.schedule.routed
+        if routed or tokens is None or (backward and routed is not None):
+            return bool(routed)
+        experts = [(layer.nbytes, layer.n, self._routed_to[layer]) for layer in layers]
+        seen = (self.layers.routed_share(layer, tokens * self._routed_to[layer]) for layer in layers)
+        seen = max((share for share in seen if share is not None), default=None)
+        return is_read_on_demand(experts, tokens, passes, backward, seen)
+
+    def _kept_groups(self, apart: dict[int, list[Layer]], tokens: int | None) -> int:
+        """Bytes of experts that the backward pass needs twice: for the recomputation, and for cotangents."""
+        if self.schedule.group_nbytes is not None or tokens is None:
+            return 0
+        sizes = (
+            sum(layer.nbytes * most_share(layer.n, self._routed_to[layer], tokens) for layer in layers)
+            for layers in apart.values()
+        )
+        return int(max(sizes, default=0))
 
     def layers_apart(self, unit: Unit) -> list[Layer]:
         """The layers that need not come with their block. Only after `find_layers`."""
@@ -316,7 +339,7 @@ class Engine:
         names: dict[str, set[str]] = {}
         for index, call in zip(self.cut.order, probe.calls):
             unit = self.cut.blocks[index]
-            if (kind := signature(unit)) not in names:
+            if (kind := self._kind_of(unit)) not in names:
                 found = self.on_thread(lambda unit=unit, call=call: self.layers.separable(unit, call))
                 names[kind] = {layer.name for layer in found}
             self._layers_apart[unit] = [layer for layer in self.layers.of(unit) if layer.name in names[kind]]
@@ -324,6 +347,13 @@ class Engine:
     def adapter_changed(self) -> None:
         """The model has other adapter layers than before."""
         self._layers_apart.clear()
+        self._kinds.clear()
+
+    def _kind_of(self, unit: Unit) -> str:
+        """Equal for blocks that compute the same."""
+        if unit not in self._kinds:
+            self._kinds[unit] = signature(unit)
+        return self._kinds[unit]
 
     # --- Traces -----------------------------------------------------------------------------------
 
@@ -432,8 +462,7 @@ class Engine:
             self.on_thread(lambda: self._activations.reserve(nbytes))
         functions = [lambda b=batch, m=mask: run(b, m) for (batch, _), mask in zip(micro_batches, masks)]
         try:
-            tokens = None if gradients else max(mask.size for mask in masks)
-            self._expect(gradients, micro_batches, tokens)
+            self._expect(gradients, micro_batches, max(mask.size for mask in masks))
             return self._micro_batches.run(functions, self._serve_together), ntoks
         finally:
             self._residency.rest()

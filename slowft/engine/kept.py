@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..models.layers import name_of
 from ..models.seams import intercept
 
 # Kept, in the order of the calls, by layer.
@@ -34,6 +35,7 @@ class KeptProducts:
         self._layers[id(block)] = {}
         for name, layer in block.named_modules():
             if layer is not block and _is_candidate(layer):
+                name = name_of(name)
                 self._names[id(layer)] = name
                 intercept(layer, "__call__", name, self._on_call)
                 self._layers[id(block)][name] = layer

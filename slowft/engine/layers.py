@@ -22,13 +22,13 @@ from ..models.calls import Arguments
 from ..models.layers import Layer, large_layers
 from ..models.seams import FLOATS, Unit, intercept
 from ..models.weights import placeholder
+from ..planning.experts import GROUP_NBYTES
 from ..planning.graph import needs
 from ..streaming.groups import Group
 from ..streaming.residency import Residency
 from .kept import Products
 from .trees import Detached, attach, detach
 
-GROUP_NBYTES = 32 << 20  # of experts brought at once where nothing else is said
 ROWS_MULTIPLE = 64  # of the rows of a group
 
 
@@ -61,6 +61,7 @@ class LayerWork:
         self._is_trying = False
         self._noted: dict[Layer, LayerCall] | None = None
         self._structures: dict[Hashable, _Structure] = {}
+        self._routed: dict[Layer, tuple[int, float]] = {}  # of the last call: (inputs and experts, share of experts)
 
     def watch(self, unit: Unit) -> None:
         """From now on this block may come without its large layers."""
@@ -72,6 +73,11 @@ class LayerWork:
     def of(self, unit: Unit) -> list[Layer]:
         """The block's large layers."""
         return self._layers[unit]
+
+    def routed_share(self, layer: Layer, n: float) -> float | None:
+        """Of the layer's experts, the share that `n` pairs of input and expert, or fewer, went to the last time."""
+        pairs, share = self._routed.get(layer, (n + 1, 0.0))
+        return share if pairs <= n else None
 
     @property
     def are_apart(self) -> bool:
@@ -212,6 +218,8 @@ class LayerWork:
             return next(self._traced).in_trace(layer, args[0])
         call = _ExpertsCall if layer.is_experts else _DenseCall
         product = call(layer, inner, args, kwargs)
+        if isinstance(product, _ExpertsCall):
+            self._routed[layer] = product.n_pairs, len(product.entries) / layer.n
         if self._recomputed is None:
             return self._by_groups(product, False, product.forward(detach(args[0])))
         kept, is_needed = self._products.get(layer.name), next(self._needed, True)
@@ -231,16 +239,13 @@ class LayerWork:
         return self._residency.on_layer_thread(job.result)
 
     def _groups(self, layer: Layer, entries: np.ndarray | None, backward: bool) -> list[Group]:
-        """Neighbouring entries together, as many as may be; None stands for all. The other way round backward."""
+        """Entries in order, as many together as may be; None stands for all. The other way round backward."""
         most = max(1, self.group_nbytes * layer.n // layer.compute_nbytes)
         if entries is None:
             if ROWS_MULTIPLE < most < layer.n:
                 most -= most % ROWS_MULTIPLE
             entries = np.arange(layer.n)
-        groups: list[Group] = []
-        for run in np.split(entries, np.flatnonzero(np.diff(entries) > 1) + 1):
-            starts = range(run[0], run[-1] + 1, most) if len(run) else ()
-            groups += [Group(layer, int(start), int(min(start + most, run[-1] + 1))) for start in starts]
+        groups = [Group.of(layer, entries[start : start + most]) for start in range(0, len(entries), most)]
         return groups[::-1] if backward else groups
 
     def _following(self) -> Group | None:
@@ -390,7 +395,7 @@ class _DenseCall(_Call):
         def on_group(group: Group) -> None:
             if not values:
                 values.append(_attach_as(x, x.values))
-            output.values[..., group.start : group.stop] = detach(self._inner(values[0])).values
+            output.values[..., _slice(group)] = detach(self._inner(values[0])).values
 
         return _Job(on_group, output.array)
 
@@ -399,7 +404,7 @@ class _DenseCall(_Call):
         nothing = placeholder(self._x_shape, self._x_dtype)  # its value makes no difference
 
         def on_group(group: Group) -> None:
-            part = _attach_as(cotangent, cotangent.values[..., group.start : group.stop])
+            part = _attach_as(cotangent, cotangent.values[..., _slice(group)])
             gradient = mx.vjp(self._inner, [nothing], [part])[1][0]
             if len(group) < self.layer.n:
                 gradient = gradient.astype(mx.float32)
@@ -419,6 +424,7 @@ class _ExpertsCall(_Call):
         experts, inputs = detach(indices).values, np.arange(int(np.prod(lead))).reshape(lead)
         self._inputs, self._experts = (a.reshape(-1) for a in np.broadcast_arrays(inputs, experts))
         self.entries = np.unique(self._experts)
+        self.n_pairs = len(self._experts)
 
     def forward(self, x: Detached) -> _Job:
         output = _HostArray((len(self._inputs), *self.shape[-2:]), self.dtype)
@@ -454,11 +460,17 @@ class _ExpertsCall(_Call):
 
     def _chosen(self, group: Group) -> np.ndarray:
         """Which of the (input, expert) pairs the group has to do with."""
-        return np.flatnonzero((self._experts >= group.start) & (self._experts < group.stop))
+        return np.flatnonzero(np.isin(self._experts, group.entries))
 
     def _of_group(self, group: Group, chosen: np.ndarray) -> Callable[[mx.array], mx.array]:
-        indices = mx.array(self._experts[chosen] - group.start)
+        indices = mx.array(np.searchsorted(group.entries, self._experts[chosen]).astype(np.uint32))
         return lambda x: self._inner(x, indices, *self._rest, **self._kwargs)
+
+
+def _slice(group: Group) -> slice:
+    """Its rows, which are neighbours."""
+    (run,) = group.runs
+    return slice(run.start, run.stop)
 
 
 class _HostArray:

@@ -20,7 +20,7 @@ class Layer:
     """A linear layer of a block.
 
     Attributes:
-        name: within the block.
+        name: within the block; see `name_of`.
         params: the parts of its matrix, all of `n` entries on the first axis.
         is_experts: whether those are experts, of which each input goes to some; else rows, each one of the outputs.
     """
@@ -65,10 +65,15 @@ def large_layers(unit: Unit) -> list[Layer]:
         kind = _original_class(module)
         if kind not in dense + experts or not params or len({param.source.shape[0] for param in params}) > 1:
             continue
-        layer = Layer(name, module, tuple(params), kind in experts)
+        layer = Layer(name_of(name), module, tuple(params), kind in experts)
         if layer.compute_nbytes >= SMALL_SHARE * unit.compute_nbytes:
             layers.append(layer)
     return layers
+
+
+def name_of(path: str) -> str:
+    """A frozen layer's name, from its path within the block: the same with an adapter around it as without."""
+    return path.removesuffix(".linear")
 
 
 def _original_class(module: nn.Module) -> type:

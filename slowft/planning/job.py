@@ -6,7 +6,7 @@ Comes in from the engine, which looks at the model's graphs; goes out to the pla
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .experts import read_share
+from .experts import most_share, read_share
 from .graph import Cost
 
 
@@ -55,6 +55,10 @@ class LayerCost:
         if self.per_token is None:
             return 1.0
         return read_share(self.n, self.per_token, tokens)
+
+    def most_share(self, tokens: int) -> float:
+        """Of the layer, the most that they may need."""
+        return 1.0 if self.per_token is None else most_share(self.n, self.per_token, tokens)
 
     def group_share(self, group_nbytes: int) -> float:
         """Of the layer, what comes at once in groups of so many bytes; a whole entry at least."""
@@ -112,15 +116,6 @@ class Visit:
         """Whether the backward pass needs what the layer puts out. Where no products can be told, it may."""
         products = self.products
         return not products or layer.name in {product.name for product in products}
-
-    @property
-    def rest_nbytes(self) -> int:
-        """Bytes on disk without the large layers."""
-        return self.stored_nbytes - sum(layer.nbytes for layer in self.layers)
-
-    @property
-    def rest_compute_nbytes(self) -> int:
-        return self.compute_nbytes - sum(layer.compute_nbytes for layer in self.layers)
 
 
 @dataclass(frozen=True)

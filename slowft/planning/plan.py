@@ -7,11 +7,12 @@ calculates: nothing is measured, read or computed here.
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ..errors import PlanError
-from .job import Cut, Job, Visit
+from .experts import GROUP_NBYTES, ON_DEMAND_RATE
+from .job import Cut, Job, LayerCost, Visit
 from .machine import Machine
 from .schedule import Schedule
 
@@ -211,25 +212,21 @@ class Planner:
     def _with_reuse(self, job: Job, plan: Plan, memory: int) -> Plan:
         """The plan with what is left of `memory` given to freed buffers, as far as they can be of use."""
         s = plan.schedule
-        head_peak, _, _ = self._head(job, s.tail, s.head_tokens, True)
-        left = min(memory - plan.peak_nbytes, max(head_peak, _workspace(job)))
+        _, phases = self._phases(job, s, True)
+        head = phases.pop(("head", 0))["computing"]
+        work = max(phase["computing"] for phase in phases.values())
+        left = min(memory - plan.peak_nbytes, max(head, work))
         peak, parts = plan.peak_nbytes + left, {**plan.parts, "buffer cache": plan.parts.get("buffer cache", 0) + left}
         schedule = replace(
             s,
             active_nbytes=max(memory - self._base - _cache_nbytes(job, s), 1 << 20),
+            total_nbytes=peak - plan.parts["slack"] - self._base,
+            workspace_nbytes=int(AHEAD_SHARE * work) + _group(job, s)[1],
+            head_workspace_nbytes=int(AHEAD_SHARE * head) + (0 if s.keep_head else job.head_compute_nbytes),
+            head_reuses_blocks=s.tail >= LONG_TAIL,
             reads_in_flight=self.machine.reads_in_flight,
-            **self._reuse(job, s, head_peak, peak - plan.parts["slack"] - self._base),
         )
         return replace(plan, schedule=schedule, peak_nbytes=peak, parts={k: v for k, v in parts.items() if v})
-
-    def _reuse(self, job: Job, s: Schedule, head_peak: int, nbytes: int) -> dict[str, int]:
-        """What MLX has to know to keep freed buffers while it takes no more than `nbytes`."""
-        return {
-            "total_nbytes": nbytes,
-            "workspace_nbytes": int(AHEAD_SHARE * max(_workspace(job), job.trainable_nbytes + job.optimizer_nbytes)),
-            "head_workspace_nbytes": int(AHEAD_SHARE * head_peak) + (0 if s.keep_head else job.head_compute_nbytes),
-            "head_reuses_blocks": s.tail >= LONG_TAIL,
-        }
 
     def _everything(self, job: Job, limit: float) -> Plan | None:
         """Ordinary training, if there is room for it: for keeping all its buffers from step to step, or most."""
@@ -273,6 +270,8 @@ class Planner:
                     if self._peak(job, base, False) > limit:
                         break  # a longer tail only takes more
                     yield base
+                    if _may_be_routed(job):
+                        yield replace(base, routed=True)
 
     def _bases_by_groups(self, job: Job, limit: float) -> Iterator[Schedule]:
         """The same with blocks brought by groups of their layers: of the largest groups that fit."""
@@ -283,7 +282,7 @@ class Planner:
                 continue
             chunks = [n for n in HEAD_TOKENS if n < job.rows * job.tokens] or [None]
             fitting = [n for n in chunks if self._peak(job, replace(base, head_tokens=n), False) <= limit]
-            for cache, keep_head in itertools.product((0, _group(job, group_nbytes)[1]), (False, True)):
+            for cache, keep_head in itertools.product((0, _group(job, base)[1]), (False, True)):
                 chosen = replace(base, cache_nbytes=cache, keep_head=keep_head, head_tokens=(fitting or chunks)[-1])
                 if self._peak(job, chosen, False) <= limit:
                     yield chosen
@@ -307,7 +306,7 @@ class Planner:
         if base.spilled or base.tail == len(job.visits):
             return
         orders = [(self._keep_products, self._keep_blocks), (self._keep_blocks, self._keep_products)]
-        if any(visit.rounded for visit in job.visits):
+        if any(visit.rounded for visit in job.visits) and not base.routed:
             orders += [(self._keep_packed, self._keep_products), (self._keep_products, self._keep_packed)]
         for order in [(self._keep_products,)] if base.group_nbytes else orders:
             filled = base
@@ -317,7 +316,7 @@ class Planner:
                 yield self.predict(job, filled, False, limit)
 
     def _keep_blocks(self, job: Job, schedule: Schedule, room: float) -> Schedule:
-        sizes = [visit.stored_nbytes for visit in _streamed_blocks(job, schedule)]
+        sizes = [_rest_nbytes(visit, schedule) for visit in _streamed_blocks(job, schedule)]
         nbytes = int(min(room, sum(sizes)))
         return replace(schedule, resident_nbytes=nbytes) if nbytes >= min(sizes) else schedule
 
@@ -361,14 +360,15 @@ class Planner:
         """
         fixed, phases = self._phases(job, schedule, exact)
         peak, parts = self._peak_of(fixed, phases)
-        read, head_read = self._reads(job, schedule)
+        read, head_read, on_demand = self._reads(job, schedule)
         written = max(schedule.spilled - _first_kept(job), 0) * job.hidden_nbytes * job.micro_batches
         compute = self._compute(job, schedule, exact, self._rooms(schedule, fixed, phases, limit))
         bandwidth = self.machine.read_bytes_per_s or float("inf")
-        blocks_s = (read - head_read + written) / bandwidth
+        blocks_s = (read - head_read - on_demand + written) / bandwidth
         write_s = written / (self.machine.write_bytes_per_s or bandwidth)
         overlaps = schedule.slots > 1 or all(visit.is_copied for visit in job.visits)
         step = (max if overlaps else sum)((compute, blocks_s + write_s)) + head_read / bandwidth
+        step += on_demand / (ON_DEMAND_RATE * bandwidth)  # hidden behind nothing, as far as this knows
         both = read + written
         seconds = compute, both / bandwidth + write_s, step
         return Plan(schedule, job, None, peak, both, written, *seconds, parts)
@@ -402,12 +402,11 @@ class Planner:
     def _phases(self, job: Job, s: Schedule, exact: bool) -> tuple[dict[str, int], Phases]:
         """Bytes, by what they are for: (there all the time, in each of the phases of a step)."""
         n, m = len(job.visits) - s.tail, job.micro_batches
-        by_groups = s.group_nbytes is not None
         sizes = _streamed_nbytes(job, s)
         slots = s.slots * max(sizes, default=0)
         whole = sum(v.compute_nbytes for v in _tail_blocks(job, s)) + (job.head_compute_nbytes if s.keep_head else 0)
         stream = min(slots + s.resident_nbytes, max(slots, sum(sizes)))
-        buffers, built = _group(job, s.group_nbytes) if by_groups else (0, 0)
+        buffers, built = _group(job, s)
         # masks and the first block's input in the trace of each micro-batch; the gradient on its way down
         trace = m * (2 * job.hidden_nbytes + job.side_nbytes)
         fixed = {
@@ -462,9 +461,8 @@ class Planner:
                 computing = passed
                 if is_backward and names[position]:
                     computing = max(visit.backward, visit.backward_kept, key=lambda c: c.peak_nbytes)
-                weights = visit.compute_nbytes
-                if by_groups:
-                    weights = visit.rest_compute_nbytes + built
+                apart = _apart(visit, s)
+                weights = visit.compute_nbytes - sum(layer.compute_nbytes for layer in apart) + (built if apart else 0)
                 phases["backward" if is_backward else "forward", position] = {
                     "buffer cache": cache,
                     "activations": stored(position) if is_backward else stored(position) + job.hidden_nbytes,
@@ -473,7 +471,7 @@ class Planner:
                     + (visit.held_nbytes if visit.rounded and visit.block not in packed else 0),
                     "computing": int(margin * computing.peak_nbytes)
                     + 2 * job.hidden_nbytes
-                    + (_held_by_groups(visit, is_backward) if by_groups else 0),
+                    + _held_by_groups(apart, is_backward),
                     "gradients": gradients if is_backward else 0,
                 }
             gradients += visit.trainable_nbytes
@@ -482,32 +480,36 @@ class Planner:
         phases["optimizer", 0] = {"buffer cache": cache, "gradients": job.trainable_nbytes, "computing": made}
         return fixed, phases
 
-    def _reads(self, job: Job, s: Schedule) -> tuple[int, int]:
-        """(bytes read per step in all, of them the head's, which nothing hides)."""
+    def _reads(self, job: Job, s: Schedule) -> tuple[int, int, int]:
+        """Bytes read per step: (in all, the head's, experts' on demand); nothing hides the latter two."""
         streamed = {v.block for v in _streamed_blocks(job, s)}
-        sizes = [v.stored_nbytes for v in job.visits if v.block in streamed]
+        sizes = [_rest_nbytes(v, s) for v in job.visits if v.block in streamed]
         order = [*range(len(sizes)), *(i for i in reversed(range(len(sizes))) if i >= job.lowest_trained)]
         if s.head_ahead:
             order.insert(len(sizes), len(sizes))
             sizes.append(job.head_stored_nbytes)
-        if s.group_nbytes is None:
-            blocks = _reads_of(tuple(order), tuple(sizes), s.resident_nbytes + s.slots * max(sizes, default=0))
-        else:
-            blocks = self._reads_by_groups(job, s, tuple(order))
+        blocks = _reads_of(tuple(order), tuple(sizes), s.resident_nbytes + s.slots * max(sizes, default=0))
+        visited = [i for i, visit in enumerate(job.visits) if visit.block in streamed]
+        apart = sum(self._reads_apart(job, s, i, i == visited[-1]) for i in visited)
         head = 0 if s.keep_head or s.head_ahead else job.head_stored_nbytes
-        return blocks + head + job.rows_nbytes * job.micro_batches, head
+        total = blocks + apart + head + job.rows_nbytes * job.micro_batches
+        return total, head, apart if s.routed else 0
 
-    def _reads_by_groups(self, job: Job, s: Schedule, order: tuple[int, ...]) -> int:
-        """Bytes of blocks read per step: the layers anew for each micro-batch and pass, the rest with the block."""
-        rest = tuple(visit.rest_nbytes for visit in job.visits)
-        nbytes = _reads_of(order, rest, s.resident_nbytes + s.slots * max(rest, default=0))
-        for visit, kept in itertools.zip_longest(job.visits, s.kept, fillvalue=()):
-            for layer in visit.layers:
+    def _reads_apart(self, job: Job, s: Schedule, position: int, is_last: bool) -> int:
+        """Bytes of a visit's layers that come apart from its block: anew for each micro-batch, and for each pass.
+
+        On the way back that is the recomputation and the cotangents. What one micro-batch was routed to stays between
+        the two, and where the passes turn.
+        """
+        visit, kept = job.visits[position], s.kept[position] if position < len(s.kept) else ()
+        nbytes = 0
+        for layer in _apart(visit, s):
+            passes = 1 if visit.backward is None else 2
+            if passes == 2 and s.group_nbytes is not None:
+                passes += layer.name not in kept and visit.needs_output(layer)
+            elif is_last and job.micro_batches == 1:
                 passes = 1
-                if visit.backward is not None:
-                    passes = 2 + (layer.name not in kept and visit.needs_output(layer))
-                share = layer.read_share(job.rows * job.tokens)
-                nbytes += int(job.micro_batches * passes * share * layer.nbytes)
+            nbytes += int(job.micro_batches * passes * layer.read_share(job.rows * job.tokens) * layer.nbytes)
         return nbytes
 
     def _compute(self, job: Job, s: Schedule, exact: bool, rooms: dict[tuple[str, int], int]) -> float:
@@ -529,9 +531,12 @@ class Planner:
                         backward -= self._seconds(visit.backward) - self._seconds(product.backward)
                 of_micro_batch += backward
             arrival = passes * self._arrival(visit, visit.block in packed)
-            if s.group_nbytes is not None:
-                fresh_pages = 0 if cache else self.machine.page_s_per_byte * visit.compute_nbytes
-                arrival = (2 * passes - 1) * m * (self._arrival(visit, False) + fresh_pages * visit.is_copied)
+            if (apart := _apart(visit, s)) and visit.block not in packed:
+                share = sum(layer.compute_nbytes for layer in apart) / visit.compute_nbytes
+                brought = sum(layer.read_share(job.rows * job.tokens) * layer.compute_nbytes for layer in apart)
+                fresh_pages = 0 if cache else self.machine.page_s_per_byte * brought
+                each = arrival / passes * brought / visit.compute_nbytes + fresh_pages * visit.is_copied
+                arrival = (1 - share) * arrival + (2 * passes - 1) * m * each
                 of_micro_batch += (passes - 1) * RECOMPUTED_SHARE * self._seconds(visit.forward, fresh)
             seconds += m * of_micro_batch + arrival
         head_peak, head_s, head_moved = self._head(job, s.tail, s.head_tokens, exact)
@@ -575,7 +580,8 @@ def _up(nbytes: int) -> str:
 
 
 def _as_schedule(cut: Cut) -> dict:
-    return {"rows": cut.rows, "mlp_tokens": cut.mlp_tokens, "attention_queries": cut.attention_queries}
+    cuts = {"rows": cut.rows, "mlp_tokens": cut.mlp_tokens, "attention_queries": cut.attention_queries}
+    return cuts | {"routed": False}
 
 
 def _first_kept(job: Job) -> int:
@@ -611,23 +617,45 @@ def _slots_by_groups(job: Job) -> int:
     return 1 if all(visit.is_copied for visit in job.visits) else 2
 
 
-def _group(job: Job, group_nbytes: int) -> tuple[int, int]:
-    """Bytes of (two buffers for groups of layers, the group in use as it is computed with)."""
-    layers = [layer for visit in job.visits for layer in visit.layers]
-    shares = [layer.group_share(group_nbytes) for layer in layers]
-    buffers = 2 * max((int(share * layer.nbytes) for layer, share in zip(layers, shares)), default=0)
-    return buffers, max((int(share * layer.compute_nbytes) for layer, share in zip(layers, shares)), default=0)
+def _may_be_routed(job: Job) -> bool:
+    """Whether blocks have experts that a micro-batch may do without."""
+    layers = (layer for visit in job.visits for layer in visit.layers)
+    return job.cut.mlp_tokens is None and any(layer.read_share(job.rows * job.tokens) < 1 for layer in layers)
 
 
-def _held_by_groups(visit: Visit, is_backward: bool) -> int:
+def _apart(visit: Visit, s: Schedule) -> tuple[LayerCost, ...]:
+    """The layers that do not come with a block that is streamed."""
+    if s.group_nbytes is not None:
+        return visit.layers
+    return tuple(layer for layer in visit.layers if layer.per_token is not None) if s.routed else ()
+
+
+def _rest_nbytes(visit: Visit, s: Schedule) -> int:
+    """Bytes on disk of what comes with the block."""
+    return visit.stored_nbytes - sum(layer.nbytes for layer in _apart(visit, s))
+
+
+def _group(job: Job, s: Schedule) -> tuple[int, int]:
+    """Bytes of (buffers for groups of layers, the group in use as it is computed with)."""
+    every = [layer for visit in job.visits for layer in _apart(visit, s)]
+    shares = [layer.group_share(s.group_nbytes or GROUP_NBYTES) for layer in every]
+    buffers = 2 * max((int(share * layer.nbytes) for layer, share in zip(every, shares)), default=0)
+    if s.routed:
+        tokens = job.rows * job.tokens
+        kept = (sum(layer.most_share(tokens) * layer.nbytes for layer in _apart(v, s)) for v in job.visits)
+        buffers = max(buffers, int(max(kept)))
+    return buffers, max((int(share * layer.compute_nbytes) for layer, share in zip(every, shares)), default=0)
+
+
+def _held_by_groups(layers: Sequence[LayerCost], is_backward: bool) -> int:
     """Bytes that a pass by groups takes more than its graph shows.
 
     Backward, the layers' outputs and the cotangents of their inputs are there to the end; forward, a layer's input and
     output come to its groups and go by way of a copy.
     """
     if not is_backward:
-        return max((layer.input_nbytes + layer.output_nbytes for layer in visit.layers), default=0)
-    return sum(layer.input_nbytes + int(WAVES_SHARE * layer.output_nbytes) for layer in visit.layers)
+        return max((layer.input_nbytes + layer.output_nbytes for layer in layers), default=0)
+    return sum(layer.input_nbytes + int(WAVES_SHARE * layer.output_nbytes) for layer in layers)
 
 
 def _tail_blocks(job: Job, s: Schedule) -> list:
@@ -642,7 +670,7 @@ def _blocks_below_tail(job: Job, s: Schedule) -> list:
 
 def _streamed_nbytes(job: Job, s: Schedule) -> list[int]:
     """Sizes of what goes through the block buffers."""
-    blocks = [v.rest_nbytes if s.group_nbytes else v.stored_nbytes for v in _streamed_blocks(job, s)]
+    blocks = [_rest_nbytes(v, s) for v in _streamed_blocks(job, s)]
     return blocks + [job.head_stored_nbytes] * s.head_ahead
 
 
@@ -658,7 +686,7 @@ def _streamed_blocks(job: Job, s: Schedule) -> list:
 
 
 def _whole_blocks(job: Job, s: Schedule) -> int:
-    sizes = [visit.stored_nbytes for visit in _streamed_blocks(job, s)]
+    sizes = [_rest_nbytes(visit, s) for visit in _streamed_blocks(job, s)]
     return min(len(sizes), s.resident_nbytes // max(sizes)) if sizes else 0
 
 

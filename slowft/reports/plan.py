@@ -43,6 +43,8 @@ def choices(plan: Plan) -> str:
                 words.append(f"large layers of blocks by groups of {size(s.group_nbytes)}")
             else:
                 words.append(f"{s.slots} block buffer{'s' if s.slots > 1 else ''}")
+            if s.routed:
+                words.append("of experts only those that were routed to")
         if s.packed:
             words.append(f"{s.packed} more blocks held in {job.rounded_bits} bits")
         if plan.resident_blocks:

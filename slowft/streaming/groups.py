@@ -1,13 +1,15 @@
-"""A layer's weights some at a time: groups of rows, or of experts, through two buffers.
+"""A layer's weights some at a time: groups of rows, or of experts, through two buffers or as many as there is room for.
 
 Comes in: a group and the one that will be asked for next. Goes out: the group's arrays; the next is read
 meanwhile. Knows nothing of what is computed with them. Everything here is called by one thread.
 """
 
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
 import mlx.core as mx
+import numpy as np
 
 from ..models.layers import Layer
 from ..models.weights import ALIGNMENT
@@ -18,45 +20,62 @@ from ..storage.reader import ByteRange, Reader
 
 @dataclass(frozen=True)
 class Group:
-    """Entries `start` to `stop` (not included) of the first axis of a layer's matrix."""
+    """Entries of the first axis of a layer's matrix: runs of neighbours, in order."""
 
     layer: Layer
-    start: int
-    stop: int
+    runs: tuple[range, ...]
+
+    @classmethod
+    def of(cls, layer: Layer, entries: Sequence[int] | np.ndarray) -> "Group":
+        """Of these entries, sorted and distinct."""
+        runs = np.split(entries, np.flatnonzero(np.diff(entries) > 1) + 1)
+        return cls(layer, tuple(range(int(run[0]), int(run[-1]) + 1) for run in runs))
+
+    @property
+    def entries(self) -> np.ndarray:
+        return np.concatenate([np.arange(run.start, run.stop) for run in self.runs])
 
     def __len__(self) -> int:
-        return self.stop - self.start
+        return sum(map(len, self.runs))
 
 
 @dataclass
 class _Slot:
-    buffer: mx.array | None = None
-    group: Group | None = None
-    read: Future | None = None
-    places: tuple[int, ...] = ()
+    group: Group
+    buffer: mx.array
+    nbytes: int  # that the buffer was made for, without padding
+    read: Future
+    places: tuple[int, ...]
 
 
 class GroupReader:
-    """Brings groups, one ahead of the one that is in use."""
+    """Brings groups, one ahead of the one that is in use.
+
+    Attributes:
+        capacity: bytes of groups that stay in memory for as long as no others need the room (padding between their
+            parts comes on top). Two may take more.
+    """
 
     def __init__(self, reader: Reader):
+        self.capacity = 0
         self._reader = reader
-        self._slots = [_Slot(), _Slot()]
+        self._slots: list[_Slot] = []  # the one used last comes last
 
     def arrays(self, group: Group, following: Group | None) -> list[mx.array]:
         """The group's part of each of its layer's parameters, unevaluated. Starts to read `following`.
 
         They may lie in a buffer, so nobody may use them after the next call.
         """
-        slot = self._find(group) or self._start(group, self._slots[0])
-        self._slots = [other for other in self._slots if other is not slot] + [slot]  # the first is the free one
+        self.start(group)
+        slot = self._find(group)
+        self._slots = [other for other in self._slots if other is not slot] + [slot]
         try:
             self._reader.wait(slot.read)
         except BaseException:
-            slot.group = None
+            self._slots.remove(slot)
             raise
-        if following is not None and self._find(following) is None:
-            self._start(following, self._slots[0])
+        if following is not None:
+            self.start(following)
         arrays, places = [], iter(slot.places)
         for param in group.layer.params:
             raw = [slot.buffer[a : a + e.row_nbytes * len(group)] for e, a in zip(param.source.extents, places)]
@@ -64,46 +83,51 @@ class GroupReader:
         return arrays
 
     def start(self, group: Group) -> None:
-        """Begin to read what will be asked for first."""
+        """Begin to read what will be asked for first, unless it is there."""
         if self._find(group) is None:
-            self._start(group, self._slots[0])
+            places, ranges = _ranges(group)
+            padded, nbytes = max(r.at + r.nbytes for r in ranges), sum(r.nbytes for r in ranges)
+            buffer = self._free_buffer(padded, nbytes) or (read_buffer(padded), nbytes)
+            read = self._reader.submit(ranges, memoryview(buffer[0]))
+            self._slots.append(_Slot(group, *buffer, read, places))
 
     def clear(self) -> None:
         """Give the memory back, after what is being read."""
-        for slot in self._slots:
-            _settle(slot)
-        self._slots = [_Slot(), _Slot()]
+        while self._slots:
+            self._give_up_oldest()
 
     def _find(self, group: Group) -> _Slot | None:
         return next((slot for slot in self._slots if slot.group == group), None)
 
-    def _start(self, group: Group, slot: _Slot) -> _Slot:
-        _settle(slot)
-        ranges = _ranges(group)
-        nbytes = max(r.at + r.nbytes for r in ranges)
-        if slot.buffer is None or slot.buffer.nbytes < nbytes:
-            slot.buffer = None
-            slot.buffer = read_buffer(nbytes)
-        slot.group, slot.places = group, tuple(r.at for r in ranges)
-        slot.read = self._reader.submit(ranges, memoryview(slot.buffer))
-        return slot
+    def _free_buffer(self, padded: int, nbytes: int) -> tuple[mx.array, int] | None:
+        """That of the group not used for the longest; None, and room for a new one, if there is or it is too small."""
+        while len(self._slots) > 1 and self._held() + nbytes > self.capacity:
+            buffer = self._give_up_oldest()
+            if buffer[0].nbytes >= padded:
+                return buffer
+        return None
+
+    def _held(self) -> int:
+        return sum(slot.nbytes for slot in self._slots)
+
+    def _give_up_oldest(self) -> tuple[mx.array, int]:
+        """Its buffer, into which nothing is being read any more."""
+        slot = self._slots.pop(0)
+        if not slot.read.cancel():
+            slot.read.exception()
+        return slot.buffer, slot.nbytes
 
 
-def _settle(slot: _Slot) -> None:
-    """Nothing is being read into it any more."""
-    if slot.read is not None and not slot.read.cancel():
-        slot.read.exception()
-    slot.group = slot.read = None
-
-
-def _ranges(group: Group) -> list[ByteRange]:
-    """Where the group lies, extent by extent, and where it goes to."""
-    ranges: list[ByteRange] = []
+def _ranges(group: Group) -> tuple[tuple[int, ...], list[ByteRange]]:
+    """Where each of the group's extents begins in a buffer, and what of the files goes where."""
+    places, ranges = [], []
     at = 0
     for e in (e for param in group.layer.params for e in param.source.extents):
-        offset, at = e.offset + group.start * e.row_nbytes, -(-at // ALIGNMENT) * ALIGNMENT
+        offset, at = e.offset + group.runs[0].start * e.row_nbytes, -(-at // ALIGNMENT) * ALIGNMENT
         if reads_directly() and offset % getattr(mx, e.dtype).size == 0:
             at += (offset - at) % DIRECT_ALIGNMENT
-        ranges.append(ByteRange(e.file, offset, e.row_nbytes * len(group), at))
-        at += ranges[-1].nbytes
-    return ranges
+        places.append(at)
+        for run in group.runs:
+            ranges.append(ByteRange(e.file, e.offset + run.start * e.row_nbytes, e.row_nbytes * len(run), at))
+            at += ranges[-1].nbytes
+    return tuple(places), ranges

@@ -187,7 +187,7 @@ class Residency:
                 keys = {param.key for param in group.layer.params}
                 for key, array in whole.items():  # biases
                     if key not in keys and isinstance(array, mx.array) and array.shape[:1] == (group.layer.n,):
-                        module[key] = array[group.start : group.stop]
+                        module[key] = array[mx.array(group.entries)]
                 del arrays
                 try:
                     job(group)
@@ -272,6 +272,10 @@ class Residency:
                     param.clear()
 
         return self._timed(work)
+
+    def keep_groups(self, nbytes: int) -> None:
+        """From now on so many bytes of the groups that `with_groups` brought may stay in memory within a step."""
+        self._groups.capacity = nbytes
 
     def rest(self) -> None:
         """A step is over: give back the buffers that were kept for the next block's weights."""
