@@ -211,7 +211,8 @@ import sys, slowft
 from slowft.planning.job import Cut
 model = slowft.open_model(sys.argv[1]).add_lora(num_layers=-1, rank=8)
 planner = model.train().planner(*map(int, sys.argv[2:]))
-print([planner._least_of(planner._job_of(Cut())).peak_nbytes, planner.most().peak_nbytes])
+job = planner._job_of(Cut())
+print([planner._peak(job, planner._least_of(job)), planner.most().peak_nbytes])
 """
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
@@ -18,7 +19,7 @@ import pytest
 
 from conftest import LLAMA, save_random
 from slowft import platform
-from slowft.engine import budget
+from slowft.engine import budget, costs
 from slowft.engine.model import open_model, parse_nbytes
 from slowft.models.outline import outline_of_config
 from slowft.planning.job import Cut
@@ -348,6 +349,23 @@ def test_products_are_kept_by_seconds_saved_per_byte(opened):
                 assert all(kept.count(name) == streamed for name in better)
         seen |= {frozenset(kept)}
     assert frozenset({"o_proj"}) in seen and frozenset(LAYERS) in seen
+
+
+@pytest.mark.parametrize("model", ["opened", "few_trained"])
+def test_a_long_tail_counted_by_a_few_of_its_blocks_costs_what_its_whole_graph_does(model, request, monkeypatch):
+    opened = request.getfixturevalue(model)
+    engine = opened.model._engine
+    tails = [(4, None), (8, None), (8, 64)]
+    counted = opened.planner(MACHINES["usual disk"])._job_of(Cut())
+    counted = [counted.head(*tail) for tail in tails]
+    monkeypatch.setattr(costs, "REPETITIONS", 8)
+    whole = engine.on_thread(lambda: costs.Costing(engine).job(ROWS, TOKENS, 1, Cut(), 2, engine.head_may_be_cut))
+    for cost, tail in zip(counted, tails):
+        exact = whole.head(*tail)
+        assert len(exact.ops) > 500
+        for name in ("peak_nbytes", "output_nbytes", "flops", "moved_nbytes", "made_nbytes", "products"):
+            assert getattr(cost, name) == getattr(exact, name), name
+        assert Counter(cost.ops) == Counter(exact.ops)
 
 
 @pytest.mark.parametrize("n_blocks", [1, 2])

@@ -1,4 +1,4 @@
-"""What this machine can do, measured in about a second and a half.
+"""What this machine can do, measured in about a second.
 
 Comes in: the compute dtype, the model's files. Goes out: a `Machine`. Never writes, never holds more than about
 150 MB, and leaves MLX's limits as they were.
@@ -30,10 +30,13 @@ WORTH_IT = 1.05  # times as fast as with fewer in flight
 TELLING_NBYTES = 1 << 20  # less than this to read says nothing about a drive
 FUNCTION_VALUES = 1 << 20
 DEQUANTIZED_NBYTES, DEQUANTIZED_AT_ONCE = 8 << 20, 4
-PRODUCT_LENGTH, PRODUCT_FLOPS = 2048, 4 << 30  # of products that are measured: larger ones run as fast
+PRODUCT_LENGTH, PRODUCT_FLOPS = 2048, 2 << 30  # of products that are measured: larger ones run as fast
+NARROW = 64  # up to this length its own rate is measured, beyond that of the nearest power of two
+BATCHED_FLOPS = 512 << 20  # of many small products together
+PRODUCT_NBYTES = 32 << 20  # of the results of products that are measured together
 LEAST_MEASURED_SHARE = 0.003  # of a computation's seconds: the rate of products that take less is not measured
 EXPERT_NBYTES = 48 << 20  # of a matrix, at most: more than processors' caches hold
-GATHERED_NBYTES = 192 << 20  # of experts' matrices that are multiplied by at once, about
+GATHERED_NBYTES = 96 << 20  # of experts' matrices that are multiplied by at once, about
 
 
 @dataclass(frozen=True)
@@ -119,12 +122,13 @@ class Machine:
 
         Measured when it is first asked for: 512 x 1024 x 2816 reaches two thirds of what 4096^3 does, rank 8 a tenth.
         """
-        sizes = [min(n, PRODUCT_LENGTH) for n in (rows, inner, columns)]
+        sizes = [n if n <= NARROW else min(2 ** round(math.log2(n)), PRODUCT_LENGTH) for n in (rows, inner, columns)]
         while 2 * math.prod(sizes) > PRODUCT_FLOPS:
             longest = sizes.index(max(sizes))
             sizes[longest] = -(-sizes[longest] // 2)
-        batches = max(1, min(batches, PRODUCT_FLOPS // (2 * math.prod(sizes))))
         dtype = getattr(mx, self.compute_dtype or "float32")
+        most = min(BATCHED_FLOPS // (2 * math.prod(sizes)), PRODUCT_NBYTES // (sizes[0] * sizes[2] * dtype.size))
+        batches = max(1, min(batches, most))
         return _matmul_s_per_flop(batches, *sizes, a_transposed, b_transposed, dtype)
 
     def quantize_s_per_byte(self, bits: int, group_size: int) -> float:
@@ -134,7 +138,7 @@ class Machine:
         return _quantize_s_per_byte(bits, group_size, getattr(mx, self.compute_dtype))
 
 
-def measure(compute_dtype: mx.Dtype, files: Sequence[str], seconds: float = 1.5) -> Machine:
+def measure(compute_dtype: mx.Dtype, files: Sequence[str], seconds: float = 1.0) -> Machine:
     """Measure this machine on MLX's default device.
 
     Args:
@@ -215,7 +219,7 @@ def _gather_mm_s_per_byte(rows: int, columns: int, is_transposed: bool, dtype: m
     rows = min(rows, max(1, largest // columns))
     shape = (2, columns, rows) if is_transposed else (2, rows, columns)
     matrices = _ones(shape, dtype)
-    n = min(max(GATHERED_NBYTES // (2 * rows * columns * dtype.size), 2), 8)  # rows for each of two experts
+    n = min(max(GATHERED_NBYTES // (2 * rows * columns * dtype.size), 1), 8)  # rows for each of two experts
     x = mx.ones((2 * n, 1, rows), dtype)
     of_expert = mx.array([0] * n + [1] * n)
     mx.eval(x, of_expert)

@@ -196,11 +196,12 @@ class Planner:
             least: what fits certainly, if that is not whole blocks, one at a time.
         """
         limit = float("inf") if memory is None else memory
-        plan = self._everything(job, limit) if least is None else None
+        everything = self._everything(job, limit) if least is None else None
+        plan = everything if everything is not None and everything.schedule.cache_nbytes else None
         bases = self._bases if least is None else self._bases_by_groups
         while plan is None:
             candidates = [plan for base in bases(job, limit) for plan in self._filled(job, base, limit)]
-            fitting = [plan for plan in candidates if plan.peak_nbytes <= limit]
+            fitting = [plan for plan in [everything, *candidates] if plan is not None and plan.peak_nbytes <= limit]
             chosen = min(fitting, key=lambda plan: plan.step_s).schedule if fitting else least or self._least_of(job)
             plan = self.predict(job, chosen, limit=limit)
             if memory is not None and plan.peak_nbytes > memory:  # a long tail was underestimated
@@ -215,7 +216,7 @@ class Planner:
         _, phases = self._phases(job, s, True)
         head = phases.pop(("head", 0))["computing"]
         work = max(phase["computing"] for phase in phases.values())
-        left = min(memory - plan.peak_nbytes, max(head, work))
+        left = min(memory - plan.peak_nbytes, max(head, work)) if s.tail < len(job.visits) else 0
         peak, parts = plan.peak_nbytes + left, {**plan.parts, "buffer cache": plan.parts.get("buffer cache", 0) + left}
         schedule = replace(
             s,
