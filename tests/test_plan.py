@@ -143,6 +143,13 @@ EXPERTS = {
     "num_experts_per_tok": 2,
     "vocab_size": 1024,
 }
+
+
+def order_of_sums(plan) -> tuple:
+    s = plan.schedule
+    return s.rows, s.mlp_tokens, s.attention_queries, bool(s.group_nbytes)
+
+
 DENSE = SMALL | {"num_hidden_layers": 3, "hidden_size": 1024, "intermediate_size": 14336}
 
 
@@ -160,7 +167,11 @@ def test_more_memory_is_never_slower_whatever_is_done_with_it(config, dtype, tmp
                     plans = [planner.choose(memory) for memory in budgets(planner, n=60)]
                 for plan, larger in zip(plans, plans[1:]):
                     assert plan.peak_nbytes <= plan.memory
-                    assert larger.step_s <= plan.step_s * 1.001
+                    # sums keep their order as soon as that fits, if it can be hidden that blocks are read
+                    if order_of_sums(plan) == order_of_sums(larger) or (
+                        dtype == "native" and larger.schedule.slots == 1
+                    ):
+                        assert larger.step_s <= plan.step_s * 1.001
                 assert {bool(plan.schedule.group_nbytes) for plan in plans} == {True, False}
         finally:
             opened.model.close()
@@ -359,6 +370,7 @@ def test_a_long_tail_counted_by_a_few_of_its_blocks_costs_what_its_whole_graph_d
     counted = opened.planner(MACHINES["usual disk"])._job_of(Cut())
     counted = [counted.head(*tail) for tail in tails]
     monkeypatch.setattr(costs, "REPETITIONS", 8)
+    engine.find_layers()
     whole = engine.on_thread(lambda: costs.Costing(engine).job(ROWS, TOKENS, 1, Cut(), 2, engine.head_may_be_cut))
     for cost, tail in zip(counted, tails):
         exact = whole.head(*tail)

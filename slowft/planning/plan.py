@@ -121,8 +121,8 @@ class Planner:
         """The fastest plan within `memory` bytes; None if there is none.
 
         The work is cut only as far as it must be, because smaller pieces change the order of sums. Blocks are brought
-        by groups of their layers, and read up to three times, only where whole ones do not fit with the work uncut.
-        Except where that would be slower than what has to be done with less memory: then it is done that way.
+        by groups of their layers, and read up to three times, only where whole ones do not fit with the work uncut; or
+        where no whole one is read while another computes, and that is slower than what is done with less memory.
         """
         if memory is None:
             return self.most()
@@ -135,10 +135,11 @@ class Planner:
             if (by_groups := self._first_that_fits(cuts, self._least_by_groups, memory)) is not None:
                 least = max(least, self._peak(*by_groups))
                 plans.append(self._best(by_groups[0], memory, by_groups[1]))
-        # with more, all that a plan for less memory keeps has room beside the larger pieces
-        if plans and memory < 2 * least - self.least().peak_nbytes and (less := self.choose(least - 1)) is not None:
-            plans.append(replace(less, memory=memory))
-        return min(plans, key=lambda plan: plan.step_s, default=None)
+        best = min(plans, key=lambda plan: plan.step_s, default=None)
+        if best is None or _overlaps(best.job, best.schedule) or best.schedule.tail == len(best.job.visits):
+            return best
+        less = self.choose(least - 1)
+        return best if less is None or less.step_s >= best.step_s else replace(less, memory=memory)
 
     def _first_that_fits(
         self, cuts: list[Cut], least_of: Callable[[Job], Schedule | None], memory: int
@@ -216,13 +217,13 @@ class Planner:
         _, phases = self._phases(job, s, True)
         head = phases.pop(("head", 0))["computing"]
         work = max(phase["computing"] for phase in phases.values())
-        left = min(memory - plan.peak_nbytes, max(head, work)) if s.tail < len(job.visits) else 0
+        left = min(memory - plan.peak_nbytes, max(head, work)) if _is_simple(s) and s.tail < len(job.visits) else 0
         peak, parts = plan.peak_nbytes + left, {**plan.parts, "buffer cache": plan.parts.get("buffer cache", 0) + left}
         schedule = replace(
             s,
             active_nbytes=max(memory - self._base - _cache_nbytes(job, s), 1 << 20),
-            total_nbytes=peak - plan.parts["slack"] - self._base,
-            workspace_nbytes=int(AHEAD_SHARE * work) + _group(job, s)[1],
+            total_nbytes=peak - plan.parts["slack"] - self._base if _is_simple(s) else 0,
+            workspace_nbytes=int(AHEAD_SHARE * work),
             head_workspace_nbytes=int(AHEAD_SHARE * head) + (0 if s.keep_head else job.head_compute_nbytes),
             head_reuses_blocks=s.tail >= LONG_TAIL,
             reads_in_flight=self.machine.reads_in_flight,
@@ -367,8 +368,7 @@ class Planner:
         bandwidth = self.machine.read_bytes_per_s or float("inf")
         blocks_s = (read - head_read - on_demand + written) / bandwidth
         write_s = written / (self.machine.write_bytes_per_s or bandwidth)
-        overlaps = schedule.slots > 1 or all(visit.is_copied for visit in job.visits)
-        step = (max if overlaps else sum)((compute, blocks_s + write_s)) + head_read / bandwidth
+        step = (max if _overlaps(job, schedule) else sum)((compute, blocks_s + write_s)) + head_read / bandwidth
         step += on_demand / (ON_DEMAND_RATE * bandwidth)  # hidden behind nothing, as far as this knows
         both = read + written
         seconds = compute, both / bandwidth + write_s, step
@@ -391,6 +391,8 @@ class Planner:
         if limit < float("inf"):
             within = (limit - SLACK_NBYTES + SLACK_SHARE * self._base) / (1 + SLACK_SHARE)
             most = max(most, int(within) - sum(fixed.values()))
+        if not _is_simple(s):
+            return dict.fromkeys(phases, s.cache_nbytes or 0)
         ahead = {key: int((AHEAD_SHARE - 1) * phase["computing"]) for key, phase in phases.items()}
         return {
             key: max(s.cache_nbytes or 0, most - total + phases[key]["buffer cache"] - ahead[key])
@@ -578,6 +580,16 @@ class Planner:
 def _up(nbytes: int) -> str:
     """As an amount of memory that is enough: rounded up, always by something, as 2.01 x 1e9 is less than 2010000000."""
     return f"{(nbytes // 10**7 + 1) / 100:.2f}GB"
+
+
+def _overlaps(job: Job, s: Schedule) -> bool:
+    """Whether a block is read while another computes: beside it, or where bytes are copied out of their buffer."""
+    return s.slots > 1 or all(visit.is_copied for visit in job.visits)
+
+
+def _is_simple(s: Schedule) -> bool:
+    """Whether what a step holds is known well enough to give all that it leaves to freed buffers."""
+    return not (s.spilled or s.routed or s.group_nbytes or s.mlp_tokens)
 
 
 def _as_schedule(cut: Cut) -> dict:
