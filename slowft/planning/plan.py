@@ -222,7 +222,8 @@ class Planner:
         schedule = replace(
             s,
             active_nbytes=max(memory - self._base - _cache_nbytes(job, s), 1 << 20),
-            total_nbytes=peak - plan.parts["slack"] - self._base if _is_simple(s) else 0,
+            # twice the slack: what freed buffers take must never be what breaks the ceiling
+            total_nbytes=peak - 2 * plan.parts["slack"] - self._base if _is_simple(s) else 0,
             workspace_nbytes=int(AHEAD_SHARE * work),
             head_workspace_nbytes=int(AHEAD_SHARE * head) + (0 if s.keep_head else job.head_compute_nbytes),
             head_reuses_blocks=s.tail >= LONG_TAIL,
