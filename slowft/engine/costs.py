@@ -327,7 +327,7 @@ def signature(unit: Unit) -> str:
 
 def _setting(name: str, value: Any) -> Any:
     """Of a block's number, only whether it is the first counts: mlx-lm's blocks ask for no more."""
-    if name == "layer_idx":
+    if name == "layer_idx" and isinstance(value, int):
         return value > 0
     return value if isinstance(value, (int, float, str)) else None
 

@@ -88,8 +88,9 @@ class Planner:
         self._seconds_of: dict[int, float] = {}  # by id of the cost
         self._candidates_of: dict[int, list] = {}  # by id of the job
         self._rows, self._tokens = rows, tokens
+        # of this planner alone: a cache of the class would keep it, and its model's adapter, for good
+        self.least, self.choose = functools.cache(self.least), functools.cache(self.choose)
 
-    @functools.cache  # noqa: B019 (a planner lives as long as it is asked)
     def least(self) -> Plan:
         """The plan that takes the least memory of all."""
         cuts = self._cuts()
@@ -116,7 +117,6 @@ class Planner:
             "--batch-size or --max-seq-length smaller"
         )
 
-    @functools.cache  # noqa: B019
     def choose(self, memory: int | None) -> Plan | None:
         """The fastest plan within `memory` bytes; None if there is none.
 
