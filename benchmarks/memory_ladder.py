@@ -1,16 +1,18 @@
 """Step time, bytes read and the kernel's peak against the memory that is given, from the least to everything.
 
-python benchmarks/memory_ladder.py                      # the 1.1 B Llama shape, 4x128 tokens: about 15 minutes
+python benchmarks/memory_ladder.py                      # the 1.1 B Llama shape, 4x128 tokens: about 20 minutes
 python benchmarks/memory_ladder.py --layers 8 --rungs 4
 
-Each rung runs in a cgroup of just the planned size, where one can be made. Writes JSON and a plot to
-benchmarks/results/ (pip install matplotlib).
+Each rung runs in a cgroup of just the planned size, where one can be made. All are run in turns, `--rounds` times,
+planned on one measurement of the machine, and medians told; only the first and slowest rung is run once. Writes JSON
+and a plot to benchmarks/results/ (pip install matplotlib).
 """
 
 import argparse
 import datetime
 import json
 import platform
+import statistics
 import tempfile
 from pathlib import Path
 
@@ -22,16 +24,27 @@ RESULTS = Path(__file__).parent / "results"
 SHAPE = SHAPES["llama-1b"]
 
 
-def climb(directory: Path, rungs: int, **job) -> list[dict]:
+def climb(directory: Path, rungs: int, rounds: int, **job) -> list[dict]:
     """Measurements at budgets in equal ratios, from the least to what holds everything."""
     ends = plans(directory, **job)
     least, most = int(ends["least"] * 1.01), int(ends["most"] * 1.02)
-    results = []
-    for i in range(rungs):
-        memory = int(least * (most / least) ** (i / (rungs - 1)))
-        results.append(measure(directory, memory, **job))
-        print(describe(results[-1]), flush=True)
-    return results
+    results: list[list[dict]] = [[] for _ in range(rungs)]
+    for i in range(rounds):
+        for number, of_rung in enumerate(results):
+            if i == 0 or number > 0:
+                memory = int(least * (most / least) ** (number / (rungs - 1)))
+                of_rung.append(measure(directory, memory, **job))
+                print(describe(of_rung[-1]), flush=True)
+    return [_together(of_rung) for of_rung in results]
+
+
+def _together(runs: list[dict]) -> dict:
+    """The last of the runs, with the median of their steps and the highest of their peaks."""
+    steps = [run["measured"]["step_s"] for run in runs]
+    peak = max(run["measured"]["peak_nbytes"] for run in runs)
+    kernel = [run["kernel_peak_nbytes"] for run in runs]
+    measured = runs[-1]["measured"] | {"step_s": statistics.median(steps), "peak_nbytes": peak, "steps_s": steps}
+    return runs[-1] | {"measured": measured, "kernel_peak_nbytes": max(kernel) if all(kernel) else None}
 
 
 def describe(rung: dict) -> str:
@@ -82,12 +95,16 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--steps", type=int, default=1, help="steps measured, after one that is not")
     parser.add_argument("--rungs", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--model", help="a model directory, instead of a random one")
     args = parser.parse_args()
     job = {"rows": args.rows, "tokens": args.tokens, "steps": args.steps}
     with tempfile.TemporaryDirectory() as scratch:
         model = args.model or write_random(Path(scratch) / "m", SHAPE | {"num_hidden_layers": args.layers})
-        rungs = climb(Path(model), args.rungs, **job)
+        rungs = climb(Path(model), args.rungs, args.rounds, machine_file=str(Path(scratch) / "machine"), **job)
+        print("\nMedians of the steps, highest peaks:")
+        for rung in rungs:
+            print(describe(rung))
     today = datetime.date.today().isoformat()
     shape = f"{args.layers} blocks of 2048/5632" if args.model is None else args.model
     machine = f"{platform.machine()} {platform.system()}, MLX on the CPU" if platform.system() == "Linux" else "macOS"

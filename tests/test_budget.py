@@ -451,3 +451,15 @@ def test_peak_memory_is_as_predicted(shape, config, memory, disk, request):
     tail = said["schedule"]["tail"]
     assert (tail == config["num_hidden_layers"]) == (memory == 2_000_000_000)
     assert 0.9 * said["predicted"] <= max(said["peaks"]) <= 1.05 * said["predicted"]
+
+
+def test_ordinary_training_keeps_to_its_memory_too(disk):
+    """Few blocks and long rows: most freed buffers find no use of just their size."""
+    if reason := cgroup.why_unavailable():
+        must_run(reason)
+    directory = save_random(disk / "ordinary", MEDIUM | {"num_hidden_layers": 2}, mx.bfloat16)
+    shape = 4, 512, 1
+    memory = run(directory, 2_000_000_000, shape)["predicted"]
+    said = run_within(memory, directory, shape, steps=4)
+    assert said["schedule"]["tail"] == 2
+    assert 0.9 * said["predicted"] <= max(said["peaks"])

@@ -112,8 +112,11 @@ class Budget:
         return later, later is not None and pays(self._planner, plan, later, first_steps, later_steps)
 
     def after_step(self, peak_nbytes: int) -> None:
-        """Take note of the most that a step really took, and plan anew if that is more than the ceiling."""
-        if self.plan is None or self.memory is None or peak_nbytes <= self.memory:
+        """Take note of the most that a step really took: keep more, or plan anew if that is more than the ceiling."""
+        if self.plan is None or self.memory is None:
+            return
+        if peak_nbytes <= self.memory:
+            self._engine.reuse_more(self.plan.peak_nbytes - self.plan.parts["slack"] // 2 - peak_nbytes)
             return
         self._base_nbytes += peak_nbytes - self.plan.peak_nbytes
         plan = self.planner(*self._shape).choose(self.memory)

@@ -595,6 +595,10 @@ class Engine:
             mx.set_cache_limit(schedule.cache_nbytes)
         mx.set_memory_limit(schedule.active_nbytes or usual_limits()[0])
 
+    def reuse_more(self, nbytes: int) -> None:
+        """The last step left so many bytes of its memory: freed buffers may take them in the next."""
+        self._residency.reuse.raise_by(nbytes)
+
     @property
     def _first_tail(self) -> int:
         """The first visit of the tail, which begins no lower than where stored activations go in."""

@@ -10,10 +10,12 @@ copies first (mlx/backend/common, mlx/backend/cpu) are replayed on shapes and st
 the same and the rules are close; its fused primitives count by their outputs.
 """
 
+import bisect
 import functools
 import gc
 import io
 import math
+import mmap
 import os
 import re
 from collections import Counter
@@ -29,6 +31,7 @@ MAX_WIDTH = int(os.environ.get("MLX_BFS_MAX_WIDTH", 20))
 # mlx/transforms.cpp and backend/cpu/encoder.h: the thread that schedules is at most 10 tasks of 10 dispatches ahead
 # of the one that computes. A buffer which something not yet computed reads is not donated.
 DISPATCHES_AHEAD = 110
+TIMES_OVER = 3  # after which no more buffers are made
 DONATION_EXTRA_NBYTES = 16384  # mlx/backend/common/utils.h, is_donatable
 
 
@@ -45,6 +48,8 @@ class Cost:
             inputs of the function and arrays that it captured (weights) are not counted. It is what the
             process's resident memory rises by while MLX's buffer cache hands nothing back.
         output_nbytes: bytes of buffers that the outputs keep.
+        reserved_nbytes: what it takes, done again and again, if MLX keeps every buffer that is freed: more than the
+            peak, as it hands a buffer out again only for nearly its size.
         flops: floating point operations of matrix products, convolutions and fused attention; a multiply-add
             is two.
         moved_nbytes: bytes read and written by every operation that is not a view.
@@ -66,6 +71,7 @@ class Cost:
     products: dict[tuple[int, int, int, int, bool, bool], tuple[int, float]] = field(default_factory=dict, repr=False)
     gathered: dict[tuple[int, int, bool], int] = field(default_factory=dict)
     made_nbytes: int = 0
+    reserved_nbytes: int = 0
 
     @property
     def work(self) -> tuple[list, list, list]:
@@ -84,7 +90,9 @@ class Cost:
             gathered[kind] = gathered.get(kind, 0) + times * (nbytes - shorter.gathered.get(kind, 0))
         names = ("peak_nbytes", "output_nbytes", "flops", "moved_nbytes", "made_nbytes")
         sizes = {n: getattr(self, n) + times * (getattr(longer, n) - getattr(shorter, n)) for n in names}
-        return Cost(**sizes, ops=self.ops + times * added, products=products, gathered=gathered)
+        reserved = sizes["peak_nbytes"] + self.reserved_nbytes - self.peak_nbytes  # what is added has the same sizes
+        work = {"ops": self.ops + times * added, "products": products, "gathered": gathered}
+        return Cost(**sizes, **work, reserved_nbytes=reserved)
 
 
 def cost(function: Callable, *args, in_part: bool = False) -> Cost:
@@ -531,6 +539,7 @@ class _Evaluation:
         self.outputs = outputs
         self.live_nbytes = self.temporary_nbytes = self.peak_nbytes = 0
         self.dispatches = 0
+        self._sizes: list[int] = []  # of buffers in the order in which they are made (> 0) and let go (< 0)
         self._figures: dict[_Op, tuple[int, int, int, float] | None] = {}  # of each operation, in order
 
     def run(self) -> Cost:
@@ -568,6 +577,7 @@ class _Evaluation:
             made_nbytes=sum(
                 out.size * out.itemsize for op in order if self._figures[op] is not None for out in op.outputs
             ),
+            reserved_nbytes=max(self.peak_nbytes, _reserved_nbytes(self._sizes)),
         )
 
     def _step(self, op: _Op) -> tuple[int, int, int, float] | None:
@@ -598,6 +608,7 @@ class _Evaluation:
             array.buffer.arrays -= 1
             if array.buffer.arrays == 0:
                 self.live_nbytes -= array.buffer.nbytes
+                self._sizes.append(-array.buffer.nbytes)
             array.buffer = None
 
     def allocate(self, out: _Array, like: _Array | None = None) -> None:
@@ -607,6 +618,7 @@ class _Evaluation:
         out.buffer = _Buffer(out.data_size * out.itemsize)
         out.buffer.arrays = 1
         self.live_nbytes += out.buffer.nbytes
+        self._sizes.append(out.buffer.nbytes)
 
     def share(self, out: _Array, array: _Array) -> None:
         """The buffer of another array."""
@@ -616,6 +628,7 @@ class _Evaluation:
 
     def use_temporary(self, nbytes: int) -> None:
         self.temporary_nbytes += nbytes
+        self._sizes += [nbytes, -nbytes]
         self.dispatches += 1
 
     def is_unused(self, array: _Array) -> bool:
@@ -647,6 +660,32 @@ class _Evaluation:
             self.donate(array, out)
         else:
             self.allocate(out, like=array)
+
+
+def _reserved_nbytes(sizes: Sequence[int]) -> int:
+    """What buffers that are made and let go in this order take in all, every time over, if none is given back.
+
+    `BufferCache` in mlx/backend/common/buffer_cache.h: the smallest that suffices, if that is not much larger.
+    """
+    cached: list[int] = []
+    reserved = 0
+    for _ in range(TIMES_OVER):
+        given: dict[int, list[int]] = {}  # size asked for -> sizes of the buffers
+        for nbytes in sizes:
+            if nbytes > 0:
+                at = bisect.bisect_left(cached, nbytes)
+                if at < len(cached) and cached[at] < min(2 * nbytes, nbytes + 2 * mmap.PAGESIZE):
+                    buffer = cached.pop(at)
+                else:
+                    buffer = nbytes
+                    reserved += nbytes
+                given.setdefault(nbytes, []).append(buffer)
+            elif nbytes < 0:
+                bisect.insort(cached, given[-nbytes].pop())
+        for buffers in given.values():  # the outputs go too
+            for buffer in buffers:
+                bisect.insort(cached, buffer)
+    return reserved
 
 
 # --- Primitives -----------------------------------------------------------------------------------

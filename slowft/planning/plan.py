@@ -24,7 +24,9 @@ SLACK_SHARE = 0.03
 # of what computing takes: a buffer that MLX hands out again ahead of time is in memory already, a new one is not yet
 AHEAD_SHARE = 1.3
 LONG_TAIL = 2  # visits, from which on what the head and its tail make is mostly what blocks make
-MISFIT_SHARE = 0.35  # of buffers kept over steps that find no use of just their size (8 blocks: 0.34 of 0.94 GB)
+# of freed buffers that find no use of just their size when all blocks are one graph, what is planned for: as there are
+# two streams they are 0.9 to 2.1 times what the graph shows
+MISFIT_SHARES = (2, 1, 0)
 PIECES_MARGIN = 1.12  # what computing in pieces takes more than its graph shows (8,192 tokens: 23 of 250 MB)
 GROUPS = (256 << 20, 128 << 20, 64 << 20, 32 << 20, 16 << 20)  # bytes of a layer at once, to choose from
 WAVES_SHARE = 0.25  # of layers' outputs, which a pass by groups holds beyond what its graph shows
@@ -198,7 +200,7 @@ class Planner:
         """
         limit = float("inf") if memory is None else memory
         everything = self._everything(job, limit) if least is None else None
-        plan = everything if everything is not None and everything.schedule.cache_nbytes else None
+        plan = everything if everything is not None and everything.schedule.cache_most_nbytes else None
         bases = self._bases if least is None else self._bases_by_groups
         while plan is None:
             candidates = [plan for base in bases(job, limit) for plan in self._filled(job, base, limit)]
@@ -221,7 +223,7 @@ class Planner:
         peak, parts = plan.peak_nbytes + left, {**plan.parts, "buffer cache": plan.parts.get("buffer cache", 0) + left}
         schedule = replace(
             s,
-            active_nbytes=max(memory - self._base - _cache_nbytes(job, s), 1 << 20),
+            active_nbytes=max(memory - self._base - (s.cache_nbytes or 0), 1 << 20),
             # twice the slack: what freed buffers take must never be what breaks the ceiling
             total_nbytes=peak - 2 * plan.parts["slack"] - self._base if _is_simple(s) else 0,
             workspace_nbytes=int(AHEAD_SHARE * work),
@@ -236,13 +238,16 @@ class Planner:
         if not _has_tail(job):
             return None
         tail = len(job.visits)
-        for head_tokens, share in itertools.product((None, HEAD_TOKENS[-1]), (1, 0)):
+        for head_tokens, share in itertools.product((None, HEAD_TOKENS[-1]), MISFIT_SHARES):
+            computing = self._head(job, tail, head_tokens, False)[0]
+            of_two = job.head(min(2, tail), head_tokens)  # a longer one has more of the same sizes
             schedule = Schedule(
                 slots=1,
                 tail=tail,
                 keep_head=True,
                 head_tokens=head_tokens,
-                cache_nbytes=int(share * self._head(job, tail, head_tokens, False)[0]),
+                cache_nbytes=min(int(share * (of_two.reserved_nbytes - of_two.peak_nbytes)), computing),
+                cache_most_nbytes=computing if share == MISFIT_SHARES[0] else 0,
                 **_as_schedule(job.cut),
             )
             if self._peak(job, schedule, False) <= limit:
@@ -396,7 +401,7 @@ class Planner:
             return dict.fromkeys(phases, s.cache_nbytes or 0)
         ahead = {key: int((AHEAD_SHARE - 1) * phase["computing"]) for key, phase in phases.items()}
         return {
-            key: max(s.cache_nbytes or 0, most - total + phases[key]["buffer cache"] - ahead[key])
+            key: max(s.cache_nbytes or 0, s.cache_most_nbytes, most - total + phases[key]["buffer cache"] - ahead[key])
             for key, total in totals.items()
         }
 
@@ -423,7 +428,7 @@ class Planner:
             "trace": trace,
             "groups of layers": buffers,
         }
-        cache = _cache_nbytes(job, s)
+        cache = s.cache_nbytes or 0
         names = s.kept + ((),) * (n - len(s.kept))
         kept = [
             sum(p.nbytes for p in v.products if p.name in chosen) * m if chosen else 0
@@ -619,11 +624,6 @@ def _fresh_share(cache_nbytes: int, nbytes: int) -> float:
 def _workspace(job: Job) -> int:
     """Bytes that computing a block takes at most."""
     return max(max(v.forward.peak_nbytes, v.backward.peak_nbytes if v.backward else 0) for v in job.visits)
-
-
-def _cache_nbytes(job: Job, s: Schedule) -> int:
-    """What MLX's cache takes: of a tail alone only what finds no use in the next step, which takes up the rest."""
-    return int((MISFIT_SHARE if s.tail == len(job.visits) else 1) * (s.cache_nbytes or 0))
 
 
 def _slots_by_groups(job: Job) -> int:

@@ -33,13 +33,18 @@ class Reuse:
 
     def __init__(self, schedule: Schedule):
         self._schedule = schedule
+        self._least = schedule.cache_nbytes
         self._was_head = False
+
+    def raise_by(self, nbytes: int) -> None:
+        """Keep so many bytes more from the next step on, which takes at most so much more than the last one."""
+        self._least = max(self._least, min(self._least + nbytes, self._schedule.cache_most_nbytes))
 
     def around(self, job: Callable[[], Any], is_head: bool = False) -> Any:
         """`job()`, with as much kept as leaves it room."""
         s = self._schedule
         grows = s.head_workspace_nbytes if is_head else s.workspace_nbytes
-        limit = max(s.cache_nbytes, s.total_nbytes - mx.get_active_memory() - grows)
+        limit = max(self._least, s.total_nbytes - mx.get_active_memory() - grows)
         if is_head != self._was_head and not s.head_reuses_blocks:  # what is kept is of sizes that nobody will ask for
             mx.set_cache_limit(max(0, limit - grows))
         self._was_head = is_head
@@ -54,7 +59,7 @@ class Reuse:
         """
         s = self._schedule
         left = s.total_nbytes - (mx.get_active_memory() - nbytes) - wanted_nbytes
-        limit = max(s.cache_nbytes + (nbytes if are_alike else 0), left)
+        limit = max(self._least + (nbytes if are_alike else 0), left)
         cached = mx.get_cache_memory()
         if are_alike or not s.head_reuses_blocks or cached + nbytes <= limit:
             mx.set_cache_limit(max(0, limit - nbytes))
