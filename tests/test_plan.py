@@ -57,8 +57,8 @@ MACHINES = {
 class Opened:
     """A model with LoRA on its last `num_layers` blocks, and planners for it that share what they know of its jobs."""
 
-    def __init__(self, directory: Path, num_layers: int = -1, compute_dtype: str | None = None):
-        self.model = open_model(directory, compute_dtype=compute_dtype).add_lora(num_layers)
+    def __init__(self, directory: Path, num_layers: int = -1, compute_dtype: str | None = None, keys=None):
+        self.model = open_model(directory, compute_dtype=compute_dtype).add_lora(num_layers, keys=keys)
         self.jobs: dict[tuple, Callable] = {}
 
     def planner(self, machine, rows=ROWS, tokens=TOKENS, micro_batches=1, base=BASE) -> Planner:
@@ -378,6 +378,26 @@ def test_a_long_tail_counted_by_a_few_of_its_blocks_costs_what_its_whole_graph_d
         for name in ("peak_nbytes", "output_nbytes", "flops", "moved_nbytes", "made_nbytes", "products"):
             assert getattr(cost, name) == getattr(exact, name), name
         assert Counter(cost.ops) == Counter(exact.ops)
+
+
+@pytest.mark.parametrize("keys", [None, ["self_attn.q_proj", "lm_head"]], ids=["blocks", "head too"])
+def test_a_head_counted_by_a_few_of_its_chunks_costs_what_all_of_them_do(keys, tmp_path, monkeypatch):
+    opened = Opened(save_random(tmp_path / "m", LLAMA | {"num_hidden_layers": 3}), keys=keys)
+    engine = opened.model._engine
+    counted = opened.planner(MACHINES["usual disk"], rows=3, tokens=100)._job_of(Cut())
+    heads = [(0, 16), (2, 16), (2, 32)]  # 300 tokens: the last chunk is smaller
+    counted = [counted.head(*head) for head in heads]
+    monkeypatch.setattr(costs, "CHUNKS", 1000)
+    whole = engine.on_thread(lambda: costs.Costing(engine).job(3, 100, 1, Cut(), 2, engine.head_may_be_cut))
+    for cost, head in zip(counted, heads):
+        exact = whole.head(*head)
+        assert (cost.flops, cost.products) == (exact.flops, exact.products)
+        assert cost.peak_nbytes == pytest.approx(exact.peak_nbytes, rel=0.01)
+        assert cost.reserved_nbytes == pytest.approx(exact.reserved_nbytes, rel=0.01)
+        assert cost.moved_nbytes == pytest.approx(exact.moved_nbytes, rel=0.02)
+        seconds = [MACHINES["usual disk"].seconds(*c.work) for c in (cost, exact)]
+        assert seconds[0] == pytest.approx(seconds[1], rel=0.02)
+    opened.model.close()
 
 
 @pytest.mark.parametrize("n_blocks", [1, 2])

@@ -7,6 +7,7 @@ weights and computes nothing.
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -26,6 +27,7 @@ from .pieces import Pieces, ordering_by_sums
 
 LONGEST_PERIOD = 8  # of blocks that alternate
 REPETITIONS = 2  # of it that a long tail's graph is made with
+CHUNKS = 4  # of tokens that the head's graph is made with
 
 
 class Costing:
@@ -247,6 +249,7 @@ class Costing:
             wrt = [i for i, (a, w) in enumerate(zip([*arrays, *params], wanted)) if w and a.dtype in FLOATS]
             chunk = head_tokens or usual_chunk(vocab_size)
             chunk = chunk if in_chunks and chunk < rows * tokens else None
+            n_chunks = -(-rows * tokens // chunk) if chunk else 1
 
             def run_tail(values: list[mx.array]) -> Any:
                 return tail.run(values, self._model, self._running_part, (rows, tokens))
@@ -255,14 +258,23 @@ class Costing:
                 with self._running_part(HeadPart(self._cut, hidden, lambda unit: None)):
                     return self._model(mx.zeros((n_rows, n_tokens), mx.int32))
 
-            loss = HeadLoss(run_tail, logits, targets, mask, total, tail.entries, self._outside, chunk)
+            def of_chunks(n: int | None) -> Cost:
+                loss = HeadLoss(run_tail, logits, targets, mask, total, tail.entries, self._outside, chunk, n)
 
-            def function(values, param_values):
-                with self._as_computed(cut):
-                    return loss.loss_and_grads(values, param_values, wrt)
+                def function(values, param_values):
+                    with self._as_computed(cut):
+                        return loss.loss_and_grads(values, param_values, wrt)
+
+                return self._on_thread(lambda: cost(function, arrays, params, in_part=True))
 
             try:
-                return self._on_thread(lambda: cost(function, arrays, params, in_part=True))
+                if n_chunks <= CHUNKS:
+                    return of_chunks(None)
+                shown = of_chunks(CHUNKS)
+                whole = shown.lengthened(shown, of_chunks(CHUNKS - 1), n_chunks - CHUNKS)
+                # what chunks leave is in the graph of all of them, and no chunk computes while another does
+                same = ("peak_nbytes", "output_nbytes", "reserved_nbytes")
+                return replace(whole, **{name: getattr(shown, name) for name in same})
             finally:
                 for (owner, key), value in zip(entries, params):
                     owner[key] = value

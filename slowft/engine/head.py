@@ -52,6 +52,8 @@ class HeadLoss:
         tail_entries, head_entries: (owner, key) of the adapters' arrays in the tail and outside the blocks; `params`
             are their values, in this order.
         chunk_tokens: the most tokens whose logits may exist at once; None computes all at once.
+        chunks_shown: only of so many chunks, a whole one and the last among them, is it computed what they leave; of
+            the others it is zeros. For plans, which need no more of the graph.
     """
 
     def __init__(
@@ -64,11 +66,12 @@ class HeadLoss:
         tail_entries: Sequence[tuple[Any, Any]],
         head_entries: Sequence[tuple[Any, Any]],
         chunk_tokens: int | None,
+        chunks_shown: int | None = None,
     ):
         self._tail, self._head = tail, head
         self._targets, self._mask, self._total = targets, mask, total
         self._tail_entries, self._head_entries = list(tail_entries), list(head_entries)
-        self._chunk_tokens = chunk_tokens
+        self._chunk_tokens, self._chunks_shown = chunk_tokens, chunks_shown
 
     def loss(self, arrays: list[mx.array], params: Sequence[mx.array]) -> mx.array:
         """The loss, unevaluated."""
@@ -108,6 +111,7 @@ class HeadLoss:
         """
         counted = np.flatnonzero(np.asarray(self._mask))  # padding and prompts cost nothing
         chunks = [counted[i : i + self._chunk_tokens] for i in range(0, len(counted), self._chunk_tokens)]
+        first_hidden, last_hidden = (self._chunks_shown or len(chunks)) - 1, len(chunks) - 1
         targets, shape = self._targets.reshape(-1), hidden.shape
 
         def losses(h: mx.array, params: Sequence[mx.array], tokens: mx.array) -> mx.array:
@@ -125,9 +129,14 @@ class HeadLoss:
             of_tokens: list[mx.array] = []
             of_hidden: list[mx.array] = []
             of_params: list[mx.array] = []
-            for chunk in chunks:
+            for i, chunk in enumerate(chunks):
                 tokens = mx.array(chunk)
-                h = after(flat[tokens], [*of_tokens[-1:], *of_hidden[-1:], *of_params])  # one chunk after the other
+                before = [*of_tokens[-1:], *of_hidden[-1:], *of_params]  # one chunk after the other
+                if first_hidden <= i < last_hidden:
+                    of_tokens.append(after(mx.zeros((len(chunk),)), before))
+                    of_hidden.append(after(mx.zeros((len(chunk), shape[-1]), hidden.dtype), before))
+                    continue
+                h = after(flat[tokens], before)
                 if not gradients:
                     of_tokens.append(losses(h, params, tokens))
                     continue

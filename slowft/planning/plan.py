@@ -10,8 +10,11 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from ..errors import PlanError
 from .experts import GROUP_NBYTES, ON_DEMAND_RATE
+from .graph import Cost
 from .job import Cut, Job, LayerCost, Visit
 from .machine import Machine
 from .schedule import Schedule
@@ -35,8 +38,6 @@ RECOMPUTED_SHARE = 0.3  # of a forward pass, done once more as a block's vjp is 
 # whose forward pass took 0.37 s for a predicted 0.30, backward 0.51 for 0.35, the head 1.17 for 0.94
 LEAST_FRESH = 0.4
 ALLOCATION_SHARE = 0.4  # of the bytes that operations move are first writes to fresh pages
-
-Phases = dict[tuple[str, int], dict[str, int]]  # (what is done, at which visit) -> what takes memory then -> bytes
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,49 @@ class Plan:
         return _whole_blocks(self.job, self.schedule)
 
 
+@dataclass(frozen=True)
+class _Phases:
+    """What takes memory in each phase of a step: the head, visits forward, visits backward, the optimizer.
+
+    Attributes:
+        fixed: name -> bytes that are there all the time; parts: name -> bytes in each of the phases.
+    """
+
+    fixed: dict[str, int]
+    parts: dict[str, np.ndarray]
+
+    @functools.cached_property
+    def totals(self) -> np.ndarray:
+        """Bytes in each of the phases, what is fixed left out."""
+        return sum(self.parts.values())
+
+    @functools.cached_property
+    def worst(self) -> tuple[int, dict[str, int]]:
+        """(the most bytes, what they are made of)."""
+        at = int(self.totals.argmax())
+        parts = self.fixed | {name: int(nbytes[at]) for name, nbytes in self.parts.items()}
+        return sum(parts.values()), parts
+
+
+class _Visits:
+    """Figures of a job's visits, each an array `[visits]`; a backward pass that does not come is 0."""
+
+    def __init__(self, visits: Sequence[Visit]):
+        def each(figure: Callable[[Visit], float]) -> np.ndarray:
+            return np.array([figure(visit) for visit in visits])
+
+        self.blocks = each(lambda v: v.block)
+        self.come_back = each(lambda v: v.backward is not None)
+        self.forward = each(lambda v: v.forward.peak_nbytes)
+        self.backward = each(lambda v: v.backward.peak_nbytes if v.backward else 0)
+        self.forward_moved = each(lambda v: v.forward.moved_nbytes)
+        self.backward_moved = each(lambda v: v.backward.moved_nbytes if v.backward else 0)
+        self.compute = each(lambda v: v.compute_nbytes)
+        self.are_copied = each(lambda v: v.is_copied)
+        self.held = each(lambda v: v.held_nbytes if v.rounded else 0)
+        self.trainable = each(lambda v: v.trainable_nbytes)
+
+
 class Planner:
     """Chooses schedules for one job on one machine.
 
@@ -88,7 +132,9 @@ class Planner:
         self.machine = machine
         self._job_of, self._base = job_of, base_nbytes
         self._seconds_of: dict[int, float] = {}  # by id of the cost
-        self._candidates_of: dict[int, list] = {}  # by id of the job
+        self._candidates_of: dict[int, list] = {}  # by id of the visits, which `_visits_of` keeps
+        self._visits_of: dict[int, tuple[tuple[Visit, ...], _Visits]] = {}
+        self._kept_of: dict[tuple[int, tuple[str, ...]], tuple[int, tuple[Cost, ...]]] = {}  # by id of the visit
         self._rows, self._tokens = rows, tokens
         # of this planner alone: a cache of the class would keep it, and its model's adapter, for good
         self.least, self.choose = functools.cache(self.least), functools.cache(self.choose)
@@ -216,9 +262,8 @@ class Planner:
     def _with_reuse(self, job: Job, plan: Plan, memory: int) -> Plan:
         """The plan with what is left of `memory` given to freed buffers, as far as they can be of use."""
         s = plan.schedule
-        _, phases = self._phases(job, s, True)
-        head = phases.pop(("head", 0))["computing"]
-        work = max(phase["computing"] for phase in phases.values())
+        head, *others = self._phases(job, s, True).parts["computing"].tolist()
+        work = max(others)
         left = min(memory - plan.peak_nbytes, max(head, work)) if _is_simple(s) and s.tail < len(job.visits) else 0
         peak, parts = plan.peak_nbytes + left, {**plan.parts, "buffer cache": plan.parts.get("buffer cache", 0) + left}
         schedule = replace(
@@ -347,14 +392,15 @@ class Planner:
 
     def _candidates(self, job: Job) -> list:
         """(visit, product), the most seconds saved per byte first; of equals the larger, and the later block."""
-        if (found := self._candidates_of.get(id(job))) is None:
+        self._figures(job)
+        if (found := self._candidates_of.get(id(job.visits))) is None:
             found = []
             for position, visit in enumerate(job.visits):
                 for product in visit.products:
                     saved = self._seconds(visit.backward) - self._seconds(product.backward)
                     found.append((-round(1e12 * saved / product.nbytes), -product.nbytes, -position, product))
             found = [(-position, product) for _, _, position, product in sorted(found, key=lambda c: c[:3])]
-            self._candidates_of[id(job)] = found
+            self._candidates_of[id(job.visits)] = found
         return found
 
     # --- Predictions --------------------------------------------------------------------------------
@@ -366,11 +412,11 @@ class Planner:
             exact: long tails are looked at, rather than extrapolated from short ones.
             limit: bytes that it may take. What it does not need of them goes to freed buffers.
         """
-        fixed, phases = self._phases(job, schedule, exact)
-        peak, parts = self._peak_of(fixed, phases)
+        phases = self._phases(job, schedule, exact)
+        peak, parts = self._peak_of(phases)
         read, head_read, on_demand = self._reads(job, schedule)
         written = max(schedule.spilled - _first_kept(job), 0) * job.hidden_nbytes * job.micro_batches
-        compute = self._compute(job, schedule, exact, self._rooms(schedule, fixed, phases, limit))
+        compute = self._compute(job, schedule, exact, self._rooms(schedule, phases, limit))
         bandwidth = self.machine.read_bytes_per_s or float("inf")
         blocks_s = (read - head_read - on_demand + written) / bandwidth
         write_s = written / (self.machine.write_bytes_per_s or bandwidth)
@@ -381,113 +427,115 @@ class Planner:
         return Plan(schedule, job, None, peak, both, written, *seconds, parts)
 
     def _peak(self, job: Job, schedule: Schedule, exact: bool = True) -> int:
-        return self._peak_of(*self._phases(job, schedule, exact))[0]
+        return self._peak_of(self._phases(job, schedule, exact))[0]
 
-    def _peak_of(self, fixed: dict[str, int], phases: Phases) -> tuple[int, dict[str, int]]:
+    def _peak_of(self, phases: _Phases) -> tuple[int, dict[str, int]]:
         """(the most bytes that a step takes, what they are made of)."""
-        worst = max(phases.values(), key=lambda phase: sum(phase.values()))
-        total = sum(fixed.values()) + sum(worst.values())
+        total, parts = phases.worst
         slack = self._slack(total)
-        return total + slack, {k: v for k, v in {**fixed, **worst, "slack": slack}.items() if v}
+        return total + slack, {k: v for k, v in {**parts, "slack": slack}.items() if v}
 
-    def _rooms(self, s: Schedule, fixed: dict[str, int], phases: Phases, limit: float) -> dict[tuple[str, int], int]:
+    def _rooms(self, s: Schedule, phases: _Phases, limit: float) -> np.ndarray:
         """Bytes of freed buffers that MLX may keep in each phase: all that the phase does not need."""
-        totals = {key: sum(phase.values()) for key, phase in phases.items()}
-        most = max(totals.values())
+        least = max(s.cache_nbytes or 0, s.cache_most_nbytes)
+        if not _is_simple(s):
+            return np.full_like(phases.totals, least)
+        most = phases.totals.max()
         if limit < float("inf"):
             within = (limit - SLACK_NBYTES + SLACK_SHARE * self._base) / (1 + SLACK_SHARE)
-            most = max(most, int(within) - sum(fixed.values()))
-        if not _is_simple(s):
-            return dict.fromkeys(phases, s.cache_nbytes or 0)
-        ahead = {key: int((AHEAD_SHARE - 1) * phase["computing"]) for key, phase in phases.items()}
-        return {
-            key: max(s.cache_nbytes or 0, s.cache_most_nbytes, most - total + phases[key]["buffer cache"] - ahead[key])
-            for key, total in totals.items()
-        }
+            most = max(most, int(within) - sum(phases.fixed.values()))
+        ahead = (AHEAD_SHARE - 1) * phases.parts["computing"]
+        return np.maximum(least, most - phases.totals + phases.parts["buffer cache"] - ahead)
 
     def _slack(self, total: int) -> int:
         return SLACK_NBYTES + int(SLACK_SHARE * (total - self._base))
 
-    def _phases(self, job: Job, s: Schedule, exact: bool) -> tuple[dict[str, int], Phases]:
-        """Bytes, by what they are for: (there all the time, in each of the phases of a step)."""
-        n, m = len(job.visits) - s.tail, job.micro_batches
+    def _phases(self, job: Job, s: Schedule, exact: bool) -> _Phases:
+        n, m, visits = len(job.visits) - s.tail, job.micro_batches, self._figures(job)
         sizes = _streamed_nbytes(job, s)
         slots = s.slots * max(sizes, default=0)
-        whole = sum(v.compute_nbytes for v in _tail_blocks(job, s)) + (job.head_compute_nbytes if s.keep_head else 0)
+        tail = _tail_blocks(job, s)
+        whole = sum(v.compute_nbytes for v in tail) + (job.head_compute_nbytes if s.keep_head else 0)
         stream = min(slots + s.resident_nbytes, max(slots, sum(sizes)))
-        buffers, built = _group(job, s)
-        # masks and the first block's input in the trace of each micro-batch; the gradient on its way down
-        trace = m * (2 * job.hidden_nbytes + job.side_nbytes)
+        buffers, built = _group(job, s) if _may_come_apart(s) else (0, 0)
+        packed = _packed_blocks(job, s)
         fixed = {
             "process": self._base,
             "optimizer": job.optimizer_nbytes,
             "tail and head": whole,
             "block buffers": slots,
             "resident blocks": stream - slots,
-            "packed blocks": sum(v.held_nbytes for v in _packed_blocks(job, s)),
-            "trace": trace,
+            "packed blocks": sum(v.held_nbytes for v in packed),
+            # masks and the first block's input in the trace of each micro-batch; the gradient on its way down
+            "trace": m * (2 * job.hidden_nbytes + job.side_nbytes),
             "groups of layers": buffers,
         }
-        cache = s.cache_nbytes or 0
-        names = s.kept + ((),) * (n - len(s.kept))
-        kept = [
-            sum(p.nbytes for p in v.products if p.name in chosen) * m if chosen else 0
-            for v, chosen in zip(job.visits, names)
-        ]
+        come_back = visits.come_back[:n]
+
+        def joined(head: int, forward, backward, optimizer: int) -> np.ndarray:
+            of_visits = np.broadcast_to(forward, n), np.where(come_back, backward, 0)
+            return np.concatenate(([head], *of_visits, [optimizer]))
+
         # of a spilled pass, those of one visit are in memory, those being written, and the one read ahead
         spill_window = (m + 3) * job.hidden_nbytes if s.spilled else 0
+        # inputs of the visits up to each one, and to the head, that the backward pass comes back for
+        stored = np.arange(n + 1)
+        if job.is_chain:
+            stored = np.maximum(stored + 1 - max(s.spilled, _first_kept(job)), 0)
+        stored = stored * m * job.hidden_nbytes + spill_window
 
-        def stored(position: int) -> int:
-            """Inputs of the visits up to this one that the backward pass comes back for."""
-            in_memory = max(position + 1 - max(s.spilled, _first_kept(job)), 0) if job.is_chain else position
-            return in_memory * m * job.hidden_nbytes + spill_window
+        kept, backward = np.zeros(n, int), visits.backward[:n]
+        if any(s.kept):
+            kept[: len(s.kept)] = [m * self._kept(v, names)[0] for v, names in zip(job.visits, s.kept)]
+            of_kept = [v.backward_kept.peak_nbytes if names else 0 for v, names in zip(job.visits, s.kept)]
+            backward = np.maximum(backward, of_kept + [0] * (n - len(of_kept)))
+        kept = np.cumsum(kept)
+
+        margin = 1 if job.cut.mlp_tokens is None else PIECES_MARGIN
+        forward, backward = ((margin * a).astype(int) + 2 * job.hidden_nbytes for a in (visits.forward[:n], backward))
+        weights = visits.compute[:n]
+        if _may_come_apart(s):
+            apart = [_apart(visit, s) for visit in job.visits[:n]]
+            forward = forward + [_held_by_groups(layers, False) for layers in apart]
+            backward = backward + [_held_by_groups(layers, True) for layers in apart]
+            weights = weights - [sum(a.compute_nbytes for a in layers) - bool(layers) * built for layers in apart]
+        held = np.where(np.isin(visits.blocks[:n], [v.block for v in packed]), 0, visits.held[:n])
+        weights = np.where(visits.are_copied[:n], weights, 0) + held
+
+        # those of the visits above; then the optimizer's turn: gradients, and everything it makes anew
+        trainable = visits.trainable[:n]
+        gradients = sum(v.trainable_nbytes for v in tail) + trainable[::-1].cumsum()[::-1] - trainable
+        made = job.trainable_nbytes + job.optimizer_nbytes
 
         head_peak, _, _ = self._head(job, s.tail, s.head_tokens, exact)
         head_weights = 0 if s.keep_head else job.head_compute_nbytes
         if not (s.keep_head or s.head_ahead):
             head_weights += min(job.head_stored_nbytes, PIECE_NBYTES)
         # while the head computes, the cache holds no more than what the last block's weights left; a tail fills it
-        cast = max((v.compute_nbytes for v in job.visits if v.is_copied and not s.tail), default=cache)
-        phases: Phases = {
-            ("head", 0): {
-                "buffer cache": min(cache, cast),
-                "activations": stored(n),
-                "kept products": sum(kept),
-                "weights": head_weights,
-                "computing": head_peak + 2 * job.hidden_nbytes,
-                "gradients": 0,
-            }
+        cache = s.cache_nbytes or 0
+        cast = max(visits.compute[visits.are_copied], default=cache) if not s.tail else cache
+        parts = {
+            "buffer cache": joined(min(cache, cast), cache, cache, cache),
+            "activations": joined(stored[n], stored[:n] + job.hidden_nbytes, stored[:n], 0),
+            "kept products": joined(kept[-1] if n else 0, kept, kept, 0),
+            "weights": joined(head_weights, weights, weights, 0),
+            "computing": joined(head_peak + 2 * job.hidden_nbytes, forward, backward, made),
+            "gradients": joined(0, 0, gradients, job.trainable_nbytes),
         }
-        packed = {visit.block for visit in _packed_blocks(job, s)}
-        margin = 1 if job.cut.mlp_tokens is None else PIECES_MARGIN
-        gradients = sum(v.trainable_nbytes for v in _tail_blocks(job, s))
-        for position in reversed(range(n)):
-            visit = job.visits[position]
-            for passed in (visit.backward, visit.forward):
-                if passed is None:
-                    continue
-                is_backward = passed is visit.backward
-                computing = passed
-                if is_backward and names[position]:
-                    computing = max(visit.backward, visit.backward_kept, key=lambda c: c.peak_nbytes)
-                apart = _apart(visit, s)
-                weights = visit.compute_nbytes - sum(layer.compute_nbytes for layer in apart) + (built if apart else 0)
-                phases["backward" if is_backward else "forward", position] = {
-                    "buffer cache": cache,
-                    "activations": stored(position) if is_backward else stored(position) + job.hidden_nbytes,
-                    "kept products": sum(kept[: position + 1]),
-                    "weights": (weights if visit.is_copied else 0)
-                    + (visit.held_nbytes if visit.rounded and visit.block not in packed else 0),
-                    "computing": int(margin * computing.peak_nbytes)
-                    + 2 * job.hidden_nbytes
-                    + _held_by_groups(apart, is_backward),
-                    "gradients": gradients if is_backward else 0,
-                }
-            gradients += visit.trainable_nbytes
-        # the optimizer's turn: gradients, and everything it makes anew
-        made = job.trainable_nbytes + job.optimizer_nbytes
-        phases["optimizer", 0] = {"buffer cache": cache, "gradients": job.trainable_nbytes, "computing": made}
-        return fixed, phases
+        return _Phases(fixed, parts)
+
+    def _figures(self, job: Job) -> _Visits:
+        if (found := self._visits_of.get(id(job.visits))) is None:
+            found = self._visits_of[id(job.visits)] = job.visits, _Visits(job.visits)
+        return found[1]
+
+    def _kept(self, visit: Visit, names: tuple[str, ...]) -> tuple[int, tuple[Cost, ...]]:
+        """(bytes of these products of a micro-batch, the backward pass with each of them at hand)."""
+        key = id(visit), names
+        if (found := self._kept_of.get(key)) is None:
+            chosen = [p for p in visit.products if p.name in names] if names else []
+            found = self._kept_of[key] = sum(p.nbytes for p in chosen), tuple(p.backward for p in chosen)
+        return found
 
     def _reads(self, job: Job, s: Schedule) -> tuple[int, int, int]:
         """Bytes read per step: (in all, the head's, experts' on demand); nothing hides the latter two."""
@@ -521,38 +569,35 @@ class Planner:
             nbytes += int(job.micro_batches * passes * layer.read_share(job.rows * job.tokens) * layer.nbytes)
         return nbytes
 
-    def _compute(self, job: Job, s: Schedule, exact: bool, rooms: dict[tuple[str, int], int]) -> float:
-        n, m = len(job.visits) - s.tail, job.micro_batches
-        names = s.kept + ((),) * (n - len(s.kept))
+    def _compute(self, job: Job, s: Schedule, exact: bool, rooms: np.ndarray) -> float:
+        n, m, visits, machine = len(job.visits) - s.tail, job.micro_batches, self._figures(job), self.machine
         packed = {visit.block for visit in _packed_blocks(job, s)}
-        cache = s.cache_nbytes or 0
-        seconds = 0.0
-        for position, (visit, chosen) in enumerate(zip(job.visits, names)):
-            passes = 1
-            fresh = _fresh_share(rooms["forward", position], visit.forward.peak_nbytes)
-            of_micro_batch = self._seconds(visit.forward, fresh)
+        fresh_forward = _fresh_share(rooms[1 : 1 + n], visits.forward[:n])
+        fresh_backward = _fresh_share(rooms[1 + n : 1 + 2 * n], visits.backward[:n])
+        moved = fresh_forward * visits.forward_moved[:n] + fresh_backward * visits.backward_moved[:n]
+        seconds = m * ALLOCATION_SHARE * machine.page_s_per_byte * float(moved.sum())
+        for position, visit in enumerate(job.visits[:n]):
+            of_micro_batch, arrival = self._seconds(visit.forward), self._arrival(visit, visit.block in packed)
+            passes = 1 if visit.backward is None else 2
             if visit.backward is not None:
-                passes = 2
-                fresh_backward = _fresh_share(rooms["backward", position], visit.backward.peak_nbytes)
-                backward = self._seconds(visit.backward, fresh_backward)
-                for product in visit.products if chosen else ():
-                    if product.name in chosen:
-                        backward -= self._seconds(visit.backward) - self._seconds(product.backward)
-                of_micro_batch += backward
-            arrival = passes * self._arrival(visit, visit.block in packed)
+                backward = self._seconds(visit.backward)
+                names = s.kept[position] if position < len(s.kept) else ()
+                saved = sum(backward - self._seconds(cost) for cost in self._kept(visit, names)[1])
+                of_micro_batch += backward - saved
+            arrival *= passes
             if (apart := _apart(visit, s)) and visit.block not in packed:
                 share = sum(layer.compute_nbytes for layer in apart) / visit.compute_nbytes
                 brought = sum(layer.read_share(job.rows * job.tokens) * layer.compute_nbytes for layer in apart)
-                fresh_pages = 0 if cache else self.machine.page_s_per_byte * brought
+                fresh_pages = 0 if s.cache_nbytes else machine.page_s_per_byte * brought
                 each = arrival / passes * brought / visit.compute_nbytes + fresh_pages * visit.is_copied
                 arrival = (1 - share) * arrival + (2 * passes - 1) * m * each
-                of_micro_batch += (passes - 1) * RECOMPUTED_SHARE * self._seconds(visit.forward, fresh)
+                of_micro_batch += (passes - 1) * RECOMPUTED_SHARE * self._seconds(visit.forward)
             seconds += m * of_micro_batch + arrival
         head_peak, head_s, head_moved = self._head(job, s.tail, s.head_tokens, exact)
-        fresh = _fresh_share(rooms["head", 0], head_peak)
-        seconds += m * (head_s + fresh * ALLOCATION_SHARE * head_moved * self.machine.page_s_per_byte)
+        fresh = float(_fresh_share(rooms[0], head_peak))
+        seconds += m * (head_s + fresh * ALLOCATION_SHARE * head_moved * machine.page_s_per_byte)
         if not s.keep_head and job.head_compute_nbytes != job.head_stored_nbytes:
-            seconds += job.head_compute_nbytes * (1 / self.machine.cast_bytes_per_s + self.machine.page_s_per_byte)
+            seconds += job.head_compute_nbytes * (1 / machine.cast_bytes_per_s + machine.page_s_per_byte)
         return seconds
 
     def _arrival(self, visit: Visit, is_packed: bool) -> float:
@@ -567,12 +612,12 @@ class Planner:
             seconds += 0.0 if is_packed else nbytes * self.machine.quantize_s_per_byte(bits, group_size)
         return seconds
 
-    def _seconds(self, cost, fresh: float = 0.0) -> float:
-        """Seconds of computing, with this share of its buffers on fresh pages."""
+    def _seconds(self, cost: Cost) -> float:
+        """Seconds of computing, in memory that is in use already."""
         seconds = self._seconds_of.get(id(cost))
         if seconds is None:
             seconds = self._seconds_of[id(cost)] = self.machine.seconds(*cost.work)
-        return seconds + fresh * ALLOCATION_SHARE * cost.moved_nbytes * self.machine.page_s_per_byte
+        return seconds
 
     def _head(self, job: Job, tail: int, head_tokens: int | None, exact: bool) -> tuple[int, float, int]:
         """(peak bytes, seconds, bytes moved) of the head and its tail; of a long tail extrapolated, unless `exact`."""
@@ -616,9 +661,9 @@ def _has_tail(job: Job) -> bool:
     return job.is_chain and job.cut.mlp_tokens is None
 
 
-def _fresh_share(cache_nbytes: int, nbytes: int) -> float:
-    """Of the buffers of a computation that takes `nbytes`, the share that MLX's cache has no memory for."""
-    return max(LEAST_FRESH, 1 - cache_nbytes / max(nbytes, 1))
+def _fresh_share(cache_nbytes: np.ndarray, nbytes: np.ndarray) -> np.ndarray:
+    """Of the buffers of computations that take `nbytes`, the shares that MLX's cache has no memory for."""
+    return np.maximum(LEAST_FRESH, 1 - cache_nbytes / np.maximum(nbytes, 1))
 
 
 def _workspace(job: Job) -> int:
@@ -635,6 +680,11 @@ def _may_be_routed(job: Job) -> bool:
     """Whether blocks have experts that a micro-batch may do without."""
     layers = (layer for visit in job.visits for layer in visit.layers)
     return job.cut.mlp_tokens is None and any(layer.read_share(job.rows * job.tokens) < 1 for layer in layers)
+
+
+def _may_come_apart(s: Schedule) -> bool:
+    """Whether there may be layers that do not come with their block."""
+    return s.group_nbytes is not None or bool(s.routed)
 
 
 def _apart(visit: Visit, s: Schedule) -> tuple[LayerCost, ...]:
