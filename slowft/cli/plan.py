@@ -51,6 +51,7 @@ def plan(model, config_file, memory, tokens, epochs, as_json, **job):
     from ..models.loading import prepare_command
     from ..models.outline import outline_of_config
     from ..planning.caching import from_boundary, pays
+    from ..planning.graph import not_collecting
     from ..sizes import parse_nbytes
 
     nbytes = default_memory() if memory is None else parse_nbytes(memory)
@@ -59,7 +60,7 @@ def plan(model, config_file, memory, tokens, epochs, as_json, **job):
         "compute_dtype": job["compute_dtype"],
         "resident_bits": job["resident_bits"] and int(job["resident_bits"]),
     }
-    with ExitStack() as stack:
+    with not_collecting(), ExitStack() as stack:
         directory = stack.enter_context(_directory(model, config_file))
         try:
             opened = open_model(directory, **options)

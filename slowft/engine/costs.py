@@ -43,6 +43,8 @@ class Costing:
         in_blocks = {(id(o), k) for unit in self._cut.blocks for _, o, k in unit.trainable()}
         entries = trainable_entries(self._model)
         self._outside = [(o, k) for _, o, k in entries if (id(o), k) not in in_blocks]
+        self._trained = {unit.index: unit.trainable() for unit in self._cut.blocks}
+        self._signatures = {unit.index: signature(unit) for unit in self._cut.blocks}
 
     def job(
         self, rows: int, tokens: int, micro_batches: int, cut: Cut, optimizer_copies: int, head_in_chunks: bool
@@ -67,14 +69,14 @@ class Costing:
         probe = Probe(self._cut, 0.25)
         with self._running_part(probe):
             logits = self._model(mx.zeros((rows, tokens), mx.int32))
-        trained = {unit.index: unit.trainable() for unit in self._cut.blocks}
+        trained = self._trained
         lowest = next((p for p, index in enumerate(order) if trained[index]), len(order))
         visits, seen, kinds, side = [], {}, [], {}
         for position, index in enumerate(order):
             unit, arguments = self._cut.blocks[index], probe.calls[position]
             comes_back = position >= lowest or bool(self._outside)
             of_input = position > lowest or bool(self._outside)
-            key = (signature(unit), arguments.signature(), comes_back, of_input)
+            key = (self._signatures[index], arguments.signature(), comes_back, of_input)
             if key not in seen:
                 seen[key] = self._visit(unit, arguments, cut, comes_back, of_input)
             kinds.append(key)
@@ -234,8 +236,22 @@ class Costing:
                 whole = whole.lengthened(base, shorter, n)
             return whole
 
-        @functools.cache
         def of_positions(positions: tuple[int, ...], head_tokens: int | None) -> Cost:
+            """Of many chunks of tokens, what most of them add is counted by one, which is the same below any tail."""
+            chunk = head_tokens or usual_chunk(vocab_size)
+            if not in_chunks or chunk >= rows * tokens:
+                return of_chunks(positions, None)
+            n = -(-rows * tokens // chunk) - CHUNKS
+            if n <= 0:
+                return of_chunks(positions, chunk)
+            shown = of_chunks(positions, chunk, n)
+            whole = shown.lengthened(of_chunks((), chunk, n), of_chunks((), chunk, n, 1), n)
+            # what chunks leave is in the graph of all of them, and no chunk computes while another does
+            same = ("peak_nbytes", "output_nbytes", "reserved_nbytes")
+            return replace(whole, **{name: getattr(shown, name) for name in same})
+
+        @functools.cache
+        def of_chunks(positions: tuple[int, ...], chunk: int | None, *left_out: int) -> Cost:
             n_tail, first = len(positions), min(positions, default=len(order))
             tail_calls = [TailCall(units[position], *_arguments(calls[position]), 0) for position in positions]
             tail = Tail(self._cut, tail_calls, tail_calls[0].args[0] if n_tail else self._last_output(calls))
@@ -247,9 +263,6 @@ class Costing:
             wanted = tail.wanted(first > lowest or bool(self._outside) or not n_tail, besides=False)
             wanted += [True] * len(self._outside)
             wrt = [i for i, (a, w) in enumerate(zip([*arrays, *params], wanted)) if w and a.dtype in FLOATS]
-            chunk = head_tokens or usual_chunk(vocab_size)
-            chunk = chunk if in_chunks and chunk < rows * tokens else None
-            n_chunks = -(-rows * tokens // chunk) if chunk else 1
 
             def run_tail(values: list[mx.array]) -> Any:
                 return tail.run(values, self._model, self._running_part, (rows, tokens))
@@ -258,23 +271,14 @@ class Costing:
                 with self._running_part(HeadPart(self._cut, hidden, lambda unit: None)):
                     return self._model(mx.zeros((n_rows, n_tokens), mx.int32))
 
-            def of_chunks(n: int | None) -> Cost:
-                loss = HeadLoss(run_tail, logits, targets, mask, total, tail.entries, self._outside, chunk, n)
+            loss = HeadLoss(run_tail, logits, targets, mask, total, tail.entries, self._outside, chunk, left_out)
 
-                def function(values, param_values):
-                    with self._as_computed(cut):
-                        return loss.loss_and_grads(values, param_values, wrt)
-
-                return self._on_thread(lambda: cost(function, arrays, params, in_part=True))
+            def function(values, param_values):
+                with self._as_computed(cut):
+                    return loss.loss_and_grads(values, param_values, wrt)
 
             try:
-                if n_chunks <= CHUNKS:
-                    return of_chunks(None)
-                shown = of_chunks(CHUNKS)
-                whole = shown.lengthened(shown, of_chunks(CHUNKS - 1), n_chunks - CHUNKS)
-                # what chunks leave is in the graph of all of them, and no chunk computes while another does
-                same = ("peak_nbytes", "output_nbytes", "reserved_nbytes")
-                return replace(whole, **{name: getattr(shown, name) for name in same})
+                return self._on_thread(lambda: cost(function, arrays, params, in_part=True))
             finally:
                 for (owner, key), value in zip(entries, params):
                     owner[key] = value

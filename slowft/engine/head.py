@@ -6,7 +6,8 @@ only for tokens that count. The tail and the head are one lazy graph, neither re
 are in place throughout. Runs on the compute thread, and while a plan is made.
 """
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -52,8 +53,8 @@ class HeadLoss:
         tail_entries, head_entries: (owner, key) of the adapters' arrays in the tail and outside the blocks; `params`
             are their values, in this order.
         chunk_tokens: the most tokens whose logits may exist at once; None computes all at once.
-        chunks_shown: only of so many chunks, a whole one and the last among them, is it computed what they leave; of
-            the others it is zeros. For plans, which need no more of the graph.
+        left_out: so many chunks before the last one, each number of them together, leave zeros instead of being
+            computed. For plans, which need no more of the graph.
     """
 
     def __init__(
@@ -66,16 +67,16 @@ class HeadLoss:
         tail_entries: Sequence[tuple[Any, Any]],
         head_entries: Sequence[tuple[Any, Any]],
         chunk_tokens: int | None,
-        chunks_shown: int | None = None,
+        left_out: Sequence[int] = (),
     ):
         self._tail, self._head = tail, head
         self._targets, self._mask, self._total = targets, mask, total
         self._tail_entries, self._head_entries = list(tail_entries), list(head_entries)
-        self._chunk_tokens, self._chunks_shown = chunk_tokens, chunks_shown
+        self._chunk_tokens, self._left_out = chunk_tokens, list(left_out)
 
     def loss(self, arrays: list[mx.array], params: Sequence[mx.array]) -> mx.array:
         """The loss, unevaluated."""
-        return self._loss(arrays, params, gradients=False)
+        return self._loss(arrays, params, gradients=False)[1]
 
     def loss_and_grads(
         self, arrays: list[mx.array], params: Sequence[mx.array], wrt: Sequence[int]
@@ -85,15 +86,17 @@ class HeadLoss:
             return self.loss(arrays, params), []
         everything = [*arrays, *params]
 
-        def loss(variables: list[mx.array]) -> mx.array:
+        def loss(variables: list[mx.array]) -> tuple[mx.array, mx.array]:
             inputs = list(everything)
             for i, value in zip(wrt, variables):
                 inputs[i] = value
             return self._loss(inputs[: len(arrays)], inputs[len(arrays) :], gradients=True)
 
-        return mx.value_and_grad(loss)([everything[i] for i in wrt])
+        (_, value), gradients = mx.value_and_grad(loss)([everything[i] for i in wrt])
+        return value, gradients
 
-    def _loss(self, arrays: list[mx.array], params: Sequence[mx.array], gradients: bool) -> mx.array:
+    def _loss(self, arrays: list[mx.array], params: Sequence[mx.array], gradients: bool) -> tuple[mx.array, mx.array]:
+        """(what has the loss's gradients, the loss)."""
         n_tail = len(self._tail_entries)
         _put(self._tail_entries, params[:n_tail])
         _put(self._head_entries, params[n_tail:])
@@ -101,17 +104,16 @@ class HeadLoss:
         if self._chunk_tokens is not None:
             return self._chunked(hidden, params[n_tail:], gradients)
         logits = self._head(hidden, *self._targets.shape)
-        return token_loss(logits, self._targets, self._mask, self._total)
+        loss = token_loss(logits, self._targets, self._mask, self._total)
+        return loss, loss
 
-    def _chunked(self, hidden: mx.array, params: Sequence[mx.array], gradients: bool) -> mx.array:
+    def _chunked(self, hidden: mx.array, params: Sequence[mx.array], gradients: bool) -> tuple[mx.array, mx.array]:
         """The loss with logits of `chunk_tokens` at a time; its gradients are computed along with it.
 
         Per token, what is computed is what the whole head computes; the order of sums over tokens differs only in
         the gradients of the head's own parameters.
         """
         counted = np.flatnonzero(np.asarray(self._mask))  # padding and prompts cost nothing
-        chunks = [counted[i : i + self._chunk_tokens] for i in range(0, len(counted), self._chunk_tokens)]
-        first_hidden, last_hidden = (self._chunks_shown or len(chunks)) - 1, len(chunks) - 1
         targets, shape = self._targets.reshape(-1), hidden.shape
 
         def losses(h: mx.array, params: Sequence[mx.array], tokens: mx.array) -> mx.array:
@@ -129,10 +131,10 @@ class HeadLoss:
             of_tokens: list[mx.array] = []
             of_hidden: list[mx.array] = []
             of_params: list[mx.array] = []
-            for i, chunk in enumerate(chunks):
+            for chunk, is_computed in self._chunks(counted):
                 tokens = mx.array(chunk)
                 before = [*of_tokens[-1:], *of_hidden[-1:], *of_params]  # one chunk after the other
-                if first_hidden <= i < last_hidden:
+                if not is_computed:
                     of_tokens.append(after(mx.zeros((len(chunk),)), before))
                     of_hidden.append(after(mx.zeros((len(chunk), shape[-1]), hidden.dtype), before))
                     continue
@@ -150,22 +152,22 @@ class HeadLoss:
             loss = spread(of_tokens, self._mask.shape).astype(mx.float32).sum() / self._total
             return loss, spread(of_hidden, shape) if gradients else None, of_params
 
+        loss, of_hidden, of_params = compute(mx.stop_gradient(hidden), [mx.stop_gradient(p) for p in params])
         if not gradients:
-            return compute(hidden, params)[0]
-        found: list[mx.array] = []
+            return loss, loss
+        # a function that has these gradients; its value is never computed
+        pairs = zip([of_hidden, *of_params], [hidden, *params])
+        return sum((mx.stop_gradient(g) * x).sum().astype(mx.float32) for g, x in pairs), loss
 
-        @mx.custom_function
-        def function(hidden, *params):
-            loss, of_hidden, of_params = compute(hidden, params)
-            found[:] = [of_hidden, *of_params]
-            return loss
-
-        @function.vjp
-        def vjp(_, cotangent, __):
-            gradients = tuple(cotangent.astype(g.dtype) * g for g in found)
-            return gradients if params else gradients[0]
-
-        return function(hidden, *params)
+    def _chunks(self, counted: np.ndarray) -> Iterator[tuple[np.ndarray, bool]]:
+        """(numbers of the tokens, whether they are computed) of each chunk; what is left out together is one."""
+        ends = [*range(self._chunk_tokens, len(counted), self._chunk_tokens), len(counted)]
+        n_computed = len(ends) - 1 - sum(self._left_out)
+        numbers = [*range(n_computed), *(n_computed - 1 + n for n in itertools.accumulate(self._left_out)), len(ends) - 1]
+        start = 0
+        for i, number in enumerate(numbers):
+            yield counted[start : ends[number]], not n_computed <= i < len(numbers) - 1
+            start = ends[number]
 
 
 def _put(entries: Sequence[tuple[Any, Any]], values: Sequence[mx.array]) -> None:

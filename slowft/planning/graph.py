@@ -108,7 +108,7 @@ def cost(function: Callable, *args, in_part: bool = False) -> Cost:
     Raises:
         CostUnknown: MLX cannot export one of the primitives, such as a custom kernel.
     """
-    with _not_collecting():
+    with not_collecting():
         return _Evaluation(_graph(function, args, in_part)).run()
 
 
@@ -128,7 +128,7 @@ def costs_without(function: Callable, *args) -> list[Cost]:
         sizes[:] = [len(_arrays(results)), *map(len, groups)]
         return [results, groups]
 
-    with _not_collecting():
+    with not_collecting():
         outputs = iter(_graph(flat, args, False))
         results, *groups = ([next(outputs) for _ in range(n)] for n in sizes)
         evaluation = _Evaluation(results)
@@ -136,8 +136,8 @@ def costs_without(function: Callable, *args) -> list[Cost]:
 
 
 @contextmanager
-def _not_collecting() -> Iterator[None]:
-    """Python looks for no cycles among the many parts of a graph, all in use: that took half of the time."""
+def not_collecting() -> Iterator[None]:
+    """While this is entered, Python looks for no cycles among the many parts of graphs: that took half of the time."""
     is_collecting = gc.isenabled()
     gc.disable()
     try:
@@ -264,19 +264,23 @@ def _trace(function: Callable, args: tuple, in_part: bool = False) -> list[_Arra
     Args:
         in_part: be content with those outputs that no `mx.custom_function` leads to.
     """
-    unknown: set[str] = set()
+    # what runs outside a trace has compiled pieces in it, which a trace replaces by the operations they consist of
+    outputs = _arrays(function(*args))
+    outside, sizes = _Dot(_dot_of(outputs)), [(output.shape, output.itemsize) for output in outputs]
+    unknown = _not_exportable.intersection(outside.names)
     while True:
+        if "CustomTransforms" in unknown and not in_part:
+            raise _HasCustomFunction
+        hidden = outside.descendants(unknown)
+        visible = [i for i in range(len(sizes)) if f"output_{i}" not in hidden]  # outputs whose graph MLX can export
+        if not visible:
+            raise CostUnknown(f"MLX cannot show a graph with {' and '.join(sorted(unknown))} in it")
         exported: list[dict] = []
-        dot: list[str] = []
-        visible: list[int] = []  # outputs whose graph MLX can export
-        shapes: list[tuple] = []
+        inside: list[str] = []
 
-        def of_arrays(*arrays, dot=dot, visible=visible, shapes=shapes):
+        def of_arrays(*arrays, visible=visible, inside=inside):
             outputs = _arrays(function(*_with_arrays(args, arrays)))
-            shapes.extend((output.shape, output.itemsize) for output in outputs)
-            dot.append(_dot_of(outputs))
-            hidden = _Dot(dot[0]).descendants(unknown) if unknown else ()
-            visible.extend(i for i in range(len(outputs)) if f"output_{i}" not in hidden)
+            inside.append(_dot_of(outputs))
             return [outputs[i] for i in visible]
 
         try:
@@ -285,21 +289,16 @@ def _trace(function: Callable, args: tuple, in_part: bool = False) -> list[_Arra
             break
         except ValueError as e:
             found = _NOT_EXPORTABLE.match(str(e))
-            if found is None:
+            if found is None or found[1] in unknown:
                 raise  # the function's own
-            if found[1] == "CustomTransforms" and not in_part:
-                raise _HasCustomFunction from None
             unknown.add(found[1])
-            hidden = _Dot(dot[0]).descendants(unknown)
-            if all(f"output_{i}" in hidden for i in range(len(shapes))):
-                raise CostUnknown(f"the cost of this computation cannot be predicted: {e}") from None
+            _not_exportable.add(found[1])
 
     simplified = dict(zip(visible, _exported_outputs(exported)))
-    # what runs outside a trace has compiled pieces in it, which a trace replaces by the operations they consist of
-    for graph in (_dot_of(_arrays(function(*args))), dot[0]):
-        if outputs := _Unsimplified(_Dot(graph), simplified, shapes).outputs():
-            return outputs
-    return list(simplified.values())
+    arrays = _Unsimplified(outside, simplified, sizes).outputs()
+    if arrays is None:
+        arrays = _Unsimplified(_Dot(inside[0]), simplified, sizes).outputs()
+    return list(simplified.values()) if arrays is None else arrays
 
 
 def _dot_of(outputs: list[mx.array]) -> str:
@@ -308,6 +307,7 @@ def _dot_of(outputs: list[mx.array]) -> str:
     return dot.getvalue()
 
 
+_not_exportable: set[str] = set()  # primitives that MLX could not export before
 _NOT_EXPORTABLE = re.compile(r"\[export_function\] Unable to \w+(?: state for)? primitive (\w+)")
 
 

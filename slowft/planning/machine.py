@@ -30,11 +30,11 @@ WORTH_IT = 1.05  # times as fast as with fewer in flight
 TELLING_NBYTES = 1 << 20  # less than this to read says nothing about a drive
 FUNCTION_VALUES = 1 << 20
 DEQUANTIZED_NBYTES, DEQUANTIZED_AT_ONCE = 8 << 20, 4
-PRODUCT_LENGTH, PRODUCT_FLOPS = 2048, 2 << 30  # of products that are measured: larger ones run as fast
-NARROW = 64  # up to this length its own rate is measured, beyond that of the nearest power of two
+PRODUCT_LENGTH, PRODUCT_FLOPS = 2048, 1 << 30  # of products that are measured: larger ones run as fast
+NARROW = 32  # up to this length its own rate is measured, beyond that of the nearest power of two
 BATCHED_FLOPS = 512 << 20  # of many small products together
 PRODUCT_NBYTES = 32 << 20  # of the results of products that are measured together
-LEAST_MEASURED_SHARE = 0.003  # of a computation's seconds: the rate of products that take less is not measured
+LEAST_MEASURED_SHARE = 0.01  # of a computation's seconds: the rate of products that take less is not measured
 EXPERT_NBYTES = 48 << 20  # of a matrix, at most: more than processors' caches hold
 GATHERED_NBYTES = 96 << 20  # of experts' matrices that are multiplied by at once, about
 
@@ -138,7 +138,7 @@ class Machine:
         return _quantize_s_per_byte(bits, group_size, getattr(mx, self.compute_dtype))
 
 
-def measure(compute_dtype: mx.Dtype, files: Sequence[str], seconds: float = 1.0) -> Machine:
+def measure(compute_dtype: mx.Dtype, files: Sequence[str], seconds: float = 0.75) -> Machine:
     """Measure this machine on MLX's default device.
 
     Args:
@@ -146,7 +146,7 @@ def measure(compute_dtype: mx.Dtype, files: Sequence[str], seconds: float = 1.0)
         files: model files; reading is measured on them, from the middle on.
         seconds: what it may take altogether, roughly.
     """
-    read_bytes_per_s, reads_in_flight = _reading(files, seconds * 0.35)
+    read_bytes_per_s, reads_in_flight = _reading(files, seconds * 0.45)
     with _cache_limit(0):  # every output in fresh memory
         fresh_s = _best(_cast(compute_dtype), seconds * 0.1)
     with _cache_limit(8 * STREAM_NBYTES):  # an output takes the place of the one before

@@ -280,9 +280,10 @@ class Planner:
 
     def _everything(self, job: Job, limit: float) -> Plan | None:
         """Ordinary training, if there is room for it: for keeping all its buffers from step to step, or most."""
-        if not _has_tail(job):
-            return None
         tail = len(job.visits)
+        weights = {visit.block: visit.compute_nbytes for visit in job.visits}
+        if not _has_tail(job) or sum(weights.values()) > limit:
+            return None
         for head_tokens, share in itertools.product((None, HEAD_TOKENS[-1]), MISFIT_SHARES):
             computing = self._head(job, tail, head_tokens, False)[0]
             of_two = job.head(min(2, tail), head_tokens)  # a longer one has more of the same sizes
