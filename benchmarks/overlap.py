@@ -1,18 +1,16 @@
 """How far reading hides behind computing: the step against reading alone and computing alone, and the share of waiting.
 
-python benchmarks/overlap.py                # 8 blocks of the 1.1 B shape, 4x128 tokens
-python benchmarks/overlap.py --layers 22 --rows 1 --resident 4
+python benchmarks/overlap.py                               # 8 blocks of the 1.1 B shape, 4x128 tokens, 1 GB
+python benchmarks/overlap.py --layers 22 --memory 1.4GB
 
-Three regimes: reads as fast as they come, and reads held (by a pause after each, in here only) to what makes reading
-take 0.9 and 1.1 times as long as computing. In every round each of these is measured once, medians are told:
+Three drives: as fast as this one is, and held (by a pause after each read, in here only) to what makes reading every
+block twice take 0.9 and 1.1 times as long as computing. For each the step is planned within `--memory`, as it would be
+on a machine with such a drive. In every round each of these is measured once, medians are told:
 
-- compute alone: a step of the same model whose blocks all stay in memory as they lie on disk, so that they are cast
-  at every visit as in streaming; what it waits for the head and the embedding is taken off.
+- compute alone: a step under the same plan, but with all blocks and the head in memory as they lie on disk, so that they
+  are cast at every visit as in streaming; what it waits for the embedding is taken off.
 - read alone: every read of a step again, in its order, by the same reader under the same limit, nothing else going on.
-- step: the streaming step, with room for `--resident` blocks beside the one on its way.
-
-Forward takes less computing a block than backward, and the head none of reading: where both are about equal, forward
-waits for reads and backward's reads for room, unless some blocks lie ready. That is what `--resident` shows.
+- step: the step as it is planned.
 """
 
 import slowft  # noqa: F401, I001  (before mlx: it loads OpenBLAS)
@@ -20,6 +18,7 @@ import slowft  # noqa: F401, I001  (before mlx: it loads OpenBLAS)
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -29,9 +28,11 @@ import mlx.core as mx
 
 from memory_ladder import SHAPE
 from slowft.bench.shapes import write_random
+from slowft.reports.plan import choices
+from slowft.sizes import parse_nbytes
 from slowft.storage.buffers import read_buffer
 
-REGIMES = {"unlimited": None, "reading 0.9 of computing": 0.9, "reading 1.1 of computing": 1.1}
+DRIVES = {"this drive": None, "reading 0.9 of computing": 0.9, "reading 1.1 of computing": 1.1}
 
 
 class Watched:
@@ -67,60 +68,69 @@ def timed_step(model, batch, lengths) -> tuple[float, float]:
     return time.perf_counter() - begin, model.stats.last.wait_s
 
 
+def on_drive(watched: Watched, streaming, resident, compute_s: float | None, share: float | None, args) -> dict:
+    """Seconds of reading, computing and both, planned for a drive that reads all twice in `share` of `compute_s`."""
+    batch, lengths = args.batch
+    blocks_nbytes = sum(unit.nbytes for unit in streaming._cut.blocks)
+    planner = streaming.planner(args.rows, args.tokens, 1)
+    if share is not None:
+        watched.bytes_per_s = 2 * blocks_nbytes / (share * compute_s)
+        planner.machine = replace(planner.machine, read_bytes_per_s=watched.bytes_per_s)
+    plan = planner.choose(parse_nbytes(args.memory))
+    streaming._engine.follow(plan.schedule)
+    everything = blocks_nbytes + sum(unit.nbytes for unit in streaming._cut.head)
+    resident._engine.follow(replace(plan.schedule, resident_nbytes=everything))
+    for model in (resident, streaming):
+        timed_step(model, batch, lengths)
+    watched.record = recorded = []
+    timed_step(streaming, batch, lengths)
+    watched.record = None
+    buffer = memoryview(read_buffer(max(n for _, n in recorded)))
+    computing, reading, steps, waiting = [], [], [], []
+    for _ in range(args.rounds):
+        took, waited = timed_step(resident, batch, lengths)
+        computing.append(took - waited)
+        reading.append(watched.replay(recorded, buffer))
+        took, waited = timed_step(streaming, batch, lengths)
+        steps.append(took)
+        waiting.append(waited)
+    compute, read, step = (statistics.median(a) for a in (computing, reading, steps))
+    return {
+        "bytes_per_s": watched.bytes_per_s,
+        "kept": choices(plan),
+        "read_gb": sum(r.nbytes for ranges, _ in recorded for r in ranges) / 1e9,
+        "predicted_step_s": plan.step_s,
+        "compute_alone_s": compute,
+        "read_alone_s": read,
+        "step_s": step,
+        "steps_s": steps,
+        "step_to_larger": step / max(read, compute),
+        "wait_share": statistics.median(waiting) / step,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--memory", default="1GB")
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--resident", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     mx.random.seed(0)
     batch = mx.random.randint(0, SHAPE["vocab_size"], (args.rows, args.tokens + 1))
-    lengths = mx.array([[1, args.tokens]] * args.rows)
+    args.batch = batch, mx.array([[1, args.tokens]] * args.rows)
+    results, compute_s = {"shape": f"{args.layers} blocks, {args.rows}x{args.tokens} tokens, {args.memory}"}, None
     with tempfile.TemporaryDirectory() as directory:
         path = write_random(Path(directory), SHAPE | {"num_hidden_layers": args.layers})
         streaming, resident = (slowft.open_model(path).add_lora(num_layers=-1, rank=8).train() for _ in range(2))
-        blocks_nbytes = sum(unit.nbytes for unit in resident._cut.blocks)
-        resident._engine.follow(replace(resident._engine.schedule, resident_nbytes=blocks_nbytes))
-        kept_nbytes = args.resident * blocks_nbytes // args.layers
-        streaming._engine.follow(replace(streaming._engine.schedule, resident_nbytes=kept_nbytes))
-        reads = Watched(streaming)
-        for model in (streaming, resident):
-            timed_step(model, batch, lengths)
-        reads.record = []
-        timed_step(streaming, batch, lengths)
-        recorded, reads.record = reads.record, None
-        nbytes = sum(r.nbytes for ranges, _ in recorded for r in ranges)
-        buffer = memoryview(read_buffer(max(n for _, n in recorded)))
-        compute_s, read_s, step_s, wait_s = [], {k: [] for k in REGIMES}, {k: [] for k in REGIMES}, {}
-        for _ in range(args.rounds):
-            took, waited = timed_step(resident, batch, lengths)
-            compute_s.append(took - waited)
-            for regime, share in REGIMES.items():
-                reads.bytes_per_s = share and nbytes / (share * statistics.median(compute_s))
-                read_s[regime].append(reads.replay(recorded, buffer))
-                took, waited = timed_step(streaming, batch, lengths)
-                step_s[regime].append(took)
-                wait_s.setdefault(regime, []).append(waited)
+        watched = Watched(streaming)
+        for drive, share in DRIVES.items():
+            results[drive] = on_drive(watched, streaming, resident, compute_s, share, args)
+            compute_s = compute_s or results[drive]["compute_alone_s"]
+            print(f"{drive}: {results[drive]['step_to_larger']:.2f} of the larger", file=sys.stderr)
         for model in (streaming, resident):
             model.close()
-    compute = statistics.median(compute_s)
-    results = {
-        "shape": f"{args.layers} blocks, {args.rows}x{args.tokens} tokens, {args.resident} resident",
-        "read_gb": nbytes / 1e9,
-        "compute_alone_s": compute,
-        "compute_all_s": compute_s,
-    }
-    for regime in REGIMES:
-        read, step = statistics.median(read_s[regime]), statistics.median(step_s[regime])
-        results[regime] = {
-            "read_alone_s": read,
-            "step_s": step,
-            "step_to_larger": step / max(read, compute),
-            "wait_share": statistics.median(wait_s[regime]) / step,
-            "steps_s": step_s[regime],
-        }
     print(json.dumps(results, indent=2))
 
 

@@ -23,8 +23,9 @@ from slowft.engine import budget, costs
 from slowft.engine.model import open_model, parse_nbytes
 from slowft.models.outline import outline_of_config
 from slowft.planning.job import Cut
-from slowft.planning.plan import Planner, _reads_of
+from slowft.planning.plan import Planner
 from slowft.planning.schedule import Schedule
+from slowft.planning.timeline import reads_of
 from test_cli import COMPLETIONS, Command, snapshot, write_splits
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -319,7 +320,7 @@ def test_predicted_reads_are_the_best_there_are(n):
         return per_round[-1]
 
     for capacity in range(1, n + 1):
-        assert _reads_of(order, (7,) * n, 7 * capacity) == 7 * best(capacity)
+        assert sum(r.nbytes for r in reads_of(order, (7,) * n, 7 * capacity)) == 7 * best(capacity)
 
 
 # --- Computing --------------------------------------------------------------------------------------

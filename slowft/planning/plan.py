@@ -18,6 +18,7 @@ from .graph import Cost
 from .job import Cut, Job, LayerCost, Visit
 from .machine import Machine
 from .schedule import Schedule
+from .timeline import Work, reads_of, step_seconds
 
 PIECE_NBYTES = 32 << 20  # of a layer outside the blocks on its way: two pieces of 16 MB
 PIECES = (2048, 1024, 512, 256)  # tokens and queries at a time, to choose from
@@ -415,17 +416,18 @@ class Planner:
         """
         phases = self._phases(job, schedule, exact)
         peak, parts = self._peak_of(phases)
-        read, head_read, on_demand = self._reads(job, schedule)
-        written = max(schedule.spilled - _first_kept(job), 0) * job.hidden_nbytes * job.micro_batches
-        compute = self._compute(job, schedule, exact, self._rooms(schedule, phases, limit))
         bandwidth = self.machine.read_bytes_per_s or float("inf")
-        blocks_s = (read - head_read - on_demand + written) / bandwidth
+        order, sizes = _order(job, schedule)
+        capacity = schedule.resident_nbytes + schedule.slots * max(sizes, default=0)
+        reads = reads_of(order, sizes, capacity, spares_last=schedule.slots > 1)
+        works = self._works(job, schedule, exact, self._rooms(schedule, phases, limit))
+        nbytes = sum(read.nbytes for read in reads) + sum(work.read_nbytes for work in works)
+        nbytes += job.rows_nbytes * job.micro_batches
+        written = sum(work.written_nbytes for work in works)
         write_s = written / (self.machine.write_bytes_per_s or bandwidth)
-        step = (max if _overlaps(job, schedule) else sum)((compute, blocks_s + write_s)) + head_read / bandwidth
-        step += on_demand / (ON_DEMAND_RATE * bandwidth)  # hidden behind nothing, as far as this knows
-        both = read + written
-        seconds = compute, both / bandwidth + write_s, step
-        return Plan(schedule, job, None, peak, both, written, *seconds, parts)
+        seconds = sum(work.seconds for work in works), nbytes / bandwidth + write_s
+        step_s = step_seconds(reads, works, bandwidth, self.machine.write_bytes_per_s or bandwidth)
+        return Plan(schedule, job, None, peak, nbytes, written, *seconds, step_s, parts)
 
     def _peak(self, job: Job, schedule: Schedule, exact: bool = True) -> int:
         return self._peak_of(self._phases(job, schedule, exact))[0]
@@ -538,68 +540,70 @@ class Planner:
             found = self._kept_of[key] = sum(p.nbytes for p in chosen), tuple(p.backward for p in chosen)
         return found
 
-    def _reads(self, job: Job, s: Schedule) -> tuple[int, int, int]:
-        """Bytes read per step: (in all, the head's, experts' on demand); nothing hides the latter two."""
-        streamed = {v.block for v in _streamed_blocks(job, s)}
-        sizes = [_rest_nbytes(v, s) for v in job.visits if v.block in streamed]
-        order = [*range(len(sizes)), *(i for i in reversed(range(len(sizes))) if i >= job.lowest_trained)]
-        if s.head_ahead:
-            order.insert(len(sizes), len(sizes))
-            sizes.append(job.head_stored_nbytes)
-        blocks = _reads_of(tuple(order), tuple(sizes), s.resident_nbytes + s.slots * max(sizes, default=0))
-        visited = [i for i, visit in enumerate(job.visits) if visit.block in streamed]
-        apart = sum(self._reads_apart(job, s, i, i == visited[-1]) for i in visited)
-        head = 0 if s.keep_head or s.head_ahead else job.head_stored_nbytes
-        total = blocks + apart + head + job.rows_nbytes * job.micro_batches
-        return total, head, apart if s.routed else 0
+    def _reads_apart(self, job: Job, s: Schedule, position: int) -> tuple[int, int]:
+        """Bytes of a visit's layers that come apart from its block, (on the way there, on the way back).
 
-    def _reads_apart(self, job: Job, s: Schedule, position: int, is_last: bool) -> int:
-        """Bytes of a visit's layers that come apart from its block: anew for each micro-batch, and for each pass.
-
-        On the way back that is the recomputation and the cotangents. What one micro-batch was routed to stays between
-        the two, and where the passes turn.
+        They come anew for each micro-batch and for each pass, which are two on the way back: the recomputation and the
+        cotangents. What one micro-batch was routed to stays between those, and where the ways turn.
         """
         visit, kept = job.visits[position], s.kept[position] if position < len(s.kept) else ()
-        nbytes = 0
+        turns_here = position == len(job.visits) - s.tail - 1 and job.micro_batches == 1
+        forward = backward = 0
         for layer in _apart(visit, s):
-            passes = 1 if visit.backward is None else 2
-            if passes == 2 and s.group_nbytes is not None:
-                passes += layer.name not in kept and visit.needs_output(layer)
-            elif is_last and job.micro_batches == 1:
-                passes = 1
-            nbytes += int(job.micro_batches * passes * layer.read_share(job.rows * job.tokens) * layer.nbytes)
-        return nbytes
+            nbytes = int(job.micro_batches * layer.read_share(job.rows * job.tokens) * layer.nbytes)
+            forward += nbytes
+            if visit.backward is not None and s.group_nbytes is not None:
+                backward += nbytes * (2 if layer.name not in kept and visit.needs_output(layer) else 1)
+            elif visit.backward is not None and not turns_here:
+                backward += nbytes
+        return forward, backward
 
-    def _compute(self, job: Job, s: Schedule, exact: bool, rooms: np.ndarray) -> float:
+    def _works(self, job: Job, s: Schedule, exact: bool, rooms: np.ndarray) -> list[Work]:
+        """What is done at each visit to a block below the tail, at the head and its tail, and on the way back."""
         n, m, visits, machine = len(job.visits) - s.tail, job.micro_batches, self._figures(job), self.machine
         packed = {visit.block for visit in _packed_blocks(job, s)}
-        fresh_forward = _fresh_share(rooms[1 : 1 + n], visits.forward[:n])
-        fresh_backward = _fresh_share(rooms[1 + n : 1 + 2 * n], visits.backward[:n])
-        moved = fresh_forward * visits.forward_moved[:n] + fresh_backward * visits.backward_moved[:n]
-        seconds = m * ALLOCATION_SHARE * machine.page_s_per_byte * float(moved.sum())
+        page_s = m * ALLOCATION_SHARE * machine.page_s_per_byte
+        fresh_s = page_s * _fresh_share(rooms[1 : 1 + n], visits.forward[:n]) * visits.forward_moved[:n]
+        fresh_back_s = page_s * _fresh_share(rooms[1 + n : 1 + 2 * n], visits.backward[:n]) * visits.backward_moved[:n]
+        there, back = [], []
         for position, visit in enumerate(job.visits[:n]):
-            of_micro_batch, arrival = self._seconds(visit.forward), self._arrival(visit, visit.block in packed)
-            passes = 1 if visit.backward is None else 2
+            forward_s, arrival_s = self._seconds(visit.forward), self._arrival(visit, visit.block in packed)
+            apart_s = recomputed_s = 0.0
+            layers = _apart(visit, s) if visit.block not in packed else ()
+            if layers:
+                share = sum(layer.compute_nbytes for layer in layers) / visit.compute_nbytes
+                brought = sum(layer.read_share(job.rows * job.tokens) * layer.compute_nbytes for layer in layers)
+                pages_s = 0.0 if s.cache_nbytes or not visit.is_copied else machine.page_s_per_byte * brought
+                apart_s = m * (arrival_s * brought / visit.compute_nbytes + pages_s)
+                arrival_s *= 1 - share
+                recomputed_s = m * RECOMPUTED_SHARE * forward_s
+            nbytes, nbytes_back = self._reads_apart(job, s, position) if layers else (0, 0)
+            beside = {"inline_rate": ON_DEMAND_RATE if s.routed else None}
+            written = m * job.hidden_nbytes if _first_kept(job) <= position < s.spilled else 0
+            seconds = m * forward_s + arrival_s + apart_s + float(fresh_s[position])
+            freed_s = arrival_s if visit.is_copied else seconds
+            there.append(Work(freed_s, seconds, nbytes, written, **beside))
             if visit.backward is not None:
-                backward = self._seconds(visit.backward)
+                backward_s = self._seconds(visit.backward)
                 names = s.kept[position] if position < len(s.kept) else ()
-                saved = sum(backward - self._seconds(cost) for cost in self._kept(visit, names)[1])
-                of_micro_batch += backward - saved
-            arrival *= passes
-            if (apart := _apart(visit, s)) and visit.block not in packed:
-                share = sum(layer.compute_nbytes for layer in apart) / visit.compute_nbytes
-                brought = sum(layer.read_share(job.rows * job.tokens) * layer.compute_nbytes for layer in apart)
-                fresh_pages = 0 if s.cache_nbytes else machine.page_s_per_byte * brought
-                each = arrival / passes * brought / visit.compute_nbytes + fresh_pages * visit.is_copied
-                arrival = (1 - share) * arrival + (2 * passes - 1) * m * each
-                of_micro_batch += (passes - 1) * RECOMPUTED_SHARE * self._seconds(visit.forward)
-            seconds += m * of_micro_batch + arrival
-        head_peak, head_s, head_moved = self._head(job, s.tail, s.head_tokens, exact)
-        fresh = float(_fresh_share(rooms[0], head_peak))
-        seconds += m * (head_s + fresh * ALLOCATION_SHARE * head_moved * machine.page_s_per_byte)
+                backward_s -= sum(backward_s - self._seconds(cost) for cost in self._kept(visit, names)[1])
+                seconds = m * backward_s + arrival_s + 2 * apart_s + recomputed_s + float(fresh_back_s[position])
+                freed_s = arrival_s if visit.is_copied else seconds
+                back.append(Work(freed_s, seconds, nbytes_back + written, 0, **beside))
+        return [*there, self._head_work(job, s, exact, rooms[0]), *reversed(back)]
+
+    def _head_work(self, job: Job, s: Schedule, exact: bool, room: int) -> Work:
+        machine = self.machine
+        peak, seconds, moved = self._head(job, s.tail, s.head_tokens, exact)
+        fresh = float(_fresh_share(room, peak))
+        seconds = job.micro_batches * (seconds + fresh * ALLOCATION_SHARE * moved * machine.page_s_per_byte)
+        cast_s = 0.0
         if not s.keep_head and job.head_compute_nbytes != job.head_stored_nbytes:
-            seconds += job.head_compute_nbytes * (1 / machine.cast_bytes_per_s + machine.page_s_per_byte)
-        return seconds
+            cast_s = job.head_compute_nbytes * (1 / machine.cast_bytes_per_s + machine.page_s_per_byte)
+        freed_s = cast_s if job.head_compute_nbytes != job.head_stored_nbytes else cast_s + seconds
+        nbytes = 0 if s.keep_head or s.head_ahead else job.head_stored_nbytes
+        written = job.micro_batches * job.hidden_nbytes if len(job.visits) < s.spilled else 0
+        return Work(freed_s, cast_s + seconds, nbytes + written, written, inline_rate=1.0)
 
     def _arrival(self, visit: Visit, is_packed: bool) -> float:
         """Seconds to cast, quantize or dequantize a block's weights."""
@@ -750,38 +754,17 @@ def _streamed_blocks(job: Job, s: Schedule) -> list:
     return below[: len(below) - s.packed]
 
 
+def _order(job: Job, s: Schedule) -> tuple[list[int | None], list[int]]:
+    """(what each visit of a step needs read, by its number, None for nothing; the bytes of each of these)."""
+    blocks = [visit.block for visit in _streamed_blocks(job, s)]
+    numbers = {block: number for number, block in enumerate(blocks)}
+    sizes = _streamed_nbytes(job, s)
+    below = job.visits[: len(job.visits) - s.tail]
+    there = [numbers.get(visit.block) for visit in below]
+    back = [numbers.get(visit.block) for visit in reversed(below) if visit.backward is not None]
+    return [*there, len(blocks) if s.head_ahead else None, *back], sizes
+
+
 def _whole_blocks(job: Job, s: Schedule) -> int:
     sizes = [_rest_nbytes(visit, s) for visit in _streamed_blocks(job, s)]
     return min(len(sizes), s.resident_nbytes // max(sizes)) if sizes else 0
-
-
-def _reads_of(order: tuple[int, ...], sizes: tuple[int, ...], capacity: int) -> int:
-    """Bytes read per round of a visit order gone through for ever, with the best evictions (Belady's)."""
-    if not order or sum(sizes) <= capacity:
-        return 0
-    if len(set(sizes)) == 1:  # what does not fill a whole block is no use
-        capacity = capacity // sizes[0] * sizes[0]
-    return _belady(order, sizes, capacity)
-
-
-@functools.lru_cache(4096)
-def _belady(order: tuple[int, ...], sizes: tuple[int, ...], capacity: int) -> int:
-    n, rounds = len(order), 3
-    visits = order * (rounds + 1)
-    following, last_seen = [0] * len(visits), {}
-    for at in reversed(range(len(visits))):
-        following[at] = last_seen.get(visits[at], len(visits))
-        last_seen[visits[at]] = at
-    held: dict[int, int] = {}  # item -> when it is wanted next
-    nbytes = read = 0
-    for at in range(rounds * n):
-        item = visits[at]
-        if item not in held:
-            read += sizes[item] if at >= (rounds - 1) * n else 0  # the last round: it has settled
-            nbytes += sizes[item]
-            while held and nbytes > capacity:
-                victim = max(held, key=held.get)
-                del held[victim]
-                nbytes -= sizes[victim]
-        held[item] = following[at]
-    return read

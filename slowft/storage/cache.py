@@ -24,6 +24,7 @@ from .buffers import read_buffer
 from .reader import ByteRange, Reader
 
 NEVER = float("inf")
+READS_AHEAD = 2  # under way and waiting: calls of the cache, at which it could ask for more, are a visit apart
 
 
 @dataclass
@@ -138,19 +139,19 @@ class BlockCache:
         return shrunk
 
     def _read_ahead(self) -> None:
-        """Start reading what is missing soonest, unless something is being read or what to evict is needed before."""
-        if any(not resident.read.done() for resident in self._residents.values()):
-            return
-        missing = ((visit, item) for visit, item in enumerate(self._upcoming) if item not in self._residents)
-        visit, item = next(missing, (-1, -1))  # the visit that needs it, counted from now
-        if item < 0:
-            return
-        spared = set()
-        if self.slots > 1:  # in use when `item` is read at the latest
-            spared = {self._upcoming[visit - 1]} if visit else {i for i, r in self._residents.items() if r.pinned}
-        victims = self._victims(item, visit, spared)
-        needed_before = set(self._upcoming[:visit]) | {i for i, r in self._residents.items() if r.pinned}
-        if victims is not None and needed_before.isdisjoint(victims):
+        """Have the reader read what is missing soonest, and one thing more, unless what to evict is needed before."""
+        while sum(not resident.read.done() for resident in self._residents.values()) < READS_AHEAD:
+            missing = ((visit, item) for visit, item in enumerate(self._upcoming) if item not in self._residents)
+            visit, item = next(missing, (-1, -1))  # the visit that needs it, counted from now
+            if item < 0:
+                return
+            in_use = {i for i, r in self._residents.items() if r.pinned}
+            spared = set()
+            if self.slots > 1:  # in use when `item` is read at the latest
+                spared = {self._upcoming[visit - 1]} if visit else in_use
+            victims = self._victims(item, visit, spared)
+            if victims is None or not in_use.union(self._upcoming[:visit]).isdisjoint(victims):
+                return
             self._start(item, victims)
 
     def _victims(self, item: int, visit: int = -1, spared: Iterable[int] = ()) -> list[int] | None:
