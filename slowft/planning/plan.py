@@ -33,6 +33,8 @@ LONG_TAIL = 2  # visits, from which on what the head and its tail make is mostly
 MISFIT_SHARES = (2, 1, 0)
 PIECES_MARGIN = 1.12  # what computing in pieces takes more than its graph shows (8,192 tokens: 23 of 250 MB)
 GROUPS = (256 << 20, 128 << 20, 64 << 20, 32 << 20, 16 << 20)  # bytes of a layer at once, to choose from
+WAITING = 1.02  # times the seconds of computing: a step that takes more waits for reads
+BLOCKS_SHARES = (0.25, 0.5, 0.75)  # of room, to choose from where blocks are kept and products too
 WAVES_SHARE = 0.25  # of layers' outputs, which a pass by groups holds beyond what its graph shows
 RECOMPUTED_SHARE = 0.3  # of a forward pass, done once more as a block's vjp is taken in waves
 # of buffers that find no page in use however large MLX's cache: 0.3 with everything in memory, 0.5 in streamed blocks,
@@ -356,23 +358,30 @@ class Planner:
         return replace(schedule, spilled=low)
 
     def _filled(self, job: Job, base: Schedule, limit: float) -> Iterator[Plan]:
-        """The schedule as it is, and with the room that is left given to products and then blocks, or the reverse."""
-        yield self.predict(job, base, False, limit)
+        """The schedule as it is, and with the room that is left given to products and then blocks, or the reverse.
+
+        Where reads are waited for, also with part of the room given to blocks and the rest to products.
+        """
+        plan = self.predict(job, base, False, limit)
+        yield plan
         if base.spilled or base.tail == len(job.visits):
             return
-        orders = [(self._keep_products, self._keep_blocks), (self._keep_blocks, self._keep_products)]
+        products, blocks, packed = self._keep_products, self._keep_blocks, self._keep_packed
+        orders = [(products, blocks), (blocks, products)]
         if any(visit.rounded for visit in job.visits) and not base.routed:
-            orders += [(self._keep_packed, self._keep_products), (self._keep_products, self._keep_packed)]
-        for order in [(self._keep_products,)] if base.group_nbytes else orders:
+            orders += [(packed, products), (products, packed)]
+        if plan.step_s > WAITING * plan.compute_s:
+            orders += [(functools.partial(blocks, share=share), products) for share in BLOCKS_SHARES]
+        for order in [(products,)] if base.group_nbytes else orders:
             filled = base
             for fill in order:
                 filled = fill(job, filled, (limit - self._peak(job, filled, False)) / (1 + SLACK_SHARE))
             if filled is not base:
                 yield self.predict(job, filled, False, limit)
 
-    def _keep_blocks(self, job: Job, schedule: Schedule, room: float) -> Schedule:
+    def _keep_blocks(self, job: Job, schedule: Schedule, room: float, share: float = 1.0) -> Schedule:
         sizes = [_rest_nbytes(visit, schedule) for visit in _streamed_blocks(job, schedule)]
-        nbytes = int(min(room, sum(sizes)))
+        nbytes = int(min(share * room, sum(sizes)))
         return replace(schedule, resident_nbytes=nbytes) if nbytes >= min(sizes) else schedule
 
     def _keep_packed(self, job: Job, schedule: Schedule, room: float) -> Schedule:
