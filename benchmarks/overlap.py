@@ -77,9 +77,13 @@ def on_drive(watched: Watched, streaming, resident, compute_s: float | None, sha
         watched.bytes_per_s = 2 * blocks_nbytes / (share * compute_s)
         planner.machine = replace(planner.machine, read_bytes_per_s=watched.bytes_per_s)
     plan = planner.choose(parse_nbytes(args.memory))
-    streaming._engine.follow(plan.schedule)
     everything = blocks_nbytes + sum(unit.nbytes for unit in streaming._cut.head)
-    resident._engine.follow(replace(plan.schedule, resident_nbytes=everything))
+    # MLX's limits are the process's, in which the other model keeps all its blocks
+    s = replace(plan.schedule, active_nbytes=plan.schedule.active_nbytes + everything)
+    if s.total_nbytes:
+        s = replace(s, total_nbytes=s.total_nbytes + everything)
+    streaming._engine.follow(s)
+    resident._engine.follow(replace(s, resident_nbytes=everything))
     for model in (resident, streaming):
         timed_step(model, batch, lengths)
     watched.record = recorded = []

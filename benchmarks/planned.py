@@ -21,18 +21,22 @@ from slowft.engine import budget
 from slowft.planning import machine
 
 
-def measure(directory: Path, memory: int | None, limit: bool = True, **job) -> dict:
+def measure(directory: Path, memory: int | None, read_bytes_per_s: int | None = None, **job) -> dict:
     """Run `job` (rows, tokens, micro_batches, steps, num_layers) within `memory` bytes, None for as much as is useful.
 
+    A cgroup enforces the memory, where one can be made.
+
     Args:
-        limit: enforce the memory by a cgroup, where one can be made.
+        read_bytes_per_s: that the cgroup holds reads to; None for what the drive can do.
         job: `machine_file` is where what is measured of the machine is kept for the next run, so that plans for
             different memory differ in nothing else.
     """
     command = [sys.executable, __file__, str(directory), str(memory or ""), json.dumps(job)]
     peak = None
-    if limit and memory is not None and cgroup.why_unavailable() is None:
-        done, peak = cgroup.run(command, memory)
+    if memory is not None and cgroup.why_unavailable() is None:
+        with cgroup.limit(memory, read_bytes_per_s, Path(directory).glob("*.safetensors")) as group:
+            done = subprocess.run(group.entered(command), capture_output=True, text=True)
+            peak = group.peak_nbytes or 0
     else:
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

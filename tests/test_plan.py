@@ -320,7 +320,7 @@ def test_predicted_reads_are_the_best_there_are(n):
         return per_round[-1]
 
     for capacity in range(1, n + 1):
-        assert sum(r.nbytes for r in reads_of(order, (7,) * n, 7 * capacity)) == 7 * best(capacity)
+        assert sum(r.nbytes for r in reads_of(order, (7,) * n, (1,) * n, capacity)) == 7 * best(capacity)
 
 
 # --- Computing --------------------------------------------------------------------------------------

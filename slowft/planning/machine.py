@@ -210,7 +210,7 @@ def _matmul_s_per_flop(batches, rows, inner, columns, a_transposed, b_transposed
         return (a.swapaxes(-1, -2) if a_transposed else a) @ (b.swapaxes(-1, -2) if b_transposed else b)
 
     with _cache_limit(batches * rows * columns * dtype.size):
-        return _best(multiply, 0, at_least=2) / (2 * batches * rows * inner * columns)
+        return _best(multiply, 0, at_least=4) / (2 * batches * rows * inner * columns)
 
 
 @functools.cache

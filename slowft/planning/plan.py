@@ -268,18 +268,22 @@ class Planner:
         head, *others = self._phases(job, s, True).parts["computing"].tolist()
         work = max(others)
         left = min(memory - plan.peak_nbytes, max(head, work)) if _is_simple(s) and s.tail < len(job.visits) else 0
+        slack = plan.parts["slack"]
         peak, parts = plan.peak_nbytes + left, {**plan.parts, "buffer cache": plan.parts.get("buffer cache", 0) + left}
         schedule = replace(
             s,
             active_nbytes=max(memory - self._base - (s.cache_nbytes or 0), 1 << 20),
             # twice the slack: what freed buffers take must never be what breaks the ceiling
-            total_nbytes=peak - 2 * plan.parts["slack"] - self._base if _is_simple(s) else 0,
+            total_nbytes=peak - 2 * slack - self._base if _is_simple(s) else 0,
             workspace_nbytes=int(AHEAD_SHARE * work),
             head_workspace_nbytes=int(AHEAD_SHARE * head) + (0 if s.keep_head else job.head_compute_nbytes),
             head_reuses_blocks=s.tail >= LONG_TAIL,
             reads_in_flight=self.machine.reads_in_flight,
         )
-        return replace(plan, schedule=schedule, peak_nbytes=peak, parts={k: v for k, v in parts.items() if v})
+        kept_free = min(left, slack)  # of the two, one is in the plan already
+        parts["buffer cache"] -= kept_free
+        parts = {k: v for k, v in parts.items() if v}
+        return replace(plan, schedule=schedule, peak_nbytes=peak - kept_free, parts=parts)
 
     def _everything(self, job: Job, limit: float) -> Plan | None:
         """Ordinary training, if there is room for it: for keeping all its buffers from step to step, or most."""
@@ -382,6 +386,8 @@ class Planner:
     def _keep_blocks(self, job: Job, schedule: Schedule, room: float, share: float = 1.0) -> Schedule:
         sizes = [_rest_nbytes(visit, schedule) for visit in _streamed_blocks(job, schedule)]
         nbytes = int(min(share * room, sum(sizes)))
+        if len(set(sizes)) == 1:  # what holds no whole block is no use
+            nbytes = nbytes // sizes[0] * sizes[0]
         return replace(schedule, resident_nbytes=nbytes) if nbytes >= min(sizes) else schedule
 
     def _keep_packed(self, job: Job, schedule: Schedule, room: float) -> Schedule:
@@ -427,8 +433,12 @@ class Planner:
         peak, parts = self._peak_of(phases)
         bandwidth = self.machine.read_bytes_per_s or float("inf")
         order, sizes = _order(job, schedule)
-        capacity = schedule.resident_nbytes + schedule.slots * max(sizes, default=0)
-        reads = reads_of(order, sizes, capacity, spares_last=schedule.slots > 1)
+        blocks = sizes[:-1] if schedule.head_ahead else sizes
+        if len(set(blocks)) == 1:  # so many places, of which the head takes one
+            held, capacity = [1] * len(sizes), schedule.slots + schedule.resident_nbytes // blocks[0]
+        else:
+            held, capacity = sizes, schedule.resident_nbytes + schedule.slots * max(sizes, default=0)
+        reads = reads_of(order, sizes, held, capacity, spares_last=schedule.slots > 1)
         works = self._works(job, schedule, exact, self._rooms(schedule, phases, limit))
         nbytes = sum(read.nbytes for read in reads) + sum(work.read_nbytes for work in works)
         nbytes += job.rows_nbytes * job.micro_batches

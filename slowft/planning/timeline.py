@@ -43,51 +43,51 @@ class Work:
 
 
 def reads_of(
-    order: Sequence[int | None], sizes: Sequence[int], capacity: int, spares_last: bool = False
+    order: Sequence[int | None],
+    sizes: Sequence[int],
+    held: Sequence[int],
+    capacity: int,
+    spares_last: bool = False,
 ) -> tuple[Read, ...]:
     """Reads of one round of a visit order that is gone through for ever, with the best evictions (Belady's).
 
     Args:
         order: of items; None for a visit that needs none.
-        sizes: of each item, in bytes.
-        capacity: bytes of items that may be in memory.
+        sizes: of each item, in bytes; held: what it takes of `capacity`.
         spares_last: whether the item of the visit before is still in use when an item is read.
     """
-    items = {item for item in order if item is not None}
-    if sum(sizes[item] for item in items) <= capacity:
+    if sum(held[item] for item in {*order} - {None}) <= capacity:
         return ()
-    if len({sizes[item] for item in items}) == 1:  # what does not fill a whole item is no use
-        capacity = capacity // sizes[next(iter(items))] * sizes[next(iter(items))]
-    return _belady(tuple(order), tuple(sizes), capacity, spares_last)
+    return _belady(tuple(order), tuple(sizes), tuple(held), capacity, spares_last)
 
 
 @functools.lru_cache(4096)
-def _belady(order, sizes, capacity, spares_last) -> tuple[Read, ...]:
+def _belady(order, sizes, held, capacity, spares_last) -> tuple[Read, ...]:
     n = len(order)
     visits = order * (ROUNDS + 1)
     following, next_seen = [0] * len(visits), {}
     for at in reversed(range(len(visits))):
         following[at] = next_seen.get(visits[at], len(visits))
         next_seen[visits[at]] = at
-    held: dict[int, int] = {}  # item -> when it is wanted next
+    wanted: dict[int, int] = {}  # item in memory -> when it is wanted next
     last_visit: dict[int, int] = {}
-    nbytes, reads, settled = 0, [], (ROUNDS - 1) * n
+    used, reads, settled = 0, [], (ROUNDS - 1) * n
     for at, item in enumerate(visits[: ROUNDS * n]):
         if item is None:
             continue
-        if item not in held:
-            nbytes += sizes[item]
+        if item not in wanted:
+            used += held[item]
             after = settled - n
-            while held and nbytes > capacity:
+            while wanted and used > capacity:
                 before = visits[at - 1] if spares_last and at else None
-                victims = [other for other in held if other != before] or list(held)
-                victim = max(victims, key=held.get)
-                del held[victim]
-                nbytes -= sizes[victim]
+                victims = [other for other in wanted if other != before] or list(wanted)
+                victim = max(victims, key=wanted.get)
+                del wanted[victim]
+                used -= held[victim]
                 after = max(after, last_visit[victim])
             if at >= settled:
                 reads.append(Read(at - settled, sizes[item], after - settled))
-        held[item], last_visit[item] = following[at], at
+        wanted[item], last_visit[item] = following[at], at
     return tuple(reads)
 
 

@@ -8,6 +8,7 @@ import errno
 import os
 import time
 from collections.abc import Callable
+from typing import Any
 
 from .. import platform
 
@@ -31,7 +32,7 @@ class RequestError(OSError):
         self.offset = offset
 
 
-def retried(request: Callable[..., int], *args) -> int:
+def retried(request: Callable[..., Any], *args) -> Any:
     """`request(*args)`, tried again where that can help.
 
     Raises:

@@ -8,6 +8,7 @@ The format allows a header padded with spaces and no holes between tensors, so t
 follow one another at the end. Format: https://github.com/huggingface/safetensors#format
 """
 
+import errno
 import hashlib
 import json
 import math
@@ -22,7 +23,7 @@ from pathlib import Path
 from .. import platform
 from ..errors import SlowftError
 from .index import DTYPES
-from .requests import REQUEST_NBYTES, write_all
+from .requests import REQUEST_NBYTES, retried, write_all
 
 PAGE_NBYTES = 4096
 UNFINISHED = ".partial"
@@ -185,7 +186,10 @@ class TensorFile:
         while self._next < len(self._tensors):
             t = self._tensors[self._next]
             while self._hashed < self._written[t.name]:
-                data = os.pread(self._fd, min(REQUEST_NBYTES, self._written[t.name] - self._hashed), self._hashed)
+                nbytes = min(REQUEST_NBYTES, self._written[t.name] - self._hashed)
+                data = retried(os.pread, self._fd, nbytes, self._hashed)
+                if not data:
+                    raise OSError(errno.EIO, "what was written is not there")
                 self._file_hash.update(data)
                 platform.drop_cached(self._fd, self._hashed, len(data))
                 self._hashed += len(data)
