@@ -113,10 +113,10 @@ def _share_measurements(file: Path) -> dict:
     for module, name in ((budget, "measured"), (machine, "_matmul_s_per_flop")):
         measured = getattr(module, name)
 
-        def once(*args, measured=measured, name=name):
-            key = name, *map(str, args)
+        def once(*args, measured=measured, name=name, **kwargs):
+            key = name, *map(str, args), *kwargs
             if key not in known:
-                known[key] = measured(*args)
+                known[key] = measured(*args, **kwargs)
             found = known[key]  # but the memory is that of the cgroup
             return replace(found, memory_nbytes=platform.memory_limit()) if name == "measured" else found
 

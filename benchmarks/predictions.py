@@ -48,7 +48,6 @@ JOBS = {
     "large head": (LARGE_HEAD, None, 0.1, {"rows": 4, "tokens": 128}),
     "tied embeddings, qwen3": (QWEN3, None, 0.2, {"rows": 4, "tokens": 128}),
     "experts": (EXPERTS, None, 0.1, {"rows": 4, "tokens": 128}),
-    "experts, few tokens": (EXPERTS, None, 0.05, {"rows": 1, "tokens": 2}),
     "4-bit": (SMALL, 4, 0.1, {"rows": 4, "tokens": 128}),
 }
 

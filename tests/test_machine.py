@@ -151,7 +151,7 @@ def test_what_is_in_the_file_cache_already_is_read_from_the_drive(file, monkeypa
         monkeypatch.setattr(machine.Reader, "submit", spy)
         assert filecache.nbytes_cached(f.fileno()) == 96 * MB
         measure(mx.float32, [str(file)], 0.1)
-    assert cached[0] <= 64 * MB  # what comes first, from the middle on, has gone
+    assert cached[0] <= 88 * MB and cached[1] <= 64 * MB  # what comes first has gone: 8 MB, then from the middle on
 
 
 def test_holes_are_not_read(tmp_path, monkeypatch):
@@ -170,8 +170,7 @@ def test_holes_are_not_read(tmp_path, monkeypatch):
     submit = machine.Reader.submit
     monkeypatch.setattr(machine.Reader, "submit", lambda self, r, b: asked.extend(r) or submit(self, r, b))
     assert measure(mx.float32, [str(tmp_path / "part")], 0.1).read_bytes_per_s > 0
-    assert sum(r.nbytes for r in asked) == 8 * MB
-    assert asked[0].offset == 128 * MB
+    assert [(r.offset, r.nbytes) for r in asked] == [(128 * MB, 8 * MB)] * 2  # the first time does not count
 
 
 @pytest.mark.parametrize("bits, group_size, mode", [(4, 64, "affine"), (8, 32, "affine"), (4, 32, "mxfp4")])

@@ -21,6 +21,7 @@ from ..models.weights import Packed, Rounded, build_all, casting_streams, hold_a
 from ..storage.buffers import read_buffer, shift
 from ..storage.index import Extent
 from ..storage.reader import ByteRange, Reader
+from .graph import FULL_RATE_WIDTH
 
 STREAM_NBYTES = 40 << 20  # of each array that is read or written: more than glibc ever keeps for itself (32 MB)
 READ_NBYTES = 32 << 20  # read at a time
@@ -35,6 +36,7 @@ PRODUCT_LENGTH, PRODUCT_FLOPS = 2048, 1 << 30  # of products that are measured: 
 NARROW = 32  # up to this length its own rate is measured, beyond that of the nearest power of two
 BATCHED_FLOPS = 512 << 20  # of many small products together
 PRODUCT_NBYTES = 32 << 20  # of the results of products that are measured together
+SLOW = 1.3  # times as long as products take by their width: measured once more
 LEAST_MEASURED_SHARE = 0.01  # of a computation's seconds: the rate of products that take less is not measured
 EXPERT_NBYTES = 48 << 20  # of a matrix, at most: more than processors' caches hold
 GATHERED_NBYTES = 96 << 20  # of experts' matrices that are multiplied by at once, about
@@ -130,7 +132,12 @@ class Machine:
         dtype = getattr(mx, self.compute_dtype or "float32")
         most = min(BATCHED_FLOPS // (2 * math.prod(sizes)), PRODUCT_NBYTES // (sizes[0] * sizes[2] * dtype.size))
         batches = max(1, min(batches, most))
-        return _matmul_s_per_flop(batches, *sizes, a_transposed, b_transposed, dtype)
+        product = batches, *sizes, a_transposed, b_transposed, dtype
+        s_per_flop = _matmul_s_per_flop(*product)
+        usual = self.matmul_flops_per_s * min(1.0, min(sizes) / FULL_RATE_WIDTH)
+        if s_per_flop * usual > SLOW:  # the shape may be, or other work came between
+            s_per_flop = min(s_per_flop, _matmul_s_per_flop(*product, again=True))
+        return s_per_flop
 
     def quantize_s_per_byte(self, bits: int, group_size: int) -> float:
         """Seconds per byte to compute with when a block's weights are quantized on arrival, measured likewise."""
@@ -199,7 +206,7 @@ def _dequantize_s_per_byte(bits: int, group_size: int, mode: str, dtype: mx.Dtyp
 
 
 @functools.cache
-def _matmul_s_per_flop(batches, rows, inner, columns, a_transposed, b_transposed, dtype) -> float:
+def _matmul_s_per_flop(batches, rows, inner, columns, a_transposed, b_transposed, dtype, again=False) -> float:
     def matrices(n_rows: int, n_columns: int, is_transposed: bool) -> mx.array:
         shape = (batches, n_columns, n_rows) if is_transposed else (batches, n_rows, n_columns)
         return _ones(shape, dtype)
