@@ -686,6 +686,10 @@ class Engine:
         self._routed_to = {layer: c.n_routed / tokens.size for layer, c in calls.items() if c.n_routed is not None}
         return logits
 
+    def look(self) -> None:
+        """Have every block called on a few tokens, unevaluated."""
+        self.probe(Probe(self.cut, 0.25))
+
     def make_resident(self, params: Sequence[Param]) -> None:
         for param in params:
             param.placeholder = self._residency.on_thread(lambda p=param: read_whole(self._residency.reader, p.source))

@@ -315,7 +315,9 @@ class StreamedModel(nn.Module):
         raise SlowftError("a streamed model cannot be pickled. Open it where it is needed instead")
 
     def _attach(self, spec: adapters.AdapterSpec, magnitudes: bool, only_to_plan: bool = False) -> None:
-        self._adapter_notes = adapters.attach(self, spec)
+        notes = adapters.attach(self, spec)
+        spec, notes_of_hidden = adapters.without_hidden_weights(self, spec, self._engine.look)
+        self._adapter_notes = notes + notes_of_hidden
         self._engine.adapter_changed()
         if spec.fine_tune_type == "dora" and magnitudes:
             self._engine.compute_magnitudes()

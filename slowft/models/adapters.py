@@ -8,13 +8,14 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_unflatten
 
 from .. import platform
 from ..errors import AdapterError, ConfigError
@@ -85,6 +86,44 @@ def attach(model: nn.Module, spec: AdapterSpec) -> list[str]:
     if not any(id(module) not in before for module in model.modules()):
         raise ConfigError(f"LoRA keys {', '.join(keys or [])} match no layer of the last {spec.num_layers} blocks")
     return notes
+
+
+def without_hidden_weights(model: nn.Module, spec: AdapterSpec, run: Callable[[], Any]) -> tuple[AdapterSpec, list[str]]:
+    """Take adapters off layers whose weights the model uses itself, as gemma3n's altup clips them: LoRA hides those.
+
+    Args:
+        run: calls the model.
+    Returns:
+        What is attached then, and what a person should know of it, a sentence each.
+    Raises:
+        ConfigError: keys name such a layer.
+    """
+    left_out: list[str] = []
+    state = mx.random.state[0].tolist()
+    while True:
+        attached = {n: m for block in model.layers for n, m in block.named_modules() if hasattr(m, "lora_a")}
+        try:
+            run()
+        except AttributeError as e:
+            name = next((n for block in model.layers for n, m in block.named_modules() if m is e.obj), None)
+            if name not in attached:
+                raise
+            if "keys" in spec.parameters:
+                raise ConfigError(
+                    f"LoRA cannot be trained on {name}: the model uses its {e.name} itself. Leave it out of the keys"
+                ) from None
+            left_out.append(name)
+            for block in model.layers:
+                changed = [(n, m.linear) for n, m in block.named_modules() if n == name and hasattr(m, "lora_a")]
+                block.update_modules(tree_unflatten(changed))
+        else:
+            break
+        finally:
+            mx.random.seed(state[0] << 32 | state[1])  # dropout moved it
+    if not left_out:
+        return spec, []
+    spec = replace(spec, parameters={**spec.parameters, "keys": sorted(attached)})
+    return spec, [f"{', '.join(left_out)} have no LoRA: the model uses their weights itself"]
 
 
 def _partly_matched(keys: Sequence[str], blocks: Sequence[nn.Module]) -> list[str]:
