@@ -462,4 +462,4 @@ def test_ordinary_training_keeps_to_its_memory_too(disk):
     memory = run(directory, 2_000_000_000, shape)["predicted"]
     said = run_within(memory, directory, shape, steps=4)
     assert said["schedule"]["tail"] == 2
-    assert 0.9 * said["predicted"] <= max(said["peaks"])
+    assert 0.8 * said["predicted"] <= max(said["peaks"])  # what freed buffers take is planned for at its most

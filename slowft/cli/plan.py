@@ -83,6 +83,7 @@ def plan(model, config_file, memory, tokens, epochs, as_json, **job):
             later = from_boundary(planner, chosen or planner.least())
             least = planner.least()
             table = [least, *(planner.choose(int(least.peak_nbytes * scale)) for scale in (1.5, 2.0)), planner.most()]
+            notes = opened.adapter_notes
             about = f"{getattr(opened, 'model_type', 'model')}, {size(opened.nbytes_on_disk)} on disk"
             sizes = {"nbytes_on_disk": opened.nbytes_on_disk, "embedding_nbytes": opened.embedding_nbytes}
         finally:
@@ -94,9 +95,9 @@ def plan(model, config_file, memory, tokens, epochs, as_json, **job):
         if later is None or not pays(planner, chosen or least, later, min(data.epochs, 1), data.epochs - 1):
             later = None
     if as_json:
-        _print_json(planner.machine, chosen, table, sizes, files, data, later)
+        _print_json(planner.machine, chosen, table, sizes, files, notes, data, later)
     else:
-        _print(planner.machine, chosen, table, about, sizes["embedding_nbytes"], files, data, later)
+        _print(planner.machine, chosen, table, about, sizes["embedding_nbytes"], files, notes, data, later)
 
 
 @dataclass(frozen=True)
@@ -123,11 +124,12 @@ def _directory(model: str | None, config_file: str | None):
             yield directory
 
 
-def _print_json(machine, chosen, table, sizes: dict, files: dict, data: Data | None, later) -> None:
+def _print_json(machine, chosen, table, sizes: dict, files: dict, notes, data: Data | None, later) -> None:
     result = {
         "machine": asdict(machine),
         "model": sizes,
         "files": files,
+        "notes": notes,
         "plan": None if chosen is None else as_dict(chosen),
         "table": [as_dict(plan) for plan in table],
     }
@@ -136,7 +138,7 @@ def _print_json(machine, chosen, table, sizes: dict, files: dict, data: Data | N
     click.echo(json.dumps(result))
 
 
-def _print(machine, chosen, table, about: str, embedding_nbytes: int, files: dict, data: Data | None, later) -> None:
+def _print(machine, chosen, table, about, embedding_nbytes, files: dict, notes, data: Data | None, later) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -150,6 +152,8 @@ def _print(machine, chosen, table, about: str, embedding_nbytes: int, files: dic
         click.echo(f"Files    need preparing: {files['reason']} ({size(files['nbytes'])}). What follows holds after")
         click.echo(f"         {files['command']}")
     click.echo(f"Job      {of_step}")
+    for note in notes:
+        click.echo(f"         {note}")
     first, *rest = three_lines(shown)
     click.echo(
         first if chosen else f"Half of this machine's memory is too little. The least that works: {choices(shown)}"

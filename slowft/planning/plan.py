@@ -36,9 +36,10 @@ GROUPS = (256 << 20, 128 << 20, 64 << 20, 32 << 20, 16 << 20)  # bytes of a laye
 WAITING = 1.02  # times the seconds of computing: a step that takes more waits for reads
 BLOCKS_SHARES = (0.25, 0.5, 0.75)  # of room, to choose from where blocks are kept and products too
 WAVES_SHARE = 0.25  # of layers' outputs, which a pass by groups holds beyond what its graph shows
-# of a forward pass, done once more as a block's vjp is taken in waves: 1.57 s for 1.24 planned with 0.3 (0.34 forward)
-RECOMPUTED_SHARE = 1.2
-GROUP_S = 1e-3  # seconds that a group takes besides what is computed with it
+# of a forward pass, done once more as a block's vjp is taken in waves: 1.57 s for 1.24 planned with 0.3 (0.34 forward);
+# where only experts come apart it is less
+RECOMPUTED_SHARE, RECOMPUTED_BY_ROUTING = 1.2, 0.3
+GROUP_S = 1e-3  # seconds that a group of a layer takes besides what is computed with it
 # of buffers that find no page in use however large MLX's cache: 0.3 with everything in memory, 0.5 in streamed blocks,
 # whose forward pass took 0.37 s for a predicted 0.30, backward 0.51 for 0.35, the head 1.17 for 0.94
 LEAST_FRESH = 0.4
@@ -595,10 +596,11 @@ class Planner:
                 share = sum(layer.compute_nbytes for layer in layers) / visit.compute_nbytes
                 brought = sum(layer.read_share(job.rows * job.tokens) * layer.compute_nbytes for layer in layers)
                 pages_s = 0.0 if s.cache_nbytes or not visit.is_copied else machine.page_s_per_byte * brought
-                groups_s = GROUP_S * sum(_n_groups(job, s, layer) for layer in layers)
-                apart_s = m * (arrival_s * brought / visit.compute_nbytes + pages_s + groups_s)
+                apart_s = m * (arrival_s * brought / visit.compute_nbytes + pages_s)
+                if s.group_nbytes is not None:
+                    apart_s += m * GROUP_S * sum(1 / layer.group_share(s.group_nbytes) for layer in layers)
                 arrival_s *= 1 - share
-                recomputed_s = m * RECOMPUTED_SHARE * forward_s
+                recomputed_s = m * (RECOMPUTED_BY_ROUTING if s.routed else RECOMPUTED_SHARE) * forward_s
             nbytes, nbytes_back = self._reads_apart(job, s, position) if layers else (0, 0)
             beside = {"inline_rate": ON_DEMAND_RATE if s.routed else None}
             written = m * job.hidden_nbytes if _first_kept(job) <= position < s.spilled else 0
@@ -736,12 +738,6 @@ def _group(job: Job, s: Schedule) -> tuple[int, int]:
         kept = (sum(layer.most_share(tokens) * layer.nbytes for layer in _apart(v, s)) for v in job.visits)
         buffers = max(buffers, int(max(kept)))
     return buffers, max((int(share * layer.compute_nbytes) for layer, share in zip(every, shares)), default=0)
-
-
-def _n_groups(job: Job, s: Schedule, layer: LayerCost) -> float:
-    """In how many groups a layer comes for a pass of a micro-batch."""
-    share = layer.group_share(s.group_nbytes or GROUP_NBYTES)
-    return max(1.0, layer.read_share(job.rows * job.tokens) / share)
 
 
 def _held_by_groups(layers: Sequence[LayerCost], is_backward: bool) -> int:
