@@ -34,9 +34,7 @@ def measure(directory: Path, memory: int | None, read_bytes_per_s: int | None = 
     command = [sys.executable, __file__, str(directory), str(memory or ""), json.dumps(job)]
     peak = None
     if memory is not None and cgroup.why_unavailable() is None:
-        with cgroup.limit(memory, read_bytes_per_s, Path(directory).glob("*.safetensors")) as group:
-            done = subprocess.run(group.entered(command), capture_output=True, text=True)
-            peak = group.peak_nbytes or 0
+        done, peak = cgroup.run(command, memory, read_bytes_per_s, Path(directory).glob("*.safetensors"))
     else:
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

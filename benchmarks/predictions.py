@@ -64,7 +64,7 @@ def main() -> None:
             key = json.dumps([config, bits])
             if key not in written:
                 written[key] = write_random(Path(scratch) / str(len(written)), quantized(config, bits))
-            ends = plans(written[key], **{k: v for k, v in job.items() if k != "read_bytes_per_s"})
+            ends = plans(written[key], **job)
             memory = int(ends["least"] * 1.005 + share * (ends["most"] - ends["least"]))
             result = results[name] = measure(written[key], memory, steps=2, **job)
             predicted, measured = result["predicted"], result["measured"]

@@ -133,8 +133,14 @@ def why_unavailable(read_from: Path | None = None) -> str | None:
         return f"no control group can be made ({e}); run as root"
 
 
-def run(command: list[str], nbytes: int, **kwargs) -> tuple[subprocess.CompletedProcess, int]:
-    """The finished process, run within `nbytes` of memory, and the most bytes the kernel counted for it."""
-    with limit(nbytes) as group:
+def run(
+    command: list[str], nbytes: int, read_bytes_per_s: int | None = None, files: Iterable[Path] = (), **kwargs
+) -> tuple[subprocess.CompletedProcess, int]:
+    """The finished process, run within `nbytes` of memory, and the most bytes the kernel counted for it.
+
+    Args:
+        read_bytes_per_s, files: see `limit`.
+    """
+    with limit(nbytes, read_bytes_per_s, files) as group:
         done = subprocess.run(group.entered(command), capture_output=True, text=True, **kwargs)
         return done, group.peak_nbytes or 0

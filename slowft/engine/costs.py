@@ -40,11 +40,15 @@ class Costing:
         self._model, self._cut, self._kept, self._pieces = engine.model, engine.cut, engine.kept, engine.pieces
         self._layers, self._layers_apart = engine.layers, engine.layers_apart
         self._cores, self._running_part, self._on_thread = engine.cores, engine.running_part, engine.on_thread
-        in_blocks = {(id(o), k) for unit in self._cut.blocks for _, o, k in unit.trainable()}
+        self._trained = {unit.index: unit.trainable() for unit in self._cut.blocks}
+        in_blocks = {(id(o), k) for of_block in self._trained.values() for _, o, k in of_block}
         entries = trainable_entries(self._model)
         self._outside = [(o, k) for _, o, k in entries if (id(o), k) not in in_blocks]
-        self._trained = {unit.index: unit.trainable() for unit in self._cut.blocks}
-        self._signatures = {unit.index: signature(unit) for unit in self._cut.blocks}
+
+    @functools.cached_property
+    def _signatures(self) -> dict[int, str]:
+        """Of each block; for all jobs, none of which changes them."""
+        return {unit.index: signature(unit) for unit in self._cut.blocks}
 
     def job(
         self, rows: int, tokens: int, micro_batches: int, cut: Cut, optimizer_copies: int, head_in_chunks: bool
@@ -69,8 +73,7 @@ class Costing:
         probe = Probe(self._cut, 0.25)
         with self._running_part(probe):
             logits = self._model(mx.zeros((rows, tokens), mx.int32))
-        trained = self._trained
-        lowest = next((p for p, index in enumerate(order) if trained[index]), len(order))
+        lowest = next((p for p, index in enumerate(order) if self._trained[index]), len(order))
         visits, seen, kinds, side = [], {}, [], {}
         for position, index in enumerate(order):
             unit, arguments = self._cut.blocks[index], probe.calls[position]
@@ -81,7 +84,7 @@ class Costing:
                 seen[key] = self._visit(unit, arguments, cut, comes_back, of_input)
             kinds.append(key)
             forward, backward, look_at_products, calls = seen[key]
-            trainable = sum(owner[k].nbytes for _, owner, k in trained[index])
+            trainable = sum(owner[k].nbytes for _, owner, k in self._trained[index])
             copied = all(p.source.is_copied for p in unit.params)
             sizes = index, unit.nbytes, unit.compute_nbytes, copied
             unpacked = _nbytes_by_kind(unit, Packed), _nbytes_by_kind(unit, Rounded)

@@ -22,6 +22,7 @@ from ..models.layers import Layer
 from ..models.seams import FLOATS, TOKENS, Arrays, Cut, Probe, Unit, array_entries, trainable_entries
 from ..models.weights import Param, placeholder, read_whole
 from ..planning.experts import GROUP_NBYTES, is_read_on_demand, most_share
+from ..planning.graph import keeping_random_state
 from ..planning.schedule import Schedule
 from ..storage.activation_cache import ActivationCache
 from ..storage.reader import Reader
@@ -688,7 +689,8 @@ class Engine:
 
     def look(self) -> None:
         """Have every block called on a few tokens, unevaluated."""
-        self.probe(Probe(self.cut, 0.25))
+        with keeping_random_state():
+            self.probe(Probe(self.cut, 0.25))
 
     def make_resident(self, params: Sequence[Param]) -> None:
         for param in params:

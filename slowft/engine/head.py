@@ -6,7 +6,6 @@ only for tokens that count. The tail and the head are one lazy graph, neither re
 are in place throughout. Runs on the compute thread, and while a plan is made.
 """
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -161,13 +160,13 @@ class HeadLoss:
 
     def _chunks(self, counted: np.ndarray) -> Iterator[tuple[np.ndarray, bool]]:
         """(numbers of the tokens, whether they are computed) of each chunk; what is left out together is one."""
-        ends = [*range(self._chunk_tokens, len(counted), self._chunk_tokens), len(counted)]
-        n_computed = len(ends) - 1 - sum(self._left_out)
-        numbers = [*range(n_computed), *(n_computed - 1 + n for n in itertools.accumulate(self._left_out)), len(ends) - 1]
+        n = -(-len(counted) // self._chunk_tokens)
+        left_out = [(m, False) for m in self._left_out]
         start = 0
-        for i, number in enumerate(numbers):
-            yield counted[start : ends[number]], not n_computed <= i < len(numbers) - 1
-            start = ends[number]
+        for n_together, is_computed in [(1, True)] * (n - 1 - sum(self._left_out)) + left_out + [(1, True)]:
+            end = start + n_together * self._chunk_tokens
+            yield counted[start:end], is_computed
+            start = end
 
 
 def _put(entries: Sequence[tuple[Any, Any]], values: Sequence[mx.array]) -> None:

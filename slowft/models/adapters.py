@@ -99,7 +99,6 @@ def without_hidden_weights(model: nn.Module, spec: AdapterSpec, run: Callable[[]
         ConfigError: keys name such a layer.
     """
     left_out: list[str] = []
-    state = mx.random.state[0].tolist()
     while True:
         attached = {n: m for block in model.layers for n, m in block.named_modules() if hasattr(m, "lora_a")}
         try:
@@ -118,8 +117,6 @@ def without_hidden_weights(model: nn.Module, spec: AdapterSpec, run: Callable[[]
                 block.update_modules(tree_unflatten(changed))
         else:
             break
-        finally:
-            mx.random.seed(state[0] << 32 | state[1])  # dropout moved it
     if not left_out:
         return spec, []
     spec = replace(spec, parameters={**spec.parameters, "keys": sorted(attached)})

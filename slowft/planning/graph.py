@@ -147,9 +147,19 @@ def not_collecting() -> Iterator[None]:
             gc.enable()
 
 
-def _graph(function: Callable, args: tuple, in_part: bool) -> "list[_Array]":
-    """The outputs of the function; the random state is left as it was."""
+@contextmanager
+def keeping_random_state() -> Iterator[None]:
+    """Dropout in what is only looked at leaves the random state as it was."""
     high, low = mx.random.state[0].tolist()
+    try:
+        yield
+    finally:
+        mx.random.seed(high << 32 | low)
+
+
+@keeping_random_state()
+def _graph(function: Callable, args: tuple, in_part: bool) -> "list[_Array]":
+    """The outputs of the function."""
     try:
         return _trace(function, args, in_part)
     except _HasCustomFunction:
@@ -159,8 +169,6 @@ def _graph(function: Callable, args: tuple, in_part: bool) -> "list[_Array]":
             if not isinstance(of_vmap, CostUnknown) and "vmap" not in str(of_vmap):
                 raise
             return _trace(function, args, in_part=True)
-    finally:
-        mx.random.seed(high << 32 | low)  # dropout in the function moved it
 
 
 def needs(results: Sequence[mx.array], arrays: Sequence[mx.array]) -> list[set[int]]:

@@ -18,7 +18,7 @@ from .graph import Cost
 from .job import Cut, Job, LayerCost, Visit
 from .machine import Machine
 from .schedule import Schedule
-from .timeline import Work, reads_of, step_seconds
+from .timeline import Read, Work, reads_of, step_seconds
 
 PIECE_NBYTES = 32 << 20  # of a layer outside the blocks on its way: two pieces of 16 MB
 PIECES = (2048, 1024, 512, 256)  # tokens and queries at a time, to choose from
@@ -271,8 +271,7 @@ class Planner:
         head, *others = self._phases(job, s, True).parts["computing"].tolist()
         work = max(others)
         left = min(memory - plan.peak_nbytes, max(head, work)) if _is_simple(s) and s.tail < len(job.visits) else 0
-        slack = plan.parts["slack"]
-        peak, parts = plan.peak_nbytes + left, {**plan.parts, "buffer cache": plan.parts.get("buffer cache", 0) + left}
+        slack, peak = plan.parts["slack"], plan.peak_nbytes + left
         schedule = replace(
             s,
             active_nbytes=max(memory - self._base - (s.cache_nbytes or 0), 1 << 20),
@@ -283,10 +282,10 @@ class Planner:
             head_reuses_blocks=s.tail >= LONG_TAIL,
             reads_in_flight=self.machine.reads_in_flight,
         )
-        kept_free = min(left, slack)  # of the two, one is in the plan already
-        parts["buffer cache"] -= kept_free
+        reused = left - min(left, slack)  # of the two slacks one is in the plan already
+        parts = plan.parts | {"buffer cache": plan.parts.get("buffer cache", 0) + reused}
         parts = {k: v for k, v in parts.items() if v}
-        return replace(plan, schedule=schedule, peak_nbytes=peak - kept_free, parts=parts)
+        return replace(plan, schedule=schedule, peak_nbytes=plan.peak_nbytes + reused, parts=parts)
 
     def _everything(self, job: Job, limit: float) -> Plan | None:
         """Ordinary training, if there is room for it: for keeping all its buffers from step to step, or most."""
@@ -435,13 +434,7 @@ class Planner:
         phases = self._phases(job, schedule, exact)
         peak, parts = self._peak_of(phases)
         bandwidth = self.machine.read_bytes_per_s or float("inf")
-        order, sizes = _order(job, schedule)
-        blocks = sizes[:-1] if schedule.head_ahead else sizes
-        if len(set(blocks)) == 1:  # so many places, of which the head takes one
-            held, capacity = [1] * len(sizes), schedule.slots + schedule.resident_nbytes // blocks[0]
-        else:
-            held, capacity = sizes, schedule.resident_nbytes + schedule.slots * max(sizes, default=0)
-        reads = reads_of(order, sizes, held, capacity, spares_last=schedule.slots > 1)
+        reads = _reads_of_blocks(job, schedule)
         works = self._works(job, schedule, exact, self._rooms(schedule, phases, limit))
         nbytes = sum(read.nbytes for read in reads) + sum(work.read_nbytes for work in works)
         nbytes += job.rows_nbytes * job.micro_batches
@@ -602,18 +595,18 @@ class Planner:
                 arrival_s *= 1 - share
                 recomputed_s = m * (RECOMPUTED_BY_ROUTING if s.routed else RECOMPUTED_SHARE) * forward_s
             nbytes, nbytes_back = self._reads_apart(job, s, position) if layers else (0, 0)
-            beside = {"inline_rate": ON_DEMAND_RATE if s.routed else None}
+            inline_rate = ON_DEMAND_RATE if s.routed else None
             written = m * job.hidden_nbytes if _first_kept(job) <= position < s.spilled else 0
             seconds = m * forward_s + arrival_s + apart_s + float(fresh_s[position])
             freed_s = arrival_s if visit.is_copied else seconds
-            there.append(Work(freed_s, seconds, nbytes, written, **beside))
+            there.append(Work(freed_s, seconds, nbytes, written, inline_rate))
             if visit.backward is not None:
                 backward_s = self._seconds(visit.backward)
                 names = s.kept[position] if position < len(s.kept) else ()
                 backward_s -= sum(backward_s - self._seconds(cost) for cost in self._kept(visit, names)[1])
                 seconds = m * backward_s + arrival_s + 2 * apart_s + recomputed_s + float(fresh_back_s[position])
                 freed_s = arrival_s if visit.is_copied else seconds
-                back.append(Work(freed_s, seconds, nbytes_back + written, 0, **beside))
+                back.append(Work(freed_s, seconds, nbytes_back + written, 0, inline_rate))
         return [*there, self._head_work(job, s, exact, rooms[0]), *reversed(back)]
 
     def _head_work(self, job: Job, s: Schedule, exact: bool, room: int) -> Work:
@@ -778,15 +771,20 @@ def _streamed_blocks(job: Job, s: Schedule) -> list:
     return below[: len(below) - s.packed]
 
 
-def _order(job: Job, s: Schedule) -> tuple[list[int | None], list[int]]:
-    """(what each visit of a step needs read, by its number, None for nothing; the bytes of each of these)."""
+def _reads_of_blocks(job: Job, s: Schedule) -> tuple[Read, ...]:
+    """Reads of a step through the block buffers."""
     blocks = [visit.block for visit in _streamed_blocks(job, s)]
     numbers = {block: number for number, block in enumerate(blocks)}
     sizes = _streamed_nbytes(job, s)
     below = job.visits[: len(job.visits) - s.tail]
     there = [numbers.get(visit.block) for visit in below]
     back = [numbers.get(visit.block) for visit in reversed(below) if visit.backward is not None]
-    return [*there, len(blocks) if s.head_ahead else None, *back], sizes
+    order = [*there, len(blocks) if s.head_ahead else None, *back]
+    if len(set(sizes[: len(blocks)])) == 1:  # so many places, of which the head takes one
+        held, capacity = [1] * len(sizes), s.slots + s.resident_nbytes // sizes[0]
+    else:
+        held, capacity = sizes, s.resident_nbytes + s.slots * max(sizes, default=0)
+    return reads_of(order, sizes, held, capacity, spares_last=s.slots > 1)
 
 
 def _whole_blocks(job: Job, s: Schedule) -> int:
