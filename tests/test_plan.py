@@ -457,7 +457,8 @@ def test_large_models_are_planned_from_their_config_alone(name, dtype, slowft_):
     assert plan["predicted"]["peak_nbytes"] <= plan["memory"] == 100e9
     assert result["run"]["steps"] == round(1_000_000 / 256)
     least, *others = (row["predicted"]["peak_nbytes"] for row in result["table"])
-    assert plan["least_memory"] == least < others[0] <= others[1] < others[2]
+    assert least < others[0] <= others[1] < others[2]
+    assert least + 1_000_000 < plan["least_memory"] < least + 20_000_000  # as processes differ
     stored, computed = of_job["block_nbytes"], of_job["block_compute_nbytes"]
     if dtype == "native":  # as on a GPU: computed with as it lies there, packed if it is packed
         assert computed == stored

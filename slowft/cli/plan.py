@@ -142,6 +142,8 @@ def _print(machine, chosen, table, about, embedding_nbytes, files: dict, notes, 
     from rich.console import Console
     from rich.table import Table
 
+    from ..planning.plan import enough
+
     shown = chosen or table[0]
     of_blocks, of_step = describe_job(shown)
     click.echo(f"Machine  {describe_machine(machine)}")
@@ -179,7 +181,7 @@ def _print(machine, chosen, table, about, embedding_nbytes, files: dict, notes, 
     rows.add_column("what is kept")
     for name, row in zip(("least", "1.5x", "2x", "all of it"), table):
         rows.add_row(
-            f"{name} {size(row.memory or row.peak_nbytes)}",
+            f"{name} {size(row.memory or enough(row.peak_nbytes))}",
             size(row.peak_nbytes),
             size(row.read_nbytes),
             size(row.written_nbytes) if row.written_nbytes else "0",

@@ -25,6 +25,7 @@ PIECES = (2048, 1024, 512, 256)  # tokens and queries at a time, to choose from
 HEAD_TOKENS = (64, 128, 256)  # whose logits exist at once, to choose from: more than that is hardly faster
 SLACK_NBYTES = 12 << 20  # what the process takes besides: Python's heap, stacks, small arrays
 SLACK_SHARE = 0.03
+PROCESSES_DIFFER_NBYTES = 3_000_000  # in what they take before the first step (1.7 MB in 24 runs of one job)
 # of what computing takes: a buffer that MLX hands out again ahead of time is in memory already, a new one is not yet
 AHEAD_SHARE = 1.3
 LONG_TAIL = 2  # visits, from which on what the head and its tail make is mostly what blocks make
@@ -56,7 +57,7 @@ class Plan:
         read_nbytes, written_nbytes: per optimizer step, from and to the disk.
         compute_s, read_s: seconds per optimizer step of either alone; step_s: of a step.
         parts: what the peak is made of, name -> bytes.
-        least_nbytes: the peak of the plan that takes the least memory of all.
+        least_nbytes: the peak of the plan that takes the least memory of all; `enough` of it is what to give.
     """
 
     schedule: Schedule
@@ -167,7 +168,7 @@ class Planner:
         job = self._job_of(Cut())
         return (
             f"memory of {memory / 1e9:.2f} GB is too little for steps of {job.micro_batches} x {self._rows} x "
-            f"{self._tokens} tokens on this model: give at least {_up(self.least().peak_nbytes)}, or make "
+            f"{self._tokens} tokens on this model: give at least {enough(self.least().peak_nbytes) / 1e9:.2f}GB, or make "
             "--batch-size or --max-seq-length smaller"
         )
 
@@ -650,9 +651,12 @@ class Planner:
         return tuple(b + (tail - 2) * (b - a) for a, b in zip(one, two))
 
 
-def _up(nbytes: int) -> str:
-    """As an amount of memory that is enough: rounded up, always by something, as 2.01 x 1e9 is less than 2010000000."""
-    return f"{(nbytes // 10**7 + 1) / 100:.2f}GB"
+def enough(peak_nbytes: int) -> int:
+    """Memory to give for a plan that takes `peak_nbytes` here, in whole 10 MB: another process begins with more.
+
+    Always more, as 2.01 x 1e9 is less than 2010000000.
+    """
+    return ((peak_nbytes + PROCESSES_DIFFER_NBYTES) // 10**7 + 1) * 10**7
 
 
 def _overlaps(job: Job, s: Schedule) -> bool:

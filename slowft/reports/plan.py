@@ -8,7 +8,7 @@ from typing import Any
 
 from ..planning.caching import Caching
 from ..planning.machine import Machine
-from ..planning.plan import Plan
+from ..planning.plan import Plan, enough
 
 
 def size(nbytes: float) -> str:
@@ -83,7 +83,7 @@ def three_lines(plan: Plan, note: str = "", caching: Caching | None = None) -> l
             later += f" ({size(caching.nbytes)}): from the second epoch {later_step(caching.later)}"
     return [
         f"Plan {ceiling}: {choices(plan)}",
-        f"  predicted peak {size(plan.peak_nbytes)}; least that works {size(plan.least_nbytes)}",
+        f"  predicted peak {size(plan.peak_nbytes)}; least that works {size(enough(plan.least_nbytes))}",
         f"  predicted step {duration(plan.step_s)}, bound by {plan.bound}: {reads} a step{later}",
     ]
 
@@ -121,7 +121,7 @@ def as_dict(plan: Plan, caching: Caching | None = None) -> dict[str, Any]:
     stored = {} if caching is None else {"activation_cache": _caching(caching)}
     return stored | {
         "memory": plan.memory,
-        "least_memory": plan.least_nbytes,
+        "least_memory": enough(plan.least_nbytes),
         "schedule": asdict(plan.schedule),
         "resident_blocks": plan.resident_blocks,
         "predicted": {
