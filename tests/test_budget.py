@@ -69,8 +69,8 @@ if job.get("spilled"):
 optimizer = mlx.optimizers.Adam(1e-3)
 numbers = np.random.default_rng(0)
 said = {"losses": [], "digests": [], "in_use": [], "peaks": []}
-for _ in range(job["steps"]):
-    rows, tokens, n = job["shape"]
+for i in range(job["steps"]):
+    rows, tokens, n = job["shapes"][i % len(job["shapes"])] if job.get("shapes") else job["shape"]
     batches = [
         (mx.array(numbers.integers(0, model.embedding_rows, (rows, tokens + 1))), mx.array([[1, tokens]] * rows))
         for _ in range(n)
@@ -462,4 +462,16 @@ def test_ordinary_training_keeps_to_its_memory_too(disk):
     memory = run(directory, 2_000_000_000, shape)["predicted"]
     said = run_within(memory, directory, shape, steps=4)
     assert said["schedule"]["tail"] == 2
-    assert 0.8 * said["predicted"] <= max(said["peaks"])  # what freed buffers take is planned for at its most
+    assert 0.9 * said["predicted"] <= max(said["peaks"])  # what freed buffers take is planned for at its most
+
+
+def test_ordinary_training_keeps_to_its_memory_with_rows_of_many_lengths(disk):
+    """What steps of other shapes freed is of no use, and must not stay beside what this one makes."""
+    if reason := cgroup.why_unavailable():
+        must_run(reason)
+    directory = save_random(disk / "lengths", MEDIUM | {"num_hidden_layers": 2}, mx.bfloat16)
+    shape = 4, 512, 1
+    memory = run(directory, 2_000_000_000, shape)["predicted"]
+    shapes = [shape, (4, 480, 1), (4, 448, 1), shape, (3, 512, 1)]
+    said = run_within(memory, directory, shape, steps=len(shapes), shapes=shapes)
+    assert said["schedule"]["keep_buffers"]

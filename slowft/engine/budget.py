@@ -111,12 +111,14 @@ class Budget:
         later = from_boundary(self._planner, plan)
         return later, later is not None and pays(self._planner, plan, later, first_steps, later_steps)
 
-    def after_step(self, peak_nbytes: int) -> None:
+    def after_step(self, peak_nbytes: int, rows: int, tokens: int, micro_batches: int) -> None:
         """Take note of the most that a step really took: keep more, or plan anew if that is more than the ceiling."""
         if self.plan is None or self.memory is None:
             return
         if peak_nbytes <= self.memory:
-            self._engine.reuse_more(self.plan.peak_nbytes - self.plan.parts["slack"] // 2 - peak_nbytes)
+            if (rows, tokens, micro_batches) == self._shape:  # a smaller one leaves more room than the next will
+                left = self.plan.peak_nbytes - self.plan.parts["slack"] // 2 - peak_nbytes
+                self._engine.reuse_more(max(0, left))
             return
         self._base_nbytes += peak_nbytes - self.plan.peak_nbytes
         plan = self.planner(*self._shape).choose(self.memory)

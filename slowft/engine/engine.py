@@ -514,6 +514,7 @@ class Engine:
             detached = [None if is_hidden and i == 0 else detach(x) for i, x in enumerate(xs)]
 
             def job():
+                self._residency.reuse.begin_graph((targets.values.shape, gradients))
                 xs = [None if d is None else attach(d) for d in detached]
                 if is_hidden:
                     xs[0] = self._activations.pop(key, following)

@@ -184,7 +184,7 @@ class StreamedModel(nn.Module):
         micro_batches = _micro_batches(batch, lengths)
         self._budget.cover(*_shape(micro_batches))
         result = self._engine.loss_and_grads(micro_batches)
-        self._budget.after_step(self.stats.last.peak_memory)
+        self._budget.after_step(self.stats.last.peak_memory, *_shape(micro_batches))
         return result
 
     def loss(self, batch: mx.array, lengths: mx.array) -> tuple[mx.array, mx.array]:

@@ -18,7 +18,7 @@ import math
 import mmap
 import os
 import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -547,7 +547,7 @@ class _Evaluation:
         self.outputs = outputs
         self.live_nbytes = self.temporary_nbytes = self.peak_nbytes = 0
         self.dispatches = 0
-        self._sizes: list[int] = []  # of buffers in the order in which they are made (> 0) and let go (< 0)
+        self._sizes: list[tuple[int, int]] = []  # of buffers as they are made (> 0) and let go (< 0), and at which dispatch
         self._figures: dict[_Op, tuple[int, int, int, float] | None] = {}  # of each operation, in order
 
     def run(self) -> Cost:
@@ -585,7 +585,7 @@ class _Evaluation:
             made_nbytes=sum(
                 out.size * out.itemsize for op in order if self._figures[op] is not None for out in op.outputs
             ),
-            reserved_nbytes=max(self.peak_nbytes, _reserved_nbytes(self._sizes)),
+            reserved_nbytes=max(self.peak_nbytes, _reserved_nbytes(self._sizes, self.peak_nbytes)),
         )
 
     def _step(self, op: _Op) -> tuple[int, int, int, float] | None:
@@ -616,7 +616,7 @@ class _Evaluation:
             array.buffer.arrays -= 1
             if array.buffer.arrays == 0:
                 self.live_nbytes -= array.buffer.nbytes
-                self._sizes.append(-array.buffer.nbytes)
+                self._sizes.append((-array.buffer.nbytes, self.dispatches))
             array.buffer = None
 
     def allocate(self, out: _Array, like: _Array | None = None) -> None:
@@ -626,7 +626,7 @@ class _Evaluation:
         out.buffer = _Buffer(out.data_size * out.itemsize)
         out.buffer.arrays = 1
         self.live_nbytes += out.buffer.nbytes
-        self._sizes.append(out.buffer.nbytes)
+        self._sizes.append((out.buffer.nbytes, self.dispatches))
 
     def share(self, out: _Array, array: _Array) -> None:
         """The buffer of another array."""
@@ -636,7 +636,7 @@ class _Evaluation:
 
     def use_temporary(self, nbytes: int) -> None:
         self.temporary_nbytes += nbytes
-        self._sizes += [nbytes, -nbytes]
+        self._sizes += [(nbytes, self.dispatches), (-nbytes, self.dispatches + 1)]
         self.dispatches += 1
 
     def is_unused(self, array: _Array) -> bool:
@@ -670,16 +670,23 @@ class _Evaluation:
             self.allocate(out, like=array)
 
 
-def _reserved_nbytes(sizes: Sequence[int]) -> int:
+def _reserved_nbytes(sizes: Sequence[tuple[int, int]], limit: int, ahead: int = DISPATCHES_AHEAD) -> int:
     """What buffers that are made and let go in this order take in all, every time over, if none is given back.
 
-    `BufferCache` in mlx/backend/common/buffer_cache.h: the smallest that suffices, if that is not much larger.
+    `BufferCache` in mlx/backend/common/buffer_cache.h: the smallest that suffices, if that is not much larger. What is
+    let go is free when it has been computed, `ahead` dispatches later; or where more than `limit` are in use, for which
+    the thread that schedules waits.
     """
     cached: list[int] = []
-    reserved = 0
+    reserved = in_use = 0
     for _ in range(TIMES_OVER):
         given: dict[int, list[int]] = {}  # size asked for -> sizes of the buffers
-        for nbytes in sizes:
+        leaving: deque[tuple[int, int]] = deque()  # (size of the buffer, at which dispatch it was let go)
+        for nbytes, dispatch in sizes:
+            while leaving and (in_use > limit or leaving[0][1] + ahead <= dispatch):
+                buffer, _ = leaving.popleft()
+                in_use -= buffer
+                bisect.insort(cached, buffer)
             if nbytes > 0:
                 at = bisect.bisect_left(cached, nbytes)
                 if at < len(cached) and cached[at] < min(2 * nbytes, nbytes + 2 * mmap.PAGESIZE):
@@ -687,12 +694,13 @@ def _reserved_nbytes(sizes: Sequence[int]) -> int:
                 else:
                     buffer = nbytes
                     reserved += nbytes
+                in_use += buffer
                 given.setdefault(nbytes, []).append(buffer)
             elif nbytes < 0:
-                bisect.insort(cached, given[-nbytes].pop())
-        for buffers in given.values():  # the outputs go too
-            for buffer in buffers:
-                bisect.insort(cached, buffer)
+                leaving.append((given[-nbytes].pop(), dispatch))
+        for buffer in [buffer for buffers in given.values() for buffer in buffers] + [b for b, _ in leaving]:
+            in_use -= buffer
+            bisect.insort(cached, buffer)  # the outputs go too
     return reserved
 
 

@@ -29,9 +29,9 @@ PROCESSES_DIFFER_NBYTES = 3_000_000  # in what they take before the first step (
 # of what computing takes: a buffer that MLX hands out again ahead of time is in memory already, a new one is not yet
 AHEAD_SHARE = 1.3
 LONG_TAIL = 2  # visits, from which on what the head and its tail make is mostly what blocks make
-# of freed buffers that find no use of just their size when all blocks are one graph, what is planned for: as there are
-# two streams they are 0.9 to 2.1 times what the graph shows
-MISFIT_SHARES = (2, 1, 0)
+# of freed buffers that find no use of just their size when all blocks are one graph, what is planned for: ten such
+# graphs had 0.97 to 1.25 times what is reckoned
+MISFIT_SHARES = (1.1, 0.5, 0)
 PIECES_MARGIN = 1.12  # what computing in pieces takes more than its graph shows (8,192 tokens: 23 of 250 MB)
 GROUPS = (256 << 20, 128 << 20, 64 << 20, 32 << 20, 16 << 20)  # bytes of a layer at once, to choose from
 WAITING = 1.02  # times the seconds of computing: a step that takes more waits for reads
@@ -253,7 +253,7 @@ class Planner:
         """
         limit = float("inf") if memory is None else memory
         everything = self._everything(job, limit) if least is None else None
-        plan = everything if everything is not None and everything.schedule.cache_most_nbytes else None
+        plan = everything if everything is not None and everything.schedule.keep_buffers else None
         bases = self._bases if least is None else self._bases_by_groups
         while plan is None:
             candidates = [plan for base in bases(job, limit) for plan in self._filled(job, base, limit)]
@@ -277,12 +277,15 @@ class Planner:
             s,
             active_nbytes=max(memory - self._base - (s.cache_nbytes or 0), 1 << 20),
             # twice the slack: what freed buffers take must never be what breaks the ceiling
-            total_nbytes=peak - 2 * slack - self._base if _is_simple(s) else 0,
+            total_nbytes=peak - (slack // 2 if s.keep_buffers else 2 * slack) - self._base if _is_simple(s) else 0,
             workspace_nbytes=int(AHEAD_SHARE * work),
             head_workspace_nbytes=int(AHEAD_SHARE * head) + (0 if s.keep_head else job.head_compute_nbytes),
             head_reuses_blocks=s.tail >= LONG_TAIL,
             reads_in_flight=self.machine.reads_in_flight,
         )
+        if s.keep_buffers:  # as the graph has it: computing further ahead would ask for more buffers
+            active = plan.peak_nbytes - self._base - slack // 2 - s.cache_nbytes
+            schedule = replace(schedule, active_nbytes=active)
         reused = left - min(left, slack)  # of the two slacks one is in the plan already
         parts = plan.parts | {"buffer cache": plan.parts.get("buffer cache", 0) + reused}
         parts = {k: v for k, v in parts.items() if v}
@@ -295,15 +298,14 @@ class Planner:
         if not _has_tail(job) or sum(weights.values()) > limit:
             return None
         for head_tokens, share in itertools.product((None, HEAD_TOKENS[-1]), MISFIT_SHARES):
-            computing = self._head(job, tail, head_tokens, False)[0]
             of_two = job.head(min(2, tail), head_tokens)  # a longer one has more of the same sizes
             schedule = Schedule(
                 slots=1,
                 tail=tail,
                 keep_head=True,
                 head_tokens=head_tokens,
-                cache_nbytes=min(int(share * (of_two.reserved_nbytes - of_two.peak_nbytes)), computing),
-                cache_most_nbytes=computing if share == MISFIT_SHARES[0] else 0,
+                cache_nbytes=int(share * (of_two.reserved_nbytes - of_two.peak_nbytes)),
+                keep_buffers=share == MISFIT_SHARES[0],
                 **_as_schedule(job.cut),
             )
             if self._peak(job, schedule, False) <= limit:
@@ -456,7 +458,7 @@ class Planner:
 
     def _rooms(self, s: Schedule, phases: _Phases, limit: float) -> np.ndarray:
         """Bytes of freed buffers that MLX may keep in each phase: all that the phase does not need."""
-        least = max(s.cache_nbytes or 0, s.cache_most_nbytes)
+        least = s.cache_nbytes or 0
         if not _is_simple(s):
             return np.full_like(phases.totals, least)
         most = phases.totals.max()
@@ -613,7 +615,7 @@ class Planner:
     def _head_work(self, job: Job, s: Schedule, exact: bool, room: int) -> Work:
         machine = self.machine
         peak, seconds, moved = self._head(job, s.tail, s.head_tokens, exact)
-        fresh = float(_fresh_share(room, peak))
+        fresh = 0.0 if s.keep_buffers else float(_fresh_share(room, peak))
         seconds = job.micro_batches * (seconds + fresh * ALLOCATION_SHARE * moved * machine.page_s_per_byte)
         cast_s = 0.0
         if not s.keep_head and job.head_compute_nbytes != job.head_stored_nbytes:

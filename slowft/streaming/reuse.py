@@ -4,7 +4,7 @@ Comes in: a `Schedule`, which knows what each piece takes. Goes out: MLX's cache
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import mlx.core as mx
@@ -28,23 +28,42 @@ class Reuse:
     cache is full, whatever it is full of; so what was freed longest ago has to go first.
 
     Args:
-        schedule: `cache_nbytes` are kept at least, and what arrays leave of `total_nbytes`.
+        schedule: `cache_nbytes` are kept at least, and what arrays leave of `total_nbytes`. With `keep_buffers` all are
+            kept, as long as steps have the same shape.
     """
 
     def __init__(self, schedule: Schedule):
         self._schedule = schedule
-        self._least = schedule.cache_nbytes
+        self._total, self._least = schedule.total_nbytes, schedule.cache_nbytes
         self._was_head = False
+        self._graph: Hashable = None
+        self._of_graph: int | None = None
 
     def raise_by(self, nbytes: int) -> None:
         """Keep so many bytes more from the next step on, which takes at most so much more than the last one."""
-        self._least = max(self._least, min(self._least + nbytes, self._schedule.cache_most_nbytes))
+        if self._total:
+            self._total += nbytes
+
+    def begin_graph(self, kind: Hashable) -> None:
+        """The head and its tail are computed next; those of one kind ask for the same buffers."""
+        if not self._schedule.keep_buffers:
+            return
+        if kind != self._graph:
+            mx.clear_cache()
+            self._graph, self._of_graph = kind, None
+        elif self._of_graph is None:
+            self._of_graph = mx.get_cache_memory()
+        else:  # let go of what nobody has asked for since
+            mx.set_cache_limit(self._of_graph)
+        mx.set_cache_limit(max(self._least, self._total - mx.get_active_memory()))
 
     def around(self, job: Callable[[], Any], is_head: bool = False) -> Any:
         """`job()`, with as much kept as leaves it room."""
         s = self._schedule
+        if s.keep_buffers:
+            return job()
         grows = s.head_workspace_nbytes if is_head else s.workspace_nbytes
-        limit = max(self._least, s.total_nbytes - mx.get_active_memory() - grows)
+        limit = max(self._least, self._total - mx.get_active_memory() - grows)
         if is_head != self._was_head and not s.head_reuses_blocks:  # what is kept is of sizes that nobody will ask for
             mx.set_cache_limit(max(0, limit - grows))
         self._was_head = is_head
@@ -58,7 +77,9 @@ class Reuse:
             wanted_nbytes: that are made next; are_alike: of weights that take up the former's buffers.
         """
         s = self._schedule
-        left = s.total_nbytes - (mx.get_active_memory() - nbytes) - wanted_nbytes
+        if s.keep_buffers:
+            return
+        left = self._total - (mx.get_active_memory() - nbytes) - wanted_nbytes
         limit = max(self._least + (nbytes if are_alike else 0), left)
         cached = mx.get_cache_memory()
         if are_alike or not s.head_reuses_blocks or cached + nbytes <= limit:
