@@ -27,6 +27,7 @@ from mlx.utils import tree_flatten
 from conftest import LLAMA, largest, largest_difference, must_run, random_batch, save_random
 from slowft import platform
 from slowft.bench import cgroup
+from slowft.planning.plan import enough
 from slowft.storage import spill
 
 BILLION = LLAMA | {  # 1.1 billion parameters, 2.2 GB in bfloat16
@@ -200,7 +201,7 @@ def ladder(half) -> list[int]:
 
     The least for whole blocks: by groups of rows, which take less, sums come in another order.
     """
-    bottom, everything = (round(n / 1e7 + 0.5) * 10_000_000 for n in json.loads(output(LEAST_AND_MOST, half, *SHAPE)))
+    bottom, everything = map(enough, json.loads(output(LEAST_AND_MOST, half, *SHAPE)))  # for another process too
     return [round(bottom * (everything / bottom) ** (i / 4)) for i in range(5)]
 
 
@@ -463,6 +464,17 @@ def test_ordinary_training_keeps_to_its_memory_too(disk):
     said = run_within(memory, directory, shape, steps=4)
     assert said["schedule"]["tail"] == 2
     assert 0.9 * said["predicted"] <= max(said["peaks"])  # what freed buffers take is planned for at its most
+
+
+def test_large_head_keeps_to_its_memory(disk):
+    """What it frees itself, a chunk of logits after the other, adds to what blocks left."""
+    if reason := cgroup.why_unavailable():
+        must_run(reason)
+    config = MEDIUM | {"num_hidden_layers": 4, "vocab_size": 100_000, "tie_word_embeddings": True}
+    directory = save_random(disk / "head", config, mx.bfloat16)
+    said = run_within(600_000_000, directory, (4, 256, 1), steps=2)
+    assert said["schedule"]["tail"] == 0
+    assert max(said["peaks"]) <= min(600_000_000, 1.05 * said["predicted"])
 
 
 def test_ordinary_training_keeps_to_its_memory_with_rows_of_many_lengths(disk):

@@ -598,7 +598,7 @@ class Engine:
         mx.set_memory_limit(schedule.active_nbytes or usual_limits()[0])
 
     def reuse_more(self, nbytes: int) -> None:
-        """The last step left so many bytes of its memory: freed buffers may take them in the next."""
+        """The last step left so many bytes of its memory (below 0: took more): freed buffers may take them."""
         self._residency.reuse.raise_by(nbytes)
 
     @property
@@ -753,6 +753,7 @@ class Engine:
         memory, cache = usual_limits()  # below what is in use, MLX would wait at every operation of whatever follows
         mx.set_memory_limit(memory)
         mx.set_cache_limit(cache)
+        mx.clear_cache()  # of sizes that nobody will ask for
 
 
 def nothing(array: mx.array) -> mx.array:

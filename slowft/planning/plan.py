@@ -122,6 +122,7 @@ class _Visits:
         self.backward_moved = each(lambda v: v.backward.moved_nbytes if v.backward else 0)
         self.compute = each(lambda v: v.compute_nbytes)
         self.are_copied = each(lambda v: v.is_copied)
+        self.cast = int(max(self.compute[self.are_copied], default=self.compute.max()))
         self.held = each(lambda v: v.held_nbytes if v.rounded else 0)
         self.trainable = each(lambda v: v.trainable_nbytes)
 
@@ -281,6 +282,7 @@ class Planner:
             workspace_nbytes=int(AHEAD_SHARE * work),
             head_workspace_nbytes=int(AHEAD_SHARE * head) + (0 if s.keep_head else job.head_compute_nbytes),
             head_reuses_blocks=s.tail >= LONG_TAIL,
+            head_cache_nbytes=self._head_cache(job, s),
             reads_in_flight=self.machine.reads_in_flight,
         )
         if s.keep_buffers:  # as the graph has it: computing further ahead would ask for more buffers
@@ -438,7 +440,7 @@ class Planner:
         peak, parts = self._peak_of(phases)
         bandwidth = self.machine.read_bytes_per_s or float("inf")
         reads = _reads_of_blocks(job, schedule)
-        works = self._works(job, schedule, exact, self._rooms(schedule, phases, limit))
+        works = self._works(job, schedule, exact, self._rooms(job, schedule, phases, limit))
         nbytes = sum(read.nbytes for read in reads) + sum(work.read_nbytes for work in works)
         nbytes += job.rows_nbytes * job.micro_batches
         written = sum(work.written_nbytes for work in works)
@@ -456,11 +458,12 @@ class Planner:
         slack = self._slack(total)
         return total + slack, {k: v for k, v in {**parts, "slack": slack}.items() if v}
 
-    def _rooms(self, s: Schedule, phases: _Phases, limit: float) -> np.ndarray:
+    def _rooms(self, job: Job, s: Schedule, phases: _Phases, limit: float) -> np.ndarray:
         """Bytes of freed buffers that MLX may keep in each phase: all that the phase does not need."""
-        least = s.cache_nbytes or 0
+        least = np.full_like(phases.totals, s.cache_nbytes or 0)
+        least[0] = self._head_cache(job, s)
         if not _is_simple(s):
-            return np.full_like(phases.totals, least)
+            return least
         most = phases.totals.max()
         if limit < float("inf"):
             within = (limit - SLACK_NBYTES + SLACK_SHARE * self._base) / (1 + SLACK_SHARE)
@@ -532,11 +535,9 @@ class Planner:
         head_weights = 0 if s.keep_head else job.head_compute_nbytes
         if not (s.keep_head or s.head_ahead):
             head_weights += min(job.head_stored_nbytes, PIECE_NBYTES)
-        # while the head computes, the cache holds no more than what the last block's weights left; a tail fills it
         cache = s.cache_nbytes or 0
-        cast = max(visits.compute[visits.are_copied], default=cache) if not s.tail else cache
         parts = {
-            "buffer cache": joined(min(cache, cast), cache, cache, cache),
+            "buffer cache": joined(self._head_cache(job, s), cache, cache, cache),
             "activations": joined(stored[n], stored[:n] + job.hidden_nbytes, stored[:n], 0),
             "kept products": joined(kept[-1] if n else 0, kept, kept, 0),
             "weights": joined(head_weights, weights, weights, 0),
@@ -544,6 +545,11 @@ class Planner:
             "gradients": joined(0, 0, gradients, job.trainable_nbytes),
         }
         return _Phases(fixed, parts)
+
+    def _head_cache(self, job: Job, s: Schedule) -> int:
+        """Bytes of freed buffers kept while the head computes: what the last block's weights left; with a tail, all."""
+        cache, visits = s.cache_nbytes or 0, self._figures(job)
+        return cache if s.tail else min(cache, visits.cast)
 
     def _figures(self, job: Job) -> _Visits:
         if (found := self._visits_of.get(id(job.visits))) is None:

@@ -27,6 +27,7 @@ class Schedule:
         mlp_tokens: that go through a block's feed-forward layers at once; None for all.
         attention_queries: of an attention at once; None for all.
         cache_nbytes: of freed buffers that MLX keeps for reuse.
+        head_cache_nbytes: the same while the head computes; None for as many.
         keep_buffers: MLX keeps whatever a step frees for the next one of the same shape: for all blocks in one graph.
         reads_in_flight: requests that are under way to the drive at once.
         group_nbytes: blocks come without their large layers, and these in groups of so many bytes, as they are computed
@@ -54,6 +55,7 @@ class Schedule:
     mlp_tokens: int | None = None
     attention_queries: int | None = None
     cache_nbytes: int | None = None
+    head_cache_nbytes: int | None = None
     keep_buffers: bool = False
     reads_in_flight: int = 1
     active_nbytes: int | None = None

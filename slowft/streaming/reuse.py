@@ -11,6 +11,7 @@ import mlx.core as mx
 
 from ..planning.schedule import Schedule
 
+COLD_STEPS = 2
 
 @functools.cache
 def usual_limits() -> tuple[int, int]:
@@ -28,21 +29,27 @@ class Reuse:
     cache is full, whatever it is full of; so what was freed longest ago has to go first.
 
     Args:
-        schedule: `cache_nbytes` are kept at least, and what arrays leave of `total_nbytes`. With `keep_buffers` all are
-            kept, as long as steps have the same shape.
+        schedule: `cache_nbytes` are kept at least (of the head `head_cache_nbytes`), and what arrays leave of
+            `total_nbytes`. With `keep_buffers` all are kept, as long as steps have the same shape.
     """
 
     def __init__(self, schedule: Schedule):
         self._schedule = schedule
         self._total, self._least = schedule.total_nbytes, schedule.cache_nbytes
+        self._least_of_head = self._least if schedule.head_cache_nbytes is None else schedule.head_cache_nbytes
+        self._steps = 0
         self._was_head = False
         self._graph: Hashable = None
         self._of_graph: int | None = None
 
     def raise_by(self, nbytes: int) -> None:
-        """Keep so many bytes more from the next step on, which takes at most so much more than the last one."""
-        if self._total:
-            self._total += nbytes
+        """Keep so many bytes more from the next step on, which takes at most so much more than the last one did.
+
+        Of the first steps only what they took too much counts: they find fewer freed buffers than those to come.
+        """
+        self._steps += 1
+        if self._total and (nbytes < 0 or self._steps > COLD_STEPS):
+            self._total = max(self._schedule.total_nbytes, self._total + nbytes)
 
     def begin_graph(self, kind: Hashable) -> None:
         """The head and its tail are computed next; those of one kind ask for the same buffers."""
@@ -63,7 +70,7 @@ class Reuse:
         if s.keep_buffers:
             return job()
         grows = s.head_workspace_nbytes if is_head else s.workspace_nbytes
-        limit = max(self._least, self._total - mx.get_active_memory() - grows)
+        limit = max(self._least_of_head if is_head else self._least, self._total - mx.get_active_memory() - grows)
         if is_head != self._was_head and not s.head_reuses_blocks:  # what is kept is of sizes that nobody will ask for
             mx.set_cache_limit(max(0, limit - grows))
         self._was_head = is_head
@@ -80,7 +87,7 @@ class Reuse:
         if s.keep_buffers:
             return
         left = self._total - (mx.get_active_memory() - nbytes) - wanted_nbytes
-        limit = max(self._least + (nbytes if are_alike else 0), left)
+        limit = max(self._least + nbytes if are_alike else self._least_of_head, left)
         cached = mx.get_cache_memory()
         if are_alike or not s.head_reuses_blocks or cached + nbytes <= limit:
             mx.set_cache_limit(max(0, limit - nbytes))
