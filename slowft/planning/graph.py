@@ -547,7 +547,7 @@ class _Evaluation:
         self.outputs = outputs
         self.live_nbytes = self.temporary_nbytes = self.peak_nbytes = 0
         self.dispatches = 0
-        self._sizes: list[tuple[int, int]] = []  # of buffers as they are made (> 0) and let go (< 0), and at which dispatch
+        self._sizes: list[tuple[int, int]] = []  # (of a buffer made, > 0, or let go, < 0; number of the dispatch)
         self._figures: dict[_Op, tuple[int, int, int, float] | None] = {}  # of each operation, in order
 
     def run(self) -> Cost:
