@@ -201,7 +201,8 @@ def ladder(half) -> list[int]:
 
     The least for whole blocks: by groups of rows, which take less, sums come in another order.
     """
-    bottom, everything = map(enough, json.loads(output(LEAST_AND_MOST, half, *SHAPE)))  # for another process too
+    bottom, everything = json.loads(output(LEAST_AND_MOST, half, *SHAPE))
+    bottom, everything = enough(bottom), enough(round(1.02 * everything))  # for another process, with its optimizer
     return [round(bottom * (everything / bottom) ** (i / 4)) for i in range(5)]
 
 
