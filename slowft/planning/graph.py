@@ -670,12 +670,12 @@ class _Evaluation:
             self.allocate(out, like=array)
 
 
-def _reserved_nbytes(sizes: Sequence[tuple[int, int]], limit: int, ahead: int = DISPATCHES_AHEAD) -> int:
+def _reserved_nbytes(sizes: Sequence[tuple[int, int]], limit: int) -> int:
     """What buffers that are made and let go in this order take in all, every time over, if none is given back.
 
     `BufferCache` in mlx/backend/common/buffer_cache.h: the smallest that suffices, if that is not much larger. What is
-    let go is free when it has been computed, `ahead` dispatches later; or where more than `limit` are in use, for which
-    the thread that schedules waits.
+    let go is free `DISPATCHES_AHEAD` dispatches later, or where more than `limit` are in use, for which the thread that
+    schedules waits.
     """
     cached: list[int] = []
     reserved = in_use = 0
@@ -683,7 +683,7 @@ def _reserved_nbytes(sizes: Sequence[tuple[int, int]], limit: int, ahead: int = 
         given: dict[int, list[int]] = {}  # size asked for -> sizes of the buffers
         leaving: deque[tuple[int, int]] = deque()  # (size of the buffer, at which dispatch it was let go)
         for nbytes, dispatch in sizes:
-            while leaving and (in_use > limit or leaving[0][1] + ahead <= dispatch):
+            while leaving and (in_use > limit or leaving[0][1] + DISPATCHES_AHEAD <= dispatch):
                 buffer, _ = leaving.popleft()
                 in_use -= buffer
                 bisect.insort(cached, buffer)

@@ -274,21 +274,23 @@ class Planner:
         head, *others = self._phases(job, s, True).parts["computing"].tolist()
         work = max(others)
         left = min(memory - plan.peak_nbytes, max(head, work)) if _is_simple(s) and s.tail < len(job.visits) else 0
-        slack, peak = plan.parts["slack"], plan.peak_nbytes + left
+        slack, arrays = plan.parts["slack"], plan.peak_nbytes + left - self._base
+        if s.keep_buffers:  # computes no further ahead than the graph has it: that would ask for more buffers
+            total = arrays - slack // 2
+            active = total - s.cache_nbytes
+        else:  # twice the slack: what freed buffers take must never be what breaks the ceiling
+            total = arrays - 2 * slack
+            active = memory - self._base - (s.cache_nbytes or 0)
         schedule = replace(
             s,
-            active_nbytes=max(memory - self._base - (s.cache_nbytes or 0), 1 << 20),
-            # twice the slack: what freed buffers take must never be what breaks the ceiling
-            total_nbytes=peak - (slack // 2 if s.keep_buffers else 2 * slack) - self._base if _is_simple(s) else 0,
+            active_nbytes=max(active, 1 << 20),
+            total_nbytes=total if _is_simple(s) else 0,
             workspace_nbytes=int(AHEAD_SHARE * work),
             head_workspace_nbytes=int(AHEAD_SHARE * head) + (0 if s.keep_head else job.head_compute_nbytes),
             head_reuses_blocks=s.tail >= LONG_TAIL,
             head_cache_nbytes=self._head_cache(job, s),
             reads_in_flight=self.machine.reads_in_flight,
         )
-        if s.keep_buffers:  # as the graph has it: computing further ahead would ask for more buffers
-            active = plan.peak_nbytes - self._base - slack // 2 - s.cache_nbytes
-            schedule = replace(schedule, active_nbytes=active)
         reused = left - min(left, slack)  # of the two slacks one is in the plan already
         parts = plan.parts | {"buffer cache": plan.parts.get("buffer cache", 0) + reused}
         parts = {k: v for k, v in parts.items() if v}

@@ -11,7 +11,8 @@ import mlx.core as mx
 
 from ..planning.schedule import Schedule
 
-COLD_STEPS = 2
+COLD_STEPS = 2  # that find fewer freed buffers than later ones
+
 
 @functools.cache
 def usual_limits() -> tuple[int, int]:
@@ -45,7 +46,7 @@ class Reuse:
     def raise_by(self, nbytes: int) -> None:
         """Keep so many bytes more from the next step on, which takes at most so much more than the last one did.
 
-        Of the first steps only what they took too much counts: they find fewer freed buffers than those to come.
+        Of the first steps only what they took too much counts.
         """
         self._steps += 1
         if self._total and (nbytes < 0 or self._steps > COLD_STEPS):
