@@ -557,7 +557,7 @@ def test_a_run_ends_with_the_same_adapter(llama, tmp_path):
 @pytest.fixture
 def finetune(llama_with_tokenizer, tmp_path, capsys, monkeypatch) -> Command:
     """The command, on a machine that need not be measured: it reads slowly."""
-    monkeypatch.setattr(budget, "measured", lambda dtype, files: MACHINES["usual disk"])
+    monkeypatch.setattr(budget, "measured", lambda *_: MACHINES["usual disk"])
     monkeypatch.chdir(tmp_path)
     return Command(tmp_path, llama_with_tokenizer, write_splits(tmp_path / "data", COMPLETIONS), capsys, monkeypatch)
 

@@ -32,7 +32,7 @@ def test_streamed_as_in_memory(name, tmp_path):
 def test_plan_fits_the_kind(name, tmp_path, monkeypatch):
     """Within a ceiling the plan keeps what this kind of block allows, and the step's numbers stay the same."""
     slow_drive = replace(budget.UNKNOWN, memory_nbytes=8 << 30, read_bytes_per_s=1e5)
-    monkeypatch.setattr(budget, "measured", lambda dtype, files: slow_drive)
+    monkeypatch.setattr(budget, "measured", lambda *_: slow_drive)
     loss, gradients, adapters = expected(save(tmp_path / "m", name), name)
     streamed = opened(tmp_path / "m", name, adapters, memory="4GB")
     assert_equal(name, streamed, loss, gradients)

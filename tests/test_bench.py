@@ -272,7 +272,7 @@ def test_experts_are_multiplied_at_the_rate_at_which_they_are_read(tmp_path, mon
         "num_hidden_layers": blocks,
     }
     directory = save_random(tmp_path / "m", config)
-    monkeypatch.setattr(budget, "measured", lambda dtype, files: budget.UNKNOWN)
+    monkeypatch.setattr(budget, "measured", lambda *_: budget.UNKNOWN)
     job = Job(str(directory), "m", 2, 64, steps=1, memory=2 * 10**9, keys=("self_attn.q_proj",))
     run = json.loads(json.dumps(worker.run_slowft(job, lambda step: None)))
     assert "all blocks and the head in memory" in run["kept"]

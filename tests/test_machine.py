@@ -18,6 +18,7 @@ import filecache
 from conftest import must_run
 from slowft import platform
 from slowft.bench import cgroup
+from slowft.engine.budget import ROOM_TO_MEASURE
 from slowft.planning import machine
 from slowft.models.weights import Packed
 from slowft.planning.machine import _dequantize_s_per_byte, measure
@@ -190,11 +191,22 @@ def test_dequantizing_takes_what_it_takes(bits, group_size, mode):
     assert time.perf_counter() - begin < 0.01  # measured once a process
 
 
-def test_it_fits_in_little_memory(file):
+@pytest.mark.parametrize("room, shrink", ROOM_TO_MEASURE)
+def test_it_fits_in_little_memory(file, room, shrink):
+    """What a job is measured with may take no more than it has beside the process, by the system's count."""
     code = (
         "import sys, slowft, mlx.core as mx; from slowft import platform; from slowft.planning.machine import measure;"
-        "before = platform.memory_in_use(); measure(mx.float32, sys.argv[1:]); print(platform.peak_memory() - before)"
+        "platform.fix_malloc_threshold(); before = platform.memory_in_use(); shrink = int(sys.argv[1]);"
+        "machine = measure(mx.float32, sys.argv[2:], shrink=shrink); machine.dequantize_s_per_byte(4, 64, 'affine');"
+        "machine.gather_mm_s_per_byte(4096, 14336, False); machine.matmul_s_per_flop(1, 512, 2048, 5632, False, True);"
+        "print(platform.peak_memory() - before)"
     )
-    root = Path(__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True, cwd=root)
-    assert 0 < int(done.stdout) < 300 * MB, done.stderr
+    root, arguments = Path(__file__).parents[1], [str(shrink), str(file)]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=root)
+    assert 0 < int(done.stdout) < room, done.stderr
+
+
+def test_smaller_arrays_measure_the_same(file, measured):
+    smaller = measure(mx.float32, [str(file)], shrink=4)
+    for rate in ("matmul_flops_per_s", "bytes_per_s", "functions_per_s", "cast_bytes_per_s"):
+        assert 1 / 4 < getattr(smaller, rate) / getattr(measured[0], rate) < 4, rate

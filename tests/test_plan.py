@@ -47,7 +47,7 @@ OUTSIDE = 1024 * 256 * 2 + ROWS * TOKENS * 256 * 2  # head, and rows of the embe
 
 # what is not said does not count
 FAST = {"matmul_flops_per_s": 1e11, "bytes_per_s": 1e10, "page_s_per_byte": 2e-10}
-NEVER_WAITS = replace(budget.UNKNOWN, memory_nbytes=10**12, **FAST)
+NEVER_WAITS = replace(budget.UNKNOWN, memory_nbytes=10**12, is_assumed=False, **FAST)
 MACHINES = {
     "slow disk": replace(NEVER_WAITS, read_bytes_per_s=1e5),
     "usual disk": replace(NEVER_WAITS, read_bytes_per_s=3e8),
@@ -221,7 +221,7 @@ def test_the_least_that_is_named_is_enough(least, opened):
 
 
 def test_less_than_the_least_is_refused_before_anything_is_read(directory, monkeypatch):
-    monkeypatch.setattr(budget, "measured", lambda dtype, files: MACHINES["usual disk"])
+    monkeypatch.setattr(budget, "measured", lambda *_: MACHINES["usual disk"])
     with closing(open_model(directory).add_lora(-1)) as model:
         before = model.stats.total.bytes_read
         with pytest.raises(slowft.SlowftError, match=r"0\.03 GB is too little.*give at least [0-9.]+GB"):
@@ -429,7 +429,7 @@ def test_long_sequences_are_cut_into_pieces_only_when_they_must(tmp_path):
 @pytest.fixture
 def slowft_(llama_with_tokenizer, tmp_path, capsys, monkeypatch) -> Command:
     """The command, on a machine that need not be measured."""
-    monkeypatch.setattr(budget, "measured", lambda dtype, files: MACHINES["usual disk"])
+    monkeypatch.setattr(budget, "measured", lambda *_: MACHINES["usual disk"])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     data = write_splits(tmp_path / "data", COMPLETIONS)
@@ -535,7 +535,7 @@ def test_the_page_says_it_all(slowft_):
 
 
 def test_seconds_without_reading_are_said_to_be_without_it(slowft_, monkeypatch):
-    monkeypatch.setattr(budget, "measured", lambda dtype, files: NEVER_WAITS)
+    monkeypatch.setattr(budget, "measured", lambda *_: NEVER_WAITS)
     outcome = slowft_.bare("plan", "--model", slowft_.model, "--max-seq-length", 65)
     assert outcome.status == 0 and "reading is not in these seconds" in outcome.out
 
@@ -605,6 +605,13 @@ def test_dry_run_prints_the_plan_and_changes_nothing_and_a_run_prints_the_same_f
     assert lines[0] == first and lines[2] == third  # the second has what this process holds by now
     assert any(line.startswith("Iter 2") for line in lines[3:])
     assert (slowft_.directory / "adapters" / "adapters.safetensors").exists()
+
+
+def test_seconds_are_not_predicted_where_the_machine_cannot_be_measured(slowft_, monkeypatch):
+    monkeypatch.setattr(budget, "ROOM_TO_MEASURE", ((1 << 40, 1),))
+    third = slowft_("--dry-run", "--memory", "2GB").out.splitlines()[2]
+    assert third.startswith("  seconds not predicted, as measuring this machine takes more memory: ")
+    assert slowft_("--memory", "2GB").status == 0
 
 
 def test_finetune_refuses_too_little_naming_the_least_and_takes_that(slowft_, monkeypatch):

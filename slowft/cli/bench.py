@@ -325,6 +325,10 @@ def _describe(job: dict) -> str:
     )
 
 
+def _predicted(of: dict) -> str:
+    return "too little memory to predict" if of["is_for_assumed_machine"] else f"predicted {duration(of['step_s'])}"
+
+
 def _seconds(of: dict) -> str:
     return f"{of['step_s']:.2f} s ± {of['spread_s'] / 2:.2f}"
 
@@ -335,7 +339,7 @@ def _print_step(result: dict) -> None:
     click.echo(f"Plan     {result['kept']}")
     kernel = result["kernel_peak_nbytes"]
     rows = [
-        ["step", _seconds(result), f"predicted {duration(result['predicted']['step_s'])}"],
+        ["step", _seconds(result), _predicted(result["predicted"])],
         ["speed", f"{result['tokens_per_s']:.0f} tokens/s", f"loss {result['losses'][-1]:.3f}"],
         [
             "read",

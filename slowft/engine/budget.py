@@ -21,8 +21,9 @@ from ..planning.plan import Plan, Planner
 from .costs import Costing
 
 # for plans of which only the memory counts
-UNKNOWN = Machine(0, 1e12, 1e10, 1e9, 1e10, 0.0, None, None, 1, "unknown")
-MEASURING_NBYTES = 256 << 20
+UNKNOWN = Machine(0, 1e12, 1e10, 1e9, 1e10, 0.0, None, None, 1, "unknown", is_assumed=True)
+# measuring takes memory too: with more than so many bytes beside the process its arrays are so many times smaller
+ROOM_TO_MEASURE = ((256 << 20, 1), (72 << 20, 4))
 WARM_UP_NBYTES = 24 << 20  # what libraries take once they are used: OpenBLAS's buffers, threads' stacks, page tables
 
 
@@ -88,18 +89,24 @@ class Budget:
         """
         if memory is not None:
             self._check(memory, rows, tokens, micro_batches)
-        # measuring takes memory too, which the smallest jobs do not have
-        roomy = memory is None or memory > self._base_nbytes + MEASURING_NBYTES
-        planner = self.planner(rows, tokens, micro_batches, None if roomy else UNKNOWN)
-        if (
-            memory is not None and planner.machine is not UNKNOWN
-        ):  # more than the machine has (on macOS: than Metal recommends) would be paged
-            memory = min(memory, planner.machine.memory_nbytes)
+        machine = self._machine_within(memory)
+        planner = self.planner(rows, tokens, micro_batches, machine)
+        if memory is not None and machine is not UNKNOWN:
+            # more than the machine has (on macOS: than Metal recommends) would be paged
+            memory = min(memory, machine.memory_nbytes)
         plan = planner.choose(memory)
+        mx.clear_cache()  # of what was measured with
         if plan is None:
             raise ConfigError(planner.too_little(memory))
         self._planner = planner
         return plan
+
+    def _machine_within(self, memory: int | None) -> Machine:
+        """This machine, measured if there is room for that beside the process; in the smallest jobs there is none."""
+        for room, shrink in ROOM_TO_MEASURE:
+            if memory is None or memory > self._base_nbytes + room:
+                return measured(self._engine.compute_dtype, self._engine.files, shrink)
+        return UNKNOWN
 
     def caching(self, plan: Plan, first_steps: float, later_steps: float) -> tuple[Plan | None, bool]:
         """(the plan of steps that begin at stored activations, whether it pays to store them).
@@ -120,7 +127,7 @@ class Budget:
                 self._engine.reuse_more(self.plan.peak_nbytes - self.plan.parts["slack"] // 2 - peak_nbytes)
             return
         self._base_nbytes += peak_nbytes - self.plan.peak_nbytes
-        plan = self.planner(*self._shape).choose(self.memory)
+        plan = self.planner(*self._shape, self._planner.machine).choose(self.memory)
         if plan is not None:
             self._engine.follow(plan.schedule, self.directory)
             self.plan = plan
@@ -146,7 +153,7 @@ class Budget:
     def planner(self, rows: int, tokens: int, micro_batches: int, machine: Machine | None = None) -> Planner:
         """Plans for steps over `micro_batches` of `[rows, tokens]`."""
         engine = self._engine
-        machine = machine or measured(engine.compute_dtype, engine.files)
+        machine = machine or self._machine_within(None)
         if self._base_nbytes is None:  # before the first step: nothing of it is in memory yet
             mx.clear_cache()
             platform.release_freed_memory()
@@ -169,8 +176,8 @@ class Budget:
 
 
 @functools.cache  # once in a process
-def measured(compute_dtype: mx.Dtype, files: tuple[str, ...]) -> Machine:
-    return measure(compute_dtype, files)
+def measured(compute_dtype: mx.Dtype, files: tuple[str, ...], shrink: int = 1) -> Machine:
+    return measure(compute_dtype, files, shrink=shrink)
 
 
 def default_memory() -> int:

@@ -1,7 +1,7 @@
 """What this machine can do, measured in about a second.
 
 Comes in: the compute dtype, the model's files. Goes out: a `Machine`. Never writes, never holds more than about
-150 MB, and leaves MLX's limits as they were.
+160 MB, or 50 MB if asked to, and leaves MLX's limits as they were.
 """
 
 import contextlib
@@ -60,6 +60,8 @@ class Machine:
         device: name of the device that MLX computes on.
         compute_dtype: what was measured in; None of a machine that was not measured but described.
         reads_in_flight: requests at once with which `read_bytes_per_s` was reached.
+        shrink: how many times smaller than usual the larger arrays are with which it is measured.
+        is_assumed: it is no machine in particular, and seconds on it are not to be believed.
     """
 
     memory_nbytes: int
@@ -74,6 +76,8 @@ class Machine:
     device: str
     compute_dtype: str | None = None
     reads_in_flight: int = 1
+    shrink: int = 1
+    is_assumed: bool = False
 
     def seconds(
         self,
@@ -116,7 +120,7 @@ class Machine:
         """
         if self.compute_dtype is None:
             return 1 / self.bytes_per_s
-        return _gather_mm_s_per_byte(rows, columns, is_transposed, getattr(mx, self.compute_dtype))
+        return _gather_mm_s_per_byte(rows, columns, is_transposed, getattr(mx, self.compute_dtype), self.shrink)
 
     def matmul_s_per_flop(
         self, batches: int, rows: int, inner: int, columns: int, a_transposed: bool, b_transposed: bool
@@ -146,38 +150,39 @@ class Machine:
         return _quantize_s_per_byte(bits, group_size, getattr(mx, self.compute_dtype))
 
 
-def measure(compute_dtype: mx.Dtype, files: Sequence[str], seconds: float = 0.75) -> Machine:
+def measure(compute_dtype: mx.Dtype, files: Sequence[str], seconds: float = 0.75, shrink: int = 1) -> Machine:
     """Measure this machine on MLX's default device.
 
     Args:
         compute_dtype: what blocks are computed in.
         files: model files; reading is measured on them, from the middle on.
         seconds: what it may take altogether, roughly.
+        shrink: how many times smaller than usual the larger arrays are to be; 4 takes 50 MB of memory, not 160.
     """
-    read_bytes_per_s, reads_in_flight = _reading(files, seconds * 0.45)
-    with _cache_limit(0):  # every output in fresh memory
-        fresh_s = _best(_cast(compute_dtype), seconds * 0.1)
-    with _cache_limit(8 * STREAM_NBYTES):  # an output takes the place of the one before
-        warm_s = _best(_cast(compute_dtype), seconds * 0.1)
-        bytes_per_s = _bytes_per_s(compute_dtype, seconds * 0.15)
-        matmul_flops_per_s = _matmul_flops_per_s(compute_dtype, seconds * 0.15)
+    read_bytes_per_s, reads_in_flight = _reading(files, seconds * 0.45, READ_NBYTES // shrink)
+    nbytes = STREAM_NBYTES // shrink
+    with _cache_limit(8 * nbytes):  # an output takes the place of the one before
+        fresh_s, warm_s = _cast_s(compute_dtype, nbytes, seconds * 0.2)
+        bytes_per_s = _bytes_per_s(compute_dtype, nbytes, seconds * 0.15)
+        matmul_flops_per_s = _matmul_flops_per_s(compute_dtype, 4096 // shrink, seconds * 0.15)
     functions_per_s = _functions_per_s(compute_dtype, seconds * 0.05)
-    with _cache_limit(8 * STREAM_NBYTES):  # once more: a moment's other work would halve what both cores do
-        matmul_flops_per_s = max(matmul_flops_per_s, _matmul_flops_per_s(compute_dtype, seconds * 0.15))
+    with _cache_limit(8 * nbytes):  # once more: a moment's other work would halve what both cores do
+        again = _matmul_flops_per_s(compute_dtype, 4096 // shrink, seconds * 0.15)
     cores = platform.cores()
     return Machine(
         memory_nbytes=_memory_nbytes(),
-        matmul_flops_per_s=matmul_flops_per_s,
+        matmul_flops_per_s=max(matmul_flops_per_s, again),
         bytes_per_s=bytes_per_s,
         functions_per_s=functions_per_s * (min(cores, 4) if mx.default_device() == mx.Device(mx.cpu) else 1),
-        cast_bytes_per_s=STREAM_NBYTES / warm_s,
-        page_s_per_byte=max(0.0, fresh_s - warm_s) / STREAM_NBYTES,
+        cast_bytes_per_s=nbytes / warm_s,
+        page_s_per_byte=max(0.0, fresh_s - warm_s) / nbytes,
         read_bytes_per_s=read_bytes_per_s,
         write_bytes_per_s=None,
         cores=cores,
         device=str(mx.device_info().get("device_name", mx.default_device())),
         compute_dtype=str(compute_dtype).rsplit(".", 1)[-1],
         reads_in_flight=reads_in_flight,
+        shrink=shrink,
     )
 
 
@@ -221,13 +226,13 @@ def _matmul_s_per_flop(batches, rows, inner, columns, a_transposed, b_transposed
 
 
 @functools.cache
-def _gather_mm_s_per_byte(rows: int, columns: int, is_transposed: bool, dtype: mx.Dtype) -> float:
+def _gather_mm_s_per_byte(rows: int, columns: int, is_transposed: bool, dtype: mx.Dtype, shrink: int) -> float:
     """Seconds per byte of `[rows, columns]` matrices in `mx.gather_mm` of rows that are sorted by expert."""
-    largest = EXPERT_NBYTES // dtype.size  # a larger matrix is read from memory just as one of this size is
+    largest = EXPERT_NBYTES // shrink // dtype.size  # a larger matrix is read from memory just as one of this size is
     rows = min(rows, max(1, largest // columns))
     shape = (2, columns, rows) if is_transposed else (2, rows, columns)
     matrices = _ones(shape, dtype)
-    n = min(max(GATHERED_NBYTES // (2 * rows * columns * dtype.size), 1), 8)  # rows for each of two experts
+    n = min(max(GATHERED_NBYTES // shrink // (2 * rows * columns * dtype.size), 1), 8)  # rows for each of two experts
     x = mx.ones((2 * n, 1, rows), dtype)
     of_expert = mx.array([0] * n + [1] * n)
     mx.eval(x, of_expert)
@@ -282,37 +287,54 @@ def _ones(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
     return array
 
 
+def _once(function: Callable[[], mx.array | list[mx.array]]) -> float:
+    """Seconds of one evaluation; what it put out is freed."""
+    at = time.perf_counter()
+    output = function()
+    mx.eval(output)
+    seconds = time.perf_counter() - at
+    del output
+    return seconds
+
+
 def _best(function: Callable[[], mx.array | list[mx.array]], seconds: float, at_least: int = 3) -> float:
     """The least seconds one evaluation takes, of so many at least and as many as go into `seconds`.
 
     The first is not counted: it wakes devices and loads kernels. Other work on the machine only ever adds.
     """
-    mx.eval(function())
-    best = float("inf")
+    _once(function)
+    took = []
     begin = time.perf_counter()
-    repetitions = 0
-    while repetitions < at_least or time.perf_counter() - begin < seconds:
-        at = time.perf_counter()
-        output = function()
-        mx.eval(output)
-        best = min(best, time.perf_counter() - at)
-        del output
-        repetitions += 1
-    return best
+    while len(took) < at_least or time.perf_counter() - begin < seconds:
+        took.append(_once(function))
+    return min(took)
 
 
-def _cast(dtype: mx.Dtype) -> Callable[[], mx.array]:
-    """A cast of `STREAM_NBYTES` bytes to `dtype`, from bfloat16, in which most models are stored."""
+def _cast_s(dtype: mx.Dtype, nbytes: int, seconds: float) -> tuple[float, float]:
+    """Seconds that a cast of `nbytes` to `dtype` takes into (fresh pages, memory that is in use already), at best.
+
+    From bfloat16, in which most models are stored. In turns, so that other work on the machine meets both.
+    """
     stored = mx.bfloat16 if dtype != mx.bfloat16 else mx.float16
-    array = mx.zeros((STREAM_NBYTES // dtype.size,), stored)
+    array = mx.zeros((nbytes // dtype.size,), stored)
     mx.eval(array)
-    return lambda: array.astype(dtype)
+    fresh, warm = [], []
+
+    def cast() -> mx.array:
+        return array.astype(dtype)
+
+    begin = time.perf_counter()
+    while len(warm) < 4 or time.perf_counter() - begin < seconds:
+        mx.clear_cache()
+        fresh.append(_once(cast))
+        warm.append(_once(cast))
+    return min(fresh[1:]), min(warm[1:])  # the first wakes devices
 
 
-def _bytes_per_s(dtype: mx.Dtype, seconds: float) -> float:
-    a, b = mx.zeros((2, STREAM_NBYTES // dtype.size), dtype)
+def _bytes_per_s(dtype: mx.Dtype, nbytes: int, seconds: float) -> float:
+    a, b = mx.zeros((2, nbytes // dtype.size), dtype)
     mx.eval(a, b)
-    return 3 * STREAM_NBYTES / _best(lambda: a + b, seconds)
+    return 3 * nbytes / _best(lambda: a + b, seconds)
 
 
 def _functions_per_s(dtype: mx.Dtype, seconds: float) -> float:
@@ -321,11 +343,11 @@ def _functions_per_s(dtype: mx.Dtype, seconds: float) -> float:
     return FUNCTION_VALUES / _best(lambda: mx.exp(array), seconds)
 
 
-def _matmul_flops_per_s(dtype: mx.Dtype, seconds: float) -> float:
+def _matmul_flops_per_s(dtype: mx.Dtype, largest: int, seconds: float) -> float:
     """Of square matrices, the larger the faster they are multiplied: 512 takes 0.16 s on a reference BLAS."""
     size, rate = 512, 0.0
     begin = time.perf_counter()
-    while size <= 4096:
+    while size <= largest:
         a = _ones((size, size), dtype)
         at = time.perf_counter()
         rate = max(rate, 2 * size**3 / _best(lambda a=a: a @ a, 0))
@@ -339,18 +361,18 @@ def _matmul_flops_per_s(dtype: mx.Dtype, seconds: float) -> float:
 # --- Reading --------------------------------------------------------------------------------------
 
 
-def _reading(files: Sequence[str], seconds: float) -> tuple[float | None, int]:
+def _reading(files: Sequence[str], seconds: float, nbytes_at_once: int) -> tuple[float | None, int]:
     """What the engine's own reader reads of the files per second, and with how many requests in flight.
 
     The file cache is emptied of them first. More requests have to be worth it. What is read first does not count: a
     limit on reads lets some through at once (150 MB/s by a control group: 195 for the first 32 MB).
     """
-    pieces = [piece for file in files for piece in _pieces(file)]
+    pieces = [piece for file in files for piece in _pieces(file, nbytes_at_once)]
     middle = len(pieces) // 2
     pieces = pieces[middle:] + pieces[:middle]
     if sum(piece.nbytes for piece in pieces) < TELLING_NBYTES:
         return None, 1
-    buffer = memoryview(read_buffer(READ_NBYTES + platform.DIRECT_ALIGNMENT))
+    buffer = memoryview(read_buffer(nbytes_at_once + platform.DIRECT_ALIGNMENT))
     buffer[:: mmap.PAGESIZE] = bytes(-(-len(buffer) // mmap.PAGESIZE))  # its pages are there
     reader, took = Reader(), dict.fromkeys(DEPTHS, 0.0)
     nbytes = dict.fromkeys(DEPTHS, 0)
@@ -377,7 +399,7 @@ def _reading(files: Sequence[str], seconds: float) -> tuple[float | None, int]:
     return rates[depth], depth
 
 
-def _pieces(file: str) -> Iterator[ByteRange]:
+def _pieces(file: str, nbytes: int) -> Iterator[ByteRange]:
     """What the file has on the drive, a piece at a time: holes would be read at the speed of memory."""
     with open(file, "rb") as f:
         end = os.fstat(f.fileno()).st_size
@@ -388,5 +410,5 @@ def _pieces(file: str) -> Iterator[ByteRange]:
                 at = os.lseek(f.fileno(), begin, os.SEEK_HOLE)
             except OSError:  # nothing but a hole from here on
                 return
-            for offset in range(begin, at, READ_NBYTES):
-                yield ByteRange(file, offset, min(READ_NBYTES, at - offset), 0)
+            for offset in range(begin, at, nbytes):
+                yield ByteRange(file, offset, min(nbytes, at - offset), 0)

@@ -59,6 +59,7 @@ class Plan:
         compute_s, read_s: seconds per optimizer step of either alone; step_s: of a step.
         parts: what the peak is made of, name -> bytes.
         least_nbytes: the peak of the plan that takes the least memory of all; `enough` of it is what to give.
+        is_for_assumed_machine: seconds are not this machine's, which was not measured; only bytes are predicted.
     """
 
     schedule: Schedule
@@ -72,6 +73,7 @@ class Plan:
     step_s: float
     parts: dict[str, int]
     least_nbytes: int = 0
+    is_for_assumed_machine: bool = False
 
     @property
     def bound(self) -> str:
@@ -450,7 +452,7 @@ class Planner:
         write_s = written / (self.machine.write_bytes_per_s or bandwidth)
         seconds = sum(work.seconds for work in works), nbytes / bandwidth + write_s
         step_s = step_seconds(reads, works, bandwidth, self.machine.write_bytes_per_s or bandwidth)
-        return Plan(schedule, job, None, peak, nbytes, written, *seconds, step_s, parts)
+        return Plan(schedule, job, None, peak, nbytes, written, *seconds, step_s, parts, 0, self.machine.is_assumed)
 
     def _peak(self, job: Job, schedule: Schedule, exact: bool = True) -> int:
         return self._peak_of(self._phases(job, schedule, exact))[0]

@@ -81,15 +81,19 @@ def three_lines(plan: Plan, note: str = "", caching: Caching | None = None) -> l
         later = f"; activations of the lower blocks go to {caching.directory}"
         if caching.later is not None:
             later += f" ({size(caching.nbytes)}): from the second epoch {later_step(caching.later)}"
+    step = f"predicted step {duration(plan.step_s)}, bound by {plan.bound}"
+    if plan.is_for_assumed_machine:
+        step = "seconds not predicted, as measuring this machine takes more memory"
     return [
         f"Plan {ceiling}: {choices(plan)}",
         f"  predicted peak {size(plan.peak_nbytes)}; least that works {size(enough(plan.least_nbytes))}",
-        f"  predicted step {duration(plan.step_s)}, bound by {plan.bound}: {reads} a step{later}",
+        f"  {step}: {reads} a step{later}",
     ]
 
 
 def later_step(later: Plan) -> str:
-    return f"{duration(later.step_s)} and {size(later.read_nbytes)} read a step"
+    seconds = "" if later.is_for_assumed_machine else f"{duration(later.step_s)} and "
+    return f"{seconds}{size(later.read_nbytes)} read a step"
 
 
 def describe_machine(machine: Machine) -> str:
@@ -133,6 +137,7 @@ def as_dict(plan: Plan, caching: Caching | None = None) -> dict[str, Any]:
             "compute_s": plan.compute_s,
             "read_s": plan.read_s,
             "bound": plan.bound,
+            "is_for_assumed_machine": plan.is_for_assumed_machine,
         },
         "job": {
             "micro_batches": job.micro_batches,
