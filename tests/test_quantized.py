@@ -33,10 +33,11 @@ from conftest import (
 from slowft import platform
 from slowft.cli.main import main
 from slowft.models import quantized
-from slowft.models.weights import Rounded
+from slowft.models.weights import Packed, Rounded, read_whole
+from slowft.planning.plan import PIECE_NBYTES
 from slowft.planning.schedule import Schedule
 from slowft.reports.plan import choices
-from slowft.storage.index import Extent
+from slowft.storage.index import Extent, read_header
 from slowft.storage.reader import Reader
 
 SMALL = LLAMA | {"num_hidden_layers": 2, "hidden_size": 128, "vocab_size": 128}
@@ -175,6 +176,30 @@ def test_quantizing_in_c_equals_mlx(bits, stored, compiled):
     for part, expected in zip(source.hold([raw]), mx.quantize(weight, 64, bits), strict=True):
         assert part.dtype == expected.dtype
         assert mx.array_equal(part, expected)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_large_matrix_is_brought_in_small_pieces(bits, tmp_path):
+    """Of 18 MB packed in 4 bits all would be one piece, dequantized beside the result: 131 MB more than was planned."""
+    weight = mx.random.normal((32000, 1024), key=mx.random.key(0)).astype(mx.bfloat16)
+    packed = dict(zip(("weight", "scales", "biases"), mx.quantize(weight, group_size=64, bits=bits)))
+    mx.save_safetensors(str(tmp_path / "head.safetensors"), packed)
+    expected = mx.dequantize(
+        packed["weight"], *(packed[k].astype(mx.float32) for k in ("scales", "biases")), group_size=64, bits=bits
+    )
+    extents = read_header(tmp_path / "head.safetensors")
+    source = Packed(*(extents[name] for name in packed), 64, bits, "affine", mx.float32)
+    reader = Reader()
+    try:
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        whole = read_whole(reader, source)
+        peak = mx.get_peak_memory() - before
+    finally:
+        reader.close()
+    assert mx.array_equal(whole, expected)
+    assert peak < whole.nbytes + 2 * PIECE_NBYTES + (8 << 20)
 
 
 def test_threads_share_the_work(compiled, monkeypatch):

@@ -392,6 +392,7 @@ def read_whole(reader: Reader, source: Source) -> mx.array:
             mx.eval(bytes_)
             out[at : at + bytes_.nbytes] = memoryview(bytes_)
             at += bytes_.nbytes
+            del piece, bytes_  # before the next one is built
     array = result.view(source.result_dtype).reshape(source.shape)
     mx.eval(array)
     return array
@@ -414,7 +415,9 @@ def _pieces(reader: Reader, source: Source, work: Callable) -> Iterator:
         yield _start_rows(reader, source, None, work)()
         return
     n_rows = source.shape[0]
-    step = max(1, PIECE_NBYTES // max(sum(e.row_nbytes for e in source.extents), 1))
+    built = math.prod(source.shape[1:]) * source.result_dtype.size  # packed rows grow to up to sixteen times their size
+    stored = sum(e.row_nbytes for e in source.extents)
+    step = max(1, PIECE_NBYTES // max(stored, built // 2, 1))
     ahead = None
     for start in range(0, n_rows, step):
         piece = ahead or _start_rows(reader, source, range(start, min(start + step, n_rows)), work)

@@ -21,7 +21,7 @@ from .machine import Machine
 from .schedule import Schedule
 from .timeline import Read, Work, reads_of, step_seconds
 
-PIECE_NBYTES = 32 << 20  # of a layer outside the blocks on its way: two pieces of 16 MB
+PIECE_NBYTES = 32 << 20  # of a layer outside the blocks on its way: two pieces of 16 MB, and one to compute with
 PIECES = (2048, 1024, 512, 256)  # tokens and queries at a time, to choose from
 HEAD_TOKENS = (64, 128, 256)  # whose logits exist at once, to choose from: more than that is hardly faster
 SLACK_NBYTES = 12 << 20  # what the process takes besides: Python's heap, stacks, small arrays
@@ -538,15 +538,17 @@ class Planner:
 
         head_peak, _, _ = self._head(job, s.tail, s.head_tokens, exact)
         head_weights = 0 if s.keep_head else job.head_compute_nbytes
-        if not (s.keep_head or s.head_ahead):
-            head_weights += min(job.head_stored_nbytes, PIECE_NBYTES)
+        computing = head_peak + 2 * job.hidden_nbytes
+        if not (s.keep_head or s.head_ahead):  # brought in pieces before anything is computed
+            pieces = min(job.head_stored_nbytes, PIECE_NBYTES) + min(job.head_compute_nbytes, PIECE_NBYTES)
+            computing = max(computing, pieces)
         cache = s.cache_nbytes or 0
         parts = {
             "buffer cache": joined(self._head_cache(job, s), cache, cache, cache),
             "activations": joined(stored[n], stored[:n] + job.hidden_nbytes, stored[:n], 0),
             "kept products": joined(kept[-1] if n else 0, kept, kept, 0),
             "weights": joined(head_weights, weights, weights, 0),
-            "computing": joined(head_peak + 2 * job.hidden_nbytes, forward, backward, made),
+            "computing": joined(computing, forward, backward, made),
             "gradients": joined(0, 0, gradients, job.trainable_nbytes),
         }
         return _Phases(fixed, parts)
