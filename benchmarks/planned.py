@@ -22,14 +22,15 @@ from slowft.planning import machine
 
 
 def measure(directory: Path, memory: int | None, read_bytes_per_s: int | None = None, **job) -> dict:
-    """Run `job` (rows, tokens, micro_batches, steps, num_layers) within `memory` bytes, None for as much as is useful.
+    """Run `job` within `memory` bytes, None for as much as is useful.
 
     A cgroup enforces the memory, where one can be made.
 
     Args:
         read_bytes_per_s: that the cgroup holds reads to; None for what the drive can do.
-        job: `machine_file` is where what is measured of the machine is kept for the next run, so that plans for
-            different memory differ in nothing else.
+        job: rows, tokens, micro_batches, steps; num_layers and use_dora of the adapter; compute_dtype and resident_bits
+            of the model. With `vary` every other step has rows of half the length. `machine_file` is where what is
+            measured of the machine is kept for the next run, so that plans for different memory differ in nothing else.
     """
     command = [sys.executable, __file__, str(directory), str(memory or ""), json.dumps(job)]
     peak = None
@@ -50,30 +51,46 @@ def plans(directory: Path, **job) -> dict[str, int]:
     return json.loads(done.stdout)
 
 
-def _open(directory: str, rows=4, tokens=128, micro_batches=1, num_layers=-1, memory=None, **_):
+def _open(directory: str, memory=None, num_layers=-1, use_dora=False, compute_dtype=None, resident_bits=None, **_):
     mx.random.seed(0)
-    model = slowft.open_model(directory, memory=memory)
-    model.add_lora(num_layers=num_layers, rank=8)
+    model = slowft.open_model(directory, memory=memory, compute_dtype=compute_dtype, resident_bits=resident_bits)
+    model.add_lora(num_layers=num_layers, rank=8, use_dora=use_dora)
     model.train()
     return model
+
+
+def _shape(job: dict) -> tuple[int, int, int]:
+    """(rows, tokens, micro-batches)."""
+    return job.get("rows", 4), job.get("tokens", 128), job.get("micro_batches", 1)
+
+
+def _batches(job: dict, vocab: int, is_short: bool) -> list:
+    rows, tokens, n = _shape(job)
+    if is_short:
+        tokens = -(-tokens // 2)
+    return [(mx.random.randint(0, vocab, (rows, tokens + 1)), mx.array([[1, tokens]] * rows)) for _ in range(n)]
 
 
 def _run(directory: str, memory: str, job: dict) -> dict:
     import mlx.optimizers as optim
 
-    rows, tokens, n = (job.get(k, d) for k, d in (("rows", 4), ("tokens", 128), ("micro_batches", 1)))
     measured = _share_measurements(Path(job["machine_file"])) if "machine_file" in job else None
     model = _open(directory, memory=int(memory) if memory else "1000GB", **job)
     begin = time.perf_counter()
-    plan = model.plan(rows, tokens, n, follow=True)
+    plan = model.plan(*_shape(job), follow=True)
     plan_s = time.perf_counter() - begin
     if measured is not None:
         Path(job["machine_file"]).write_bytes(pickle.dumps(measured))
     vocab = model.embedding_rows
     mx.random.seed(0)
-    batches = [(mx.random.randint(0, vocab, (rows, tokens + 1)), mx.array([[1, tokens]] * rows)) for _ in range(n)]
+    batches, short = (_batches(job, vocab, is_short) for is_short in (False, True))
     optimizer, times, peaks = optim.Adam(1e-4), [], []
-    for _ in range(job.get("steps", 2) + 1):
+    for i in range(job.get("steps", 2) + 1):
+        if job.get("vary") and i:
+            (loss, _), gradients = model.loss_and_grads(short)
+            optimizer.update(model, gradients)
+            mx.eval(model.trainable_parameters(), optimizer.state)
+            del gradients
         platform.reset_peak_memory()
         begin = time.perf_counter()
         (loss, _), gradients = model.loss_and_grads(batches)
@@ -131,7 +148,7 @@ def _choices(plan) -> str:
 if __name__ == "__main__":
     directory_, memory_, job_ = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
     if memory_ == "plans":
-        planner = _open(directory_, **job_).planner(*(job_.get(k, d) for k, d in (("rows", 4), ("tokens", 128))))
+        planner = _open(directory_, **job_).planner(*_shape(job_))
         print(json.dumps({"least": planner.least().peak_nbytes, "most": planner.most().peak_nbytes}))
     else:
         print(json.dumps(_run(directory_, memory_, job_)))

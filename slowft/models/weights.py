@@ -19,7 +19,7 @@ from ..storage.reader import ByteRange, Reader
 from . import quantized
 
 ALIGNMENT = 64  # of every tensor in a buffer: a cache line, and enough for any dtype on a GPU
-PIECE_NBYTES = 16 << 20  # of a large tensor, read and cast at a time when it goes to memory row by row
+PIECE_NBYTES = 8 << 20  # of a large tensor, read and cast at a time when it goes to memory row by row
 GAP_NBYTES = 16 << 10  # rows nearer than this are read in one request: cheaper than a second one
 
 

@@ -21,7 +21,7 @@ from .machine import Machine
 from .schedule import Schedule
 from .timeline import Read, Work, reads_of, step_seconds
 
-PIECE_NBYTES = 32 << 20  # of a layer outside the blocks on its way: two pieces of 16 MB, and one to compute with
+PIECES_NBYTES = 48 << 20  # of a layer outside the blocks on its way: two of 8 MB, one of 16 to compute with, and 16 more
 PIECES = (2048, 1024, 512, 256)  # tokens and queries at a time, to choose from
 HEAD_TOKENS = (64, 128, 256)  # whose logits exist at once, to choose from: more than that is hardly faster
 SLACK_NBYTES = 12 << 20  # what the process takes besides: Python's heap, stacks, small arrays
@@ -540,8 +540,7 @@ class Planner:
         head_weights = 0 if s.keep_head else job.head_compute_nbytes
         computing = head_peak + 2 * job.hidden_nbytes
         if not (s.keep_head or s.head_ahead):  # brought in pieces before anything is computed
-            pieces = min(job.head_stored_nbytes, PIECE_NBYTES) + min(job.head_compute_nbytes, PIECE_NBYTES)
-            computing = max(computing, pieces)
+            computing = max(computing, min(job.head_stored_nbytes + job.head_compute_nbytes, PIECES_NBYTES))
         cache = s.cache_nbytes or 0
         parts = {
             "buffer cache": joined(self._head_cache(job, s), cache, cache, cache),
