@@ -110,7 +110,7 @@ SHARES = 0.0, 0.05, 0.5  # of the way from the least to everything
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="kinds whose name contains this")
-    parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="of the way from the least to everything")
+    parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="of the way to keeping everything")
     options = parser.parse_args()
     failed = 0
     for name, (config, bits, job) in KINDS.items():

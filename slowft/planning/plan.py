@@ -21,7 +21,7 @@ from .machine import Machine
 from .schedule import Schedule
 from .timeline import Read, Work, reads_of, step_seconds
 
-PIECES_NBYTES = 48 << 20  # of a layer outside the blocks on its way: two of 8 MB, one of 16 to compute with, and 16 more
+PIECES_NBYTES = 48 << 20  # of a layer outside the blocks on its way: two of 8 MB, one of 16 to compute with, and more
 PIECES = (2048, 1024, 512, 256)  # tokens and queries at a time, to choose from
 HEAD_TOKENS = (64, 128, 256)  # whose logits exist at once, to choose from: more than that is hardly faster
 SLACK_NBYTES = 12 << 20  # what the process takes besides: Python's heap, stacks, small arrays
