@@ -124,7 +124,7 @@ class Budget:
             return
         if peak_nbytes <= self.memory:
             if (rows, tokens, micro_batches) == self._shape:  # a smaller one leaves more room than the next will
-                self._engine.reuse_more(self.plan.peak_nbytes - self.plan.parts["slack"] // 2 - peak_nbytes)
+                self._engine.reuse_more(self.plan.peak_nbytes - self.plan.parts["slack"] - peak_nbytes)
             return
         self._base_nbytes += peak_nbytes - self.plan.peak_nbytes
         plan = self.planner(*self._shape, self._planner.machine).choose(self.memory)

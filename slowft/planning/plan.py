@@ -282,7 +282,9 @@ class Planner:
             active = total - s.cache_nbytes
         else:  # twice the slack: what freed buffers take must never be what breaks the ceiling
             total = arrays - 2 * slack
-            active = memory - self._base - (s.cache_nbytes or 0)
+            logits = 4 * job.vocab_size * (s.head_tokens or job.rows * job.tokens)
+            # MLX waits once more than that is in use, so what it makes last, logits at most, comes on top
+            active = memory - self._base - (s.cache_nbytes or 0) - max(slack, logits)
         schedule = replace(
             s,
             active_nbytes=max(active, 1 << 20),
