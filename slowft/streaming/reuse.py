@@ -14,7 +14,8 @@ from .. import platform
 from ..planning.schedule import Schedule
 
 COLD_STEPS = 2  # that find fewer freed buffers than later ones
-RELEASE_EVERY_S = 0.1  # what buffers too small for pages of their own left free: takes 0.5 to 1.5 ms
+# what small buffers left free between them: takes 0.5 to 1.5 ms; in the head, large ones go there and leave their pages
+RELEASE_EVERY_S, RELEASE_IN_HEAD_EVERY_S = 0.1, 0.02
 
 
 @functools.cache
@@ -80,10 +81,15 @@ class Reuse:
             mx.set_cache_limit(max(0, limit - grows))
         self._was_head = is_head
         mx.set_cache_limit(limit)
+        if s.active_nbytes is None:  # no ceiling
+            return job()
         if is_head or time.perf_counter() - self._released_at > RELEASE_EVERY_S:
             platform.release_freed_memory()
             self._released_at = time.perf_counter()
-        return job()
+        if not is_head:
+            return job()
+        with platform.releasing_freed_memory(RELEASE_IN_HEAD_EVERY_S):  # where most is taken at once
+            return job()
 
     def before_freeing(self, nbytes: int, wanted_nbytes: int, are_alike: bool) -> None:
         """Weights of so many bytes are about to be freed.
