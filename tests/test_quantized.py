@@ -33,8 +33,7 @@ from conftest import (
 from slowft import platform
 from slowft.cli.main import main
 from slowft.models import quantized
-from slowft.models.weights import Packed, Rounded, read_whole
-from slowft.planning.plan import PIECES_NBYTES
+from slowft.models.weights import Packed, Rounded, pieces_nbytes, read_whole
 from slowft.planning.schedule import Schedule
 from slowft.reports.plan import choices
 from slowft.storage.index import Extent, read_header
@@ -199,7 +198,8 @@ def test_a_large_matrix_is_brought_in_small_pieces(bits, tmp_path):
     finally:
         reader.close()
     assert mx.array_equal(whole, expected)
-    assert peak < whole.nbytes + PIECES_NBYTES
+    planned = pieces_nbytes(sum(extent.nbytes for extent in source.extents), whole.nbytes)
+    assert whole.nbytes + 0.5 * planned < peak < whole.nbytes + 1.1 * planned
 
 
 def test_threads_share_the_work(compiled, monkeypatch):

@@ -24,7 +24,7 @@ from .costs import Costing
 UNKNOWN = Machine(0, 1e12, 1e10, 1e9, 1e10, 0.0, None, None, 1, "unknown", is_assumed=True)
 # measuring takes memory too: with more than so many bytes beside the process its arrays are so many times smaller
 ROOM_TO_MEASURE = ((256 << 20, 1), (72 << 20, 4))
-WARM_UP_NBYTES = 24 << 20  # what libraries take once they are used: OpenBLAS's buffers, threads' stacks, page tables
+WARM_UP_NBYTES = 16 << 20  # what libraries take once they are used: OpenBLAS's buffers, threads' stacks, page tables
 
 
 class Budget:

@@ -20,6 +20,7 @@ from . import quantized
 
 ALIGNMENT = 64  # of every tensor in a buffer: a cache line, and enough for any dtype on a GPU
 PIECE_NBYTES = 8 << 20  # of a large tensor, read and cast at a time when it goes to memory row by row
+LEAST_PIECES = 4  # of a smaller one
 GAP_NBYTES = 16 << 10  # rows nearer than this are read in one request: cheaper than a second one
 
 
@@ -409,6 +410,12 @@ def read_held(reader: Reader, source: Source) -> list[mx.array]:
     return whole
 
 
+def pieces_nbytes(stored_nbytes: int, built_nbytes: int) -> int:
+    """What is in memory beside the result while a parameter is brought by `read_whole`."""
+    share = min(1 / LEAST_PIECES, PIECE_NBYTES / max(stored_nbytes, built_nbytes // 2, 1))
+    return int(share * (2 * stored_nbytes + built_nbytes))  # one piece is read while another is built
+
+
 def _pieces(reader: Reader, source: Source, work: Callable) -> Iterator:
     """`work` of the bytes of the parameter's rows, some at a time; the next are read while the caller uses these."""
     if not source.shape:
@@ -417,7 +424,7 @@ def _pieces(reader: Reader, source: Source, work: Callable) -> Iterator:
     n_rows = source.shape[0]
     built = math.prod(source.shape[1:]) * source.result_dtype.size  # packed rows grow to up to sixteen times their size
     stored = sum(e.row_nbytes for e in source.extents)
-    step = max(1, PIECE_NBYTES // max(stored, built // 2, 1))
+    step = max(1, min(PIECE_NBYTES // max(stored, built // 2, 1), n_rows // LEAST_PIECES))
     ahead = None
     for start in range(0, n_rows, step):
         piece = ahead or _start_rows(reader, source, range(start, min(start + step, n_rows)), work)

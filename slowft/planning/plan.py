@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..errors import PlanError
+from ..models.weights import pieces_nbytes
 from .experts import GROUP_NBYTES, ON_DEMAND_RATE
 from .graph import Cost
 from .job import Cut, Job, LayerCost, Visit
@@ -21,10 +22,9 @@ from .machine import Machine
 from .schedule import Schedule
 from .timeline import Read, Work, reads_of, step_seconds
 
-PIECES_NBYTES = 48 << 20  # of a layer outside the blocks on its way: two of 8 MB, one of 16 to compute with, and more
 PIECES = (2048, 1024, 512, 256)  # tokens and queries at a time, to choose from
 HEAD_TOKENS = (64, 128, 256)  # whose logits exist at once, to choose from: more than that is hardly faster
-SLACK_NBYTES = 12 << 20  # what the process takes besides: Python's heap, stacks, small arrays
+SLACK_NBYTES = 8 << 20  # what the process takes besides: Python's heap, stacks, small arrays
 SLACK_SHARE = 0.03
 PROCESSES_DIFFER_NBYTES = 3_000_000  # in what they take before the first step (1.7 MB in 24 runs of one job)
 # of what computing takes: a buffer that MLX hands out again ahead of time is in memory already, a new one is not yet
@@ -542,7 +542,7 @@ class Planner:
         head_weights = 0 if s.keep_head else job.head_compute_nbytes
         computing = head_peak + 2 * job.hidden_nbytes
         if not (s.keep_head or s.head_ahead):  # brought in pieces before anything is computed
-            computing = max(computing, min(job.head_stored_nbytes + job.head_compute_nbytes, PIECES_NBYTES))
+            computing = max(computing, pieces_nbytes(job.head_stored_nbytes, job.head_compute_nbytes))
         cache = s.cache_nbytes or 0
         parts = {
             "buffer cache": joined(self._head_cache(job, s), cache, cache, cache),
