@@ -450,7 +450,7 @@ def written_to(pid: int, directory: Path) -> int:
 def test_peak_memory_is_as_predicted(shape, config, memory, disk, request):
     config = MEDIUM | config
     directory = save_random(disk / request.node.callspec.id, config, mx.bfloat16, shards=True)
-    said = run(directory, memory, shape, steps=3)
+    said = run(directory, memory, shape, steps=5)  # freed buffers take what is left after the third
     tail = said["schedule"]["tail"]
     assert (tail == config["num_hidden_layers"]) == (memory == 2_000_000_000)
     assert 0.9 * said["predicted"] <= max(said["peaks"]) <= 1.05 * said["predicted"]
