@@ -273,7 +273,8 @@ class Planner:
     def _with_reuse(self, job: Job, plan: Plan, memory: int) -> Plan:
         """The plan with what is left of `memory` given to freed buffers, as far as they can be of use."""
         s = plan.schedule
-        head, *others = self._phases(job, s, True).parts["computing"].tolist()
+        phases = self._phases(job, s, True)
+        head, *others = phases.parts["computing"].tolist()
         work = max(others)
         left = min(memory - plan.peak_nbytes, max(head, work)) if _is_simple(s) and s.tail < len(job.visits) else 0
         slack, arrays = plan.parts["slack"], plan.peak_nbytes + left - self._base
@@ -282,8 +283,8 @@ class Planner:
             active = total - s.cache_nbytes
         else:  # twice the slack: what freed buffers take must never be what breaks the ceiling
             total = arrays - 2 * slack
-            logits = 4 * job.vocab_size * (s.head_tokens or job.rows * job.tokens)
-            # MLX waits once more than that is in use, so what it makes last, logits at most, comes on top
+            # MLX waits once more than that is in use, so what it makes last, in the head logits, comes on top
+            logits = 4 * job.vocab_size * (s.head_tokens or 0) - int(phases.totals.max() - phases.totals[0])
             active = memory - self._base - (s.cache_nbytes or 0) - max(slack, logits)
         schedule = replace(
             s,
