@@ -497,10 +497,10 @@ def test_streaming_keeps_to_its_memory_with_rows_of_many_lengths(disk):
     if reason := cgroup.why_unavailable():
         must_run(reason)
     config = MEDIUM | {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16}
-    config |= {"num_key_value_heads": 4, "num_hidden_layers": 6, "vocab_size": 32000}
+    config |= {"num_key_value_heads": 4, "num_hidden_layers": 4, "vocab_size": 32000}
     directory = write_random(disk / "many", config)
     shape = 4, 64, 1
     memory = least(directory, shape) + 20_000_000
-    said = run_within(memory, directory, shape, steps=12, shapes=[shape, (4, 32, 1)])
+    said = run_within(memory, directory, shape, steps=8, shapes=[shape, (4, 32, 1)])
     assert not said["schedule"]["keep_head"]
     assert max(said["peaks"]) <= memory
