@@ -85,18 +85,19 @@ def _run(directory: str, memory: str, job: dict) -> dict:
     mx.random.seed(0)
     batches, short = (_batches(job, vocab, is_short) for is_short in (False, True))
     optimizer, times, peaks = optim.Adam(1e-4), [], []
-    for i in range(job.get("steps", 2) + 1):
-        if job.get("vary") and i:
-            (loss, _), gradients = model.loss_and_grads(short)
-            optimizer.update(model, gradients)
-            mx.eval(model.trainable_parameters(), optimizer.state)
-            del gradients
-        platform.reset_peak_memory()
-        begin = time.perf_counter()
+
+    def step(batches: list) -> mx.array:
         (loss, _), gradients = model.loss_and_grads(batches)
         optimizer.update(model, gradients)
         mx.eval(model.trainable_parameters(), optimizer.state)
-        del gradients
+        return loss
+
+    for i in range(job.get("steps", 2) + 1):
+        if job.get("vary") and i:
+            step(short)
+        platform.reset_peak_memory()
+        begin = time.perf_counter()
+        loss = step(batches)
         times.append(time.perf_counter() - begin)
         peaks.append(max(platform.peak_memory(), model.stats.last.peak_memory))
     last = model.stats.last

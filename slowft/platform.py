@@ -287,7 +287,10 @@ def release_freed_memory() -> None:
 
 @contextmanager
 def releasing_freed_memory(every_s: float) -> Iterator[None]:
-    """While this is entered, `release_freed_memory` every so often, on a thread of its own."""
+    """While this is entered, `release_freed_memory` every so often, on a thread of its own; nothing on macOS."""
+    if MACOS:
+        yield
+        return
     done = threading.Event()
 
     def release() -> None:

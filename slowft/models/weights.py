@@ -412,8 +412,13 @@ def read_held(reader: Reader, source: Source) -> list[mx.array]:
 
 def pieces_nbytes(stored_nbytes: int, built_nbytes: int) -> int:
     """What is in memory beside the result while a parameter is brought by `read_whole`."""
-    share = min(1 / LEAST_PIECES, PIECE_NBYTES / max(stored_nbytes, built_nbytes // 2, 1))
+    share = _piece_share(stored_nbytes, built_nbytes)
     return int(share * (2 * stored_nbytes + built_nbytes))  # one piece is read while another is built
+
+
+def _piece_share(stored_nbytes: int, built_nbytes: int) -> float:
+    """Of a parameter, what is brought at a time; packed ones grow to up to sixteen times their size."""
+    return min(1 / LEAST_PIECES, PIECE_NBYTES / max(stored_nbytes, built_nbytes / 2, 1))
 
 
 def _pieces(reader: Reader, source: Source, work: Callable) -> Iterator:
@@ -422,9 +427,8 @@ def _pieces(reader: Reader, source: Source, work: Callable) -> Iterator:
         yield _start_rows(reader, source, None, work)()
         return
     n_rows = source.shape[0]
-    built = math.prod(source.shape[1:]) * source.result_dtype.size  # packed rows grow to up to sixteen times their size
-    stored = sum(e.row_nbytes for e in source.extents)
-    step = max(1, min(PIECE_NBYTES // max(stored, built // 2, 1), n_rows // LEAST_PIECES))
+    built_nbytes = math.prod(source.shape) * source.result_dtype.size
+    step = max(1, int(n_rows * _piece_share(sum(e.nbytes for e in source.extents), built_nbytes)))
     ahead = None
     for start in range(0, n_rows, step):
         piece = ahead or _start_rows(reader, source, range(start, min(start + step, n_rows)), work)
