@@ -77,11 +77,13 @@ def on_drive(watched: Watched, streaming, resident, compute_s: float | None, sha
         watched.bytes_per_s = 2 * blocks_nbytes / (share * compute_s)
         planner.machine = replace(planner.machine, read_bytes_per_s=watched.bytes_per_s)
     plan = planner.choose(parse_nbytes(args.memory))
-    everything = blocks_nbytes + sum(unit.nbytes for unit in streaming._cut.head)
-    # MLX's limits are the process's, in which the other model keeps all its blocks
-    s = replace(plan.schedule, active_nbytes=plan.schedule.active_nbytes + everything)
+    head_nbytes = sum(unit.nbytes for unit in streaming._cut.head)
+    everything = blocks_nbytes + head_nbytes
+    # MLX's limits are the process's, in which the other model keeps all its blocks, and a buffer that it has no use for
+    others = everything + head_nbytes
+    s = replace(plan.schedule, active_nbytes=plan.schedule.active_nbytes + others)
     if s.total_nbytes:
-        s = replace(s, total_nbytes=s.total_nbytes + everything)
+        s = replace(s, total_nbytes=s.total_nbytes + others)
     streaming._engine.follow(s)
     resident._engine.follow(replace(s, resident_nbytes=everything))
     for model in (resident, streaming):
