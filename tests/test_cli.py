@@ -3,6 +3,7 @@
 import slowft  # noqa: F401, I001  (before mlx: it loads OpenBLAS)
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -781,9 +782,9 @@ def test_every_option_has_help():
 # --- The process ------------------------------------------------------------------------------------
 
 
-def slowft_process(*words, then: str = "") -> subprocess.CompletedProcess:
-    code = f"from slowft.cli.main import main; main(){then}"
-    return subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, timeout=120)
+def slowft_process(*words, then: str = "", **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", f"from slowft.cli.main import main; main(){then}", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | environment)
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--version"]])
@@ -818,3 +819,26 @@ def test_process_with_an_impossible_option_ends_in_one_line_with_status_2():
     done = slowft_process("finetune", "--model", "m", "--data", "d", "--iters", "0")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "Error: --iters must be a whole number of at least 1, got 0\n"
+
+
+def test_process_that_only_plans_does_without_tokenizers_and_counts_them_nevertheless(finetune):
+    """`finetune` has used one when it plans."""
+    job = ["--model", finetune.model, "--batch-size", 2, "--max-seq-length", 64, "--memory", "1GB", "--json"]
+    done = slowft_process("plan", *job, then="; import sys; print('transformers' in sys.modules, file=sys.stderr)")
+    assert done.returncode == 0 and done.stderr == "False\n"
+    planned = json.loads(done.stdout)["plan"]["predicted"]["parts"]["process"]
+    done = slowft_process("finetune", *job, "--data", finetune.data, "--dry-run", "--iters", 1)
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    (used,) = [line["predicted"]["parts"]["process"] for line in told if line["event"] == "plan"]
+    assert abs(planned - used) < 12_000_000
+
+
+def test_process_that_only_plans_takes_transformers_if_mlx_lm_asks_more_of_it(finetune, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "from slowft.models import imports\nimports._Nothing.register = None  # which mlx-lm calls\n"
+    )
+    then = "; import sys; print('transformers' in sys.modules, file=sys.stderr)"
+    done = slowft_process(
+        "plan", "--model", finetune.model, "--max-seq-length", 64, then=then, PYTHONPATH=str(tmp_path)
+    )
+    assert done.returncode == 0 and done.stderr == "True\n"

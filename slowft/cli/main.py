@@ -18,6 +18,7 @@ COMMANDS = {
 }
 
 
+
 class Commands(click.Group):
     """Imports a command's module only when it is used: `slowft --help` must not import MLX."""
 

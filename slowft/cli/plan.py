@@ -1,6 +1,9 @@
 """`slowft plan`: what a job would take on this machine, from headers alone."""
 
+import atexit
+import gc
 import json
+import sys
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -46,6 +49,7 @@ def plan(model, config_file, memory, tokens, epochs, as_json, **job):
         raise click.UsageError("give a model: --model with a directory or hub id, or --config with its config.json")
     if epochs is not None and tokens is None:
         raise click.UsageError("--epochs says nothing without --tokens, the number of tokens in the training data")
+    _start_quickly()
     from ..engine.budget import default_memory
     from ..engine.model import open_model
     from ..models.loading import prepare_command
@@ -98,6 +102,16 @@ def plan(model, config_file, memory, tokens, epochs, as_json, **job):
         _print_json(planner.machine, chosen, table, sizes, files, notes, data, later)
     else:
         _print(planner.machine, chosen, table, about, sizes["embedding_nbytes"], files, notes, data, later)
+
+
+def _start_quickly() -> None:
+    """What a process does without that does nothing else: tokenizers, and looking for cycles among what it made."""
+    from ..models.imports import import_mlx_lm_without_tokenizers
+
+    if "mlx_lm" not in sys.modules:
+        gc.disable()
+        atexit.register(gc.freeze)  # Python looks once more as it exits
+        import_mlx_lm_without_tokenizers()
 
 
 @dataclass(frozen=True)

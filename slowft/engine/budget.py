@@ -9,7 +9,6 @@ import warnings
 from pathlib import Path
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from .. import platform
 from ..errors import ConfigError, SlowftWarning
@@ -43,7 +42,7 @@ class Budget:
         self.plan: Plan | None = None
         self._shape = (0, 0, 0)
         self._base_nbytes: int | None = None
-        self._adapter_is_absent = False
+        self._planned_nbytes = 0
         self._has_warned = False
         self._jobs: dict[tuple, Job] = {}
         self._planner: Planner | None = None  # of the last plan
@@ -53,14 +52,14 @@ class Budget:
         if copies != self.optimizer_copies:
             self.optimizer_copies, self._shape = copies, (0, 0, 0)
 
-    def measure_anew(self, adapter_is_absent: bool = False) -> None:
+    def measure_anew(self, planned_nbytes: int = 0) -> None:
         """The process took on something, such as an adapter, that plans made so far do not know of.
 
         Args:
-            adapter_is_absent: it took on nothing yet, but would to train.
+            planned_nbytes: so many bytes it did not take on, but would to train.
         """
         self._base_nbytes, self._shape = None, (0, 0, 0)
-        self._adapter_is_absent = adapter_is_absent
+        self._planned_nbytes = planned_nbytes
 
     def limit(self, nbytes: int) -> None:
         """From now on this is the ceiling."""
@@ -157,10 +156,7 @@ class Budget:
         if self._base_nbytes is None:  # before the first step: nothing of it is in memory yet
             mx.clear_cache()
             platform.release_freed_memory()
-            self._base_nbytes = platform.memory_in_use() + WARM_UP_NBYTES
-            if self._adapter_is_absent:
-                trainable = tree_flatten(self._engine.model.trainable_parameters())
-                self._base_nbytes += sum(array.nbytes for _, array in trainable)
+            self._base_nbytes = platform.memory_in_use() + WARM_UP_NBYTES + self._planned_nbytes
         costing = Costing(engine)
         in_chunks = engine.head_may_be_cut
 

@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten, tree_map
 from .. import _mlx_was_imported_first, platform, tracing
 from ..errors import ConfigError, SlowftError, SlowftWarning
 from ..models import adapters, loading, seams
+from ..models.imports import TOKENIZERS_NBYTES
 from ..models.weights import placeholder
 from ..planning.caching import Caching
 from ..planning.plan import Plan, Planner
@@ -127,7 +128,7 @@ class StreamedModel(nn.Module):
             num_layers: -1 for all; the default of 16 also means all where a model has fewer.
             keys: names of the linear layers within a block, such as "self_attn.q_proj"; None: all of them.
                 Full names, such as "lm_head", attach outside the blocks.
-            only_to_plan: the layers get no values and take no memory: plans count what they would take.
+            only_to_plan: the layers get no values and take no memory: plans count what they would take, and a tokenizer.
         Raises:
             ConfigError: impossible values, keys that match nothing, or an adapter is attached already.
         """
@@ -321,10 +322,13 @@ class StreamedModel(nn.Module):
         self._engine.adapter_changed()
         if spec.fine_tune_type == "dora" and magnitudes:
             self._engine.compute_magnitudes()
+        planned_nbytes = 0
         if only_to_plan:
+            trainable = tree_flatten(self.trainable_parameters())
+            planned_nbytes = sum(array.nbytes for _, array in trainable) + TOKENIZERS_NBYTES
             self.update(tree_map(lambda array: placeholder(array.shape, array.dtype), self.trainable_parameters()))
         mx.eval(self.trainable_parameters())
-        self._budget.measure_anew(adapter_is_absent=only_to_plan)
+        self._budget.measure_anew(planned_nbytes)
         self._adapter = spec
         self._adapter_names = frozenset(name for name, _ in tree_flatten(self.trainable_parameters()))
 

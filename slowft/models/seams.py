@@ -491,14 +491,14 @@ class Arrays:
     """The arrays on a module, and on the plain objects it holds, at one moment."""
 
     def __init__(self, module: nn.Module):
-        self._module = module
+        self._module, self._modules = module, module.modules()
         self._arrays = {(id(owner), key): (owner, array) for owner, key, array in self._entries()}
         # where a module may put an array later
-        self._nones = {(id(m), key) for m in module.modules() for key, value in vars(m).items() if value is None}
+        self._nones = {(id(m), key) for m in self._modules for key, value in vars(m).items() if value is None}
 
     def _entries(self):
         yield from array_entries(self._module)
-        for module in self._module.modules():
+        for module in self._modules:
             for value in vars(module).values():
                 if is_carrier(value):
                     yield from ((vars(value), key, a) for key, a in vars(value).items() if isinstance(a, mx.array))

@@ -585,8 +585,13 @@ class _Evaluation:
             made_nbytes=sum(
                 out.size * out.itemsize for op in order if self._figures[op] is not None for out in op.outputs
             ),
-            reserved_nbytes=max(self.peak_nbytes, _reserved_nbytes(self._sizes, self.peak_nbytes)),
+            reserved_nbytes=self._reserved_nbytes,
         )
+
+    @functools.cached_property
+    def _reserved_nbytes(self) -> int:
+        """Of all that was run."""
+        return max(self.peak_nbytes, _reserved_nbytes(self._sizes, self.peak_nbytes))
 
     def _step(self, op: _Op) -> tuple[int, int, int, float] | None:
         """Evaluate one operation; returns its (flops, bytes moved, function values, efficiency), None for a view."""

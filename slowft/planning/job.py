@@ -3,6 +3,7 @@
 Comes in from the engine, which looks at the model's graphs; goes out to the plan, which only calculates.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -153,7 +154,7 @@ class Job:
         """In how many bits blocks may stay in memory; None: only as they lie on disk."""
         return min((bits for visit in self.visits for bits, _, _ in visit.rounded), default=None)
 
-    @property
+    @functools.cached_property
     def lowest_trained(self) -> int:
         """The first visit that the backward pass comes back to."""
         return next((i for i, visit in enumerate(self.visits) if visit.backward is not None), len(self.visits))

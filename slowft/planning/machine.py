@@ -190,8 +190,9 @@ def measure(compute_dtype: mx.Dtype, files: Sequence[str], seconds: float = 0.75
 def _dequantize_s_per_byte(bits: int, group_size: int, mode: str, dtype: mx.Dtype) -> float:
     """Seconds per byte put out in `dtype` as a block's weights arrive: together, in memory that is in use already."""
     columns = 2048
-    weight = mx.random.normal((DEQUANTIZED_NBYTES // dtype.size // columns, columns), key=mx.random.key(0))
-    parts = mx.quantize(weight.astype(mx.bfloat16), group_size=group_size, bits=bits, mode=mode)
+    rows = DEQUANTIZED_NBYTES // dtype.size // columns
+    row = mx.random.normal((1, columns), key=mx.random.key(0)).astype(mx.bfloat16)
+    parts = [mx.repeat(a, rows, 0) for a in mx.quantize(row, group_size=group_size, bits=bits, mode=mode)]
     stored = [part.reshape(-1).view(mx.uint8) for part in parts]
     mx.eval(stored)
     extents = [
@@ -200,7 +201,7 @@ def _dequantize_s_per_byte(bits: int, group_size: int, mode: str, dtype: mx.Dtyp
     biases = extents[2] if len(extents) > 2 else None
     source = Packed(extents[0], extents[1], biases, group_size, bits, mode, dtype)
     nbytes = DEQUANTIZED_AT_ONCE * DEQUANTIZED_NBYTES
-    del weight, parts
+    del parts
 
     def arrive() -> list[mx.array]:
         return build_all([source] * DEQUANTIZED_AT_ONCE, [stored] * DEQUANTIZED_AT_ONCE, streams)

@@ -318,7 +318,7 @@ class Planner:
                 keep_buffers=share == MISFIT_SHARES[0],
                 **_as_schedule(job.cut),
             )
-            if self._peak(job, schedule, False) <= limit:
+            if math.isinf(limit) or self._peak(job, schedule, False) <= limit:
                 plan = self.predict(job, schedule, limit=limit)
                 if plan.peak_nbytes <= limit:
                     return plan
@@ -333,8 +333,7 @@ class Planner:
         yield least
         if least.spilled:
             return
-        chunks = [n for n in HEAD_TOKENS if n < job.rows * job.tokens] or [None]
-        fitting = [n for n in chunks if self._peak(job, replace(least, head_tokens=n), False) <= limit]
+        head_tokens = self._head_tokens(job, least, limit)
         n, is_copied = len(job.visits), all(visit.is_copied for visit in job.visits)
         tails = sorted({round(n * i / 16) for i in range(17)} | {1, min(2, n)}) if _has_tail(job) else [0]
         workspace = _workspace(job)
@@ -342,7 +341,7 @@ class Planner:
             heads = ({}, {"keep_head": True}) + (({"head_ahead": True},) if job.is_chain else ())
             for cache, head in itertools.product((0, workspace // 2, workspace), heads):
                 for tail in tails:
-                    base = replace(least, slots=slots, cache_nbytes=cache, tail=tail, head_tokens=fitting[-1], **head)
+                    base = replace(least, slots=slots, cache_nbytes=cache, tail=tail, head_tokens=head_tokens, **head)
                     if self._peak(job, base, False) > limit:
                         break  # a longer tail only takes more
                     yield base
@@ -356,12 +355,17 @@ class Planner:
             base = self._least_spilled(job, replace(schedule, group_nbytes=group_nbytes), limit)
             if self._peak(job, base, False) > limit:
                 continue
-            chunks = [n for n in HEAD_TOKENS if n < job.rows * job.tokens] or [None]
-            fitting = [n for n in chunks if self._peak(job, replace(base, head_tokens=n), False) <= limit]
+            base = replace(base, head_tokens=self._head_tokens(job, base, limit))
             for cache, keep_head in itertools.product((0, _group(job, base)[1]), (False, True)):
-                chosen = replace(base, cache_nbytes=cache, keep_head=keep_head, head_tokens=(fitting or chunks)[-1])
+                chosen = replace(base, cache_nbytes=cache, keep_head=keep_head)
                 if self._peak(job, chosen, False) <= limit:
                     yield chosen
+
+    def _head_tokens(self, job: Job, schedule: Schedule, limit: float) -> int | None:
+        """As many tokens as fit whose logits exist at once; None for all."""
+        chunks = [n for n in HEAD_TOKENS if n < job.rows * job.tokens] or [None]
+        fitting = (n for n in chunks[::-1] if self._peak(job, replace(schedule, head_tokens=n), False) <= limit)
+        return next(fitting, chunks[0])
 
     def _least_spilled(self, job: Job, schedule: Schedule, limit: float) -> Schedule:
         """The schedule with as few inputs spilled as fit: the first few take more than none, being written and read."""
