@@ -7,8 +7,8 @@ Three drives: as fast as this one is, and held (by a pause after each read, in h
 block twice take 0.9 and 1.1 times as long as computing. For each the step is planned within `--memory`, as it would be
 on a machine with such a drive. In every round each of these is measured once, medians are told:
 
-- compute alone: a step under the same plan, but with all blocks and the head in memory as they lie on disk, so that they
-  are cast at every visit as in streaming; what it waits for the embedding is taken off.
+- compute alone: a step under the same plan, but with all blocks and the head in memory as they lie on disk, so that
+  they are cast at every visit as in streaming; what it waits for the embedding is taken off.
 - read alone: every read of a step again, in its order, by the same reader under the same limit, nothing else going on.
 - step: the step as it is planned.
 """

@@ -4,6 +4,7 @@ import slowft  # noqa: F401, I001  (before mlx: it loads OpenBLAS)
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -122,7 +123,7 @@ class Job:
 
 
 def resident_rise(function: Callable, args: tuple, runs: int = 5) -> int:
-    """Bytes by which resident memory rises above where it was while MLX evaluates; the least of a few runs.
+    """Bytes by which resident memory rises above where it was while MLX evaluates; the median of a few runs.
 
     Not `mx.get_peak_memory`: MLX schedules ahead of the computation, so it counts buffers that nobody has touched yet.
     """
@@ -135,7 +136,7 @@ def resident_rise(function: Callable, args: tuple, runs: int = 5) -> int:
         mx.synchronize()
         rises.append(platform.peak_memory() - before)
         del outputs
-    return min(rises)
+    return statistics.median(rises)
 
 
 def measure_all(names: list[str]) -> dict:

@@ -217,3 +217,21 @@ def test_peak_memory_is_the_operating_systems(tmp_path):
     block = mx.ones((64 << 20,), mx.uint8)
     mx.eval(block)
     assert platform.peak_memory() - before > 60 << 20
+
+
+def test_arrays_that_are_there_already_take_nothing_from_what_a_step_may_use(tmp_path):
+    """MLX is held to a limit of all arrays, the caller's own among them."""
+    directory = save_random(tmp_path / "m", SHAPE)
+
+    def room() -> int:
+        model = slowft.open_model(directory).add_lora(num_layers=-1, rank=4)
+        held = mx.get_active_memory()
+        model.plan(2, 128, memory=platform.memory_in_use() + (200 << 20), follow=True)
+        limit = mx.set_memory_limit(1 << 40)
+        model.close()
+        return limit - held
+
+    usual = room()
+    own = mx.ones((150 << 18,))  # of 4 bytes
+    mx.eval(own)
+    assert abs(room() - usual) < 20 << 20

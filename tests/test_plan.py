@@ -66,7 +66,7 @@ class Opened:
         shape = rows, tokens, micro_batches
         if shape not in self.jobs:
             self.jobs[shape] = self.model._budget.planner(*shape, machine=machine)._job_of
-        return Planner(self.jobs[shape], machine, base, rows, tokens)
+        return Planner(self.jobs[shape], machine, base, rows, tokens, mx.get_active_memory())
 
 
 @pytest.fixture(scope="module")

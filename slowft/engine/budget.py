@@ -42,6 +42,7 @@ class Budget:
         self.plan: Plan | None = None
         self._shape = (0, 0, 0)
         self._base_nbytes: int | None = None
+        self._held_nbytes = 0  # of it, in arrays
         self._planned_nbytes = 0
         self._has_warned = False
         self._jobs: dict[tuple, Job] = {}
@@ -157,6 +158,7 @@ class Budget:
             mx.clear_cache()
             platform.release_freed_memory()
             self._base_nbytes = platform.memory_in_use() + WARM_UP_NBYTES + self._planned_nbytes
+            self._held_nbytes = mx.get_active_memory()
         costing = Costing(engine)
         in_chunks = engine.head_may_be_cut
 
@@ -168,7 +170,7 @@ class Budget:
                 self._jobs[key] = engine.on_thread(lambda: costing.job(*what))
             return self._jobs[key]
 
-        return Planner(job_of, machine, self._base_nbytes, rows, tokens)
+        return Planner(job_of, machine, self._base_nbytes, rows, tokens, self._held_nbytes)
 
 
 @functools.cache  # once in a process

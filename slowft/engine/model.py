@@ -128,7 +128,7 @@ class StreamedModel(nn.Module):
             num_layers: -1 for all; the default of 16 also means all where a model has fewer.
             keys: names of the linear layers within a block, such as "self_attn.q_proj"; None: all of them.
                 Full names, such as "lm_head", attach outside the blocks.
-            only_to_plan: the layers get no values and take no memory: plans count what they would take, and a tokenizer.
+            only_to_plan: the layers get no values and take no memory: plans count what they and a tokenizer would take.
         Raises:
             ConfigError: impossible values, keys that match nothing, or an adapter is attached already.
         """

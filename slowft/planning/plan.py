@@ -137,11 +137,20 @@ class Planner:
         job_of: the job under a way to cut its work; called only for those that are tried.
         base_nbytes: what the process takes before the first step: libraries, adapter, small layers, data.
         rows, tokens: of a micro-batch as it is given.
+        held_nbytes: of `base_nbytes`, what is in arrays, which count where MLX is held to a limit.
     """
 
-    def __init__(self, job_of: Callable[[Cut], Job], machine: Machine, base_nbytes: int, rows: int, tokens: int):
+    def __init__(
+        self,
+        job_of: Callable[[Cut], Job],
+        machine: Machine,
+        base_nbytes: int,
+        rows: int,
+        tokens: int,
+        held_nbytes: int = 0,
+    ):
         self.machine = machine
-        self._job_of, self._base = job_of, base_nbytes
+        self._job_of, self._base, self._held = job_of, base_nbytes, held_nbytes
         self._seconds_of: dict[int, float] = {}  # by id of the cost
         self._candidates_of: dict[int, list] = {}  # by id of the visits, which `_visits_of` keeps
         self._visits_of: dict[int, tuple[tuple[Visit, ...], _Visits]] = {}
@@ -277,7 +286,8 @@ class Planner:
         head, *others = phases.parts["computing"].tolist()
         work = max(others)
         left = min(memory - plan.peak_nbytes, max(head, work)) if _is_simple(s) and s.tail < len(job.visits) else 0
-        slack, arrays = plan.parts["slack"], plan.peak_nbytes + left - self._base
+        beside = self._base - self._held  # what is in no array
+        slack, arrays = plan.parts["slack"], plan.peak_nbytes + left - beside
         if s.keep_buffers:  # computes no further ahead than the graph has it: that would ask for more buffers
             total = arrays - slack // 2
             active = total - s.cache_nbytes
@@ -285,7 +295,7 @@ class Planner:
             total = arrays - 2 * slack
             # MLX waits once more than that is in use, so what it makes last, in the head logits, comes on top
             logits = 4 * job.vocab_size * (s.head_tokens or 0) - int(phases.totals.max() - phases.totals[0])
-            active = memory - self._base - (s.cache_nbytes or 0) - max(slack, logits)
+            active = memory - beside - (s.cache_nbytes or 0) - max(slack, logits)
         schedule = replace(
             s,
             active_nbytes=max(active, 1 << 20),
