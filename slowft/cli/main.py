@@ -18,7 +18,6 @@ COMMANDS = {
 }
 
 
-
 class Commands(click.Group):
     """Imports a command's module only when it is used: `slowft --help` must not import MLX."""
 

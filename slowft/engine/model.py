@@ -324,9 +324,9 @@ class StreamedModel(nn.Module):
             self._engine.compute_magnitudes()
         planned_nbytes = 0
         if only_to_plan:
-            trainable = tree_flatten(self.trainable_parameters())
-            planned_nbytes = sum(array.nbytes for _, array in trainable) + TOKENIZERS_NBYTES
-            self.update(tree_map(lambda array: placeholder(array.shape, array.dtype), self.trainable_parameters()))
+            trainable = self.trainable_parameters()
+            planned_nbytes = sum(array.nbytes for _, array in tree_flatten(trainable)) + TOKENIZERS_NBYTES
+            self.update(tree_map(lambda array: placeholder(array.shape, array.dtype), trainable))
         mx.eval(self.trainable_parameters())
         self._budget.measure_anew(planned_nbytes)
         self._adapter = spec
