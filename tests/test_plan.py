@@ -376,7 +376,7 @@ def test_a_long_tail_counted_by_a_few_of_its_blocks_costs_what_its_whole_graph_d
     for cost, tail in zip(counted, tails):
         exact = whole.head(*tail)
         assert len(exact.ops) > 500
-        for name in ("peak_nbytes", "output_nbytes", "flops", "moved_nbytes", "made_nbytes", "products"):
+        for name in ("peak_nbytes", "output_nbytes", "flops", "moved_nbytes", "allocated_nbytes", "products"):
             assert getattr(cost, name) == getattr(exact, name), name
         assert Counter(cost.ops) == Counter(exact.ops)
 

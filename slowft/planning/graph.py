@@ -53,7 +53,8 @@ class Cost:
         flops: floating point operations of matrix products, convolutions and fused attention; a multiply-add
             is two.
         moved_nbytes: bytes read and written by every operation that is not a view.
-        made_nbytes: of all results of these operations together: what they take if none is let go.
+        allocated_nbytes: of all buffers made together, which is what is written to memory that is fresh from the
+            operating system if MLX keeps no freed buffer.
         ops: (flops, bytes moved, function values, efficiency) of each of these operations, in order of evaluation.
             Function values are elements that an exponential or its like is taken of: on MLX's CPU backend 12 ns each
             (softmax, sigmoid). Efficiency is of a product: below 1 where its matrices are narrow.
@@ -70,7 +71,7 @@ class Cost:
     ops: tuple[tuple[int, int, int, float], ...] = field(repr=False)
     products: dict[tuple[int, int, int, int, bool, bool], tuple[int, float]] = field(default_factory=dict, repr=False)
     gathered: dict[tuple[int, int, bool], int] = field(default_factory=dict)
-    made_nbytes: int = 0
+    allocated_nbytes: int = 0
     reserved_nbytes: int = 0
 
     @property
@@ -88,7 +89,7 @@ class Cost:
             products[shape] = sums[0] + times * (flops - less), sums[1] + times * (effective - less_effective)
         for kind, nbytes in longer.gathered.items():
             gathered[kind] = gathered.get(kind, 0) + times * (nbytes - shorter.gathered.get(kind, 0))
-        names = ("peak_nbytes", "output_nbytes", "flops", "moved_nbytes", "made_nbytes")
+        names = ("peak_nbytes", "output_nbytes", "flops", "moved_nbytes", "allocated_nbytes")
         sizes = {n: getattr(self, n) + times * (getattr(longer, n) - getattr(shorter, n)) for n in names}
         reserved = sizes["peak_nbytes"] + self.reserved_nbytes - self.peak_nbytes  # what is added has the same sizes
         work = {"ops": self.ops + times * added, "products": products, "gathered": gathered}
@@ -561,7 +562,7 @@ class _Evaluation:
         return self._cost(order)
 
     def without(self, arrays: list[_Array]) -> Cost:
-        """What was done for the outputs (see `run`) other than to get to these arrays; the peak is that of all."""
+        """What was done for the outputs (see `run`) other than to get to these arrays; buffers are those of all."""
         made = {array.op for array in arrays}
         needed: set[_Op] = set()
         waiting = list(self.outputs)
@@ -582,11 +583,14 @@ class _Evaluation:
             ops=tuple(ops),
             products=_products(order),
             gathered=_gathered(order),
-            made_nbytes=sum(
-                out.size * out.itemsize for op in order if self._figures[op] is not None for out in op.outputs
-            ),
+            allocated_nbytes=self._allocated_nbytes,
             reserved_nbytes=self._reserved_nbytes,
         )
+
+    @functools.cached_property
+    def _allocated_nbytes(self) -> int:
+        """Of all that was run."""
+        return sum(nbytes for nbytes, _ in self._sizes if nbytes > 0)
 
     @functools.cached_property
     def _reserved_nbytes(self) -> int:

@@ -38,14 +38,13 @@ GROUPS = (256 << 20, 128 << 20, 64 << 20, 32 << 20, 16 << 20)  # bytes of a laye
 WAITING = 1.02  # times the seconds of computing: a step that takes more waits for reads
 BLOCKS_SHARES = (0.25, 0.5, 0.75)  # of room, to choose from where blocks are kept and products too
 WAVES_SHARE = 0.25  # of layers' outputs, which a pass by groups holds beyond what its graph shows
-# of a forward pass, done once more as a block's vjp is taken in waves: 1.57 s for 1.24 planned with 0.3 (0.34 forward);
-# where only experts come apart it is less
-RECOMPUTED_SHARE, RECOMPUTED_BY_ROUTING = 1.2, 0.3
-GROUP_S = 1e-3  # seconds that a group of a layer takes besides what is computed with it
-# of buffers that find no page in use however large MLX's cache: 0.3 with everything in memory, 0.5 in streamed blocks,
-# whose forward pass took 0.37 s for a predicted 0.30, backward 0.51 for 0.35, the head 1.17 for 0.94
-LEAST_FRESH = 0.4
-ALLOCATION_SHARE = 0.4  # of the bytes that operations move are first writes to fresh pages
+# of a forward pass, done once more as a block's vjp is taken in waves: by groups of rows 1.49 s for 1.30 planned with
+# 1.2, by groups of experts 10.2 s a step for 12.8; where only experts come apart it is less
+RECOMPUTED_BY_ROWS, RECOMPUTED_BY_EXPERTS, RECOMPUTED_BY_ROUTING = 1.8, 0.6, 0.3
+GROUP_S = 3e-3  # seconds that a group of a layer takes besides what is computed with it
+# of the bytes of buffers made, what finds no page in use however large MLX's cache: 0.2 to 0.65 in blocks, by
+# their seconds beyond what computing takes in memory that is in use; 0.8 to 1.25 where MLX keeps nothing
+LEAST_FRESH = 0.65
 
 
 @dataclass(frozen=True)
@@ -121,8 +120,8 @@ class _Visits:
         self.come_back = each(lambda v: v.backward is not None)
         self.forward = each(lambda v: v.forward.peak_nbytes)
         self.backward = each(lambda v: v.backward.peak_nbytes if v.backward else 0)
-        self.forward_moved = each(lambda v: v.forward.moved_nbytes)
-        self.backward_moved = each(lambda v: v.backward.moved_nbytes if v.backward else 0)
+        self.forward_allocated = each(lambda v: v.forward.allocated_nbytes)
+        self.backward_allocated = each(lambda v: v.backward.allocated_nbytes if v.backward else 0)
         self.compute = each(lambda v: v.compute_nbytes)
         self.are_copied = each(lambda v: v.is_copied)
         self.cast = max(self.compute[self.are_copied].tolist(), default=math.inf)  # a block's, at most
@@ -609,9 +608,10 @@ class Planner:
         """What is done at each visit to a block below the tail, at the head and its tail, and on the way back."""
         n, m, visits, machine = len(job.visits) - s.tail, job.micro_batches, self._figures(job), self.machine
         packed = {visit.block for visit in _packed_blocks(job, s)}
-        page_s = m * ALLOCATION_SHARE * machine.page_s_per_byte
-        fresh_s = page_s * _fresh_share(rooms[1 : 1 + n], visits.forward[:n]) * visits.forward_moved[:n]
-        fresh_back_s = page_s * _fresh_share(rooms[1 + n : 1 + 2 * n], visits.backward[:n]) * visits.backward_moved[:n]
+        page_s = m * machine.page_s_per_byte
+        of_there, of_back = rooms[1 : 1 + n], rooms[1 + n : 1 + 2 * n]
+        fresh_s = page_s * _fresh_share(of_there, visits.forward[:n]) * visits.forward_allocated[:n]
+        fresh_back_s = page_s * _fresh_share(of_back, visits.backward[:n]) * visits.backward_allocated[:n]
         there, back = [], []
         for position, visit in enumerate(job.visits[:n]):
             forward_s, arrival_s = self._seconds(visit.forward), self._arrival(visit, visit.block in packed)
@@ -620,12 +620,12 @@ class Planner:
             if layers:
                 share = sum(layer.compute_nbytes for layer in layers) / visit.compute_nbytes
                 brought = sum(layer.read_share(job.rows * job.tokens) * layer.compute_nbytes for layer in layers)
-                pages_s = 0.0 if s.cache_nbytes or not visit.is_copied else machine.page_s_per_byte * brought
+                pages_s = machine.page_s_per_byte * brought if visit.is_copied else 0.0
                 apart_s = m * (arrival_s * brought / visit.compute_nbytes + pages_s)
                 if s.group_nbytes is not None:
                     apart_s += m * GROUP_S * sum(1 / layer.group_share(s.group_nbytes) for layer in layers)
                 arrival_s *= 1 - share
-                recomputed_s = m * (RECOMPUTED_BY_ROUTING if s.routed else RECOMPUTED_SHARE) * forward_s
+                recomputed_s = m * _recomputed_share(s, layers) * forward_s
             nbytes, nbytes_back = self._reads_apart(job, s, position) if layers else (0, 0)
             inline_rate = ON_DEMAND_RATE if s.routed else None
             written = m * job.hidden_nbytes if _first_kept(job) <= position < s.spilled else 0
@@ -643,12 +643,14 @@ class Planner:
 
     def _head_work(self, job: Job, s: Schedule, exact: bool, room: int) -> Work:
         machine = self.machine
-        peak, seconds, moved = self._head(job, s.tail, s.head_tokens, exact)
+        peak, seconds, allocated = self._head(job, s.tail, s.head_tokens, exact)
         fresh = 0.0 if s.keep_buffers else float(_fresh_share(room, peak))
-        seconds = job.micro_batches * (seconds + fresh * ALLOCATION_SHARE * moved * machine.page_s_per_byte)
+        seconds = job.micro_batches * (seconds + fresh * allocated * machine.page_s_per_byte)
         cast_s = 0.0
         if not s.keep_head and job.head_compute_nbytes != job.head_stored_nbytes:
             cast_s = job.head_compute_nbytes * (1 / machine.cast_bytes_per_s + machine.page_s_per_byte)
+            if not s.head_ahead:  # it comes in pieces, which are copied to where it is whole
+                cast_s += job.head_compute_nbytes * (2 / machine.bytes_per_s + machine.page_s_per_byte)
         freed_s = cast_s if job.head_compute_nbytes != job.head_stored_nbytes else cast_s + seconds
         nbytes = 0 if s.keep_head or s.head_ahead else job.head_stored_nbytes
         written = job.micro_batches * job.hidden_nbytes if len(job.visits) < s.spilled else 0
@@ -674,10 +676,10 @@ class Planner:
         return seconds
 
     def _head(self, job: Job, tail: int, head_tokens: int | None, exact: bool) -> tuple[int, float, int]:
-        """(peak bytes, seconds, bytes moved) of the head and its tail; of a long tail extrapolated, unless `exact`."""
+        """(peak bytes, seconds, bytes allocated) of the head and its tail; of a long one extrapolated, unless `exact`."""
         if exact or tail <= 2:
             cost = job.head(tail, head_tokens)
-            return cost.peak_nbytes, self._seconds(cost), cost.moved_nbytes
+            return cost.peak_nbytes, self._seconds(cost), cost.allocated_nbytes
         one, two = self._head(job, 1, head_tokens, True), self._head(job, 2, head_tokens, True)
         return tuple(b + (tail - 2) * (b - a) for a, b in zip(one, two))
 
@@ -721,6 +723,13 @@ def _has_tail(job: Job) -> bool:
 def _fresh_share(cache_nbytes: np.ndarray, nbytes: np.ndarray) -> np.ndarray:
     """Of the buffers of computations that take `nbytes`, the shares that MLX's cache has no memory for."""
     return np.maximum(LEAST_FRESH, 1 - cache_nbytes / np.maximum(nbytes, 1))
+
+
+def _recomputed_share(s: Schedule, layers: Sequence[LayerCost]) -> float:
+    """Of a block's forward pass, what its backward pass does once more because these layers come apart from it."""
+    if s.routed:
+        return RECOMPUTED_BY_ROUTING
+    return RECOMPUTED_BY_ROWS if all(layer.per_token is None for layer in layers) else RECOMPUTED_BY_EXPERTS
 
 
 def _workspace(job: Job) -> int:
