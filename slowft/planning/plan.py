@@ -676,7 +676,10 @@ class Planner:
         return seconds
 
     def _head(self, job: Job, tail: int, head_tokens: int | None, exact: bool) -> tuple[int, float, int]:
-        """(peak bytes, seconds, bytes allocated) of the head and its tail; of a long one extrapolated, unless `exact`."""
+        """(peak bytes, seconds, bytes of buffers made) of the head and its tail.
+
+        Of a long tail they are extrapolated, unless `exact`.
+        """
         if exact or tail <= 2:
             cost = job.head(tail, head_tokens)
             return cost.peak_nbytes, self._seconds(cost), cost.allocated_nbytes
