@@ -42,8 +42,9 @@ WAVES_SHARE = 0.25  # of layers' outputs, which a pass by groups holds beyond wh
 # 1.2, by groups of experts 10.2 s a step for 12.8; where only experts come apart it is less
 RECOMPUTED_BY_ROWS, RECOMPUTED_BY_EXPERTS, RECOMPUTED_BY_ROUTING = 1.8, 0.6, 0.3
 GROUP_S = 3e-3  # seconds that a group of a layer takes besides what is computed with it
-# of the bytes of buffers made, what finds no page in use however large MLX's cache: 0.2 to 0.65 in blocks, by
-# their seconds beyond what computing takes in memory that is in use; 0.8 to 1.25 where MLX keeps nothing
+# of the bytes of buffers made, what finds no page in use however large MLX's cache: 0.2 to 0.65 in blocks, by their
+# seconds beyond what computing takes in memory that is in use (with 0.5, six of eight streamed jobs took longer than
+# predicted); 0.8 to 1.25 where MLX keeps nothing
 LEAST_FRESH = 0.65
 
 
@@ -609,9 +610,9 @@ class Planner:
         n, m, visits, machine = len(job.visits) - s.tail, job.micro_batches, self._figures(job), self.machine
         packed = {visit.block for visit in _packed_blocks(job, s)}
         page_s = m * machine.page_s_per_byte
-        of_there, of_back = rooms[1 : 1 + n], rooms[1 + n : 1 + 2 * n]
-        fresh_s = page_s * _fresh_share(of_there, visits.forward[:n]) * visits.forward_allocated[:n]
-        fresh_back_s = page_s * _fresh_share(of_back, visits.backward[:n]) * visits.backward_allocated[:n]
+        rooms_there, rooms_back = rooms[1 : 1 + n], rooms[1 + n : 1 + 2 * n]
+        fresh_s = page_s * _fresh_share(rooms_there, visits.forward[:n]) * visits.forward_allocated[:n]
+        fresh_back_s = page_s * _fresh_share(rooms_back, visits.backward[:n]) * visits.backward_allocated[:n]
         there, back = [], []
         for position, visit in enumerate(job.visits[:n]):
             forward_s, arrival_s = self._seconds(visit.forward), self._arrival(visit, visit.block in packed)
@@ -620,8 +621,9 @@ class Planner:
             if layers:
                 share = sum(layer.compute_nbytes for layer in layers) / visit.compute_nbytes
                 brought = sum(layer.read_share(job.rows * job.tokens) * layer.compute_nbytes for layer in layers)
-                pages_s = machine.page_s_per_byte * brought if visit.is_copied else 0.0
-                apart_s = m * (arrival_s * brought / visit.compute_nbytes + pages_s)
+                apart_s = m * arrival_s * brought / visit.compute_nbytes
+                if visit.is_copied:
+                    apart_s += page_s * brought
                 if s.group_nbytes is not None:
                     apart_s += m * GROUP_S * sum(1 / layer.group_share(s.group_nbytes) for layer in layers)
                 arrival_s *= 1 - share
