@@ -214,6 +214,9 @@ def test_flops_and_bytes_of_a_chain_of_products_by_hand():
     assert of_chain.moved_nbytes == first + sine + second
     assert of_chain.output_nbytes == 4 * rows * out
     assert of_chain.peak_nbytes == 4 * (rows * middle + rows * out)  # the sine takes the first product's buffer
+    assert of_chain.allocated_nbytes == of_chain.peak_nbytes
+    of_six = cost(lambda a: a @ b @ c @ c.T @ c @ c.T @ c, a)
+    assert of_six.allocated_nbytes == 3 * of_chain.allocated_nbytes > of_six.peak_nbytes
     # each operation takes the longer of its two times; narrow products are slower in proportion
     widths = min(rows, inner, middle), min(rows, middle, out)
     slowed = (op[0] * 128 / width for op, width in zip((of_chain.ops[0], of_chain.ops[2]), widths))
@@ -246,6 +249,7 @@ def test_what_is_captured_or_only_looked_at_costs_nothing():
     weight = placeholder((512, 512), mx.float32)
     of_views = cost(lambda tree: [tree["x"].T[None], mx.broadcast_to(weight, (4, 512, 512))], {"x": weight, "n": 3})
     assert (of_views.peak_nbytes, of_views.output_nbytes, of_views.moved_nbytes) == (0, 0, 0)
+    assert of_views.allocated_nbytes == 0
 
 
 def test_random_state_is_left_as_it_was():
