@@ -184,7 +184,9 @@ def test_no_plain_schedule_that_fits_is_faster(machine, opened):
     job = planner._job_of(Cut())
     choices = itertools.product(range(9), (0, 4 * BLOCK), (False, True), (0, 20_000_000))
     plain = [
-        planner.predict(job, Schedule(1, resident, tail, keep_head, head_tokens=64, cache_nbytes=cache))
+        planner.predict(
+            job, Schedule(1, resident, tail=tail, keep_head=keep_head, head_tokens=64, cache_nbytes=cache)
+        )
         for tail, resident, keep_head, cache in choices
     ]
     n_compared = 0
@@ -195,6 +197,21 @@ def test_no_plain_schedule_that_fits_is_faster(machine, opened):
             assert plan.step_s <= min(fitting) * (1.1 if plan.schedule.tail == 8 else 1.01)
             n_compared += 1
     assert n_compared > 5
+
+
+def test_blocks_have_the_room_of_products_until_these_are_made(opened):
+    """Where reads are waited for: then fewer are, in no more memory."""
+    planner, n = opened.planner(replace(NEVER_WAITS, read_bytes_per_s=1e8)), 0
+    for memory in budgets(planner, n=80):
+        plan = planner.choose(memory)
+        if not (lent := plan.schedule.lent_nbytes):
+            continue
+        without = planner.predict(plan.job, replace(plan.schedule, lent_nbytes=()))
+        assert plan.step_s < without.step_s and plan.read_nbytes < without.read_nbytes
+        assert without.peak_nbytes <= plan.peak_nbytes <= memory
+        assert len(lent) == 8 - plan.schedule.tail and list(lent) == sorted(lent, reverse=True)
+        n += 1
+    assert n > 3
 
 
 def test_with_room_for_everything_it_is_ordinary_training(opened):
@@ -296,31 +313,34 @@ def test_where_reading_takes_longest_room_for_a_block_saves_reading_it_twice(n, 
 
 @pytest.mark.parametrize("n", [3, 5])
 def test_predicted_reads_are_the_best_there_are(n):
-    """Against an exhaustive search over everything a buffer could hold, for blocks of one size."""
+    """Against an exhaustive search over everything a buffer could hold, for blocks of one size.
+
+    Also where buffers are more the further the turn is away.
+    """
     order = (*range(n), *reversed(range(n)))
 
-    def best(capacity: int) -> int:
+    def best(capacities: list[int]) -> int:
         states = {frozenset(): 0}
         per_round = []
         for _ in range(4):
             before = min(states.values())
-            for item in order:
+            for item, capacity in zip(order, capacities):
                 following: dict[frozenset, int] = {}
                 for held, read in states.items():
-                    if item in held:
-                        options, cost = [held], read
-                    else:
-                        cost = read + 1
-                        full = len(held) >= capacity
-                        options = [held - {v} | {item} for v in held] if full else [held | {item}]
-                    for option in options:
-                        following[option] = min(following.get(option, 10**9), cost)
+                    stays = set() if item in held else {item}  # what was there may go at once
+                    others = (held | {item}) - stays
+                    for some in itertools.combinations(others, min(len(others), capacity - len(stays))):
+                        option = frozenset(some) | stays
+                        following[option] = min(following.get(option, 10**9), read + len(stays))
                 states = following
             per_round.append(min(states.values()) - before)
         return per_round[-1]
 
     for capacity in range(1, n + 1):
-        assert sum(r.nbytes for r in reads_of(order, (7,) * n, (1,) * n, capacity)) == 7 * best(capacity)
+        for more in ([0] * n, [2] + [0] * (n - 1), [max(0, n // 2 - item) for item in range(n)]):
+            capacities = [capacity + more[item] for item in order]
+            reads = reads_of(order, (7,) * n, (1,) * n, capacities, slots=1)
+            assert sum(r.nbytes for r in reads) == 7 * best(capacities)
 
 
 # --- Computing --------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """Whatever is kept in memory or on disk, gradients are those of mlx-lm's whole model in memory."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import pytest
 from mlx_lm.tuner.trainer import default_loss
@@ -55,6 +57,25 @@ def test_gradients_equal_with_kept_products(name, tmp_path):
     assert_same_as(expected, streamed, batch, lengths, Schedule(kept=products))
     some = tuple(names[:2] if i % 2 else () for i, names in enumerate(products))
     assert_same_as(expected, streamed, batch, lengths, Schedule(kept=some))
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+@pytest.mark.parametrize("num_layers", [-1, 2])
+def test_blocks_in_the_room_of_later_products(num_layers, slots, tmp_path):
+    """Fewer reads, the same gradients; evaluations keep no more than before."""
+    whole, streamed = pair(save_random(tmp_path / "m", LLAMA), num_layers=num_layers)
+    batch, lengths = random_batch(256)
+    expected = reference(whole, batch, lengths)
+    block, cache = streamed._cut.blocks[0].nbytes, streamed._engine._residency._cache
+    schedule, read = Schedule(slots, kept=every_product(streamed)), {}
+    for lent in ((), (2 * block, 2 * block, block, 0), (4 * block, block // 2, 0, 0)):
+        assert_same_as(expected, streamed, batch, lengths, replace(schedule, lent_nbytes=lent))
+        read[lent] = streamed.stats.last.bytes_read
+        assert cache._held() < cache.capacity + max(lent[:1], default=0) + 4096
+        streamed.loss(batch, lengths)
+        assert cache._held() < cache.capacity + 4096
+    without, *others = read.values()
+    assert all(nbytes <= without - block * (num_layers < 0) for nbytes in others)
 
 
 @pytest.mark.parametrize("bits, mode, group_size", [(4, "affine", 32), (4, "mxfp4", 32)])

@@ -4,6 +4,7 @@ Comes in: token batches. Goes out: loss and gradients, the numbers that `nn.valu
 whole model in memory. The model's own `__call__` drives everything; its units' calls arrive here.
 """
 
+import itertools
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -280,8 +281,10 @@ class Engine:
         self._expects_backward = backward
         self._find_boundary(micro_batches)
         lowest = 0 if self._outside else self._lowest_trained
-        forward = order[self._boundary :] if self._all_from_boundary else order
-        of_backward = order[lowest:][::-1] if backward else ()
+        lent = self.schedule.lent_nbytes if backward else ()
+        visits = list(itertools.zip_longest(order, lent, fillvalue=0))
+        forward = visits[self._boundary :] if self._all_from_boundary else visits
+        of_backward = visits[lowest:][::-1] if backward else ()
         apart = self._apart(tokens, len(micro_batches) or 1, backward)
         self._residency.expect(forward, of_backward, apart)
         self._residency.keep_groups(self._kept_groups(apart, tokens) if backward else 0)

@@ -410,7 +410,9 @@ class Planner:
             for fill in order:
                 filled = fill(job, filled, (limit - self._peak(job, filled, False)) / (1 + SLACK_SHARE))
             if filled is not base:
-                yield self.predict(job, filled, False, limit)
+                yield (plan := self.predict(job, filled, False, limit))
+                if plan.step_s > WAITING * plan.compute_s and (lent := self._lent(job, filled)):
+                    yield self.predict(job, replace(filled, lent_nbytes=lent), False, limit)
 
     def _keep_blocks(self, job: Job, schedule: Schedule, room: float, share: float = 1.0) -> Schedule:
         sizes = [_rest_nbytes(visit, schedule) for visit in _streamed_blocks(job, schedule)]
@@ -418,6 +420,23 @@ class Planner:
         if len(set(sizes)) == 1:  # what holds no whole block is no use
             nbytes = nbytes // sizes[0] * sizes[0]
         return replace(schedule, resident_nbytes=nbytes) if nbytes >= min(sizes) else schedule
+
+    def _lent(self, job: Job, schedule: Schedule) -> tuple[int, ...]:
+        """Of each visit, there and back, bytes that blocks may take until products and inputs of later ones come.
+
+        What freed buffers can use is left to them.
+        """
+        n, sizes = len(job.visits) - schedule.tail, _streamed_nbytes(job, schedule)
+        if not n or not _is_simple(schedule):
+            return ()
+        phases = self._phases(job, schedule, False)
+        rooms = self._rooms(job, schedule, phases, 0) - (1 - LEAST_FRESH) * phases.parts["computing"]
+        head, there, back, optimizer = rooms[0], rooms[1 : 1 + n], rooms[1 + n : 1 + 2 * n], rooms[-1]
+        lent = np.minimum(there, back)
+        lent[-1], lent[0] = min(lent[-1], head), min(lent[0], optimizer)
+        missing = sum(sizes) - schedule.slots * max(sizes, default=0) - schedule.resident_nbytes
+        lent = tuple(int(nbytes) for nbytes in np.clip(lent, 0, max(missing, 0)))
+        return lent if any(lent) else ()
 
     def _keep_packed(self, job: Job, schedule: Schedule, room: float) -> Schedule:
         """As many blocks held packed as there is room for; what is left goes to others as they lie on disk."""
@@ -567,6 +586,8 @@ class Planner:
             "computing": joined(computing, forward, backward, made),
             "gradients": joined(0, 0, gradients, job.trainable_nbytes),
         }
+        if lent := s.lent_nbytes:
+            parts["blocks ahead of products"] = joined(lent[-1], lent, lent, lent[0])
         return _Phases(fixed, parts)
 
     def _head_cache(self, job: Job, s: Schedule) -> int:
@@ -829,11 +850,14 @@ def _reads_of_blocks(job: Job, s: Schedule) -> tuple[Read, ...]:
     there = [numbers.get(visit.block) for visit in below]
     back = [numbers.get(visit.block) for visit in reversed(below) if visit.backward is not None]
     order = [*there, len(blocks) if s.head_ahead else None, *back]
+    lent = s.lent_nbytes or (0,) * len(below)
+    back_lent = [nbytes for nbytes, visit in zip(reversed(lent), reversed(below)) if visit.backward is not None]
+    capacities = [s.resident_nbytes + nbytes for nbytes in [*lent, *lent[-1:], *back_lent]] or [s.resident_nbytes]
     if len(set(sizes[: len(blocks)])) == 1:  # so many places, of which the head takes one
-        held, capacity = [1] * len(sizes), s.slots + s.resident_nbytes // sizes[0]
+        held, capacities = [1] * len(sizes), [s.slots + nbytes // sizes[0] for nbytes in capacities]
     else:
-        held, capacity = sizes, s.resident_nbytes + s.slots * max(sizes, default=0)
-    return reads_of(order, sizes, held, capacity, spares_last=s.slots > 1)
+        held, capacities = sizes, [s.slots * max(sizes, default=0) + nbytes for nbytes in capacities]
+    return reads_of(order, sizes, held, capacities, s.slots)
 
 
 def _whole_blocks(job: Job, s: Schedule) -> int:

@@ -15,6 +15,8 @@ class Schedule:
         slots: buffers for blocks on their way. With 2 the next block is read while the present one computes; with 1
             too where bytes are cast on arrival, which leaves the buffer to the next block; else it waits.
         resident_nbytes: of blocks as they lie on disk, kept between visits beyond the slots.
+        lent_nbytes: for each visit to a block below the tail, there and back, and for its neighbour where that is the
+            head or the optimizer: of blocks kept beyond those, in the room that later visits' products will take.
         packed: the last blocks below the tail that are kept in memory quantized (see `resident_bits` of `open_model`).
         tail: the last visits to blocks that form one graph with the head, their weights in memory for good.
         keep_head: the head's layers stay in memory.
@@ -44,6 +46,7 @@ class Schedule:
 
     slots: int = 2
     resident_nbytes: int = 0
+    lent_nbytes: tuple[int, ...] = ()
     packed: int = 0
     tail: int = 0
     keep_head: bool = False

@@ -9,6 +9,8 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..storage.evictions import course
+
 ROUNDS = 3  # gone through: what is told of the last has settled
 
 
@@ -18,11 +20,13 @@ class Read:
 
     Attributes:
         after: the visit whose item makes room for it, which is done with its buffer then; below 0 in the round before.
+        at_once: there is room for it as soon as that visit begins.
     """
 
     visit: int
     nbytes: int
     after: int
+    at_once: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,49 +50,61 @@ def reads_of(
     order: Sequence[int | None],
     sizes: Sequence[int],
     held: Sequence[int],
-    capacity: int,
-    spares_last: bool = False,
+    capacities: Sequence[int],
+    slots: int,
 ) -> tuple[Read, ...]:
     """Reads of one round of a visit order that is gone through for ever, with the best evictions (Belady's).
 
     Args:
         order: of items; None for a visit that needs none.
-        sizes: of each item, in bytes; held: what it takes of `capacity`.
-        spares_last: whether the item of the visit before is still in use when an item is read.
+        sizes: of each item, in bytes; held: what it takes of the capacity.
+        capacities: at each visit.
+        slots: 2 if an item is in use until the next one is there, 1 if it makes room at once.
     """
-    if sum(held[item] for item in {*order} - {None}) <= capacity:
+    if sum(held[item] for item in {*order} - {None}) <= min(capacities):
         return ()
-    return _belady(tuple(order), tuple(sizes), tuple(held), capacity, spares_last)
+    return _reads_of(tuple(order), tuple(sizes), tuple(held), tuple(capacities), slots)
 
 
 @functools.lru_cache(4096)
-def _belady(order, sizes, held, capacity, spares_last) -> tuple[Read, ...]:
+def _reads_of(order, sizes, held, capacities, slots) -> tuple[Read, ...]:
     n = len(order)
-    visits = order * (ROUNDS + 1)
-    following, next_seen = [0] * len(visits), {}
-    for at in reversed(range(len(visits))):
-        following[at] = next_seen.get(visits[at], len(visits))
-        next_seen[visits[at]] = at
-    wanted: dict[int, int] = {}  # item in memory -> when it is wanted next
-    last_visit: dict[int, int] = {}
-    used, reads, settled = 0, [], (ROUNDS - 1) * n
+    visits, capacities = order * (ROUNDS + 1), capacities * (ROUNDS + 1)
+    found = course(visits, held, capacities, slots)
+
+    # what has to be in memory at each visit, and from when its item is done with
+    least, rest, used = [], [], 0
+    for at, item in enumerate(visits):
+        used += held[item] if found.missing[at] else 0
+        least.append(used)
+        used -= held[item] if item is not None and not found.stays[at] else 0
+        rest.append(used)
+    reads, settled = [], (ROUNDS - 1) * n
     for at, item in enumerate(visits[: ROUNDS * n]):
-        if item is None:
-            continue
-        if item not in wanted:
-            used += held[item]
-            after = settled - n
-            while wanted and used > capacity:
-                before = visits[at - 1] if spares_last and at else None
-                victims = [other for other in wanted if other != before] or list(wanted)
-                victim = max(victims, key=wanted.get)
-                del wanted[victim]
-                used -= held[victim]
-                after = max(after, last_visit[victim])
+        if found.missing[at]:
+            after, at_once = _read_early(at, held[item], least, rest, capacities, slots)
             if at >= settled:
-                reads.append(Read(at - settled, sizes[item], after - settled))
-        wanted[item], last_visit[item] = following[at], at
+                reads.append(Read(at - settled, sizes[item], max(after - settled, -n), at_once))
     return tuple(reads)
+
+
+def _read_early(
+    at: int, held: int, least: list[int], rest: list[int], capacities: Sequence[int], slots: int
+) -> tuple[int, bool]:
+    """The visit from which on there is room for the missing item of visit `at`, and whether as soon as that begins.
+
+    Adds the item to what is in memory between.
+    """
+    for early in reversed(range(at)):
+        if rest[early] + held > capacities[early]:
+            return early + 1, True
+        rest[early] += held
+        # (a block that does not stay gives its place up once the capacity is less)
+        capacity = capacities[early] if slots > 1 else max(capacities[max(early - 1, 0) : early + 1])
+        if least[early] + held > capacity:
+            return early, False
+        least[early] += held
+    return 0, False
 
 
 def step_seconds(
@@ -96,22 +112,26 @@ def step_seconds(
 ) -> float:
     """Seconds of one round: each read starts as soon as the one before is done and there is room for it."""
     n, now, drive, begin = len(works), 0.0, 0.0, 0.0  # drive: when it has done what it was asked to
-    freed = dict.fromkeys(range(-n, 0), 0.0)  # visit -> when its item's buffer may take another
+    room = {(visit, at_once): 0.0 for visit in range(-n, 0) for at_once in (False, True)}  # -> when it is there
     for _ in range(ROUNDS):
         begin, waiting, done = now, deque(reads), {}
         for visit, work in enumerate(works):
             # what could start by now has; what this visit needs holds it up
-            while waiting and (waiting[0].visit == visit or max(drive, freed.get(waiting[0].after, now)) < now):
-                read = waiting.popleft()
-                done[read.visit] = drive = max(drive, freed[read.after]) + read.nbytes / read_bytes_per_s
+            while waiting:
+                read = waiting[0]
+                start = max(drive, room.get((read.after, read.at_once), now))
+                if read.visit != visit and start >= now:
+                    break
+                done[read.visit] = drive = start + waiting.popleft().nbytes / read_bytes_per_s
+            room[visit, True] = now
             now = max(now, done.get(visit, now))
             drive_s = work.read_nbytes / read_bytes_per_s + work.written_nbytes / write_bytes_per_s
             if work.inline_rate is not None and drive_s:
                 now = drive = max(now, drive) + drive_s / work.inline_rate
                 drive_s = 0.0
-            freed[visit] = now + work.freed_s
+            room[visit, False] = now + work.freed_s
             if drive_s:
                 drive = max(drive, now) + drive_s
             now = max(now + work.seconds, drive if drive_s else 0.0)
-        freed = {visit - n: at for visit, at in freed.items() if visit >= 0}
+        room = {(visit - n, at_once): at for (visit, at_once), at in room.items() if visit >= 0}
     return now - begin

@@ -51,7 +51,7 @@ def choices(plan: Plan) -> str:
             words.append(f"{plan.resident_blocks} more blocks resident")
         n_kept = sum(map(len, s.kept))
         if n_kept:
-            words.append(f"outputs of {n_kept} frozen layers kept")
+            words.append(f"outputs of {n_kept} frozen layers kept" + _beforehand(plan))
         words.append("head in memory" if s.keep_head else "head read ahead" if s.head_ahead else "head streamed")
     if s.spilled > 1:
         words.append(f"inputs of {s.spilled - max(job.lowest_trained, 1)} blocks on disk")
@@ -71,6 +71,13 @@ def choices(plan: Plan) -> str:
     if s.head_tokens:
         words.append(f"logits of {s.head_tokens} tokens at a time")
     return ", ".join(words)
+
+
+def _beforehand(plan: Plan) -> str:
+    """What is in the room of products that are not made yet."""
+    nbytes = max(plan.schedule.lent_nbytes, default=0)
+    n = nbytes // max(visit.stored_nbytes for visit in plan.job.visits)
+    return f", until then up to {n} blocks in their room" if n else ""
 
 
 def three_lines(plan: Plan, note: str = "", caching: Caching | None = None) -> list[str]:

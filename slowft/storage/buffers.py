@@ -3,6 +3,9 @@
 Comes in: a size. Goes out: a uint8 array of undefined content. Called by the thread that computes.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import mlx.core as mx
 import numpy as np
 
@@ -42,3 +45,13 @@ def read_buffer(nbytes: int) -> mx.array:
     buffer = whole[start : start + nbytes]
     mx.eval(buffer)
     return buffer
+
+
+@contextmanager
+def freeing_to_the_system() -> Iterator[None]:
+    """What is freed meanwhile does not go to MLX's cache, which keeps what it has: of sizes that are asked for."""
+    limit = mx.set_cache_limit(mx.get_cache_memory())
+    try:
+        yield
+    finally:
+        mx.set_cache_limit(limit)

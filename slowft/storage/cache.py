@@ -4,23 +4,23 @@ Comes in: items (each a list of byte ranges) and, at every visit, the order of t
 one MLX byte buffer per item, filled. Buffers are handed on from item to item, because fresh pages are
 dear (DESIGN.md: 0.137 s against 0.015 s for a block's cast). Never knows what the bytes mean.
 
-What is missing soonest is read next, into the place of what Belady (IBM Systems Journal 5(2), 1966) would evict
-at the visit that needs it: the item used furthest after that visit. The read starts as soon as that item has
-served its last visit before, and never takes another's place to start sooner ("Conservative" in Cao, Felten,
-Karlin, Li: A study of integrated prefetching and caching strategies, SIGMETRICS 1995), so reading ahead reads no
-more than reading on demand with perfect foresight does.
+What is missing soonest is read next, into the place of what goes, in the end, before it is visited (`evictions`), as
+soon as that has served its last visit before; and only where nothing else goes for it, so that reading ahead reads no
+more than reading on demand with perfect foresight does ("Conservative" in Cao, Felten, Karlin, Li: A study of
+integrated prefetching and caching strategies, SIGMETRICS 1995). The capacity may differ from visit to visit.
 
 All methods are called by one thread, the one that computes; the reads happen on the reader's.
 """
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
 import mlx.core as mx
 
-from .buffers import read_buffer
+from .buffers import freeing_to_the_system, read_buffer
+from .evictions import course
 from .reader import ByteRange, Reader
 
 NEVER = float("inf")
@@ -65,6 +65,7 @@ class BlockCache:
         self._residents: dict[int, _Resident] = {}
         self._free: list[mx.array] = []
         self._upcoming: list[int] = []  # the visits after the last one
+        self._lent: list[int] = []  # bytes beyond `capacity` at the last visit and at each of those
 
     @property
     def least_capacity(self) -> int:
@@ -84,18 +85,24 @@ class BlockCache:
         """Whether `item` is in memory, or being read."""
         return item in self._residents
 
-    def take(self, item: int, upcoming: Iterable[int]) -> mx.array:
+    def take(self, item: int, upcoming: Iterable[int], lent: Iterable[int] = ()) -> mx.array:
         """The filled uint8 buffer of `item`, in use until `release`. Starts reading what comes next, if it may.
 
         Args:
             upcoming: the items to be visited after this one, soonest first; may be endless.
+            lent: bytes that may be held beyond `capacity` from this visit on (once its item was released, if that
+                is less than before and it is not in use for longer), and from each of those to come.
         """
         self._upcoming = list(itertools.islice(upcoming, 8 * len(self._items)))
+        before, self._lent = self._lent_at(0), list(itertools.islice(lent, len(self._upcoming) + 1))
         if item in self._residents:
             self._residents[item].pinned = True
-        self._shrink()
+            if self.slots > 1 or self._lent_at(0) >= before:
+                self._shrink()
+        else:
+            self._shrink()
         if item not in self._residents:
-            victims = self._victims(item)
+            victims = self._victims(item, self._unpinned())
             if victims is None:
                 raise RuntimeError("every block buffer is in use: release one first")
             self._start(item, victims)
@@ -113,63 +120,74 @@ class BlockCache:
         """The buffer may take another item from now on, and does at once if that is the best use of it."""
         if item in self._residents:
             self._residents[item].pinned = False
+        self._shrink()
         self._read_ahead()
 
     def trim(self) -> None:
-        """Give back what is held beyond `capacity` now, but for what is in use; to the system, not to MLX's cache."""
-        if self._shrink():
-            mx.clear_cache()
+        """Give back what is held beyond `capacity`, but for what is in use."""
+        self._lent = []
+        self._shrink()
 
     def clear(self) -> None:
         """Forget every item and give the memory back."""
-        self._upcoming = []
+        self._upcoming, self._lent = [], []
         for item in list(self._residents):
             self._evict(item)
         self._free.clear()
 
-    def _shrink(self) -> bool:
-        """Give memory back if the capacity was lowered: free buffers first, then what is used last."""
-        next_use, shrunk = self._next_use(), False
-        while self._held() > self.capacity and (self._free or self._unpinned()):
-            shrunk = True
-            if self._free:
-                self._free.pop()
-            else:
-                self._evict(max(self._unpinned(), key=lambda i: next_use.get(i, NEVER)))
-        return shrunk
+    def _shrink(self) -> None:
+        """Give memory back to the system if the capacity was lowered: free buffers first, then what is used last."""
+        if self._held() <= self._capacity_at(0):
+            return
+        next_use = self._next_use()
+        with freeing_to_the_system():
+            while self._held() > self._capacity_at(0) and (self._free or self._unpinned()):
+                if self._free:
+                    self._free.pop()
+                else:
+                    self._evict(max(self._unpinned(), key=lambda i: next_use.get(i, NEVER)))
 
     def _read_ahead(self) -> None:
-        """Have the reader read what is missing soonest, and one thing more, unless what to evict is needed before."""
+        """Have the reader read what is missing soonest, and one thing more, where that costs no other read."""
         while sum(not resident.read.done() for resident in self._residents.values()) < READS_AHEAD:
-            missing = ((visit, item) for visit, item in enumerate(self._upcoming) if item not in self._residents)
-            visit, item = next(missing, (-1, -1))  # the visit that needs it, counted from now
-            if item < 0:
+            if self._held() > self._capacity_at(0):
+                return  # until `release`
+            item = next((item for item in self._upcoming if item not in self._residents), None)
+            if item is None:
                 return
-            in_use = {i for i, r in self._residents.items() if r.pinned}
-            spared = set()
-            if self.slots > 1:  # in use when `item` is read at the latest
-                spared = {self._upcoming[visit - 1]} if visit else in_use
-            victims = self._victims(item, visit, spared)
-            if victims is None or not in_use.union(self._upcoming[:visit]).isdisjoint(victims):
+            places = {i: r.buffer.nbytes for i, r in self._residents.items()}
+            given_up = self._given_up(places)
+            victims = self._victims(item, [i for i in given_up if not self._residents[i].pinned])
+            if victims is None:
+                return
+            held = {i: nbytes for i, nbytes in places.items() if i not in victims} | {item: self.nbytes[item]}
+            if not self._given_up(held) <= given_up:
                 return
             self._start(item, victims)
 
-    def _victims(self, item: int, visit: int = -1, spared: Iterable[int] = ()) -> list[int] | None:
-        """What to evict for `item`: whatever is used furthest after the `visit`-th visit from now, until it fits.
+    def _given_up(self, held: Mapping[int, int]) -> set[int]:
+        """Of these items (with the bytes that they take) those that go, in the end, before they are visited."""
+        next_use = self._next_use()
+        visits = self._upcoming[: 1 + max((next_use.get(item, -1) for item in held), default=-1)]
+        capacities = [self._capacity_at(1 + at) for at in range(len(visits))]
+        return course(visits, self.nbytes, capacities, self.slots, held).given_up
 
-        For a visit to come (not -1), that may be what is still in use now. None if nothing makes it fit.
-        """
-        need, victims = self.nbytes[item], []
-        room = self.capacity - sum(r.buffer.nbytes for r in self._residents.values())
+    def _capacity_at(self, visit: int) -> int:
+        """At the last visit (0), and at those to come."""
+        return self.capacity + self._lent_at(visit)
+
+    def _lent_at(self, visit: int) -> int:
+        return self._lent[visit] if visit < len(self._lent) else 0
+
+    def _victims(self, item: int, candidates: Iterable[int]) -> list[int] | None:
+        """What to evict for `item`: of the candidates those used last, until it fits. None if nothing makes it fit."""
+        need, victims, next_use = self.nbytes[item], [], self._next_use()
+        room = self._capacity_at(0) - sum(r.buffer.nbytes for r in self._residents.values())
         if room >= need or any(b.nbytes >= need for b in self._free):
             return victims
-        next_use, later = self._next_use(), self._next_use(visit + 1)
-        order = [i for i, r in self._residents.items() if i not in spared and not (visit < 0 and r.pinned)]
-        # of several that are never used after it, first what is not used before it either
-        order.sort(key=lambda i: (later.get(i, NEVER), next_use.get(i, NEVER), not self._residents[i].pinned))
-        while order:
-            victims.append(order.pop())
-            nbytes = self._residents[victims[-1]].buffer.nbytes
+        for victim in sorted(candidates, key=lambda i: next_use.get(i, NEVER), reverse=True):
+            victims.append(victim)
+            nbytes = self._residents[victim].buffer.nbytes
             room += nbytes
             if room >= need or nbytes >= need:
                 return victims
@@ -187,7 +205,7 @@ class BlockCache:
             buffer = min(fitting, key=lambda b: b.nbytes)
             self._free = [b for b in self._free if b is not buffer]
             return buffer
-        while self._free and self._held() + nbytes > self.capacity:  # all too small
+        while self._free and self._held() + nbytes > self._capacity_at(0):  # all too small
             self._free.pop(0)
         return read_buffer(nbytes)
 
@@ -204,9 +222,9 @@ class BlockCache:
     def _held(self) -> int:
         return sum(b.nbytes for b in self._free) + sum(r.buffer.nbytes for r in self._residents.values())
 
-    def _next_use(self, start: int = 0) -> dict[int, int]:
-        """Item -> which visit from now first uses it, not counting those before the `start`-th."""
+    def _next_use(self) -> dict[int, int]:
+        """Item -> which visit from now first uses it."""
         next_use: dict[int, int] = {}
-        for visit in range(start, len(self._upcoming)):
-            next_use.setdefault(self._upcoming[visit], visit)
+        for visit, item in enumerate(self._upcoming):
+            next_use.setdefault(item, visit)
         return next_use

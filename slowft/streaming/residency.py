@@ -6,7 +6,7 @@ from the order in which a step visits the blocks. Knows nothing of gradients.
 
 import itertools
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -24,6 +24,8 @@ from .threads import Worker
 
 # Which layers do not come with their block, by its index.
 Apart = Mapping[int, Sequence[Layer]]
+# (a block's index, bytes of blocks that may be in memory then beyond what `Residency.resize` was told).
+Visit = tuple[int, int]
 
 
 class Residency:
@@ -52,7 +54,7 @@ class Residency:
         self._layer_thread = Worker("slowft-layers")
         self._groups = GroupReader(reader)
         self.streams = self._thread.run(casting_streams)
-        self._order: list[int] = []
+        self._visits: list[tuple[int, int]] = []  # (item, bytes of items then in memory beyond the cache's capacity)
         self._position = -1
         self._is_below_head = True  # in a pass, before the head
         self._last_block: int | None = None  # that is visited before the head, of those whose weights come and go
@@ -62,26 +64,28 @@ class Residency:
         self.compute_s = 0.0
         self.reuse = Reuse(Schedule(cache_nbytes=usual_limits()[1]))
 
-    def expect(self, forward: Sequence[int], backward: Sequence[int] = (), apart: Apart | None = None) -> None:
-        """From now on blocks are visited in this order (indices), and the head between the two, again and again.
+    def expect(self, forward: Iterable[Visit], backward: Iterable[Visit] = (), apart: Apart | None = None) -> None:
+        """From now on blocks are visited in this order, and the head between the two, again and again.
 
         Args:
             apart: layers without which blocks come.
         """
+        forward, backward = list(forward), list(backward)
         if self._expects_apart and not apart:
             self._layer_thread.run(self._groups.clear)
         self._is_below_head = True
-        self._last_block = next((i for i in reversed(forward) if self._blocks[i] not in self._whole), None)
+        self._last_block = next((i for i, _ in reversed(forward) if self._blocks[i] not in self._whole), None)
         in_memory = {unit.index for unit in [*self._whole, *self._held]}
         if apart:  # blocks that are in memory with all their layers need no part of them read
             holds = self._thread.run(lambda: [self._cache.holds(unit.index) for unit in self._blocks])
             in_memory_as_read = {index for index, is_held in enumerate(holds) if is_held}
             apart = {i: layers for i, layers in apart.items() if i not in in_memory | in_memory_as_read}
         self._expects_apart = apart or {}
-        forward, backward = ([self._item(i) for i in order if i not in in_memory] for order in (forward, backward))
-        order = [*forward, *([self._head_item] if self._head else []), *backward]
-        if order != self._order:
-            self._order, self._position = order, -1
+        there, back = ([(self._item(i), lent) for i, lent in way if i not in in_memory] for way in (forward, backward))
+        head = [(self._head_item, there[-1][1] if there else 0)] if self._head else []
+        visits = [*there, *head, *back]
+        if visits != self._visits:
+            self._visits, self._position = visits, -1
 
     def keep_whole(self, units: Sequence[Unit]) -> None:
         """Keep these units' weights in memory, as they are computed with, and no others'."""
@@ -141,7 +145,7 @@ class Residency:
             held = self._held.get(unit)
             item = self._item(unit.index)
             layout = self._layouts[item]
-            buffer = None if held else self._cache.take(item, self._upcoming(item))
+            buffer = None if held else self._cache.take(item, *self._upcoming(item))
             try:
                 with tracing.span("cast", unit.name, bytes=layout.compute_nbytes):
                     arrays = layout.put(held, self.streams) if held else layout.fill(buffer, self.streams)
@@ -245,7 +249,7 @@ class Residency:
     def _bring_head(self) -> None:
         item = self._head_item
         self._outside += self._head
-        buffer = self._cache.take(item, self._upcoming(item))
+        buffer = self._cache.take(item, *self._upcoming(item))
         with tracing.span("cast", self._head[0].name, bytes=sum(unit.compute_nbytes for unit in self._head)):
             mx.eval(self._layouts[item].fill(buffer, self.streams))
         for unit in self._head:
@@ -333,12 +337,16 @@ class Residency:
             self._padding_nbytes += max(0, self._cache.nbytes[self._head_item] - sum(u.nbytes for u in self._head))
         return self._head_item
 
-    def _upcoming(self, item: int) -> Iterator[int]:
-        """The visits after this one. Finds its place anew if the model took an unexpected way."""
-        n = len(self._order)
+    def _upcoming(self, item: int) -> tuple[Iterable[int], Iterable[int]]:
+        """The items of the visits after this one, and what is lent at this one and at those.
+
+        Finds its place anew if the model took an unexpected way.
+        """
+        n = len(self._visits)
         for step in range(1, n + 1):
             place = (self._position + step) % n
-            if self._order[place] == item:
+            if self._visits[place][0] == item:
                 self._position = place
-                return itertools.islice(itertools.cycle(self._order), place + 1, None)
-        return iter(())
+                upcoming, lent = (itertools.cycle([visit[i] for visit in self._visits]) for i in (0, 1))
+                return itertools.islice(upcoming, place + 1, None), itertools.islice(lent, place, None)
+        return (), ()
