@@ -63,6 +63,7 @@ class Watched:
 
 def timed_step(model, batch, lengths) -> tuple[float, float]:
     """(seconds, seconds waited) of a step."""
+    mx.set_memory_limit(model._engine.schedule.active_nbytes)  # is the process's: the last that was set
     begin = time.perf_counter()
     model.loss_and_grads(batch, lengths)
     return time.perf_counter() - begin, model.stats.last.wait_s
@@ -85,7 +86,10 @@ def on_drive(watched: Watched, streaming, resident, compute_s: float | None, sha
     if s.total_nbytes:
         s = replace(s, total_nbytes=s.total_nbytes + others)
     streaming._engine.follow(s)
-    resident._engine.follow(replace(s, resident_nbytes=everything))
+    # between its steps it holds blocks besides, for the next one's forward pass
+    lent = max(s.lent_nbytes, default=0)
+    beside = replace(s, resident_nbytes=everything, lent_nbytes=(), active_nbytes=s.active_nbytes + lent)
+    resident._engine.follow(replace(beside, total_nbytes=s.total_nbytes + lent if s.total_nbytes else 0))
     for model in (resident, streaming):
         timed_step(model, batch, lengths)
     watched.record = recorded = []

@@ -795,6 +795,7 @@ class _VisitMemory(Memory):
         self._engine, self._key, self._names = engine, key, names
         self.hides_input, self.hides_output = engine._hides_between(key[1]), engine._hides_between(key[1] + 1)
         self._products: Products = {}
+        self._are_by_groups = False
 
     def input(self, backward: bool) -> mx.array:
         activations = self._engine._activations
@@ -813,7 +814,8 @@ class _VisitMemory(Memory):
 
     @contextmanager
     def recording(self):
-        with self._engine.kept.recording(self._names) as products:
+        self._are_by_groups = self._engine.layers.are_apart
+        with self._engine.kept.recording(self._names, with_lora=not self._are_by_groups) as products:
             yield products
         self._products = products
 
@@ -821,6 +823,8 @@ class _VisitMemory(Memory):
     def replaying(self):
         products, self._products = self._products, {}
         by_groups = self._engine.layers.are_apart
+        if by_groups != self._are_by_groups:
+            products = {}
         with (self._engine.layers if by_groups else self._engine.kept).replaying(products):
             yield
 
