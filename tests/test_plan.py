@@ -201,8 +201,9 @@ def test_no_plain_schedule_that_fits_is_faster(machine, opened):
 
 def test_blocks_have_the_room_of_products_until_these_are_made(opened):
     """Where reads are waited for: then fewer are, in no more memory."""
-    planner, n = opened.planner(replace(NEVER_WAITS, read_bytes_per_s=1e8)), 0
-    for memory in budgets(planner, n=80):
+    planners = [opened.planner(replace(NEVER_WAITS, read_bytes_per_s=rate)) for rate in (7e7, 1e8, 1.5e8)]
+    n = 0
+    for planner, memory in itertools.product(planners, budgets(planners[0], n=80)):
         plan = planner.choose(memory)
         if not (lent := plan.schedule.lent_nbytes):
             continue
@@ -354,15 +355,16 @@ def layer(name: str) -> str:
     return next(part for part in name.split(".") if part.endswith("_proj"))
 
 
-def test_a_kept_product_saves_just_its_multiplication(opened):
+def test_a_kept_product_saves_just_its_multiplications(opened):
+    """By the layer's matrix, and by the adapter's second one: gradients take what comes of its first, of rank 8."""
     job = opened.planner(MACHINES["usual disk"])._job_of(Cut())
     visit = job.visits[3]
     assert sorted(layer(product.name) for product in visit.products) == sorted(LAYERS)  # nobody needs down_proj's
     for product in visit.products:
         width_in, width_out = LAYERS[layer(product.name)]
         assert product.nbytes == ROWS * TOKENS * width_out * 4
-        assert visit.backward.flops - product.backward.flops == 2 * ROWS * TOKENS * width_in * width_out
-    saved = sum(2 * ROWS * TOKENS * a * b for a, b in LAYERS.values())
+        assert visit.backward.flops - product.backward.flops == 2 * ROWS * TOKENS * (width_in + 8) * width_out
+    saved = sum(2 * ROWS * TOKENS * (a + 8) * b for a, b in LAYERS.values())
     assert visit.backward.flops - visit.backward_kept.flops == saved
 
 
