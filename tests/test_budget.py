@@ -55,6 +55,11 @@ from slowft import platform
 
 job = json.loads(sys.argv[1])
 at_least = job["memory"] == "least"
+if job.get("drive"):  # bytes a second that a plan takes the drive for
+    from dataclasses import replace
+    from slowft.engine import budget
+    measured = budget.measured
+    budget.measured = lambda *args: replace(measured(*args), read_bytes_per_s=job["drive"])
 model = slowft.open_model(job["model"], memory=None if at_least else job["memory"], spill_dir=job["spill_dir"])
 mx.random.seed(0)
 model.add_lora(num_layers=-1, rank=8, keys=job["keys"])
@@ -454,6 +459,18 @@ def test_peak_memory_is_as_predicted(shape, config, memory, disk, request):
     tail = said["schedule"]["tail"]
     assert (tail == config["num_hidden_layers"]) == (memory == 2_000_000_000)
     assert 0.9 * said["predicted"] <= max(said["peaks"]) <= 1.05 * said["predicted"]
+
+
+@pytest.mark.parametrize("memory", [260_000_000, 330_000_000])
+def test_blocks_in_the_room_of_later_products_keep_to_the_memory(memory, disk):
+    """Which a plan for a slow drive has: they go as products are made, and gradients stay the same."""
+    if reason := cgroup.why_unavailable():
+        must_run(reason)
+    directory = save_random(disk / f"room-{memory}", MEDIUM | {"num_hidden_layers": 16}, mx.bfloat16)
+    usual, slow = (run_within(memory, directory, (4, 128, 1), steps=3, drive=drive) for drive in (None, 6e7))
+    assert slow["schedule"]["lent_nbytes"] and not usual["schedule"]["lent_nbytes"]
+    assert slow["digests"] == usual["digests"]
+    assert slow["read"] < usual["read"]
 
 
 def ordinary_training(directory: Path, shapes: list[tuple[int, int, int]]) -> dict:

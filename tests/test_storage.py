@@ -1007,6 +1007,20 @@ def test_second_item_in_use_at_once_is_refused_where_there_is_room_for_one(blob)
     reader.close()
 
 
+@pytest.mark.skipif(not buffers.reads_directly(), reason="elsewhere zeros are made")
+def test_a_buffer_takes_no_pages_before_it_is_read_to():
+    size = 64 << 20
+    mx.clear_cache()
+    platform.release_freed_memory()
+    before = platform.memory_in_use()
+    buffer = buffers.read_buffer(size)
+    assert (buffer.dtype, buffer.shape) == (mx.uint8, (size,))
+    assert platform.memory_in_use() - before < size // 8
+    np.asarray(memoryview(buffer))[:] = 1
+    assert platform.memory_in_use() - before > size * 7 // 8
+    assert mx.all(buffer == 1).item()
+
+
 def test_trim_gives_memory_back_without_a_visit(tmp_path):
     """To the system: MLX keeps nothing of it either. What is in use stays."""
     file, size = tmp_path / "blob", 16 * PAGE

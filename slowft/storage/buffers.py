@@ -3,6 +3,7 @@
 Comes in: a size. Goes out: a uint8 array of undefined content. Called by the thread that computes.
 """
 
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -37,7 +38,7 @@ def read_buffer(nbytes: int) -> mx.array:
         buffer = mx.zeros((max(nbytes, 1),), mx.uint8)
         mx.eval(buffer)
         return buffer
-    whole = mx.zeros((nbytes + platform.DIRECT_ALIGNMENT,), mx.uint8)
+    whole = mx.load(_NothingToRead(nbytes + platform.DIRECT_ALIGNMENT), format="npy", stream=mx.cpu)
     mx.eval(whole)
     address = np.asarray(memoryview(whole)).ctypes.data
     platform.use_huge_pages(address, whole.nbytes)
@@ -45,6 +46,32 @@ def read_buffer(nbytes: int) -> mx.array:
     buffer = whole[start : start + nbytes]
     mx.eval(buffer)
     return buffer
+
+
+class _NothingToRead(io.RawIOBase):
+    """A .npy file of so many bytes that nobody reads: an array loaded from it has memory that is not written yet.
+
+    88 MB in 0.4 ms, where zeros take 50: each page is then taken once, by what is read to it.
+    """
+
+    def __init__(self, nbytes: int):
+        header = io.BytesIO()
+        description = {"descr": "|u1", "fortran_order": False, "shape": (nbytes,)}
+        np.lib.format.write_array_header_1_0(header, description)
+        self._header, self._at = header.getvalue(), 0
+
+    def readinto(self, target: memoryview) -> int:
+        given = self._header[self._at : self._at + len(target)]
+        target[: len(given)] = given
+        self._at += len(target)
+        return len(target)
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: len(self._header)}[whence]
+        return self._at
 
 
 @contextmanager
