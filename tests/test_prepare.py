@@ -547,6 +547,13 @@ def test_options_without_effect_and_impossible_ones_are_refused(small, tmp_path)
     assert not (tmp_path / "p").exists()
 
 
+def test_a_quantized_model_is_not_quantized_again(small, tmp_path):
+    packed = slowft.prepare(small, tmp_path / "packed", quantize=True, group_size=32)
+    with pytest.raises(ConfigError, match="--quantize has no effect: .*packed is quantized already"):
+        slowft.prepare(packed, tmp_path / "again", quantize=True, bits=8)
+    assert not (tmp_path / "again").exists()
+
+
 # --- Memory -----------------------------------------------------------------------------------------
 
 PREPARE = """

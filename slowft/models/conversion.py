@@ -144,6 +144,7 @@ class Conversion:
 
     Raises:
         ModelError: files missing or cut short, an unknown architecture, or layers that cannot be quantized.
+        ConfigError: nothing is left to quantize.
 
     Attributes:
         config: of the output.
@@ -176,6 +177,11 @@ class Conversion:
             for name, layer in model.named_modules()
             if type(layer) in _row_quantized() and layers.get(name) is not layer and layer.get("global_scale") is None
         }
+        if options.quantize and not quantized:
+            raise ConfigError(
+                f"--quantize has no effect: {path} is quantized already, or has no layer that can be. "
+                "Leave it out, or give the 16-bit model"
+            )
         tensors = {name: Tensor(name, str(a.dtype).removeprefix("mlx.core."), a.shape) for name, a in outputs.items()}
         self.index = {
             "metadata": {
