@@ -181,10 +181,11 @@ class BlockCache:
 
     def _victims(self, item: int, candidates: Iterable[int]) -> list[int] | None:
         """What to evict for `item`: of the candidates those used last, until it fits. None if nothing makes it fit."""
-        need, victims, next_use = self.nbytes[item], [], self._next_use()
+        need, victims = self.nbytes[item], []
         room = self._capacity_at(0) - sum(r.buffer.nbytes for r in self._residents.values())
         if room >= need or any(b.nbytes >= need for b in self._free):
             return victims
+        next_use = self._next_use()
         for victim in sorted(candidates, key=lambda i: next_use.get(i, NEVER), reverse=True):
             victims.append(victim)
             nbytes = self._residents[victim].buffer.nbytes
