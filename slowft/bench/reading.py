@@ -16,6 +16,8 @@ from typing import Any
 
 from .. import platform
 from ..errors import SlowftError
+from ..planning.machine import measure_reading
+from ..storage.buffers import read_buffer
 from ..storage.reader import ByteRange, Reader
 
 BLOCK_NBYTES = 64 << 20  # what the reader is asked for at a time: about a block of a 1 B model in 16 bits
@@ -25,7 +27,7 @@ RAW_NBYTES = 16 << 20  # a raw request
 def measure(
     files: Sequence[Path], most_nbytes: int, rounds: int, told: Callable[[int], None] = lambda done: None
 ) -> dict[str, Any]:
-    """Bytes per second of the reader and of each raw way there is, medians over rounds.
+    """Bytes per second, and processor seconds, of the reader and of each raw way there is: medians over rounds.
 
     Args:
         most_nbytes: of the files, from the first on, that are read each time.
@@ -40,22 +42,29 @@ def measure(
             left -= nbytes
     if not parts:
         raise SlowftError(f"there is nothing to measure reading with: give a model of more than {RAW_NBYTES >> 20} MB")
-    ways = {"slowft": _by_reader, **_raw_ways(parts[0][0])}
+    _, reads_in_flight = measure_reading([str(file) for file, _ in parts])  # as a plan does
+    ways = {"slowft": lambda parts: _by_reader(parts, reads_in_flight), **_raw_ways(parts[0][0])}
+    total = sum(nbytes for _, nbytes in parts)
     rates: dict[str, list[float]] = {way: [] for way in ways}
+    processor: dict[str, list[float]] = {way: [] for way in ways}
     done = 0
     for _ in range(rounds):
         for name, way in ways.items():
             for file, _ in parts:
                 platform.drop_cached_file(str(file))
-            rates[name].append(sum(nbytes for _, nbytes in parts) / way(parts))
+            before = _processor_s()
+            rates[name].append(total / way(parts))
+            processor[name].append((_processor_s() - before) / total)
             done += 1
             told(done)
     medians = {way: statistics.median(of_way) for way, of_way in rates.items()}
     raw = max((way for way in ways if way != "slowft"), key=medians.get)
     return {
-        "nbytes": sum(nbytes for _, nbytes in parts),
+        "nbytes": total,
+        "reads_in_flight": reads_in_flight,
         "rates": rates,
         "median_bytes_per_s": medians,
+        "processor_s_per_gb": {way: 1e9 * statistics.median(of_way) for way, of_way in processor.items()},
         "raw": raw,  # the fastest
         # of each round's pair: the drive's mood changes from round to round
         "ratio": statistics.median(ours / theirs for ours, theirs in zip(rates["slowft"], rates[raw])),
@@ -76,20 +85,24 @@ def _raw_ways(file: Path) -> dict[str, Callable[[Parts], float]]:
     ways: dict[str, Callable[[Parts], float]] = {}
     if shutil.which("fio"):
         ways["fio"] = _by_fio
+        if not platform.MACOS:
+            ways["fio, huge pages"] = lambda parts: _by_fio(parts, GLIBC_TUNABLES="glibc.malloc.hugetlb=1")
     if shutil.which("dd") and _dd_can_go_past_the_cache(file):
         ways["dd iflag=direct"] = _by_dd
     return ways | {"preads": _by_preads}
 
 
-def _by_reader(parts: Parts) -> float:
+def _by_reader(parts: Parts, reads_in_flight: int) -> float:
     """Two buffers in turns, as blocks are read ahead: the next is asked for before the one before is waited for."""
     pieces = [
         ByteRange(str(file), at, min(BLOCK_NBYTES, nbytes - at), 0)
         for file, nbytes in parts
         for at in range(0, nbytes, BLOCK_NBYTES)
     ]
-    buffers = [memoryview(_pages(BLOCK_NBYTES)) for _ in range(2)]
-    reader = Reader()
+    buffers = [memoryview(read_buffer(BLOCK_NBYTES)) for _ in range(2)]
+    for buffer in buffers:
+        buffer[:: mmap.PAGESIZE] = bytes(-(-len(buffer) // mmap.PAGESIZE))  # its pages are there, as after a first step
+    reader = Reader(reads_in_flight)
     try:
         begin = time.perf_counter()
         reads = []
@@ -145,21 +158,28 @@ def _english() -> dict[str, str]:
     return os.environ | {"LC_ALL": "C"}
 
 
-def _by_fio(parts: Parts) -> float:
+def _by_fio(parts: Parts, **environment: str) -> float:
     """Large sequential reads past the cache, several in flight."""
     seconds = 0.0
     engine = "posixaio" if platform.MACOS else "libaio"
     for file, nbytes in parts:
         done = subprocess.run(
-            ["fio", "--name=read", f"--filename={file}", "--readonly", "--rw=read", "--direct=1", "--iodepth=8"]
-            + [f"--ioengine={engine}", f"--bs={RAW_NBYTES // 4}", f"--size={nbytes}", "--output-format=json"],
+            ["fio", "--name=read", f"--filename={file}", "--readonly", "--rw=read", "--direct=1", "--iodepth=4"]
+            + [f"--ioengine={engine}", f"--bs={RAW_NBYTES // 2}", f"--size={nbytes}", "--output-format=json"],
             capture_output=True,
             text=True,
+            env=os.environ | environment,
         )
         if done.returncode:
             raise SlowftError(f"fio: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
         seconds += json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]["read"]["runtime"] / 1e3
     return seconds
+
+
+def _processor_s() -> float:
+    """Of this process and the ones it waited for."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def _pages(nbytes: int) -> mmap.mmap:

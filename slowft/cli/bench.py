@@ -375,8 +375,9 @@ def _print_io(result: dict) -> None:
     for name, rates in result["rates"].items():
         median = result["median_bytes_per_s"][name]
         ratio = "" if name == "slowft" else f"{result['ratios'][name]:.2f}"
-        rows.append([name, f"{size(median)}/s", f"{size(min(rates))} - {size(max(rates))}", ratio])
-    _table(["", f"median of {len(result['rates']['slowft'])}", "from - to", "slowft / this"], rows)
+        processor = f"{result['processor_s_per_gb'][name]:.3f} s/GB"
+        rows.append([name, f"{size(median)}/s", f"{size(min(rates))} - {size(max(rates))}", processor, ratio])
+    _table(["", f"median of {len(result['rates']['slowft'])}", "from - to", "processor", "slowft / this"], rows)
     click.echo(f"slowft reads at {100 * result['ratio']:.0f}% of {result['raw']}, the fastest raw way, round by round")
 
 

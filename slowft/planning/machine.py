@@ -159,7 +159,7 @@ def measure(compute_dtype: mx.Dtype, files: Sequence[str], seconds: float = 0.75
         seconds: what it may take altogether, roughly.
         shrink: how many times smaller than usual the larger arrays are to be; 4 takes 50 MB of memory, not 160.
     """
-    read_bytes_per_s, reads_in_flight = _reading(files, seconds * 0.45, READ_NBYTES // shrink)
+    read_bytes_per_s, reads_in_flight = measure_reading(files, seconds * 0.45, READ_NBYTES // shrink)
     nbytes = STREAM_NBYTES // shrink
     with _cache_limit(8 * nbytes):  # an output takes the place of the one before
         fresh_s, warm_s = _cast_s(compute_dtype, nbytes, seconds * 0.2)
@@ -363,7 +363,9 @@ def _matmul_flops_per_s(dtype: mx.Dtype, largest: int, seconds: float) -> float:
 # --- Reading --------------------------------------------------------------------------------------
 
 
-def _reading(files: Sequence[str], seconds: float, nbytes_at_once: int) -> tuple[float | None, int]:
+def measure_reading(
+    files: Sequence[str], seconds: float = 0.35, nbytes_at_once: int = READ_NBYTES
+) -> tuple[float | None, int]:
     """What the engine's own reader reads of the files per second, and with how many requests in flight.
 
     The file cache is emptied of them first. More requests have to be worth it. What is read first does not count: a
