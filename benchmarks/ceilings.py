@@ -1,16 +1,22 @@
 """Whether jobs of many kinds keep to the memory they are given: each in a cgroup of it, at three ceilings.
 
-python benchmarks/ceilings.py                # about 10 minutes; root, on Linux
+python benchmarks/ceilings.py                # half an hour; root, on Linux
 python benchmarks/ceilings.py --only gemma   # kinds whose name contains this
+python benchmarks/ceilings.py --random 40    # so many jobs drawn at random, ceilings and drives too
 
 Every kind of model and step that a plan reckons differently: formats of weights, tied and large heads, experts, long
 sequences, adapters, dtypes to compute in. Each is planned in its least memory, and a twentieth and half of the way from
 there to keeping everything. The kernel kills what takes more; the predicted peak is told beside the measured one.
+
+Jobs drawn at random are of these kinds with other sizes, and half of them have a drive so slow that a step waits for
+it, where other things are kept in memory.
 """
 
 import argparse
+import random
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from planned import measure, plans
@@ -107,38 +113,77 @@ KINDS = {  # name: (config, bits, job)
 SHARES = 0.0, 0.05, 0.5  # of the way from the least to everything
 
 
+DRIVES = None, None, 120_000_000, 40_000_000  # bytes a second, to draw from
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="kinds whose name contains this")
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="of the way to keeping everything")
+    parser.add_argument("--random", type=int, metavar="N", help="draw so many jobs")
+    parser.add_argument("--seed", type=int, default=0, help="to draw by")
     options = parser.parse_args()
+    kinds = {name: kind for name, kind in KINDS.items() if options.only in name}
+    if options.random is None:
+        drawn = ((name, config, bits, job, options.shares, None) for name, (config, bits, job) in kinds.items())
+    else:
+        drawn = draw(kinds, options.random, random.Random(options.seed))
     failed = 0
-    for name, (config, bits, job) in KINDS.items():
-        if options.only not in name:
-            continue
+    for name, config, bits, job, shares, read_bytes_per_s in drawn:
         job = {"rows": 2, "tokens": 128, "steps": 2, "vary": True} | job
         with tempfile.TemporaryDirectory() as scratch:
             directory = write_random(Path(scratch) / "model", quantized(config, bits) if bits else config)
             ends = plans(directory, **job)
-            for share in options.shares:
+            for share in shares:
                 memory = enough(int(ends["least"] + share * (ends["most"] - ends["least"])))
-                try:
-                    result = measure(directory, memory, **job)
-                except RuntimeError as e:
-                    failed += 1
-                    print(f"{name:32} {memory / 1e6:5.0f} MB  FAILED  {str(e)[-300:]}", flush=True)
-                    continue
-                (predicted, peak), (planned_s, step_s) = (
-                    (result["predicted"][k], result["measured"][k]) for k in ("peak_nbytes", "step_s")
-                )
-                over = "  OVER" if peak > memory else ""
-                print(
-                    f"{name:32} {memory / 1e6:5.0f} MB  peak {predicted / 1e6:5.0f} / {peak / 1e6:5.0f} "
-                    f"({predicted / peak:.2f})  step {planned_s:5.2f} / {step_s:5.2f} s ({planned_s / step_s:.2f})  "
-                    f"{result['kept']}{over}",
-                    flush=True,
-                )
+                failed += not has_kept_to(name, directory, memory, read_bytes_per_s, job)
     sys.exit(1 if failed else 0)
+
+
+def has_kept_to(name: str, directory: Path, memory: int, read_bytes_per_s: int | None, job: dict) -> bool:
+    """Whether the job ran within its memory; tells of it on a line."""
+    try:
+        result = measure(directory, memory, read_bytes_per_s, **job)
+    except RuntimeError as e:
+        print(f"{name:32} {memory / 1e6:5.0f} MB  FAILED  {str(e)[-300:]}", flush=True)
+        return False
+    (predicted, peak), (planned_s, step_s) = (
+        (result["predicted"][k], result["measured"][k]) for k in ("peak_nbytes", "step_s")
+    )
+    over = "  OVER" if peak > memory else ""
+    print(
+        f"{name:32} {memory / 1e6:5.0f} MB  peak {predicted / 1e6:5.0f} / {peak / 1e6:5.0f} "
+        f"({predicted / peak:.2f})  step {planned_s:5.2f} / {step_s:5.2f} s ({planned_s / step_s:.2f})  "
+        f"{result['kept']}{over}",
+        flush=True,
+    )
+    return not over
+
+
+def draw(kinds: dict, n: int, dice: random.Random) -> Iterator[tuple]:
+    """(name, config, bits, job, shares, bytes a second that are read) of `n` jobs."""
+    for number in range(n):
+        config, bits, job = kinds[dice.choice(list(kinds))]
+        config = config | {
+            "num_hidden_layers": dice.randint(2, 12),
+            "vocab_size": 64 * dice.randint(16, config["vocab_size"] // 64),
+        }
+        if "num_local_experts" not in config:
+            config = config | {"intermediate_size": 64 * dice.randint(8, 60)}
+        rows = dice.choice([1, 2, 3, 5])
+        most = 40 if "compute_dtype" in job else 1200  # MLX is slow in 16 bits on a CPU
+        job = job | {
+            "rows": rows,
+            "tokens": min(dice.choice([7, 33, 100, 257, 600]), most // rows),
+            "micro_batches": dice.choice([1, 1, 1, 3]),
+            "num_layers": dice.choice([-1, -1, 1, config["num_hidden_layers"] // 2]),
+            "vary": dice.random() < 0.5,
+        }
+        drive = dice.choice(DRIVES)
+        sizes = f"{config['num_hidden_layers']} blocks, {job['micro_batches']}x{rows}x{job['tokens']}"
+        held = "" if drive is None else f", {drive // 10**6} MB/s"
+        name = f"{number} {config['model_type']}{f' {bits} bits' if bits else ''}, {sizes}{held}"
+        yield name, config, bits, job, [dice.random() ** 2], drive
 
 
 if __name__ == "__main__":

@@ -398,7 +398,7 @@ def test_a_long_tail_counted_by_a_few_of_its_blocks_costs_what_its_whole_graph_d
     for cost, tail in zip(counted, tails):
         exact = whole.head(*tail)
         assert len(exact.ops) > 500
-        for name in ("peak_nbytes", "output_nbytes", "flops", "moved_nbytes", "allocated_nbytes", "products"):
+        for name in ("peak_nbytes", "output_nbytes", "flops", "allocated_nbytes", "products"):
             assert getattr(cost, name) == getattr(exact, name), name
         assert Counter(cost.ops) == Counter(exact.ops)
 
@@ -417,7 +417,8 @@ def test_a_head_counted_by_a_few_of_its_chunks_costs_what_all_of_them_do(keys, t
         assert (cost.flops, cost.products) == (exact.flops, exact.products)
         assert cost.peak_nbytes == pytest.approx(exact.peak_nbytes, rel=0.01)
         assert cost.reserved_nbytes == pytest.approx(exact.reserved_nbytes, rel=0.01)
-        assert cost.moved_nbytes == pytest.approx(exact.moved_nbytes, rel=0.02)
+        moved = (sum(op[1] for op in c.ops) for c in (cost, exact))
+        assert next(moved) == pytest.approx(next(moved), rel=0.02)
         seconds = [MACHINES["usual disk"].seconds(*c.work) for c in (cost, exact)]
         assert seconds[0] == pytest.approx(seconds[1], rel=0.02)
     opened.model.close()

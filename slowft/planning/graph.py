@@ -52,10 +52,9 @@ class Cost:
             peak, as it hands a buffer out again only for nearly its size.
         flops: floating point operations of matrix products, convolutions and fused attention; a multiply-add
             is two.
-        moved_nbytes: bytes read and written by every operation that is not a view.
         allocated_nbytes: of all buffers made together, which is what is written to memory that is fresh from the
             operating system if MLX keeps no freed buffer.
-        ops: (flops, bytes moved, function values, efficiency) of each of these operations, in order of evaluation.
+        ops: (flops, bytes moved, function values, efficiency) of each operation but views, in order of evaluation.
             Function values are elements that an exponential or its like is taken of: on MLX's CPU backend 12 ns each
             (softmax, sigmoid). Efficiency is of a product: below 1 where its matrices are narrow.
         products: of each shape of matrix products (batches, rows, inner, columns, is the first transposed, the second):
@@ -67,7 +66,6 @@ class Cost:
     peak_nbytes: int
     output_nbytes: int
     flops: int
-    moved_nbytes: int
     ops: tuple[tuple[int, int, int, float], ...] = field(repr=False)
     products: dict[tuple[int, int, int, int, bool, bool], tuple[int, float]] = field(default_factory=dict, repr=False)
     gathered: dict[tuple[int, int, bool], int] = field(default_factory=dict)
@@ -89,7 +87,7 @@ class Cost:
             products[shape] = sums[0] + times * (flops - less), sums[1] + times * (effective - less_effective)
         for kind, nbytes in longer.gathered.items():
             gathered[kind] = gathered.get(kind, 0) + times * (nbytes - shorter.gathered.get(kind, 0))
-        names = ("peak_nbytes", "output_nbytes", "flops", "moved_nbytes", "allocated_nbytes")
+        names = ("peak_nbytes", "output_nbytes", "flops", "allocated_nbytes")
         sizes = {n: getattr(self, n) + times * (getattr(longer, n) - getattr(shorter, n)) for n in names}
         reserved = sizes["peak_nbytes"] + self.reserved_nbytes - self.peak_nbytes  # what is added has the same sizes
         work = {"ops": self.ops + times * added, "products": products, "gathered": gathered}
@@ -579,7 +577,6 @@ class _Evaluation:
             peak_nbytes=self.peak_nbytes,
             output_nbytes=self.live_nbytes,
             flops=sum(op[0] for op in ops),
-            moved_nbytes=sum(op[1] for op in ops),
             ops=tuple(ops),
             products=_products(order),
             gathered=_gathered(order),

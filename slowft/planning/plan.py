@@ -290,15 +290,17 @@ class Planner:
         slack, arrays = plan.parts["slack"], plan.peak_nbytes + left - beside
         if s.keep_buffers:  # computes no further ahead than the graph has it: that would ask for more buffers
             total = arrays - slack // 2
-            active = total - s.cache_nbytes
+            active = active_in_head = total - s.cache_nbytes
         else:  # twice the slack: what freed buffers take must never be what breaks the ceiling
             total = arrays - 2 * slack
+            active = memory - beside - (s.cache_nbytes or 0)
             # MLX waits once more than that is in use, so what it makes last, in the head logits, comes on top
             logits = 4 * job.vocab_size * (s.head_tokens or 0) - int(phases.totals.max() - phases.totals[0])
-            active = memory - beside - (s.cache_nbytes or 0) - max(slack, logits)
+            active_in_head = active - max(slack, logits)
         schedule = replace(
             s,
             active_nbytes=max(active, 1 << 20),
+            head_active_nbytes=max(active_in_head, 1 << 20),
             total_nbytes=total if _is_simple(s) else 0,
             workspace_nbytes=int(AHEAD_SHARE * work),
             head_workspace_nbytes=int(AHEAD_SHARE * head) + (0 if s.keep_head else job.head_compute_nbytes),

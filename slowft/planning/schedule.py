@@ -36,7 +36,9 @@ class Schedule:
             with; None for whole blocks.
         routed: else they come without their experts, of which only those are read that were routed to; None leaves it
             to the engine, by what a step of so many tokens needs.
-        active_nbytes: beyond which MLX stops allocating ahead of the computation; None for MLX's default.
+        active_nbytes: beyond which MLX stops allocating ahead of the computation; None for MLX's default. On the CPU
+            backend it then waits for all that is under way, so that one core computes at a time.
+        head_active_nbytes: the same while the head computes; None for as many.
         total_nbytes: of arrays and of freed buffers together: what arrays leave of it, while a block or the head is
             computed, MLX may keep for reuse beyond `cache_nbytes`.
         workspace_nbytes: of arrays that computing a block, or an optimizer's update, makes at most.
@@ -62,6 +64,7 @@ class Schedule:
     keep_buffers: bool = False
     reads_in_flight: int = 1
     active_nbytes: int | None = None
+    head_active_nbytes: int | None = None
     total_nbytes: int = 0
     workspace_nbytes: int = 0
     head_workspace_nbytes: int = 0

@@ -88,8 +88,12 @@ class Reuse:
             self._released_at = time.perf_counter()
         if not is_head:
             return job()
-        with platform.releasing_freed_memory(RELEASE_IN_HEAD_EVERY_S):  # where most is taken at once
-            return job()
+        mx.set_memory_limit(s.head_active_nbytes or s.active_nbytes)
+        try:
+            with platform.releasing_freed_memory(RELEASE_IN_HEAD_EVERY_S):  # where most is taken at once
+                return job()
+        finally:
+            mx.set_memory_limit(s.active_nbytes)
 
     def before_freeing(self, nbytes: int, wanted_nbytes: int, are_alike: bool) -> None:
         """Weights of so many bytes are about to be freed.
