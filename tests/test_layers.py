@@ -67,6 +67,16 @@ def test_gradients_equal_by_groups_of_experts(name, tmp_path):
     assert_same_as(reference(whole, batch, lengths), streamed, batch, lengths, BY_EXPERTS)
 
 
+@pytest.mark.parametrize("schedule", [Schedule(), BY_EXPERTS, Schedule(routed=True)], ids=["whole", "groups", "routed"])
+def test_a_block_that_the_model_never_calls_is_not_looked_for(schedule, tmp_path):
+    config = experts("gpt_oss (attention sinks, experts, sliding window)") | {"num_hidden_layers": 3}
+    config.pop("layer_types")  # mlx-lm makes up pairs of them, and leaves the third block out
+    whole, streamed = pair(save_random(tmp_path / "m", config))
+    assert len(streamed._cut.blocks) == 3 and len(streamed._cut.order) == 2
+    batch, lengths = random_batch(config["vocab_size"])
+    assert_same_as(reference(whole, batch, lengths), streamed, batch, lengths, schedule)
+
+
 @pytest.mark.parametrize("name", ["llama untied", "gpt2 (learned positions, layer norms, tied)", EXPERTS[0]])
 def test_gradients_agree_by_rows(name, tmp_path):
     config = ARCHITECTURES[name]

@@ -341,12 +341,15 @@ class Engine:
         self.probe(probe)
         mx.eval([call.arrays for call in probe.calls])
         names: dict[str, set[str]] = {}
+        # of blocks that are not called, none: mlx-lm's gpt_oss leaves an odd last one out, unless told of its kind
+        found: dict[Unit, list[Layer]] = {unit: [] for unit in self.cut.blocks}
         for index, call in zip(self.cut.order, probe.calls):
             unit = self.cut.blocks[index]
             if (kind := self._kind_of(unit)) not in names:
-                found = self.on_thread(lambda unit=unit, call=call: self.layers.separable(unit, call))
-                names[kind] = {layer.name for layer in found}
-            self._layers_apart[unit] = [layer for layer in self.layers.of(unit) if layer.name in names[kind]]
+                separable = self.on_thread(lambda unit=unit, call=call: self.layers.separable(unit, call))
+                names[kind] = {layer.name for layer in separable}
+            found[unit] = [layer for layer in self.layers.of(unit) if layer.name in names[kind]]
+        self._layers_apart = found
 
     def adapter_changed(self) -> None:
         """The model has other adapter layers than before."""
