@@ -43,7 +43,8 @@ def measure(
     if not parts:
         raise SlowftError(f"there is nothing to measure reading with: give a model of more than {RAW_NBYTES >> 20} MB")
     _, reads_in_flight = measure_reading([str(file) for file, _ in parts])  # as a plan does
-    ways = {"slowft": lambda parts: _by_reader(parts, reads_in_flight), **_raw_ways(parts[0][0])}
+    buffers = _buffers()
+    ways = {"slowft": lambda parts: _by_reader(parts, buffers, reads_in_flight), **_raw_ways(parts[0][0])}
     total = sum(nbytes for _, nbytes in parts)
     rates: dict[str, list[float]] = {way: [] for way in ways}
     processor: dict[str, list[float]] = {way: [] for way in ways}
@@ -92,16 +93,21 @@ def _raw_ways(file: Path) -> dict[str, Callable[[Parts], float]]:
     return ways | {"preads": _by_preads}
 
 
-def _by_reader(parts: Parts, reads_in_flight: int) -> float:
+def _buffers() -> list[memoryview]:
+    """Two as blocks are read into, their pages there, as after a first step."""
+    buffers = [memoryview(read_buffer(BLOCK_NBYTES)) for _ in range(2)]
+    for buffer in buffers:
+        buffer[:: mmap.PAGESIZE] = bytes(-(-len(buffer) // mmap.PAGESIZE))
+    return buffers
+
+
+def _by_reader(parts: Parts, buffers: Sequence[memoryview], reads_in_flight: int) -> float:
     """Two buffers in turns, as blocks are read ahead: the next is asked for before the one before is waited for."""
     pieces = [
         ByteRange(str(file), at, min(BLOCK_NBYTES, nbytes - at), 0)
         for file, nbytes in parts
         for at in range(0, nbytes, BLOCK_NBYTES)
     ]
-    buffers = [memoryview(read_buffer(BLOCK_NBYTES)) for _ in range(2)]
-    for buffer in buffers:
-        buffer[:: mmap.PAGESIZE] = bytes(-(-len(buffer) // mmap.PAGESIZE))  # its pages are there, as after a first step
     reader = Reader(reads_in_flight)
     try:
         begin = time.perf_counter()
