@@ -14,6 +14,8 @@ from conftest import LLAMA, largest_difference, must_run, random_batch, save_ran
 from slowft import platform
 from slowft.bench import cgroup
 from slowft.models import seams
+from slowft.planning.schedule import Schedule
+from slowft.streaming.reuse import Reuse
 
 SHAPE = LLAMA | {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "num_key_value_heads": 8}
 
@@ -240,3 +242,31 @@ def test_arrays_that_are_there_already_take_nothing_from_what_a_step_may_use(tmp
     own = mx.ones((150 << 18,))  # of 4 bytes
     mx.eval(own)
     assert abs(room() - usual) < 20 << 20
+
+
+def test_the_heads_own_limit_holds_in_the_head_alone():
+    def limit() -> int:
+        found = mx.set_memory_limit(1 << 40)
+        mx.set_memory_limit(found)
+        return found
+
+    def fail():
+        raise ValueError
+
+    blocks, head = 3 << 30, 2 << 30
+    mx.set_memory_limit(blocks)  # as `Engine.follow` does
+    reuse = Reuse(Schedule(cache_nbytes=0, active_nbytes=blocks, head_active_nbytes=head))
+    assert (reuse.around(limit), reuse.around(limit, is_head=True), limit()) == (blocks, head, blocks)
+    with pytest.raises(ValueError):
+        reuse.around(fail, is_head=True)
+    assert limit() == blocks
+
+
+def test_in_the_least_memory_blocks_may_use_all_that_is_planned_for_arrays(tmp_path):
+    """MLX beyond its limit computes on one core at a time."""
+    model = slowft.open_model(save_random(tmp_path / "m", SHAPE)).add_lora(num_layers=-1, rank=4)
+    plan = model.plan(2, 128, memory=model.planner(2, 128).least().peak_nbytes, follow=True)
+    held = mx.get_active_memory()
+    arrays = plan.peak_nbytes - plan.parts["process"] - plan.parts["slack"] + held
+    assert arrays <= mx.set_memory_limit(1 << 40)
+    model.close()
