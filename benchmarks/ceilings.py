@@ -111,8 +111,6 @@ KINDS = {  # name: (config, bits, job)
     "gpt_oss": (GPT_OSS, None, {}),
 }
 SHARES = 0.0, 0.05, 0.5  # of the way from the least to everything
-
-
 DRIVES = None, None, 120_000_000, 40_000_000  # bytes a second, to draw from
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from .. import platform
 from ..errors import SlowftError
 from ..planning.machine import measure_reading
-from ..storage.buffers import read_buffer
+from ..storage.buffers import read_buffer, take_pages
 from ..storage.reader import ByteRange, Reader
 
 BLOCK_NBYTES = 64 << 20  # what the reader is asked for at a time: about a block of a 1 B model in 16 bits
@@ -97,7 +97,7 @@ def _buffers() -> list[memoryview]:
     """Two as blocks are read into, their pages there, as after a first step."""
     buffers = [memoryview(read_buffer(BLOCK_NBYTES)) for _ in range(2)]
     for buffer in buffers:
-        buffer[:: mmap.PAGESIZE] = bytes(-(-len(buffer) // mmap.PAGESIZE))
+        take_pages(buffer)
     return buffers
 
 

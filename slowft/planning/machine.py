@@ -8,7 +8,6 @@ import contextlib
 import functools
 import itertools
 import math
-import mmap
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,7 +17,7 @@ import mlx.core as mx
 
 from .. import platform
 from ..models.weights import Packed, Rounded, build_all, casting_streams, hold_all
-from ..storage.buffers import read_buffer, shift
+from ..storage.buffers import read_buffer, shift, take_pages
 from ..storage.index import Extent
 from ..storage.reader import ByteRange, Reader
 from .graph import FULL_RATE_WIDTH
@@ -377,7 +376,7 @@ def measure_reading(
     if sum(piece.nbytes for piece in pieces) < TELLING_NBYTES:
         return None, 1
     buffer = memoryview(read_buffer(nbytes_at_once + platform.DIRECT_ALIGNMENT))
-    buffer[:: mmap.PAGESIZE] = bytes(-(-len(buffer) // mmap.PAGESIZE))  # its pages are there
+    take_pages(buffer)
     reader, took = Reader(), dict.fromkeys(DEPTHS, 0.0)
     nbytes = dict.fromkeys(DEPTHS, 0)
 

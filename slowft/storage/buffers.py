@@ -4,6 +4,7 @@ Comes in: a size. Goes out: a uint8 array of undefined content. Called by the th
 """
 
 import io
+import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -46,6 +47,11 @@ def read_buffer(nbytes: int) -> mx.array:
     buffer = whole[start : start + nbytes]
     mx.eval(buffer)
     return buffer
+
+
+def take_pages(buffer: memoryview) -> None:
+    """Have all pages of a buffer in memory, as after a first read to it. What is in it is lost."""
+    buffer[:: mmap.PAGESIZE] = bytes(-(-len(buffer) // mmap.PAGESIZE))
 
 
 class _NothingToRead(io.RawIOBase):
