@@ -17,6 +17,13 @@ from pathlib import Path
 
 MACOS = sys.platform == "darwin"
 
+# macOS's numbers, from XNU's <sys/fcntl.h>, <sys/mman.h> and <sys/resource.h>: Python names only some of them, and
+# those only on macOS.
+F_PREALLOCATE, F_NOCACHE, F_FULLFSYNC = 42, 48, 51
+F_ALLOCATEALL, F_PEOFPOSMODE = 4, 3
+MS_INVALIDATE, MS_SYNC = 0x0002, 0x0010
+RUSAGE_INFO_V4 = 4
+
 BLAS_FIX = "sudo apt-get install libopenblas0-pthread"
 
 
@@ -105,17 +112,19 @@ def open_uncached(path: str) -> int:
     return fd
 
 
-# of file offset, memory and length in a read past the file cache: a sector of any drive, a page of this processor
-DIRECT_ALIGNMENT = 4096
+# Of file offset, memory and length in a read past the file cache: a page, which holds whole sectors of any drive.
+# macOS (16384 on Apple Silicon) reads what lies otherwise through the cache, a stretch at a time: XNU's
+# `cluster_read_direct` wants memory by its `mnt_alignmentmask`, a page unless a drive says otherwise. Linux refuses it.
+DIRECT_ALIGNMENT = mmap.PAGESIZE
 
 
 def open_direct(path: str) -> int | None:
-    """Open a file for reads straight from the drive into memory (Linux's O_DIRECT). Returns the descriptor.
+    """Open a file for reads straight from the drive into memory (O_DIRECT, F_NOCACHE). Returns the descriptor.
 
-    None where there is no such thing: on macOS, where `open_uncached` does it, and on some file systems.
+    None where there is no such thing: some file systems of Linux.
     """
     if MACOS:
-        return None
+        return open_uncached(path)
     try:
         return os.open(path, os.O_RDONLY | os.O_DIRECT)
     except OSError as e:
@@ -139,7 +148,7 @@ def use_huge_pages(address: int, nbytes: int) -> None:
 
 
 def drop_cached(fd: int, offset: int, nbytes: int) -> None:
-    """Forget what the file cache kept of a range just read (Linux; F_NOCACHE does it on macOS).
+    """Forget what the file cache kept of a range just read or written (Linux; F_NOCACHE keeps it out on macOS).
 
     `nbytes` 0 is the rest of the file. Pages still being read or not yet written stay.
     """
@@ -156,6 +165,38 @@ def drop_cached_file(path: str, offset: int = 0, nbytes: int = 0) -> None:
         os.close(fd)
 
 
+def make_cold(path: str, offset: int = 0, nbytes: int = 0) -> None:
+    """Have the next read of a range come from the drive, whoever brought it into the file cache: before measuring.
+
+    `nbytes` 0 is the rest of the file. On macOS a read with F_NOCACHE takes what pages there are, such as those of a
+    model just downloaded, and dropping them costs too much to do it for every read. A file system may not map files:
+    pages stay.
+    """
+    if not MACOS:
+        drop_cached_file(path, offset, nbytes)
+        return
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        _invalidate(fd, offset, nbytes)
+    finally:
+        os.close(fd)
+
+
+def _invalidate(fd: int, offset: int, nbytes: int) -> None:
+    """Write back what is dirty of a range, and drop its pages from macOS's file cache."""
+    begin, size = offset - offset % mmap.PAGESIZE, os.fstat(fd).st_size
+    length = (min(offset + nbytes, size) if nbytes else size) - begin
+    if length <= 0:
+        return
+    libc = ctypes.CDLL(None)  # `mmap.mmap` flushes the drive's own cache first, and has no `msync` with these flags
+    libc.mmap.restype = ctypes.c_void_p
+    extent = ctypes.c_size_t(length)
+    address = libc.mmap(None, extent, mmap.PROT_READ, mmap.MAP_SHARED, fd, ctypes.c_int64(begin))
+    if address != ctypes.c_void_p(-1).value:  # MAP_FAILED
+        libc.msync(ctypes.c_void_p(address), extent, MS_SYNC | MS_INVALIDATE)
+        libc.munmap(ctypes.c_void_p(address), extent)
+
+
 def skip_file_cache(fd: int) -> None:
     """Let reads and writes go past the file cache (macOS), or read nothing ahead of what is asked (Linux).
 
@@ -164,7 +205,7 @@ def skip_file_cache(fd: int) -> None:
     if MACOS:
         import fcntl
 
-        fcntl.fcntl(fd, fcntl.F_NOCACHE, 1)
+        fcntl.fcntl(fd, F_NOCACHE, 1)
     else:
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
 
@@ -200,7 +241,6 @@ def preallocate(fd: int, nbytes: int) -> None:
     import fcntl
     import struct
 
-    F_PREALLOCATE, F_ALLOCATEALL, F_PEOFPOSMODE = 42, 4, 3
     fcntl.fcntl(fd, F_PREALLOCATE, struct.pack("=Iiqqq", F_ALLOCATEALL, F_PEOFPOSMODE, 0, nbytes, 0))  # fstore_t
     os.ftruncate(fd, nbytes)
 
@@ -239,7 +279,7 @@ def sync_file(fd: int) -> None:
         import fcntl
 
         try:
-            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+            fcntl.fcntl(fd, F_FULLFSYNC)
             return
         except OSError:  # ENOTSUP on SMB, EINVAL on WebDAV, ENOTTY elsewhere: `fsync` fails too if it is anything else
             pass
@@ -325,8 +365,7 @@ class _RusageInfoV4(ctypes.Structure):
 
 def _macos_usage() -> _RusageInfoV4:
     info = _RusageInfoV4()
-    flavour = 4  # RUSAGE_INFO_V4
-    ctypes.CDLL(None).proc_pid_rusage(os.getpid(), flavour, ctypes.byref(info))
+    ctypes.CDLL(None).proc_pid_rusage(os.getpid(), RUSAGE_INFO_V4, ctypes.byref(info))
     return info
 
 

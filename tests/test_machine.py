@@ -2,6 +2,7 @@
 
 import slowft  # noqa: F401, I001  (before mlx: it loads OpenBLAS)
 
+import errno
 import mmap
 import os
 import subprocess
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 import filecache
+import macos
 from conftest import must_run
 from slowft import platform
 from slowft.bench import cgroup
@@ -172,6 +174,79 @@ def test_holes_are_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(machine.Reader, "submit", lambda self, r, b: asked.extend(r) or submit(self, r, b))
     assert measure(mx.float32, [str(tmp_path / "part")], 0.1).read_bytes_per_s > 0
     assert [(r.offset, r.nbytes) for r in asked] == [(128 * MB, 8 * MB)] * 2  # the first time does not count
+
+
+def test_file_system_that_tells_of_no_holes_is_read_all_the_same(tmp_path, monkeypatch):
+    """HFS+ and network shares on macOS; those that do end in ENXIO past the last data."""
+    file = tmp_path / "file"
+    file.write_bytes(bytes(5 * MB))
+
+    def refuse(fd, offset, whence):
+        raise OSError(errno.ENOTTY, os.strerror(errno.ENOTTY))
+
+    monkeypatch.setattr(os, "lseek", refuse)
+    pieces = machine._pieces(str(file), 2 * MB)
+    assert [(piece.offset, piece.nbytes) for piece in pieces] == [(0, 2 * MB), (2 * MB, 2 * MB), (4 * MB, MB)]
+
+
+@pytest.fixture
+def mac(monkeypatch) -> macos.Mac:
+    return macos.simulate(monkeypatch, page_nbytes=16384)
+
+
+def test_macos_drops_the_pages_of_each_piece_before_it_is_read(file, mac, monkeypatch):
+    """By MS_SYNC | MS_INVALIDATE on a mapping of just the piece."""
+    submit, read = machine.Reader.submit, []
+
+    def spy(self, ranges, buffer):
+        read.append((ranges[0].offset, ranges[0].nbytes, list(mac.calls)))
+        mac.calls.clear()
+        return submit(self, ranges, buffer)
+
+    monkeypatch.setattr(machine.Reader, "submit", spy)
+    rate, _ = machine.measure_reading([str(file)])
+    assert rate is None or rate > 0  # this disk may be as fast as its file cache
+    to_know_the_caches_rate = slice(1, 1 + machine.CACHED_READS * len(machine.DEPTHS))
+    cold = read[:1] + read[to_know_the_caches_rate.stop :]
+    assert len(cold) >= 2
+    for offset, nbytes, calls in cold:
+        names = [name for name, _ in calls if name != "fcntl"]
+        assert names == ["mmap", "msync", "munmap"]
+        called = dict(calls)
+        assert (called["mmap"][5], called["mmap"][1]) == (offset, nbytes)
+        assert called["msync"] == (mac.mapped[0], nbytes, 0x12)
+        mac.mapped.pop(0)
+    assert all("mmap" not in dict(calls) for _, _, calls in read[to_know_the_caches_rate])
+
+
+@pytest.mark.parametrize("stays", [0.0, 0.2, 0.8, 1.0])
+def test_macos_takes_the_caches_rate_for_no_drives(stays, tmp_path, mac, monkeypatch):
+    """A model just downloaded, of which all pages are cached, and those of a share of the file stay whatever is done.
+
+    A drive of 1 GB/s with one request at a time and 2 with more, a cache of 4 and 8, by the clock it is measured with.
+    """
+    file, n_pieces = tmp_path / "file", 20
+    file.write_bytes(bytes(n_pieces * MB))
+    cached, now = set(range(n_pieces)), [0.0]
+
+    def make_cold(path, offset, nbytes):
+        assert path == str(file)
+        if offset // MB >= stays * n_pieces:
+            cached.discard(offset // MB)
+
+    def read_now(self, ranges, buffer):
+        for r in ranges:
+            at_once = min(self.reads_in_flight, 2)
+            now[0] += r.nbytes / (4e9 if r.offset // MB in cached else 1e9) / at_once
+
+    monkeypatch.setattr(platform, "make_cold", make_cold)
+    monkeypatch.setattr(machine.Reader, "read_now", read_now)
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: now[0])
+    rate, in_flight = machine.measure_reading([str(file)], nbytes_at_once=MB)
+    if stays < 0.5:
+        assert rate == pytest.approx(2e9) and in_flight == 2
+    else:
+        assert rate is None and in_flight == max(machine.DEPTHS)
 
 
 @pytest.mark.parametrize("bits, group_size, mode", [(4, 64, "affine"), (8, 32, "affine"), (4, 32, "mxfp4")])

@@ -1,15 +1,18 @@
 """The one place that knows the operating system: BLAS, file cache, memory."""
 
+import ctypes
 import errno
 import fcntl
 import os
 import platform as python_platform
+import struct
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import macos
 from conftest import must_run
 from slowft import platform
 from slowft.storage.tensorfile import sync_directory
@@ -125,11 +128,105 @@ def test_syncing_makes_do_with_fsync_where_macos_knows_no_more(monkeypatch, tmp_
         raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
 
     monkeypatch.setattr(platform, "MACOS", True)
-    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
     monkeypatch.setattr(fcntl, "fcntl", refuse)
     monkeypatch.setattr(os, "fsync", lambda fd: synced.append(("fsync", fd)))
     sync_directory(tmp_path)
     assert synced[0] == ("F_FULLFSYNC", 51) and [name for name, _ in synced] == ["F_FULLFSYNC", "fsync"]
+
+
+# --- macOS's calls ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mac(monkeypatch):
+    return macos.simulate(monkeypatch, page_nbytes=16384)
+
+
+def test_macos_numbers_are_those_of_its_headers():
+    """XNU's bsd/sys/fcntl.h, mman.h and resource.h (xnu-11417), and Python's own where it runs there."""
+    numbers = {
+        "F_PREALLOCATE": 42,
+        "F_NOCACHE": 48,
+        "F_FULLFSYNC": 51,
+        "F_ALLOCATEALL": 4,
+        "F_PEOFPOSMODE": 3,
+        "MS_INVALIDATE": 0x0002,
+        "MS_SYNC": 0x0010,
+        "RUSAGE_INFO_V4": 4,
+    }
+    assert {name: getattr(platform, name) for name in numbers} == numbers
+    if platform.MACOS:
+        assert (fcntl.F_NOCACHE, fcntl.F_FULLFSYNC) == (48, 51)
+    assert ctypes.sizeof(platform._RusageInfoV4) == 296
+    assert platform._RusageInfoV4.phys_footprint.offset == 72
+    assert platform._RusageInfoV4.lifetime_max_phys_footprint.offset == 240
+    assert platform._RusageInfoV4.interval_max_phys_footprint.offset == 280
+
+
+def test_macos_memory_is_the_physical_footprint(mac):
+    """Written where a compiler puts ri_phys_footprint and ri_interval_max_phys_footprint of that structure."""
+    raw = bytearray(296)
+    struct.pack_into("=Q", raw, 72, 123_456)
+    struct.pack_into("=Q", raw, 280, 234_567)
+
+    def fill(pid, flavour, info):
+        ctypes.memmove(ctypes.addressof(info._obj), bytes(raw), len(raw))
+
+    mac.libc["proc_pid_rusage"] = fill
+    assert (platform.memory_in_use(), platform.peak_memory()) == (123_456, 234_567)
+    platform.reset_peak_memory()
+    assert [(name, args[:2]) for name, args in mac.calls if name == "proc_pid_rusage"] == [
+        ("proc_pid_rusage", (os.getpid(), 4))
+    ] * 2
+    assert mac.calls[-1] == ("proc_reset_footprint_interval", (os.getpid(),))
+
+
+def test_macos_preallocates_all_from_the_end_or_nothing(mac, tmp_path):
+    with open(tmp_path / "file", "wb") as file:
+        platform.preallocate(file.fileno(), 3_000_001)
+        (name, (fd, command, store)), size = mac.calls[-1], os.fstat(file.fileno()).st_size
+        assert (name, fd, command, size) == ("fcntl", file.fileno(), 42, 3_000_001)
+    # struct fstore: unsigned int flags, int position mode, off_t offset, length, bytes allocated
+    assert struct.unpack("@Iiqqq", store) == (4, 3, 0, 3_000_001, 0)
+
+
+@pytest.mark.parametrize(
+    "offset, nbytes, mapped",
+    [(0, 0, (0, 100_000)), (0, 16384, (0, 16384)), (20_000, 30_000, (16384, 33_616)), (98_304, 9_999, (98_304, 1_696))],
+)
+def test_macos_drops_pages_by_invalidating_a_mapping_of_them(offset, nbytes, mapped, mac, tmp_path):
+    """Whole pages, up to the end of the file; MS_SYNC | MS_INVALIDATE, and nothing stays mapped."""
+    file = tmp_path / "file"
+    file.write_bytes(bytes(100_000))
+    platform.make_cold(str(file), offset, nbytes)
+    (name, made), (_, dropped), (_, unmapped) = mac.calls
+    assert name == "mmap" and made[0] is None and made[2:4] == (1, 1)  # PROT_READ, MAP_SHARED
+    assert (made[5], made[1]) == mapped
+    address = mac.mapped[-1]
+    assert dropped == (address, mapped[1], 0x12) and unmapped == (address, mapped[1])
+
+
+@pytest.mark.parametrize("offset", [100_000, 200_000])
+def test_macos_drops_nothing_past_the_end_or_of_what_cannot_be_mapped(offset, mac, tmp_path):
+    file = tmp_path / "file"
+    file.write_bytes(bytes(98_304))
+    platform.make_cold(str(file), offset)
+    assert mac.calls == []
+    mac.libc["mmap"] = lambda *_: ctypes.c_void_p(-1).value
+    platform.make_cold(str(file))
+    assert [name for name, _ in mac.calls] == ["mmap"]
+
+
+def test_macos_maps_nothing_while_it_streams(mac, tmp_path):
+    """F_NOCACHE, set once on each descriptor, keeps pages out."""
+    file = tmp_path / "file"
+    file.write_bytes(bytes(100_000))
+    for fd in (platform.open_uncached(str(file)), platform.open_direct(str(file))):
+        platform.drop_cached(fd, 0, 0)
+        platform.write_back(fd, 0, 100_000)
+        os.close(fd)
+    platform.drop_cached_file(str(file))
+    assert [(name, args[1:]) for name, args in mac.calls] == [("fcntl", (48, 1))] * 3
 
 
 # --- Memory and processor ---------------------------------------------------------------------------

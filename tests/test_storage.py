@@ -21,10 +21,12 @@ import pytest
 from safetensors import safe_open
 
 import filecache
+import macos
 from conftest import must_run
 from slowft import platform
 from slowft.bench import cgroup
 from slowft.errors import ModelError
+from slowft.models.weights import Layout, Param, Plain
 from slowft.storage.cache import BlockCache
 from slowft.storage.index import DTYPES, index_model, read_header
 from slowft.storage import buffers
@@ -721,6 +723,218 @@ def test_kernel_counts_little_more_than_the_buffer_for_a_read(cold_file):
     if not peaks[0]:
         must_run("this kernel keeps no peak for a cgroup")
     assert max(peaks) - peaks[0] <= 4 * MB + 3 * filecache.read_ahead_nbytes(cold_file)
+
+
+# --- Reader, on macOS -------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[4096, 16384], ids=["Intel", "Apple Silicon"])
+def mac(request, monkeypatch) -> macos.Mac:
+    return macos.simulate(monkeypatch, request.param)
+
+
+@pytest.fixture
+def mac_blob(tmp_path, mac) -> Path:
+    file = tmp_path / "large"
+    file.write_bytes(np.random.default_rng(0).bytes(5 * MB + 1234))
+    return file
+
+
+class Requests:
+    """What a reader asked of the system, by file offset, bytes, and addresses."""
+
+    def __init__(self, reader: Reader, monkeypatch):
+        preadv, self.asked = os.preadv, []
+        self._bounces = [np.frombuffer(bounce, np.uint8).ctypes.data for bounce in reader._bounces.queue]
+
+        def watched(fd, targets, offset):
+            places = [(np.frombuffer(t, np.uint8).ctypes.data, len(t)) for t in targets]
+            self.asked.append((fd, offset, places))
+            return preadv(fd, targets, offset)
+
+        monkeypatch.setattr(os, "preadv", watched)
+
+    def of_memory(self, bounced: bool) -> list[tuple[int, int]]:
+        """(file offset, bytes) of each request to the reader's own memory, or to the caller's."""
+        return [(at, sum(n for _, n in p)) for _, at, p in self.asked if (p[0][0] in self._bounces) == bounced]
+
+    def assert_aligned(self) -> None:
+        for _, offset, places in self.asked:
+            # Linux puts the reader's own memory on its pages
+            page = platform.DIRECT_ALIGNMENT if places[0][0] not in self._bounces else 4096
+            assert len(places) == 1 and places[0][0] % page == 0
+            assert offset % platform.DIRECT_ALIGNMENT == 0 and places[0][1] % platform.DIRECT_ALIGNMENT == 0
+
+
+def assert_uncached(mac: macos.Mac, requests: Requests) -> None:
+    uncached = {args[0] for name, args in mac.calls if name == "fcntl" and args[1:] == (48, 1)}
+    assert requests.asked and {fd for fd, _, _ in requests.asked} <= uncached
+    assert "mmap" not in [name for name, _ in mac.calls]  # pages are not dropped request by request
+
+
+STRETCHES = {
+    "whole file": (0, 5 * MB + 1234),
+    "pages": (32768, 4 * MB),
+    "odd": (77, 3 * MB),
+    "to the end": (MB - 1, 4 * MB + 1235),
+    "just large": (16380, MB),
+}
+
+
+@pytest.mark.parametrize("first, nbytes", STRETCHES.values(), ids=STRETCHES)
+@pytest.mark.parametrize("in_flight", [1, 4])
+@pytest.mark.parametrize("place", ["as in the file", "elsewhere"])
+def test_macos_reads_whole_pages_wherever_they_go(first, nbytes, in_flight, place, mac, mac_blob, reader, monkeypatch):
+    """In place, but for what is left at the ends; all by way of the reader's memory where bytes go elsewhere."""
+    monkeypatch.setattr(storage_reader, "DIRECT_REQUEST_NBYTES", MB // 2)
+    reader.reads_in_flight, page = in_flight, platform.DIRECT_ALIGNMENT
+    at = 2 * page + first % page + 64 * (place == "elsewhere")
+    buffer = buffers.read_buffer(at + nbytes + 100)
+    data, requests = memoryview(buffer), Requests(reader, monkeypatch)
+    data[:at], data[at + nbytes :] = b"a" * at, b"z" * 100
+    reader.read_now([ByteRange(str(mac_blob), first, nbytes, at)], data)
+    assert bytes(memoryview(buffer)) == b"a" * at + mac_blob.read_bytes()[first : first + nbytes] + b"z" * 100
+    requests.assert_aligned()
+    assert_uncached(mac, requests)
+    in_place, bounced = requests.of_memory(False), requests.of_memory(True)
+    if place == "elsewhere":
+        assert in_place == [] and len(bounced) == -(-(first + nbytes) // MB) - first // MB
+    else:
+        assert sum(n for _, n in in_place) > nbytes - 2 * page and max(n for _, n in in_place) <= MB // 2
+        assert len(bounced) == (first % page > 0) + ((first + nbytes) % page > 0)
+    asked = sorted(in_place + bounced)
+    assert all(offset + n <= following for (offset, n), (following, _) in zip(asked, asked[1:]))  # nothing twice
+
+
+@pytest.mark.parametrize("first", [0, 3000])
+@pytest.mark.parametrize("in_flight", [1, 4])
+def test_macos_reads_scattered_and_tiny_ranges(first, in_flight, mac, mac_blob, reader, monkeypatch):
+    reader.reads_in_flight = in_flight
+    ranges = scattered(mac_blob, first, [10, 2 * MB + 3, 1, 4096, MB - 7, 333, 7], random.Random(0))
+    nbytes, requests = 4 * MB, Requests(reader, monkeypatch)
+    buffer = bytearray(nbytes)
+    reader.read_now(ranges, memoryview(buffer))
+    assert bytes(buffer) == expected(ranges, nbytes)
+    requests.assert_aligned()
+    assert_uncached(mac, requests)
+    few = [ByteRange(str(mac_blob), 5 * MB + 1230, 4, 0), ByteRange(str(mac_blob), 4095, 2, 10)]
+    buffer = bytearray(20)
+    reader.read_now(few, memoryview(buffer))
+    assert bytes(buffer) == expected(few, 20)
+    assert_uncached(mac, requests)
+
+
+@pytest.mark.parametrize("shift", [0, 64])
+@pytest.mark.parametrize("in_flight", [1, 4])
+def test_macos_has_as_many_requests_in_flight_as_asked(shift, in_flight, mac, mac_blob, reader, monkeypatch):
+    """Both to where bytes lie as in the file and to elsewhere."""
+    monkeypatch.setattr(storage_reader, "DIRECT_REQUEST_NBYTES", MB // 2)
+    preadv, lock, under_way, seen = os.preadv, threading.Lock(), set(), []
+
+    def slow(fd, targets, offset):
+        with lock:
+            under_way.add(offset)
+            seen.append(len(under_way))
+        time.sleep(0.01)
+        try:
+            return preadv(fd, targets, offset)
+        finally:
+            with lock:
+                under_way.discard(offset)
+
+    monkeypatch.setattr(os, "preadv", slow)
+    reader.reads_in_flight = in_flight
+    buffer = buffers.read_buffer(5 * MB + shift)
+    reader.read_now([ByteRange(str(mac_blob), 0, 5 * MB, shift)], memoryview(buffer))
+    assert bytes(memoryview(buffer))[shift:] == mac_blob.read_bytes()[: 5 * MB]
+    assert max(seen) == in_flight
+
+
+@pytest.mark.parametrize("shift", [0, 64])
+@pytest.mark.parametrize("error", [errno.EINVAL, errno.EFAULT])
+def test_macos_goes_on_through_the_file_cache_where_pages_are_refused(error, shift, mac, mac_blob, reader, monkeypatch):
+    preadv, files = os.preadv, reader._files
+
+    def none(fd, targets, offset):
+        if fd in [file.direct_fd for file in files.values()]:
+            raise OSError(error, os.strerror(error))
+        return preadv(fd, targets, offset)
+
+    monkeypatch.setattr(os, "preadv", none)
+    reader.reads_in_flight = 4
+    buffer = buffers.read_buffer(5 * MB + shift)
+    reader.read_now([ByteRange(str(mac_blob), 0, 5 * MB, shift)], memoryview(buffer))
+    assert bytes(memoryview(buffer))[shift:] == mac_blob.read_bytes()[: 5 * MB]
+
+
+@pytest.mark.parametrize("shift", [0, 64])
+def test_macos_continues_short_reads(shift, mac, mac_blob, reader, monkeypatch):
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, targets, at: min(preadv(fd, targets, at), 333_333))
+    buffer = buffers.read_buffer(5 * MB + 1234 + shift)
+    reader.read_now([ByteRange(str(mac_blob), 0, 5 * MB + 1234, shift)], memoryview(buffer))
+    assert bytes(memoryview(buffer))[shift:] == mac_blob.read_bytes()
+    assert reader._files[str(mac_blob)].direct_fd is not None
+
+
+@pytest.mark.parametrize("shift", [0, 64])
+@pytest.mark.parametrize("in_flight", [1, 4])
+def test_macos_names_a_file_that_ends_early(shift, in_flight, mac, mac_blob, reader):
+    reader.reads_in_flight = in_flight
+    buffer = memoryview(buffers.read_buffer(6 * MB + shift))
+    message = refusal(reader.read_now, [ByteRange(str(mac_blob), 0, 5 * MB + 1235, shift)], buffer)
+    assert str(mac_blob) in message and f"byte {5 * MB + 1234}, 1 bytes early" in message
+
+
+def layout_of(file: Path) -> tuple[Layout, dict]:
+    extents = read_header(file)
+    params = [Param(name, {}, name, Plain(e), mx.zeros(e.shape, getattr(mx, e.dtype))) for name, e in extents.items()]
+    return Layout(params), {(e.offset, e.nbytes): e for e in extents.values()}
+
+
+def write_padded(file: Path, before_data: int) -> None:
+    """Tensors as MLX stores them, with data `before_data` bytes past a page of the file."""
+    tensors = {"b": ("BF16", 2 * MB), "a": ("U32", 3 * MB), "n": ("BF16", 998), "c": ("F32", MB)}
+    header, end = {}, 0
+    for name, (dtype, nbytes) in tensors.items():
+        itemsize = DTYPES[dtype][1]
+        header[name] = {"dtype": dtype, "shape": [nbytes // itemsize], "data_offsets": [end, end + nbytes]}
+        end += nbytes
+    text = json.dumps(header).encode()
+    text += b" " * ((before_data - 8 - len(text)) % 65536)
+    write_safetensors(file, text, np.random.default_rng(0).bytes(end))
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+@pytest.mark.parametrize("before_data", [0, 16, 8, 4, 3])
+def test_macos_puts_tensors_where_kernels_want_them(before_data, device, mac, tmp_path, reader, monkeypatch):
+    """On multiples of 16 bytes for a GPU, of an element for a CPU, of 64 if copied there; in place where it can be."""
+    file = tmp_path / "model.safetensors"
+    write_padded(file, before_data)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(getattr(mx, device)))
+    layout, extents = layout_of(file)
+    buffer = buffers.read_buffer(max(r.at + r.nbytes for r in layout.ranges))
+    requests = Requests(reader, monkeypatch)
+    reader.read_now(layout.ranges, memoryview(buffer))
+    contents, address = file.read_bytes(), np.asarray(memoryview(buffer)).ctypes.data
+    for r in layout.ranges:
+        assert bytes(memoryview(buffer))[r.at : r.at + r.nbytes] == contents[r.offset : r.offset + r.nbytes]
+        itemsize = getattr(mx, extents[r.offset, r.nbytes].dtype).size
+        assert (address + r.at) % (itemsize if device == "cpu" else 16) == 0
+        assert (r.at - r.offset) % platform.DIRECT_ALIGNMENT == 0 or (address + r.at) % 64 == 0
+    requests.assert_aligned()
+    in_place = sum(n for _, n in requests.of_memory(bounced=False))
+    fits = before_data % (4 if device == "cpu" else 16) == 0
+    assert 4.9 * MB < in_place < 5 * MB + 998 if fits else in_place == 0  # never "c", which follows 998 bytes
+
+
+def test_large_buffers_begin_on_a_page_of_macos(mac):
+    for nbytes in (MB, MB + 1, 7 * MB):
+        buffer = buffers.read_buffer(nbytes)
+        data = np.asarray(memoryview(buffer))
+        assert buffer.nbytes == nbytes and data.ctypes.data % platform.DIRECT_ALIGNMENT == 0
+        data[:], data[-1] = 3, 5
+        assert (buffer[0].item(), buffer[-1].item()) == (3, 5)
 
 
 # --- Cache ------------------------------------------------------------------------------------------

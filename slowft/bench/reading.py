@@ -52,7 +52,7 @@ def measure(
     for _ in range(rounds):
         for name, way in ways.items():
             for file, _ in parts:
-                platform.drop_cached_file(str(file))
+                platform.make_cold(str(file))
             before = _processor_s()
             rates[name].append(total / way(parts))
             processor[name].append((_processor_s() - before) / total)

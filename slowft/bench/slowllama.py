@@ -80,8 +80,8 @@ def drop_cached_files(job: Job) -> None:
         if file.is_file():
             fd = os.open(file, os.O_RDWR)
             os.fsync(fd)
-            platform.drop_cached(fd, 0, 0)
             os.close(fd)
+            platform.make_cold(str(file))
 
 
 def write(job: Job, told: Callable[[int], None], checkout: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .. import platform
-from ..storage.buffers import read_buffer, reads_directly, shift
+from ..storage.buffers import lies_as_in_file, read_buffer, shift
 from ..storage.index import Extent
 from ..storage.reader import ByteRange, Reader
 from . import quantized
@@ -241,8 +241,8 @@ def placeholder(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
 class Layout:
     """Where the parameters of one unit lie in one buffer.
 
-    Neighbours in a file stay neighbours where files are read past the file cache, so that one read brings them all;
-    else every extent is aligned.
+    Neighbours in a file stay neighbours where they can be computed with as they lie there, so that one read puts them
+    all into place past the file cache; every other extent is aligned.
     """
 
     def __init__(self, params: list[Param]):
@@ -251,7 +251,7 @@ class Layout:
         at = 0
         for run in _runs_of({e: None for param in params for e in param.source.extents}):
             at = _up(at, ALIGNMENT)
-            if reads_directly() and _is_aligned(run[0]):
+            if _lies_as_in_file(run[0]):
                 at += (run[0].offset - at) % platform.DIRECT_ALIGNMENT
             for e in run:
                 placed[e] = at
@@ -325,9 +325,8 @@ def _up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def _is_aligned(e: Extent) -> bool:
-    """Whether its elements are aligned in the file. Only hand-made files may have it otherwise."""
-    return e.offset % getattr(mx, e.dtype).size == 0
+def _lies_as_in_file(e: Extent) -> bool:
+    return lies_as_in_file(e.offset, getattr(mx, e.dtype).size)
 
 
 def _runs_of(extents: Iterable[Extent]) -> Iterator[list[Extent]]:
@@ -335,7 +334,7 @@ def _runs_of(extents: Iterable[Extent]) -> Iterator[list[Extent]]:
     run: list[Extent] = []
     for e in sorted(extents, key=lambda e: (e.file, e.offset)):
         follows = run and (e.file, e.offset) == (run[-1].file, run[-1].offset + run[-1].nbytes)
-        if run and not (reads_directly() and follows and _is_aligned(run[0]) and _is_aligned(e)):
+        if run and not (follows and _lies_as_in_file(run[0]) and _lies_as_in_file(e)):
             yield run
             run = []
         run.append(e)

@@ -5,6 +5,7 @@ Comes in: the compute dtype, the model's files. Goes out: a `Machine`. Never wri
 """
 
 import contextlib
+import errno
 import functools
 import itertools
 import math
@@ -28,6 +29,10 @@ READ_AT_MOST_NBYTES = 512 << 20
 UNCOUNTED_NBYTES = 8 << 20  # read before that
 DEPTHS = (1, 2, 4)  # requests in flight, tried in turn
 WORTH_IT = 1.05  # times as fast as with fewer in flight
+CACHED_READS = 3  # of a piece that is in the file cache, to know what that takes, with each number in flight
+# Times that, in which a read may be of the cache: more than such reads differ by while nothing else runs. A drive that
+# is nearer to its file cache is unknown: it hardly holds a step up.
+CACHE_SPREAD = 1.5
 TELLING_NBYTES = 1 << 20  # less than this to read says nothing about a drive
 FUNCTION_VALUES = 1 << 20
 DEQUANTIZED_NBYTES, DEQUANTIZED_AT_ONCE = 8 << 20, 4
@@ -53,7 +58,8 @@ class Machine:
         functions_per_s: exponentials of float numbers, which take up to four cores on a CPU.
         cast_bytes_per_s: bytes put out by a cast to the compute dtype, in memory that is in use already.
         page_s_per_byte: seconds that it takes in addition where the memory is fresh from the operating system.
-        read_bytes_per_s: one file after the other, past the file cache; None if there was nothing to read.
+        read_bytes_per_s: one file after the other, past the file cache; None if there was nothing to read, or if what
+            was read came from the file cache all the same.
         write_bytes_per_s: to the drive; None, as measuring it would write.
         cores: processor cores that this process may use.
         device: name of the device that MLX computes on.
@@ -369,6 +375,12 @@ def measure_reading(
 
     The file cache is emptied of them first. More requests have to be worth it. What is read first does not count: a
     limit on reads lets some through at once (150 MB/s by a control group: 195 for the first 32 MB).
+
+    Pieces that come about as fast as one that is in the file cache for certain are the cache's, not the drive's: others
+    of the files are measured in their place.
+
+    Returns:
+        None for the rate if there is too little to read, or if most of what came was the cache's.
     """
     pieces = [piece for file in files for piece in _pieces(file, nbytes_at_once)]
     middle = len(pieces) // 2
@@ -378,28 +390,59 @@ def measure_reading(
     buffer = memoryview(read_buffer(nbytes_at_once + platform.DIRECT_ALIGNMENT))
     take_pages(buffer)
     reader, took = Reader(), dict.fromkeys(DEPTHS, 0.0)
-    nbytes = dict.fromkeys(DEPTHS, 0)
+    nbytes, cached_nbytes, spent_s = dict.fromkeys(DEPTHS, 0), 0, 0.0
 
     def read(piece: ByteRange) -> float:
-        platform.drop_cached_file(piece.file, piece.offset, piece.nbytes)
-        at = time.perf_counter()
-        reader.read_now([replace(piece, at=shift(piece.offset))], buffer)
-        return time.perf_counter() - at
+        platform.make_cold(piece.file, piece.offset, piece.nbytes)
+        return _read_s(reader, piece, buffer)
 
     try:
         read(replace(pieces[-1], nbytes=min(pieces[-1].nbytes, UNCOUNTED_NBYTES)))
+        cached_s_per_byte = _cached_s_per_byte(reader, max(pieces, key=lambda piece: piece.nbytes), buffer)
         for piece, depth in zip(pieces, itertools.cycle(DEPTHS)):
             reader.reads_in_flight = depth
-            took[depth] += read(piece)
-            nbytes[depth] += piece.nbytes
-            if sum(took.values()) >= seconds or reader.bytes_read >= READ_AT_MOST_NBYTES:
+            piece_s = read(piece)
+            spent_s += piece_s
+            if piece_s > CACHE_SPREAD * cached_s_per_byte[depth] * piece.nbytes:
+                took[depth] += piece_s
+                nbytes[depth] += piece.nbytes
+            else:
+                cached_nbytes += piece.nbytes
+            if spent_s >= seconds or sum(nbytes.values()) + cached_nbytes >= READ_AT_MOST_NBYTES:
                 break
     finally:
         reader.close()
+    if cached_nbytes >= sum(nbytes.values()):
+        return None, DEPTHS[-1]  # which a drive that needs fewer is none the worse for
     rates = {depth: nbytes[depth] / took[depth] for depth in DEPTHS if nbytes[depth]}
     best = max(rates.values())
     depth = next(depth for depth, rate in rates.items() if rate * WORTH_IT >= best)
     return rates[depth], depth
+
+
+def _read_s(reader: Reader, piece: ByteRange, buffer: memoryview) -> float:
+    at = time.perf_counter()
+    reader.read_now([replace(piece, at=shift(piece.offset))], buffer)
+    return time.perf_counter() - at
+
+
+def _cached_s_per_byte(reader: Reader, piece: ByteRange, buffer: memoryview) -> dict[int, float]:
+    """Seconds per byte of what is in the file cache, by the number of requests in flight; 0 where none is read from it.
+
+    That is on Linux, whose direct reads go to the drive. On macOS they take what pages there are. How fast that is
+    nobody knows beforehand, and a copy in memory is faster, so it is measured: the piece is read through the cache,
+    which leaves it there, and then by the reader as every other.
+    """
+    if not platform.MACOS:
+        return dict.fromkeys(DEPTHS, 0.0)
+    with open(piece.file, "rb") as file:
+        file.seek(piece.offset)
+        file.readinto(buffer[: piece.nbytes])
+    seconds = {}
+    for reader.reads_in_flight in DEPTHS:
+        least_s = min(_read_s(reader, piece, buffer) for _ in range(CACHED_READS))
+        seconds[reader.reads_in_flight] = least_s / piece.nbytes
+    return seconds
 
 
 def _pieces(file: str, nbytes: int) -> Iterator[ByteRange]:
@@ -411,7 +454,9 @@ def _pieces(file: str, nbytes: int) -> Iterator[ByteRange]:
             try:
                 begin = os.lseek(f.fileno(), at, os.SEEK_DATA)
                 at = os.lseek(f.fileno(), begin, os.SEEK_HOLE)
-            except OSError:  # nothing but a hole from here on
-                return
+            except OSError as e:
+                if e.errno == errno.ENXIO:  # nothing but a hole from here on
+                    return
+                begin, at = at, end  # a file system that tells of no holes: on macOS ENOTTY, as of HFS+
             for offset in range(begin, at, nbytes):
                 yield ByteRange(file, offset, min(nbytes, at - offset), 0)

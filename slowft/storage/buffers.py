@@ -15,18 +15,37 @@ from .. import platform
 
 LARGE_NBYTES = 1 << 20  # below, a read is not worth aligning
 
+# Of a tensor's address on a GPU. Metal wants an offset into a buffer to be a multiple of the type that a kernel reads,
+# 16 bytes at most, and MLX takes other kernels for operands that are not (`gemv_wide_config`: multiples of 8), whose
+# results differ in the last bits from those of a model in memory, where every tensor has a buffer of its own.
+GPU_ALIGNMENT = 16
+
 
 def reads_directly() -> bool:
-    """Whether files are read past the file cache only into aligned memory: Linux, on MLX's CPU backend.
+    """Whether MLX's buffers are filled past the file cache: wherever the processor has them in its own memory.
 
-    (A GPU's kernels want tensors aligned by more than files do; macOS needs no alignment.)
+    That is on macOS, which shares its memory with its GPU, and on MLX's CPU backend.
     """
-    return not platform.MACOS and mx.default_device() == mx.Device(mx.cpu)
+    return platform.MACOS or mx.default_device() == mx.Device(mx.cpu)
+
+
+def lies_as_in_file(offset: int, item_nbytes: int = 1) -> bool:
+    """Whether a tensor from this offset of a file can be computed with where a drive puts it.
+
+    A drive puts it into a page as it lies in the file's page. Files of `slowft prepare` have tensors on pages; in
+    others their offset is what the length of the header makes it: a multiple of 8 in most, any number in those that
+    MLX writes. Those are copied to their place after they are read.
+
+    Args:
+        item_nbytes: of an element, which a CPU wants aligned; 1 if that is no matter.
+    """
+    needed = item_nbytes if mx.default_device() == mx.Device(mx.cpu) else GPU_ALIGNMENT
+    return reads_directly() and offset % needed == 0
 
 
 def shift(offset: int) -> int:
     """Where in a buffer bytes from this offset of a file have to begin, so that a drive can put them there."""
-    return offset % platform.DIRECT_ALIGNMENT if reads_directly() else 0
+    return offset % platform.DIRECT_ALIGNMENT if lies_as_in_file(offset) else 0
 
 
 def read_buffer(nbytes: int) -> mx.array:

@@ -3,21 +3,26 @@
 Comes in: (extent or byte range, writable memoryview). Goes out: the filled buffer, or an error that names
 file and offset. Only fills bytes: MLX arrays belong to the thread that computes, and are never made here.
 
-Two ways. Directly (Linux's O_DIRECT, `reads_in_flight` requests at a time) where a stretch of a file goes to one
-stretch of memory that is aligned like it: `buffers` and `weights.Layout` see to that for all that is large. The file
-cache is not touched, nothing is copied. Through the file cache, a request at a time and each dropped after it,
-everything else: few bytes, file systems without O_DIRECT; on macOS all of it, where F_NOCACHE keeps it out.
+Three ways. Directly (Linux's O_DIRECT, macOS's F_NOCACHE, `reads_in_flight` requests at a time) where a stretch of a
+file goes to one stretch of memory that is aligned like it: `buffers` and `weights.Layout` see to that for all that is
+large. The file cache is not touched, nothing is copied. By bounce for few bytes, for the ends of a stretch, and on
+macOS for every stretch that goes elsewhere: whole pages directly into memory of the reader's own, copied from there.
+Through the file cache, a request at a time and each dropped after it, everything else: stretches that go elsewhere on
+Linux, whose kernel reads ahead of them, and file systems without direct reads.
 """
 
 import errno
 import mmap
 import os
+import queue
 import threading
 import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 
 import numpy as np
 
@@ -30,13 +35,12 @@ from .requests import retried
 # them until they are dropped: 88 MB runs read at once held 101 MB there, and 134 MB backwards; in requests of 2 MB
 # 17 MB, which is twice this disk's read-ahead of 8 MB (128 KB on most laptops). Median throughput forward / backward:
 # 2.3 / 1.9 GB/s at 2 MB, 2.5 / 1.8 at 4 MB, 2.4 / 1.9 whole. At 1 MB it falls to a third and
-# the cache fills: a drop spares the kernel's large pages that it covers only in part. macOS goes past the cache
-# anyway, and only cuts a single read short of 2 GiB.
-MAX_REQUEST_NBYTES = 1 << 30 if platform.MACOS else 2 << 20
+# the cache fills: a drop spares the kernel's large pages that it covers only in part. macOS comes here only with a few
+# bytes, and refuses a single read of 2 GiB.
+MAX_REQUEST_NBYTES = 2 << 20
 # The same of direct reads. On huge pages, one at a time: 1.9 GB/s at 2 MB, 2.1 at 8; four at a time 2.2 and 2.3.
 DIRECT_REQUEST_NBYTES = 8 << 20
 MAX_READS_IN_FLIGHT = 8
-BOUNCE_NBYTES = LARGE_NBYTES + 2 * platform.DIRECT_ALIGNMENT  # a stretch that is not large, and the pages at its ends
 
 NOT_DIRECT_ERRORS = (errno.EINVAL, errno.EFAULT)  # a file system that opens files for direct reads and has none
 
@@ -95,7 +99,11 @@ class Reader:
         self._lock = threading.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="slowft-reader")
         self._helpers = ThreadPoolExecutor(MAX_READS_IN_FLIGHT - 1, thread_name_prefix="slowft-reader-helper")
-        self._bounce = memoryview(mmap.mmap(-1, BOUNCE_NBYTES))  # takes no memory before it is used
+        # A stretch that is not large, and the pages at its ends, for each request in flight. The one used last is used
+        # first: the others take no memory.
+        self._bounces: queue.LifoQueue[memoryview] = queue.LifoQueue()
+        for _ in range(MAX_READS_IN_FLIGHT):
+            self._bounces.put(memoryview(mmap.mmap(-1, LARGE_NBYTES + 2 * platform.DIRECT_ALIGNMENT)))
         self.bytes_read = 0
         self.wait_s = 0.0
         self._close_files = weakref.finalize(self, _close_all, self._files)
@@ -150,22 +158,19 @@ class Reader:
         """Read a run past the file cache, if its file system and the place in memory allow it. Returns whether."""
         if file.direct_fd is None:
             return False
-        offset, at = run[0].offset, run[0].at
         try:
             if nbytes < LARGE_NBYTES:
-                self._read_by_bounce(file, offset, _targets(run, buffer))
+                self._read_by_bounce(file, run[0].offset, _targets(run, buffer))
                 return True
-            if any(r.at - r.offset != at - offset for r in run):
-                return False
-            target = buffer[at : at + nbytes]
-            address = np.frombuffer(target, np.uint8).ctypes.data
-            if (address - offset) % platform.DIRECT_ALIGNMENT:
-                return False
-            head = -offset % platform.DIRECT_ALIGNMENT
-            body = (nbytes - head) // platform.DIRECT_ALIGNMENT * platform.DIRECT_ALIGNMENT
-            self._read_by_bounce(file, offset, [target[:head]])
-            self._read_in_flight(file, offset + head, target[head : head + body])
-            self._read_by_bounce(file, offset + head + body, [target[head + body :]])
+            parts = _parts(run, buffer)
+            if not (platform.MACOS or all(in_place for in_place, _ in parts)):
+                return False  # macOS goes on: it reads nothing ahead of itself with F_NOCACHE
+            for in_place, ranges in parts:
+                if in_place:
+                    at = ranges[0].at
+                    self._read_in_place(file, ranges[0].offset, buffer[at : at + sum(r.nbytes for r in ranges)])
+                else:
+                    self._read_in_bounces(file, ranges[0].offset, _targets(ranges, buffer))
             return True
         except OSError as e:
             if e.errno not in NOT_DIRECT_ERRORS:
@@ -174,22 +179,41 @@ class Reader:
             file.direct_fd = None
             return False
 
-    def _read_in_flight(self, file: _File, offset: int, target: memoryview) -> None:
-        """Fill aligned memory from an aligned offset, several requests at a time, in the order of the file."""
-        starts = iter(range(0, len(target), DIRECT_REQUEST_NBYTES))
+    def _read_in_place(self, file: _File, offset: int, target: memoryview) -> None:
+        """Fill memory that is aligned like the file: whole pages in place, what is left at the ends by bounce."""
+        head = -offset % platform.DIRECT_ALIGNMENT
+        body = (len(target) - head) // platform.DIRECT_ALIGNMENT * platform.DIRECT_ALIGNMENT
+        self._read_by_bounce(file, offset, [target[:head]])
+        starts = range(head, head + body, DIRECT_REQUEST_NBYTES)
+        requests = [(start, target[start : min(start + DIRECT_REQUEST_NBYTES, head + body)]) for start in starts]
+        self._in_flight(
+            [partial(_read_aligned, file, offset + start, request, len(request)) for start, request in requests]
+        )
+        self._read_by_bounce(file, offset + head + body, [target[head + body :]])
+
+    def _read_in_bounces(self, file: _File, offset: int, targets: list[memoryview]) -> None:
+        """Fill any memory, `LARGE_NBYTES` at a time. Requests meet on pages of the file, so that none is read twice."""
+        requests, at, stop = [], offset, offset + sum(len(target) for target in targets)
+        while at < stop:
+            end = min(at - at % LARGE_NBYTES + LARGE_NBYTES, stop)
+            requests.append(partial(self._read_by_bounce, file, at, _first_nbytes(targets, end - at)))
+            targets, at = _without_first_nbytes(targets, end - at), end
+        self._in_flight(requests)
+
+    def _in_flight(self, requests: list[Callable[[], None]]) -> None:
+        """Make the requests, several at a time, in the order of the list."""
+        left = iter(requests)
 
         def work():
             try:
-                for start in starts:  # shared by the threads: each takes the next
-                    request = target[start : start + DIRECT_REQUEST_NBYTES]
-                    _read_aligned(file, offset + start, request, len(request))
+                for request in left:  # shared by the threads: each takes the next
+                    request()
             except BaseException:
-                for _ in starts:  # the others begin no more
+                for _ in left:  # the others begin no more
                     pass
                 raise
 
-        requests = -(-len(target) // DIRECT_REQUEST_NBYTES)
-        helpers = [self._helpers.submit(work) for _ in range(min(self.reads_in_flight, requests) - 1)]
+        helpers = [self._helpers.submit(work) for _ in range(min(self.reads_in_flight, len(requests)) - 1)]
         try:
             work()
         finally:
@@ -199,17 +223,21 @@ class Reader:
                 raise error
 
     def _read_by_bounce(self, file: _File, offset: int, targets: list[memoryview]) -> None:
-        """Fill targets that are no multiple of pages, less than `LARGE_NBYTES` in all, by way of a page-aligned one."""
+        """Fill targets that are no multiple of pages, `LARGE_NBYTES` in all at most, by way of a page-aligned one."""
         nbytes = sum(len(target) for target in targets)
         if nbytes == 0:
             return
         before = offset % platform.DIRECT_ALIGNMENT
         aligned_nbytes = -(-(before + nbytes) // platform.DIRECT_ALIGNMENT) * platform.DIRECT_ALIGNMENT
-        _read_aligned(file, offset - before, self._bounce[:aligned_nbytes], before + nbytes)
-        at = before
-        for target in targets:
-            target[:] = self._bounce[at : at + len(target)]
-            at += len(target)
+        bounce = self._bounces.get()
+        try:
+            _read_aligned(file, offset - before, bounce[:aligned_nbytes], before + nbytes)
+            at = before
+            for target in targets:
+                target[:] = bounce[at : at + len(target)]
+                at += len(target)
+        finally:
+            self._bounces.put(bounce)
 
     # --- Through the file cache ---------------------------------------------------------------------
 
@@ -328,6 +356,24 @@ def _read_aligned(file: _File, offset: int, target: memoryview, nbytes: int) -> 
 
 def _ends_early(file: _File, end: int, missing: int) -> ModelError:
     return ModelError(f"{file.name} ends at byte {end}, {missing} bytes early: was it changed?")
+
+
+def _parts(run: list[ByteRange], buffer: memoryview) -> list[tuple[bool, list[ByteRange]]]:
+    """A run of ranges, cut into what a drive can put in place and what goes elsewhere.
+
+    In place goes what is large and lies in memory in one stretch that is aligned like its stretch of the file.
+    """
+    address = np.frombuffer(buffer, np.uint8).ctypes.data
+    parts: list[tuple[bool, list[ByteRange]]] = []
+    for skew, group in groupby((r for r in run if r.nbytes), key=lambda r: r.at - r.offset):
+        stretch = list(group)
+        is_aligned = (address + skew) % platform.DIRECT_ALIGNMENT == 0
+        in_place = is_aligned and sum(r.nbytes for r in stretch) >= LARGE_NBYTES
+        if parts and not in_place and not parts[-1][0]:
+            parts[-1][1].extend(stretch)
+        else:
+            parts.append((in_place, stretch))
+    return parts
 
 
 def _targets(run: list[ByteRange], buffer: memoryview) -> list[memoryview]:

@@ -14,7 +14,7 @@ import numpy as np
 from ..models.layers import Layer
 from ..models.weights import ALIGNMENT
 from ..platform import DIRECT_ALIGNMENT
-from ..storage.buffers import read_buffer, reads_directly
+from ..storage.buffers import lies_as_in_file, read_buffer
 from ..storage.reader import ByteRange, Reader
 
 
@@ -124,7 +124,7 @@ def _ranges(group: Group) -> tuple[tuple[int, ...], list[ByteRange]]:
     at = 0
     for e in (e for param in group.layer.params for e in param.source.extents):
         offset, at = e.offset + group.runs[0].start * e.row_nbytes, -(-at // ALIGNMENT) * ALIGNMENT
-        if reads_directly() and offset % getattr(mx, e.dtype).size == 0:
+        if lies_as_in_file(offset, getattr(mx, e.dtype).size):
             at += (offset - at) % DIRECT_ALIGNMENT
         places.append(at)
         for run in group.runs:
