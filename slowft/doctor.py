@@ -73,14 +73,14 @@ def examine(told: Callable[[str], None] = lambda doing: None, layers: int = LAYE
     yield from caught("dequantizing", _dequantizing)
     yield from caught("temporary directory", lambda name: _directory(name, Path(tempfile.gettempdir()), "TMPDIR"))
     yield from caught("cache directory", lambda name: _directory(name, platform.cache_directory(), "XDG_CACHE_HOME"))
-    told("how fast MLX computes")
-    yield from _trial("compute", ["device", "matrix products"])
     with _scratch(2 * layers * LAYER_NBYTES) as (scratch, has_room):
+        told("how fast MLX computes")
+        yield from _trial("compute", ["device", "matrix products"], scratch)
         if has_room:
             told("how fast the drive is read")
-            yield from _trial("read", ["reading"], scratch=scratch, layers=layers)
+            yield from _trial("read", ["reading"], scratch, layers=layers)
             told("that memory stays below a ceiling")
-            yield from _trial("train_within_ceiling", ["memory ceiling"], scratch=scratch)
+            yield from _trial("train_within_ceiling", ["memory ceiling"], scratch)
         else:
             todo = f"free {2 * layers * LAYER_NBYTES / 1e9:.1f} GB in the temporary or the cache directory"
             for name in ("reading", "memory ceiling"):
@@ -88,7 +88,7 @@ def examine(told: Callable[[str], None] = lambda doing: None, layers: int = LAYE
         for model in MODELS:
             told(f"that gradients of {model} are mlx-lm's own")
             names = [f"gradients, {model}, {setting}" for setting in SETTINGS]
-            yield from _trial("compare_gradients", names, scratch=scratch, model=model)
+            yield from _trial("compare_gradients", names, scratch, model=model)
 
 
 def caught(name: str, check: Callable[[str], Check]) -> Iterator[Check]:
@@ -223,12 +223,13 @@ def _scratch(nbytes: int) -> Iterator[tuple[str, bool]]:
 # --- Trials ----------------------------------------------------------------------------------------
 
 
-def _trial(trial: str, names: list[str], **options: Any) -> Iterator[Check]:
+def _trial(trial: str, names: list[str], scratch: str, **options: Any) -> Iterator[Check]:
     """Checks of these names by a function of `trials.py`, in a process of its own; where it ended early, why."""
     missing, is_late = names.copy(), threading.Event()
-    command = [sys.executable, "-m", "slowft.trials", trial, json.dumps({"names": names} | options)]
+    command = [sys.executable, "-m", "slowft.trials", trial, json.dumps({"names": names, "scratch": scratch} | options)]
+    environment = os.environ | {"TMPDIR": scratch}  # MLX too leaves files in the temporary directory
     with tempfile.TemporaryFile("w+", errors="replace") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
 
         def stop() -> None:
             is_late.set()
