@@ -32,6 +32,7 @@ NAMES = [
 ]
 # what a process of a trial does first: breaks `loss_and_grads` by one value of the smallest difference, and by memory
 BREAK = """
+import slowft  # before mlx: it loads OpenBLAS
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 from slowft.engine.model import StreamedModel
@@ -39,7 +40,7 @@ right = StreamedModel.loss_and_grads
 def broken(self, *batch):
     result, gradients = right(self, *batch)
     if self.nbytes_on_disk > 100e6:
-        mx.eval(mx.zeros(300_000_000, mx.uint8) + 1)
+        bytearray(b'x') * 300_000_000
     (name, first), *others = tree_flatten(gradients)
     at_largest = mx.arange(first.size).reshape(first.shape) == mx.abs(first).argmax()
     return result, tree_unflatten([(name, mx.where(at_largest, first * (1 + 2**-23), first)), *others])
