@@ -418,6 +418,15 @@ def cpu_name() -> str:
     return os.uname().machine
 
 
+def is_translated() -> bool:
+    """Whether this process runs by Rosetta: a Python for Intel on Apple Silicon, for which there is no MLX."""
+    if not MACOS:
+        return False
+    value, nbytes = ctypes.c_int(0), ctypes.c_size_t(ctypes.sizeof(ctypes.c_int))
+    ctypes.CDLL(None).sysctlbyname(b"sysctl.proc_translated", ctypes.byref(value), ctypes.byref(nbytes), None, 0)
+    return value.value == 1  # Macs with Intel's processors do not know the name, and leave it 0
+
+
 def physical_memory() -> int:
     """Bytes of memory in this machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -14,6 +14,7 @@ COMMANDS = {
     "prepare": "Write a model anew so that it streams: experts stacked, quantized if asked for.",
     "verify": "Check a model's files against their checksums.",
     "bench": "Measure steps, reads and others' trainers on this machine.",
+    "doctor": "Check in half a minute that all of it works on this machine.",
     "demo": "Fine-tune a real small model on real text, from nothing, in minutes.",
 }
 

@@ -1,0 +1,347 @@
+"""The jobs of `slowft doctor` that need MLX: small, and each with a result that is known beforehand.
+
+Comes in: the checks' names, a scratch directory. Goes out: `Check`s, as JSON lines of `python -m slowft.trials TRIAL
+OPTIONS`, a process for each trial. What is tried is slowft's public API, what is expected comes from mlx-lm alone.
+"""
+
+import slowft  # noqa: F401, I001  (before mlx: it loads OpenBLAS)
+
+import gc
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+from . import platform
+from .bench.shapes import write_random
+from .doctor import REPORT, SETTINGS, Check, caught
+from .errors import ConfigError, SlowftError
+
+SLOW_READING_BYTES_PER_S = 300e6
+LORA = {"num_layers": -1, "rank": 8, "scale": 10.0}
+
+# Weights of all of these are random, in bfloat16 unless quantized.
+LARGE = {  # 25 MB a block: the process itself (100 to 200 MB) and two blocks are well below 16 of them
+    "model_type": "llama",
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 4096,
+    "tie_word_embeddings": False,
+}
+SMALL = LARGE | {  # 49 MB, so that there are ceilings between two blocks and all of them
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "num_hidden_layers": 8,
+    "vocab_size": 1024,
+}
+CONFIGS = {
+    "llama": SMALL,
+    # Two experts for each token: a GPU may add up their gradients in any order, and of two numbers both give the same.
+    "qwen3_moe": SMALL
+    | {
+        "model_type": "qwen3_moe",
+        "num_hidden_layers": 4,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 512,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "norm_topk_prob": True,
+        "rope_theta": 1e4,
+        "max_position_embeddings": 512,
+    },
+    "gemma3 4-bit": SMALL
+    | {
+        "model_type": "gemma3_text",
+        "sliding_window": 16,
+        "sliding_window_pattern": 2,
+        "tie_word_embeddings": True,
+        "quantization": {"group_size": 64, "bits": 4},
+    },
+}
+
+
+# --- Speeds ----------------------------------------------------------------------------------------
+
+
+def compute(names: Sequence[str], scratch: str) -> Iterator[Check]:
+    """Which device MLX computes on, and how fast it multiplies."""
+    for name, check in zip(names, (_device, _matrix_products)):
+        yield from caught(name, check)
+
+
+def _device(name: str) -> Check:
+    info = mx.device_info()
+    device, working_set = str(info.get("device_name", "no name")), info.get("max_recommended_working_set_size")
+    figures = {"name": device, "is_cpu": _is_cpu(), "working_set_nbytes": working_set}
+    if _is_cpu():
+        verdict, todo = ("ok", "") if not platform.MACOS else ("note", "use a Mac, or a virtual machine, with Metal")
+        return Check(name, f"CPU, {device}", verdict, todo, figures)
+    recommended = f", recommended working set {working_set / 1e9:.1f} GB" if working_set else ""
+    return Check(name, f"GPU, {device}{recommended}", figures=figures)
+
+
+def _is_cpu() -> bool:
+    return mx.default_device() == mx.Device(mx.cpu)
+
+
+def _matrix_products(name: str) -> Check:
+    rates = {"float32": _flops_per_s(mx.float32)}
+    if not _is_cpu():
+        rates["bfloat16"] = _flops_per_s(mx.bfloat16)
+    words = ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {dtype}" for dtype, rate in rates.items())
+    return Check(name, words, figures={f"{dtype}_flops_per_s": rate for dtype, rate in rates.items()})
+
+
+def _flops_per_s(dtype: mx.Dtype) -> float:
+    """Of square matrices that grow until a product takes long enough (512 takes 0.2 s on the reference BLAS)."""
+    best = 0.0
+    for n in (512, 1024, 2048, 4096):
+        a, took = mx.ones((n, n), dtype), []
+        mx.eval(a)
+        for _ in range(3):  # the first one wakes the device
+            at = time.perf_counter()
+            mx.eval(a @ a)
+            took.append(time.perf_counter() - at)
+        best = max(best, 2 * n**3 / min(took))
+        if min(took) > 0.05:
+            break
+    return best
+
+
+def read(names: Sequence[str], scratch: str, layers: int) -> Iterator[Check]:
+    """Write the model that is trained within a ceiling, and read it as training does."""
+    from .planning.machine import measure_reading
+
+    def check(name: str) -> Check:
+        model = write_random(Path(scratch) / "large", LARGE | {"num_hidden_layers": layers})
+        rate, in_flight = measure_reading([str(file) for file in model.glob("*.safetensors")], 0.7)
+        if rate is None:
+            raise SlowftError("there was too little to read")
+        figures = {"read_bytes_per_s": rate, "reads_in_flight": in_flight}
+        slow = rate < SLOW_READING_BYTES_PER_S
+        todo = "keep models on a faster drive, or raise --grad-accumulation-steps" if slow else ""
+        return Check(name, f"{rate / 1e9:.2f} GB/s", "note" if slow else "ok", todo, figures)
+
+    yield from caught(*names, check)
+
+
+# --- Memory ----------------------------------------------------------------------------------------
+
+
+def train_within_ceiling(names: Sequence[str], scratch: str) -> Iterator[Check]:
+    """Train a model in less memory than it has on disk, and ask the operating system what the process took."""
+    directory, tokens, steps = Path(scratch) / "large", 64, 2
+
+    def train(model) -> int:
+        model.train()
+        optimizer, peak = optim.Adam(learning_rate=1e-4), 0
+        for _ in range(steps):
+            _, gradients = model.loss_and_grads(batch, lengths)
+            optimizer.update(model, gradients)
+            mx.eval(model.trainable_parameters(), optimizer.state)
+            del gradients
+            peak = max(peak, platform.peak_memory(), model.stats.total.peak_memory)  # each step begins to count anew
+        return peak
+
+    def check(name: str) -> Check:
+        nbytes = _nbytes(directory)
+        memory, before, peak = _within([share * nbytes for share in (0.25, 0.4, 0.6)], directory, train)
+        figures = {"memory_nbytes": memory, "peak_nbytes": peak, "model_nbytes": nbytes, "before_nbytes": before}
+        words = f"{peak / 1e6:.0f} MB at most, {memory / 1e6:.0f} MB were given; the model has {nbytes / 1e6:.0f} MB"
+        if peak > memory:
+            todo = f"give --memory {math.ceil(100 * (1 - memory / peak))}% less than there is, and {REPORT}"
+            return Check(name, f"{(peak - memory) / 1e6:.0f} MB over: {words}", "failed", todo, figures)
+        return Check(name, words, figures=figures)
+
+    mx.random.seed(0)
+    batch, lengths = mx.random.randint(0, LARGE["vocab_size"], (1, tokens + 1)), mx.array([[0, tokens]])
+    mx.eval(batch, lengths)
+    _import_mlx_lm()  # what that takes is there before the ceiling is set
+    yield from caught(*names, check)
+
+
+def _import_mlx_lm() -> None:
+    import mlx_lm.tuner.trainer
+    import mlx_lm.utils  # noqa: F401
+
+
+def _within(rooms: Sequence[float | None], directory: Path, use: Callable[[Any], Any]) -> tuple[int | None, int, Any]:
+    """(ceiling, bytes in use before, what `use` gives of the model, opened within it, with LoRA).
+
+    Args:
+        rooms: bytes that ceilings leave beside those in use, of which the first that is enough is taken; None: no
+            ceiling.
+    Raises:
+        ConfigError: none of them is enough.
+    """
+    gc.collect()  # what was done before must not seem to be in use: the ceiling would leave more than `room`
+    mx.clear_cache()
+    platform.release_freed_memory()
+    before = platform.memory_in_use()
+    for room in rooms:
+        memory = None if room is None else int(before + room)
+        platform.reset_peak_memory()
+        try:
+            model = slowft.open_model(directory, memory=memory, spill_dir=directory)
+            try:
+                return memory, before, use(model.add_lora(**LORA))
+            finally:
+                model.close()
+        except ConfigError as e:
+            refusal = e
+    raise refusal
+
+
+def _nbytes(directory: Path) -> int:
+    return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+
+
+# --- Gradients -------------------------------------------------------------------------------------
+
+
+def compare_gradients(names: Sequence[str], scratch: str, model: str) -> Iterator[Check]:
+    """Loss and gradients of a small model, streamed at each setting of memory, against mlx-lm's in memory."""
+    directory = write_random(Path(scratch) / "small", CONFIGS[model])
+    mx.random.seed(3)
+    batch = mx.random.randint(0, SMALL["vocab_size"], (2, 33))
+    lengths = mx.array([[1, 32], [4, 25]])  # a prompt, and padding
+    expected, again = _of_mlx_lm(directory, batch, lengths)
+    own, tensor = _largest_difference(expected, again)
+    if not math.isfinite(own):
+        raise SlowftError(f"mlx-lm's own {tensor} is NaN or infinite when computed once more")
+
+    nbytes = 2 * _nbytes(directory)  # about what it takes in float32
+    # beside what the process has: the first that is enough is taken
+    rooms: dict[str, list[float | None]] = dict(zip(SETTINGS, ([None], [nbytes, 2 * nbytes], [4 * nbytes + 5e8])))
+
+    def use(opened) -> dict[str, Any]:
+        _randomise(opened)
+        opened.train()
+        differences = []
+        for _ in range(2):  # a first step may be planned in another way than those that follow it
+            (loss, _), gradients = opened.loss_and_grads(batch, lengths)
+            differences.append(_largest_difference(expected, (loss, gradients)))
+        difference, tensor = max(differences)
+        read_nbytes, peak = opened.stats.last.bytes_read, opened.stats.total.peak_memory
+        return {"difference": difference, "tensor": tensor, "read_nbytes": read_nbytes, "peak_nbytes": peak}
+
+    def check(name: str, setting: str) -> Check:
+        memory, before, figures = _within(rooms[setting], directory, use)
+        if memory is None:  # with less than streaming takes, sums over tokens come in parts, and are rounded otherwise
+            needed = figures["peak_nbytes"] - before
+            rooms["small ceiling"] = [1.75 * needed, 2.5 * needed, 4 * needed]
+        return _compared(name, figures | {"memory_nbytes": memory, "before_nbytes": before, "of_mlx_lm_to_itself": own})
+
+    for name, setting in zip(names, SETTINGS):
+        yield from caught(name, lambda name, setting=setting: check(name, setting))
+    shutil.rmtree(directory)
+
+
+def _compared(name: str, figures: dict[str, Any]) -> Check:
+    """The verdict: identical is expected. What mlx-lm differs by from one run of its own to the next is no fault."""
+    difference, own = figures["difference"], figures["of_mlx_lm_to_itself"]
+    if difference == 0:
+        return Check(name, "identical to mlx-lm in memory", figures=figures)
+    if math.isfinite(difference):
+        words = f"largest relative difference to mlx-lm in memory: {difference:.1e}, in {figures['tensor']}"
+    else:
+        words = f"NaN or infinite where mlx-lm in memory is not, in {figures['tensor']}"
+        figures = figures | {"difference": None}  # JSON has no infinity
+    if difference <= 2 * own:
+        words += f"; mlx-lm itself differs by {own:.1e} from one run to the next"
+        return Check(name, words, "note", "nothing: results of this device vary", figures)
+    return Check(name, words, "failed", f"do not train with these versions on this machine, and {REPORT}", figures)
+
+
+def _of_mlx_lm(directory: Path, batch: mx.array, lengths: mx.array) -> list[tuple[mx.array, dict]]:
+    """(loss, gradients) of the whole model in memory, computed twice, in the dtype that slowft computes in here."""
+    from mlx_lm.tuner.trainer import default_loss
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+    from mlx_lm.utils import dequantize_model, load_model
+
+    whole, _ = load_model(directory)
+    if _is_cpu():
+        whole.update(tree_map(_to_float32, whole.parameters()))
+        whole = dequantize_model(whole)
+    whole.freeze()
+    linear_to_lora_layers(whole, len(whole.layers), {"rank": LORA["rank"], "scale": LORA["scale"], "dropout": 0.0})
+    _randomise(whole)
+    whole.train()
+    results = []
+    for _ in range(2):
+        (loss, _), gradients = nn.value_and_grad(whole, default_loss)(whole, batch, lengths)
+        mx.eval(loss, gradients)
+        results.append((loss, gradients))
+    return results
+
+
+def _to_float32(array: mx.array) -> mx.array:
+    return array.astype(mx.float32) if mx.issubdtype(array.dtype, mx.floating) else array
+
+
+def _randomise(model: nn.Module) -> None:
+    """The same random adapter for both: a fresh one has zeros, and so have half of its gradients."""
+    mx.random.seed(2)
+    shapes = sorted((name, array.shape) for name, array in tree_flatten(model.trainable_parameters()))
+    model.update(tree_unflatten([(name, 0.05 * mx.random.normal(shape)) for name, shape in shapes]))
+    mx.eval(model.trainable_parameters())
+
+
+def _largest_difference(expected: tuple[mx.array, dict], found: tuple[mx.array, dict]) -> tuple[float, str]:
+    """(the largest difference relative to the largest value of the tensor, the tensor's name), loss included.
+
+    Infinite where a value is NaN.
+
+    Raises:
+        SlowftError: tensors of other names or shapes, or nothing to compare with.
+    """
+    a, b = (dict(tree_flatten({"loss": loss, "gradients": gradients})) for loss, gradients in (expected, found))
+    if {name: array.shape for name, array in a.items()} != {name: array.shape for name, array in b.items()}:
+        raise SlowftError(f"gradients of {len(b) - 1} tensors, of mlx-lm {len(a) - 1}, or of other names or shapes")
+    differences = []
+    for name, array in a.items():
+        largest = mx.abs(array).max().item()
+        if not 0 < largest < math.inf:
+            raise SlowftError(f"there is nothing to compare with: the largest of mlx-lm's {name} is {largest}")
+        difference = mx.abs(array - b[name]).max().item() / largest
+        differences.append((math.inf if math.isnan(difference) else difference, name))
+    return max(differences)
+
+
+TRIALS: dict[str, Callable[..., Iterator[Check]]] = {
+    "compute": compute,
+    "read": read,
+    "train_within_ceiling": train_within_ceiling,
+    "compare_gradients": compare_gradients,
+}
+
+
+def main() -> None:
+    lines = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no result
+    sys.modules["torch"] = None  # transformers would import PyTorch if it is there, and nobody here needs it
+    trial, options = sys.argv[1:]
+    for check in TRIALS[trial](**json.loads(options)):
+        print(json.dumps(asdict(check)), file=lines, flush=True)
+
+
+if __name__ == "__main__":
+    main()
