@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from .. import tracing
 from ..errors import ConfigError, SlowftError, SlowftWarning
+from ..memory import limits
 from ..models.layers import Layer
 from ..models.seams import FLOATS, TOKENS, Arrays, Cut, Probe, Unit, array_entries, trainable_entries
 from ..models.weights import Param, placeholder, read_whole
@@ -28,7 +29,7 @@ from ..planning.schedule import Schedule
 from ..storage.activation_cache import ActivationCache
 from ..storage.reader import Reader
 from ..streaming.residency import Residency
-from ..streaming.reuse import Reuse, usual_limits
+from ..streaming.reuse import Reuse
 from ..streaming.threads import MicroBatches
 from .activations import Activations
 from .block import Memory, UnitCall
@@ -585,9 +586,12 @@ class Engine:
             raise ValueError("only a plain chain of blocks has a tail")
         self.schedule = schedule
         tail = [self.cut.blocks[index] for index in dict.fromkeys(order[len(order) - schedule.tail :])]
-        self._residency.keep_whole([*tail, *(self.cut.head if schedule.keep_head else ())])
+        whole = [*tail, *(self.cut.head if schedule.keep_head else ())]
+        self._residency.keep_whole(whole)
         below = [block for index in order[::-1] if (block := self.cut.blocks[index]) not in tail]
-        self._residency.keep_held(list(dict.fromkeys(below))[: schedule.packed])
+        packed = list(dict.fromkeys(below))[: schedule.packed]
+        packed_nbytes = sum(param.source.held_nbytes for unit in packed for param in unit.params)
+        self._residency.keep_held(packed)
         self.layers.group_nbytes = schedule.group_nbytes or GROUP_NBYTES
         head = self.cut.head if schedule.head_ahead else ()
         sizes = schedule.slots, schedule.resident_nbytes, schedule.reads_in_flight
@@ -600,8 +604,9 @@ class Engine:
         self._residency.on_thread(lambda: self._activations.spill(schedule.spilled, directory))
         if schedule.cache_nbytes is not None:
             self._residency.reuse = Reuse(schedule)
-            mx.set_cache_limit(schedule.cache_nbytes)
-        mx.set_memory_limit(schedule.active_nbytes or usual_limits()[0])
+            limits().keep_freed(schedule.cache_nbytes)
+        limits().hold(schedule.active_nbytes)
+        limits().wire(schedule.resident_nbytes + sum(unit.compute_nbytes for unit in whole) + packed_nbytes)
 
     def reuse_more(self, nbytes: int) -> None:
         """The last step left so many bytes of its memory (below 0: took more): freed buffers may take them."""
@@ -756,10 +761,8 @@ class Engine:
             self._residency.on_thread(self._activations.close)
         self._micro_batches.close()
         self._residency.close()
-        memory, cache = usual_limits()  # below what is in use, MLX would wait at every operation of whatever follows
-        mx.set_memory_limit(memory)
-        mx.set_cache_limit(cache)
-        mx.clear_cache()  # of sizes that nobody will ask for
+        limits().restore()  # below what is in use, MLX would wait at every operation of whatever follows
+        limits().give_back()  # buffers of sizes that nobody will ask for
 
 
 def nothing(array: mx.array) -> mx.array:
