@@ -14,6 +14,7 @@ from mlx_lm.tuner.trainer import default_loss
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import _get_classes, load_model
 
+from mac import mac  # noqa: F401  (a fixture)
 from slowft.memory import limits
 from slowft.storage import requests
 
