@@ -6,7 +6,8 @@ cannot show Metal's own kernels, the order in which they run, or what they take.
 - takes its macOS branches, with the constants and structures of the headers, and calls nothing that only Linux has;
 - computes in the model's own dtype with packed weights, as on any GPU;
 - exports no graph of what runs on the GPU (the fused primitives there cannot be exported);
-- takes a forward pass the way training takes it: attention outside of a gradient trace is another function;
+- takes a forward pass the way training takes it: attention outside of a gradient trace is another function, and so is
+  a compiled function of arrays that are not traced;
 - does not rely on MLX's limits to act as the CPU backend's do.
 """
 
@@ -22,6 +23,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 
 from slowft import memory, platform
@@ -38,7 +40,7 @@ ONLY_LINUX = {
     "mmap": {"MADV_HUGEPAGE"},
     "libc": {"malloc_trim", "mallopt", "sync_file_range", "posix_fadvise", "fallocate", "openblas_get_config"},
 }
-ATTENTION_FACTOR = 1 + 2**-8  # of what attention puts out when no gradient is traced
+FACTOR = 1 + 2**-8  # of what attention puts out when no gradient is traced, and compiled functions
 
 
 class Mac:
@@ -297,6 +299,39 @@ def _replace_limits(monkeypatch, double: Mac) -> None:
     monkeypatch.setattr(mx, "async_eval", allocating(evaluate_ahead))
 
 
+def _slightly_other(array: mx.array) -> mx.array:
+    return (array.astype(mx.float32) * FACTOR).astype(array.dtype)
+
+
+def _replace_compiled(monkeypatch) -> None:
+    """MLX fuses what is compiled, unless it is called with traced arrays (mlx/compile.cpp); bits may differ."""
+    calls = []
+
+    @mx.compile
+    def probe(*arrays):
+        calls.append(arrays)
+        return arrays[0] + 1
+
+    def runs_compiled(arrays) -> bool:
+        probe(*[mx.zeros(a.shape, a.dtype) for a in arrays])  # now it is compiled for such arrays, if anything is
+        before = len(calls)
+        probe(*arrays)
+        return len(calls) == before
+
+    def fused(function):
+        def call(*args):
+            output = function(*args)
+            return _slightly_other(output) if runs_compiled(args) and not _depth("on_cpu") else output
+
+        return call
+
+    compiled, places = type(nn.silu), {}
+    for module in [m for name, m in list(sys.modules.items()) if name.startswith(("mlx_lm.models.", "mlx.nn"))]:
+        for name, value in list(vars(module).items()):
+            if type(value) is compiled and name in ("swiglu", "silu"):
+                monkeypatch.setattr(module, name, places.setdefault(id(value), fused(value)))
+
+
 def _replace_functions(monkeypatch, double: Mac) -> None:
     def traced(function):
         def call(*args, **kwargs):
@@ -318,9 +353,10 @@ def _replace_functions(monkeypatch, double: Mac) -> None:
         double.attention[not is_traced] += 1
         if is_traced or _depth("on_cpu"):
             return output
-        return (output.astype(mx.float32) * ATTENTION_FACTOR).astype(output.dtype)
+        return _slightly_other(output)
 
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", attend)
+    _replace_compiled(monkeypatch)
 
     export = mx.export_function
 

@@ -3,26 +3,40 @@
 These find what Python can see go wrong there. None of it was run on a Mac.
 """
 
+import math
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
+from click.testing import CliRunner
+from mlx.utils import tree_flatten, tree_map
+from mlx_lm.tuner.trainer import default_loss
+from mlx_lm.utils import load_model
 from test_gradients import save_quantized
+from test_schedule import every_product
+from test_training import config, write_data
 
 import slowft
 from architectures import ARCHITECTURES
 from conftest import (
     LLAMA,
+    attach_in_memory,
     in_memory,
     largest,
     largest_difference,
+    random_batch,
     randomise,
+    reference,
     save_random,
 )
 from mac import F_NOCACHE, F_PREALLOCATE
 from slowft import platform
+from slowft.cli.main import slowft as command_line
 from slowft.memory import MetalLimits, limits
 from slowft.planning.schedule import Schedule
+from slowft.reports.base import Report
 from slowft.storage import reader
+from slowft.training.run import run
 
 LORA = {"num_layers": -1, "rank": 4, "scale": 2.0}
 MOE = ARCHITECTURES["mixtral (experts)"]
@@ -73,6 +87,17 @@ def test_the_double_tells_forward_passes_apart(mac):
 
     assert not mx.array_equal(attend(x), in_trace(None))
     assert mx.array_equal(in_trace(x), in_trace(None))
+
+
+def test_the_double_tells_compiled_functions_apart(mac):
+    x = mx.random.normal((8,)).astype(mx.bfloat16)
+    (of_traced,), _ = mx.vjp(nn.silu, [x], [x])
+    assert not mx.array_equal(nn.silu(x), of_traced)
+    mx.disable_compile()
+    try:
+        assert mx.array_equal(nn.silu(x), of_traced)
+    finally:
+        mx.enable_compile()
 
 
 def test_the_double_gives_back_freed_buffers_with_the_next_allocation(mac):
@@ -160,3 +185,140 @@ def test_weights_that_stay_are_wired_and_no_others(mac, llama):
     assert mac.wired[-1] == 100_000
     model.close()
     assert mac.wired[-1] == 0
+
+
+# --- The same bits as in memory ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("memory", ["least", "ample"])
+@pytest.mark.parametrize("directory", KINDS, indirect=True)
+def test_gradients_equal_in_memory(directory, memory, mac):
+    """In the least memory, and with room for everything; of one row, as several would be taken one by one."""
+    whole, streamed = pair(directory)
+    least = streamed.planner(1, 24).least().peak_nbytes
+    schedule = streamed.plan(1, 24, memory=least + (0 if memory == "least" else 1 << 30), follow=True).schedule
+    assert (schedule.tail > 0) == (memory == "ample")
+    assert schedule.mlp_tokens is schedule.attention_queries is None
+    batch, lengths = random_batch(128, rows=1)
+    assert_equal(reference(whole, batch, lengths), streamed.loss_and_grads(batch, lengths))
+
+
+@pytest.mark.parametrize("lora", [{}, {"num_layers": 2}], ids=["all blocks", "last two"])
+@pytest.mark.parametrize("schedule", ["stream", "keep outputs", "tail", "groups of experts"])
+@pytest.mark.parametrize("directory", KINDS, indirect=True)
+def test_gradients_equal_under_every_schedule(directory, schedule, lora, mac):
+    whole, streamed = pair(directory, **lora)
+    batch, lengths = random_batch(128)
+    expected = reference(whole, batch, lengths)
+    kept = every_product(streamed)
+    streamed._engine.follow(
+        {
+            "stream": Schedule(),
+            "keep outputs": Schedule(kept=kept),
+            "tail": Schedule(tail=2),
+            "groups of experts": Schedule(slots=1, group_nbytes=1 << 20),
+        }[schedule]
+    )
+    for _ in range(2):
+        assert_equal(expected, streamed.loss_and_grads(batch, lengths))
+    outside = mac.attention[1]
+    streamed.loss_and_grads(batch, lengths)
+    assert mac.attention[1] == outside  # all of a step's attention is inside of a trace
+
+
+@pytest.mark.parametrize("directory", KINDS, indirect=True)
+def test_gradients_of_ones_own_transformation_equal_in_memory(directory, mac):
+    whole, streamed = pair(directory)
+    batch, lengths = random_batch(128)
+    loss, gradients = reference(streamed, batch, lengths)
+    assert_equal(reference(whole, batch, lengths), ((loss, None), gradients))
+
+
+@pytest.mark.parametrize("directory", KINDS, indirect=True)
+def test_an_evaluation_is_that_of_mlx_lm_outside_of_a_trace(directory, mac):
+    whole, streamed = pair(directory)
+    batch, lengths = random_batch(128)
+    whole.eval()
+    expected, _ = default_loss(whole, batch, lengths)
+    training = reference(whole, batch, lengths)[0]
+    streamed.eval()
+    assert streamed.loss(batch, lengths)[0].item() == expected.item() != training.item()
+
+
+def test_micro_batches_equal_their_sum_in_memory(llama, mac):
+    whole, streamed = pair(llama)
+    batches = [random_batch(256, seed=seed) for seed in (3, 4)]
+    parts = [reference(whole, *pair_of) for pair_of in batches]
+    n = [default_loss(whole, *pair_of)[1].item() for pair_of in batches]
+    (loss, _), gradients = streamed.loss_and_grads(batches)
+    weighted = [tree_map(lambda g, k=k: g * (k / sum(n)), g) for (_, g), k in zip(parts, n)]
+    expected = tree_map(mx.add, *weighted)
+    assert loss.item() == pytest.approx(sum(of.item() * k for (of, _), k in zip(parts, n)) / sum(n), rel=1e-6)
+    assert largest_difference(expected, gradients) <= 1e-6 * largest(expected)
+
+
+def test_stored_activations_are_those_of_a_training_step_or_of_an_evaluation(llama, mac, tmp_path):
+    """Below the lowest trained block the two differ, of the same tokens."""
+    whole, streamed = pair(llama, num_layers=2)
+    streamed.cache_activations(tmp_path / "cache")
+    batch, lengths = random_batch(256)
+    for _ in range(2):
+        whole.train(), streamed.train()
+        assert_equal(reference(whole, batch, lengths), streamed.loss_and_grads(batch, lengths))
+        whole.eval(), streamed.eval()
+        assert streamed.loss(batch, lengths)[0].item() == default_loss(whole, batch, lengths)[0].item()
+    assert streamed.stats.from_cache == 2
+    streamed.close()
+
+
+# --- The whole job ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("memory", ["least", "ample"])
+def test_a_run_trains_evaluates_saves_and_resumes(memory, mac, llama_with_tokenizer, tmp_path):
+    data = write_data(tmp_path / "data")
+    options = dict(
+        model=str(llama_with_tokenizer),
+        data=str(data),
+        memory=f"{(platform.memory_in_use() + ((200 if memory == 'least' else 2000) << 20)) // 1_000_000}MB",
+        iters=4,
+        grad_accumulation_steps=2,
+        save_every=2,
+        steps_per_eval=2,
+    )
+    report = Report()
+    result = run(config(tmp_path, **options), report)
+    assert math.isfinite(result["valid_loss"]) and result["valid_loss"] < result["valid_loss_before"]
+    saved = tmp_path / "adapter" / "adapters.safetensors"
+    assert (tmp_path / "adapter" / "0000002_adapters.safetensors").exists()
+    again = config(tmp_path, **options | dict(resume_adapter_file=str(saved), adapter_path=str(tmp_path / "second")))
+    second = run(again, report)
+    assert second["valid_loss_before"] == result["valid_loss"]
+    assert mac.memory_limit == mac.cache_limit > 1 << 30  # as they were before
+
+
+def test_a_run_is_the_same_in_any_memory(mac, llama_with_tokenizer, tmp_path):
+    adapters = []
+    for n, extra in enumerate((200, 2000)):
+        settings = config(
+            tmp_path,
+            model=str(llama_with_tokenizer),
+            data=str(write_data(tmp_path / "data")),
+            memory=f"{(platform.memory_in_use() + (extra << 20)) // 1_000_000}MB",
+            adapter_path=str(tmp_path / f"adapter-{n}"),
+        )
+        run(settings, Report())
+        adapters.append(mx.load(str(tmp_path / f"adapter-{n}" / "adapters.safetensors")))
+    assert largest_difference(*adapters) == 0.0
+
+
+def test_the_command_trains(mac, llama_with_tokenizer, tmp_path):
+    paths = {"model": llama_with_tokenizer, "data": write_data(tmp_path / "data"), "adapter-path": tmp_path / "adapter"}
+    command = ["finetune", "--iters", "2", "--batch-size", "2", "--memory", "3GB"]
+    command += [part for name, path in paths.items() for part in (f"--{name}", str(path))]
+    done = CliRunner().invoke(command_line, command, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    whole, _ = load_model(llama_with_tokenizer)
+    attach_in_memory(whole, num_layers=16, rank=8, scale=20.0)
+    names = set(dict(tree_flatten(whole.trainable_parameters())))
+    assert names >= set(mx.load(str(tmp_path / "adapter" / "adapters.safetensors")))

@@ -43,7 +43,7 @@ from .parts import HeadPart, Tail, TailCall, alias, unevaluated_zeros
 from .pieces import Pieces, PieceWork
 from .randomness import dropout_seed
 from .stats import Stats
-from .trees import attach, detach
+from .trees import attach, detach, uncompiled
 
 HEAD = "head"  # stands for the tail and all layers behind the last block where units are named
 
@@ -189,6 +189,7 @@ class Engine:
             carriers=self.cut.carriers,
             layers=self.layers,
             kind=self._kind_of(unit),
+            in_training=self._expects_backward,
         )
         return call()
 
@@ -415,7 +416,8 @@ class Engine:
         originals = [owner[key] for _, owner, key in entries]
         self.stats.begin_step()
         try:
-            losses, ntoks = self._run_micro_batches(micro_batches, differentiate, gradients=True)
+            with uncompiled():
+                losses, ntoks = self._run_micro_batches(micro_batches, differentiate, gradients=True)
         finally:
             for (_, owner, key), array in zip(entries, originals):
                 owner[key] = array
@@ -666,6 +668,9 @@ class Engine:
         cuts = self.schedule.mlp_tokens, self.schedule.attention_queries
         if self.schedule.group_nbytes is not None:
             cuts += (self.schedule.group_nbytes,)
+        if self._expects_backward and mx.default_device() != mx.Device(mx.cpu):
+            # in which a GPU's kernels are others than in an evaluation; on MLX's CPU backend, all give the same bits
+            cuts += ("in training",)
         keys = self._stored.keys(self._boundary, cuts, [batch[:, :-1] for batch, _ in micro_batches])
 
         def find():
