@@ -27,6 +27,7 @@ from . import platform
 from .bench.shapes import write_random
 from .doctor import REPORT, SETTINGS, Check, caught
 from .errors import ConfigError, SlowftError
+from .memory import limits
 
 SLOW_READING_BYTES_PER_S = 300e6
 LORA = {"num_layers": -1, "rank": 8, "scale": 10.0}
@@ -193,7 +194,7 @@ def _within(rooms: Sequence[float | None], directory: Path, use: Callable[[Any],
         ConfigError: none of them is enough.
     """
     gc.collect()  # what was done before must not seem to be in use: the ceiling would leave more than `room`
-    mx.clear_cache()
+    limits().give_back()
     platform.release_freed_memory()
     before = platform.memory_in_use()
     for room in rooms:

@@ -14,8 +14,9 @@ from mlx_lm.tuner.trainer import default_loss
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import _get_classes, load_model
 
+from mac import mac  # noqa: F401  (a fixture)
+from slowft.memory import limits
 from slowft.storage import requests
-from slowft.streaming import residency
 
 LLAMA = {
     "model_type": "llama",
@@ -48,8 +49,11 @@ def users_cache(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def usual_limits():
     """Models that a test leaves open do not hold up the next one's operations."""
+    memory, cache = mx.set_memory_limit(1 << 60), mx.set_cache_limit(1 << 60)
+    mx.set_memory_limit(memory)
+    mx.set_cache_limit(cache)
     yield
-    memory, cache = residency.usual_limits()
+    limits().restore()
     mx.set_memory_limit(memory)
     mx.set_cache_limit(cache)
 

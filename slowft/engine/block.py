@@ -17,7 +17,7 @@ from ..errors import SlowftError
 from ..models.calls import Arguments, Outcome
 from ..models.seams import FLOATS
 from .layers import LayerWork
-from .trees import attach, detach
+from .trees import attach, detach, in_trace, uncompiled
 
 # serve(job, backward) -> job's result, called on the compute thread with the unit's weights in place
 Serve = Callable[[Callable[[], Any], bool], Any]
@@ -68,6 +68,7 @@ class UnitCall:
         carriers: see `Arguments`.
         layers: computes the unit's layers that are not brought with it; None if there are none.
         kind: of the unit, for `layers`.
+        in_training: a backward pass follows, so that the forward pass has to be what it will recompute.
     """
 
     def __init__(
@@ -85,10 +86,11 @@ class UnitCall:
         carriers: Collection[type] = (),
         layers: LayerWork | None = None,
         kind: Hashable = None,
+        in_training: bool = False,
     ):
         self._inner, self._entries, self._params = inner, list(entries), list(params)
         self._serve, self._seed, self._memory = serve, seed, memory
-        self._layers, self._kind = layers, kind
+        self._layers, self._kind, self._in_training = layers, kind, in_training
         self._arguments = Arguments(args, kwargs, carriers)
         self._inputs = self._arguments.arrays
         self._n = len(self._inputs)
@@ -112,7 +114,7 @@ class UnitCall:
             xs = self._attach(detached, backward=False)
             mx.random.seed(self._seed)
             with self._memory.recording() as kept:
-                outputs = self._run(xs[: self._n], xs[self._n :])
+                outputs = self._forward(xs)
                 del xs
                 mx.eval(outputs, kept, [cache.state for cache in self._states])
             return [self._memory.output(*outputs)] if self._memory.hides_output else outputs
@@ -122,6 +124,17 @@ class UnitCall:
             for at, i in self._outcome.handed_on:
                 outputs[at] = xs[i]  # no second copy
         return tuple(outputs)
+
+    def _forward(self, xs: list[mx.array]) -> list[mx.array]:
+        """The outputs, unevaluated; in training those that the backward pass recomputes, to the last bit."""
+
+        def run() -> list[mx.array]:
+            return self._run(xs[: self._n], xs[self._n :])
+
+        if not self._in_training:
+            return run()
+        with uncompiled():
+            return in_trace(run)
 
     def _detach(self, xs: Sequence[mx.array]) -> list:
         """Values apart from the trace; None for a hidden state that is not in it."""
@@ -139,7 +152,7 @@ class UnitCall:
         wrt, n = self._wrt, self._n
 
         def backward():
-            with self._memory.replaying():
+            with self._memory.replaying(), uncompiled():
                 if self._layers is not None and self._layers.are_apart:
                     gradients = self._gradients_in_waves(detached, detached_cotangents)
                 else:
@@ -180,7 +193,7 @@ class UnitCall:
 
         def recompute() -> None:
             mx.random.seed(self._seed)
-            self._run(xs[: self._n], xs[self._n :])
+            in_trace(lambda: self._run(xs[: self._n], xs[self._n :]))
 
         kind = self._kind, tuple(self._wrt), tuple(x.shape for x in xs)
         return self._layers.gradients(kind, recompute, lambda: self._gradients(xs, cotangents))

@@ -19,6 +19,7 @@ from ..storage.activation_cache import ActivationCache
 from ..storage.fingerprint import fingerprint, identities
 from ..storage.reader import Reader
 from ..version import __version__
+from .trees import is_compiling
 
 NUMERICS = 1  # goes up with any change of ours that changes a bit of a forward pass
 
@@ -111,17 +112,5 @@ def _numerics() -> list[str]:
 
     versions = [__version__, str(NUMERICS), mx.__version__, mlx_lm_version]
     device = f"{mx.default_device()} {mx.device_info().get('device_name')}"
-    return [*versions, device, platform.blas_description(), str(_is_compiled())]
+    return [*versions, device, platform.blas_description(), str(is_compiling())]
 
-
-def _is_compiled() -> bool:
-    """Whether functions that mlx-lm compiles, such as SwiGLU, run compiled: they may round otherwise."""
-    calls = []
-
-    def function(x: mx.array) -> mx.array:
-        calls.append(x)
-        return x + 1
-
-    compiled = mx.compile(function)
-    compiled(mx.array(0)), compiled(mx.array(0))
-    return len(calls) == 1

@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from .. import platform
 from ..errors import ConfigError, SlowftWarning
+from ..memory import limits
 from ..models.seams import trainable_entries
 from ..planning.caching import from_boundary, pays
 from ..planning.job import Cut, Job
@@ -95,7 +96,7 @@ class Budget:
             # more than the machine has (on macOS: than Metal recommends) would be paged
             memory = min(memory, machine.memory_nbytes)
         plan = planner.choose(memory)
-        mx.clear_cache()  # of what was measured with
+        limits().give_back()  # of what was measured with
         if plan is None:
             raise ConfigError(planner.too_little(memory))
         self._planner = planner
@@ -155,7 +156,7 @@ class Budget:
         engine = self._engine
         machine = machine or self._machine_within(None)
         if self._base_nbytes is None:  # before the first step: nothing of it is in memory yet
-            mx.clear_cache()
+            limits().give_back()
             platform.release_freed_memory()
             self._base_nbytes = platform.memory_in_use() + WARM_UP_NBYTES + self._planned_nbytes
             self._held_nbytes = mx.get_active_memory()

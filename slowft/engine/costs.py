@@ -6,7 +6,7 @@ weights and computes nothing.
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from .head import HeadLoss, usual_chunk
 from .layers import LayerCall, inner_call
 from .parts import HeadPart, Tail, TailCall
 from .pieces import Pieces, ordering_by_sums
+from .trees import uncompiled
 
 LONGEST_PERIOD = 8  # of blocks that alternate
 REPETITIONS = 2  # of it that a long tail's graph is made with
@@ -298,9 +299,19 @@ class Costing:
         return inner_call(self._cut.blocks[self._cut.order[-1]])(*args, **kwargs)
 
 
+def _as_on_a_cpu() -> AbstractContextManager:
+    """While this is entered, graphs are made as for the CPU backend; nothing is evaluated.
+
+    On a GPU, cross-entropy and the gradient of attention become fused primitives, which MLX cannot export. Made of
+    plain operations they take more memory: an upper bound.
+    """
+    cpu = mx.Device(mx.cpu)
+    return nullcontext() if mx.default_device() == cpu else mx.stream(cpu)
+
+
 def cost(function: Callable, *args, in_part: bool = False) -> Cost:
     """See `planning.graph.cost`; pieces are put in order in a way it can see through."""
-    with ordering_by_sums():
+    with ordering_by_sums(), uncompiled(), _as_on_a_cpu():
         if in_part:
             try:
                 return graph.cost(function, *args, in_part=True)
@@ -311,7 +322,7 @@ def cost(function: Callable, *args, in_part: bool = False) -> Cost:
 
 def costs_without(function: Callable, *args) -> list[Cost]:
     """See `planning.graph.costs_without`."""
-    with ordering_by_sums():
+    with ordering_by_sums(), uncompiled(), _as_on_a_cpu():
         return graph.costs_without(function, *args)
 
 

@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from .. import tracing
 from ..errors import ConfigError, SlowftError, SlowftWarning
+from ..memory import limits
 from ..models.layers import Layer
 from ..models.seams import FLOATS, TOKENS, Arrays, Cut, Probe, Unit, array_entries, trainable_entries
 from ..models.weights import Param, placeholder, read_whole
@@ -28,7 +29,7 @@ from ..planning.schedule import Schedule
 from ..storage.activation_cache import ActivationCache
 from ..storage.reader import Reader
 from ..streaming.residency import Residency
-from ..streaming.reuse import Reuse, usual_limits
+from ..streaming.reuse import Reuse
 from ..streaming.threads import MicroBatches
 from .activations import Activations
 from .block import Memory, UnitCall
@@ -42,7 +43,7 @@ from .parts import HeadPart, Tail, TailCall, alias, unevaluated_zeros
 from .pieces import Pieces, PieceWork
 from .randomness import dropout_seed
 from .stats import Stats
-from .trees import attach, detach
+from .trees import attach, detach, uncompiled
 
 HEAD = "head"  # stands for the tail and all layers behind the last block where units are named
 
@@ -188,6 +189,7 @@ class Engine:
             carriers=self.cut.carriers,
             layers=self.layers,
             kind=self._kind_of(unit),
+            in_training=self._expects_backward,
         )
         return call()
 
@@ -414,7 +416,8 @@ class Engine:
         originals = [owner[key] for _, owner, key in entries]
         self.stats.begin_step()
         try:
-            losses, ntoks = self._run_micro_batches(micro_batches, differentiate, gradients=True)
+            with uncompiled():
+                losses, ntoks = self._run_micro_batches(micro_batches, differentiate, gradients=True)
         finally:
             for (_, owner, key), array in zip(entries, originals):
                 owner[key] = array
@@ -585,9 +588,12 @@ class Engine:
             raise ValueError("only a plain chain of blocks has a tail")
         self.schedule = schedule
         tail = [self.cut.blocks[index] for index in dict.fromkeys(order[len(order) - schedule.tail :])]
-        self._residency.keep_whole([*tail, *(self.cut.head if schedule.keep_head else ())])
+        whole = [*tail, *(self.cut.head if schedule.keep_head else ())]
+        self._residency.keep_whole(whole)
         below = [block for index in order[::-1] if (block := self.cut.blocks[index]) not in tail]
-        self._residency.keep_held(list(dict.fromkeys(below))[: schedule.packed])
+        packed = list(dict.fromkeys(below))[: schedule.packed]
+        packed_nbytes = sum(param.source.held_nbytes for unit in packed for param in unit.params)
+        self._residency.keep_held(packed)
         self.layers.group_nbytes = schedule.group_nbytes or GROUP_NBYTES
         head = self.cut.head if schedule.head_ahead else ()
         sizes = schedule.slots, schedule.resident_nbytes, schedule.reads_in_flight
@@ -600,8 +606,9 @@ class Engine:
         self._residency.on_thread(lambda: self._activations.spill(schedule.spilled, directory))
         if schedule.cache_nbytes is not None:
             self._residency.reuse = Reuse(schedule)
-            mx.set_cache_limit(schedule.cache_nbytes)
-        mx.set_memory_limit(schedule.active_nbytes or usual_limits()[0])
+            limits().keep_freed(schedule.cache_nbytes)
+        limits().hold(schedule.active_nbytes)
+        limits().wire(schedule.resident_nbytes + sum(unit.compute_nbytes for unit in whole) + packed_nbytes)
 
     def reuse_more(self, nbytes: int) -> None:
         """The last step left so many bytes of its memory (below 0: took more): freed buffers may take them."""
@@ -661,6 +668,9 @@ class Engine:
         cuts = self.schedule.mlp_tokens, self.schedule.attention_queries
         if self.schedule.group_nbytes is not None:
             cuts += (self.schedule.group_nbytes,)
+        if self._expects_backward and mx.default_device() != mx.Device(mx.cpu):
+            # in which a GPU's kernels are others than in an evaluation; on MLX's CPU backend, all give the same bits
+            cuts += ("in training",)
         keys = self._stored.keys(self._boundary, cuts, [batch[:, :-1] for batch, _ in micro_batches])
 
         def find():
@@ -756,10 +766,8 @@ class Engine:
             self._residency.on_thread(self._activations.close)
         self._micro_batches.close()
         self._residency.close()
-        memory, cache = usual_limits()  # below what is in use, MLX would wait at every operation of whatever follows
-        mx.set_memory_limit(memory)
-        mx.set_cache_limit(cache)
-        mx.clear_cache()  # of sizes that nobody will ask for
+        limits().restore()  # below what is in use, MLX would wait at every operation of whatever follows
+        limits().give_back()  # buffers of sizes that nobody will ask for
 
 
 def nothing(array: mx.array) -> mx.array:

@@ -5,8 +5,8 @@ What an expert gives for an input depends on no other, so results by groups of e
 of a matrix cut by rows the cotangent is a sum over groups, so gradients agree up to rounding.
 
 Nothing can be evaluated while MLX traces without keeping its graph (721 MB for a block whose backward pass takes 139),
-so a block's vjp is taken in waves: first its forward pass, untraced, for the outputs of these layers; then its vjp with
-those in place, several times, each as far as the cotangents of the layers that can be known by then.
+so a block's vjp is taken in waves: first its forward pass, none of its arrays traced, for the outputs of these layers;
+then its vjp with those in place, several times, each as far as the cotangents of the layers that can be known by then.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
@@ -157,7 +157,7 @@ class LayerWork:
 
         Args:
             kind: equal for calls in which the same outputs are needed.
-            recompute: calls the block outside of any trace.
+            recompute: calls the block on arrays that are not traced.
             differentiate: calls it within `mx.vjp`, the same each time.
         """
         kind = kind, tuple(layer.name for layer in self._residency.apart)

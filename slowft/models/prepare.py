@@ -5,7 +5,6 @@ what `mlx_lm.convert` writes, with a file for each block, in the order of a forw
 Reads each weight once and never holds more than some pieces of tensors. A killed run goes on where it was.
 """
 
-import contextlib
 import fcntl
 import json
 import os
@@ -18,6 +17,7 @@ import mlx.core as mx
 
 from .. import platform
 from ..errors import ConfigError, ModelError, SlowftError
+from ..memory import limits
 from ..sizes import parse_nbytes
 from ..storage import manifest
 from ..storage.buffers import read_buffer, shift
@@ -97,7 +97,7 @@ def prepare(
                 progress(done, total)
 
         advance(0)
-        with _small_cache(2 * piece_nbytes):
+        with limits().keeping_freed(2 * piece_nbytes):
             worker = _Worker(piece_nbytes, advance, conversion.computed_from)
             try:
                 for file in conversion.files:
@@ -157,15 +157,6 @@ def _piece_nbytes(conversion: Conversion, limit: int) -> int:
             f"{why if conversion.computed_nbytes > FLOOR_NBYTES else ''}. Use --memory {least / 1e9:.2f}GB or more"
         )
     return piece // 4096 * 4096
-
-
-@contextlib.contextmanager
-def _small_cache(nbytes: int) -> Iterator[None]:
-    before = mx.set_cache_limit(nbytes)
-    try:
-        yield
-    finally:
-        mx.set_cache_limit(before)
 
 
 # --- Reading, casting, quantizing -------------------------------------------------------------------

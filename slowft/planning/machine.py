@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 
 from .. import platform
+from ..memory import limits
 from ..models.weights import Packed, Rounded, build_all, casting_streams, hold_all
 from ..storage.buffers import read_buffer, shift, take_pages
 from ..storage.index import Extent
@@ -277,13 +278,12 @@ def _memory_nbytes() -> int:
 @contextlib.contextmanager
 def _cache_limit(nbytes: int) -> Iterator[None]:
     """MLX keeps up to so many bytes of freed buffers to hand out again."""
-    previous = mx.set_cache_limit(nbytes)
-    mx.clear_cache()  # of what would fill it
-    try:
-        yield
-    finally:
-        mx.clear_cache()
-        mx.set_cache_limit(previous)
+    with limits().keeping_freed(nbytes):
+        limits().give_back()  # what would fill it
+        try:
+            yield
+        finally:
+            limits().give_back()
 
 
 def _ones(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
@@ -331,7 +331,7 @@ def _cast_s(dtype: mx.Dtype, nbytes: int, seconds: float) -> tuple[float, float]
 
     begin = time.perf_counter()
     while len(warm) < 4 or time.perf_counter() - begin < seconds:
-        mx.clear_cache()
+        limits().give_back()
         platform.release_freed_memory()  # where malloc has so much free between other blocks, it takes that
         fresh.append(_once(cast))
         warm.append(_once(cast))

@@ -5,8 +5,6 @@ Comes in: a size. Goes out: a uint8 array of undefined content. Called by the th
 
 import io
 import mmap
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import mlx.core as mx
 import numpy as np
@@ -97,13 +95,3 @@ class _NothingToRead(io.RawIOBase):
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: len(self._header)}[whence]
         return self._at
-
-
-@contextmanager
-def freeing_to_the_system() -> Iterator[None]:
-    """What is freed meanwhile does not go to MLX's cache, which keeps what it has: of sizes that are asked for."""
-    limit = mx.set_cache_limit(mx.get_cache_memory())
-    try:
-        yield
-    finally:
-        mx.set_cache_limit(limit)

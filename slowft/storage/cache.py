@@ -19,7 +19,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from .buffers import freeing_to_the_system, read_buffer
+from ..memory import limits
+from .buffers import read_buffer
 from .evictions import course
 from .reader import ByteRange, Reader
 
@@ -140,7 +141,7 @@ class BlockCache:
         if self._held() <= self._capacity_at(0):
             return
         next_use = self._next_use()
-        with freeing_to_the_system():
+        with limits().freeing_to_the_system():
             while self._held() > self._capacity_at(0) and (self._free or self._unpinned()):
                 if self._free:
                     self._free.pop()

@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from .. import tracing
+from ..memory import limits
 from ..models.layers import Layer
 from ..models.seams import Unit
 from ..models.weights import Layout, Param, Source, casting_streams, read_held, read_rows, read_whole
@@ -19,7 +20,7 @@ from ..planning.schedule import Schedule
 from ..storage.cache import BlockCache
 from ..storage.reader import Reader
 from .groups import Group, GroupReader
-from .reuse import Reuse, usual_limits
+from .reuse import Reuse
 from .threads import Worker
 
 # Which layers do not come with their block, by its index.
@@ -62,7 +63,7 @@ class Residency:
         self._whole: dict[Unit, list[mx.array]] = {}  # units whose weights, ready to compute with, stay in memory
         self._held: dict[Unit, list[list[mx.array]]] = {}  # of blocks that stay in memory packed: each param's parts
         self.compute_s = 0.0
-        self.reuse = Reuse(Schedule(cache_nbytes=usual_limits()[1]))
+        self.reuse = Reuse(Schedule(cache_nbytes=limits().found_cache_nbytes))
 
     def expect(self, forward: Iterable[Visit], backward: Iterable[Visit] = (), apart: Apart | None = None) -> None:
         """From now on blocks are visited in this order, and the head between the two, again and again.
@@ -104,7 +105,7 @@ class Residency:
             for unit in units:
                 if unit not in kept:
                     kept[unit] = [read(self.reader, param.source) for param in unit.params]
-            mx.clear_cache()  # of the pieces that were cast: of no size that a step asks for
+            limits().give_back()  # of the pieces that were cast: of no size that a step asks for
 
         self._thread.run(work)
 

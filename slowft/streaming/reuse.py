@@ -3,7 +3,6 @@
 Comes in: a `Schedule`, which knows what each piece takes. Goes out: MLX's cache limit, set anew around each.
 """
 
-import functools
 import time
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -11,20 +10,12 @@ from typing import Any
 import mlx.core as mx
 
 from .. import platform
+from ..memory import limits
 from ..planning.schedule import Schedule
 
 COLD_STEPS = 2  # that find fewer freed buffers than later ones
 # what small buffers left free between them: takes 0.5 to 1.5 ms; in the head, large ones go there and leave their pages
 RELEASE_EVERY_S, RELEASE_IN_HEAD_EVERY_S = 0.1, 0.02
-
-
-@functools.cache
-def usual_limits() -> tuple[int, int]:
-    """MLX's limits of memory and cache as they were when this was first called: before any model was opened."""
-    limits = mx.set_memory_limit(1 << 40), mx.set_cache_limit(0)
-    mx.set_memory_limit(limits[0])
-    mx.set_cache_limit(limits[1])
-    return limits
 
 
 class Reuse:
@@ -62,13 +53,12 @@ class Reuse:
         if not self._schedule.keep_buffers:
             return
         if kind != self._graph:
-            mx.clear_cache()
+            limits().give_back()
             self._graph, self._of_graph = kind, None
         elif self._of_graph is None:
             self._of_graph = mx.get_cache_memory()
-        else:  # let go of what nobody has asked for since
-            mx.set_cache_limit(self._of_graph)
-        mx.set_cache_limit(max(self._least, self._total - mx.get_active_memory()))
+        limit = max(self._least, self._total - mx.get_active_memory())
+        limits().keep_freed(limit, self._of_graph)  # let go of what nobody has asked for since
 
     def around(self, job: Callable[[], Any], is_head: bool = False) -> Any:
         """`job()`, with as much kept as leaves it room."""
@@ -77,10 +67,10 @@ class Reuse:
             return job()
         grows = s.head_workspace_nbytes if is_head else s.workspace_nbytes
         limit = max(self._least_of_head if is_head else self._least, self._total - mx.get_active_memory() - grows)
-        if is_head != self._was_head and not s.head_reuses_blocks:  # what is kept is of sizes that nobody will ask for
-            mx.set_cache_limit(max(0, limit - grows))
+        # what is kept by then is of sizes that nobody will ask for
+        is_useless = is_head != self._was_head and not s.head_reuses_blocks
         self._was_head = is_head
-        mx.set_cache_limit(limit)
+        limits().keep_freed(limit, max(0, limit - grows) if is_useless else None)
         if s.active_nbytes is None:  # no ceiling
             return job()
         if is_head or time.perf_counter() - self._released_at > RELEASE_EVERY_S:
@@ -88,12 +78,12 @@ class Reuse:
             self._released_at = time.perf_counter()
         if not is_head:
             return job()
-        mx.set_memory_limit(s.head_active_nbytes or s.active_nbytes)
+        limits().hold(s.head_active_nbytes or s.active_nbytes)
         try:
             with platform.releasing_freed_memory(RELEASE_IN_HEAD_EVERY_S):  # where most is taken at once
                 return job()
         finally:
-            mx.set_memory_limit(s.active_nbytes)
+            limits().hold(s.active_nbytes)
 
     def before_freeing(self, nbytes: int, wanted_nbytes: int, are_alike: bool) -> None:
         """Weights of so many bytes are about to be freed.
@@ -108,10 +98,9 @@ class Reuse:
         limit = max(self._least + nbytes if are_alike else self._least_of_head, left)
         cached = mx.get_cache_memory()
         if are_alike or not s.head_reuses_blocks or cached + nbytes <= limit:
-            mx.set_cache_limit(max(0, limit - nbytes))
-            mx.set_cache_limit(limit)
+            limits().keep_freed(limit, of_those_kept=max(0, limit - nbytes))
         else:  # what is there already is of use, the weights are not
-            mx.set_cache_limit(min(cached, limit))
+            limits().keep_freed(min(cached, limit))
 
     def before_head(self, nbytes: int) -> None:
         """Weights of so many bytes are about to be freed, and the head comes next."""

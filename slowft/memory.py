@@ -1,0 +1,168 @@
+"""The only owner of MLX's limits on memory: of arrays, of freed buffers that it keeps, and of wired memory.
+
+Comes in: bytes. Goes out: calls of `mx.set_memory_limit`, `mx.set_cache_limit`, `mx.set_wired_limit` and
+`mx.clear_cache`, which nothing else in slowft calls. What these do differs between MLX's two backends, so there is one
+strategy for each; `limits` gives that of the default device. Never decides how much is kept: that is the plan's.
+"""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import mlx.core as mx
+
+UNLIMITED_NBYTES = 1 << 60
+
+
+class CpuLimits:
+    """On MLX's CPU backend (mlx/backend/no_gpu/allocator.cpp), and what both backends have in common.
+
+    A lower cache limit gives back at once what is above it, and first waits for everything under way. Beyond the memory
+    limit MLX computes one operation at a time.
+    """
+
+    def __init__(self):
+        self._found: tuple[int, int] | None = None  # (memory, cache) before slowft set either
+
+    @property
+    def found_cache_nbytes(self) -> int:
+        """MLX's cache limit as it was before slowft set it."""
+        return self._note_found()[1]
+
+    def hold(self, active_nbytes: int | None) -> None:
+        """From now on, arrays take about this much at most: MLX allocates less far ahead of what it computes.
+
+        Args:
+            active_nbytes: None for the limit that was found.
+        """
+        memory_nbytes, _ = self._note_found()
+        mx.set_memory_limit(memory_nbytes if active_nbytes is None else active_nbytes)
+
+    def keep_freed(self, nbytes: int, of_those_kept: int | None = None) -> None:
+        """From now on MLX keeps up to `nbytes` of freed buffers, to hand them out again.
+
+        Args:
+            of_those_kept: of the buffers that it keeps already, the oldest beyond so many bytes are given back now.
+        """
+        self._note_found()
+        if of_those_kept is not None:
+            self._trim(of_those_kept)
+        self._set_cache_limit(nbytes)
+
+    def give_back(self) -> None:
+        """Give all freed buffers that MLX keeps back to the system."""
+        mx.clear_cache()
+
+    def wire(self, resident_nbytes: int) -> None:
+        """From now on, so many bytes of weights stay in memory between steps; the system is to leave them there.
+
+        The CPU backend's memory is the process's own, which nothing wires.
+        """
+
+    def restore(self) -> None:
+        """Set every limit as it was before slowft set it."""
+        if self._found is not None:
+            memory_nbytes, cache_nbytes = self._found
+            mx.set_memory_limit(memory_nbytes)
+            mx.set_cache_limit(cache_nbytes)
+            self._found = None
+
+    @contextmanager
+    def keeping_freed(self, nbytes: int) -> Iterator[None]:
+        """While this is entered, MLX keeps up to `nbytes` of freed buffers."""
+        before = self._set_cache_limit(nbytes)
+        try:
+            yield
+        finally:
+            self._set_cache_limit(before)
+
+    @contextmanager
+    def freeing_to_the_system(self) -> Iterator[None]:
+        """While this is entered, MLX keeps no buffer that is freed; it has what it has, of sizes that are asked for."""
+        with self.keeping_freed(mx.get_cache_memory()):
+            yield
+
+    def _note_found(self) -> tuple[int, int]:
+        if self._found is None:  # MLX tells a limit only when it is given another; a higher one changes nothing
+            self._found = mx.set_memory_limit(UNLIMITED_NBYTES), mx.set_cache_limit(UNLIMITED_NBYTES)
+            mx.set_memory_limit(self._found[0])
+            mx.set_cache_limit(self._found[1])
+        return self._found
+
+    def _trim(self, nbytes: int) -> None:
+        self._set_cache_limit(nbytes)
+
+    def _set_cache_limit(self, nbytes: int) -> int:
+        """Returns the limit before."""
+        return mx.set_cache_limit(nbytes)
+
+
+class MetalLimits(CpuLimits):
+    """On Metal (mlx/backend/metal/allocator.cpp).
+
+    The memory limit there is that of arrays and freed buffers together: a new buffer that would go beyond it takes the
+    place of freed ones. So it follows both numbers. A lower cache limit keeps what is freed from then on from being
+    kept, but what is kept already is given back only at the next allocation. Buffers are freed when the command
+    buffer that used them has completed.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._active_nbytes: int | None = None
+        self._cache_nbytes: int | None = None  # the limit that slowft set last; None for the one that was found
+        self._found_wired_nbytes: int | None = None
+
+    def hold(self, active_nbytes: int | None) -> None:
+        self._active_nbytes = active_nbytes
+        self._set_memory_limit()
+
+    def give_back(self) -> None:
+        mx.synchronize()  # else what the last command buffers used is freed after this
+        mx.clear_cache()
+
+    def wire(self, resident_nbytes: int) -> None:
+        """Have the weights that stay wired, or macOS may compress them between two uses.
+
+        Never more than the working set that Metal recommends, which MLX refuses: beyond it, the machine may panic.
+        Before macOS 15 nothing can be wired, and MLX takes no notice.
+        """
+        recommended_nbytes = int(mx.device_info()["max_recommended_working_set_size"])
+        before = mx.set_wired_limit(min(resident_nbytes, recommended_nbytes))
+        if self._found_wired_nbytes is None:
+            self._found_wired_nbytes = before
+
+    def restore(self) -> None:
+        super().restore()
+        self._active_nbytes = self._cache_nbytes = None
+        if self._found_wired_nbytes is not None:
+            mx.set_wired_limit(self._found_wired_nbytes)
+            self._found_wired_nbytes = None
+
+    def _trim(self, nbytes: int) -> None:
+        if mx.get_cache_memory() <= nbytes:
+            return
+        self._set_cache_limit(nbytes)
+        mx.eval(mx.zeros((1,), mx.uint8))  # any allocation does it
+
+    def _set_cache_limit(self, nbytes: int) -> int:
+        before, self._cache_nbytes = mx.set_cache_limit(nbytes), nbytes
+        if self._active_nbytes is not None:
+            self._set_memory_limit()
+        return before
+
+    def _set_memory_limit(self) -> None:
+        memory_nbytes, cache_nbytes = self._note_found()
+        if self._active_nbytes is not None:
+            freed_nbytes = cache_nbytes if self._cache_nbytes is None else self._cache_nbytes
+            memory_nbytes = min(memory_nbytes, self._active_nbytes + freed_nbytes)
+        mx.set_memory_limit(memory_nbytes)
+
+
+def limits() -> CpuLimits:
+    """The limits of the backend that the default device computes on; the same object each time."""
+    return _limits_of(mx.default_device() != mx.Device(mx.cpu))
+
+
+@functools.cache
+def _limits_of(is_gpu: bool) -> CpuLimits:
+    return MetalLimits() if is_gpu else CpuLimits()
