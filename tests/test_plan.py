@@ -184,9 +184,7 @@ def test_no_plain_schedule_that_fits_is_faster(machine, opened):
     job = planner._job_of(Cut())
     choices = itertools.product(range(9), (0, 4 * BLOCK), (False, True), (0, 20_000_000))
     plain = [
-        planner.predict(
-            job, Schedule(1, resident, tail=tail, keep_head=keep_head, head_tokens=64, cache_nbytes=cache)
-        )
+        planner.predict(job, Schedule(1, resident, tail=tail, keep_head=keep_head, head_tokens=64, cache_nbytes=cache))
         for tail, resident, keep_head, cache in choices
     ]
     n_compared = 0
@@ -519,7 +517,6 @@ def test_figures_are_those_of_the_shapes(slowft_):
         "block_compute_nbytes": [4 * block] * 80,
         "head_nbytes": 2 * hidden * vocab,
         "head_compute_nbytes": 4 * hidden * vocab,
-        "resident_bits": None,
         "adapter_nbytes": adapter,
         "optimizer_nbytes": 2 * adapter,
         "activation_nbytes": 2 * 128 * hidden * 4,

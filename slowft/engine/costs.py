@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 from ..errors import PlanError
 from ..models.calls import Arguments
 from ..models.seams import FLOATS, Probe, Unit, Use, trainable_entries
-from ..models.weights import Packed, Rounded, placeholder
+from ..models.weights import Packed, placeholder
 from ..planning import graph
 from ..planning.graph import Cost, CostUnknown
 from ..planning.job import Cut, Job, LayerCost, Product, Products, Visit
@@ -87,10 +87,10 @@ class Costing:
             trainable = sum(owner[k].nbytes for _, owner, k in self._trained[index])
             copied = all(p.source.is_copied for p in unit.params)
             sizes = index, unit.nbytes, unit.compute_nbytes, copied
-            unpacked = _nbytes_by_kind(unit, Packed), _nbytes_by_kind(unit, Rounded)
-            held = sum(p.source.held_nbytes for p in unit.params)
             layers = self._layer_costs(unit, calls, rows * tokens)
-            visits.append(Visit(*sizes, *unpacked, held, trainable, forward, backward, look_at_products, layers))
+            visits.append(
+                Visit(*sizes, _dequantized_nbytes(unit), trainable, forward, backward, look_at_products, layers)
+            )
             hidden, *others = arguments.arrays
             side |= {id(array): array.nbytes for array in others}
         rows_units = self._cut.outside[Use.ROWS]
@@ -351,10 +351,10 @@ def _setting(name: str, value: Any) -> Any:
     return value if isinstance(value, (int, float, str)) else None
 
 
-def _nbytes_by_kind(unit: Unit, source_class: type) -> dict[tuple[int, int, str], int]:
+def _dequantized_nbytes(unit: Unit) -> dict[tuple[int, int, str], int]:
     nbytes: dict[tuple[int, int, str], int] = {}
     for param in unit.params:
-        if isinstance(source := param.source, source_class):
+        if isinstance(source := param.source, Packed):
             nbytes[source.kind] = nbytes.get(source.kind, 0) + param.compute_nbytes
     return nbytes
 

@@ -586,8 +586,6 @@ class Engine:
         self.schedule = schedule
         tail = [self.cut.blocks[index] for index in dict.fromkeys(order[len(order) - schedule.tail :])]
         self._residency.keep_whole([*tail, *(self.cut.head if schedule.keep_head else ())])
-        below = [block for index in order[::-1] if (block := self.cut.blocks[index]) not in tail]
-        self._residency.keep_held(list(dict.fromkeys(below))[: schedule.packed])
         self.layers.group_nbytes = schedule.group_nbytes or GROUP_NBYTES
         head = self.cut.head if schedule.head_ahead else ()
         sizes = schedule.slots, schedule.resident_nbytes, schedule.reads_in_flight

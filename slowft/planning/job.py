@@ -83,8 +83,6 @@ class Visit:
         stored_nbytes: as it lies on disk; compute_nbytes: as it is computed with.
         is_copied: whether the latter have memory of their own, apart from the bytes read.
         dequantized: what of them is dequantized on arrival: (bits, group size, mode) -> bytes. The rest is cast.
-        rounded: what of them is quantized and dequantized on arrival, likewise.
-        held_nbytes: that it takes in memory packed.
         trainable_nbytes: of its adapters.
         backward: None if the backward pass does not come here.
         look_at_products: what could be kept; nothing where the work is cut into pieces. Looks when first asked.
@@ -96,8 +94,6 @@ class Visit:
     compute_nbytes: int
     is_copied: bool
     dequantized: dict[tuple[int, int, str], int]
-    rounded: dict[tuple[int, int, str], int]
-    held_nbytes: int
     trainable_nbytes: int
     forward: Cost
     backward: Cost | None
@@ -148,11 +144,6 @@ class Job:
     trainable_nbytes: int
     optimizer_nbytes: int
     is_chain: bool
-
-    @property
-    def rounded_bits(self) -> int | None:
-        """In how many bits blocks may stay in memory; None: only as they lie on disk."""
-        return min((bits for visit in self.visits for bits, _, _ in visit.rounded), default=None)
 
     @functools.cached_property
     def lowest_trained(self) -> int:

@@ -126,7 +126,6 @@ class _Visits:
         self.compute = each(lambda v: v.compute_nbytes)
         self.are_copied = each(lambda v: v.is_copied)
         self.cast = max(self.compute[self.are_copied].tolist(), default=math.inf)  # a block's, at most
-        self.held = each(lambda v: v.held_nbytes if v.rounded else 0)
         self.trainable = each(lambda v: v.trainable_nbytes)
 
 
@@ -401,10 +400,8 @@ class Planner:
         yield plan
         if base.spilled or base.tail == len(job.visits):
             return
-        products, blocks, packed = self._keep_products, self._keep_blocks, self._keep_packed
+        products, blocks = self._keep_products, self._keep_blocks
         orders = [(products, blocks), (blocks, products)]
-        if any(visit.rounded for visit in job.visits) and not base.routed:
-            orders += [(packed, products), (products, packed)]
         if plan.step_s > WAITING * plan.compute_s:
             orders += [(functools.partial(blocks, share=share), products) for share in BLOCKS_SHARES]
         for order in [(products,)] if base.group_nbytes else orders:
@@ -439,12 +436,6 @@ class Planner:
         missing = sum(sizes) - schedule.slots * max(sizes, default=0) - schedule.resident_nbytes
         lent = tuple(int(nbytes) for nbytes in np.clip(lent, 0, max(missing, 0)))
         return lent if any(lent) else ()
-
-    def _keep_packed(self, job: Job, schedule: Schedule, room: float) -> Schedule:
-        """As many blocks held packed as there is room for; what is left goes to others as they lie on disk."""
-        sizes = [visit.held_nbytes for visit in _streamed_blocks(job, schedule)[::-1]]
-        n = sum(total <= room for total in itertools.accumulate(sizes))
-        return replace(schedule, packed=n) if n else schedule
 
     def _keep_products(self, job: Job, schedule: Schedule, room: float) -> Schedule:
         """Products by seconds saved per byte over all blocks, as many as there is room for."""
@@ -525,14 +516,12 @@ class Planner:
         whole = sum(v.compute_nbytes for v in tail) + (job.head_compute_nbytes if s.keep_head else 0)
         stream = min(slots + s.resident_nbytes, max(slots, sum(sizes)))
         buffers, built = _group(job, s) if _may_come_apart(s) else (0, 0)
-        packed = _packed_blocks(job, s)
         fixed = {
             "process": self._base,
             "optimizer": job.optimizer_nbytes,
             "tail and head": whole,
             "block buffers": slots,
             "resident blocks": stream - slots,
-            "packed blocks": sum(v.held_nbytes for v in packed),
             # masks and the first block's input in the trace of each micro-batch; the gradient on its way down
             "trace": m * (2 * job.hidden_nbytes + job.side_nbytes),
             "groups of layers": buffers,
@@ -566,8 +555,7 @@ class Planner:
             forward = forward + [_held_by_groups(layers, False) for layers in apart]
             backward = backward + [_held_by_groups(layers, True) for layers in apart]
             weights = weights - [sum(a.compute_nbytes for a in layers) - bool(layers) * built for layers in apart]
-        held = np.where(np.isin(visits.blocks[:n], [v.block for v in packed]), 0, visits.held[:n])
-        weights = np.where(visits.are_copied[:n], weights, 0) + held
+        weights = np.where(visits.are_copied[:n], weights, 0)
 
         # those of the visits above; then the optimizer's turn: gradients, and everything it makes anew
         trainable = visits.trainable[:n]
@@ -631,16 +619,15 @@ class Planner:
     def _works(self, job: Job, s: Schedule, exact: bool, rooms: np.ndarray) -> list[Work]:
         """What is done at each visit to a block below the tail, at the head and its tail, and on the way back."""
         n, m, visits, machine = len(job.visits) - s.tail, job.micro_batches, self._figures(job), self.machine
-        packed = {visit.block for visit in _packed_blocks(job, s)}
         page_s = m * machine.page_s_per_byte
         rooms_there, rooms_back = rooms[1 : 1 + n], rooms[1 + n : 1 + 2 * n]
         fresh_s = page_s * _fresh_share(rooms_there, visits.forward[:n]) * visits.forward_allocated[:n]
         fresh_back_s = page_s * _fresh_share(rooms_back, visits.backward[:n]) * visits.backward_allocated[:n]
         there, back = [], []
         for position, visit in enumerate(job.visits[:n]):
-            forward_s, arrival_s = self._seconds(visit.forward), self._arrival(visit, visit.block in packed)
+            forward_s, arrival_s = self._seconds(visit.forward), self._arrival(visit)
             apart_s = recomputed_s = 0.0
-            layers = _apart(visit, s) if visit.block not in packed else ()
+            layers = _apart(visit, s)
             if layers:
                 share = sum(layer.compute_nbytes for layer in layers) / visit.compute_nbytes
                 brought = sum(layer.read_share(job.rows * job.tokens) * layer.compute_nbytes for layer in layers)
@@ -681,16 +668,13 @@ class Planner:
         written = job.micro_batches * job.hidden_nbytes if len(job.visits) < s.spilled else 0
         return Work(freed_s, cast_s + seconds, nbytes + written, written, inline_rate=1.0)
 
-    def _arrival(self, visit: Visit, is_packed: bool) -> float:
-        """Seconds to cast, quantize or dequantize a block's weights."""
-        unpacked = [*visit.dequantized.items(), *visit.rounded.items()]
+    def _arrival(self, visit: Visit) -> float:
+        """Seconds to cast or dequantize a block's weights."""
         seconds = 0.0
         if visit.is_copied:
-            seconds += (visit.compute_nbytes - sum(n for _, n in unpacked)) / self.machine.cast_bytes_per_s
-        for kind, nbytes in unpacked:
+            seconds += (visit.compute_nbytes - sum(visit.dequantized.values())) / self.machine.cast_bytes_per_s
+        for kind, nbytes in visit.dequantized.items():
             seconds += nbytes * self.machine.dequantize_s_per_byte(*kind)
-        for (bits, group_size, _), nbytes in visit.rounded.items():
-            seconds += 0.0 if is_packed else nbytes * self.machine.quantize_s_per_byte(bits, group_size)
         return seconds
 
     def _seconds(self, cost: Cost) -> float:
@@ -821,7 +805,7 @@ def _tail_blocks(job: Job, s: Schedule) -> list:
     return list({visit.block: visit for visit in visits}.values())
 
 
-def _blocks_below_tail(job: Job, s: Schedule) -> list:
+def _streamed_blocks(job: Job, s: Schedule) -> list:
     tail = {visit.block for visit in _tail_blocks(job, s)}
     return list({visit.block: visit for visit in job.visits if visit.block not in tail}.values())
 
@@ -830,17 +814,6 @@ def _streamed_nbytes(job: Job, s: Schedule) -> list[int]:
     """Sizes of what goes through the block buffers."""
     blocks = [_rest_nbytes(v, s) for v in _streamed_blocks(job, s)]
     return blocks + [job.head_stored_nbytes] * s.head_ahead
-
-
-def _packed_blocks(job: Job, s: Schedule) -> list:
-    """The last ones: the backward pass comes back for them."""
-    below = _blocks_below_tail(job, s)
-    return below[len(below) - s.packed :]
-
-
-def _streamed_blocks(job: Job, s: Schedule) -> list:
-    below = _blocks_below_tail(job, s)
-    return below[: len(below) - s.packed]
 
 
 def _reads_of_blocks(job: Job, s: Schedule) -> tuple[Read, ...]:

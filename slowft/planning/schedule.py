@@ -17,7 +17,6 @@ class Schedule:
         resident_nbytes: of blocks as they lie on disk, kept between visits beyond the slots.
         lent_nbytes: for each visit to a block below the tail, there and back, and for its neighbour where that is the
             head or the optimizer: of blocks kept beyond those, in the room that later visits' products will take.
-        packed: the last blocks below the tail that are kept in memory quantized (see `resident_bits` of `open_model`).
         tail: the last visits to blocks that form one graph with the head, their weights in memory for good.
         keep_head: the head's layers stay in memory.
         head_ahead: they are read ahead like one more block, through the same buffers; else in pieces when used.
@@ -49,7 +48,6 @@ class Schedule:
     slots: int = 2
     resident_nbytes: int = 0
     lent_nbytes: tuple[int, ...] = ()
-    packed: int = 0
     tail: int = 0
     keep_head: bool = False
     head_ahead: bool = False

@@ -79,7 +79,7 @@ class GroupReader:
         arrays, places = [], iter(slot.places)
         for param in group.layer.params:
             raw = [slot.buffer[a : a + e.row_nbytes * len(group)] for e, a in zip(param.source.extents, places)]
-            arrays.append(param.source.build(param.source.hold(raw, len(group)), len(group)))
+            arrays.append(param.source.build(raw, len(group)))
         return arrays
 
     def start(self, group: Group) -> None:
