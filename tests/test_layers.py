@@ -67,7 +67,7 @@ def test_gradients_equal_by_groups_of_experts(name, tmp_path):
     assert_same_as(reference(whole, batch, lengths), streamed, batch, lengths, BY_EXPERTS)
 
 
-@pytest.mark.parametrize("schedule", [Schedule(), BY_EXPERTS, Schedule(routed=True)], ids=["whole", "groups", "routed"])
+@pytest.mark.parametrize("schedule", [Schedule(), BY_EXPERTS], ids=["whole", "groups"])
 def test_a_block_that_the_model_never_calls_is_not_looked_for(schedule, tmp_path):
     config = experts("gpt_oss (attention sinks, experts, sliding window)") | {"num_hidden_layers": 3}
     config.pop("layer_types")  # mlx-lm makes up pairs of them, and leaves the third block out
@@ -185,34 +185,6 @@ def test_generation_reads_few_experts(tmp_path):
     assert [token for token, _ in generate_step(prompt, streamed, max_tokens=6)] == expected
     read = streamed.stats.total.bytes_read - before
     assert read < 8 * 0.3 * sum(unit.nbytes for unit in streamed._cut.blocks)
-
-
-@pytest.mark.parametrize("schedule", [Schedule(slots=1), Schedule(slots=1, routed=True, resident_nbytes=100_000)])
-def test_training_reads_the_experts_that_were_routed_to(schedule, tmp_path):
-    """Of a step's few tokens, once forward and once backward; gradients are those in memory."""
-    whole, streamed = pair(save_random(tmp_path / "m", FEW))
-    batch, lengths = mx.random.randint(0, 128, (1, 9)), mx.array([[0, 8]])
-    assert_same_as(reference(whole, batch, lengths), streamed, batch, lengths, schedule)
-    n_experts, _ = routed(whole, batch[:, :-1])
-    read = streamed.stats.last.bytes_read
-    rest = sum(unit.nbytes for unit in streamed._cut.blocks) - len(n_experts) * N_FEW * EXPERT
-    outside = len(set(batch[0, :-1].tolist())) * 64 * 4 + 128 * 64 * 4
-    turn = 2 * 8 * EXPERT  # what the forward pass leaves in memory to the backward pass, at most
-    assert 2 * sum(n_experts) * EXPERT - turn < read <= 2 * (sum(n_experts) * EXPERT + rest) + outside
-
-
-@pytest.mark.parametrize("n", [1, 2])
-def test_steps_read_what_was_planned(n, tmp_path):
-    """By routing with one token a micro-batch, of which it is known how many experts it takes."""
-    _, streamed = pair(save_random(tmp_path / "m", FEW))
-    planner = streamed.planner(1, 1, micro_batches=n)
-    job = planner._job_of(Cut())
-    plan = planner.choose(planner._peak(job, planner._least_of(job)))
-    assert plan.schedule.routed and "experts only those" in choices(plan)
-    streamed._engine.follow(plan.schedule)
-    for first in (3, 4):
-        streamed.loss_and_grads([(mx.array([[first + 10 * i, 1]]), mx.array([[0, 1]])) for i in range(n)])
-    assert abs(streamed.stats.last.bytes_read - plan.read_nbytes) <= 0.02 * plan.read_nbytes
 
 
 def test_steps_by_groups_read_what_was_planned(tmp_path):

@@ -22,7 +22,7 @@ from ..errors import ConfigError, SlowftError, SlowftWarning
 from ..models.layers import Layer
 from ..models.seams import FLOATS, TOKENS, Arrays, Cut, Probe, Unit, array_entries, trainable_entries
 from ..models.weights import Param, placeholder, read_whole
-from ..planning.experts import GROUP_NBYTES, is_read_on_demand, most_share
+from ..planning.experts import GROUP_NBYTES, is_read_on_demand
 from ..planning.graph import keeping_random_state
 from ..planning.schedule import Schedule
 from ..storage.activation_cache import ActivationCache
@@ -287,16 +287,16 @@ class Engine:
         of_backward = visits[lowest:][::-1] if backward else ()
         apart = self._apart(tokens, len(micro_batches) or 1, backward)
         self._residency.expect(forward, of_backward, apart)
-        self._residency.keep_groups(self._kept_groups(apart, tokens) if backward else 0)
 
     def _apart(self, tokens: int | None = None, passes: int = 1, backward: bool = False) -> dict[int, list[Layer]]:
         """The layers that do not come with their blocks, by block.
 
         Args:
             tokens: of each of the `passes` through a block, one way.
+            backward: there is a way back, for which blocks come whole if they are not to come by groups.
         """
         s = self.schedule
-        if s.group_nbytes is None and not (self._routed_to and (s.routed or tokens is not None)):
+        if s.group_nbytes is None and (backward or tokens is None or not self._routed_to):
             return {}
         self.find_layers()
         apart = {}
@@ -304,30 +304,17 @@ class Engine:
             layers = self.layers_apart(unit)
             if s.group_nbytes is None:
                 layers = [layer for layer in layers if layer in self._routed_to]
-                layers = layers if self._is_routed(layers, tokens, passes, backward) else []
+                layers = layers if self._is_routed(layers, tokens, passes) else []
             if layers:
                 apart[unit.index] = layers
         return apart
 
-    def _is_routed(self, layers: Sequence[Layer], tokens: int | None, passes: int, backward: bool) -> bool:
-        """Whether a block comes without these layers of experts."""
-        routed = self.schedule.routed
-        if routed or tokens is None or (backward and routed is not None):
-            return bool(routed)
+    def _is_routed(self, layers: Sequence[Layer], tokens: int, passes: int) -> bool:
+        """Whether a block comes without these layers of experts, of which only those are read that are needed."""
         experts = [(layer.nbytes, layer.n, self._routed_to[layer]) for layer in layers]
         seen = (self.layers.routed_share(layer, tokens * self._routed_to[layer]) for layer in layers)
         seen = max((share for share in seen if share is not None), default=None)
-        return is_read_on_demand(experts, tokens, passes, backward, seen)
-
-    def _kept_groups(self, apart: dict[int, list[Layer]], tokens: int | None) -> int:
-        """Bytes of experts that the backward pass needs twice: for the recomputation, and for cotangents."""
-        if self.schedule.group_nbytes is not None or tokens is None:
-            return 0
-        sizes = (
-            sum(layer.nbytes * most_share(layer.n, self._routed_to[layer], tokens) for layer in layers)
-            for layers in apart.values()
-        )
-        return int(max(sizes, default=0))
+        return is_read_on_demand(experts, tokens, passes, seen)
 
     def layers_apart(self, unit: Unit) -> list[Layer]:
         """The layers that need not come with their block. Only after `find_layers`."""

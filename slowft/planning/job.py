@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .experts import most_share, read_share
+from .experts import read_share
 from .graph import Cost
 
 
@@ -56,10 +56,6 @@ class LayerCost:
         if self.per_token is None:
             return 1.0
         return read_share(self.n, self.per_token, tokens)
-
-    def most_share(self, tokens: int) -> float:
-        """Of the layer, the most that they may need."""
-        return 1.0 if self.per_token is None else most_share(self.n, self.per_token, tokens)
 
     def group_share(self, group_nbytes: int) -> float:
         """Of the layer, what comes at once in groups of so many bytes; a whole entry at least."""

@@ -15,7 +15,6 @@ import numpy as np
 
 from ..errors import PlanError
 from ..models.weights import pieces_nbytes
-from .experts import GROUP_NBYTES, ON_DEMAND_RATE
 from .graph import Cost
 from .job import Cut, Job, LayerCost, Visit
 from .machine import Machine
@@ -39,8 +38,8 @@ WAITING = 1.02  # times the seconds of computing: a step that takes more waits f
 BLOCKS_SHARES = (0.25, 0.5, 0.75)  # of room, to choose from where blocks are kept and products too
 WAVES_SHARE = 0.25  # of layers' outputs, which a pass by groups holds beyond what its graph shows
 # of a forward pass, done once more as a block's vjp is taken in waves: by groups of rows 1.49 s for 1.30 planned with
-# 1.2, by groups of experts 10.2 s a step for 12.8; where only experts come apart it is less
-RECOMPUTED_BY_ROWS, RECOMPUTED_BY_EXPERTS, RECOMPUTED_BY_ROUTING = 1.8, 0.6, 0.3
+# 1.2, by groups of experts 10.2 s a step for 12.8
+RECOMPUTED_BY_ROWS, RECOMPUTED_BY_EXPERTS = 1.8, 0.6
 GROUP_S = 3e-3  # seconds that a group of a layer takes besides what is computed with it
 # of the bytes of buffers made, what finds no page in use however large MLX's cache: 0.2 to 0.65 in blocks, by their
 # seconds beyond what computing takes in memory that is in use (with 0.5, six of eight streamed jobs took longer than
@@ -356,8 +355,6 @@ class Planner:
                     if self._peak(job, base, False) > limit:
                         break  # a longer tail only takes more
                     yield base
-                    if _may_be_routed(job):
-                        yield replace(base, routed=True)
 
     def _bases_by_groups(self, job: Job, limit: float) -> Iterator[Schedule]:
         """The same with blocks brought by groups of their layers: of the largest groups that fit."""
@@ -515,7 +512,7 @@ class Planner:
         tail = _tail_blocks(job, s)
         whole = sum(v.compute_nbytes for v in tail) + (job.head_compute_nbytes if s.keep_head else 0)
         stream = min(slots + s.resident_nbytes, max(slots, sum(sizes)))
-        buffers, built = _group(job, s) if _may_come_apart(s) else (0, 0)
+        buffers, built = _group(job, s)
         fixed = {
             "process": self._base,
             "optimizer": job.optimizer_nbytes,
@@ -550,7 +547,7 @@ class Planner:
         margin = 1 if job.cut.mlp_tokens is None else PIECES_MARGIN
         forward, backward = ((margin * a).astype(int) + 2 * job.hidden_nbytes for a in (visits.forward[:n], backward))
         weights = visits.compute[:n]
-        if _may_come_apart(s):
+        if s.group_nbytes is not None:
             apart = [_apart(visit, s) for visit in job.visits[:n]]
             forward = forward + [_held_by_groups(layers, False) for layers in apart]
             backward = backward + [_held_by_groups(layers, True) for layers in apart]
@@ -602,18 +599,15 @@ class Planner:
         """Bytes of a visit's layers that come apart from its block, (on the way there, on the way back).
 
         They come anew for each micro-batch and for each pass, which are two on the way back: the recomputation and the
-        cotangents. What one micro-batch was routed to stays between those, and where the ways turn.
+        cotangents.
         """
         visit, kept = job.visits[position], s.kept[position] if position < len(s.kept) else ()
-        turns_here = position == len(job.visits) - s.tail - 1 and job.micro_batches == 1
         forward = backward = 0
         for layer in _apart(visit, s):
             nbytes = int(job.micro_batches * layer.read_share(job.rows * job.tokens) * layer.nbytes)
             forward += nbytes
-            if visit.backward is not None and s.group_nbytes is not None:
+            if visit.backward is not None:
                 backward += nbytes * (2 if layer.name not in kept and visit.needs_output(layer) else 1)
-            elif visit.backward is not None and not turns_here:
-                backward += nbytes
         return forward, backward
 
     def _works(self, job: Job, s: Schedule, exact: bool, rooms: np.ndarray) -> list[Work]:
@@ -634,23 +628,21 @@ class Planner:
                 apart_s = m * arrival_s * brought / visit.compute_nbytes
                 if visit.is_copied:
                     apart_s += page_s * brought
-                if s.group_nbytes is not None:
-                    apart_s += m * GROUP_S * sum(1 / layer.group_share(s.group_nbytes) for layer in layers)
+                apart_s += m * GROUP_S * sum(1 / layer.group_share(s.group_nbytes) for layer in layers)
                 arrival_s *= 1 - share
-                recomputed_s = m * _recomputed_share(s, layers) * forward_s
+                recomputed_s = m * _recomputed_share(layers) * forward_s
             nbytes, nbytes_back = self._reads_apart(job, s, position) if layers else (0, 0)
-            inline_rate = ON_DEMAND_RATE if s.routed else None
             written = m * job.hidden_nbytes if _first_kept(job) <= position < s.spilled else 0
             seconds = m * forward_s + arrival_s + apart_s + float(fresh_s[position])
             freed_s = arrival_s if visit.is_copied else seconds
-            there.append(Work(freed_s, seconds, nbytes, written, inline_rate))
+            there.append(Work(freed_s, seconds, nbytes, written))
             if visit.backward is not None:
                 backward_s = self._seconds(visit.backward)
                 names = s.kept[position] if position < len(s.kept) else ()
                 backward_s -= sum(backward_s - self._seconds(cost) for cost in self._kept(visit, names)[1])
                 seconds = m * backward_s + arrival_s + 2 * apart_s + recomputed_s + float(fresh_back_s[position])
                 freed_s = arrival_s if visit.is_copied else seconds
-                back.append(Work(freed_s, seconds, nbytes_back + written, 0, inline_rate))
+                back.append(Work(freed_s, seconds, nbytes_back + written))
         return [*there, self._head_work(job, s, exact, rooms[0]), *reversed(back)]
 
     def _head_work(self, job: Job, s: Schedule, exact: bool, room: int) -> Work:
@@ -711,12 +703,11 @@ def _overlaps(job: Job, s: Schedule) -> bool:
 
 def _is_simple(s: Schedule) -> bool:
     """Whether what a step holds is known well enough to give all that it leaves to freed buffers."""
-    return not (s.spilled or s.routed or s.group_nbytes or s.mlp_tokens)
+    return not (s.spilled or s.group_nbytes or s.mlp_tokens)
 
 
 def _as_schedule(cut: Cut) -> dict:
-    cuts = {"rows": cut.rows, "mlp_tokens": cut.mlp_tokens, "attention_queries": cut.attention_queries}
-    return cuts | {"routed": False}
+    return {"rows": cut.rows, "mlp_tokens": cut.mlp_tokens, "attention_queries": cut.attention_queries}
 
 
 def _first_kept(job: Job) -> int:
@@ -737,10 +728,8 @@ def _fresh_share(cache_nbytes: np.ndarray, nbytes: np.ndarray) -> np.ndarray:
     return np.maximum(LEAST_FRESH, 1 - cache_nbytes / np.maximum(nbytes, 1))
 
 
-def _recomputed_share(s: Schedule, layers: Sequence[LayerCost]) -> float:
+def _recomputed_share(layers: Sequence[LayerCost]) -> float:
     """Of a block's forward pass, what its backward pass does once more because these layers come apart from it."""
-    if s.routed:
-        return RECOMPUTED_BY_ROUTING
     return RECOMPUTED_BY_ROWS if all(layer.per_token is None for layer in layers) else RECOMPUTED_BY_EXPERTS
 
 
@@ -754,22 +743,9 @@ def _slots_by_groups(job: Job) -> int:
     return 1 if all(visit.is_copied for visit in job.visits) else 2
 
 
-def _may_be_routed(job: Job) -> bool:
-    """Whether blocks have experts that a micro-batch may do without."""
-    layers = (layer for visit in job.visits for layer in visit.layers)
-    return job.cut.mlp_tokens is None and any(layer.read_share(job.rows * job.tokens) < 1 for layer in layers)
-
-
-def _may_come_apart(s: Schedule) -> bool:
-    """Whether there may be layers that do not come with their block."""
-    return s.group_nbytes is not None or bool(s.routed)
-
-
 def _apart(visit: Visit, s: Schedule) -> tuple[LayerCost, ...]:
     """The layers that do not come with a block that is streamed."""
-    if s.group_nbytes is not None:
-        return visit.layers
-    return tuple(layer for layer in visit.layers if layer.per_token is not None) if s.routed else ()
+    return visit.layers if s.group_nbytes is not None else ()
 
 
 def _rest_nbytes(visit: Visit, s: Schedule) -> int:
@@ -779,14 +755,11 @@ def _rest_nbytes(visit: Visit, s: Schedule) -> int:
 
 def _group(job: Job, s: Schedule) -> tuple[int, int]:
     """Bytes of (buffers for groups of layers, the group in use as it is computed with)."""
-    every = [layer for visit in job.visits for layer in _apart(visit, s)]
-    shares = [layer.group_share(s.group_nbytes or GROUP_NBYTES) for layer in every]
-    buffers = 2 * max((int(share * layer.nbytes) for layer, share in zip(every, shares)), default=0)
-    if s.routed:
-        tokens = job.rows * job.tokens
-        kept = (sum(layer.most_share(tokens) * layer.nbytes for layer in _apart(v, s)) for v in job.visits)
-        buffers = max(buffers, int(max(kept)))
-    return buffers, max((int(share * layer.compute_nbytes) for layer, share in zip(every, shares)), default=0)
+    if s.group_nbytes is None:
+        return 0, 0
+    shares = [(layer, layer.group_share(s.group_nbytes)) for visit in job.visits for layer in visit.layers]
+    buffers = 2 * max(int(share * layer.nbytes) for layer, share in shares)
+    return buffers, max(int(share * layer.compute_nbytes) for layer, share in shares)
 
 
 def _held_by_groups(layers: Sequence[LayerCost], is_backward: bool) -> int:

@@ -33,8 +33,6 @@ class Schedule:
         reads_in_flight: requests that are under way to the drive at once.
         group_nbytes: blocks come without their large layers, and these in groups of so many bytes, as they are computed
             with; None for whole blocks.
-        routed: else they come without their experts, of which only those are read that were routed to; None leaves it
-            to the engine, by what a step of so many tokens needs.
         active_nbytes: beyond which MLX stops allocating ahead of the computation; None for MLX's default. On the CPU
             backend it then waits for all that is under way, so that one core computes at a time.
         head_active_nbytes: the same while the head computes; None for as many.
@@ -68,4 +66,3 @@ class Schedule:
     head_workspace_nbytes: int = 0
     head_reuses_blocks: bool = False
     group_nbytes: int | None = None
-    routed: bool | None = None

@@ -43,8 +43,6 @@ def choices(plan: Plan) -> str:
                 words.append(f"large layers of blocks by groups of {size(s.group_nbytes)}")
             else:
                 words.append(f"{s.slots} block buffer{'s' if s.slots > 1 else ''}")
-            if s.routed:
-                words.append("of experts only those that were routed to")
         if plan.resident_blocks:
             words.append(f"{plan.resident_blocks} more blocks resident")
         n_kept = sum(map(len, s.kept))

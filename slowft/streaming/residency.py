@@ -267,10 +267,6 @@ class Residency:
 
         return self._timed(work)
 
-    def keep_groups(self, nbytes: int) -> None:
-        """From now on so many bytes of the groups that `with_groups` brought may stay in memory within a step."""
-        self._groups.capacity = nbytes
-
     def rest(self) -> None:
         """A step is over: give back the buffers that were kept for the next block's weights."""
         self.reuse.around(lambda: None)
