@@ -5,6 +5,7 @@ weights and computes nothing.
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,7 +17,7 @@ from mlx.utils import tree_flatten
 from ..errors import PlanError
 from ..models.calls import Arguments
 from ..models.seams import FLOATS, Probe, Unit, Use, trainable_entries
-from ..models.weights import Packed, placeholder
+from ..models.weights import Packed, Plain, placeholder
 from ..planning import graph
 from ..planning.graph import Cost, CostUnknown
 from ..planning.job import Cut, Job, LayerCost, Product, Products, Visit
@@ -86,11 +87,9 @@ class Costing:
             forward, backward, look_at_products, calls = seen[key]
             trainable = sum(owner[k].nbytes for _, owner, k in self._trained[index])
             copied = all(p.source.is_copied for p in unit.params)
-            sizes = index, unit.nbytes, unit.compute_nbytes, copied
+            sizes = index, unit.nbytes, unit.compute_nbytes, copied, _dequantized_nbytes(unit), _saved_nbytes(unit)
             layers = self._layer_costs(unit, calls, rows * tokens)
-            visits.append(
-                Visit(*sizes, _dequantized_nbytes(unit), trainable, forward, backward, look_at_products, layers)
-            )
+            visits.append(Visit(*sizes, trainable, forward, backward, look_at_products, layers))
             hidden, *others = arguments.arrays
             side |= {id(array): array.nbytes for array in others}
         rows_units = self._cut.outside[Use.ROWS]
@@ -209,8 +208,14 @@ class Costing:
         costs = []
         for layer in self._layers_apart(unit):
             if (call := calls.get(layer.name)) is not None:
-                per_token = None if call.n_routed is None else call.n_routed / tokens
-                sizes = layer.nbytes, layer.compute_nbytes, layer.n, per_token, call.input_nbytes, call.output_nbytes
+                sizes = (
+                    layer.nbytes,
+                    layer.compute_nbytes,
+                    layer.n,
+                    call.n_routed / tokens,
+                    call.input_nbytes,
+                    call.output_nbytes,
+                )
                 costs.append(LayerCost(layer.name, *sizes))
         return tuple(costs)
 
@@ -357,6 +362,13 @@ def _dequantized_nbytes(unit: Unit) -> dict[tuple[int, int, str], int]:
         if isinstance(source := param.source, Packed):
             nbytes[source.kind] = nbytes.get(source.kind, 0) + param.compute_nbytes
     return nbytes
+
+
+def _saved_nbytes(unit: Unit) -> int:
+    """Bytes on disk that `slowft prepare --quantize` saves of a block: 4 bits a value, 32 for each group of 64."""
+    sources = [p.source for p in unit.params if p.key == "weight" and hasattr(p.owner, "to_quantized")]
+    plain = [s for s in sources if isinstance(s, Plain) and s.result_dtype in FLOATS and s.shape[-1] % 64 == 0]
+    return sum(s.extent.nbytes - math.prod(s.shape) * 9 // 16 for s in plain)
 
 
 def _arguments(call: Arguments) -> tuple[tuple, dict]:

@@ -187,7 +187,6 @@ class Engine:
             memory=memory,
             carriers=self.cut.carriers,
             layers=self.layers,
-            kind=self._kind_of(unit),
         )
         return call()
 
@@ -323,6 +322,9 @@ class Engine:
     def find_layers(self) -> None:
         """Look for layers that need not come with their blocks, as these are now. Not on the compute thread."""
         if self._layers_apart:
+            return
+        if not any(map(self.layers.of, self.cut.blocks)):
+            self._layers_apart = dict.fromkeys(self.cut.blocks, [])
             return
         probe = Probe(self.cut, 0.25)
         self.probe(probe)
@@ -644,8 +646,6 @@ class Engine:
             return
         self._boundary = self._lowest_trained
         cuts = self.schedule.mlp_tokens, self.schedule.attention_queries
-        if self.schedule.group_nbytes is not None:
-            cuts += (self.schedule.group_nbytes,)
         keys = self._stored.keys(self._boundary, cuts, [batch[:, :-1] for batch, _ in micro_batches])
 
         def find():
@@ -676,7 +676,7 @@ class Engine:
         tokens = mx.array(TOKENS)
         with self.running_part(part), self.layers.noting() as calls:
             logits = self.model(tokens)
-        self._routed_to = {layer: c.n_routed / tokens.size for layer, c in calls.items() if c.n_routed is not None}
+        self._routed_to = {layer: c.n_routed / tokens.size for layer, c in calls.items()}
         return logits
 
     def look(self) -> None:

@@ -36,10 +36,9 @@ PIECES_MARGIN = 1.12  # what computing in pieces takes more than its graph shows
 GROUPS = (256 << 20, 128 << 20, 64 << 20, 32 << 20, 16 << 20)  # bytes of a layer at once, to choose from
 WAITING = 1.02  # times the seconds of computing: a step that takes more waits for reads
 BLOCKS_SHARES = (0.25, 0.5, 0.75)  # of room, to choose from where blocks are kept and products too
-WAVES_SHARE = 0.25  # of layers' outputs, which a pass by groups holds beyond what its graph shows
-# of a forward pass, done once more as a block's vjp is taken in waves: by groups of rows 1.49 s for 1.30 planned with
-# 1.2, by groups of experts 10.2 s a step for 12.8
-RECOMPUTED_BY_ROWS, RECOMPUTED_BY_EXPERTS = 1.8, 0.6
+STAGES_SHARE = 0.25  # of layers' outputs, which a pass by groups holds beyond what its graph shows
+# of a forward pass, done once more as a block's vjp is taken in stages: 10.2 s a step by groups of experts for 12.8
+RECOMPUTED_SHARE = 0.6
 GROUP_S = 3e-3  # seconds that a group of a layer takes besides what is computed with it
 # of the bytes of buffers made, what finds no page in use however large MLX's cache: 0.2 to 0.65 in blocks, by their
 # seconds beyond what computing takes in memory that is in use (with 0.5, six of eight streamed jobs took longer than
@@ -176,19 +175,28 @@ class Planner:
 
     def too_little(self, memory: int) -> str:
         """What to say where `choose` finds no plan."""
-        job, needed = self._job_of(Cut()), enough(self.least().peak_nbytes)
+        job, least = self._job_of(Cut()), self.least()
+        needed = enough(least.peak_nbytes)
         return (
             f"memory of {memory / 1e9:.2f} GB is too little for steps of {job.micro_batches} x {self._rows} x "
             f"{self._tokens} tokens on this model: give at least {needed / 1e9:.2f}GB, or make "
-            "--batch-size or --max-seq-length smaller"
+            "--batch-size or --max-seq-length smaller" + self._how_it_would_fit(least, memory)
         )
+
+    def _how_it_would_fit(self, least: Plan, memory: int) -> str:
+        """Says so if it is a dense block that does not fit, and would in 4 bits."""
+        largest = max(least.job.visits, key=lambda visit: visit.stored_nbytes)
+        saved = least.schedule.slots * largest.quantizing_saves_nbytes
+        if largest.layers or enough(least.peak_nbytes - saved) > memory:
+            return ""
+        return ". A block of this model in 4 bits would fit: slowft prepare MODEL --output DIR --quantize"
 
     def choose(self, memory: int | None) -> Plan | None:
         """The fastest plan within `memory` bytes; None if there is none.
 
-        The work is cut only as far as it must be, because smaller pieces change the order of sums. Blocks are brought
-        by groups of their layers, and read up to three times, only where whole ones do not fit with the work uncut; or
-        where no whole one is read while another computes, and that is slower than what is done with less memory.
+        The work is cut only as far as it must be, because smaller pieces change the order of sums. Experts are brought
+        by groups, and read up to three times, only where whole blocks do not fit with the work uncut; or where no whole
+        one is read while another computes, and that is slower than what is done with less memory.
         """
         if memory is None:
             return self.most()
@@ -248,7 +256,7 @@ class Planner:
         return min(schedules, key=lambda s: self._peak(job, s))  # of few blocks, spilling takes more than it saves
 
     def _least_by_groups(self, job: Job) -> Schedule | None:
-        """The least with blocks brought by groups of their layers; None where that is no less, or blocks are small."""
+        """The least with experts brought by groups; None where that is no less, or they are few bytes."""
         largest = max(sum(layer.compute_nbytes for layer in visit.layers) for visit in job.visits)
         if job.cut.mlp_tokens is not None or largest < 2 * GROUPS[-1]:
             return None
@@ -357,7 +365,7 @@ class Planner:
                     yield base
 
     def _bases_by_groups(self, job: Job, limit: float) -> Iterator[Schedule]:
-        """The same with blocks brought by groups of their layers: of the largest groups that fit."""
+        """The same with experts brought by groups: of the largest groups that fit."""
         schedule = self._least_by_groups(job)
         for group_nbytes in GROUPS:
             base = self._least_spilled(job, replace(schedule, group_nbytes=group_nbytes), limit)
@@ -521,7 +529,7 @@ class Planner:
             "resident blocks": stream - slots,
             # masks and the first block's input in the trace of each micro-batch; the gradient on its way down
             "trace": m * (2 * job.hidden_nbytes + job.side_nbytes),
-            "groups of layers": buffers,
+            "groups of experts": buffers,
         }
         come_back = visits.come_back[:n]
 
@@ -607,7 +615,7 @@ class Planner:
             nbytes = int(job.micro_batches * layer.read_share(job.rows * job.tokens) * layer.nbytes)
             forward += nbytes
             if visit.backward is not None:
-                backward += nbytes * (2 if layer.name not in kept and visit.needs_output(layer) else 1)
+                backward += nbytes * (1 if layer.name in kept else 2)
         return forward, backward
 
     def _works(self, job: Job, s: Schedule, exact: bool, rooms: np.ndarray) -> list[Work]:
@@ -630,7 +638,7 @@ class Planner:
                     apart_s += page_s * brought
                 apart_s += m * GROUP_S * sum(1 / layer.group_share(s.group_nbytes) for layer in layers)
                 arrival_s *= 1 - share
-                recomputed_s = m * _recomputed_share(layers) * forward_s
+                recomputed_s = m * RECOMPUTED_SHARE * forward_s
             nbytes, nbytes_back = self._reads_apart(job, s, position) if layers else (0, 0)
             written = m * job.hidden_nbytes if _first_kept(job) <= position < s.spilled else 0
             seconds = m * forward_s + arrival_s + apart_s + float(fresh_s[position])
@@ -728,11 +736,6 @@ def _fresh_share(cache_nbytes: np.ndarray, nbytes: np.ndarray) -> np.ndarray:
     return np.maximum(LEAST_FRESH, 1 - cache_nbytes / np.maximum(nbytes, 1))
 
 
-def _recomputed_share(layers: Sequence[LayerCost]) -> float:
-    """Of a block's forward pass, what its backward pass does once more because these layers come apart from it."""
-    return RECOMPUTED_BY_ROWS if all(layer.per_token is None for layer in layers) else RECOMPUTED_BY_EXPERTS
-
-
 def _workspace(job: Job) -> int:
     """Bytes that computing a block takes at most."""
     return max(max(v.forward.peak_nbytes, v.backward.peak_nbytes if v.backward else 0) for v in job.visits)
@@ -754,7 +757,7 @@ def _rest_nbytes(visit: Visit, s: Schedule) -> int:
 
 
 def _group(job: Job, s: Schedule) -> tuple[int, int]:
-    """Bytes of (buffers for groups of layers, the group in use as it is computed with)."""
+    """Bytes of (buffers for groups of experts, the group in use as it is computed with)."""
     if s.group_nbytes is None:
         return 0, 0
     shares = [(layer, layer.group_share(s.group_nbytes)) for visit in job.visits for layer in visit.layers]
@@ -770,7 +773,7 @@ def _held_by_groups(layers: Sequence[LayerCost], is_backward: bool) -> int:
     """
     if not is_backward:
         return max((layer.input_nbytes + layer.output_nbytes for layer in layers), default=0)
-    return sum(layer.input_nbytes + int(WAVES_SHARE * layer.output_nbytes) for layer in layers)
+    return sum(layer.input_nbytes + int(STAGES_SHARE * layer.output_nbytes) for layer in layers)
 
 
 def _tail_blocks(job: Job, s: Schedule) -> list:

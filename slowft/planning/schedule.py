@@ -7,9 +7,8 @@ from dataclasses import dataclass
 class Schedule:
     """The default streams every block, two buffers at a time, and keeps nothing but block inputs.
 
-    Gradients are the same to the last bit for every schedule that leaves `rows`, `mlp_tokens`, `attention_queries` and
-    `group_nbytes` alone; those four change the order in which sums are taken, the last one of matrices larger than a
-    group.
+    Gradients are the same to the last bit for every schedule that leaves `rows`, `mlp_tokens` and `attention_queries`
+    alone; those three change the order in which sums are taken.
 
     Attributes:
         slots: buffers for blocks on their way. With 2 the next block is read while the present one computes; with 1
@@ -31,8 +30,8 @@ class Schedule:
         head_cache_nbytes: the same while the head computes; None for as many.
         keep_buffers: MLX keeps whatever a step frees for the next one of the same shape: for all blocks in one graph.
         reads_in_flight: requests that are under way to the drive at once.
-        group_nbytes: blocks come without their large layers, and these in groups of so many bytes, as they are computed
-            with; None for whole blocks.
+        group_nbytes: blocks come without their layers of experts, and these in groups of so many bytes, as they are
+            computed with; None for whole blocks.
         active_nbytes: beyond which MLX stops allocating ahead of the computation; None for MLX's default. On the CPU
             backend it then waits for all that is under way, so that one core computes at a time.
         head_active_nbytes: the same while the head computes; None for as many.

@@ -40,7 +40,7 @@ def choices(plan: Plan) -> str:
             words.append(f"the last {s.tail} of {n} blocks in memory, not recomputed")
         if s.tail < n:
             if s.group_nbytes:
-                words.append(f"large layers of blocks by groups of {size(s.group_nbytes)}")
+                words.append(f"experts of blocks by groups of {size(s.group_nbytes)}")
             else:
                 words.append(f"{s.slots} block buffer{'s' if s.slots > 1 else ''}")
         if plan.resident_blocks:

@@ -1,4 +1,4 @@
-"""A layer's weights some at a time: groups of rows, or of experts, through two buffers.
+"""A layer's experts some at a time, through two buffers.
 
 Comes in: a group and the one that will be asked for next. Goes out: the group's arrays; the next is read
 meanwhile. Knows nothing of what is computed with them. Everything here is called by one thread.
@@ -20,14 +20,14 @@ from ..storage.reader import ByteRange, Reader
 
 @dataclass(frozen=True)
 class Group:
-    """Entries of the first axis of a layer's matrix: runs of neighbours, in order."""
+    """Some of a layer's experts: runs of neighbours, in order."""
 
     layer: Layer
     runs: tuple[range, ...]
 
     @classmethod
     def of(cls, layer: Layer, entries: Sequence[int] | np.ndarray) -> "Group":
-        """Of these entries, sorted and distinct."""
+        """Of these experts, sorted and distinct."""
         runs = np.split(entries, np.flatnonzero(np.diff(entries) > 1) + 1)
         return cls(layer, tuple(range(int(run[0]), int(run[-1]) + 1) for run in runs))
 

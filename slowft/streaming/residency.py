@@ -196,10 +196,6 @@ class Residency:
         """`job()` on the thread that groups are used on."""
         return self._layer_thread.run(job)
 
-    def read_ahead(self, group: Group) -> None:
-        """Begin to read a group that `with_groups` will be asked for."""
-        self._layer_thread.run(lambda: self._groups.start(group))
-
     def with_outside(self, jobs: Sequence[Callable[[], Any]], is_head: bool = False) -> list:
         """The same for layers outside the blocks: jobs call `bring` for each layer they come to use."""
 
