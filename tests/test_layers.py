@@ -178,26 +178,7 @@ def test_steps_by_groups_read_what_was_planned(tmp_path):
     assert abs(streamed.stats.last.bytes_read - plan.read_nbytes) <= 0.02 * plan.read_nbytes
 
 
-# --- What cannot come apart ---------------------------------------------------------------------------
-
-
-def test_layers_whose_weights_the_block_looks_at_stay_with_it(tmp_path):
-    """Such as one that multiplies by the norm of its experts."""
-    whole, streamed = pair(save_random(tmp_path / "m", experts(EXPERTS[0])))
-    streamed._engine.adapter_changed()
-    for block in [*whole.layers, *streamed.layers]:
-
-        def scaled(module, inner, args, kwargs):
-            return inner(*args, **kwargs) * mx.abs(module["weight"]).max()
-
-        layer = block.block_sparse_moe.switch_mlp.down_proj
-        intercept(layer, "__call__", layer.get("linear", layer), scaled)
-    batch, lengths = random_batch(128)
-    expected = reference(whole, batch, lengths)
-    assert_same_as(expected, streamed, batch, lengths, BY_EXPERTS)
-    apart = {layer.name for layer in streamed._engine.layers_apart(streamed._cut.blocks[0])}
-    every = {layer.name for layer in streamed._engine.layers.of(streamed._cut.blocks[0])}
-    assert every - apart == {"block_sparse_moe.switch_mlp.down_proj"}
+# --- Adapters -----------------------------------------------------------------------------------------
 
 
 def test_magnitudes_of_dora_are_those_of_mlx_lm(tmp_path):

@@ -413,7 +413,6 @@ def test_a_long_tail_counted_by_a_few_of_its_blocks_costs_what_its_whole_graph_d
     counted = opened.planner(MACHINES["usual disk"])._job_of(Cut())
     counted = [counted.head(*tail) for tail in tails]
     monkeypatch.setattr(costs, "REPETITIONS", 8)
-    engine.find_layers()
     whole = engine.on_thread(lambda: costs.Costing(engine).job(ROWS, TOKENS, 1, Cut(), 2, engine.head_may_be_cut))
     for cost, tail in zip(counted, tails):
         exact = whole.head(*tail)

@@ -39,7 +39,7 @@ class Costing:
 
     def __init__(self, engine):
         self._model, self._cut, self._kept, self._pieces = engine.model, engine.cut, engine.kept, engine.pieces
-        self._layers, self._layers_apart = engine.layers, engine.layers_apart
+        self._layers = engine.layers
         self._cores, self._running_part, self._on_thread = engine.cores, engine.running_part, engine.on_thread
         self._trained = {unit.index: unit.trainable() for unit in self._cut.blocks}
         in_blocks = {(id(o), k) for of_block in self._trained.values() for _, o, k in of_block}
@@ -206,7 +206,7 @@ class Costing:
     def _layer_costs(self, unit: Unit, calls: dict[str, LayerCall], tokens: int) -> tuple[LayerCost, ...]:
         """What may come apart from the block."""
         costs = []
-        for layer in self._layers_apart(unit):
+        for layer in self._layers.of(unit):
             if (call := calls.get(layer.name)) is not None:
                 sizes = (
                     layer.nbytes,

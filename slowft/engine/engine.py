@@ -34,7 +34,6 @@ from .activations import Activations
 from .block import Memory, UnitCall
 from .boundary import Boundary, why_not
 from .cores import Cores
-from .costs import signature
 from .head import HeadLoss, loss_mask, token_loss, treats_tokens_alike, usual_chunk
 from .kept import KeptProducts, Products
 from .layers import LayerWork
@@ -81,9 +80,6 @@ class Engine:
         self._all_from_boundary = False
         self._has_warned = False
         self._routed_to: dict[Layer, float] = {}  # experts of each layer that a token goes to
-        self._n_trainable = 0
-        self._layers_apart: dict[Unit, list[Layer]] = {}
-        self._kinds: dict[Unit, str] = {}
         self._gradients: dict[tuple[int, Any], mx.array] = {}  # of blocks' own arrays, summed over micro-batches
         self.kept = KeptProducts()
         self.pieces = PieceWork()
@@ -265,9 +261,6 @@ class Engine:
         """
         order = self.cut.order
         entries = trainable_entries(self.model)
-        if len(entries) != self._n_trainable:
-            self._n_trainable = len(entries)
-            self.adapter_changed()
         for name, owner, key in entries:
             if (id(owner), key) in self._on_disk:
                 raise SlowftError(
@@ -297,10 +290,9 @@ class Engine:
         s = self.schedule
         if s.group_nbytes is None and (backward or tokens is None or not self._routed_to):
             return {}
-        self.find_layers()
         apart = {}
         for unit in self.cut.blocks:
-            layers = self.layers_apart(unit)
+            layers = self.layers.of(unit)
             if s.group_nbytes is None:
                 layers = [layer for layer in layers if layer in self._routed_to]
                 layers = layers if self._is_routed(layers, tokens, passes) else []
@@ -314,42 +306,6 @@ class Engine:
         seen = (self.layers.routed_share(layer, tokens * self._routed_to[layer]) for layer in layers)
         seen = max((share for share in seen if share is not None), default=None)
         return is_read_on_demand(experts, tokens, passes, seen)
-
-    def layers_apart(self, unit: Unit) -> list[Layer]:
-        """The layers that need not come with their block. Only after `find_layers`."""
-        return self._layers_apart[unit]
-
-    def find_layers(self) -> None:
-        """Look for layers that need not come with their blocks, as these are now. Not on the compute thread."""
-        if self._layers_apart:
-            return
-        if not any(map(self.layers.of, self.cut.blocks)):
-            self._layers_apart = dict.fromkeys(self.cut.blocks, [])
-            return
-        probe = Probe(self.cut, 0.25)
-        self.probe(probe)
-        mx.eval([call.arrays for call in probe.calls])
-        names: dict[str, set[str]] = {}
-        # of blocks that are not called, none: mlx-lm's gpt_oss leaves an odd last one out, unless told of its kind
-        found: dict[Unit, list[Layer]] = {unit: [] for unit in self.cut.blocks}
-        for index, call in zip(self.cut.order, probe.calls):
-            unit = self.cut.blocks[index]
-            if (kind := self._kind_of(unit)) not in names:
-                separable = self.on_thread(lambda unit=unit, call=call: self.layers.separable(unit, call))
-                names[kind] = {layer.name for layer in separable}
-            found[unit] = [layer for layer in self.layers.of(unit) if layer.name in names[kind]]
-        self._layers_apart = found
-
-    def adapter_changed(self) -> None:
-        """The model has other adapter layers than before."""
-        self._layers_apart.clear()
-        self._kinds.clear()
-
-    def _kind_of(self, unit: Unit) -> str:
-        """Equal for blocks that compute the same."""
-        if unit not in self._kinds:
-            self._kinds[unit] = signature(unit)
-        return self._kinds[unit]
 
     # --- Traces -----------------------------------------------------------------------------------
 

@@ -18,9 +18,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..models.calls import Arguments
 from ..models.layers import Layer, expert_layers
-from ..models.seams import FLOATS, Unit, intercept
+from ..models.seams import Unit, intercept
 from ..models.weights import placeholder
 from ..planning.experts import GROUP_NBYTES
 from ..streaming.groups import Group
@@ -54,7 +53,6 @@ class LayerWork:
         self._products: Products = {}
         self._recomputed: list[_Recomputed] | None = None
         self._traced: Iterator[_Recomputed] | None = None
-        self._is_trying = False
         self._noted: dict[Layer, LayerCall] | None = None
         self._routed: dict[Layer, tuple[int, float]] = {}  # of the last call: (inputs and experts, share of experts)
 
@@ -88,43 +86,6 @@ class LayerWork:
             return job()
 
         return in_order
-
-    def separable(self, unit: Unit, call: Arguments) -> list[Layer]:
-        """Those of the block's layers of experts whose weights it uses in no other way than by calling them.
-
-        (DoRA, for one, takes norms of them.) Tried on placeholders: NaN where weights are apart, numbers elsewhere.
-
-        Args:
-            call: arguments that the block is called with, evaluated.
-        """
-        if not (layers := self._layers[unit]):
-            return []
-        entries = [(param.owner, param.key) for param in unit.params] + unit.adapter()
-        originals = [owner[key] for owner, key in entries]
-
-        def some(array: mx.array) -> mx.array:
-            return mx.broadcast_to(mx.array(0.01 if array.dtype in FLOATS else 0, array.dtype), array.shape)
-
-        def is_finite(apart: Sequence[Layer]) -> bool:
-            without = {id(param) for layer in apart for param in layer.params}
-            for (owner, key), array in zip(entries, originals):
-                owner[key] = some(array)
-            for param in unit.params:
-                if id(param) in without:
-                    param.clear()
-            unit.restore_constants()
-            outputs = call.call(inner_call(unit), call.arrays).arrays
-            return not any(mx.isnan(output).any().item() for output in outputs)
-
-        self._is_trying = True
-        try:
-            if is_finite(layers):
-                return layers
-            return [layer for layer in layers if is_finite([layer])] if is_finite([]) else []
-        finally:
-            self._is_trying = False
-            for (owner, key), array in zip(entries, originals):
-                owner[key] = array
 
     @contextmanager
     def noting(self) -> Iterator[dict[Layer, LayerCall]]:
@@ -182,10 +143,6 @@ class LayerWork:
         if "indices" in kwargs:
             kwargs = dict(kwargs)
             args = (args[0], kwargs.pop("indices"), *args[1:])
-        if self._is_trying:
-            output = inner(*args, **kwargs)
-            number = mx.sin(mx.arange(output.size)).reshape(output.shape)
-            return (number + 0 * args[0].astype(mx.float32).sum()).astype(output.dtype)  # NaN stays NaN
         if layer not in self._residency.apart:
             output = inner(*args, **kwargs)
             if self._noted is not None:

@@ -319,7 +319,6 @@ class StreamedModel(nn.Module):
         notes = adapters.attach(self, spec)
         spec, notes_of_hidden = adapters.without_hidden_weights(self, spec, self._engine.look)
         self._adapter_notes = notes + notes_of_hidden
-        self._engine.adapter_changed()
         if spec.fine_tune_type == "dora" and magnitudes:
             self._engine.compute_magnitudes()
         planned_nbytes = 0
