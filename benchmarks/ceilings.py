@@ -89,7 +89,6 @@ KINDS = {  # name: (config, bits, job)
     "llama, 3 bits": (LLAMA, 3, {}),
     "llama, 4 bits": (LLAMA, 4, {}),
     "llama, 8 bits": (LLAMA, 8, {}),
-    "llama, held in 4 bits": (LLAMA, None, {"resident_bits": 4}),
     "llama, bfloat16": (LLAMA, None, {"rows": 1, "tokens": 32, "compute_dtype": "bfloat16"}),
     "llama, DoRA": (LLAMA, None, {"use_dora": True}),
     "llama, last two": (LLAMA, None, {"num_layers": 2}),

@@ -19,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from slowft.models import quantized
-from slowft.models.weights import Packed, Rounded, build_all, casting_streams
+from slowft.models.weights import Packed, build_all, casting_streams
 from slowft.storage.index import Extent
 
 RESULTS = Path(__file__).parent / "results"
@@ -78,18 +78,6 @@ def memory_rates() -> dict[str, float]:
     return {"fill": array.nbytes / 1e9 / in_use, "fresh pages": array.nbytes / 1e9 / fresh}
 
 
-def quantizing() -> dict[str, float]:
-    weight = mx.random.normal(SHAPE).astype(mx.bfloat16)
-    stored = [weight.reshape(-1).view(mx.uint8)]
-    mx.eval(stored)
-    source = Rounded(extent(weight), 4, 64, mx.float32)
-    gb = weight.nbytes / 1e9
-    return {
-        "C": gb / best_s(lambda: mx.eval(source.hold(stored)), 20),
-        "MLX": gb / best_s(lambda: mx.eval(mx.quantize(weight, 64, 4)), 3),
-    }
-
-
 def main() -> None:
     cores = os.sched_getaffinity(0)
     results = {"device": mx.device_info().get("device_name"), "cores": len(cores)}
@@ -104,9 +92,10 @@ def main() -> None:
         for bits, group_size, mode in FORMATS:
             found = rates(bits, group_size, mode, streams[:n])
             results[name][f"{bits} {mode} {group_size}"] = found
-            print(f"  {bits} bits, {mode:6} {group_size:3}: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()))
-        results[name]["quantize 4 affine 64, of bfloat16"] = quantizing()
-        print("  quantizing bfloat16:", {k: round(v, 2) for k, v in quantizing().items()}, flush=True)
+            print(
+                f"  {bits} bits, {mode:6} {group_size:3}: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()),
+                flush=True,
+            )
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / f"dequantizing_{datetime.date.today().isoformat()}.json"
     file.write_text(json.dumps(results, indent=2))

@@ -28,9 +28,9 @@ def measure(directory: Path, memory: int | None, read_bytes_per_s: int | None = 
 
     Args:
         read_bytes_per_s: that the cgroup holds reads to; None for what the drive can do.
-        job: rows, tokens, micro_batches, steps; num_layers and use_dora of the adapter; compute_dtype and resident_bits
-            of the model. With `vary` every other step has rows of half the length. `machine_file` is where what is
-            measured of the machine is kept for the next run, so that plans for different memory differ in nothing else.
+        job: rows, tokens, micro_batches, steps; num_layers and use_dora of the adapter; compute_dtype of the model.
+            With `vary` every other step has rows of half the length. `machine_file` is where what is measured of the
+            machine is kept for the next run, so that plans for different memory differ in nothing else.
     """
     command = [sys.executable, __file__, str(directory), str(memory or ""), json.dumps(job)]
     peak = None
@@ -51,9 +51,9 @@ def plans(directory: Path, **job) -> dict[str, int]:
     return json.loads(done.stdout)
 
 
-def _open(directory: str, memory=None, num_layers=-1, use_dora=False, compute_dtype=None, resident_bits=None, **_):
+def _open(directory: str, memory=None, num_layers=-1, use_dora=False, compute_dtype=None, **_):
     mx.random.seed(0)
-    model = slowft.open_model(directory, memory=memory, compute_dtype=compute_dtype, resident_bits=resident_bits)
+    model = slowft.open_model(directory, memory=memory, compute_dtype=compute_dtype)
     model.add_lora(num_layers=num_layers, rank=8, use_dora=use_dora)
     model.train()
     return model

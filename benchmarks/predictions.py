@@ -38,7 +38,6 @@ EXPERTS = SMALL | {
 # name: (config, bits, share of the way from the least to everything, job)
 JOBS = {
     "wide blocks, least": (WIDE, None, 0.02, {"rows": 4, "tokens": 128}),
-    "wide blocks, by groups of layers": (WIDE, None, 0.0, {"rows": 4, "tokens": 128}),
     "wide blocks, 150 MB/s": (WIDE, None, 0.1, {"rows": 4, "tokens": 128, "read_bytes_per_s": 150_000_000}),
     "wide blocks, half": (WIDE, None, 0.5, {"rows": 4, "tokens": 128}),
     "wide blocks, everything": (WIDE, None, 1.02, {"rows": 4, "tokens": 128}),
@@ -48,6 +47,7 @@ JOBS = {
     "large head": (LARGE_HEAD, None, 0.1, {"rows": 4, "tokens": 128}),
     "tied embeddings, qwen3": (QWEN3, None, 0.2, {"rows": 4, "tokens": 128}),
     "experts": (EXPERTS, None, 0.1, {"rows": 4, "tokens": 128}),
+    "experts, by groups": (EXPERTS, None, 0.0, {"rows": 4, "tokens": 128}),
     "4-bit": (SMALL, 4, 0.1, {"rows": 4, "tokens": 128}),
 }
 

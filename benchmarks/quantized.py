@@ -2,9 +2,8 @@
 
 python benchmarks/quantized.py     # as root: reads are limited by a cgroup; about 3 minutes
 
-Third comes the 16-bit base with `--resident-bits 4`. Asked of the 4-bit base: at most 0.3 of the bytes. Writes JSON to
-benchmarks/results/. The vocabulary is small, so that the head has the share of the work that it has in a model of 8 B
-parameters.
+Asked of the 4-bit base: at most 0.3 of the bytes. Writes JSON to benchmarks/results/. The vocabulary is small, so that
+the head has the share of the work that it has in a model of 8 B parameters.
 """
 
 import argparse
@@ -39,24 +38,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         config = SHAPE | {"num_hidden_layers": args.layers}
         bases = {bits: write_random(Path(scratch) / str(bits), quantized(config, bits)) for bits in (None, 4)}
-        for name, bits, resident_bits in (
-            ("16-bit base", None, None),
-            ("4-bit base", 4, None),
-            ("16-bit base, --resident-bits 4", None, 4),
-        ):
-            job = Job(
-                str(bases[bits]),
-                name,
-                args.batch_size,
-                args.tokens,
-                steps=args.steps,
-                memory=memory,
-                resident_bits=resident_bits,
-            )
+        for name, bits in (("16-bit base", None), ("4-bit base", 4)):
+            job = Job(str(bases[bits]), name, args.batch_size, args.tokens, steps=args.steps, memory=memory)
             measured = step.measure(job, limits)
             results[name] = {figure: measured[figure] for figure in FIGURES} | {"predicted": measured["predicted"]}
             print(
-                f"{name:30} step {measured['step_s']:5.2f} s (predicted {measured['predicted']['step_s']:5.2f}), "
+                f"{name:11} step {measured['step_s']:5.2f} s (predicted {measured['predicted']['step_s']:5.2f}), "
                 f"{measured['read_nbytes'] / 1e6:5.0f} MB read a step, waiting {measured['wait_share']:.0%}, "
                 f"peak {measured['peak_nbytes'] / 1e6:.0f} MB; {measured['kept']}",
                 flush=True,

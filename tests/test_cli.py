@@ -437,6 +437,7 @@ def test_usage_mistakes_name_the_option(finetune):
     [
         ("itres: 3", ["unknown option itres", "Did you mean iters?"]),
         ("5: 3\nzzz: 4", ["unknown option 5"]),
+        ("resident_bits: 4", ["unknown option resident_bits", "slowft prepare MODEL --output DIR --quantize"]),
         ("iters: [3\nseed: ]]", ["line 2", "not YAML"]),
         ("\titers: 3", ["line 1", "not YAML"]),
         ("- iters", ["option: value"]),

@@ -19,6 +19,7 @@ import pytest
 
 from conftest import LLAMA, save_random
 from slowft import platform
+from slowft.bench.shapes import quantized
 from slowft.engine import budget, costs
 from slowft.engine.model import open_model, parse_nbytes
 from slowft.models.outline import outline_of_config
@@ -148,7 +149,7 @@ EXPERTS = {
 
 def order_of_sums(plan) -> tuple:
     s = plan.schedule
-    return s.rows, s.mlp_tokens, s.attention_queries, bool(s.group_nbytes)
+    return s.rows, s.mlp_tokens, s.attention_queries
 
 
 DENSE = SMALL | {"num_hidden_layers": 3, "hidden_size": 1024, "intermediate_size": 14336}
@@ -173,7 +174,8 @@ def test_more_memory_is_never_slower_whatever_is_done_with_it(config, dtype, tmp
                         dtype == "native" and larger.schedule.slots == 1
                     ):
                         assert larger.step_s <= plan.step_s * 1.001
-                assert {bool(plan.schedule.group_nbytes) for plan in plans} == {True, False}
+                assert any(plan.schedule.group_nbytes for plan in plans) == (config is EXPERTS)
+                assert not all(plan.schedule.group_nbytes for plan in plans)
         finally:
             opened.model.close()
 
@@ -184,9 +186,7 @@ def test_no_plain_schedule_that_fits_is_faster(machine, opened):
     job = planner._job_of(Cut())
     choices = itertools.product(range(9), (0, 4 * BLOCK), (False, True), (0, 20_000_000))
     plain = [
-        planner.predict(
-            job, Schedule(1, resident, tail=tail, keep_head=keep_head, head_tokens=64, cache_nbytes=cache)
-        )
+        planner.predict(job, Schedule(1, resident, tail=tail, keep_head=keep_head, head_tokens=64, cache_nbytes=cache))
         for tail, resident, keep_head, cache in choices
     ]
     n_compared = 0
@@ -236,6 +236,26 @@ def test_the_least_that_is_named_is_enough(least, opened):
     assert least <= named <= least + 10_000_001
     assert planner.choose(named) is not None
     assert f"{(least - 1) / 1e9:.2f} GB" in message and f"1 x {ROWS} x {TOKENS} tokens" in message
+
+
+@pytest.mark.parametrize("dtype", ["native", "float32"])
+def test_a_dense_block_that_would_fit_in_4_bits_is_told_how(dtype, tmp_path):
+    """And not where that would not help, or cannot be done."""
+    planners = {}
+    for name, config in {"16": DENSE, "4": quantized(DENSE, 4), "experts": EXPERTS}.items():
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with outline_of_config(tmp_path / "config.json") as directory:
+            with closing(open_model(directory, compute_dtype=dtype).add_lora(-1)) as model:
+                planners[name] = model._budget.planner(ROWS, TOKENS, 1, machine=NEVER_WAITS)
+                planners[name]._base = BASE
+                planners[name].least()
+    how, least = "slowft prepare MODEL --output DIR --quantize", planners["16"].least().peak_nbytes
+    memories = range(BASE, least, 5_000_000)
+    (enough_in_4_bits, *_) = told = [memory for memory in memories if how in planners["16"].too_little(memory)]
+    assert told == [memory for memory in memories if memory >= enough_in_4_bits]
+    assert planners["4"].least().peak_nbytes <= enough_in_4_bits < least - 30_000_000
+    for name in ("4", "experts"):
+        assert how not in planners[name].too_little(planners[name].least().peak_nbytes - 1)
 
 
 def test_less_than_the_least_is_refused_before_anything_is_read(directory, monkeypatch):
@@ -393,7 +413,6 @@ def test_a_long_tail_counted_by_a_few_of_its_blocks_costs_what_its_whole_graph_d
     counted = opened.planner(MACHINES["usual disk"])._job_of(Cut())
     counted = [counted.head(*tail) for tail in tails]
     monkeypatch.setattr(costs, "REPETITIONS", 8)
-    engine.find_layers()
     whole = engine.on_thread(lambda: costs.Costing(engine).job(ROWS, TOKENS, 1, Cut(), 2, engine.head_may_be_cut))
     for cost, tail in zip(counted, tails):
         exact = whole.head(*tail)
@@ -519,7 +538,6 @@ def test_figures_are_those_of_the_shapes(slowft_):
         "block_compute_nbytes": [4 * block] * 80,
         "head_nbytes": 2 * hidden * vocab,
         "head_compute_nbytes": 4 * hidden * vocab,
-        "resident_bits": None,
         "adapter_nbytes": adapter,
         "optimizer_nbytes": 2 * adapter,
         "activation_nbytes": 2 * 128 * hidden * 4,

@@ -1,10 +1,8 @@
 """Quantized bases of every format: the numbers of mlx-lm's QLoRA in memory on the same weights, to the last bit."""
 
-import contextlib
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -31,12 +29,9 @@ from conftest import (
     save_random,
 )
 from slowft import platform
-from slowft.cli.main import main
 from slowft.models import quantized
-from slowft.models.weights import Packed, Rounded, pieces_nbytes, read_whole
-from slowft.planning.schedule import Schedule
-from slowft.reports.plan import choices
-from slowft.storage.index import Extent, read_header
+from slowft.models.weights import Packed, pieces_nbytes, read_whole
+from slowft.storage.index import read_header
 from slowft.storage.reader import Reader
 
 SMALL = LLAMA | {"num_hidden_layers": 2, "hidden_size": 128, "vocab_size": 128}
@@ -159,24 +154,6 @@ def test_dequantizing_in_c_equals_mlx(bits, group_size, mode, scales, compiled):
     assert np.array_equal(result[numbers].view(np.uint32), expected[numbers].view(np.uint32))  # -0.0 is not 0.0
 
 
-@pytest.mark.parametrize("stored", [mx.float32, mx.float16, mx.bfloat16], ids=str)
-@pytest.mark.parametrize("bits", [4, 8])
-def test_quantizing_in_c_equals_mlx(bits, stored, compiled):
-    mx.random.seed(0)
-    weight = mx.random.normal((37, 768)) * mx.exp(mx.random.normal((37, 1)) * 3)
-    weight[0], weight[1], weight[2] = 0.0, mx.abs(weight[1]), -mx.abs(weight[2])
-    weight[3] = mx.round(weight[3])  # halves are rounded to even
-    weight[4, :64], weight[5] = 1.5, weight[5] * 1e-9
-    weight = weight.astype(stored)
-    raw = weight.reshape(-1).view(mx.uint8)
-    mx.eval(raw)
-    source = Rounded(Extent("", "", 0, raw.size, str(stored).split(".")[-1], weight.shape), bits, 64, mx.float32)
-    assert quantized.can_quantize(*source.kind, stored)
-    for part, expected in zip(source.hold([raw]), mx.quantize(weight, 64, bits), strict=True):
-        assert part.dtype == expected.dtype
-        assert mx.array_equal(part, expected)
-
-
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_a_large_matrix_is_brought_in_small_pieces(bits, tmp_path):
     """Of 18 MB packed in 4 bits all would be one piece, dequantized beside the result: 131 MB more than was planned."""
@@ -207,7 +184,6 @@ def test_threads_share_the_work(compiled, monkeypatch):
     monkeypatch.setattr(platform, "cores", lambda: 5)
     test_dequantizing_in_c_equals_mlx(3, 32, "affine", mx.bfloat16, None)
     test_dequantizing_in_c_equals_mlx(4, 16, "nvfp4", mx.bfloat16, None)
-    test_quantizing_in_c_equals_mlx(4, mx.bfloat16, None)
 
 
 def test_nothing_is_read_beyond_the_last_byte(compiled):
@@ -323,125 +299,3 @@ def test_rows_of_a_quantized_embedding_are_read_packed(tied, compute_dtype, tmp_
     # of 3 rows, 256 values of 4 bits, with a scale and a bias of 4 bytes for each 64
     assert sum(r.nbytes for r in asked) == 3 * (256 // 2 + 2 * 256 // 64 * 4)
     streamed.close()
-
-
-# --- Blocks held in few bits ------------------------------------------------------------------------
-
-
-def rounded(directory: Path, bits: int):
-    """mlx-lm's model in memory, its blocks' linear layers quantized by mlx-lm, and dequantized."""
-    model, config = load_model(directory)
-    predicate = getattr(model, "quant_predicate", None) or (lambda name, layer: True)
-    in_blocks = lambda name, layer: ".layers." in name and predicate(name, layer)  # noqa: E731
-    model, config = quantize_model(model, config, 64, bits, quant_predicate=in_blocks)
-    packed = directory.parent / f"rounded-{bits}"
-    packed.mkdir(exist_ok=True)
-    mx.save_safetensors(str(packed / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
-    (packed / "config.json").write_text(json.dumps(config))
-    return dequantized(packed)
-
-
-def assert_equal_under(schedule: Schedule, whole, streamed, vocab: int, steps=2):
-    """Loss and gradients of two steps, and of an evaluation between them."""
-    batch, lengths = random_batch(vocab, rows=2, tokens=12)
-    loss, gradients = reference(whole, batch, lengths)
-    streamed._engine.follow(schedule)
-    for _ in range(steps):
-        (streamed_loss, _), streamed_gradients = streamed.loss_and_grads(batch, lengths)
-        assert streamed_loss.item() == loss.item()
-        assert largest_difference(gradients, streamed_gradients) == 0.0
-        assert streamed.loss(batch, lengths)[0].item() == loss.item()
-
-
-@pytest.mark.parametrize("name, bits", [("llama", 4), ("llama", 8), ("qwen3_moe (experts, one dense block)", 4)])
-def test_rounded_blocks_equal_mlx_lms_whatever_stays_in_memory(name, bits, tmp_path):
-    config = LLAMA if name == "llama" else ARCHITECTURES[name] | {"moe_intermediate_size": 64}
-    directory = save_random(tmp_path / "dense", config, mx.bfloat16)
-    whole = rounded(directory, bits)
-    attach_in_memory(whole, **LORA)
-    streamed = slowft.open_model(directory, compute_dtype="float32", resident_bits=bits).add_lora(**LORA)
-    exact = slowft.open_model(directory, compute_dtype="float32").add_lora(**LORA)
-    randomise(whole, streamed, exact)
-    for model in (whole, streamed, exact):
-        model.train()
-    batch = random_batch(config["vocab_size"], rows=2, tokens=12)
-    assert exact.loss_and_grads(*batch)[0][0].item() != reference(whole, *batch)[0].item()  # it changes the numbers
-    for schedule in (
-        Schedule(slots=1),
-        Schedule(slots=1, packed=2),
-        Schedule(slots=1, packed=4),
-        Schedule(slots=2, packed=1, tail=2, resident_nbytes=1 << 20),
-        Schedule(slots=1, packed=3, kept=(("mlp.up_proj",),) * 4),
-    ):
-        assert_equal_under(schedule, whole, streamed, config["vocab_size"])
-    streamed.close()
-
-
-def test_blocks_held_packed_are_read_no_more(tmp_path):
-    directory = save_random(tmp_path / "dense", LLAMA, mx.bfloat16)
-    streamed = slowft.open_model(directory, resident_bits=4).add_lora(**LORA)
-    streamed.train()
-    batch, lengths = random_batch(LLAMA["vocab_size"], rows=2, tokens=12)
-    read = []
-    for packed in (0, 3, 4):
-        streamed._engine.follow(Schedule(slots=1, packed=packed))
-        streamed.loss_and_grads(batch, lengths)
-        streamed.loss_and_grads(batch, lengths)
-        read.append(streamed.stats.last.bytes_read)
-    block = streamed._cut.blocks[0].nbytes
-    # of 4 blocks the last one stays in its buffer when the order turns, the first one when the next step begins
-    assert read[0] - read[2] == 6 * block
-    assert read[1] == read[2]  # one block has a buffer to itself
-    held = sum(part.nbytes for unit in streamed._engine._residency._held.values() for parts in unit for part in parts)
-    assert held == sum(p.source.held_nbytes for unit in streamed._cut.blocks for p in unit.params)
-    assert held < 0.35 * 4 * block
-    streamed.close()
-
-
-def test_planner_holds_blocks_packed_where_that_is_faster(tmp_path):
-    """A slow drive, and memory for half of the blocks as they are: more fit in 4 bits, which are read no more."""
-    config = LLAMA | {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8}
-    directory = save_random(tmp_path / "dense", config, mx.bfloat16)
-    plans = {}
-    for bits in (None, 4):
-        model = slowft.open_model(directory, compute_dtype="float32", resident_bits=bits).add_lora(**LORA)
-        planner = model.planner(1, 64)
-        planner.machine = replace(planner.machine, read_bytes_per_s=1e6)
-        least = planner.least().peak_nbytes
-        plans[bits] = planner.choose(least + 4 * model._cut.blocks[0].nbytes)
-        model.close()
-    assert plans[None].schedule.packed == 0
-    assert plans[4].schedule.packed >= 6
-    assert plans[4].read_nbytes < plans[None].read_nbytes
-    assert plans[4].step_s < plans[None].step_s
-    assert plans[4].peak_nbytes <= plans[4].memory
-    assert "rounded to 4 bits, which changes the numbers" in choices(plans[4])
-    assert "bits" not in choices(plans[None])
-
-
-def test_resident_bits_of_a_quantized_base_are_refused(tmp_path):
-    packed = save_quantized(tmp_path, SMALL)
-    with pytest.raises(slowft.SlowftError, match="resident_bits 4 has no effect"):
-        slowft.open_model(packed, resident_bits=4)
-    with pytest.raises(slowft.SlowftError, match="one of 4, 8"):
-        slowft.open_model(packed, resident_bits=3)
-
-
-def test_command_line_says_that_it_changes_the_numbers(llama_with_tokenizer, tmp_path, capsys, monkeypatch):
-    lines = [json.dumps({"text": f"Sample {i} of plain text, long enough."}) for i in range(6)]
-    (tmp_path / "train.jsonl").write_text("\n".join(lines))
-    words = ["--model", llama_with_tokenizer, "--data", tmp_path, "--adapter-path", tmp_path / "adapters"]
-    words += ["--iters", 2, "--batch-size", 2, "--memory", "1GB"]
-
-    def run(*words: object) -> tuple[str, str]:
-        monkeypatch.setattr(sys, "argv", ["slowft", *map(str, words)])
-        with contextlib.suppress(SystemExit):
-            main()
-        return capsys.readouterr()
-
-    out, _ = run("finetune", *words, "--resident-bits", 4)
-    assert "all blocks' weights rounded to 4 bits, which changes the numbers" in out
-    assert "saves nothing" in out  # everything fits
-    assert run("finetune", *words, "--resident-bits", 5)[1] == "Error: --resident-bits must be 4 or 8, got 5\n"
-    out, _ = run("plan", "--model", llama_with_tokenizer, "--resident-bits", 4, "--max-seq-length", 64, "--json")
-    assert json.loads(out)["plan"]["job"]["resident_bits"] == 4

@@ -19,7 +19,6 @@ class Job:
         keys: linear layers with LoRA; None: all.
         steps: measured, after those that warm up.
         memory: slowft's ceiling, in bytes; None: half of the machine's.
-        resident_bits: see `open_model`.
     """
 
     model: str
@@ -32,7 +31,6 @@ class Job:
     keys: tuple[str, ...] | None = None
     steps: int = 3
     memory: int | None = None
-    resident_bits: int | None = None
 
     @property
     def tokens_of_step(self) -> int:

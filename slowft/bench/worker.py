@@ -49,7 +49,7 @@ def run_slowft(job: Job, told: Told, trace: str | None = None) -> dict[str, Any]
     from ..reports.plan import as_dict, choices
 
     memory = job.memory or default_memory()
-    model = slowft.open_model(job.model, memory=memory, resident_bits=job.resident_bits)
+    model = slowft.open_model(job.model, memory=memory)
     mx.random.seed(0)
     model.add_lora(job.num_layers, rank=job.rank, keys=job.keys)
     model.train()

@@ -47,7 +47,6 @@ def _option(name: str, **kwargs):
 @_option("test_batches", type=int)
 @_option("seed", type=int)
 @_option("memory")
-@_option("resident_bits", type=int)
 @_option("dry_run", is_flag=True)
 @_option("spill_dir")
 @_option("activation_cache", metavar="DIR|off")

@@ -32,7 +32,6 @@ DTYPES = ["float32", "float16", "bfloat16", "native"]
 )
 @click.option("--optimizer", default="adam", show_default=True, type=click.Choice(OPTIMIZERS), help="As in finetune.")
 @click.option("--compute-dtype", type=click.Choice(DTYPES), help="As in finetune.")
-@click.option("--resident-bits", type=click.Choice(["4", "8"]), help="As in finetune: changes the numbers.")
 @click.option("--tokens", type=AT_LEAST_1, help="Tokens of the training data: adds hours and bytes written.")
 @click.option("--epochs", type=click.FloatRange(0, min_open=True), help="Passes over them [default: 1].")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output, bytes and seconds.")
@@ -60,18 +59,14 @@ def plan(model, config_file, memory, tokens, epochs, as_json, **job):
 
     nbytes = default_memory() if memory is None else parse_nbytes(memory)
     files = {"in_place": True}
-    options = {
-        "compute_dtype": job["compute_dtype"],
-        "resident_bits": job["resident_bits"] and int(job["resident_bits"]),
-    }
     with not_collecting(), ExitStack() as stack:
         directory = stack.enter_context(_directory(model, config_file))
         try:
-            opened = open_model(directory, **options)
+            opened = open_model(directory, compute_dtype=job["compute_dtype"])
         except NeedsPreparing as e:
             files = {"in_place": False, "reason": e.reason, "nbytes": e.nbytes, "command": prepare_command(model)}
             directory = stack.enter_context(outline_of_config(directory / "config.json"))  # as it will be prepared
-            opened = open_model(directory, **options)
+            opened = open_model(directory, compute_dtype=job["compute_dtype"])
         try:
             use_dora = job["fine_tune_type"] == "dora"
             opened.add_lora(job["num_layers"], rank=job["rank"], use_dora=use_dora, only_to_plan=True)

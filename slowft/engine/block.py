@@ -7,7 +7,7 @@ write into containers they share (see `models.calls`) and arithmetic between blo
 of the model's own call connects them.
 """
 
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -67,7 +67,6 @@ class UnitCall:
         memory: what the step keeps of this call.
         carriers: see `Arguments`.
         layers: computes the unit's layers that are not brought with it; None if there are none.
-        kind: of the unit, for `layers`.
         in_training: a backward pass follows, so that the forward pass has to be what it will recompute.
     """
 
@@ -85,12 +84,11 @@ class UnitCall:
         memory: Memory,
         carriers: Collection[type] = (),
         layers: LayerWork | None = None,
-        kind: Hashable = None,
         in_training: bool = False,
     ):
         self._inner, self._entries, self._params = inner, list(entries), list(params)
         self._serve, self._seed, self._memory = serve, seed, memory
-        self._layers, self._kind, self._in_training = layers, kind, in_training
+        self._layers, self._in_training = layers, in_training
         self._arguments = Arguments(args, kwargs, carriers)
         self._inputs = self._arguments.arrays
         self._n = len(self._inputs)
@@ -154,7 +152,7 @@ class UnitCall:
         def backward():
             with self._memory.replaying(), uncompiled():
                 if self._layers is not None and self._layers.are_apart:
-                    gradients = self._gradients_in_waves(detached, detached_cotangents)
+                    gradients = self._gradients_in_stages(detached, detached_cotangents)
                 else:
                     gradients = self._gradients(
                         self._attach(detached, backward=True), [attach(c) for c in detached_cotangents]
@@ -188,15 +186,14 @@ class UnitCall:
         mx.random.seed(self._seed)
         return mx.vjp(recompute, [xs[i] for i in self._wrt], cotangents)[1]
 
-    def _gradients_in_waves(self, detached: list, detached_cotangents: list) -> list[mx.array]:
+    def _gradients_in_stages(self, detached: list, detached_cotangents: list) -> list[mx.array]:
         xs, cotangents = self._attach(detached, backward=True), [attach(c) for c in detached_cotangents]
 
         def recompute() -> None:
             mx.random.seed(self._seed)
             in_trace(lambda: self._run(xs[: self._n], xs[self._n :]))
 
-        kind = self._kind, tuple(self._wrt), tuple(x.shape for x in xs)
-        return self._layers.gradients(kind, recompute, lambda: self._gradients(xs, cotangents))
+        return self._layers.gradients(recompute, lambda: self._gradients(xs, cotangents))
 
     def _run(self, inputs: Sequence[mx.array], params: Sequence[mx.array]) -> list[mx.array]:
         for (owner, key), value in zip(self._entries, params):

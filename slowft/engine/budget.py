@@ -167,7 +167,6 @@ class Budget:
             what = rows, tokens, micro_batches, cut, self.optimizer_copies, in_chunks
             key = (*what, len(trainable_entries(engine.model)))
             if key not in self._jobs:
-                engine.find_layers()
                 self._jobs[key] = engine.on_thread(lambda: costing.job(*what))
             return self._jobs[key]
 

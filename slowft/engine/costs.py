@@ -5,6 +5,7 @@ weights and computes nothing.
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -16,7 +17,7 @@ from mlx.utils import tree_flatten
 from ..errors import PlanError
 from ..models.calls import Arguments
 from ..models.seams import FLOATS, Probe, Unit, Use, trainable_entries
-from ..models.weights import Packed, Rounded, placeholder
+from ..models.weights import Packed, Plain, placeholder
 from ..planning import graph
 from ..planning.graph import Cost, CostUnknown
 from ..planning.job import Cut, Job, LayerCost, Product, Products, Visit
@@ -39,7 +40,7 @@ class Costing:
 
     def __init__(self, engine):
         self._model, self._cut, self._kept, self._pieces = engine.model, engine.cut, engine.kept, engine.pieces
-        self._layers, self._layers_apart = engine.layers, engine.layers_apart
+        self._layers = engine.layers
         self._cores, self._running_part, self._on_thread = engine.cores, engine.running_part, engine.on_thread
         self._trained = {unit.index: unit.trainable() for unit in self._cut.blocks}
         in_blocks = {(id(o), k) for of_block in self._trained.values() for _, o, k in of_block}
@@ -87,11 +88,9 @@ class Costing:
             forward, backward, look_at_products, calls = seen[key]
             trainable = sum(owner[k].nbytes for _, owner, k in self._trained[index])
             copied = all(p.source.is_copied for p in unit.params)
-            sizes = index, unit.nbytes, unit.compute_nbytes, copied
-            unpacked = _nbytes_by_kind(unit, Packed), _nbytes_by_kind(unit, Rounded)
-            held = sum(p.source.held_nbytes for p in unit.params)
+            sizes = index, unit.nbytes, unit.compute_nbytes, copied, _dequantized_nbytes(unit), _saved_nbytes(unit)
             layers = self._layer_costs(unit, calls, rows * tokens)
-            visits.append(Visit(*sizes, *unpacked, held, trainable, forward, backward, look_at_products, layers))
+            visits.append(Visit(*sizes, trainable, forward, backward, look_at_products, layers))
             hidden, *others = arguments.arrays
             side |= {id(array): array.nbytes for array in others}
         rows_units = self._cut.outside[Use.ROWS]
@@ -208,10 +207,16 @@ class Costing:
     def _layer_costs(self, unit: Unit, calls: dict[str, LayerCall], tokens: int) -> tuple[LayerCost, ...]:
         """What may come apart from the block."""
         costs = []
-        for layer in self._layers_apart(unit):
+        for layer in self._layers.of(unit):
             if (call := calls.get(layer.name)) is not None:
-                per_token = None if call.n_routed is None else call.n_routed / tokens
-                sizes = layer.nbytes, layer.compute_nbytes, layer.n, per_token, call.input_nbytes, call.output_nbytes
+                sizes = (
+                    layer.nbytes,
+                    layer.compute_nbytes,
+                    layer.n,
+                    call.n_routed / tokens,
+                    call.input_nbytes,
+                    call.output_nbytes,
+                )
                 costs.append(LayerCost(layer.name, *sizes))
         return tuple(costs)
 
@@ -362,12 +367,19 @@ def _setting(name: str, value: Any) -> Any:
     return value if isinstance(value, (int, float, str)) else None
 
 
-def _nbytes_by_kind(unit: Unit, source_class: type) -> dict[tuple[int, int, str], int]:
+def _dequantized_nbytes(unit: Unit) -> dict[tuple[int, int, str], int]:
     nbytes: dict[tuple[int, int, str], int] = {}
     for param in unit.params:
-        if isinstance(source := param.source, source_class):
+        if isinstance(source := param.source, Packed):
             nbytes[source.kind] = nbytes.get(source.kind, 0) + param.compute_nbytes
     return nbytes
+
+
+def _saved_nbytes(unit: Unit) -> int:
+    """Bytes on disk that `slowft prepare --quantize` saves of a block: 4 bits a value, 32 for each group of 64."""
+    sources = [p.source for p in unit.params if p.key == "weight" and hasattr(p.owner, "to_quantized")]
+    plain = [s for s in sources if isinstance(s, Plain) and s.result_dtype in FLOATS and s.shape[-1] % 64 == 0]
+    return sum(s.extent.nbytes - math.prod(s.shape) * 9 // 16 for s in plain)
 
 
 def _arguments(call: Arguments) -> tuple[tuple, dict]:

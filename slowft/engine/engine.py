@@ -23,7 +23,7 @@ from ..memory import limits
 from ..models.layers import Layer
 from ..models.seams import FLOATS, TOKENS, Arrays, Cut, Probe, Unit, array_entries, trainable_entries
 from ..models.weights import Param, placeholder, read_whole
-from ..planning.experts import GROUP_NBYTES, is_read_on_demand, most_share
+from ..planning.experts import GROUP_NBYTES, is_read_on_demand
 from ..planning.graph import keeping_random_state
 from ..planning.schedule import Schedule
 from ..storage.activation_cache import ActivationCache
@@ -35,7 +35,6 @@ from .activations import Activations
 from .block import Memory, UnitCall
 from .boundary import Boundary, why_not
 from .cores import Cores
-from .costs import signature
 from .head import HeadLoss, loss_mask, token_loss, treats_tokens_alike, usual_chunk
 from .kept import KeptProducts, Products
 from .layers import LayerWork
@@ -82,9 +81,6 @@ class Engine:
         self._all_from_boundary = False
         self._has_warned = False
         self._routed_to: dict[Layer, float] = {}  # experts of each layer that a token goes to
-        self._n_trainable = 0
-        self._layers_apart: dict[Unit, list[Layer]] = {}
-        self._kinds: dict[Unit, str] = {}
         self._gradients: dict[tuple[int, Any], mx.array] = {}  # of blocks' own arrays, summed over micro-batches
         self.kept = KeptProducts()
         self.pieces = PieceWork()
@@ -188,7 +184,6 @@ class Engine:
             memory=memory,
             carriers=self.cut.carriers,
             layers=self.layers,
-            kind=self._kind_of(unit),
             in_training=self._expects_backward,
         )
         return call()
@@ -268,9 +263,6 @@ class Engine:
         """
         order = self.cut.order
         entries = trainable_entries(self.model)
-        if len(entries) != self._n_trainable:
-            self._n_trainable = len(entries)
-            self.adapter_changed()
         for name, owner, key in entries:
             if (id(owner), key) in self._on_disk:
                 raise SlowftError(
@@ -289,80 +281,33 @@ class Engine:
         of_backward = visits[lowest:][::-1] if backward else ()
         apart = self._apart(tokens, len(micro_batches) or 1, backward)
         self._residency.expect(forward, of_backward, apart)
-        self._residency.keep_groups(self._kept_groups(apart, tokens) if backward else 0)
 
     def _apart(self, tokens: int | None = None, passes: int = 1, backward: bool = False) -> dict[int, list[Layer]]:
         """The layers that do not come with their blocks, by block.
 
         Args:
             tokens: of each of the `passes` through a block, one way.
+            backward: there is a way back, for which blocks come whole if they are not to come by groups.
         """
         s = self.schedule
-        if s.group_nbytes is None and not (self._routed_to and (s.routed or tokens is not None)):
+        if s.group_nbytes is None and (backward or tokens is None or not self._routed_to):
             return {}
-        self.find_layers()
         apart = {}
         for unit in self.cut.blocks:
-            layers = self.layers_apart(unit)
+            layers = self.layers.of(unit)
             if s.group_nbytes is None:
                 layers = [layer for layer in layers if layer in self._routed_to]
-                layers = layers if self._is_routed(layers, tokens, passes, backward) else []
+                layers = layers if self._is_routed(layers, tokens, passes) else []
             if layers:
                 apart[unit.index] = layers
         return apart
 
-    def _is_routed(self, layers: Sequence[Layer], tokens: int | None, passes: int, backward: bool) -> bool:
-        """Whether a block comes without these layers of experts."""
-        routed = self.schedule.routed
-        if routed or tokens is None or (backward and routed is not None):
-            return bool(routed)
+    def _is_routed(self, layers: Sequence[Layer], tokens: int, passes: int) -> bool:
+        """Whether a block comes without these layers of experts, of which only those are read that are needed."""
         experts = [(layer.nbytes, layer.n, self._routed_to[layer]) for layer in layers]
         seen = (self.layers.routed_share(layer, tokens * self._routed_to[layer]) for layer in layers)
         seen = max((share for share in seen if share is not None), default=None)
-        return is_read_on_demand(experts, tokens, passes, backward, seen)
-
-    def _kept_groups(self, apart: dict[int, list[Layer]], tokens: int | None) -> int:
-        """Bytes of experts that the backward pass needs twice: for the recomputation, and for cotangents."""
-        if self.schedule.group_nbytes is not None or tokens is None:
-            return 0
-        sizes = (
-            sum(layer.nbytes * most_share(layer.n, self._routed_to[layer], tokens) for layer in layers)
-            for layers in apart.values()
-        )
-        return int(max(sizes, default=0))
-
-    def layers_apart(self, unit: Unit) -> list[Layer]:
-        """The layers that need not come with their block. Only after `find_layers`."""
-        return self._layers_apart[unit]
-
-    def find_layers(self) -> None:
-        """Look for layers that need not come with their blocks, as these are now. Not on the compute thread."""
-        if self._layers_apart:
-            return
-        probe = Probe(self.cut, 0.25)
-        self.probe(probe)
-        mx.eval([call.arrays for call in probe.calls])
-        names: dict[str, set[str]] = {}
-        # of blocks that are not called, none: mlx-lm's gpt_oss leaves an odd last one out, unless told of its kind
-        found: dict[Unit, list[Layer]] = {unit: [] for unit in self.cut.blocks}
-        for index, call in zip(self.cut.order, probe.calls):
-            unit = self.cut.blocks[index]
-            if (kind := self._kind_of(unit)) not in names:
-                separable = self.on_thread(lambda unit=unit, call=call: self.layers.separable(unit, call))
-                names[kind] = {layer.name for layer in separable}
-            found[unit] = [layer for layer in self.layers.of(unit) if layer.name in names[kind]]
-        self._layers_apart = found
-
-    def adapter_changed(self) -> None:
-        """The model has other adapter layers than before."""
-        self._layers_apart.clear()
-        self._kinds.clear()
-
-    def _kind_of(self, unit: Unit) -> str:
-        """Equal for blocks that compute the same."""
-        if unit not in self._kinds:
-            self._kinds[unit] = signature(unit)
-        return self._kinds[unit]
+        return is_read_on_demand(experts, tokens, passes, seen)
 
     # --- Traces -----------------------------------------------------------------------------------
 
@@ -590,10 +535,6 @@ class Engine:
         tail = [self.cut.blocks[index] for index in dict.fromkeys(order[len(order) - schedule.tail :])]
         whole = [*tail, *(self.cut.head if schedule.keep_head else ())]
         self._residency.keep_whole(whole)
-        below = [block for index in order[::-1] if (block := self.cut.blocks[index]) not in tail]
-        packed = list(dict.fromkeys(below))[: schedule.packed]
-        packed_nbytes = sum(param.source.held_nbytes for unit in packed for param in unit.params)
-        self._residency.keep_held(packed)
         self.layers.group_nbytes = schedule.group_nbytes or GROUP_NBYTES
         head = self.cut.head if schedule.head_ahead else ()
         sizes = schedule.slots, schedule.resident_nbytes, schedule.reads_in_flight
@@ -608,7 +549,7 @@ class Engine:
             self._residency.reuse = Reuse(schedule)
             limits().keep_freed(schedule.cache_nbytes)
         limits().hold(schedule.active_nbytes)
-        limits().wire(schedule.resident_nbytes + sum(unit.compute_nbytes for unit in whole) + packed_nbytes)
+        limits().wire(schedule.resident_nbytes + sum(unit.compute_nbytes for unit in whole))
 
     def reuse_more(self, nbytes: int) -> None:
         """The last step left so many bytes of its memory (below 0: took more): freed buffers may take them."""
@@ -666,8 +607,6 @@ class Engine:
             return
         self._boundary = self._lowest_trained
         cuts = self.schedule.mlp_tokens, self.schedule.attention_queries
-        if self.schedule.group_nbytes is not None:
-            cuts += (self.schedule.group_nbytes,)
         if self._expects_backward and mx.default_device() != mx.Device(mx.cpu):
             # in which a GPU's kernels are others than in an evaluation; on MLX's CPU backend, all give the same bits
             cuts += ("in training",)
@@ -701,7 +640,7 @@ class Engine:
         tokens = mx.array(TOKENS)
         with self.running_part(part), self.layers.noting() as calls:
             logits = self.model(tokens)
-        self._routed_to = {layer: c.n_routed / tokens.size for layer, c in calls.items() if c.n_routed is not None}
+        self._routed_to = {layer: c.n_routed / tokens.size for layer, c in calls.items()}
         return logits
 
     def look(self) -> None:

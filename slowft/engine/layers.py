@@ -1,15 +1,15 @@
-"""Layers of a block that are not brought with it: their products are taken by groups of rows, or of experts.
+"""Layers of experts that are not brought with their block: the products come by groups of experts.
 
-A group's weights come, its part of the product is computed, they go. Of experts, those come that an input goes to.
-What an expert gives for an input depends on no other, so results by groups of experts are the same to the last bit;
-of a matrix cut by rows the cotangent is a sum over groups, so gradients agree up to rounding.
+A group's weights come, its part of the product is computed, they go. Only those experts come that an input goes to.
+What an expert gives for an input depends on no other, so results are the same to the last bit.
 
-Nothing can be evaluated while MLX traces without keeping its graph (721 MB for a block whose backward pass takes 139),
-so a block's vjp is taken in waves: first its forward pass, none of its arrays traced, for the outputs of these layers;
-then its vjp with those in place, several times, each as far as the cotangents of the layers that can be known by then.
+Nothing can be evaluated while MLX traces without keeping its graph (721 MB for a block whose backward pass takes 139).
+So a block's vjp is taken in stages: first its forward pass, none of its arrays traced, for these layers' outputs;
+then, with those in place, its vjp once for each of their calls, the last call first, as far as the cotangent of that call's output. From
+that the cotangent of the call's input is computed by groups, and the next stage goes on from there.
 """
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,28 +18,24 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..models.calls import Arguments
-from ..models.layers import Layer, large_layers
-from ..models.seams import FLOATS, Unit, intercept
+from ..models.layers import Layer, expert_layers
+from ..models.seams import Unit, intercept
 from ..models.weights import placeholder
 from ..planning.experts import GROUP_NBYTES
-from ..planning.graph import needs
 from ..streaming.groups import Group
 from ..streaming.residency import Residency
 from .kept import Products
 from .trees import Detached, attach, detach
 
-ROWS_MULTIPLE = 64  # of the rows of a group
-
 
 @dataclass(frozen=True)
 class LayerCall:
-    """Sizes of a layer's call; `n_routed` pairs of input and expert, None if it has no experts."""
+    """Sizes of a layer's call: bytes of its input and output, and how many pairs of input and expert there are."""
 
     layer: Layer
     input_nbytes: int
     output_nbytes: int
-    n_routed: int | None
+    n_routed: int
 
 
 class LayerWork:
@@ -57,21 +53,18 @@ class LayerWork:
         self._products: Products = {}
         self._recomputed: list[_Recomputed] | None = None
         self._traced: Iterator[_Recomputed] | None = None
-        self._needed: Iterator[bool] = iter(())
-        self._is_trying = False
         self._noted: dict[Layer, LayerCall] | None = None
-        self._structures: dict[Hashable, _Structure] = {}
         self._routed: dict[Layer, tuple[int, float]] = {}  # of the last call: (inputs and experts, share of experts)
 
     def watch(self, unit: Unit) -> None:
-        """From now on this block may come without its large layers."""
+        """From now on this block may come without its layers of experts."""
         if unit not in self._layers:
-            self._layers[unit] = large_layers(unit)
+            self._layers[unit] = expert_layers(unit)
             for layer in self._layers[unit]:
                 intercept(layer.module, "__call__", layer, self._on_call)
 
     def of(self, unit: Unit) -> list[Layer]:
-        """The block's large layers."""
+        """The block's layers of experts."""
         return self._layers[unit]
 
     def routed_share(self, layer: Layer, n: float) -> float | None:
@@ -85,56 +78,18 @@ class LayerWork:
         return bool(self._residency.apart)
 
     def in_order(self, job: Callable[[], Any], backward: bool) -> Callable[[], Any]:
-        """The job on a block, whose first group is read as soon as the block is in place."""
+        """The job on a block, in which the order of the layers' calls is learnt or known."""
 
         def in_order():
             if self.are_apart:
                 self._order.begin((tuple(layer.name for layer in self._residency.apart), backward))
-                if (first := self._following()) is not None:
-                    self._residency.read_ahead(first)
             return job()
 
         return in_order
 
-    def separable(self, unit: Unit, call: Arguments) -> list[Layer]:
-        """Those of the block's large layers whose weights it uses in no other way than by calling them.
-
-        (DoRA, for one, takes norms of them.) Tried on placeholders: NaN where weights are apart, numbers elsewhere.
-
-        Args:
-            call: arguments that the block is called with, evaluated.
-        """
-        layers = self._layers[unit]
-        entries = [(param.owner, param.key) for param in unit.params] + unit.adapter()
-        originals = [owner[key] for owner, key in entries]
-
-        def some(array: mx.array) -> mx.array:
-            return mx.broadcast_to(mx.array(0.01 if array.dtype in FLOATS else 0, array.dtype), array.shape)
-
-        def is_finite(apart: Sequence[Layer]) -> bool:
-            without = {id(param) for layer in apart for param in layer.params}
-            for (owner, key), array in zip(entries, originals):
-                owner[key] = some(array)
-            for param in unit.params:
-                if id(param) in without:
-                    param.clear()
-            unit.restore_constants()
-            outputs = call.call(inner_call(unit), call.arrays).arrays
-            return not any(mx.isnan(output).any().item() for output in outputs)
-
-        self._is_trying = True
-        try:
-            if is_finite(layers):
-                return layers
-            return [layer for layer in layers if is_finite([layer])] if is_finite([]) else []
-        finally:
-            self._is_trying = False
-            for (owner, key), array in zip(entries, originals):
-                owner[key] = array
-
     @contextmanager
     def noting(self) -> Iterator[dict[Layer, LayerCall]]:
-        """Calls of large layers, the last of each, while this is entered and their weights are no matter."""
+        """Calls of layers of experts, the last of each, while this is entered and their weights are no matter."""
         self._noted, noted = {}, self._noted
         try:
             yield self._noted
@@ -150,43 +105,27 @@ class LayerWork:
         finally:
             self._products = {}
 
-    def gradients(
-        self, kind: Hashable, recompute: Callable[[], Any], differentiate: Callable[[], list[mx.array]]
-    ) -> list[mx.array]:
+    def gradients(self, recompute: Callable[[], Any], differentiate: Callable[[], list[mx.array]]) -> list[mx.array]:
         """What `differentiate` returns, unevaluated, some of the block's layers being apart.
 
         Args:
-            kind: equal for calls in which the same outputs are needed.
             recompute: calls the block on arrays that are not traced.
             differentiate: calls it within `mx.vjp`, the same each time.
         """
-        kind = kind, tuple(layer.name for layer in self._residency.apart)
-        calls = self._recompute(kind, recompute)
-        known = self._structures.get(kind)
-        if known is None:
-            for call in calls:
-                call.is_watched = True
+        calls = self._recompute(recompute)
+        for call in reversed(calls):
             self._trace(calls, differentiate)
-            known = self._structures[kind] = _Structure(calls)
-        for wave in range(known.n_waves):
-            self._trace(calls, differentiate)
-            wanted = [call for call, of in zip(calls, known.waves) if of == wave and call.cotangent is not None]
-            known.note(call.cotangent for call in wanted)
-            mx.eval([call.cotangent for call in wanted])
-            for call in wanted:
-                call.of_input = self._by_groups(call.product, True, call.product.backward(detach(call.cotangent)))
-            for call in calls:
-                call.cotangent = None
-        gradients = self._trace(calls, differentiate)
-        known.note(gradients)
-        known.complete()
-        return gradients
+            cotangent = call.cotangent
+            for other in calls:
+                other.cotangent = None
+            if cotangent is not None:
+                mx.eval(cotangent)
+                call.of_input = self._by_groups(call.product, True, call.product.backward(detach(cotangent)))
+        return self._trace(calls, differentiate)
 
-    def _recompute(self, kind: Hashable, recompute: Callable[[], Any]) -> "list[_Recomputed]":
+    def _recompute(self, recompute: Callable[[], Any]) -> "list[_Recomputed]":
         self._recomputed, products = [], self._products
         self._products = {name: list(arrays) for name, arrays in products.items()}
-        known = self._structures.get(kind)
-        self._needed = iter(known.needed if known is not None else ())
         try:
             recompute()
             return self._recomputed
@@ -204,29 +143,19 @@ class LayerWork:
         if "indices" in kwargs:
             kwargs = dict(kwargs)
             args = (args[0], kwargs.pop("indices"), *args[1:])
-        if self._is_trying:
-            output = inner(*args, **kwargs)
-            number = mx.sin(mx.arange(output.size)).reshape(output.shape)
-            return (number + 0 * args[0].astype(mx.float32).sum()).astype(output.dtype)  # NaN stays NaN
         if layer not in self._residency.apart:
             output = inner(*args, **kwargs)
             if self._noted is not None:
-                indices = args[1].size if layer.is_experts else None
-                self._noted[layer] = LayerCall(layer, args[0].nbytes, output.nbytes, indices)
+                self._noted[layer] = LayerCall(layer, args[0].nbytes, output.nbytes, args[1].size)
             return output
         if self._traced is not None:
             return next(self._traced).in_trace(layer, args[0])
-        call = _ExpertsCall if layer.is_experts else _DenseCall
-        product = call(layer, inner, args, kwargs)
-        if isinstance(product, _ExpertsCall):
-            self._routed[layer] = product.n_pairs, len(product.entries) / layer.n
+        product = _Call(layer, inner, args, kwargs)
+        self._routed[layer] = product.n_pairs, len(product.entries) / layer.n
         if self._recomputed is None:
             return self._by_groups(product, False, product.forward(detach(args[0])))
-        kept, is_needed = self._products.get(layer.name), next(self._needed, True)
-        if kept:
+        if kept := self._products.get(layer.name):
             output = kept.pop(0)
-        elif not is_needed:
-            output = placeholder(product.shape, product.dtype)  # NaN, should anything need it after all
         else:
             output = self._by_groups(product, False, product.forward(detach(args[0])))
         self._recomputed.append(_Recomputed(product, output))
@@ -235,33 +164,22 @@ class LayerWork:
     def _by_groups(self, product: "_Call", backward: bool, job: "_Job") -> mx.array:
         groups = self._groups(product.layer, product.entries, backward)
         self._order.arrive((product.layer.name, backward), product.entries)
-        self._residency.with_groups(groups, self._following(), job)
+        self._residency.with_groups(groups, self._following(), job.on_group)
         return self._residency.on_layer_thread(job.result)
 
-    def _groups(self, layer: Layer, entries: np.ndarray | None, backward: bool) -> list[Group]:
-        """Entries in order, as many together as may be; None stands for all. The other way round backward."""
+    def _groups(self, layer: Layer, entries: np.ndarray, backward: bool) -> list[Group]:
+        """Experts in order, as many together as may be; the other way round backward."""
         most = max(1, self.group_nbytes * layer.n // layer.compute_nbytes)
-        if entries is None:
-            if ROWS_MULTIPLE < most < layer.n:
-                most -= most % ROWS_MULTIPLE
-            entries = np.arange(layer.n)
         groups = [Group.of(layer, entries[start : start + most]) for start in range(0, len(entries), most)]
         return groups[::-1] if backward else groups
 
     def _following(self) -> Group | None:
-        """The group that is likely to be asked for after this call."""
+        """The group that is likely to be asked for after this call: of the same experts of another layer."""
         if (following := self._order.following()) is None:
             return None
         name, backward = following
-        layer = next((layer for layer in self._residency.apart if layer.name == name), None)
-        if layer is None:
-            return None
-        entries = None
-        if layer.is_experts:
-            if (entries := self._order.entries) is None:
-                return None
-            entries = entries[entries < layer.n]
-        groups = self._groups(layer, entries, backward)
+        layer = next(layer for layer in self._residency.apart if layer.name == name)
+        groups = self._groups(layer, self._order.entries[self._order.entries < layer.n], backward)
         return groups[0] if groups else None
 
 
@@ -269,9 +187,7 @@ class _Recomputed:
     """A layer's call in the recomputation of a block: its output, and what is known of its cotangents.
 
     Attributes:
-        is_watched: whether `input` and `result` are to be those of the trace under way. (They may not stay: their graph
-            refers to this object, in a circle that Python does not see.)
-        cotangent: the output's in the last trace; None if nobody asks for it. What lies behind layers whose `of_input`
+        cotangent: the output's in the last trace; None if nobody asks for it. What lies behind calls whose `of_input`
             is not known yet is missing in it.
         of_input: the cotangent of the input.
     """
@@ -280,9 +196,6 @@ class _Recomputed:
         self.product, self.output = product, output
         self.cotangent: mx.array | None = None
         self.of_input: mx.array | None = None
-        self.is_watched = False
-        self.input: mx.array | None = None
-        self.result: mx.array | None = None
 
     def in_trace(self, layer: Layer, x: mx.array) -> mx.array:
         assert layer is self.product.layer, "the recomputation takes another way than the forward pass"
@@ -295,131 +208,59 @@ class _Recomputed:
             self.cotangent = cotangent
             return mx.zeros_like(x)
 
-        result = function(x)
-        if self.is_watched:
-            self.input, self.result = x, result
-        return result
-
-
-class _Structure:
-    """Which of a block's layers come after which, from the first recomputation; all of a kind are alike.
-
-    Attributes:
-        waves: of each call, the wave of traces in which its cotangent can be known: after those of all behind it.
-        needed: whether its output is, in the backward pass.
-    """
-
-    def __init__(self, calls: Sequence[_Recomputed]):
-        before = needs([call.input for call in calls], [call.result for call in calls])
-        self.waves = [0] * len(calls)
-        for i in reversed(range(len(calls))):
-            for j in before[i]:
-                self.waves[j] = max(self.waves[j], self.waves[i] + 1)
-        self.n_waves = max(self.waves, default=-1) + 1
-        for call in calls:
-            call.is_watched, call.input, call.result, call.cotangent = False, None, None, None
-        self._outputs = [call.output for call in calls]
-        self._needed: set[int] = set()
-        self.is_complete = False
-
-    def note(self, results: Iterable[mx.array]) -> None:
-        """These (unevaluated) are what the traces are for."""
-        if not self.is_complete:
-            self._needed = self._needed.union(*needs(list(results), self._outputs))
-
-    def complete(self) -> None:
-        self.is_complete, self._outputs = True, []
-
-    @property
-    def needed(self) -> list[bool]:
-        return [not self.is_complete or i in self._needed for i in range(len(self.waves))]
+        return function(x)
 
 
 class _Order:
-    """Learns in which order the layers of a block are called."""
+    """Learns in which order the layers of a block are called.
+
+    Attributes:
+        entries: experts that the last call in this job went to.
+    """
 
     def __init__(self):
-        self._following: dict[tuple, tuple[str, bool] | None] = {}
+        self._following: dict[tuple, tuple[str, bool]] = {}
         self._kind: Any = None
         self._last: tuple[str, bool] | None = None
         self._n = 0
-        self.entries: np.ndarray | None = None  # experts that the last call of experts in this job went to
+        self.entries = np.empty(0, int)
 
     def begin(self, kind: Any) -> None:
         """A job of this kind begins: all of a kind call the same layers."""
-        self._kind, self._last, self._n, self.entries = kind, None, 0, None
+        self._kind, self._last, self._n = kind, None, 0
 
-    def arrive(self, call: tuple[str, bool], entries: np.ndarray | None) -> None:
+    def arrive(self, call: tuple[str, bool], entries: np.ndarray) -> None:
         self._following[self._kind, self._n, self._last] = call
-        self._last, self._n = call, self._n + 1
-        if entries is not None:
-            self.entries = entries
+        self._last, self._n, self.entries = call, self._n + 1, entries
 
     def following(self) -> tuple[str, bool] | None:
         return self._following.get((self._kind, self._n, self._last))
 
 
+@dataclass
+class _Job:
+    """What is done with each group, and what comes out when all were there."""
+
+    on_group: Callable[[Group], None]
+    result: Callable[[], mx.array]
+
+
 class _Call:
-    """One call of a layer.
+    """One call of a layer of experts: mlx-lm's `SwitchLinear`.
+
+    x `[..., M, D]`, indices that broadcast against its leading axes -> `[..., M, N]`.
 
     Attributes:
-        entries: the sorted entries of the first axis that it needs; None for all.
-        shape, dtype: of what it returns.
+        entries: the sorted experts that it needs.
+        n_pairs: of input and expert.
     """
 
-    entries: np.ndarray | None = None
-
     def __init__(self, layer: Layer, inner: Callable, args: tuple, kwargs: dict):
+        (x, indices, *self._rest), self._kwargs = args, dict(kwargs)
         self.layer, self._inner = layer, inner
-        self._x_shape, self._x_dtype = args[0].shape, args[0].dtype
+        self._x_shape, self._x_dtype = x.shape, x.dtype
         output = inner(*args, **kwargs)  # never evaluated
-        self.shape, self.dtype = output.shape, output.dtype
-
-
-class _Job:
-    """What is done with each group, and what comes out."""
-
-    def __init__(self, on_group: Callable[[Group], None], result: Callable[[], mx.array]):
-        self._on_group, self.result = on_group, result
-
-    def __call__(self, group: Group) -> None:
-        self._on_group(group)
-
-
-class _DenseCall(_Call):
-    """x `[..., D]` -> `[..., n]`; a group of rows gives some of the last axis."""
-
-    def forward(self, x: Detached) -> _Job:
-        output, values = _HostArray(self.shape, self.dtype), []
-
-        def on_group(group: Group) -> None:
-            if not values:
-                values.append(_attach_as(x, x.values))
-            output.values[..., _slice(group)] = detach(self._inner(values[0])).values
-
-        return _Job(on_group, output.array)
-
-    def backward(self, cotangent: Detached) -> _Job:
-        total: list[mx.array] = []
-        nothing = placeholder(self._x_shape, self._x_dtype)  # its value makes no difference
-
-        def on_group(group: Group) -> None:
-            part = _attach_as(cotangent, cotangent.values[..., _slice(group)])
-            gradient = mx.vjp(self._inner, [nothing], [part])[1][0]
-            if len(group) < self.layer.n:
-                gradient = gradient.astype(mx.float32)
-            total[:] = [total[0] + gradient if total else gradient]
-            mx.eval(total)
-
-        return _Job(on_group, lambda: _evaluated(total[0].astype(self._x_dtype)))
-
-
-class _ExpertsCall(_Call):
-    """x `[..., M, D]`, indices that broadcast against its leading axes -> `[..., M, N]`: mlx-lm's `SwitchLinear`."""
-
-    def __init__(self, layer: Layer, inner: Callable, args: tuple, kwargs: dict):
-        super().__init__(layer, inner, args, kwargs)
-        (_, indices, *self._rest), self._kwargs = args, dict(kwargs)
+        self._shape, self._dtype = output.shape, output.dtype
         lead = self._x_shape[:-2]
         experts, inputs = detach(indices).values, np.arange(int(np.prod(lead))).reshape(lead)
         self._inputs, self._experts = (a.reshape(-1) for a in np.broadcast_arrays(inputs, experts))
@@ -427,7 +268,7 @@ class _ExpertsCall(_Call):
         self.n_pairs = len(self._experts)
 
     def forward(self, x: Detached) -> _Job:
-        output = _HostArray((len(self._inputs), *self.shape[-2:]), self.dtype)
+        output = _HostArray((len(self._inputs), *self._shape[-2:]), self._dtype)
         values = x.values.reshape(-1, *self._x_shape[-2:])
 
         def on_group(group: Group) -> None:
@@ -435,12 +276,12 @@ class _ExpertsCall(_Call):
             taken = _attach_as(x, values[self._inputs[chosen]])
             output.values[chosen] = detach(self._of_group(group, chosen)(taken)).values
 
-        return _Job(on_group, lambda: _evaluated(output.array().reshape(self.shape)))
+        return _Job(on_group, lambda: _evaluated(output.array().reshape(self._shape)))
 
     def backward(self, cotangent: Detached) -> _Job:
         """As `mx.gather_mm`'s own: the products with the transposed experts are added up by input."""
         parts = _HostArray((len(self._inputs), *self._x_shape[-2:]), self._x_dtype)
-        values = cotangent.values.reshape(-1, *self.shape[-2:])
+        values = cotangent.values.reshape(-1, *self._shape[-2:])
 
         def on_group(group: Group) -> None:
             chosen = self._chosen(group)
@@ -465,12 +306,6 @@ class _ExpertsCall(_Call):
     def _of_group(self, group: Group, chosen: np.ndarray) -> Callable[[mx.array], mx.array]:
         indices = mx.array(np.searchsorted(group.entries, self._experts[chosen]).astype(np.uint32))
         return lambda x: self._inner(x, indices, *self._rest, **self._kwargs)
-
-
-def _slice(group: Group) -> slice:
-    """Its rows, which are neighbours."""
-    (run,) = group.runs
-    return slice(run.start, run.stop)
 
 
 class _HostArray:

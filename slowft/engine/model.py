@@ -319,7 +319,6 @@ class StreamedModel(nn.Module):
         notes = adapters.attach(self, spec)
         spec, notes_of_hidden = adapters.without_hidden_weights(self, spec, self._engine.look)
         self._adapter_notes = notes + notes_of_hidden
-        self._engine.adapter_changed()
         if spec.fine_tune_type == "dora" and magnitudes:
             self._engine.compute_magnitudes()
         planned_nbytes = 0
@@ -339,7 +338,6 @@ def open_model(
     adapter_path: str | Path | None = None,
     compute_dtype: str | None = None,
     spill_dir: str | Path | None = None,
-    resident_bits: int | None = None,
 ) -> StreamedModel:
     """Open a model for streaming: headers only, nothing resident.
 
@@ -351,12 +349,9 @@ def open_model(
         compute_dtype: "float32", "float16", "bfloat16", or "native": the model's own, quantized layers packed. None
             is "native" on a GPU and "float32" on a CPU.
         spill_dir: where block inputs go that `memory` has no room for; by default in the user's cache directory.
-        resident_bits: 4 or 8: blocks may stay in memory in so many bits. This changes the numbers: the weights of all
-            blocks' linear layers are used as `mlx_lm.convert -q --q-bits` would leave them (affine groups of 64),
-            wherever they come from, so that results do not depend on what stays in memory.
     Raises:
         ModelError: missing or corrupt files, an unknown architecture, or one that cannot be streamed.
-        ConfigError: `memory` is below what a step of one token needs (names that), or `resident_bits` has no effect.
+        ConfigError: `memory` is below what a step of one token needs (names that).
     """
     platform.fix_malloc_threshold()
     _warn_of_slow_blas()
@@ -365,8 +360,6 @@ def open_model(
     skeleton = loading.load_skeleton(loading.resolve(str(path_or_hub_id)), StreamedModel, dtype)
     model = skeleton.model
     cut = seams.find_units(model, skeleton.params)
-    if resident_bits is not None:
-        loading.round_weights(model, [param for block in cut.blocks for param in block.params], resident_bits)
     reader = Reader()
     reader.expect_unchanged({e.file for param in skeleton.params for e in param.source.extents})
     engine = Engine(model, cut, reader)

@@ -17,14 +17,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ..errors import ConfigError, ModelError, NeedsPreparing
+from ..errors import ModelError, NeedsPreparing
 from ..storage import manifest
 from ..storage.index import Extent, index_model
-from .weights import Packed, Param, Plain, Rounded, Source, locate, placeholder
+from .weights import Packed, Param, Plain, Source, locate, placeholder
 
 MAX_TRANSFORMED_SHARE = 0.02  # of a model's bytes that `sanitize` may rewrite: kept in memory from the start
 MAX_TRANSFORMED_NBYTES = 4 << 20  # always allowed
-ROUNDED_BITS, GROUP_SIZE = (4, 8), 64  # mlx-lm's default groups
 
 
 @dataclass
@@ -256,34 +255,6 @@ def _replace_quantized(model, source_of: dict[int, Extent], dtype: mx.Dtype) -> 
         packed[f"{name}.weight"] = source
     model.update_modules(tree_unflatten(dense_layers))
     return packed
-
-
-def round_weights(model: nn.Module, params: list[Param], bits: int) -> None:
-    """Have the linear layers' weights among `params` used as `mlx_lm.convert -q --q-bits` would leave them.
-
-    In affine groups of 64; the layers, and the settings of each, are those that it chooses.
-
-    Raises:
-        ConfigError: there is none, such as in a model that is quantized already.
-    """
-    if bits not in ROUNDED_BITS:
-        raise ConfigError(f"resident_bits must be one of {', '.join(map(str, ROUNDED_BITS))}, got {bits!r}")
-    select = getattr(model, "quant_predicate", None) or (lambda name, layer: True)
-    n_rounded = 0
-    for param in params:
-        source, layer = param.source, param.owner
-        if param.key != "weight" or not isinstance(source, Plain) or not hasattr(layer, "to_quantized"):
-            continue
-        if source.shape[-1] % GROUP_SIZE or source.extent.dtype not in ("float32", "float16", "bfloat16"):
-            continue
-        if chosen := select(param.name.removesuffix(".weight"), layer):
-            settings = {"bits": bits, "group_size": GROUP_SIZE} | (chosen if isinstance(chosen, dict) else {})
-            param.source = Rounded(source.extent, settings["bits"], settings["group_size"], source.result_dtype)
-            n_rounded += 1
-    if not n_rounded:
-        raise ConfigError(
-            f"resident_bits {bits} has no effect on this model: its blocks have no weights in 16 bits. Leave it out"
-        )
 
 
 def _check_rewritten(path: Path, built: Built, rewritten, extents: dict[str, Extent]) -> None:

@@ -1,6 +1,5 @@
-/* Packed weights to float32 and back: the numbers of MLX's `mx.dequantize` and `mx.quantize` to the last bit, which is
-   why this must be compiled without contraction into fused multiply-adds. Called by quantized.py, without Python's
-   lock. Little-endian. */
+/* Packed weights to float32: the numbers of MLX's `mx.dequantize` to the last bit, which is why this must be compiled
+   without contraction into fused multiply-adds. Called by quantized.py, without Python's lock. Little-endian. */
 
 #include <stdint.h>
 #include <string.h>
@@ -13,7 +12,7 @@
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
-enum { FLOAT32, FLOAT16, BFLOAT16 }; /* of weights, scales and biases */
+enum { FLOAT32, FLOAT16, BFLOAT16 }; /* of scales and biases */
 enum { MOST = 512 };                 /* values unpacked at a time, and the largest group */
 
 INLINE float as_float(uint32_t bits) {
@@ -115,56 +114,5 @@ FOR_EVERY_PROCESSOR void slowft_codes8(const uint8_t *packed, const uint8_t *sca
     for (size_t k = 0; k < group_size; k++) out[k] = values[packed[k]] * scale;
     packed += group_size;
     out += group_size;
-  }
-}
-
-enum { LANES = 16 }; /* least and greatest values are kept of so many at once, which compilers make vectors of */
-
-INLINE void quantize(const void *weights, const int kind, uint8_t *packed, float *scales, float *biases,
-                     size_t n_groups, size_t group_size, int bits) {
-  const float most = (float)((1 << bits) - 1);
-  for (size_t i = 0; i < n_groups; i++) {
-    float values[MOST], low[LANES], high[LANES];
-    uint8_t integers[MOST];
-    for (size_t k = 0; k < group_size; k++) values[k] = float_at(weights, kind, i * group_size + k);
-    for (size_t k = 0; k < LANES; k++) low[k] = high[k] = values[k];
-    for (size_t k = LANES; k < group_size; k += LANES)
-      for (size_t l = 0; l < LANES; l++) {
-        low[l] = values[k + l] < low[l] ? values[k + l] : low[l];
-        high[l] = values[k + l] > high[l] ? values[k + l] : high[l];
-      }
-    float least = low[0], greatest = high[0];
-    for (size_t l = 1; l < LANES; l++) {
-      least = low[l] < least ? low[l] : least;
-      greatest = high[l] > greatest ? high[l] : greatest;
-    }
-    /* the end that is further from zero becomes a multiple of the scale, so that zero is one too */
-    const int from_least = (least < 0 ? -least : least) > (greatest < 0 ? -greatest : greatest);
-    float scale = (greatest - least) / most;
-    scale = scale > 1e-7f ? scale : 1e-7f;
-    scale = from_least ? scale : -scale;
-    const float edge = from_least ? least : greatest, steps = __builtin_rintf(edge / scale);
-    const float bias = steps != 0 ? edge : 0;
-    scale = steps != 0 ? edge / steps : scale;
-    for (size_t k = 0; k < group_size; k++) {
-      float x = (values[k] - bias) / scale;
-      x = (x + 0x1.8p23f) - 0x1.8p23f; /* to the nearest integer, to the even one of two */
-      x = x > 0 ? x : 0;
-      integers[k] = (uint8_t)(int)(x < most ? x : most);
-    }
-    if (bits == 8) memcpy(packed, integers, group_size);
-    else for (size_t k = 0; k < group_size / 2; k++) packed[k] = integers[2 * k] | integers[2 * k + 1] << 4;
-    scales[i] = scale;
-    biases[i] = bias;
-    packed += group_size * bits / 8;
-  }
-}
-
-/* Groups of weights to integers of 4 or 8 bits, with a scale and a bias for each group. */
-FOR_EVERY_PROCESSOR void slowft_quantize(const void *weights, int kind, uint8_t *packed, float *scales, float *biases,
-                                         size_t n_groups, size_t group_size, int bits) {
-  switch (kind) {
-#define KIND(kind) case kind: quantize(weights, kind, packed, scales, biases, n_groups, group_size, bits); break
-    KIND(FLOAT32); KIND(FLOAT16); KIND(BFLOAT16);
   }
 }

@@ -1,8 +1,8 @@
-"""Dequantizing to float32, and quantizing, on a CPU, by the C functions of quantized.c: the numbers of MLX's own.
+"""Dequantizing to float32 on a CPU, by the C functions of quantized.c: the numbers of MLX's own.
 
-Comes in: bytes. Goes out: bytes, in memory that is there already. To the last bit what `mx.dequantize` and
-`mx.quantize` compute, on every core (MLX: one a stream), and many times faster (benchmarks/LOG.md). Where it was not
-compiled, and on a GPU, `can_dequantize` and `can_quantize` say so and MLX does it.
+Comes in: bytes. Goes out: bytes, in memory that is there already. To the last bit what `mx.dequantize` computes, on
+every core (MLX: one a stream), and many times faster (benchmarks/LOG.md). Where it was not compiled, and on a GPU,
+`can_dequantize` says so and MLX does it.
 """
 
 import ctypes
@@ -62,24 +62,6 @@ def dequantize(
             function(weight, scales_, *tables, out, n, whole)
 
     _on_every_core(work, group_size, [(out, 4 * group_size), *zip(parts, sizes)])
-
-
-def can_quantize(bits: int, group_size: int, mode: str, stored: mx.Dtype) -> bool:
-    """Whether `quantize` can do this, here, of weights stored in this dtype."""
-    return bits in (4, 8) and mode == "affine" and stored in KINDS and _is_group(group_size) and _is_here()
-
-
-def quantize(
-    weights: memoryview, stored: mx.Dtype, bits: int, group_size: int, packed: memoryview, scales, biases
-) -> None:
-    """Fill `packed` and, in float32, `scales` and `biases`, memoryviews all, from weights, on every core."""
-
-    def work(n, weights, packed, scales, biases):
-        whole = ctypes.c_size_t(group_size)
-        _library().slowft_quantize(weights, KINDS[stored], packed, scales, biases, n, whole, bits)
-
-    sizes = stored.size * group_size, group_size * bits // 8, 4, 4
-    _on_every_core(work, group_size, list(zip((weights, packed, scales, biases), sizes)))
 
 
 def _is_here() -> bool:

@@ -58,25 +58,20 @@ class Plain:
         """Whether the built array has memory of its own, apart from the bytes it was built from."""
         return self.result_dtype != getattr(mx, self.extent.dtype)
 
-    @property
-    def held_nbytes(self) -> int:
-        """Bytes of what `hold` returns."""
-        return self.extent.nbytes
-
-    def hold(self, raw: list[mx.array], n_rows: int | None = None) -> list[mx.array]:
-        """What `build` takes, from the flat uint8 bytes of the extents."""
-        return raw
-
-    def build(self, held: list[mx.array], n_rows: int | None = None) -> mx.array:
-        """The array, from what is held of its extents (of `n_rows` entries of the first axis, if given)."""
-        return _as_array(held[0], self.extent, _shape(self, n_rows)).astype(self.result_dtype)
+    def build(self, raw: list[mx.array], n_rows: int | None = None) -> mx.array:
+        """The array, from the flat uint8 bytes of its extents (of `n_rows` entries of the first axis, if given)."""
+        return _as_array(raw[0], self.extent, _shape(self, n_rows)).astype(self.result_dtype)
 
 
-class _Dequantized:
-    """What sources have in common that are dequantized as they come: to `dtype`, in memory of its own."""
+@dataclass(frozen=True)
+class Packed:
+    """A quantized weight, stored as packed integers with scales (and biases), used dequantized."""
 
-    bits: int
+    weight: Extent
+    scales: Extent
+    biases: Extent | None
     group_size: int
+    bits: int
     mode: str
     dtype: mx.Dtype
     is_copied = True
@@ -89,19 +84,6 @@ class _Dequantized:
     def kind(self) -> tuple[int, int, str]:
         return self.bits, self.group_size, self.mode
 
-
-@dataclass(frozen=True)
-class Packed(_Dequantized):
-    """A quantized weight, stored as packed integers with scales (and biases), used dequantized."""
-
-    weight: Extent
-    scales: Extent
-    biases: Extent | None
-    group_size: int
-    bits: int
-    mode: str
-    dtype: mx.Dtype
-
     @property
     def extents(self) -> tuple[Extent, ...]:
         return tuple(e for e in (self.weight, self.scales, self.biases) if e is not None)
@@ -111,62 +93,12 @@ class Packed(_Dequantized):
         *lead, packed = self.weight.shape
         return (*lead, packed * 32 // self.bits)
 
-    @property
-    def held_nbytes(self) -> int:
-        return sum(e.nbytes for e in self.extents)
-
-    def hold(self, raw: list[mx.array], n_rows: int | None = None) -> list[mx.array]:
-        return raw
-
-    def build(self, held: list[mx.array], n_rows: int | None = None) -> mx.array:
-        parts = [_as_array(part, extent, _shape(extent, n_rows)) for part, extent in zip(held, self.extents)]
+    def build(self, raw: list[mx.array], n_rows: int | None = None) -> mx.array:
+        parts = [_as_array(part, extent, _shape(extent, n_rows)) for part, extent in zip(raw, self.extents)]
         return _dequantized(parts, *self.kind, self.dtype)
 
 
-@dataclass(frozen=True)
-class Rounded(_Dequantized):
-    """A weight stored in 16 or 32 bits a value, used as quantizing and dequantizing leave it.
-
-    Held packed, it takes a fraction of its bytes on disk.
-    """
-
-    extent: Extent
-    bits: int
-    group_size: int
-    dtype: mx.Dtype
-    mode = "affine"
-
-    @property
-    def extents(self) -> tuple[Extent, ...]:
-        return (self.extent,)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.extent.shape
-
-    @property
-    def held_nbytes(self) -> int:
-        n_values = math.prod(self.shape)
-        return n_values * self.bits // 8 + 2 * n_values // self.group_size * getattr(mx, self.extent.dtype).size
-
-    def hold(self, raw: list[mx.array], n_rows: int | None = None) -> list[mx.array]:
-        weight = _as_array(raw[0], self.extent, _shape(self, n_rows))
-        if not quantized.can_quantize(*self.kind, weight.dtype):
-            return list(mx.quantize(weight, group_size=self.group_size, bits=self.bits, mode=self.mode))
-        *lead, columns = weight.shape
-        packed = mx.zeros((weight.size * self.bits // 8,), mx.uint8)
-        scales, biases = mx.zeros((2, *lead, columns // self.group_size), mx.float32)
-        mx.eval(packed, scales, biases, raw)
-        out = [memoryview(part).cast("B") for part in (packed, scales, biases)]
-        quantized.quantize(memoryview(raw[0]), weight.dtype, self.bits, self.group_size, *out)
-        packed = packed.view(mx.uint32).reshape(*lead, columns * self.bits // 32)
-        return [packed, scales.astype(weight.dtype), biases.astype(weight.dtype)]
-
-    def build(self, held: list[mx.array], n_rows: int | None = None) -> mx.array:
-        return _dequantized(held, *self.kind, self.dtype)
-
-
-Source = Plain | Packed | Rounded
+Source = Plain | Packed
 
 
 def _shape(of: "Extent | Source", n_rows: int | None) -> tuple[int, ...]:
@@ -266,42 +198,24 @@ class Layout:
         """Put every parameter in its module, built lazily from the filled `buffer`. Returns the arrays.
 
         Args:
-            streams: the work of casting, quantizing and dequantizing is shared out among these, evenly by bytes.
+            streams: the work of casting and dequantizing is shared out among these, evenly by bytes.
         """
         raw = [[buffer[a:b] for a, b in places] for places in self._places]
-        sources = [param.source for param in self._params]
-        return self.put(hold_all(sources, raw, streams), streams)
-
-    def put(self, held: Sequence[list[mx.array]], streams: Sequence[mx.Stream]) -> list[mx.array]:
-        """The same from what is held of each parameter."""
-        arrays = build_all([param.source for param in self._params], held, streams)
+        arrays = build_all([param.source for param in self._params], raw, streams)
         for param, array in zip(self._params, arrays):
             param.set(array)
         return arrays
 
 
-def hold_all(sources: Sequence[Source], raw: Sequence[list[mx.array]], streams: Sequence[mx.Stream]) -> list:
-    """What is held of each source, from its bytes."""
-    held = _on_streams(sources, raw, streams, lambda source, parts: source.hold(parts))
-    if any(isinstance(source, Rounded) for source in sources):
-        mx.eval(held)  # together, or each would be waited for in turn
-    return held
-
-
-def build_all(sources: Sequence[Source], held: Sequence[list[mx.array]], streams: Sequence[mx.Stream]) -> list:
-    """Each source's array, from what is held of it."""
-    return _on_streams(sources, held, streams, lambda source, parts: source.build(parts))
-
-
-def _on_streams(sources: Sequence[Source], parts: Sequence[list[mx.array]], streams, work: Callable) -> list:
-    """`work` of each source and its parts, shared out among the streams, evenly by bytes."""
-    results, load = [], [0] * len(streams)
-    for source, part in zip(sources, parts):
+def build_all(sources: Sequence[Source], raw: Sequence[list[mx.array]], streams: Sequence[mx.Stream]) -> list[mx.array]:
+    """Each source's array, from its bytes; the work is shared out among the streams, evenly by bytes."""
+    arrays, load = [], [0] * len(streams)
+    for source, parts in zip(sources, raw):
         least = load.index(min(load))
         load[least] += math.prod(source.shape) * source.result_dtype.size
         with mx.stream(streams[least]):
-            results.append(work(source, part))
-    return results
+            arrays.append(source.build(parts))
+    return arrays
 
 
 def casting_streams() -> list[mx.Stream]:
@@ -372,7 +286,7 @@ def read_rows(reader: Reader, source: Source, rows: list[int]) -> mx.array:
                 span += 1
             positions.append(starts[span] // n + row - spans[span][0])
         raw.append(buffer.reshape(-1, n)[mx.array(positions)].reshape(-1))
-    array = source.build(source.hold(raw, len(rows)), n_rows=len(rows))
+    array = source.build(raw, n_rows=len(rows))
     mx.eval(array)
     return array
 
@@ -387,7 +301,7 @@ def read_whole(reader: Reader, source: Source) -> mx.array:
         reader.read_now([ByteRange(first.file, first.offset, first.nbytes, 0)], out)
     else:
         at = 0
-        for piece in _pieces(reader, source, lambda raw, n_rows: source.build(source.hold(raw, n_rows), n_rows)):
+        for piece in _pieces(reader, source):
             bytes_ = piece.reshape(-1).view(mx.uint8)
             mx.eval(bytes_)
             out[at : at + bytes_.nbytes] = memoryview(bytes_)
@@ -396,17 +310,6 @@ def read_whole(reader: Reader, source: Source) -> mx.array:
     array = result.view(source.result_dtype).reshape(source.shape)
     mx.eval(array)
     return array
-
-
-def read_held(reader: Reader, source: Source) -> list[mx.array]:
-    """What is held of the whole parameter, evaluated; read, and quantized if it is to be, in pieces."""
-    held = []
-    for piece in _pieces(reader, source, source.hold):
-        mx.eval(piece)
-        held.append(piece)
-    whole = [mx.concatenate(parts) for parts in zip(*held)]
-    mx.eval(whole)
-    return whole
 
 
 def pieces_nbytes(stored_nbytes: int, built_nbytes: int) -> int:
@@ -420,24 +323,24 @@ def _piece_share(stored_nbytes: int, built_nbytes: int) -> float:
     return min(1 / LEAST_PIECES, PIECE_NBYTES / max(stored_nbytes, built_nbytes / 2, 1))
 
 
-def _pieces(reader: Reader, source: Source, work: Callable) -> Iterator:
-    """`work` of the bytes of the parameter's rows, some at a time; the next are read while the caller uses these."""
+def _pieces(reader: Reader, source: Source) -> Iterator[mx.array]:
+    """The parameter's rows, some at a time; the next are read while the caller uses these."""
     if not source.shape:
-        yield _start_rows(reader, source, None, work)()
+        yield _start_rows(reader, source, None)()
         return
     n_rows = source.shape[0]
     built_nbytes = math.prod(source.shape) * source.result_dtype.size
     step = max(1, int(n_rows * _piece_share(sum(e.nbytes for e in source.extents), built_nbytes)))
     ahead = None
     for start in range(0, n_rows, step):
-        piece = ahead or _start_rows(reader, source, range(start, min(start + step, n_rows)), work)
+        piece = ahead or _start_rows(reader, source, range(start, min(start + step, n_rows)))
         following = range(start + step, min(start + 2 * step, n_rows))
-        ahead = _start_rows(reader, source, following, work) if following else None
+        ahead = _start_rows(reader, source, following) if following else None
         yield piece()
 
 
-def _start_rows(reader: Reader, source: Source, rows: range | None, work: Callable) -> Callable:
-    """Start reading consecutive rows (None: all of a scalar); the returned function waits and does `work` on them."""
+def _start_rows(reader: Reader, source: Source, rows: range | None) -> Callable[[], mx.array]:
+    """Start reading consecutive rows (None: all of a scalar); the returned function waits, and builds them."""
     buffers, reads = [], []
     for e in source.extents:
         first, nbytes = (0, e.nbytes) if rows is None else (rows.start * e.row_nbytes, len(rows) * e.row_nbytes)
@@ -446,9 +349,9 @@ def _start_rows(reader: Reader, source: Source, rows: range | None, work: Callab
         buffers.append(buffer[at : at + nbytes])
         reads.append(reader.submit([ByteRange(e.file, e.offset + first, nbytes, at)], memoryview(buffer)))
 
-    def finish():
+    def finish() -> mx.array:
         for read in reads:
             reader.wait(read)
-        return work(buffers, None if rows is None else len(rows))
+        return source.build(buffers, None if rows is None else len(rows))
 
     return finish

@@ -35,8 +35,7 @@ def from_boundary(planner: Planner, plan: Plan) -> Plan | None:
         return None
     above = replace(job, visits=job.visits[n:], rows_nbytes=0)
     kept, spilled, tail = s.kept[n:], max(s.spilled - n, 0), min(s.tail, len(above.visits))
-    packed = min(s.packed, len(above.visits) - tail)
-    later = planner.predict(above, replace(s, kept=kept, spilled=spilled, tail=tail, packed=packed))
+    later = planner.predict(above, replace(s, kept=kept, spilled=spilled, tail=tail))
     stored = job.hidden_nbytes * job.micro_batches
     loading_s = _loading_s(planner, stored)
     return replace(

@@ -1,4 +1,4 @@
-"""Whether a pass does better to read the experts that it was routed to than blocks whole.
+"""Whether an evaluation does better to read the experts that it was routed to than blocks whole.
 
 Only calculates.
 """
@@ -22,25 +22,17 @@ def read_share(n: int, per_token: float, tokens: int) -> float:
     return 1.0 - (1.0 - min(per_token / n, 1.0)) ** tokens
 
 
-def most_share(n: int, per_token: float, tokens: int) -> float:
-    """Of `n` experts, the largest share that they may go to."""
-    return min(per_token * tokens / n, 1.0)
+def is_read_on_demand(layers: Iterable[tuple[int, int, float]], tokens: int, passes: int, seen: float | None) -> bool:
+    """Whether an evaluation of `tokens` tokens, `passes` times in a row, is faster if it reads only what it needs.
 
-
-def is_read_on_demand(
-    layers: Iterable[tuple[int, int, float]], tokens: int, passes: int, backward: bool, seen: float | None
-) -> bool:
-    """Whether a pass over `tokens` tokens, `passes` times in a row, is faster with only the experts read that it needs.
-
-    A single one without a way back never reads more than whole blocks, so there it is for the router to say.
+    A single one never reads more than whole blocks, so there it is for the router to say.
 
     Args:
         layers: (bytes, experts, experts that a token goes to) of each layer of experts of a block.
-        backward: whether it is a step of training.
         seen: share of the experts that as many tokens or fewer went to before, if that is known.
     """
     layers = list(layers)
-    if passes == 1 and not backward:
+    if passes == 1:
         return bool(layers) and (seen is None or seen < NEARLY_ALL)
     needed = passes * sum(nbytes * read_share(n, per_token, tokens) for nbytes, n, per_token in layers)
     return needed < ON_DEMAND_RATE * sum(nbytes for nbytes, _, _ in layers)

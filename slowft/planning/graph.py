@@ -170,25 +170,6 @@ def _graph(function: Callable, args: tuple, in_part: bool) -> "list[_Array]":
             return _trace(function, args, in_part=True)
 
 
-def needs(results: Sequence[mx.array], arrays: Sequence[mx.array]) -> list[set[int]]:
-    """Which of these arrays, by their number, evaluating each of the results would use."""
-    # views of their own, as one array can have one name only
-    named = {f"result_{i}": result[None] for i, result in enumerate(results)}
-    text = io.StringIO()
-    mx.export_to_dot(text, **named, **{f"array_{i}": array for i, array in enumerate(arrays)})
-    dot, used = _Dot(text.getvalue()), []
-    for name in named:
-        seen, waiting = set(), [name]
-        while waiting:
-            number = dot.producers.get(waiting.pop())
-            if number is not None:
-                new = set(dot.inputs[number]) - seen
-                seen |= new
-                waiting += new
-        used.append({i for i in range(len(arrays)) if f"array_{i}" in seen})
-    return used
-
-
 def _arrays(tree) -> list[mx.array]:
     return [leaf for _, leaf in tree_flatten(tree) if isinstance(leaf, mx.array)]
 

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .experts import most_share, read_share
+from .experts import read_share
 from .graph import Cost
 
 
@@ -34,12 +34,11 @@ class Product:
 
 @dataclass(frozen=True)
 class LayerCost:
-    """A large layer of a block, which may come apart from it by groups of the first axis of its matrix.
+    """A layer of experts of a block, which may come apart from it by groups of experts.
 
     Attributes:
-        nbytes: of its matrix on disk; compute_nbytes: as it is computed with.
-        n: entries of the first axis: rows, or experts.
-        per_token: experts that a token goes to; None if these are rows, which all are needed.
+        nbytes: of all its experts on disk; compute_nbytes: as they are computed with.
+        n: how many experts; per_token: that a token goes to.
         input_nbytes, output_nbytes: of a call, of one micro-batch.
     """
 
@@ -47,22 +46,16 @@ class LayerCost:
     nbytes: int
     compute_nbytes: int
     n: int
-    per_token: float | None
+    per_token: float
     input_nbytes: int
     output_nbytes: int
 
     def read_share(self, tokens: int) -> float:
         """Of the layer, what `tokens` tokens need on average if their experts are drawn evenly."""
-        if self.per_token is None:
-            return 1.0
         return read_share(self.n, self.per_token, tokens)
 
-    def most_share(self, tokens: int) -> float:
-        """Of the layer, the most that they may need."""
-        return 1.0 if self.per_token is None else most_share(self.n, self.per_token, tokens)
-
     def group_share(self, group_nbytes: int) -> float:
-        """Of the layer, what comes at once in groups of so many bytes; a whole entry at least."""
+        """Of the layer, what comes at once in groups of so many bytes; a whole expert at least."""
         return min(max(1, group_nbytes * self.n // self.compute_nbytes), self.n) / self.n
 
 
@@ -83,12 +76,11 @@ class Visit:
         stored_nbytes: as it lies on disk; compute_nbytes: as it is computed with.
         is_copied: whether the latter have memory of their own, apart from the bytes read.
         dequantized: what of them is dequantized on arrival: (bits, group size, mode) -> bytes. The rest is cast.
-        rounded: what of them is quantized and dequantized on arrival, likewise.
-        held_nbytes: that it takes in memory packed.
+        quantizing_saves_nbytes: of `stored_nbytes`, if the weights that are stored in 16 or 32 bits were in 4 bits.
         trainable_nbytes: of its adapters.
         backward: None if the backward pass does not come here.
         look_at_products: what could be kept; nothing where the work is cut into pieces. Looks when first asked.
-        layers: its large layers.
+        layers: its layers of experts.
     """
 
     block: int
@@ -96,8 +88,7 @@ class Visit:
     compute_nbytes: int
     is_copied: bool
     dequantized: dict[tuple[int, int, str], int]
-    rounded: dict[tuple[int, int, str], int]
-    held_nbytes: int
+    quantizing_saves_nbytes: int
     trainable_nbytes: int
     forward: Cost
     backward: Cost | None
@@ -112,11 +103,6 @@ class Visit:
     def backward_kept(self) -> Cost | None:
         """The backward pass with all products kept."""
         return self.look_at_products().backward
-
-    def needs_output(self, layer: LayerCost) -> bool:
-        """Whether the backward pass needs what the layer puts out. Where no products can be told, it may."""
-        products = self.products
-        return not products or layer.name in {product.name for product in products}
 
 
 @dataclass(frozen=True)
@@ -148,11 +134,6 @@ class Job:
     trainable_nbytes: int
     optimizer_nbytes: int
     is_chain: bool
-
-    @property
-    def rounded_bits(self) -> int | None:
-        """In how many bits blocks may stay in memory; None: only as they lie on disk."""
-        return min((bits for visit in self.visits for bits, _, _ in visit.rounded), default=None)
 
     @functools.cached_property
     def lowest_trained(self) -> int:

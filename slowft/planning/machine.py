@@ -18,7 +18,7 @@ import mlx.core as mx
 
 from .. import platform
 from ..memory import limits
-from ..models.weights import Packed, Rounded, build_all, casting_streams, hold_all
+from ..models.weights import Packed, build_all, casting_streams
 from ..storage.buffers import read_buffer, shift, take_pages
 from ..storage.index import Extent
 from ..storage.reader import ByteRange, Reader
@@ -149,12 +149,6 @@ class Machine:
             s_per_flop = min(s_per_flop, _matmul_s_per_flop(*product, again=True))
         return s_per_flop
 
-    def quantize_s_per_byte(self, bits: int, group_size: int) -> float:
-        """Seconds per byte to compute with when a block's weights are quantized on arrival, measured likewise."""
-        if self.compute_dtype is None:
-            return 0.0
-        return _quantize_s_per_byte(bits, group_size, getattr(mx, self.compute_dtype))
-
 
 def measure(compute_dtype: mx.Dtype, files: Sequence[str], seconds: float = 0.75, shrink: int = 1) -> Machine:
     """Measure this machine on MLX's default device.
@@ -249,20 +243,6 @@ def _gather_mm_s_per_byte(rows: int, columns: int, is_transposed: bool, dtype: m
         return mx.gather_mm(x, b, rhs_indices=of_expert, sorted_indices=True)
 
     return _best(multiply, 0.05, at_least=2) / (len(of_expert) * rows * columns * dtype.size)
-
-
-@functools.cache
-def _quantize_s_per_byte(bits: int, group_size: int, dtype: mx.Dtype) -> float:
-    """Seconds per byte (of the weights in `dtype`) to quantize a block's weights, stored in bfloat16."""
-    n_values = DEQUANTIZED_NBYTES // dtype.size
-    weight = mx.random.normal((n_values // 2048, 2048), key=mx.random.key(0)).astype(mx.bfloat16)
-    stored = [weight.reshape(-1).view(mx.uint8)]
-    mx.eval(stored)
-    source = Rounded(Extent("", "", 0, weight.nbytes, "bfloat16", weight.shape), bits, group_size, dtype)
-    streams = casting_streams()
-    with _cache_limit(8 * DEQUANTIZED_NBYTES):
-        seconds = _best(lambda: hold_all([source] * len(streams), [stored] * len(streams), streams), 0.05)
-    return seconds / (len(streams) * DEQUANTIZED_NBYTES)
 
 
 def _memory_nbytes() -> int:

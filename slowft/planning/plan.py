@@ -15,7 +15,6 @@ import numpy as np
 
 from ..errors import PlanError
 from ..models.weights import pieces_nbytes
-from .experts import GROUP_NBYTES, ON_DEMAND_RATE
 from .graph import Cost
 from .job import Cut, Job, LayerCost, Visit
 from .machine import Machine
@@ -37,10 +36,9 @@ PIECES_MARGIN = 1.12  # what computing in pieces takes more than its graph shows
 GROUPS = (256 << 20, 128 << 20, 64 << 20, 32 << 20, 16 << 20)  # bytes of a layer at once, to choose from
 WAITING = 1.02  # times the seconds of computing: a step that takes more waits for reads
 BLOCKS_SHARES = (0.25, 0.5, 0.75)  # of room, to choose from where blocks are kept and products too
-WAVES_SHARE = 0.25  # of layers' outputs, which a pass by groups holds beyond what its graph shows
-# of a forward pass, done once more as a block's vjp is taken in waves: by groups of rows 1.49 s for 1.30 planned with
-# 1.2, by groups of experts 10.2 s a step for 12.8; where only experts come apart it is less
-RECOMPUTED_BY_ROWS, RECOMPUTED_BY_EXPERTS, RECOMPUTED_BY_ROUTING = 1.8, 0.6, 0.3
+STAGES_SHARE = 0.25  # of layers' outputs, which a pass by groups holds beyond what its graph shows
+# of a forward pass, done once more as a block's vjp is taken in stages: 10.2 s a step by groups of experts for 12.8
+RECOMPUTED_SHARE = 0.6
 GROUP_S = 3e-3  # seconds that a group of a layer takes besides what is computed with it
 # of the bytes of buffers made, what finds no page in use however large MLX's cache: 0.2 to 0.65 in blocks, by their
 # seconds beyond what computing takes in memory that is in use (with 0.5, six of eight streamed jobs took longer than
@@ -126,7 +124,6 @@ class _Visits:
         self.compute = each(lambda v: v.compute_nbytes)
         self.are_copied = each(lambda v: v.is_copied)
         self.cast = max(self.compute[self.are_copied].tolist(), default=math.inf)  # a block's, at most
-        self.held = each(lambda v: v.held_nbytes if v.rounded else 0)
         self.trainable = each(lambda v: v.trainable_nbytes)
 
 
@@ -178,19 +175,28 @@ class Planner:
 
     def too_little(self, memory: int) -> str:
         """What to say where `choose` finds no plan."""
-        job, needed = self._job_of(Cut()), enough(self.least().peak_nbytes)
+        job, least = self._job_of(Cut()), self.least()
+        needed = enough(least.peak_nbytes)
         return (
             f"memory of {memory / 1e9:.2f} GB is too little for steps of {job.micro_batches} x {self._rows} x "
             f"{self._tokens} tokens on this model: give at least {needed / 1e9:.2f}GB, or make "
-            "--batch-size or --max-seq-length smaller"
+            "--batch-size or --max-seq-length smaller" + self._how_it_would_fit(least, memory)
         )
+
+    def _how_it_would_fit(self, least: Plan, memory: int) -> str:
+        """Says so if it is a dense block that does not fit, and would in 4 bits."""
+        largest = max(least.job.visits, key=lambda visit: visit.stored_nbytes)
+        saved = least.schedule.slots * largest.quantizing_saves_nbytes
+        if largest.layers or enough(least.peak_nbytes - saved) > memory:
+            return ""
+        return ". A block of this model in 4 bits would fit: slowft prepare MODEL --output DIR --quantize"
 
     def choose(self, memory: int | None) -> Plan | None:
         """The fastest plan within `memory` bytes; None if there is none.
 
-        The work is cut only as far as it must be, because smaller pieces change the order of sums. Blocks are brought
-        by groups of their layers, and read up to three times, only where whole ones do not fit with the work uncut; or
-        where no whole one is read while another computes, and that is slower than what is done with less memory.
+        The work is cut only as far as it must be, because smaller pieces change the order of sums. Experts are brought
+        by groups, and read up to three times, only where whole blocks do not fit with the work uncut; or where no whole
+        one is read while another computes, and that is slower than what is done with less memory.
         """
         if memory is None:
             return self.most()
@@ -250,7 +256,7 @@ class Planner:
         return min(schedules, key=lambda s: self._peak(job, s))  # of few blocks, spilling takes more than it saves
 
     def _least_by_groups(self, job: Job) -> Schedule | None:
-        """The least with blocks brought by groups of their layers; None where that is no less, or blocks are small."""
+        """The least with experts brought by groups; None where that is no less, or they are few bytes."""
         largest = max(sum(layer.compute_nbytes for layer in visit.layers) for visit in job.visits)
         if job.cut.mlp_tokens is not None or largest < 2 * GROUPS[-1]:
             return None
@@ -357,11 +363,9 @@ class Planner:
                     if self._peak(job, base, False) > limit:
                         break  # a longer tail only takes more
                     yield base
-                    if _may_be_routed(job):
-                        yield replace(base, routed=True)
 
     def _bases_by_groups(self, job: Job, limit: float) -> Iterator[Schedule]:
-        """The same with blocks brought by groups of their layers: of the largest groups that fit."""
+        """The same with experts brought by groups: of the largest groups that fit."""
         schedule = self._least_by_groups(job)
         for group_nbytes in GROUPS:
             base = self._least_spilled(job, replace(schedule, group_nbytes=group_nbytes), limit)
@@ -401,10 +405,8 @@ class Planner:
         yield plan
         if base.spilled or base.tail == len(job.visits):
             return
-        products, blocks, packed = self._keep_products, self._keep_blocks, self._keep_packed
+        products, blocks = self._keep_products, self._keep_blocks
         orders = [(products, blocks), (blocks, products)]
-        if any(visit.rounded for visit in job.visits) and not base.routed:
-            orders += [(packed, products), (products, packed)]
         if plan.step_s > WAITING * plan.compute_s:
             orders += [(functools.partial(blocks, share=share), products) for share in BLOCKS_SHARES]
         for order in [(products,)] if base.group_nbytes else orders:
@@ -439,12 +441,6 @@ class Planner:
         missing = sum(sizes) - schedule.slots * max(sizes, default=0) - schedule.resident_nbytes
         lent = tuple(int(nbytes) for nbytes in np.clip(lent, 0, max(missing, 0)))
         return lent if any(lent) else ()
-
-    def _keep_packed(self, job: Job, schedule: Schedule, room: float) -> Schedule:
-        """As many blocks held packed as there is room for; what is left goes to others as they lie on disk."""
-        sizes = [visit.held_nbytes for visit in _streamed_blocks(job, schedule)[::-1]]
-        n = sum(total <= room for total in itertools.accumulate(sizes))
-        return replace(schedule, packed=n) if n else schedule
 
     def _keep_products(self, job: Job, schedule: Schedule, room: float) -> Schedule:
         """Products by seconds saved per byte over all blocks, as many as there is room for."""
@@ -524,18 +520,16 @@ class Planner:
         tail = _tail_blocks(job, s)
         whole = sum(v.compute_nbytes for v in tail) + (job.head_compute_nbytes if s.keep_head else 0)
         stream = min(slots + s.resident_nbytes, max(slots, sum(sizes)))
-        buffers, built = _group(job, s) if _may_come_apart(s) else (0, 0)
-        packed = _packed_blocks(job, s)
+        buffers, built = _group(job, s)
         fixed = {
             "process": self._base,
             "optimizer": job.optimizer_nbytes,
             "tail and head": whole,
             "block buffers": slots,
             "resident blocks": stream - slots,
-            "packed blocks": sum(v.held_nbytes for v in packed),
             # masks and the first block's input in the trace of each micro-batch; the gradient on its way down
             "trace": m * (2 * job.hidden_nbytes + job.side_nbytes),
-            "groups of layers": buffers,
+            "groups of experts": buffers,
         }
         come_back = visits.come_back[:n]
 
@@ -561,13 +555,12 @@ class Planner:
         margin = 1 if job.cut.mlp_tokens is None else PIECES_MARGIN
         forward, backward = ((margin * a).astype(int) + 2 * job.hidden_nbytes for a in (visits.forward[:n], backward))
         weights = visits.compute[:n]
-        if _may_come_apart(s):
+        if s.group_nbytes is not None:
             apart = [_apart(visit, s) for visit in job.visits[:n]]
             forward = forward + [_held_by_groups(layers, False) for layers in apart]
             backward = backward + [_held_by_groups(layers, True) for layers in apart]
             weights = weights - [sum(a.compute_nbytes for a in layers) - bool(layers) * built for layers in apart]
-        held = np.where(np.isin(visits.blocks[:n], [v.block for v in packed]), 0, visits.held[:n])
-        weights = np.where(visits.are_copied[:n], weights, 0) + held
+        weights = np.where(visits.are_copied[:n], weights, 0)
 
         # those of the visits above; then the optimizer's turn: gradients, and everything it makes anew
         trainable = visits.trainable[:n]
@@ -614,56 +607,50 @@ class Planner:
         """Bytes of a visit's layers that come apart from its block, (on the way there, on the way back).
 
         They come anew for each micro-batch and for each pass, which are two on the way back: the recomputation and the
-        cotangents. What one micro-batch was routed to stays between those, and where the ways turn.
+        cotangents.
         """
         visit, kept = job.visits[position], s.kept[position] if position < len(s.kept) else ()
-        turns_here = position == len(job.visits) - s.tail - 1 and job.micro_batches == 1
         forward = backward = 0
         for layer in _apart(visit, s):
             nbytes = int(job.micro_batches * layer.read_share(job.rows * job.tokens) * layer.nbytes)
             forward += nbytes
-            if visit.backward is not None and s.group_nbytes is not None:
-                backward += nbytes * (2 if layer.name not in kept and visit.needs_output(layer) else 1)
-            elif visit.backward is not None and not turns_here:
-                backward += nbytes
+            if visit.backward is not None:
+                backward += nbytes * (1 if layer.name in kept else 2)
         return forward, backward
 
     def _works(self, job: Job, s: Schedule, exact: bool, rooms: np.ndarray) -> list[Work]:
         """What is done at each visit to a block below the tail, at the head and its tail, and on the way back."""
         n, m, visits, machine = len(job.visits) - s.tail, job.micro_batches, self._figures(job), self.machine
-        packed = {visit.block for visit in _packed_blocks(job, s)}
         page_s = m * machine.page_s_per_byte
         rooms_there, rooms_back = rooms[1 : 1 + n], rooms[1 + n : 1 + 2 * n]
         fresh_s = page_s * _fresh_share(rooms_there, visits.forward[:n]) * visits.forward_allocated[:n]
         fresh_back_s = page_s * _fresh_share(rooms_back, visits.backward[:n]) * visits.backward_allocated[:n]
         there, back = [], []
         for position, visit in enumerate(job.visits[:n]):
-            forward_s, arrival_s = self._seconds(visit.forward), self._arrival(visit, visit.block in packed)
+            forward_s, arrival_s = self._seconds(visit.forward), self._arrival(visit)
             apart_s = recomputed_s = 0.0
-            layers = _apart(visit, s) if visit.block not in packed else ()
+            layers = _apart(visit, s)
             if layers:
                 share = sum(layer.compute_nbytes for layer in layers) / visit.compute_nbytes
                 brought = sum(layer.read_share(job.rows * job.tokens) * layer.compute_nbytes for layer in layers)
                 apart_s = m * arrival_s * brought / visit.compute_nbytes
                 if visit.is_copied:
                     apart_s += page_s * brought
-                if s.group_nbytes is not None:
-                    apart_s += m * GROUP_S * sum(1 / layer.group_share(s.group_nbytes) for layer in layers)
+                apart_s += m * GROUP_S * sum(1 / layer.group_share(s.group_nbytes) for layer in layers)
                 arrival_s *= 1 - share
-                recomputed_s = m * _recomputed_share(s, layers) * forward_s
+                recomputed_s = m * RECOMPUTED_SHARE * forward_s
             nbytes, nbytes_back = self._reads_apart(job, s, position) if layers else (0, 0)
-            inline_rate = ON_DEMAND_RATE if s.routed else None
             written = m * job.hidden_nbytes if _first_kept(job) <= position < s.spilled else 0
             seconds = m * forward_s + arrival_s + apart_s + float(fresh_s[position])
             freed_s = arrival_s if visit.is_copied else seconds
-            there.append(Work(freed_s, seconds, nbytes, written, inline_rate))
+            there.append(Work(freed_s, seconds, nbytes, written))
             if visit.backward is not None:
                 backward_s = self._seconds(visit.backward)
                 names = s.kept[position] if position < len(s.kept) else ()
                 backward_s -= sum(backward_s - self._seconds(cost) for cost in self._kept(visit, names)[1])
                 seconds = m * backward_s + arrival_s + 2 * apart_s + recomputed_s + float(fresh_back_s[position])
                 freed_s = arrival_s if visit.is_copied else seconds
-                back.append(Work(freed_s, seconds, nbytes_back + written, 0, inline_rate))
+                back.append(Work(freed_s, seconds, nbytes_back + written))
         return [*there, self._head_work(job, s, exact, rooms[0]), *reversed(back)]
 
     def _head_work(self, job: Job, s: Schedule, exact: bool, room: int) -> Work:
@@ -681,16 +668,13 @@ class Planner:
         written = job.micro_batches * job.hidden_nbytes if len(job.visits) < s.spilled else 0
         return Work(freed_s, cast_s + seconds, nbytes + written, written, inline_rate=1.0)
 
-    def _arrival(self, visit: Visit, is_packed: bool) -> float:
-        """Seconds to cast, quantize or dequantize a block's weights."""
-        unpacked = [*visit.dequantized.items(), *visit.rounded.items()]
+    def _arrival(self, visit: Visit) -> float:
+        """Seconds to cast or dequantize a block's weights."""
         seconds = 0.0
         if visit.is_copied:
-            seconds += (visit.compute_nbytes - sum(n for _, n in unpacked)) / self.machine.cast_bytes_per_s
-        for kind, nbytes in unpacked:
+            seconds += (visit.compute_nbytes - sum(visit.dequantized.values())) / self.machine.cast_bytes_per_s
+        for kind, nbytes in visit.dequantized.items():
             seconds += nbytes * self.machine.dequantize_s_per_byte(*kind)
-        for (bits, group_size, _), nbytes in visit.rounded.items():
-            seconds += 0.0 if is_packed else nbytes * self.machine.quantize_s_per_byte(bits, group_size)
         return seconds
 
     def _seconds(self, cost: Cost) -> float:
@@ -727,12 +711,11 @@ def _overlaps(job: Job, s: Schedule) -> bool:
 
 def _is_simple(s: Schedule) -> bool:
     """Whether what a step holds is known well enough to give all that it leaves to freed buffers."""
-    return not (s.spilled or s.routed or s.group_nbytes or s.mlp_tokens)
+    return not (s.spilled or s.group_nbytes or s.mlp_tokens)
 
 
 def _as_schedule(cut: Cut) -> dict:
-    cuts = {"rows": cut.rows, "mlp_tokens": cut.mlp_tokens, "attention_queries": cut.attention_queries}
-    return cuts | {"routed": False}
+    return {"rows": cut.rows, "mlp_tokens": cut.mlp_tokens, "attention_queries": cut.attention_queries}
 
 
 def _first_kept(job: Job) -> int:
@@ -753,13 +736,6 @@ def _fresh_share(cache_nbytes: np.ndarray, nbytes: np.ndarray) -> np.ndarray:
     return np.maximum(LEAST_FRESH, 1 - cache_nbytes / np.maximum(nbytes, 1))
 
 
-def _recomputed_share(s: Schedule, layers: Sequence[LayerCost]) -> float:
-    """Of a block's forward pass, what its backward pass does once more because these layers come apart from it."""
-    if s.routed:
-        return RECOMPUTED_BY_ROUTING
-    return RECOMPUTED_BY_ROWS if all(layer.per_token is None for layer in layers) else RECOMPUTED_BY_EXPERTS
-
-
 def _workspace(job: Job) -> int:
     """Bytes that computing a block takes at most."""
     return max(max(v.forward.peak_nbytes, v.backward.peak_nbytes if v.backward else 0) for v in job.visits)
@@ -770,22 +746,9 @@ def _slots_by_groups(job: Job) -> int:
     return 1 if all(visit.is_copied for visit in job.visits) else 2
 
 
-def _may_be_routed(job: Job) -> bool:
-    """Whether blocks have experts that a micro-batch may do without."""
-    layers = (layer for visit in job.visits for layer in visit.layers)
-    return job.cut.mlp_tokens is None and any(layer.read_share(job.rows * job.tokens) < 1 for layer in layers)
-
-
-def _may_come_apart(s: Schedule) -> bool:
-    """Whether there may be layers that do not come with their block."""
-    return s.group_nbytes is not None or bool(s.routed)
-
-
 def _apart(visit: Visit, s: Schedule) -> tuple[LayerCost, ...]:
     """The layers that do not come with a block that is streamed."""
-    if s.group_nbytes is not None:
-        return visit.layers
-    return tuple(layer for layer in visit.layers if layer.per_token is not None) if s.routed else ()
+    return visit.layers if s.group_nbytes is not None else ()
 
 
 def _rest_nbytes(visit: Visit, s: Schedule) -> int:
@@ -794,15 +757,12 @@ def _rest_nbytes(visit: Visit, s: Schedule) -> int:
 
 
 def _group(job: Job, s: Schedule) -> tuple[int, int]:
-    """Bytes of (buffers for groups of layers, the group in use as it is computed with)."""
-    every = [layer for visit in job.visits for layer in _apart(visit, s)]
-    shares = [layer.group_share(s.group_nbytes or GROUP_NBYTES) for layer in every]
-    buffers = 2 * max((int(share * layer.nbytes) for layer, share in zip(every, shares)), default=0)
-    if s.routed:
-        tokens = job.rows * job.tokens
-        kept = (sum(layer.most_share(tokens) * layer.nbytes for layer in _apart(v, s)) for v in job.visits)
-        buffers = max(buffers, int(max(kept)))
-    return buffers, max((int(share * layer.compute_nbytes) for layer, share in zip(every, shares)), default=0)
+    """Bytes of (buffers for groups of experts, the group in use as it is computed with)."""
+    if s.group_nbytes is None:
+        return 0, 0
+    shares = [(layer, layer.group_share(s.group_nbytes)) for visit in job.visits for layer in visit.layers]
+    buffers = 2 * max(int(share * layer.nbytes) for layer, share in shares)
+    return buffers, max(int(share * layer.compute_nbytes) for layer, share in shares)
 
 
 def _held_by_groups(layers: Sequence[LayerCost], is_backward: bool) -> int:
@@ -813,7 +773,7 @@ def _held_by_groups(layers: Sequence[LayerCost], is_backward: bool) -> int:
     """
     if not is_backward:
         return max((layer.input_nbytes + layer.output_nbytes for layer in layers), default=0)
-    return sum(layer.input_nbytes + int(WAVES_SHARE * layer.output_nbytes) for layer in layers)
+    return sum(layer.input_nbytes + int(STAGES_SHARE * layer.output_nbytes) for layer in layers)
 
 
 def _tail_blocks(job: Job, s: Schedule) -> list:
@@ -821,7 +781,7 @@ def _tail_blocks(job: Job, s: Schedule) -> list:
     return list({visit.block: visit for visit in visits}.values())
 
 
-def _blocks_below_tail(job: Job, s: Schedule) -> list:
+def _streamed_blocks(job: Job, s: Schedule) -> list:
     tail = {visit.block for visit in _tail_blocks(job, s)}
     return list({visit.block: visit for visit in job.visits if visit.block not in tail}.values())
 
@@ -830,17 +790,6 @@ def _streamed_nbytes(job: Job, s: Schedule) -> list[int]:
     """Sizes of what goes through the block buffers."""
     blocks = [_rest_nbytes(v, s) for v in _streamed_blocks(job, s)]
     return blocks + [job.head_stored_nbytes] * s.head_ahead
-
-
-def _packed_blocks(job: Job, s: Schedule) -> list:
-    """The last ones: the backward pass comes back for them."""
-    below = _blocks_below_tail(job, s)
-    return below[len(below) - s.packed :]
-
-
-def _streamed_blocks(job: Job, s: Schedule) -> list:
-    below = _blocks_below_tail(job, s)
-    return below[: len(below) - s.packed]
 
 
 def _reads_of_blocks(job: Job, s: Schedule) -> tuple[Read, ...]:

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 class Schedule:
     """The default streams every block, two buffers at a time, and keeps nothing but block inputs.
 
-    Gradients are the same to the last bit for every schedule that leaves `rows`, `mlp_tokens`, `attention_queries` and
-    `group_nbytes` alone; those four change the order in which sums are taken, the last one of matrices larger than a
-    group.
+    Gradients are the same to the last bit for every schedule that leaves `rows`, `mlp_tokens` and `attention_queries`
+    alone; those three change the order in which sums are taken.
 
     Attributes:
         slots: buffers for blocks on their way. With 2 the next block is read while the present one computes; with 1
@@ -17,7 +16,6 @@ class Schedule:
         resident_nbytes: of blocks as they lie on disk, kept between visits beyond the slots.
         lent_nbytes: for each visit to a block below the tail, there and back, and for its neighbour where that is the
             head or the optimizer: of blocks kept beyond those, in the room that later visits' products will take.
-        packed: the last blocks below the tail that are kept in memory quantized (see `resident_bits` of `open_model`).
         tail: the last visits to blocks that form one graph with the head, their weights in memory for good.
         keep_head: the head's layers stay in memory.
         head_ahead: they are read ahead like one more block, through the same buffers; else in pieces when used.
@@ -32,10 +30,8 @@ class Schedule:
         head_cache_nbytes: the same while the head computes; None for as many.
         keep_buffers: MLX keeps whatever a step frees for the next one of the same shape: for all blocks in one graph.
         reads_in_flight: requests that are under way to the drive at once.
-        group_nbytes: blocks come without their large layers, and these in groups of so many bytes, as they are computed
-            with; None for whole blocks.
-        routed: else they come without their experts, of which only those are read that were routed to; None leaves it
-            to the engine, by what a step of so many tokens needs.
+        group_nbytes: blocks come without their layers of experts, and these in groups of so many bytes, as they are
+            computed with; None for whole blocks.
         active_nbytes: beyond which MLX stops allocating ahead of the computation; None for MLX's default. On the CPU
             backend it then waits for all that is under way, so that one core computes at a time.
         head_active_nbytes: the same while the head computes; None for as many.
@@ -49,7 +45,6 @@ class Schedule:
     slots: int = 2
     resident_nbytes: int = 0
     lent_nbytes: tuple[int, ...] = ()
-    packed: int = 0
     tail: int = 0
     keep_head: bool = False
     head_ahead: bool = False
@@ -70,4 +65,3 @@ class Schedule:
     head_workspace_nbytes: int = 0
     head_reuses_blocks: bool = False
     group_nbytes: int | None = None
-    routed: bool | None = None

@@ -40,13 +40,9 @@ def choices(plan: Plan) -> str:
             words.append(f"the last {s.tail} of {n} blocks in memory, not recomputed")
         if s.tail < n:
             if s.group_nbytes:
-                words.append(f"large layers of blocks by groups of {size(s.group_nbytes)}")
+                words.append(f"experts of blocks by groups of {size(s.group_nbytes)}")
             else:
                 words.append(f"{s.slots} block buffer{'s' if s.slots > 1 else ''}")
-            if s.routed:
-                words.append("of experts only those that were routed to")
-        if s.packed:
-            words.append(f"{s.packed} more blocks held in {job.rounded_bits} bits")
         if plan.resident_blocks:
             words.append(f"{plan.resident_blocks} more blocks resident")
         n_kept = sum(map(len, s.kept))
@@ -66,8 +62,6 @@ def choices(plan: Plan) -> str:
     ]
     if cut:
         words.append(" and ".join(cut) + " at a time")
-    if job.rounded_bits:
-        words.append(f"all blocks' weights rounded to {job.rounded_bits} bits, which changes the numbers")
     if s.head_tokens:
         words.append(f"logits of {s.head_tokens} tokens at a time")
     return ", ".join(words)
@@ -155,7 +149,6 @@ def as_dict(plan: Plan, caching: Caching | None = None) -> dict[str, Any]:
             "block_compute_nbytes": [v.compute_nbytes for v in {visit.block: visit for visit in job.visits}.values()],
             "head_nbytes": job.head_stored_nbytes,
             "head_compute_nbytes": job.head_compute_nbytes,
-            "resident_bits": job.rounded_bits,
             "adapter_nbytes": job.trainable_nbytes,
             "optimizer_nbytes": job.optimizer_nbytes,
             "activation_nbytes": job.hidden_nbytes,

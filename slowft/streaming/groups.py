@@ -1,4 +1,4 @@
-"""A layer's weights some at a time: groups of rows, or of experts, through two buffers or as many as there is room for.
+"""A layer's experts some at a time, through two buffers.
 
 Comes in: a group and the one that will be asked for next. Goes out: the group's arrays; the next is read
 meanwhile. Knows nothing of what is computed with them. Everything here is called by one thread.
@@ -20,14 +20,14 @@ from ..storage.reader import ByteRange, Reader
 
 @dataclass(frozen=True)
 class Group:
-    """Entries of the first axis of a layer's matrix: runs of neighbours, in order."""
+    """Some of a layer's experts: runs of neighbours, in order."""
 
     layer: Layer
     runs: tuple[range, ...]
 
     @classmethod
     def of(cls, layer: Layer, entries: Sequence[int] | np.ndarray) -> "Group":
-        """Of these entries, sorted and distinct."""
+        """Of these experts, sorted and distinct."""
         runs = np.split(entries, np.flatnonzero(np.diff(entries) > 1) + 1)
         return cls(layer, tuple(range(int(run[0]), int(run[-1]) + 1) for run in runs))
 
@@ -43,21 +43,14 @@ class Group:
 class _Slot:
     group: Group
     buffer: mx.array
-    nbytes: int  # that the buffer was made for, without padding
     read: Future
     places: tuple[int, ...]
 
 
 class GroupReader:
-    """Brings groups, one ahead of the one that is in use.
-
-    Attributes:
-        capacity: bytes of groups that stay in memory for as long as no others need the room (padding between their
-            parts comes on top). Two may take more.
-    """
+    """Brings groups, one ahead of the one that is in use."""
 
     def __init__(self, reader: Reader):
-        self.capacity = 0
         self._reader = reader
         self._slots: list[_Slot] = []  # the one used last comes last
 
@@ -79,17 +72,15 @@ class GroupReader:
         arrays, places = [], iter(slot.places)
         for param in group.layer.params:
             raw = [slot.buffer[a : a + e.row_nbytes * len(group)] for e, a in zip(param.source.extents, places)]
-            arrays.append(param.source.build(param.source.hold(raw, len(group)), len(group)))
+            arrays.append(param.source.build(raw, len(group)))
         return arrays
 
     def start(self, group: Group) -> None:
         """Begin to read what will be asked for first, unless it is there."""
         if self._find(group) is None:
             places, ranges = _ranges(group)
-            padded, nbytes = max(r.at + r.nbytes for r in ranges), sum(r.nbytes for r in ranges)
-            buffer = self._free_buffer(padded, nbytes) or (read_buffer(padded), nbytes)
-            read = self._reader.submit(ranges, memoryview(buffer[0]))
-            self._slots.append(_Slot(group, *buffer, read, places))
+            buffer = self._buffer(max(r.at + r.nbytes for r in ranges))
+            self._slots.append(_Slot(group, buffer, self._reader.submit(ranges, memoryview(buffer)), places))
 
     def clear(self) -> None:
         """Give the memory back, after what is being read."""
@@ -99,23 +90,17 @@ class GroupReader:
     def _find(self, group: Group) -> _Slot | None:
         return next((slot for slot in self._slots if slot.group == group), None)
 
-    def _free_buffer(self, padded: int, nbytes: int) -> tuple[mx.array, int] | None:
-        """That of the group not used for the longest; None, and room for a new one, if there is or it is too small."""
-        while len(self._slots) > 1 and self._held() + nbytes > self.capacity:
-            buffer = self._give_up_oldest()
-            if buffer[0].nbytes >= padded:
-                return buffer
-        return None
+    def _buffer(self, nbytes: int) -> mx.array:
+        """That of the older group if two are there and it is large enough; else a new one."""
+        buffer = self._give_up_oldest() if len(self._slots) > 1 else None
+        return buffer if buffer is not None and buffer.nbytes >= nbytes else read_buffer(nbytes)
 
-    def _held(self) -> int:
-        return sum(slot.nbytes for slot in self._slots)
-
-    def _give_up_oldest(self) -> tuple[mx.array, int]:
+    def _give_up_oldest(self) -> mx.array:
         """Its buffer, into which nothing is being read any more."""
         slot = self._slots.pop(0)
         if not slot.read.cancel():
             slot.read.exception()
-        return slot.buffer, slot.nbytes
+        return slot.buffer
 
 
 def _ranges(group: Group) -> tuple[tuple[int, ...], list[ByteRange]]:

@@ -15,7 +15,7 @@ from .. import tracing
 from ..memory import limits
 from ..models.layers import Layer
 from ..models.seams import Unit
-from ..models.weights import Layout, Param, Source, casting_streams, read_held, read_rows, read_whole
+from ..models.weights import Layout, Param, Source, casting_streams, read_rows, read_whole
 from ..planning.schedule import Schedule
 from ..storage.cache import BlockCache
 from ..storage.reader import Reader
@@ -61,7 +61,6 @@ class Residency:
         self._last_block: int | None = None  # that is visited before the head, of those whose weights come and go
         self._outside: list[Unit] = []  # large layers outside the blocks whose weights are in place now
         self._whole: dict[Unit, list[mx.array]] = {}  # units whose weights, ready to compute with, stay in memory
-        self._held: dict[Unit, list[list[mx.array]]] = {}  # of blocks that stay in memory packed: each param's parts
         self.compute_s = 0.0
         self.reuse = Reuse(Schedule(cache_nbytes=limits().found_cache_nbytes))
 
@@ -76,7 +75,7 @@ class Residency:
             self._layer_thread.run(self._groups.clear)
         self._is_below_head = True
         self._last_block = next((i for i, _ in reversed(forward) if self._blocks[i] not in self._whole), None)
-        in_memory = {unit.index for unit in [*self._whole, *self._held]}
+        in_memory = {unit.index for unit in self._whole}
         if apart:  # blocks that are in memory with all their layers need no part of them read
             holds = self._thread.run(lambda: [self._cache.holds(unit.index) for unit in self._blocks])
             in_memory_as_read = {index for index, is_held in enumerate(holds) if is_held}
@@ -90,21 +89,13 @@ class Residency:
 
     def keep_whole(self, units: Sequence[Unit]) -> None:
         """Keep these units' weights in memory, as they are computed with, and no others'."""
-        self._keep(self._whole, units, read_whole)
-
-    def keep_held(self, blocks: Sequence[Unit]) -> None:
-        """Keep these blocks' weights in memory, packed, and no others'."""
-        self._keep(self._held, blocks, read_held)
-
-    def _keep(self, kept: dict[Unit, list], units: Sequence[Unit], read: Callable[[Reader, Source], Any]) -> None:
-        """Have `kept` hold what `read` gives for each parameter of these units, and nothing else."""
 
         def work():
-            for unit in [unit for unit in kept if unit not in units]:
-                del kept[unit]
+            for unit in [unit for unit in self._whole if unit not in units]:
+                del self._whole[unit]
             for unit in units:
-                if unit not in kept:
-                    kept[unit] = [read(self.reader, param.source) for param in unit.params]
+                if unit not in self._whole:
+                    self._whole[unit] = [read_whole(self.reader, param.source) for param in unit.params]
             limits().give_back()  # of the pieces that were cast: of no size that a step asks for
 
         self._thread.run(work)
@@ -143,13 +134,12 @@ class Residency:
             return self.with_outside([lambda job=job: (self.bring(unit), job())[1] for job in jobs])
 
         def work():
-            held = self._held.get(unit)
             item = self._item(unit.index)
             layout = self._layouts[item]
-            buffer = None if held else self._cache.take(item, *self._upcoming(item))
+            buffer = self._cache.take(item, *self._upcoming(item))
             try:
                 with tracing.span("cast", unit.name, bytes=layout.compute_nbytes):
-                    arrays = layout.put(held, self.streams) if held else layout.fill(buffer, self.streams)
+                    arrays = layout.fill(buffer, self.streams)
                     unit.restore_constants()
                     mx.eval(arrays)
                 # what was cast or dequantized no longer needs the bytes it came from
@@ -206,10 +196,6 @@ class Residency:
     def on_layer_thread(self, job: Callable[[], Any]) -> Any:
         """`job()` on the thread that groups are used on."""
         return self._layer_thread.run(job)
-
-    def read_ahead(self, group: Group) -> None:
-        """Begin to read a group that `with_groups` will be asked for."""
-        self._layer_thread.run(lambda: self._groups.start(group))
 
     def with_outside(self, jobs: Sequence[Callable[[], Any]], is_head: bool = False) -> list:
         """The same for layers outside the blocks: jobs call `bring` for each layer they come to use."""
@@ -278,10 +264,6 @@ class Residency:
 
         return self._timed(work)
 
-    def keep_groups(self, nbytes: int) -> None:
-        """From now on so many bytes of the groups that `with_groups` brought may stay in memory within a step."""
-        self._groups.capacity = nbytes
-
     def rest(self) -> None:
         """A step is over: give back the buffers that were kept for the next block's weights."""
         self.reuse.around(lambda: None)
@@ -299,7 +281,6 @@ class Residency:
         if not self.is_open:
             return
         self._thread.run(self._whole.clear)
-        self._thread.run(self._held.clear)
         self._thread.run(self._cache.clear)
         self._layer_thread.run(self._groups.clear)
         self._layer_thread.close()

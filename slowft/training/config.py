@@ -20,6 +20,8 @@ NEEDLESS = {
     "grad_checkpoint": "slowft always recomputes blocks in the backward pass",
     "clear_cache_threshold": "slowft bounds MLX's cache itself",
 }
+# Options that slowft once had -> what to do instead.
+REMOVED = {"resident_bits": "slowft prepare MODEL --output DIR --quantize stores the base in 4 bits"}
 
 
 @dataclass
@@ -65,13 +67,6 @@ class TrainConfig:
         metadata={
             "help": "Ceiling for the whole process's memory, such as 8GB; by default half of the machine's. What is "
             "kept in memory is planned to fill it."
-        },
-    )
-    resident_bits: int | None = field(
-        default=None,
-        metadata={
-            "help": "4 or 8: blocks may stay in memory in so many bits (affine, groups of 64), so that more of them "
-            "do. Changes the numbers: all blocks' weights are rounded so."
         },
     )
     spill_dir: str | None = field(
@@ -151,8 +146,6 @@ class TrainConfig:
             hint = " (mlx-lm's scale is alpha / rank)" if "alpha" in unknown else ""
             names = ", ".join(sorted(map(str, unknown)))
             raise ConfigError(f"lora_parameters has no {names}; it has rank, scale, dropout, keys{hint}")
-        if self.resident_bits is not None:
-            self._check("resident_bits", int, lambda v: v in (4, 8), "4 or 8")
         if self.activation_cache == "off" and self.activation_cache_size is not None:
             raise ConfigError("--activation-cache-size has no effect with --activation-cache off. Leave one out")
         if not self.train and not self.test:
@@ -197,8 +190,8 @@ def load_config(file: str | None, options: dict[str, Any]) -> tuple[TrainConfig,
         import difflib
 
         near = difflib.get_close_matches(unknown[0], known, 1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"{file}: unknown option {unknown[0]}.{hint}")
+        hint = REMOVED.get(unknown[0]) or (f"Did you mean {near[0]}?" if near else "")
+        raise ConfigError(f"{file}: unknown option {unknown[0]}. {hint}".rstrip())
     merged = {k: v for k, v in entries.items() if k in known and v is not None}
     merged |= {k: v for k, v in options.items() if v is not None}
     if "train" not in merged and merged.get("test"):

@@ -32,13 +32,7 @@ def run(config: TrainConfig, report: Report) -> dict:
         check_writable(Path(config.adapter_path))
     if config.activation_cache_size is not None:
         parse_nbytes(config.activation_cache_size, "a size to store activations in")
-    model = open_model(
-        config.model,
-        config.memory,
-        compute_dtype=config.compute_dtype,
-        spill_dir=config.spill_dir,
-        resident_bits=config.resident_bits,
-    )
+    model = open_model(config.model, config.memory, compute_dtype=config.compute_dtype, spill_dir=config.spill_dir)
     try:
         told = Reports(report, CallbackReport(_callback(config))) if config.report_to else report
         trainer = Trainer(model, config, told)
@@ -61,11 +55,6 @@ def run(config: TrainConfig, report: Report) -> dict:
         if plan is not None:
             note = " (half of this machine's memory; --memory sets it)" if config.memory is None else ""
             report.planned(plan, note, caching)
-            if config.resident_bits is not None and not plan.schedule.packed:
-                report.note(
-                    f"Warning: --resident-bits {config.resident_bits} changes the numbers and saves nothing under this "
-                    "plan, which keeps no block so. Leave it out"
-                )
         if config.dry_run:
             return {}
         with model.trace(config.trace) if config.trace else nullcontext():
