@@ -101,7 +101,7 @@ def main() -> None:
     job = {"rows": args.rows, "tokens": args.tokens, "steps": args.steps}
     with tempfile.TemporaryDirectory() as scratch:
         model = args.model or write_random(Path(scratch) / "m", SHAPE | {"num_hidden_layers": args.layers})
-        rungs = climb(Path(model), args.rungs, args.rounds, machine_file=str(Path(scratch) / "machine"), **job)
+        rungs = climb(Path(model), args.rungs, args.rounds, **job)
         print("\nMedians of the steps, highest peaks:")
         for rung in rungs:
             print(describe(rung))

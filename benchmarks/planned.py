@@ -6,19 +6,15 @@ A module for the other benchmarks, which call `measure`.
 import slowft  # noqa: F401, I001  (before mlx: it loads OpenBLAS)
 
 import json
-import pickle
 import statistics
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
 from slowft import platform
 from slowft.bench import cgroup
-from slowft.engine import budget
-from slowft.planning import machine
 
 
 def measure(directory: Path, memory: int | None, read_bytes_per_s: int | None = None, **job) -> dict:
@@ -29,8 +25,7 @@ def measure(directory: Path, memory: int | None, read_bytes_per_s: int | None = 
     Args:
         read_bytes_per_s: that the cgroup holds reads to; None for what the drive can do.
         job: rows, tokens, micro_batches, steps; num_layers and use_dora of the adapter; compute_dtype of the model.
-            With `vary` every other step has rows of half the length. `machine_file` is where what is measured of the
-            machine is kept for the next run, so that plans for different memory differ in nothing else.
+            With `vary` every other step has rows of half the length.
     """
     command = [sys.executable, __file__, str(directory), str(memory or ""), json.dumps(job)]
     peak = None
@@ -74,13 +69,10 @@ def _batches(job: dict, vocab: int, is_short: bool) -> list:
 def _run(directory: str, memory: str, job: dict) -> dict:
     import mlx.optimizers as optim
 
-    measured = _share_measurements(Path(job["machine_file"])) if "machine_file" in job else None
     model = _open(directory, memory=int(memory) if memory else "1000GB", **job)
     begin = time.perf_counter()
-    plan = model.plan(*_shape(job), follow=True)
+    model.plan(*_shape(job), follow=True)
     plan_s = time.perf_counter() - begin
-    if measured is not None:
-        Path(job["machine_file"]).write_bytes(pickle.dumps(measured))
     vocab = model.embedding_rows
     mx.random.seed(0)
     batches, short = (_batches(job, vocab, is_short) for is_short in (False, True))
@@ -100,7 +92,7 @@ def _run(directory: str, memory: str, job: dict) -> dict:
         loss = step(batches)
         times.append(time.perf_counter() - begin)
         peaks.append(max(platform.peak_memory(), model.stats.last.peak_memory))
-    last = model.stats.last
+    last, plan = model.stats.last, model.followed_plan
     return {
         "memory": plan.memory,
         "predicted": {
@@ -121,23 +113,6 @@ def _run(directory: str, memory: str, job: dict) -> dict:
         "plan_s": plan_s,
         "loss": loss.item(),
     }
-
-
-def _share_measurements(file: Path) -> dict:
-    """Have the machine measured only as far as the file, if it is there, does not say; what is known, to be kept."""
-    known = pickle.loads(file.read_bytes()) if file.exists() else {}
-    for module, name in ((budget, "measured"), (machine, "_matmul_s_per_flop")):
-        measured = getattr(module, name)
-
-        def once(*args, measured=measured, name=name, **kwargs):
-            key = name, *map(str, args), *kwargs
-            if key not in known:
-                known[key] = measured(*args, **kwargs)
-            found = known[key]  # but the memory is that of the cgroup
-            return replace(found, memory_nbytes=platform.memory_limit()) if name == "measured" else found
-
-        setattr(module, name, once)
-    return known
 
 
 def _choices(plan) -> str:

@@ -2,8 +2,7 @@
 
     python scripts/mac_table.py > docs/macs.md
 
-The speeds in `MAC` are assumptions, roughly those of a base M-series chip. The graphs are those that MLX makes on the
-machine this runs on.
+The speeds in `MAC` are assumptions, roughly those of a base M-series chip.
 """
 
 import slowft  # noqa: F401, I001  (before mlx: it loads OpenBLAS)
@@ -13,13 +12,12 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from unittest import mock
 
-import mlx.core as mx
 
 from slowft.engine.model import open_model
 from slowft.models.outline import outline_of_config
-from slowft.planning.machine import Machine
+from slowft.planning.machine import OF_PRODUCTS, Machine
+from slowft.planning.measure import Rates
 from slowft.planning.plan import Plan
 from slowft.reports.plan import duration
 
@@ -33,23 +31,21 @@ MODELS = {
 FOUR_BITS = {"group_size": 64, "bits": 4, "mode": "affine"}
 MEMORY = {8: 5, 16: 10, 32: 21, 64: 43}  # GB of the Mac -> GB for slowft: about two thirds
 TOKENS, LAYERS, RANK = 1024, 16, 8
+PRODUCTS = 3.5e12  # flops a second of a base M-series chip, in products of 16 bits
+REACHED = OF_PRODUCTS * PRODUCTS
 MAC = Machine(
     memory_nbytes=0,  # ceilings are given
-    matmul_flops_per_s=3.5e12,
-    bytes_per_s=100e9,
-    functions_per_s=100e9,
-    cast_bytes_per_s=50e9,
-    page_s_per_byte=0.0,
-    read_bytes_per_s=3e9,
-    write_bytes_per_s=2e9,
     cores=8,
     device="an assumed Mac",
+    compute_dtype="bfloat16",
+    rates=Rates(forward=REACHED, backward=REACHED, head=REACHED, cast=50e9, read=3e9),
+    write_bytes_per_s=2e9,
 )
 
 PAGE = """# Large models on Macs: predictions
 
 **Predicted, not measured.** No Mac was at hand. The speeds are assumptions, about those of a base M-series chip and
-the same for every size of memory: {flops:g} TFLOP/s in 16-bit products, {moved:g} GB/s in memory, {read:g} GB/s read
+the same for every size of memory: blocks reach {share:.0%} of {flops:g} TFLOP/s in 16-bit products, {read:g} GB/s are read
 from the SSD, {written:g} GB/s written to it.
 
 The job: one sequence of {tokens:,} tokens a step, LoRA of rank {rank} on the last {layers} blocks, Adam, in the
@@ -58,15 +54,15 @@ memory. Of each plan: its predicted peak, bytes read from the SSD a step, second
 
 {table}
 
-Memory is predicted from the graphs that MLX makes with its CPU backend, on the Linux machine where this page was made,
-and includes what the process takes there. Metal's fused operations take less than their parts on the CPU, its buffers
-are rounded up more. Time is the roofline of every operation, without the cost of launching kernels; a quantized weight
-is taken to multiply as fast as one of 16 bits. Where two blocks do not fit, a block is not read while another one
-computes, so the seconds of both add up. Where it says *reading*, `--grad-accumulation-steps` costs little: more tokens
-for the same bytes.
+Bytes read are exact. Memory is an upper bound by arithmetic on the shapes of layers, which is up to twice what computing
+a block takes, and includes what the process takes on the Linux machine where this page was made. Seconds are floating
+point operations and bytes over the speeds above; a quantized weight is taken to multiply as fast as one of 16 bits.
+A run measures its first step and then keeps more than this where memory turns out to be left. Where two blocks do not
+fit, a block is not read while another one computes, so the seconds of both add up. Where it says *reading*,
+`--grad-accumulation-steps` costs little: more tokens for the same bytes.
 
 Made by `python scripts/mac_table.py > docs/macs.md`, from the configs in `tests/configs`. The same for your own Mac,
-its speeds measured, for a model on its disk: `slowft plan --model DIRECTORY --batch-size 1 --max-seq-length 1025`.
+by its own speeds, for a model on its disk: `slowft plan --model DIRECTORY --batch-size 1 --max-seq-length 1025`.
 """
 
 
@@ -79,9 +75,9 @@ def main() -> None:
     print(
         PAGE.format(
             table="\n".join(f"| {' | '.join(row)} |" for row in rows),
-            flops=MAC.matmul_flops_per_s / 1e12,
-            moved=MAC.bytes_per_s / 1e9,
-            read=MAC.read_bytes_per_s / 1e9,
+            flops=PRODUCTS / 1e12,
+            share=OF_PRODUCTS,
+            read=MAC.rates.read / 1e9,
             written=MAC.write_bytes_per_s / 1e9,
             tokens=TOKENS,
             rank=RANK,
@@ -109,12 +105,10 @@ def predict(config_file: Path) -> list[str]:
     with outline_of_config(config_file) as directory:
         model = open_model(directory, compute_dtype="native")
         try:
-            model.add_lora(LAYERS, rank=RANK)
+            model.add_lora(LAYERS, rank=RANK, only_to_plan=True)
             planner = model._budget.planner(1, TOKENS, 1, machine=MAC)
-            # the CPU backend reads an expert's matrix anew for each token, and plans count that
-            with mock.patch.object(mx, "default_device", lambda: mx.Device(mx.gpu)):
-                least = f"does not fit: at least {planner.least().peak_nbytes / 1e9:.1f} GB"
-                plans = [planner.choose(int(budget * 1e9)) for budget in MEMORY.values()]
+            least = f"does not fit: at least {planner.least().peak_nbytes / 1e9:.1f} GB"
+            plans = [planner.choose(int(budget * 1e9)) for budget in MEMORY.values()]
             return [f"{model.nbytes_on_disk / 1e9:.0f} GB", *(cell(plan) if plan else least for plan in plans)]
         finally:
             model.close()

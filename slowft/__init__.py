@@ -16,6 +16,7 @@ _platform.preload_blas()
 _EXPORTS = {
     "open_model": "slowft.engine.model",
     "StreamedModel": "slowft.engine.model",
+    "MicroBatch": "slowft.engine.model",
     "Trainer": "slowft.training.trainer",
     "TrainConfig": "slowft.training.config",
     "load_data": "slowft.data.datasets",

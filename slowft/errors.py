@@ -34,9 +34,5 @@ class ConfigError(SlowftError):
     """An option has an impossible value, is unknown, or would have no effect."""
 
 
-class PlanError(SlowftError):
-    """What a step on this model costs cannot be seen beforehand."""
-
-
 class SlowftWarning(UserWarning):
     """Something that will work, but not as well as it could."""

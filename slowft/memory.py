@@ -38,6 +38,15 @@ class CpuLimits:
         memory_nbytes, _ = self._note_found()
         mx.set_memory_limit(memory_nbytes if active_nbytes is None else active_nbytes)
 
+    @contextmanager
+    def one_at_a_time(self) -> Iterator[None]:
+        """While this is entered, MLX waits for each operation before it makes the next one's buffers."""
+        before = mx.set_memory_limit(1)
+        try:
+            yield
+        finally:
+            mx.set_memory_limit(before)
+
     def keep_freed(self, nbytes: int, of_those_kept: int | None = None) -> None:
         """From now on MLX keeps up to `nbytes` of freed buffers, to hand them out again.
 

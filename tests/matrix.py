@@ -108,7 +108,7 @@ def verify(directory: Path, name: str) -> str:
     assert_equal(name, streamed, loss, gradients)
     products = every_product(streamed)
     if streamed._cut.is_chain:
-        schedule = Schedule(spilled=2, tail=1, kept=products)
+        schedule = Schedule(spilled=2, kept=products)
     else:
         schedule = Schedule(kept=products)
     streamed._engine.follow(schedule, directory)

@@ -145,8 +145,6 @@ def test_some_micro_batches_of_a_step_are_stored(llama, tmp_path):
     "schedule",
     [
         Schedule(slots=1),
-        Schedule(slots=1, tail=1),
-        Schedule(tail=3, keep_head=True),
         Schedule(slots=1, tail=4, keep_head=True),
         Schedule(slots=1, spilled=4),
         Schedule(kept=((),) * 3 + (("mlp.gate_proj", "mlp.up_proj"),)),

@@ -72,7 +72,7 @@ if job.get("planned"):
     from dataclasses import replace
     planner = model.planner(*job["shape"])
     plan = planner.choose(job["planned"])
-    lent = planner._lent(plan.job, plan.schedule) if job["lends"] else ()
+    lent = planner.room_to_lend(plan.job, plan.schedule, job["planned"]) if job["lends"] else ()
     model._engine.follow(replace(plan.schedule, lent_nbytes=lent))
     assert not job["lends"] or lent[0] > 20_000_000
 optimizer = mlx.optimizers.Adam(1e-3)
@@ -96,7 +96,7 @@ for i in range(job["steps"]):
     said["digests"].append(digest.hexdigest())
     said["in_use"].append(platform.memory_in_use())
     said["peaks"].append(model.stats.last.peak_memory)
-if (plan := model._budget.plan) is not None:
+if (plan := model.followed_plan) is not None:
     said |= {"predicted": plan.peak_nbytes, "least": plan.least_nbytes, "schedule": vars(plan.schedule)}
 last = model.stats.last
 said |= {"read": last.bytes_read, "written": last.bytes_written, "on_disk": model.nbytes_on_disk}
@@ -322,12 +322,12 @@ def test_small_job_keeps_to_its_least_too(small):
     run_within(least(small, shape), small, shape, steps=2)
 
 
-@pytest.mark.parametrize("memory", ["least", 2_000_000_000])
-def test_nothing_grows_over_200_steps(memory, disk):
+@pytest.mark.parametrize("spilled", [0, 5])
+def test_nothing_grows_over_200_steps(spilled, disk):
     """Spilling and not; what is left of one block's inputs in each step would be 12 MB."""
-    directory = save_random(disk / f"steps-{memory}", LLAMA)
-    said = run(directory, memory, (1, 64, 4), steps=200, keys=QUERIES)
-    assert (said["written"] > 0) == (memory == "least")
+    directory = save_random(disk / f"steps-{spilled}", LLAMA)
+    said = run(directory, None if spilled else 2_000_000_000, (1, 64, 4), steps=200, keys=QUERIES, spilled=spilled)
+    assert (said["written"] > 0) == (spilled > 0)
     early, late = (statistics.median(said["in_use"][at : at + 11]) for at in (5, 189))
     assert late <= 1.02 * early  # a page more or less of the libraries comes and goes
 
@@ -455,7 +455,8 @@ def test_peak_memory_is_as_predicted(shape, config, memory, disk, request):
     said = run(directory, memory, shape, steps=5)  # freed buffers take what is left after the third
     tail = said["schedule"]["tail"]
     assert (tail == config["num_hidden_layers"]) == (memory == 2_000_000_000)
-    assert 0.9 * said["predicted"] <= max(said["peaks"]) <= 1.05 * said["predicted"]
+    # what computing takes is bounded from above where other things take more than it was measured to
+    assert 0.7 * said["predicted"] <= max(said["peaks"][1:]) <= 1.05 * said["predicted"]
 
 
 def test_blocks_in_the_room_of_later_products_keep_to_the_memory(disk):
@@ -480,7 +481,7 @@ def ordinary_training(directory: Path, shapes: list[tuple[int, int, int]]) -> di
     save_random(directory, MEDIUM | {"num_hidden_layers": 2}, mx.bfloat16)
     memory = enough(run(directory, 2_000_000_000, shapes[0])["predicted"])  # in another process
     said = run_within(memory, directory, shapes[0], steps=len(shapes), shapes=shapes)
-    assert said["kernel_peak"] <= said["predicted"]
+    assert said["peaks"][-1] <= said["predicted"] <= memory
     return said
 
 
@@ -488,7 +489,8 @@ def test_ordinary_training_keeps_to_its_memory_too(disk):
     """Few blocks and long rows: most freed buffers find no use of just their size."""
     said = ordinary_training(disk / "ordinary", [(4, 512, 1)] * 4)
     assert said["schedule"]["tail"] == 2
-    assert 0.9 * said["predicted"] <= max(said["peaks"])  # what freed buffers take is planned for at its most
+    # what freed buffers take is planned for at its most: a third more than the graph needs, of which these steps use 0.1
+    assert 0.75 * said["predicted"] <= max(said["peaks"])
 
 
 def test_large_head_keeps_to_its_memory(disk):

@@ -1,9 +1,9 @@
-"""What is measured of this machine, against numpy, the operating system, and the clock."""
+"""What is known and measured of this machine, against numpy, the operating system, and the clock."""
 
 import slowft  # noqa: F401, I001  (before mlx: it loads OpenBLAS)
 
 import errno
-import mmap
+import json
 import os
 import subprocess
 import sys
@@ -20,11 +20,9 @@ import macos
 from conftest import must_run
 from slowft import platform
 from slowft.bench import cgroup
-from slowft.engine.budget import ROOM_TO_MEASURE
 from slowft.planning import machine
-from slowft.models.weights import Packed
-from slowft.planning.machine import _dequantize_s_per_byte, measure
-from slowft.storage.index import Extent
+from slowft.planning.machine import known, matmul_flops_per_s, measure_reading, measured
+from slowft.planning.measure import Measurements, Rates, remember, remembered
 
 MB = 1 << 20
 
@@ -39,11 +37,11 @@ def file(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def measured(file) -> tuple[machine.Machine, float]:
-    begin = time.perf_counter()
-    figures = measure(mx.float32, [str(file)])
-    return figures, time.perf_counter() - begin
+@pytest.fixture
+def nothing_remembered(tmp_path, monkeypatch) -> Path:
+    """Returns the file that rates are kept in."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return platform.cache_directory() / "rates.json"
 
 
 def best_s(function: Callable[[], object], repetitions: int = 5) -> float:
@@ -55,56 +53,49 @@ def best_s(function: Callable[[], object], repetitions: int = 5) -> float:
     return min(once() for _ in range(repetitions))
 
 
-def test_it_takes_seconds_and_leaves_limits_as_they_were(file):
-    limit = mx.set_cache_limit(12345678)
+# --- Computing ----------------------------------------------------------------------------------------
+
+
+def test_measuring_takes_a_moment_and_leaves_limits_as_they_were(file, nothing_remembered):
+    limits = mx.set_cache_limit(12345678), mx.set_memory_limit(1 << 34)
     try:
         begin = time.perf_counter()
-        measure(mx.float32, [str(file)])
+        found = measured(mx.float32, [str(file)])
         assert time.perf_counter() - begin < 5
-        assert mx.set_cache_limit(limit) == 12345678
+        assert mx.set_cache_limit(limits[0]) == 12345678 and mx.set_memory_limit(limits[1]) == 1 << 34
     finally:
-        mx.set_cache_limit(limit)
+        mx.set_cache_limit(limits[0]), mx.set_memory_limit(limits[1])
+    assert not found.is_assumed and known(mx.float32).is_assumed
+    assert None not in (found.rates.head, found.rates.cast, found.rates.read)
 
 
-def test_matmul_rate_is_of_numpys_order(measured):
+def test_matmul_rate_is_of_numpys_order():
     if mx.default_device() != mx.Device(mx.cpu):
         pytest.skip("numpy multiplies on the processor")
     a = np.random.default_rng(0).standard_normal((1024, 1024), dtype=np.float32)
     by_numpy = 2 * 1024**3 / best_s(lambda: a @ a)
-    assert by_numpy / 4 < measured[0].matmul_flops_per_s < by_numpy * 4
+    assert by_numpy / 4 < matmul_flops_per_s(mx.float32) < by_numpy * 4
 
 
-def test_memory_rates_are_of_numpys_order(measured):
-    if mx.default_device() != mx.Device(mx.cpu):
-        pytest.skip("numpy adds on the processor")
-    a, b, out = np.ones((3, 12 * MB), np.float32)
-    by_numpy = 3 * a.nbytes / best_s(lambda: np.add(a, b, out=out))
-    assert by_numpy / 4 < measured[0].bytes_per_s < by_numpy * 4
-    # a cast reads half of what it writes, so it puts out less than is moved in all
-    assert measured[0].bytes_per_s / 10 < measured[0].cast_bytes_per_s < measured[0].bytes_per_s * 2
+def test_measuring_fits_in_little_memory(file):
+    code = (
+        "import sys, slowft, mlx.core as mx; from slowft import platform; from slowft.planning.machine import measured;"
+        "platform.fix_malloc_threshold(); before = platform.memory_in_use(); measured(mx.float32, sys.argv[1:]);"
+        "print(platform.peak_memory() - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True)
+    assert 0 < int(done.stdout) < 200 * MB, done.stderr
 
 
-def test_fresh_pages_cost_what_they_cost_numpy(measured):
+def test_memory_is_what_the_system_says():
+    found = known(mx.float32)
     if platform.MACOS:
-        pytest.skip("how much of it is fresh is the system's business")
-    nbytes = 48 * MB
-
-    def touch(memory: mmap.mmap) -> None:
-        np.frombuffer(memory, np.float32).fill(1.0)
-
-    warm = mmap.mmap(-1, nbytes)
-    by_numpy = (best_s(lambda: touch(mmap.mmap(-1, nbytes))) - best_s(lambda: touch(warm))) / nbytes
-    assert by_numpy / 5 < measured[0].page_s_per_byte < by_numpy * 5
-
-
-def test_memory_is_what_the_system_says(measured):
-    if platform.MACOS:
-        assert measured[0].memory_nbytes <= platform.physical_memory()
+        assert found.memory_nbytes <= platform.physical_memory()
         return
     total = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal"))
     assert platform.physical_memory() == int(total.split()[1]) * 1024
-    assert measured[0].memory_nbytes <= platform.physical_memory()
-    assert measured[0].cores == len(os.sched_getaffinity(0))
+    assert found.memory_nbytes <= platform.physical_memory()
+    assert found.cores == len(os.sched_getaffinity(0))
 
 
 def test_limit_of_the_control_group_counts():
@@ -123,7 +114,10 @@ def test_limit_of_the_control_group_counts():
     assert int(done.stdout.split()[0]) == 300 * MB, "the limit of the group above its own"
 
 
-def test_reading_is_measured_past_the_file_cache(measured, file):
+# --- Reading ------------------------------------------------------------------------------------------
+
+
+def test_reading_is_measured_past_the_file_cache(file):
     fd = os.open(file, os.O_RDONLY)
     buffer = bytearray(32 * MB)
 
@@ -136,7 +130,7 @@ def test_reading_is_measured_past_the_file_cache(measured, file):
         by_hand = 96 * MB / best_s(read, 3)
     finally:
         os.close(fd)
-    assert by_hand / 5 < measured[0].read_bytes_per_s < by_hand * 3
+    assert by_hand / 5 < measure_reading([str(file)])[0] < by_hand * 3
 
 
 def test_what_is_in_the_file_cache_already_is_read_from_the_drive(file, monkeypatch):
@@ -153,15 +147,15 @@ def test_what_is_in_the_file_cache_already_is_read_from_the_drive(file, monkeypa
 
         monkeypatch.setattr(machine.Reader, "submit", spy)
         assert filecache.nbytes_cached(f.fileno()) == 96 * MB
-        measure(mx.float32, [str(file)], 0.1)
+        measure_reading([str(file)], 0.05)
     assert cached[0] <= 88 * MB and cached[1] <= 64 * MB  # what comes first has gone: 8 MB, then from the middle on
 
 
 def test_holes_are_not_read(tmp_path, monkeypatch):
     with open(tmp_path / "hole", "wb") as f:
         f.truncate(256 * MB)
-    assert measure(mx.float32, [str(tmp_path / "hole")], 0.1).read_bytes_per_s is None
-    assert measure(mx.float32, [], 0.1).read_bytes_per_s is None
+    assert measure_reading([str(tmp_path / "hole")], 0.05)[0] is None
+    assert measure_reading([], 0.05)[0] is None
 
     with open(tmp_path / "part", "wb") as f:
         f.truncate(256 * MB)
@@ -172,7 +166,7 @@ def test_holes_are_not_read(tmp_path, monkeypatch):
     asked = []
     submit = machine.Reader.submit
     monkeypatch.setattr(machine.Reader, "submit", lambda self, r, b: asked.extend(r) or submit(self, r, b))
-    assert measure(mx.float32, [str(tmp_path / "part")], 0.1).read_bytes_per_s > 0
+    assert measure_reading([str(tmp_path / "part")], 0.05)[0] > 0
     assert [(r.offset, r.nbytes) for r in asked] == [(128 * MB, 8 * MB)] * 2  # the first time does not count
 
 
@@ -249,39 +243,66 @@ def test_macos_takes_the_caches_rate_for_no_drives(stays, tmp_path, mac, monkeyp
         assert rate is None and in_flight == max(machine.DEPTHS)
 
 
-@pytest.mark.parametrize("bits, group_size, mode", [(4, 64, "affine"), (8, 32, "affine"), (4, 32, "mxfp4")])
-def test_dequantizing_takes_what_it_takes(bits, group_size, mode):
-    """Against a block's worth of layers brought by hand."""
-    parts = mx.quantize(mx.random.normal((4096, 1024)).astype(mx.bfloat16), group_size, bits, mode=mode)
-    stored = [part.reshape(-1).view(mx.uint8) for part in parts]
-    mx.eval(stored)
-    extents = [Extent("", "", 0, a.nbytes, str(p.dtype).split(".")[-1], p.shape) for a, p in zip(stored, parts)]
-    source = Packed(extents[0], extents[1], (extents + [None])[2], group_size, bits, mode, mx.float32)
-    mx.set_cache_limit(64 << 20)
-    by_hand = best_s(lambda: mx.eval([source.build(stored) for _ in range(4)])) / (4 * 4096 * 1024 * 4)
-    measured = _dequantize_s_per_byte(bits, group_size, mode, mx.float32)
-    assert by_hand / 6 < measured < by_hand * 4
-    begin = time.perf_counter()
-    assert _dequantize_s_per_byte(bits, group_size, mode, mx.float32) == measured
-    assert time.perf_counter() - begin < 0.01  # measured once a process
+# --- What runs have measured --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("room, shrink", ROOM_TO_MEASURE)
-def test_it_fits_in_little_memory(file, room, shrink):
-    """What a job is measured with may take no more than it has beside the process, by the system's count."""
-    code = (
-        "import sys, slowft, mlx.core as mx; from slowft import platform; from slowft.planning.machine import measure;"
-        "platform.fix_malloc_threshold(); before = platform.memory_in_use(); shrink = int(sys.argv[1]);"
-        "machine = measure(mx.float32, sys.argv[2:], shrink=shrink); machine.dequantize_s_per_byte(4, 64, 'affine');"
-        "machine.gather_mm_s_per_byte(4096, 14336, False); machine.matmul_s_per_flop(1, 512, 2048, 5632, False, True);"
-        "print(platform.peak_memory() - before)"
-    )
-    root, arguments = Path(__file__).parents[1], [str(shrink), str(file)]
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=root)
-    assert 0 < int(done.stdout) < room, done.stderr
+def test_bytes_of_a_pass_are_those_it_needs_beyond_what_was_there():
+    """Of x -> (x + 1) * 2 summed up, one array beyond x itself, as the second takes the first one's buffer."""
+    x = mx.ones((4 * MB,))
+    mx.eval(x)
+    measurements = Measurements()
+    for _ in range(2):
+        with measurements.measuring("a kind", "forward"):
+            total = ((x + 1) * 2).sum()
+            mx.eval(total)
+    found = measurements.passes["a kind", "forward"]
+    assert 16 * MB <= found.nbytes <= 17 * MB
+    assert found.n == 1 and 0 < found.seconds < 10  # the first time tells bytes, the second seconds
 
 
-def test_smaller_arrays_measure_the_same(file, measured):
-    smaller = measure(mx.float32, [str(file)], shrink=4)
-    for rate in ("matmul_flops_per_s", "bytes_per_s", "functions_per_s", "cast_bytes_per_s"):
-        assert 1 / 4 < getattr(smaller, rate) / getattr(measured[0], rate) < 4, rate
+def test_the_limit_of_memory_is_as_before_even_if_a_pass_fails():
+    limit = mx.set_memory_limit(1 << 33)
+    try:
+        with pytest.raises(ZeroDivisionError), Measurements().measuring("a kind", "forward"):
+            raise ZeroDivisionError
+    finally:
+        assert mx.set_memory_limit(limit) == 1 << 33
+
+
+def test_rates_come_back_as_they_were_kept(nothing_remembered):
+    rates = Rates(1e11, 2e11, 3e11, 4e9, 5e9)
+    remember("a device", "float32", rates)
+    remember("a device", "bfloat16", replaced := Rates(forward=7e11))
+    assert remembered("a device", "float32") == rates
+    assert remembered("a device", "bfloat16") == replaced
+    assert remembered("another", "float32") == Rates()
+    remember("a device", "float32", Rates(forward=9e11))  # what a run did not measure stays
+    assert remembered("a device", "float32") == Rates(9e11, 2e11, 3e11, 4e9, 5e9)
+    assert [path.name for path in nothing_remembered.parent.iterdir()] == ["rates.json"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        '{"a device, float32": 3}',
+        '{"a device, float32": {"forward": "fast", "read": -1, "cast": 1e999, "more": 2}}',
+    ],
+)
+def test_what_cannot_be_read_is_as_if_it_were_not_there(content, nothing_remembered):
+    nothing_remembered.parent.mkdir(parents=True)
+    nothing_remembered.write_text(content)
+    assert remembered("a device", "float32") == Rates()
+    remember("a device", "float32", Rates(read=1e9))
+    assert remembered("a device", "float32") == Rates(read=1e9)
+    json.loads(nothing_remembered.read_text())
+
+
+def test_a_place_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    remember("a device", "float32", Rates(read=1e9))
+    assert remembered("a device", "float32") == Rates()

@@ -34,11 +34,10 @@ def predict(
         planners = {}
 
         def point(n: int) -> dict[str, Any] | None:
-            planner = planners[n] = model.planner(job.batch_size, job.tokens, n)
-            rate = planner.machine.read_bytes_per_s
+            planner = planners[n] = model.planner(job.batch_size, job.tokens, n, measure=n == 1)
             if read_bytes_per_s is not None:
-                rate = min(rate or read_bytes_per_s, read_bytes_per_s)
-            planner.machine = replace(planner.machine, read_bytes_per_s=rate)
+                slower = min(planner.rates.read, read_bytes_per_s)
+                planner.rates = replace(planner.rates, read=slower)
             plan = planner.choose(memory)
             if plan is None:
                 return None
@@ -65,7 +64,7 @@ def predict(
             told(i + 1)
         if not points:
             raise ConfigError(planners[1].too_little(memory))
-        if planners[1].machine.read_bytes_per_s is None:
+        if planners[1].machine.rates.read is None:
             raise SlowftError(f"{job.name} has too little on disk to measure reading with")
         return {
             "job": job.as_dict() | {"memory": memory},

@@ -4,7 +4,6 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..planning.machine import Machine
 from . import worker
 from .job import Job
 from .limits import Limits
@@ -42,8 +41,8 @@ def summary(job: Job, run: dict[str, Any], machine: dict[str, Any]) -> dict[str,
     steps = run["steps"]
     step_s = statistics.median(step["step_s"] for step in steps)
     read = statistics.median(step["read_nbytes"] for step in steps)
-    flops = sum(times * flops for times, (ops, *_) in run["work"] for flops, *_ in ops)
-    compute_s = sum(times * Machine(**machine).seconds(*work) for times, work in run["work"])
+    flops = run["flops"]
+    compute_s = flops / machine["matmul_flops_per_s"]
     read_s = read / machine["read_bytes_per_s"] if machine["read_bytes_per_s"] else 0.0
     return {
         "step_s": step_s,
@@ -56,7 +55,6 @@ def summary(job: Job, run: dict[str, Any], machine: dict[str, Any]) -> dict[str,
         "flops": flops,
         "flops_per_s": flops / step_s,
         # seconds that the machine's own rates would take over the same operations and reads
-        "matmul_s": flops / machine["matmul_flops_per_s"],
         "compute_s": compute_s,
         "read_s": read_s,
         "roofline_share": max(compute_s, read_s) / step_s,

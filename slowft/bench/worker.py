@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -33,9 +32,18 @@ def measure_machine(job: Job, told: Told) -> dict[str, Any]:
     """What the machine can do, computing and reading as slowft would with this model."""
     model = slowft.open_model(job.model)
     try:
-        from ..engine.budget import measured
+        from ..planning.machine import known, matmul_flops_per_s, measure_reading
 
-        return asdict(measured(model._engine.compute_dtype, model._engine.files))
+        dtype = model._engine.compute_dtype
+        machine = known(dtype)
+        return {
+            "device": machine.device,
+            "cores": machine.cores,
+            "memory_nbytes": machine.memory_nbytes,
+            "compute_dtype": machine.compute_dtype,
+            "matmul_flops_per_s": matmul_flops_per_s(dtype),
+            "read_bytes_per_s": measure_reading(model._engine.files)[0],
+        }
     finally:
         model.close()
 
@@ -54,7 +62,7 @@ def run_slowft(job: Job, told: Told, trace: str | None = None) -> dict[str, Any]
     model.add_lora(job.num_layers, rank=job.rank, keys=job.keys)
     model.train()
     batches = [(mx.array(batch), mx.array([[1, job.tokens]] * job.batch_size)) for batch in job.batches()]
-    plan = model.plan(job.batch_size, job.tokens, job.micro_batches, follow=True)
+    model.plan(job.batch_size, job.tokens, job.micro_batches, follow=True)
     optimizer, steps, losses = optim.Adam(1e-4), [], []
     for i in range(job.steps + 1):
         platform.reset_peak_memory()
@@ -77,43 +85,31 @@ def run_slowft(job: Job, told: Told, trace: str | None = None) -> dict[str, Any]
             }
         )
         told(i + 1)
+    plan = model.followed_plan  # by what the first steps have shown
     result = {
         "first": steps[0],
         "steps": steps[1:],
         "losses": losses,
         "plan": as_dict(plan),
         "kept": choices(plan),
-        "work": _work(plan),
+        "flops": flops_of(plan),
         "device": str(mx.device_info().get("device_name", mx.default_device())),
     }
     model.close()
     return result
 
 
-def _work(plan) -> list[tuple[int, tuple[list, list, list]]]:
-    """(how often, `Cost.work`) of what a step under the plan evaluates.
-
-    A kept product is taken off what the whole backward pass does, which may then be there a negative number of times.
-    """
+def flops_of(plan) -> int:
+    """Floating point operations of a step under the plan."""
     s, job = plan.schedule, plan.job
-    n_streamed = len(job.visits) - s.tail
-    costs, times = {}, Counter()
-
-    def add(cost, n: int = 1) -> None:
-        costs[id(cost)] = cost
-        times[id(cost)] += n * job.micro_batches
-
-    for position, visit in enumerate(job.visits[:n_streamed]):
-        names = s.kept[position] if position < len(s.kept) else ()
-        add(visit.forward)
-        if visit.backward is not None:
-            add(visit.backward)
-            for product in visit.products:
-                if product.name in names:
-                    add(visit.backward, -1)
-                    add(product.backward)
-    add(job.head(s.tail, s.head_tokens))
-    return [(times[i], cost.work) for i, cost in costs.items()]
+    flops = job.head_flops
+    for position, visit in enumerate(job.visits):
+        if plan.is_ordinary:
+            flops += visit.graph_flops if visit.comes_back else visit.forward_flops
+            continue
+        flops += visit.forward_flops + (visit.backward_flops if visit.comes_back else 0)
+        flops -= visit.kept(s.kept[position])[1] if position < len(s.kept) else 0
+    return job.micro_batches * flops
 
 
 def run_mlx_lm(job: Job, told: Told, grad_checkpoint: bool) -> dict[str, Any]:

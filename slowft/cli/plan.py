@@ -54,12 +54,11 @@ def plan(model, config_file, memory, tokens, epochs, as_json, **job):
     from ..models.loading import prepare_command
     from ..models.outline import outline_of_config
     from ..planning.caching import from_boundary, pays
-    from ..planning.graph import not_collecting
     from ..sizes import parse_nbytes
 
     nbytes = default_memory() if memory is None else parse_nbytes(memory)
     files = {"in_place": True}
-    with not_collecting(), ExitStack() as stack:
+    with ExitStack() as stack:
         directory = stack.enter_context(_directory(model, config_file))
         try:
             opened = open_model(directory, compute_dtype=job["compute_dtype"])
@@ -75,6 +74,7 @@ def plan(model, config_file, memory, tokens, epochs, as_json, **job):
                 job["max_seq_length"] - 1,
                 job["grad_accumulation_steps"],
                 OPTIMIZER_COPIES[job["optimizer"]],
+                measure=True,
             )
             chosen = planner.choose(nbytes)
             if chosen is None and memory is not None and not as_json:
@@ -173,7 +173,7 @@ def _print(machine, chosen, table, about, embedding_nbytes, files: dict, notes, 
         click.echo(line)
     parts = sorted(shown.parts.items(), key=lambda part: -part[1])
     click.echo("  of the peak: " + ", ".join(f"{name} {size(nbytes)}" for name, nbytes in parts))
-    if machine.read_bytes_per_s is None:
+    if machine.rates.read is None:
         click.echo("  reading is not in these seconds: no weights are here to measure the disk with")
     if data:
         run = _run(shown, data, later)

@@ -6,7 +6,7 @@ Never used by another thread than the one that computes.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -36,6 +36,11 @@ class Activations:
         self._reserved_nbytes = self._end = 0
         self.bytes_written = self.bytes_read = 0
         self.wait_s = 0.0
+        self._watched: tuple[int | None, Callable] = None, lambda *_: None
+
+    def watch(self, position: int | None, on_arrival: Callable[[int, mx.array], None] = lambda *_: None) -> None:
+        """From now on `on_arrival(micro_batch, array)` is told of what goes into the visit `position`."""
+        self._watched = position, on_arrival
 
     def spill(self, visits: int, directory: Path | None) -> None:
         """From now on inputs of visits below `visits` go to a file in `directory`."""
@@ -61,6 +66,8 @@ class Activations:
             may_spill: False if the backward pass does not come back for it.
         """
         self._in_memory[key] = array
+        if key[1] == self._watched[0]:
+            self._watched[1](key[0], array)
         if may_spill and key[1] < self._spilled:
             offset, self._end = self._end, self._end + _aligned(array.nbytes)
             self._on_disk[key] = (offset, array.shape, array.dtype, array.nbytes)

@@ -113,4 +113,3 @@ def _numerics() -> list[str]:
     versions = [__version__, str(NUMERICS), mx.__version__, mlx_lm_version]
     device = f"{mx.default_device()} {mx.device_info().get('device_name')}"
     return [*versions, device, platform.blas_description(), str(is_compiling())]
-

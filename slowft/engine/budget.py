@@ -1,10 +1,9 @@
 """The memory ceiling of an opened model: plans each step's shape within it, and has the engine follow.
 
-Comes in: shapes of steps. Goes out: a `Plan` that is being followed, or an error that names the least memory
-that would do, before anything is read.
+Comes in: shapes of steps, and what each step measured. Goes out: a `Plan` that is being followed, or an error that
+names the least memory that would do, before anything is read.
 """
 
-import functools
 import warnings
 from pathlib import Path
 
@@ -15,16 +14,15 @@ from ..errors import ConfigError, SlowftWarning
 from ..memory import limits
 from ..models.seams import trainable_entries
 from ..planning.caching import from_boundary, pays
-from ..planning.job import Cut, Job
-from ..planning.machine import Machine, measure
+from ..planning.job import Chunking, Job
+from ..planning.machine import Machine, known, measured
+from ..planning.measure import Experience, remember
 from ..planning.plan import Plan, Planner
-from .costs import Costing
+from ..planning.shapes import Shapes
 
-# for plans of which only the memory counts
-UNKNOWN = Machine(0, 1e12, 1e10, 1e9, 1e10, 0.0, None, None, 1, "unknown", is_assumed=True)
-# measuring takes memory too: with more than so many bytes beside the process its arrays are so many times smaller
-ROOM_TO_MEASURE = ((256 << 20, 1), (72 << 20, 4))
 WARM_UP_NBYTES = 16 << 20  # what libraries take once they are used: OpenBLAS's buffers, threads' stacks, page tables
+# that are planned anew: the first step finds no buffers in memory, so its seconds say less than the second's
+STEPS_TO_LEARN_FROM = 2
 
 
 class Budget:
@@ -41,13 +39,15 @@ class Budget:
         self.directory = directory or platform.cache_directory()
         self.optimizer_copies = 2
         self.plan: Plan | None = None
+        self._machine: Machine | None = None
         self._shape = (0, 0, 0)
         self._base_nbytes: int | None = None
         self._held_nbytes = 0  # of it, in arrays
         self._planned_nbytes = 0
+        self._steps_measured = 0  # of the shape that is planned for
         self._has_warned = False
         self._jobs: dict[tuple, Job] = {}
-        self._planner: Planner | None = None  # of the last plan
+        self._experience = Experience()
 
     def expect_optimizer(self, copies: int) -> None:
         """From now on plan for an optimizer that keeps `copies` times the trainable parameters."""
@@ -60,13 +60,26 @@ class Budget:
         Args:
             planned_nbytes: so many bytes it did not take on, but would to train.
         """
-        self._base_nbytes, self._shape = None, (0, 0, 0)
+        self._base_nbytes, self._shape, self._experience = None, (0, 0, 0), Experience()
         self._planned_nbytes = planned_nbytes
+        self._engine.adapter_changed()
+
+    @property
+    def is_measuring(self) -> bool:
+        """Whether the next step's passes are to be measured."""
+        return self.memory is not None and self._steps_measured < STEPS_TO_LEARN_FROM
 
     def limit(self, nbytes: int) -> None:
         """From now on this is the ceiling."""
         if nbytes != self.memory:
             self.memory, self._shape = nbytes, (0, 0, 0)
+
+    def check(self, rows: int, tokens: int, micro_batches: int) -> None:
+        """Raises ConfigError if the ceiling is too low for steps of this shape. Reads nothing, measures nothing."""
+        if self.memory is not None:
+            planner = self.planner(rows, tokens, micro_batches)
+            if planner.chunked(self.memory) is None:
+                raise ConfigError(planner.too_little(self.memory))
 
     def cover(self, rows: int, tokens: int, micro_batches: int) -> Plan | None:
         """Follow a plan under which steps of this shape stay within the ceiling, if there is a ceiling.
@@ -77,105 +90,113 @@ class Budget:
         if self.memory is None or all(a <= b for a, b in zip((rows, tokens, micro_batches), self._shape)):
             return self.plan
         shape = tuple(max(a, b) for a, b in zip((rows, tokens, micro_batches), self._shape))
-        plan = self.make(self.memory, *shape)
-        self._engine.follow(plan.schedule, self.directory)
-        self.plan, self._shape = plan, shape
+        planner = self.planner(*shape)
+        plan = planner.first(self._usable(self.memory))
+        if plan is None:
+            raise ConfigError(planner.too_little(self.memory))
+        if self._experience.knows(plan.job):
+            plan = planner.choose(self._usable(self.memory))
+        self._follow(plan)
+        self._shape, self._steps_measured = shape, 0
+        self._engine.peaks_known.clear()
         return plan
 
     def make(self, memory: int | None, rows: int, tokens: int, micro_batches: int) -> Plan:
-        """The fastest plan for steps of this shape within `memory` bytes, not followed yet.
+        """The plan for steps of this shape within `memory` bytes, by what is known so far; it is not followed.
 
         Raises:
             ConfigError: there is none; names the least memory that would do.
         """
-        if memory is not None:
-            self._check(memory, rows, tokens, micro_batches)
-        machine = self._machine_within(memory)
-        planner = self.planner(rows, tokens, micro_batches, machine)
-        if memory is not None and machine is not UNKNOWN:
-            # more than the machine has (on macOS: than Metal recommends) would be paged
-            memory = min(memory, machine.memory_nbytes)
-        plan = planner.choose(memory)
-        limits().give_back()  # of what was measured with
+        planner = self.planner(rows, tokens, micro_batches)
+        plan = planner.choose(None if memory is None else self._usable(memory))
         if plan is None:
             raise ConfigError(planner.too_little(memory))
-        self._planner = planner
         return plan
 
-    def _machine_within(self, memory: int | None) -> Machine:
-        """This machine, measured if there is room for that beside the process; in the smallest jobs there is none."""
-        for room, shrink in ROOM_TO_MEASURE:
-            if memory is None or memory > self._base_nbytes + room:
-                return measured(self._engine.compute_dtype, self._engine.files, shrink)
-        return UNKNOWN
+    def after_step(self, rows: int, tokens: int, micro_batches: int) -> None:
+        """Learn from what the engine measured in a step of this shape, and keep what that leaves room for."""
+        if self.plan is None or self.memory is None:
+            return
+        step, schedule = self._engine.measurements, self.plan.schedule
+        is_largest = (rows, tokens, micro_batches) == self._shape
+        job = self.plan.job if is_largest else self._job(rows, tokens, micro_batches, self.plan.job.chunking)
+        is_news = self._experience.learn(job, schedule, step)
+        over = step.peak_nbytes - self.memory
+        if step.peak_nbytes > self.plan.peak_nbytes:  # there is more in the process than anybody counted
+            self._base_nbytes += step.peak_nbytes - self.plan.peak_nbytes
+            is_news = True
+        if self._steps_measured < STEPS_TO_LEARN_FROM:
+            self._steps_measured += 1
+            is_news = True
+            machine = self.machine
+            remember(machine.device, machine.compute_dtype, self._experience.rates)
+        if is_news or over > 0:
+            plan = self.planner(*self._shape).choose(self._usable(self.memory))
+            if plan is not None and plan.schedule != schedule:
+                self._follow(plan)
+        elif is_largest:  # a smaller one leaves more room than the next will
+            self._engine.reuse_more(self.plan.peak_nbytes - self.plan.parts["slack"] - step.peak_nbytes)
+        if over > 0 and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"a step took {step.peak_nbytes / 1e9:.2f} GB, more than the memory of {self.memory / 1e9:.2f} GB it "
+                "was given. Less is kept in memory from now on. If this goes on, make batches or sequences smaller",
+                SlowftWarning,
+                stacklevel=4,
+            )
 
     def caching(self, plan: Plan, first_steps: float, later_steps: float) -> tuple[Plan | None, bool]:
         """(the plan of steps that begin at stored activations, whether it pays to store them).
 
         Args:
-            plan: of whole steps, the last that was made.
+            plan: of whole steps.
             first_steps: in which activations are stored; later_steps: that begin there.
         """
-        later = from_boundary(self._planner, plan)
-        return later, later is not None and pays(self._planner, plan, later, first_steps, later_steps)
-
-    def after_step(self, peak_nbytes: int, rows: int, tokens: int, micro_batches: int) -> None:
-        """Take note of the most that a step really took: keep more, or plan anew if that is more than the ceiling."""
-        if self.plan is None or self.memory is None:
-            return
-        if peak_nbytes <= self.memory:
-            if (rows, tokens, micro_batches) == self._shape:  # a smaller one leaves more room than the next will
-                self._engine.reuse_more(self.plan.peak_nbytes - self.plan.parts["slack"] - peak_nbytes)
-            return
-        self._base_nbytes += peak_nbytes - self.plan.peak_nbytes
-        plan = self.planner(*self._shape, self._planner.machine).choose(self.memory)
-        if plan is not None:
-            self._engine.follow(plan.schedule, self.directory)
-            self.plan = plan
-        if not self._has_warned:
-            self._has_warned = True
-            warnings.warn(
-                f"a step took {peak_nbytes / 1e9:.2f} GB, more than the memory of {self.memory / 1e9:.2f} GB it was "
-                "given. " + ("Less is kept in memory from now on" if plan else "Make batches or sequences smaller"),
-                SlowftWarning,
-                stacklevel=4,
-            )
-
-    def check(self, rows: int, tokens: int, micro_batches: int) -> None:
-        """Raises ConfigError if the ceiling is too low for steps of this shape. Reads nothing, measures nothing."""
-        if self.memory is not None:
-            self._check(self.memory, rows, tokens, micro_batches)
-
-    def _check(self, memory: int, *shape: int) -> None:
-        planner = self.planner(*shape, UNKNOWN)
-        if memory < planner.least().peak_nbytes:
-            raise ConfigError(planner.too_little(memory))
+        planner = self.planner(plan.job.rows, plan.job.tokens, plan.job.micro_batches)
+        later = from_boundary(planner, plan)
+        return later, later is not None and pays(planner, plan, later, first_steps, later_steps)
 
     def planner(self, rows: int, tokens: int, micro_batches: int, machine: Machine | None = None) -> Planner:
         """Plans for steps over `micro_batches` of `[rows, tokens]`."""
-        engine = self._engine
-        machine = machine or self._machine_within(None)
         if self._base_nbytes is None:  # before the first step: nothing of it is in memory yet
             limits().give_back()
             platform.release_freed_memory()
             self._base_nbytes = platform.memory_in_use() + WARM_UP_NBYTES + self._planned_nbytes
             self._held_nbytes = mx.get_active_memory()
-        costing = Costing(engine)
-        in_chunks = engine.head_may_be_cut
 
-        def job_of(cut: Cut):
-            what = rows, tokens, micro_batches, cut, self.optimizer_copies, in_chunks
-            key = (*what, len(trainable_entries(engine.model)))
-            if key not in self._jobs:
-                self._jobs[key] = engine.on_thread(lambda: costing.job(*what))
-            return self._jobs[key]
+        def job_of(chunking: Chunking) -> Job:
+            return self._job(rows, tokens, micro_batches, chunking)
 
-        return Planner(job_of, machine, self._base_nbytes, rows, tokens, self._held_nbytes)
+        what = machine or self.machine, self._base_nbytes, rows, tokens, self._held_nbytes, self._experience
+        return Planner(job_of, *what)
 
+    def measure_machine(self) -> None:
+        """Measure what no run has measured on this machine yet: for plans of which there is no step to learn from."""
+        self._machine = measured(self._engine.compute_dtype, self._engine.files)
+        mx.clear_cache()  # of what was measured with
 
-@functools.cache  # once in a process
-def measured(compute_dtype: mx.Dtype, files: tuple[str, ...], shrink: int = 1) -> Machine:
-    return measure(compute_dtype, files, shrink=shrink)
+    @property
+    def machine(self) -> Machine:
+        """This machine, as far as it is known without measuring."""
+        if self._machine is None:
+            self._machine = known(self._engine.compute_dtype)
+        return self._machine
+
+    def _follow(self, plan: Plan) -> None:
+        self._engine.follow(plan.schedule, self.directory)
+        self.plan = plan
+
+    def _usable(self, memory: int) -> int:
+        """Of the memory that was given, what there is: more (on macOS: than Metal recommends) would be paged."""
+        return min(memory, self.machine.memory_nbytes)
+
+    def _job(self, rows: int, tokens: int, micro_batches: int, chunking: Chunking) -> Job:
+        engine = self._engine
+        shape = rows, tokens, micro_batches, chunking, self.optimizer_copies
+        key = (*shape, engine.head_may_be_cut, len(trainable_entries(engine.model)))
+        if key not in self._jobs:
+            self._jobs[key] = engine.on_thread(lambda: Shapes(engine).job(*shape))
+        return self._jobs[key]
 
 
 def default_memory() -> int:

@@ -15,6 +15,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..models.weights import casting_streams
+
 LEAST_ELEMENTS = 1 << 16  # of an array that is worth it: 0.8 ms of exponentials, against 0.05 ms to wait for a stream
 # Compiled functions of MLX and mlx-lm that treat elements one by one and take an exponential or the like of each
 ACTIVATIONS = (
@@ -30,26 +32,21 @@ _found: list[tuple[Any, str, Callable, Callable]] = []  # see _replacements
 _n_modules = 0  # that were looked through for it
 
 
-class Cores:
-    """Shares work of one thread out among `streams`, which are that thread's own."""
-
-    def __init__(self, streams: Sequence[mx.Stream]):
-        self._streams = list(streams)
-
-    @contextmanager
-    def shared(self) -> Iterator[None]:
-        """While this is entered, what the calling thread gives MLX to compute is shared out."""
-        if len(self._streams) == 1:
-            yield
-            return
-        before = getattr(_local, "streams", None)
-        _install()
-        _local.streams = self._streams
-        try:
-            yield
-        finally:
-            _local.streams = before
-            _uninstall()
+@contextmanager
+def shared(streams: Sequence[mx.Stream] | None = None) -> Iterator[None]:
+    """While this is entered, what the calling thread gives MLX to compute is shared out among streams of its own."""
+    streams = list(streams or casting_streams())
+    if len(streams) == 1:
+        yield
+        return
+    before = getattr(_local, "streams", None)
+    _install()
+    _local.streams = streams
+    try:
+        yield
+    finally:
+        _local.streams = before
+        _uninstall()
 
 
 def by_rows(function: Callable[..., mx.array]) -> Callable[..., mx.array]:

@@ -1,30 +1,28 @@
-"""From a hidden state to the loss, and back: the tail's blocks, if there are any, and the head.
+"""From a hidden state to the loss, and back.
 
-The head is the model's own call with its blocks skipped: whatever norm, projection and soft cap follow the
-last block. Logits `[tokens, vocab]` exist whole only when they are small; otherwise a chunk at a time, and
-only for tokens that count. The tail and the head are one lazy graph, neither read twice nor recomputed; weights
-are in place throughout. Runs on the compute thread, and while a plan is made.
+The head is the model's own call with its blocks skipped: whatever norm, projection and soft cap follow the last block.
+Logits `[tokens, vocab]` exist whole only when they are small; otherwise a chunk at a time, and only for tokens that
+count. Weights have to be in place. In ordinary training all blocks are part of the same graph.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..planning.plan import LOGITS_NBYTES
 from .cores import by_rows
 from .pieces import after
 
-# tail(arrays) -> the last block's output; arrays are what goes into the tail, in a fixed order
-Tail = Callable[[list[mx.array]], Any]
-# head(hidden, n_rows, n_tokens) -> logits [n_rows, n_tokens, V]; hidden is a tree as the last block returned it
-Head = Callable[[Any, int, int], mx.array]
-
+# head(hidden, n_rows, n_tokens) -> logits [n_rows, n_tokens, V]
+Head = Callable[[mx.array, int, int], mx.array]
+# blocks(hidden) -> what the last block puts out
+Blocks = Callable[[mx.array], mx.array]
+Entries = Sequence[tuple[Any, Any]]  # (owner, key) of arrays
 
 _cross_entropy = by_rows(nn.losses.cross_entropy)  # of logits [n, V] and targets [n]
-
-LOGITS_NBYTES = 64 << 20  # of logits that may exist at once where nothing else is said
 
 
 def usual_chunk(vocab_size: int) -> int:
@@ -49,61 +47,54 @@ class HeadLoss:
 
     Args:
         targets, mask: `[B, T]`; total: tokens that the whole step's loss is divided by.
-        tail_entries, head_entries: (owner, key) of the adapters' arrays in the tail and outside the blocks; `params`
-            are their values, in this order.
         chunk_tokens: the most tokens whose logits may exist at once; None computes all at once.
-        left_out: so many chunks before the last one, each number of them together, leave zeros instead of being
-            computed. For plans, which need no more of the graph.
+        head_entries: of the adapters' arrays outside the blocks.
+        blocks: what comes before the head in the same graph; block_entries: of the adapters' arrays in there.
     """
 
     def __init__(
         self,
-        tail: Tail,
         head: Head,
         targets: mx.array,
         mask: mx.array,
         total: mx.array,
-        tail_entries: Sequence[tuple[Any, Any]],
-        head_entries: Sequence[tuple[Any, Any]],
         chunk_tokens: int | None,
-        left_out: Sequence[int] = (),
+        head_entries: Entries,
+        blocks: Blocks = lambda hidden: hidden,
+        block_entries: Entries = (),
     ):
-        self._tail, self._head = tail, head
-        self._targets, self._mask, self._total = targets, mask, total
-        self._tail_entries, self._head_entries = list(tail_entries), list(head_entries)
-        self._chunk_tokens, self._left_out = chunk_tokens, list(left_out)
+        self._head, self._targets, self._mask, self._total = head, targets, mask, total
+        self._chunk_tokens, self._head_entries = chunk_tokens, list(head_entries)
+        self._blocks, self._block_entries = blocks, list(block_entries)
 
-    def loss(self, arrays: list[mx.array], params: Sequence[mx.array]) -> mx.array:
-        """The loss, unevaluated."""
-        return self._loss(arrays, params, gradients=False)[1]
+    def loss(self, hidden: mx.array, params: Sequence[mx.array]) -> mx.array:
+        """The loss, unevaluated. `params`: values of the blocks' entries, then of the head's."""
+        return self._loss(hidden, params, gradients=False)[1]
 
     def loss_and_grads(
-        self, arrays: list[mx.array], params: Sequence[mx.array], wrt: Sequence[int]
+        self, hidden: mx.array, params: Sequence[mx.array], differentiated: Sequence[int]
     ) -> tuple[mx.array, list[mx.array]]:
-        """(loss, gradients), unevaluated. `wrt` counts through the arrays, then the params."""
-        if not wrt:
-            return self.loss(arrays, params), []
-        everything = [*arrays, *params]
+        """(loss, gradients), unevaluated. `differentiated` counts `hidden` as 0, and the params from 1 on."""
+        everything = [hidden, *params]
 
         def loss(variables: list[mx.array]) -> tuple[mx.array, mx.array]:
             inputs = list(everything)
-            for i, value in zip(wrt, variables):
+            for i, value in zip(differentiated, variables):
                 inputs[i] = value
-            return self._loss(inputs[: len(arrays)], inputs[len(arrays) :], gradients=True)
+            return self._loss(inputs[0], inputs[1:], gradients=True)
 
-        (_, value), gradients = mx.value_and_grad(loss)([everything[i] for i in wrt])
+        (_, value), gradients = mx.value_and_grad(loss)([everything[i] for i in differentiated])
         return value, gradients
 
-    def _loss(self, arrays: list[mx.array], params: Sequence[mx.array], gradients: bool) -> tuple[mx.array, mx.array]:
+    def _loss(self, hidden: mx.array, params: Sequence[mx.array], gradients: bool) -> tuple[mx.array, mx.array]:
         """(what has the loss's gradients, the loss)."""
-        n_tail = len(self._tail_entries)
-        _put(self._tail_entries, params[:n_tail])
-        _put(self._head_entries, params[n_tail:])
-        hidden = self._tail(arrays)
+        n = len(self._block_entries)
+        _put(self._block_entries, params[:n])
+        _put(self._head_entries, params[n:])
+        hidden = self._blocks(hidden)
         if self._chunk_tokens is not None:
-            return self._chunked(hidden, params[n_tail:], gradients)
-        logits = self._head(hidden, *self._targets.shape)
-        loss = token_loss(logits, self._targets, self._mask, self._total)
+            return self._chunked(hidden, params[n:], gradients)
+        loss = token_loss(self._head(hidden, *self._targets.shape), self._targets, self._mask, self._total)
         return loss, loss
 
     def _chunked(self, hidden: mx.array, params: Sequence[mx.array], gradients: bool) -> tuple[mx.array, mx.array]:
@@ -130,13 +121,10 @@ class HeadLoss:
             of_tokens: list[mx.array] = []
             of_hidden: list[mx.array] = []
             of_params: list[mx.array] = []
-            for chunk, is_computed in self._chunks(counted):
+            for start in range(0, len(counted), self._chunk_tokens):
+                chunk = counted[start : start + self._chunk_tokens]
                 tokens = mx.array(chunk)
                 before = [*of_tokens[-1:], *of_hidden[-1:], *of_params]  # one chunk after the other
-                if not is_computed:
-                    of_tokens.append(after(mx.zeros((len(chunk),)), before))
-                    of_hidden.append(after(mx.zeros((len(chunk), shape[-1]), hidden.dtype), before))
-                    continue
                 h = after(flat[tokens], before)
                 if not gradients:
                     of_tokens.append(losses(h, params, tokens))
@@ -158,18 +146,8 @@ class HeadLoss:
         pairs = zip([of_hidden, *of_params], [hidden, *params])
         return sum((mx.stop_gradient(g) * x).sum().astype(mx.float32) for g, x in pairs), loss
 
-    def _chunks(self, counted: np.ndarray) -> Iterator[tuple[np.ndarray, bool]]:
-        """(numbers of the tokens, whether they are computed) of each chunk; what is left out together is one."""
-        n = -(-len(counted) // self._chunk_tokens)
-        left_out = [(m, False) for m in self._left_out]
-        start = 0
-        for n_together, is_computed in [(1, True)] * (n - 1 - sum(self._left_out)) + left_out + [(1, True)]:
-            end = start + n_together * self._chunk_tokens
-            yield counted[start:end], is_computed
-            start = end
 
-
-def _put(entries: Sequence[tuple[Any, Any]], values: Sequence[mx.array]) -> None:
+def _put(entries: Entries, values: Sequence[mx.array]) -> None:
     for (owner, key), value in zip(entries, values):
         owner[key] = value
 

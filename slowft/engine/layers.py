@@ -4,15 +4,14 @@ A group's weights come, its part of the product is computed, they go. Only those
 What an expert gives for an input depends on no other, so results are the same to the last bit.
 
 Nothing can be evaluated while MLX traces without keeping its graph (721 MB for a block whose backward pass takes 139).
-So a block's vjp is taken in stages: first its forward pass, none of its arrays traced, for these layers' outputs;
-then, with those in place, its vjp once for each of their calls, the last call first, as far as the cotangent of that call's output. From
+So a block's vjp is taken in stages: first its forward pass, none of its arrays traced, for these layers' outputs; then, with those
+in place, its vjp once for each of their calls, the last call first, as far as the cotangent of that call's output. From
 that the cotangent of the call's input is computed by groups, and the next stage goes on from there.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -77,15 +76,9 @@ class LayerWork:
         """Whether the block in place lacks some of its layers."""
         return bool(self._residency.apart)
 
-    def in_order(self, job: Callable[[], Any], backward: bool) -> Callable[[], Any]:
-        """The job on a block, in which the order of the layers' calls is learnt or known."""
-
-        def in_order():
-            if self.are_apart:
-                self._order.begin((tuple(layer.name for layer in self._residency.apart), backward))
-            return job()
-
-        return in_order
+    def begin(self, backward: bool) -> None:
+        """A pass through the block in place begins, in which the order of the layers' calls is learnt or known."""
+        self._order.begin((tuple(layer.name for layer in self._residency.apart), backward))
 
     @contextmanager
     def noting(self) -> Iterator[dict[Layer, LayerCall]]:
@@ -328,11 +321,6 @@ class _HostArray:
         assert self._array is not None, "nothing was written to it"
         self._values = None
         return _evaluated(self._array.view(self._dtype) if self._is_bfloat16 else self._array)
-
-
-def inner_call(unit: Unit) -> Callable:
-    """The block's own method, past the seam."""
-    return partial(unit.call, super(type(unit.module), unit.module).__call__)
 
 
 def _attach_as(original: Detached, values: np.ndarray) -> mx.array:

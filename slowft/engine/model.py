@@ -4,6 +4,7 @@ import functools
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,21 @@ from .stats import Stats
 # that fills them (DESIGN.md).
 CACHE_PER_BLOCK = 0.5
 CACHE_FLOOR_NBYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows that go through the model together, and which adapter they go with.
+
+    Attributes:
+        batch: int32 `[B, T+1]` token ids.
+        lengths: int32 `[B, 2]`: prompt offset and length of each row.
+        adapter: True, the attached adapter; False, none; or the name of one that `add_adapter` loaded.
+    """
+
+    batch: mx.array
+    lengths: mx.array
+    adapter: bool | str = True
 
 
 class StreamedModel(nn.Module):
@@ -184,15 +200,46 @@ class StreamedModel(nn.Module):
         """
         micro_batches = _micro_batches(batch, lengths)
         self._budget.cover(*_shape(micro_batches))
-        result = self._engine.loss_and_grads(micro_batches)
-        self._budget.after_step(self.stats.last.peak_memory, *_shape(micro_batches))
+        result = self._engine.loss_and_grads(micro_batches, measure=self._budget.is_measuring)
+        self._budget.after_step(*_shape(micro_batches))
         return result
 
-    def loss(self, batch: mx.array, lengths: mx.array) -> tuple[mx.array, mx.array]:
-        """(loss, ntoks) of a batch, without gradients; each block is read at most once."""
-        micro_batches = _micro_batches(batch, lengths)
-        self._budget.cover(*_shape(micro_batches))
-        return self._engine.loss(*micro_batches[0])
+    def loss(self, batch, lengths: mx.array | None = None):
+        """(loss, ntoks) of a batch, without gradients; each block is read at most once.
+
+        Of a list of `MicroBatch`es, a list of those, all in one pass over the weights: with the adapter and without it,
+        or with several adapters. The numbers are the ones of a pass for each.
+
+        Args:
+            batch: int32 `[B, T+1]` token ids, or a list of `MicroBatch`.
+            lengths: int32 `[B, 2]`: prompt offset and length of each row.
+        Raises:
+            ConfigError: no adapter has such a name.
+        """
+        passengers = _passengers(batch, lengths)
+        for adapter in {passenger.adapter for passenger in passengers} - {True, False}:
+            if adapter not in self._engine.chain.adapters.names:
+                raise ConfigError(f"no adapter is named {adapter!r}. Load one with add_adapter")
+        self._budget.cover(*_shape([(passenger.batch, passenger.lengths) for passenger in passengers]))
+        losses = self._engine.losses([(p.batch, p.lengths, p.adapter) for p in passengers])
+        return losses[0] if lengths is not None else losses
+
+    def add_adapter(self, name: str, path: str | Path) -> None:
+        """Load the adapter saved in directory `path` beside the attached one, for `MicroBatch(adapter=name)`.
+
+        It is not trained. Any rank and any layers will do.
+
+        Raises:
+            AdapterError: it is none, or belongs to another model.
+        """
+        self._engine.chain.adapters.add(name, Path(path).expanduser())
+        self._engine.adapter_changed()
+        self._budget.measure_anew()
+
+    @property
+    def followed_plan(self) -> Plan | None:
+        """The plan that steps go by now; None without a ceiling, or before the first step."""
+        return self._budget.plan
 
     @property
     def activation_cache(self) -> Path | None:
@@ -245,9 +292,17 @@ class StreamedModel(nn.Module):
             return Caching(reason="there is one epoch only", later=later)
         return Caching(reason=None if is_worthwhile else "it would save no time", later=later)
 
-    def planner(self, batch_size: int, tokens: int, micro_batches: int = 1, optimizer_copies: int = 2) -> Planner:
-        """Makes plans for such steps under any ceiling; see `plan`."""
+    def planner(
+        self, batch_size: int, tokens: int, micro_batches: int = 1, optimizer_copies: int = 2, measure: bool = False
+    ) -> Planner:
+        """Makes plans for such steps under any ceiling; see `plan`.
+
+        Args:
+            measure: what no run has measured on this machine yet is measured now, in about half a second.
+        """
         self._budget.expect_optimizer(optimizer_copies)
+        if measure:
+            self._budget.measure_machine()
         return self._budget.planner(batch_size, tokens, micro_batches)
 
     def plan(
@@ -264,7 +319,8 @@ class StreamedModel(nn.Module):
         Args:
             memory: ceiling, such as "2GB"; None: the one the model was opened with, or none at all.
             optimizer_copies: how many times the trainable parameters the optimizer keeps (Adam: 2).
-            follow: steps (up to this shape) go by the plan from now on.
+            follow: steps (up to this shape) stay within the ceiling from now on. The first one keeps next to nothing
+                and is measured; by that the plan is corrected (see `followed_plan`).
         Raises:
             ConfigError: the ceiling is too low; names the least that would do. Nothing was read.
         """
@@ -273,7 +329,7 @@ class StreamedModel(nn.Module):
         nbytes = budget.memory if memory is None else parse_nbytes(memory)
         if follow and nbytes is not None:
             budget.limit(nbytes)
-            return budget.cover(batch_size, tokens, micro_batches)
+            budget.cover(batch_size, tokens, micro_batches)
         return budget.make(nbytes, batch_size, tokens, micro_batches)
 
     @contextmanager
@@ -369,6 +425,7 @@ def open_model(
         engine.make_resident(cut.resident)
         seams.install(cut, engine.on_block, engine.on_rows, engine.on_matmul)
         seams.probe(model, cut, engine.probe, engine.make_resident)
+        engine.see()
         mx.eval([array for _, array in tree_flatten(model)])  # no unevaluated table may reach the compute thread
         block_nbytes = max(unit.compute_nbytes for unit in cut.blocks)
         slots = 1 if all(p.source.is_copied for unit in cut.blocks for p in unit.params) else 2
@@ -392,6 +449,13 @@ def _shape(micro_batches: list[tuple[mx.array, mx.array]]) -> tuple[int, int, in
     """(rows, tokens, number) of the largest step these micro-batches could be."""
     rows, tokens = (max(batch.shape[axis] for batch, _ in micro_batches) for axis in (0, 1))
     return rows, tokens - 1, len(micro_batches)
+
+
+def _passengers(batch, lengths) -> list[MicroBatch]:
+    if lengths is None and all(isinstance(passenger, MicroBatch) for passenger in batch):
+        pairs = _micro_batches([(passenger.batch, passenger.lengths) for passenger in batch], None)
+        return [MicroBatch(*pair, passenger.adapter) for pair, passenger in zip(pairs, batch)]
+    return [MicroBatch(*pair) for pair in _micro_batches(batch, lengths)]
 
 
 def _micro_batches(batch, lengths) -> list[tuple[mx.array, mx.array]]:

@@ -74,9 +74,7 @@ class PieceWork:
             self._inside = False
 
     def _is_tokenwise(self, layer: nn.Module, inner: Callable, x: mx.array) -> bool:
-        """Whether the layer treats tokens one by one: tried once, with its weights; believed where there are none."""
-        if _ordering_by_sums:
-            return True
+        """Whether the layer treats tokens one by one: tried once, with its weights."""
         if id(layer) not in self._tokenwise:
             training = layer.training
             layer.eval()  # no dropout, which would differ
@@ -178,23 +176,7 @@ def after(array: mx.array, others: list[mx.array]) -> mx.array:
     """The same array, computed after the others."""
     if not others:
         return array
-    if _ordering_by_sums:
-        return array + sum(other.reshape(-1)[0] * 0 for other in others).astype(array.dtype)
     return mx.depends([array], others)[0]
-
-
-_ordering_by_sums = False
-
-
-@contextmanager
-def ordering_by_sums() -> Iterator[None]:
-    """While a graph is only looked at: `mx.depends` has no vmap, which looking through custom functions takes."""
-    global _ordering_by_sums
-    _ordering_by_sums = True
-    try:
-        yield
-    finally:
-        _ordering_by_sums = False
 
 
 def _needs_gradient(owner: Any, key: Any) -> bool:

@@ -2,6 +2,10 @@
 
 import hashlib
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import mlx.core as mx
 
 
 def dropout_seed(seed: int, step: int, block: int, micro_batch: int) -> int:
@@ -12,3 +16,13 @@ def dropout_seed(seed: int, step: int, block: int, micro_batch: int) -> int:
     """
     digest = hashlib.blake2b(struct.pack("<4q", seed, step, block, micro_batch), digest_size=8).digest()
     return int.from_bytes(digest, "little")
+
+
+@contextmanager
+def keeping_random_state() -> Iterator[None]:
+    """Dropout in what is only looked at leaves the random state as it was."""
+    high, low = mx.random.state[0].tolist()
+    try:
+        yield
+    finally:
+        mx.random.seed(high << 32 | low)

@@ -1,8 +1,10 @@
 """What a step cost, as counted by the reader, the clock and the operating system."""
 
+import time
 from dataclasses import dataclass
 
 from .. import platform
+from ..planning.measure import Measurements
 from ..storage.activation_cache import ActivationCache
 
 
@@ -57,12 +59,19 @@ class Stats:
         computed = self._residency.compute_s - held_up
         return StepStats(read, written, self.from_cache, waited + held_up, computed, peak)
 
+    @property
+    def reader_wait_s(self) -> float:
+        """Seconds that the computation waited for weights, so far."""
+        return self._reader.wait_s
+
     def begin_step(self) -> None:
-        self._at_begin = self.total
+        self._at_begin, self._begin_s = self.total, time.perf_counter()
+        self._read_at_begin = self._reader.bytes_read, self._reader.read_s
         self._peak_memory = self._at_begin.peak_memory
         platform.reset_peak_memory()
 
-    def end_step(self) -> None:
+    def end_step(self, measurements: Measurements) -> None:
+        """A step is over; `measurements` gets its reads, waiting and peak."""
         now, begin = self.total, self._at_begin
         self.last = StepStats(
             now.bytes_read - begin.bytes_read,
@@ -72,3 +81,8 @@ class Stats:
             now.compute_s - begin.compute_s,
             platform.peak_memory(),
         )
+        nbytes, seconds = self._read_at_begin
+        measurements.read_nbytes = self._reader.bytes_read - nbytes
+        measurements.read_s = self._reader.read_s - seconds
+        measurements.wait_s, measurements.peak_nbytes = self.last.wait_s, self.last.peak_memory
+        measurements.step_s = time.perf_counter() - self._begin_s

@@ -8,7 +8,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from mlx.utils import tree_unflatten
 
 from .. import platform
 from ..errors import AdapterError, ConfigError
+from .weights import locate
 
 DEFAULT_NUM_LAYERS = 16  # mlx_lm.lora's; it fails with it on smaller models, here it means all their blocks
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
@@ -193,6 +195,82 @@ def load_weights(model: nn.Module, expected: dict[str, mx.array], file: Path) ->
     if missing:
         raise AdapterError(f"{file} lacks {missing[0]} (and {len(missing) - 1} more) of the attached adapter")
     model.load_weights(list(weights.items()), strict=False)
+
+
+class AdapterSwitch:
+    """Has a model computed without its adapter, or with another one, for as long as that is asked for.
+
+    Adapters that are added by name lie around the model's own layers, whose weights come and go, and are not trained.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+        self._named: dict[str, dict[str, nn.Module]] = {}  # -> name of a layer in the model -> the layer with its adapter
+
+    def add(self, name: str, directory: Path) -> None:
+        """Load the adapter saved in `directory` under a name.
+
+        Raises:
+            AdapterError: it is none, or belongs to another model.
+        """
+        spec = read_spec(directory)
+        with self.using(False):
+            attach(self._model, spec)
+            attached = {path: layer for path, layer in self._model.named_modules() if hasattr(layer, "lora_a")}
+            try:
+                expected = {
+                    f"{path}.{key}": array
+                    for path, layer in attached.items()
+                    for key, array in layer.items()
+                    if isinstance(array, mx.array)
+                }
+                load_weights(self._model, expected, directory / WEIGHTS)
+                mx.eval([layer.trainable_parameters() for layer in attached.values()])
+            finally:
+                for path, layer in attached.items():
+                    layer.train(False)
+                    self._put(path, _without_adapter(layer))
+        self._named[name] = attached
+
+    @property
+    def names(self) -> list[str]:
+        """Of the adapters that were added."""
+        return list(self._named)
+
+    @contextmanager
+    def using(self, adapter: bool | str, root: str = "") -> Iterator[None]:
+        """While this is entered, layers have this adapter: True, the one that is attached; False, none; or a name.
+
+        Args:
+            root: name of the module whose layers are meant, such as a block; the whole model if it is empty.
+        """
+        if adapter is True:
+            yield
+            return
+        prefix = f"{root}." if root else ""
+        owner, key = locate(self._model, root) if root else (None, None)
+        module = self._model if owner is None else owner[key]
+        before = {f"{prefix}{path}": m for path, m in module.named_modules() if hasattr(m, "lora_a")}
+        now = {path: _without_adapter(layer) for path, layer in before.items()}
+        if adapter is not False:
+            of_name = {path: m for path, m in self._named[adapter].items() if path.startswith(prefix)}
+            before = {path: _without_adapter(m) for path, m in of_name.items()} | before
+            now |= of_name
+        for path, layer in now.items():
+            self._put(path, layer)
+        try:
+            yield
+        finally:
+            for path, layer in before.items():
+                self._put(path, layer)
+
+    def _put(self, path: str, layer: nn.Module) -> None:
+        owner, key = locate(self._model, path)
+        owner[key] = layer
+
+
+def _without_adapter(layer: nn.Module) -> nn.Module:
+    return layer["linear"] if "linear" in layer else layer["embedding"]
 
 
 def save(weights: dict[str, mx.array], directory: Path, config: dict, numbered: int | None = None) -> Path:

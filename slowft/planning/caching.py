@@ -35,7 +35,7 @@ def from_boundary(planner: Planner, plan: Plan) -> Plan | None:
         return None
     above = replace(job, visits=job.visits[n:], rows_nbytes=0)
     kept, spilled, tail = s.kept[n:], max(s.spilled - n, 0), min(s.tail, len(above.visits))
-    later = planner.predict(above, replace(s, kept=kept, spilled=spilled, tail=tail))
+    later = planner.predict(above, replace(s, kept=kept, spilled=spilled, tail=tail, lent_nbytes=s.lent_nbytes[n:]))
     stored = job.hidden_nbytes * job.micro_batches
     loading_s = _loading_s(planner, stored)
     return replace(
@@ -57,4 +57,4 @@ def pays(planner: Planner, plan: Plan, later: Plan, first_steps: float, later_st
 
 def _loading_s(planner: Planner, nbytes: int) -> float:
     """Seconds to read and check what is stored; to hash and write it takes about as long."""
-    return nbytes / (planner.machine.read_bytes_per_s or float("inf")) + nbytes / HASH_BYTES_PER_S
+    return nbytes / planner.rates.read + nbytes / HASH_BYTES_PER_S

@@ -1,21 +1,20 @@
-"""What a job needs, in numbers: bytes of each block and of what a step makes of it, and what computing it takes.
+"""What a job needs, in numbers: bytes and floating point operations of each block pass, of the head, of a step.
 
-Comes in from the engine, which looks at the model's graphs; goes out to the plan, which only calculates.
+Comes in from `shapes`, which looks at the model; goes out to the plan, which only calculates. Plain data, no callables.
 """
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from .experts import read_share
-from .graph import Cost
 
 
 @dataclass(frozen=True)
-class Cut:
+class Chunking:
     """How much of a step's work is done at once: rows of a micro-batch, tokens of feed-forward layers, queries.
 
-    None is all of it.
+    None is all of it. Sums over smaller chunks are taken in another order, so a chunking decides the last bits of
+    gradients: it follows from byte counts and the ceiling alone, never from what was measured.
     """
 
     rows: int | None = None
@@ -24,26 +23,31 @@ class Cut:
 
 
 @dataclass(frozen=True)
-class Product:
-    """The output of a frozen layer that could be kept for the recomputation: `backward` is what is left then."""
-
-    name: str
-    nbytes: int
-    backward: Cost
-
-
-@dataclass(frozen=True)
-class LayerCost:
-    """A layer of experts of a block, which may come apart from it by groups of experts.
+class KeepableOutput:
+    """The output of a frozen layer, which may be kept from the forward pass for the recomputation.
 
     Attributes:
-        nbytes: of all its experts on disk; compute_nbytes: as they are computed with.
-        n: how many experts; per_token: that a token goes to.
-        input_nbytes, output_nbytes: of a call, of one micro-batch.
+        name: the layer's, within the block.
+        nbytes: of one micro-batch; flops: that a backward pass saves with it.
     """
 
     name: str
     nbytes: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """A layer of experts, which may be offloaded from its block: then it is brought some experts at a time.
+
+    Attributes:
+        stored_nbytes: of its matrices on disk; compute_nbytes: as they are computed with.
+        n: experts; per_token: of them, those that a token goes to.
+        input_nbytes, output_nbytes: of a call on one micro-batch.
+    """
+
+    name: str
+    stored_nbytes: int
     compute_nbytes: int
     n: int
     per_token: float
@@ -51,85 +55,86 @@ class LayerCost:
     output_nbytes: int
 
     def read_share(self, tokens: int) -> float:
-        """Of the layer, what `tokens` tokens need on average if their experts are drawn evenly."""
+        """The share of the layer that `tokens` tokens need on average, if their experts are drawn evenly."""
         return read_share(self.n, self.per_token, tokens)
 
     def group_share(self, group_nbytes: int) -> float:
-        """Of the layer, what comes at once in groups of so many bytes; a whole expert at least."""
+        """The share of the layer that comes at once in groups of so many bytes: one expert at least."""
         return min(max(1, group_nbytes * self.n // self.compute_nbytes), self.n) / self.n
 
 
 @dataclass(frozen=True)
-class Products:
-    """What could be kept of one micro-batch, and the backward pass with all of it kept."""
-
-    all: tuple[Product, ...] = ()
-    backward: Cost | None = None
-
-
-@dataclass(frozen=True)
 class Visit:
-    """One visit of the forward pass to a block, and the way back.
+    """The forward pass of one micro-batch through a block, and the backward pass.
 
     Attributes:
         block: which of the model's blocks.
-        stored_nbytes: as it lies on disk; compute_nbytes: as it is computed with.
-        is_copied: whether the latter have memory of their own, apart from the bytes read.
-        dequantized: what of them is dequantized on arrival: (bits, group size, mode) -> bytes. The rest is cast.
+        kind: equal for blocks that compute the same; they are measured together.
+        stored_nbytes: of its weights on disk; compute_nbytes: as they are computed with.
+        is_copied: the latter have memory of their own, apart from the bytes read: they are cast or dequantized.
         quantizing_saves_nbytes: of `stored_nbytes`, if the weights that are stored in 16 or 32 bits were in 4 bits.
         trainable_nbytes: of its adapters.
-        backward: None if the backward pass does not come here.
-        look_at_products: what could be kept; nothing where the work is cut into pieces. Looks when first asked.
+        comes_back: whether the backward pass gets here.
+        forward_flops, backward_flops: of either pass; the backward pass recomputes the forward one, as far as it must.
+        graph_flops: of both, if nothing is recomputed.
+        forward_nbytes, backward_nbytes: an upper bound of the arrays that either pass makes at once.
+        graph_nbytes: an upper bound of what stays of the forward pass when nothing is recomputed.
+        outputs: what can be kept; nothing where the work is cut into chunks of tokens.
         layers: its layers of experts.
     """
 
     block: int
+    kind: str
     stored_nbytes: int
     compute_nbytes: int
     is_copied: bool
-    dequantized: dict[tuple[int, int, str], int]
     quantizing_saves_nbytes: int
     trainable_nbytes: int
-    forward: Cost
-    backward: Cost | None
-    look_at_products: Callable[[], Products]
+    comes_back: bool
+    forward_flops: int
+    backward_flops: int
+    graph_flops: int
+    forward_nbytes: int
+    backward_nbytes: int
+    graph_nbytes: int
+    outputs: tuple[KeepableOutput, ...] = ()
     layers: tuple[LayerCost, ...] = ()
 
-    @property
-    def products(self) -> tuple[Product, ...]:
-        return self.look_at_products().all
-
-    @property
-    def backward_kept(self) -> Cost | None:
-        """The backward pass with all products kept."""
-        return self.look_at_products().backward
+    def kept(self, names: tuple[str, ...]) -> tuple[int, int]:
+        """(bytes of one micro-batch, flops saved) if the outputs of these layers are kept."""
+        chosen = [output for output in self.outputs if output.name in names] if names else []
+        return sum(output.nbytes for output in chosen), sum(output.flops for output in chosen)
 
 
 @dataclass(frozen=True)
 class Job:
-    """One optimizer step under one way to cut the work.
+    """One optimizer step under one chunking.
 
     Attributes:
         micro_batches: pieces of the step, each of `rows` sequences of `tokens`.
         hidden_nbytes: a block's input, of one micro-batch; side_nbytes: masks and the like that all blocks are handed.
-        head: what follows the last blocks and the last blocks themselves: `head(tail, head_tokens)`.
-        head_stored_nbytes, head_compute_nbytes: its large layers.
+        vocab_size: logits of a token; logits_arrays: how many arrays of their size the head makes at once.
+        head_flops: of the head's forward and backward pass over one micro-batch.
+        head_stored_nbytes, head_compute_nbytes: of its large layers, on disk and as they are computed with.
+        head_in_chunks: whether logits may be computed some tokens at a time.
         rows_nbytes: of embedding rows that are read, of one micro-batch.
         trainable_nbytes: of all adapters; optimizer_nbytes: of what the optimizer keeps.
-        is_chain: whether there can be a tail, and inputs can be spilled.
+        is_chain: whether blocks' inputs can be spilled, and all blocks and the head can form one graph.
     """
 
-    cut: Cut
+    chunking: Chunking
     micro_batches: int
     rows: int
     tokens: int
     visits: tuple[Visit, ...]
     hidden_nbytes: int
     side_nbytes: int
-    head: Callable[[int, int | None], Cost]
     vocab_size: int
+    logits_arrays: int
+    head_flops: int
     head_stored_nbytes: int
     head_compute_nbytes: int
+    head_in_chunks: bool
     rows_nbytes: int
     trainable_nbytes: int
     optimizer_nbytes: int
@@ -138,4 +143,9 @@ class Job:
     @functools.cached_property
     def lowest_trained(self) -> int:
         """The first visit that the backward pass comes back to."""
-        return next((i for i, visit in enumerate(self.visits) if visit.backward is not None), len(self.visits))
+        return next((i for i, visit in enumerate(self.visits) if visit.comes_back), len(self.visits))
+
+    @property
+    def blocks(self) -> list[Visit]:
+        """One visit of each block."""
+        return list({visit.block: visit for visit in self.visits}.values())

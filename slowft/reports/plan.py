@@ -31,18 +31,14 @@ def duration(seconds: float) -> str:
 def choices(plan: Plan) -> str:
     """What is kept and how work is cut, in a few words."""
     s, job = plan.schedule, plan.job
-    n = len(job.visits)
     words = []
-    if s.tail == n and s.keep_head:
+    if plan.is_ordinary:
         words.append("all blocks and the head in memory, as in ordinary training")
     else:
-        if s.tail:
-            words.append(f"the last {s.tail} of {n} blocks in memory, not recomputed")
-        if s.tail < n:
-            if s.group_nbytes:
-                words.append(f"experts of blocks by groups of {size(s.group_nbytes)}")
-            else:
-                words.append(f"{s.slots} block buffer{'s' if s.slots > 1 else ''}")
+        if s.group_nbytes:
+            words.append(f"experts of blocks by groups of {size(s.group_nbytes)}")
+        else:
+            words.append(f"{s.slots} block buffer{'s' if s.slots > 1 else ''}")
         if plan.resident_blocks:
             words.append(f"{plan.resident_blocks} more blocks resident")
         n_kept = sum(map(len, s.kept))
@@ -51,7 +47,7 @@ def choices(plan: Plan) -> str:
         words.append("head in memory" if s.keep_head else "head read ahead" if s.head_ahead else "head streamed")
     if s.spilled > 1:
         words.append(f"inputs of {s.spilled - max(job.lowest_trained, 1)} blocks on disk")
-    cut = [
+    chunks = [
         f"{value} {name}"
         for value, name in (
             (s.rows, "rows"),
@@ -60,15 +56,15 @@ def choices(plan: Plan) -> str:
         )
         if value
     ]
-    if cut:
-        words.append(" and ".join(cut) + " at a time")
+    if chunks:
+        words.append(" and ".join(chunks) + " at a time")
     if s.head_tokens:
         words.append(f"logits of {s.head_tokens} tokens at a time")
     return ", ".join(words)
 
 
 def _beforehand(plan: Plan) -> str:
-    """What is in the room of products that are not made yet."""
+    """What is in the room of outputs that are not made yet."""
     nbytes = max(plan.schedule.lent_nbytes, default=0)
     n = nbytes // max(visit.stored_nbytes for visit in plan.job.visits)
     return f", until then up to {n} blocks in their room" if n else ""
@@ -84,7 +80,7 @@ def three_lines(plan: Plan, note: str = "", caching: Caching | None = None) -> l
             later += f" ({size(caching.nbytes)}): from the second epoch {later_step(caching.later)}"
     step = f"predicted step {duration(plan.step_s)}, bound by {plan.bound}"
     if plan.is_for_assumed_machine:
-        step = "seconds not predicted, as measuring this machine takes more memory"
+        step = "seconds are not predicted, as no step was measured on this machine yet"
     return [
         f"Plan {ceiling}: {choices(plan)}",
         f"  predicted peak {size(plan.peak_nbytes)}; least that works {size(enough(plan.least_nbytes))}",
@@ -98,11 +94,13 @@ def later_step(later: Plan) -> str:
 
 
 def describe_machine(machine: Machine) -> str:
-    read = f"reads {size(machine.read_bytes_per_s)}/s" if machine.read_bytes_per_s else "read speed unknown"
-    return (
-        f"{machine.device}, {machine.cores} cores, {size(machine.memory_nbytes)} of memory; {read}, "
-        f"multiplies {machine.matmul_flops_per_s / 1e9:,.0f} GFLOP/s, moves {size(machine.bytes_per_s)}/s in memory"
-    )
+    rates = machine.rates
+    read = f"reads {size(rates.read)}/s" if rates.read else "read speed unknown"
+    words = f"{machine.device}, {machine.cores} cores, {size(machine.memory_nbytes)} of memory; {read}"
+    if not machine.is_assumed:
+        flops = sorted({round(rate / 1e9) for rate in (rates.forward, rates.backward)})
+        words += f", computes blocks at {' to '.join(f'{rate:,}' for rate in flops)} GFLOP/s"
+    return words
 
 
 def describe_job(plan: Plan) -> list[str]:

@@ -86,6 +86,10 @@ class BlockCache:
         """Whether `item` is in memory, or being read."""
         return item in self._residents
 
+    def is_read(self, item: int) -> bool:
+        """Whether `take` would find `item` in memory without waiting."""
+        return item in self._residents and self._residents[item].read.done()
+
     def take(self, item: int, upcoming: Iterable[int], lent: Iterable[int] = ()) -> mx.array:
         """The filled uint8 buffer of `item`, in use until `release`. Starts reading what comes next, if it may.
 

@@ -88,6 +88,7 @@ class Reader:
         reads_in_flight: requests that a direct read has under way at once, 1 to `MAX_READS_IN_FLIGHT`. May be changed
             at any time.
         bytes_read: bytes read so far.
+        read_s: seconds that the drive was busy with them.
         wait_s: seconds that callers of `wait` and `read_now` were held up by reads.
     """
 
@@ -105,7 +106,7 @@ class Reader:
         for _ in range(MAX_READS_IN_FLIGHT):
             self._bounces.put(memoryview(mmap.mmap(-1, LARGE_NBYTES + 2 * platform.DIRECT_ALIGNMENT)))
         self.bytes_read = 0
-        self.wait_s = 0.0
+        self.read_s = self.wait_s = 0.0
         self._close_files = weakref.finalize(self, _close_all, self._files)
 
     def expect_unchanged(self, files: Iterable[str]) -> None:
@@ -141,6 +142,13 @@ class Reader:
         self.wait(self.submit(ranges, buffer))
 
     def _read(self, ranges: list[ByteRange], buffer: memoryview) -> None:
+        begin = time.perf_counter()
+        try:
+            self._read_runs(ranges, buffer)
+        finally:
+            self.read_s += time.perf_counter() - begin
+
+    def _read_runs(self, ranges: list[ByteRange], buffer: memoryview) -> None:
         is_large = sum(r.nbytes for r in ranges) >= LARGE_NBYTES
         # neighbours in the file become one request, scattered to their places
         for run in _contiguous_runs(ranges):

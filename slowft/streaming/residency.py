@@ -6,16 +6,19 @@ from the order in which a step visits the blocks. Knows nothing of gradients.
 
 import itertools
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
 
 from .. import tracing
+from ..errors import SlowftError
 from ..memory import limits
 from ..models.layers import Layer
 from ..models.seams import Unit
 from ..models.weights import Layout, Param, Source, casting_streams, read_rows, read_whole
+from ..planning.measure import ARRIVAL, Measurements
 from ..planning.schedule import Schedule
 from ..storage.cache import BlockCache
 from ..storage.reader import Reader
@@ -35,7 +38,6 @@ class Residency:
     Attributes:
         compute_s: seconds spent computing, casting included, waiting for reads left out.
         apart: layers of the block in place whose weights are not there, but come by `with_groups`.
-        streams: of the compute thread, the default one first: one a core on a CPU, which uses one core for each.
     """
 
     def __init__(self, blocks: Sequence[Unit], reader: Reader):
@@ -50,17 +52,20 @@ class Residency:
         self._cache = BlockCache(reader, [layout.ranges for layout in self._layouts])
         # what alignment adds to items in buffers, of which a plan does not know: a few KB each
         self._padding_nbytes = max(0, self._cache.largest_capacity - sum(unit.nbytes for unit in blocks))
-        self._thread = Worker("slowft-compute")
-        # not the former: a trace on it would keep every group's weights
+        # Of its own: on a thread that traces, everything evaluated would keep its graph, and with it the weights.
         self._layer_thread = Worker("slowft-layers")
         self._groups = GroupReader(reader)
-        self.streams = self._thread.run(casting_streams)
+        self._is_gpu = mx.default_device() != mx.Device(mx.cpu)
         self._visits: list[tuple[int, int]] = []  # (item, bytes of items then in memory beyond the cache's capacity)
         self._position = -1
         self._is_below_head = True  # in a pass, before the head
         self._last_block: int | None = None  # that is visited before the head, of those whose weights come and go
         self._outside: list[Unit] = []  # large layers outside the blocks whose weights are in place now
         self._whole: dict[Unit, list[mx.array]] = {}  # units whose weights, ready to compute with, stay in memory
+        self._under_way: list[tuple] = []  # what was handed over to the GPU since a block is in place
+        self._pass_before: tuple[int, list] | None = None  # the last block's item, and what was handed over then
+        self._measurements: Measurements | None = None
+        self._kind_of: Callable[[Unit], str] = lambda unit: unit.name
         self.compute_s = 0.0
         self.reuse = Reuse(Schedule(cache_nbytes=limits().found_cache_nbytes))
 
@@ -77,8 +82,7 @@ class Residency:
         self._last_block = next((i for i, _ in reversed(forward) if self._blocks[i] not in self._whole), None)
         in_memory = {unit.index for unit in self._whole}
         if apart:  # blocks that are in memory with all their layers need no part of them read
-            holds = self._thread.run(lambda: [self._cache.holds(unit.index) for unit in self._blocks])
-            in_memory_as_read = {index for index, is_held in enumerate(holds) if is_held}
+            in_memory_as_read = {unit.index for unit in self._blocks if self._cache.holds(unit.index)}
             apart = {i: layers for i, layers in apart.items() if i not in in_memory | in_memory_as_read}
         self._expects_apart = apart or {}
         there, back = ([(self._item(i), lent) for i, lent in way if i not in in_memory] for way in (forward, backward))
@@ -89,16 +93,12 @@ class Residency:
 
     def keep_whole(self, units: Sequence[Unit]) -> None:
         """Keep these units' weights in memory, as they are computed with, and no others'."""
-
-        def work():
-            for unit in [unit for unit in self._whole if unit not in units]:
-                del self._whole[unit]
-            for unit in units:
-                if unit not in self._whole:
-                    self._whole[unit] = [read_whole(self.reader, param.source) for param in unit.params]
-            limits().give_back()  # of the pieces that were cast: of no size that a step asks for
-
-        self._thread.run(work)
+        for unit in [unit for unit in self._whole if unit not in units]:
+            del self._whole[unit]
+        for unit in units:
+            if unit not in self._whole:
+                self._whole[unit] = [read_whole(self.reader, param.source) for param in unit.params]
+        limits().give_back()  # of the pieces that were cast: of no size that a step asks for
 
     def resize(
         self,
@@ -116,38 +116,42 @@ class Residency:
         """
         self.reader.reads_in_flight = reads_in_flight
         self._expects_apart = apart or {}
+        self._head = list(head)
+        items = [self._item(unit.index) for unit in self._blocks]
+        self._cache.slots = slots
+        self._cache.use(items + ([self._find_head_item()] if head else []))
+        self._cache.capacity = self._cache.least_capacity + resident_nbytes + self._padding_nbytes
+        self._cache.trim()
 
-        def work():
-            self._head = list(head)
-            items = [self._item(unit.index) for unit in self._blocks]
-            self._cache.slots = slots
-            self._cache.use(items + ([self._find_head_item()] if head else []))
-            self._cache.capacity = self._cache.least_capacity + resident_nbytes + self._padding_nbytes
-            self._cache.trim()
-
-        self._thread.run(work)
-
-    def with_block(self, unit: Unit, jobs: Sequence[Callable[[], Any]]) -> list:
-        """The results of `jobs`, called on the compute thread while the block's weights are in place."""
-
+    @contextmanager
+    def in_place(self, unit: Unit) -> Iterator[None]:
+        """While this is entered, the block's weights are in its module; meanwhile the next block's are read."""
         if unit in self._whole:
-            return self.with_outside([lambda job=job: (self.bring(unit), job())[1] for job in jobs])
-
-        def work():
+            with self._outside_in_place(is_head=False):
+                self.bring(unit)
+                yield
+            return
+        with self._timed():
             item = self._item(unit.index)
             layout = self._layouts[item]
+            if not self._cache.is_read(item) or (self._pass_before and self._pass_before[0] == item):
+                self._finish_pass_before()  # the drive waits for nobody: it goes on with that block's buffer
             buffer = self._cache.take(item, *self._upcoming(item))
             try:
                 with tracing.span("cast", unit.name, bytes=layout.compute_nbytes):
                     arrays = layout.fill(buffer, self.streams)
                     unit.restore_constants()
-                    mx.eval(arrays)
+                    begin = time.perf_counter()
+                    if layout.is_copied or not self._is_gpu:
+                        mx.eval(arrays)
+                    if self._measurements is not None:
+                        self._measurements.note(self._kind_of(unit), ARRIVAL, time.perf_counter() - begin)
                 # what was cast or dequantized no longer needs the bytes it came from
                 if layout.is_copied:
                     self._cache.release(item)
                 del buffer, arrays
                 self.apart = self._expects_apart.get(unit.index, ())
-                return [self.reuse.around(job) for job in jobs]
+                yield
             finally:
                 self.apart = ()
                 # The next block's weights take these buffers: fresh pages cost ten times the cast (0.137 against
@@ -158,9 +162,10 @@ class Residency:
                     self.reuse.before_freeing(layout.compute_nbytes, layout.compute_nbytes, are_alike=True)
                 for param in unit.params:
                     param.clear()
-                self._cache.release(item)
-
-        return self._timed(work)
+                self._finish_pass_before()
+                self._pass_before, self._under_way = (item, self._under_way), []
+                if not self._runs_ahead_of(layout):
+                    self._finish_pass_before()
 
     def with_groups(self, groups: Sequence[Group], following: Group | None, job: Callable[[Group], Any]) -> None:
         """Call `job` with each of the groups of a layer in turn, while the layer's weights are the group's alone.
@@ -197,25 +202,85 @@ class Residency:
         """`job()` on the thread that groups are used on."""
         return self._layer_thread.run(job)
 
-    def with_outside(self, jobs: Sequence[Callable[[], Any]], is_head: bool = False) -> list:
-        """The same for layers outside the blocks: jobs call `bring` for each layer they come to use."""
+    def hand_over(self, *results: Any) -> None:
+        """Have these trees of arrays computed: now, or on a GPU while the caller goes on to the next pass."""
+        if self._is_gpu and self._measurements is None:
+            mx.async_eval(*results)
+            self._under_way.append(results)
+        else:
+            mx.eval(*results)
 
-        def work():
-            try:
-                self._is_below_head = self._is_below_head and not is_head
-                return [self.reuse.around(job, is_head) for job in jobs]
-            finally:
-                freed = sum(unit.compute_nbytes for unit in self._outside if unit not in self._whole)
-                wanted = max((layout.compute_nbytes for layout in self._layouts), default=0)
-                self.reuse.before_freeing(freed, wanted, are_alike=False)
-                for unit in self._outside:
-                    for param in unit.params:
-                        param.clear()
-                self._outside.clear()
-                if self._head:
-                    self._cache.release(self._head_item)
+    @contextmanager
+    def head_in_place(self, units: Sequence[Unit] = ()) -> Iterator[None]:
+        """The same for layers outside the blocks: for these, and any that `bring` is called with meanwhile."""
+        with self._timed(), self._outside_in_place(is_head=True):
+            for unit in units:
+                self.bring(unit)
+            yield
 
-        return self._timed(work)
+    @contextmanager
+    def _outside_in_place(self, is_head: bool) -> Iterator[None]:
+        self._finish_pass_before()
+        try:
+            self._is_below_head = self._is_below_head and not is_head
+            yield
+        finally:
+            mx.eval(self._under_way)
+            self._under_way = []
+            freed = sum(unit.compute_nbytes for unit in self._outside if unit not in self._whole)
+            wanted = max((layout.compute_nbytes for layout in self._layouts), default=0)
+            self.reuse.before_freeing(freed, wanted, are_alike=False)
+            for unit in self._outside:
+                for param in unit.params:
+                    param.clear()
+            self._outside.clear()
+            if self._head:
+                self._cache.release(self._head_item)
+
+    @contextmanager
+    def everything_in_place(self) -> Iterator[None]:
+        """While this is entered, whatever `keep_whole` keeps is in its modules."""
+        with self._timed(), self._outside_in_place(is_head=True):
+            for unit in self._whole:
+                self.bring(unit)
+            yield
+
+    def measure(self, measurements: Measurements | None, kind_of: Callable[[Unit], str]) -> None:
+        """From now on note what passes and arrivals take, or do not; `rest` ends it.
+
+        Args:
+            kind_of: of a block, as measurements are summed up by it.
+        """
+        self._measurements, self._kind_of = measurements, kind_of
+
+    @contextmanager
+    def computing(
+        self, name: str, kind: str, direction: str, micro_batch: int, is_head: bool = False
+    ) -> Iterator[None]:
+        """Around one micro-batch's pass through what is in place: MLX keeps freed buffers as far as that has room.
+
+        Args:
+            kind: under which it is measured.
+        """
+        with tracing.span("compute", name, **{"pass": direction, "micro-batch": micro_batch}):
+            with self.reuse.computing(is_head):
+                if self._measurements is None:
+                    yield
+                    return
+                with self._measurements.measuring(kind, direction, waited=lambda: self.reader.wait_s):
+                    yield
+
+    def _runs_ahead_of(self, layout: Layout) -> bool:
+        """Whether the next block may be brought while this one is still computed: on a GPU, beside its buffer."""
+        return self._is_gpu and (layout.is_copied or self._cache.slots > 1)
+
+    def _finish_pass_before(self) -> None:
+        """Wait for what was handed over while the last block was in place; its buffer may then take another."""
+        if self._pass_before is not None:
+            item, results = self._pass_before
+            self._pass_before = None
+            mx.eval(results)
+            self._cache.release(item)
 
     def bring(self, unit: Unit) -> None:
         """Put the weights of a layer outside the blocks in place (once), until the jobs under way are done."""
@@ -253,7 +318,7 @@ class Residency:
         return self._with_read(params, lambda source: read_whole(self.reader, source), job)
 
     def _with_read(self, params: Sequence[Param], read: Callable[[Source], mx.array], job: Callable[[], Any]) -> Any:
-        def work():
+        with self._timed():
             for param in params:
                 param.set(read(param.source))
             try:
@@ -262,40 +327,42 @@ class Residency:
                 for param in params:
                     param.clear()
 
-        return self._timed(work)
-
     def rest(self) -> None:
         """A step is over: give back the buffers that were kept for the next block's weights."""
-        self.reuse.around(lambda: None)
+        self._finish_pass_before()
+        self._measurements = None
+        with self.reuse.computing():
+            pass
         self._layer_thread.run(self._groups.clear)
 
-    def on_thread(self, job: Callable[[], Any]) -> Any:
-        """`job()` on the compute thread, with nothing put in place."""
-        return self._thread.run(job)
+    @property
+    def streams(self) -> list[mx.Stream]:
+        """Of the calling thread, its default one first: one a core on a CPU, which uses one core for each."""
+        return casting_streams()
 
     @property
     def is_open(self) -> bool:
-        return self._thread.is_open
+        return self._layer_thread.is_open
 
     def close(self) -> None:
         if not self.is_open:
             return
-        self._thread.run(self._whole.clear)
-        self._thread.run(self._cache.clear)
+        self._pass_before = None
+        self._whole.clear()
+        self._cache.clear()
         self._layer_thread.run(self._groups.clear)
         self._layer_thread.close()
-        self._thread.close()
         self.reader.close()
 
-    def _timed(self, work: Callable[[], Any]) -> Any:
-        def timed():
-            begin, waited = time.perf_counter(), self.reader.wait_s
-            try:
-                return work()
-            finally:
-                self.compute_s += time.perf_counter() - begin - (self.reader.wait_s - waited)
-
-        return self._thread.run(timed)
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        if not self.is_open:
+            raise SlowftError("the model is closed. Open it again")
+        begin, waited = time.perf_counter(), self.reader.wait_s
+        try:
+            yield
+        finally:
+            self.compute_s += time.perf_counter() - begin - (self.reader.wait_s - waited)
 
     def _item(self, index: int) -> int:
         """Which of the cache's items is this block as it is to come now."""

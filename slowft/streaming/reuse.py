@@ -4,8 +4,8 @@ Comes in: a `Schedule`, which knows what each piece takes. Goes out: MLX's cache
 """
 
 import time
-from collections.abc import Callable, Hashable
-from typing import Any
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 
 import mlx.core as mx
 
@@ -60,11 +60,13 @@ class Reuse:
         limit = max(self._least, self._total - mx.get_active_memory())
         limits().keep_freed(limit, self._of_graph)  # let go of what nobody has asked for since
 
-    def around(self, job: Callable[[], Any], is_head: bool = False) -> Any:
-        """`job()`, with as much kept as leaves it room."""
+    @contextmanager
+    def computing(self, is_head: bool = False) -> Iterator[None]:
+        """Around what is computed: as much is kept as leaves it room."""
         s = self._schedule
         if s.keep_buffers:
-            return job()
+            yield
+            return
         grows = s.head_workspace_nbytes if is_head else s.workspace_nbytes
         limit = max(self._least_of_head if is_head else self._least, self._total - mx.get_active_memory() - grows)
         # what is kept by then is of sizes that nobody will ask for
@@ -72,16 +74,18 @@ class Reuse:
         self._was_head = is_head
         limits().keep_freed(limit, max(0, limit - grows) if is_useless else None)
         if s.active_nbytes is None:  # no ceiling
-            return job()
+            yield
+            return
         if is_head or time.perf_counter() - self._released_at > RELEASE_EVERY_S:
             platform.release_freed_memory()
             self._released_at = time.perf_counter()
         if not is_head:
-            return job()
+            yield
+            return
         limits().hold(s.head_active_nbytes or s.active_nbytes)
         try:
             with platform.releasing_freed_memory(RELEASE_IN_HEAD_EVERY_S):  # where most is taken at once
-                return job()
+                yield
         finally:
             limits().hold(s.active_nbytes)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from ..data.datasets import check_size, load_data, load_tokenizer
 from ..engine.budget import default_memory
 from ..engine.model import open_model, parse_nbytes
-from ..errors import AdapterError, ConfigError, DataError, PlanError, SlowftError
+from ..errors import AdapterError, ConfigError, DataError, SlowftError
 from ..reports.base import Report, Reports
 from ..reports.json_lines import CallbackReport
 from .config import TrainConfig
@@ -44,17 +44,10 @@ def run(config: TrainConfig, report: Report) -> dict:
             report.note(note)
         train, valid, test = _load_data(model, config, report)
         memory = default_memory() if config.memory is None else config.memory
-        plan = None
-        try:
-            plan = trainer.plan(train, valid, test, memory=memory, follow=not config.dry_run)
-        except PlanError as e:
-            if config.memory is not None or config.dry_run:
-                raise
-            report.note(f"Warning: {e}. Nothing but what a step needs is kept in memory")
+        plan = trainer.plan(train, valid, test, memory=memory, follow=not config.dry_run)
         caching = trainer.cache_activations(plan, train, valid, use=not config.dry_run)
-        if plan is not None:
-            note = " (half of this machine's memory; --memory sets it)" if config.memory is None else ""
-            report.planned(plan, note, caching)
+        note = " (half of this machine's memory; --memory sets it)" if config.memory is None else ""
+        report.planned(plan, note, caching)
         if config.dry_run:
             return {}
         with model.trace(config.trace) if config.trace else nullcontext():

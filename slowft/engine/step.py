@@ -1,0 +1,190 @@
+"""A step: two loops over blocks, forward and backward, with the head between them.
+
+    hidden[0] = embed(tokens);  hidden[i + 1] = block_i(hidden[i]);  loss = head(hidden[n])
+    cotangent of hidden[n] from the head;  (cotangent of hidden[i], gradients of block i) = vjp of block_i at hidden[i]
+
+Each block's weights are in place once a loop, for all micro-batches, and are recomputed with in the second (as mlx-lm's
+`grad_checkpoint` does). Losses and gradients are those of `nn.value_and_grad` on the whole model, to the last bit.
+"""
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from ..planning.measure import BACKWARD, FORWARD, GRAPH, HEAD
+from ..planning.schedule import Schedule
+from ..streaming.residency import Residency
+from .activations import Activations
+from .chain import Chain, Kept, Passenger
+
+
+class Gradients:
+    """Gradients by the parameter's name, summed over micro-batches in their order."""
+
+    def __init__(self):
+        self.by_name: dict[str, mx.array] = {}
+
+    def add(self, names: Sequence[str], gradients: Sequence[mx.array]) -> list[mx.array]:
+        """Returns the sums, unevaluated."""
+        for name, gradient in zip(names, gradients, strict=True):
+            before = self.by_name.get(name)
+            self.by_name[name] = gradient if before is None else before + gradient
+        return [self.by_name[name] for name in names]
+
+
+def loss_and_grads(
+    chain: Chain,
+    batches: Sequence[Passenger],
+    weights: Residency,
+    hidden: Activations,
+    schedule: Schedule,
+    head_tokens: int | None,
+) -> tuple[list[mx.array], dict[str, mx.array]]:
+    """(loss of each micro-batch, gradients by name, summed over them).
+
+    Args:
+        head_tokens: whose logits exist at once; None for the usual number.
+    """
+    lowest, losses, gradients = chain.lowest_trained, [], Gradients()
+    kept: dict[tuple[int, int], Kept] = {}
+    cotangents: dict[int, mx.array] = {}
+
+    def forward(position: int, batch: Passenger) -> None:
+        keep = schedule.kept[position] if position < len(schedule.kept) and position >= lowest else ()
+        key = batch.index, position
+        output, of_layers = chain.forward(position, batch, hidden.get(key), True, keep)
+        weights.hand_over(output, of_layers.outputs)
+        if of_layers.outputs:
+            kept[key] = of_layers
+        if position >= lowest:
+            hidden.passed(key)
+        else:
+            hidden.discard(key)
+        hidden.put((batch.index, position + 1), output, may_spill=position + 1 >= lowest)
+
+    def head(batch: Passenger) -> None:
+        key = batch.index, len(chain.visits)
+        last = hidden.pop(key, following(batches, *key))
+        loss, cotangent, of_outside = chain.loss_and_cotangent(batch, last, head_tokens)
+        sums = gradients.add([name for name, _, _ in chain.outside], of_outside)
+        weights.hand_over(loss, [] if cotangent is None else cotangent, sums)
+        losses.append(loss)
+        if cotangent is not None:
+            cotangents[batch.index] = cotangent
+
+    def backward(position: int, batch: Passenger) -> None:
+        key = batch.index, position
+        into = hidden.pop(key, following(batches, *key))
+        below, of_block = chain.backward(position, batch, into, cotangents.pop(batch.index), kept.pop(key, None))
+        del into
+        sums = gradients.add([name for name, _, _ in chain.trainable(position)], of_block)
+        weights.hand_over([] if below is None else below, sums)
+        if below is not None:
+            cotangents[batch.index] = below
+
+    embed(chain, batches, hidden, training=True)
+    run_forward(chain, batches, weights, forward)
+    run_head(chain, batches, weights, head)
+    for position, block in reversed(list(enumerate(chain.visits))[lowest:]):
+        with weights.in_place(block):
+            for batch in batches:
+                with weights.computing(block.name, chain.kind_of(block), BACKWARD, batch.index):
+                    backward(position, batch)
+    for batch in batches if chain.outside else ():
+        sums = gradients.add(
+            [name for name, _, _ in chain.outside], chain.embed_gradients(batch, cotangents.pop(batch.index))
+        )
+        mx.eval(sums)
+    return losses, gradients.by_name
+
+
+def losses(
+    chain: Chain, batches: Sequence[Passenger], weights: Residency, hidden: Activations, head_tokens: int | None
+) -> list[mx.array]:
+    """Loss of each micro-batch, with the adapter that it asks for. Each block is read once for all of them."""
+    found: list[mx.array] = []
+
+    def forward(position: int, batch: Passenger) -> None:
+        output, _ = chain.forward(position, batch, hidden.pop((batch.index, position)), training=False)
+        weights.hand_over(output)
+        hidden.put((batch.index, position + 1), output, may_spill=False)
+
+    def head(batch: Passenger) -> None:
+        found.append(chain.loss(batch, hidden.pop((batch.index, len(chain.visits))), head_tokens))
+        weights.hand_over(found[-1])
+
+    embed(chain, batches, hidden, training=False)
+    run_forward(chain, batches, weights, forward)
+    run_head(chain, batches, weights, head)
+    return found
+
+
+def loss_and_grads_in_memory(
+    chain: Chain,
+    batches: Sequence[Passenger],
+    weights: Residency,
+    hidden: Activations,
+    head_tokens: int | None,
+    first: int,
+) -> tuple[list[mx.array], dict[str, mx.array]]:
+    """The same as `loss_and_grads` where all weights are in memory: ordinary training, one graph for each micro-batch.
+
+    Args:
+        first: the visit at which the graph begins, no higher than the lowest trained: what goes in there is stored.
+    """
+    losses, gradients = [], Gradients()
+
+    def forward(position: int, batch: Passenger) -> None:
+        output, _ = chain.forward(position, batch, hidden.pop((batch.index, position)), training=True)
+        weights.hand_over(output)
+        hidden.put((batch.index, position + 1), output, may_spill=False)
+
+    embed(chain, batches, hidden, training=True)
+    run_forward(chain, batches, weights, forward, first)
+    with weights.everything_in_place():
+        for batch in batches:
+            with weights.computing(GRAPH, GRAPH, FORWARD, batch.index, is_head=True):
+                weights.reuse.begin_graph((batch.tokens.shape, first))
+                into = hidden.pop((batch.index, first))
+                loss, cotangent, of_batch = chain.loss_and_grads(first, batch, into, head_tokens)
+                del into
+                sums = gradients.add(list(of_batch), list(of_batch.values()))
+                mx.eval(loss, [] if cotangent is None else cotangent, sums)
+                losses.append(loss)
+            if cotangent is not None:
+                mx.eval(gradients.add([name for name, _, _ in chain.outside], chain.embed_gradients(batch, cotangent)))
+    return losses, gradients.by_name
+
+
+def embed(chain: Chain, batches: Sequence[Passenger], hidden: Activations, training: bool) -> None:
+    """The first block's input, of the micro-batches that begin there; and what all blocks are called with."""
+    for batch in batches:
+        first = chain.embed(batch, training)
+        if batch.first == 0:
+            hidden.put((batch.index, 0), first, may_spill=False)
+
+
+def run_forward(
+    chain: Chain, batches: Sequence[Passenger], weights: Residency, forward, end: int | None = None
+) -> None:
+    """`forward(position, batch)` of every block (up to the visit `end`) for every micro-batch that takes part in it."""
+    first = min(batch.first for batch in batches)
+    for position, block in list(enumerate(chain.visits))[first:end]:
+        with weights.in_place(block):
+            for batch in batches:
+                if batch.first <= position:
+                    with weights.computing(block.name, chain.kind_of(block), FORWARD, batch.index):
+                        forward(position, batch)
+
+
+def run_head(chain: Chain, batches: Sequence[Passenger], weights: Residency, head) -> None:
+    """`head(batch)` of every micro-batch."""
+    with weights.head_in_place(chain.head_units):
+        for batch in batches:
+            with weights.computing(HEAD, HEAD, FORWARD, batch.index, is_head=True):
+                head(batch)
+
+
+def following(batches: Sequence[Passenger], index: int, position: int) -> tuple[int, int]:
+    """The (micro-batch, visit) whose hidden state the backward pass comes to next."""
+    return (index + 1, position) if index + 1 < len(batches) else (0, position - 1)

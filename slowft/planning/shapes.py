@@ -1,0 +1,404 @@
+"""From an opened model and the shape of a step to a `Job`: shapes only. Nothing is computed, read or exported.
+
+The model's own call runs on placeholders. MLX is lazy, so it infers shapes and evaluates nothing; meanwhile the
+functions that multiply, normalise and add are replaced by ones that note what they return. `NOTED` lists them.
+
+A pass's memory is bounded by what was noted, P bytes of outputs of products and norms (or E of elementwise
+operations, where those are more), S bytes of attention's scores, W of the largest product of two weights (DoRA's):
+
+    forward       P + S + 2 W       each output at most once at the same time
+    backward      2 P + 3 S + 4 W   each output and its cotangent; of scores, what softmax makes of them too
+    whole graph   1.5 (P + S)       what autodiff keeps of the forward pass, when nothing is recomputed
+
+each with the adapters' gradients. `benchmarks/LOG.md` has the ratios to what architectures really take.
+"""
+
+import math
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from ..models.calls import Arguments
+from ..models.seams import FLOATS, Cut, Probe, Unit, Use, inner_call, trainable_entries
+from ..models.weights import Plain, placeholder
+from .job import Chunking, Job, KeepableOutput, LayerCost, Visit
+
+FEED_FORWARD = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe")  # mlx-lm's names for them within a block
+# of a compiled function in one call of a block: then it is the step of a recurrence over tokens, all of whose states
+# autodiff keeps
+CALLS_OF_A_RECURRENCE = 16
+
+
+# --- What a block's call does -----------------------------------------------------------------------
+
+
+@dataclass
+class Noted:
+    """What was called, within feed-forward layers (`mlp`) and outside of them.
+
+    Attributes:
+        tokens: of the micro-batch, in all its rows.
+        outputs: bytes that products and norms return; elementwise: the same of additions and multiplications.
+        scores: bytes of attention's scores.
+        of_weights: of the largest product of two weights.
+        widths: of the last axis of what elementwise operations return.
+        flops: of products with weights, whose gradient is asked for on one side; pair_flops: of others.
+    """
+
+    tokens: int
+    outputs: int = 0
+    elementwise: int = 0
+    scores: int = 0
+    of_weights: int = 0
+    flops: int = 0
+    pair_flops: int = 0
+    widths: set[int] = field(default_factory=set)
+    compiled: dict[int, list[int]] = field(default_factory=dict, repr=False)  # function -> bytes of each of its calls
+
+    def product(self, out: mx.array, x: mx.array, weight: mx.array, *_, **__) -> None:
+        if not self._is_of_tokens(x):  # of an adapter's two matrices
+            self.of_weights = max(self.of_weights, out.nbytes)
+            return
+        self.outputs += out.nbytes
+        flops = 2 * out.size * x.shape[-1]
+        if weight.ndim > 3 and weight.shape[:-2] == x.shape[:-2]:
+            self.pair_flops += flops
+            if out.shape[-1] > x.shape[-1]:  # of tokens with tokens
+                self.scores += out.nbytes
+        else:
+            self.flops += flops
+
+    def attention(self, out: mx.array, q: mx.array, k: mx.array, *_, **__) -> None:
+        rows, heads, queries, width = q.shape
+        scores = rows * heads * queries * k.shape[2]
+        self.scores += scores * q.dtype.size
+        self.pair_flops += 4 * scores * width
+
+    def norm(self, out: mx.array, *_, **__) -> None:
+        self.outputs += out.nbytes
+
+    def add(self, out: mx.array, *_, **__) -> None:
+        if isinstance(out, mx.array) and self._is_of_tokens(out):
+            self.elementwise += out.nbytes
+            self.widths |= {*out.shape[-1:]}
+
+    def compiled_call(self, function: Callable, arrays: Sequence[Any]) -> None:
+        self.compiled.setdefault(id(function), []).append(sum(a.nbytes for a in arrays if isinstance(a, mx.array)))
+
+    @property
+    def live(self) -> int:
+        """P above: bytes of outputs that may be there at once."""
+        states = sum(sum(calls) for calls in self.compiled.values() if len(calls) > CALLS_OF_A_RECURRENCE)
+        return max(self.outputs, self.elementwise + 2 * states)  # what each state decays to comes besides
+
+    def _is_of_tokens(self, array: mx.array) -> bool:
+        """Tokens have rows and positions, or are all in one axis; adapters and weights are matrices."""
+        return array.ndim > 2 or array.shape[:1] == (self.tokens,)
+
+
+def _addmm(noted: Noted, out: mx.array, _, x: mx.array, weight: mx.array, *rest, **options) -> None:
+    noted.product(out, x, weight)
+
+
+# (owner, name of the function, what to note of it)
+NOTED = (
+    *((mx.array, name, Noted.product) for name in ("__matmul__",)),
+    *((mx, name, Noted.product) for name in ("matmul", "quantized_matmul", "gather_mm", "gather_qmm")),
+    (mx, "addmm", _addmm),
+    (mx.fast, "scaled_dot_product_attention", Noted.attention),
+    *((mx.fast, name, Noted.norm) for name in ("rms_norm", "layer_norm")),
+    *((mx, name, Noted.norm) for name in ("conv1d", "conv_general", "einsum")),
+    *((mx.array, name, Noted.add) for name in ("__add__", "__radd__", "__sub__", "__mul__", "__rmul__", "__truediv__")),
+)
+
+
+@contextmanager
+def noting(block: nn.Module, tokens: int) -> Iterator[tuple[Noted, Noted]]:
+    """While this is entered, calls are noted: (those within the block's feed-forward layers, the others)."""
+    mlp, others = Noted(tokens), Noted(tokens)
+    into = [others]
+
+    def replaced(original: Callable, note: Callable) -> Callable:
+        def call(*args, **kwargs):
+            out = original(*args, **kwargs)
+            note(into[-1], out, *args, **kwargs)
+            return out
+
+        return call
+
+    def in_mlp(layer: Callable) -> Callable:
+        def call(*args, **kwargs):
+            into.append(mlp)
+            try:
+                return layer(*args, **kwargs)
+            finally:
+                into.pop()
+
+        return call
+
+    def compiled(function: Callable) -> Callable:
+        def call(*args, **kwargs):
+            out = function(*args, **kwargs)
+            outs = out if isinstance(out, (tuple, list)) else [out]
+            into[-1].compiled_call(function, [*args, *outs])
+            return out
+
+        return call
+
+    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in NOTED]
+    compiled_ones = list(_compiled_functions(block))
+    layers = {name: layer for name, layer in block.items() if name in FEED_FORWARD and isinstance(layer, nn.Module)}
+    try:
+        for (owner, name, original), (_, _, note) in zip(originals, NOTED):
+            setattr(owner, name, replaced(original, note))
+        for module, name, function in compiled_ones:
+            setattr(module, name, compiled(function))
+        for name, layer in layers.items():
+            dict.__setitem__(block, name, in_mlp(layer))
+        yield mlp, others
+    finally:
+        for name, layer in layers.items():
+            dict.__setitem__(block, name, layer)
+        for module, name, function in compiled_ones:
+            setattr(module, name, function)
+        for owner, name, original in originals:
+            setattr(owner, name, original)
+
+
+def _compiled_functions(block: nn.Module) -> Iterator[tuple[Any, str, Callable]]:
+    """(module, name, function) of compiled functions in the Python modules that the block's classes come from."""
+    import sys
+
+    names = {cls.__module__ for module in block.modules() for cls in type(module).__mro__}
+    for name in {*names, "mlx_lm.models.gated_delta"}:
+        module = sys.modules.get(name)
+        if module is not None and name.startswith("mlx_lm.models."):
+            for key, value in list(vars(module).items()):
+                if type(value) is type(nn.silu):
+                    yield module, key, value
+
+
+# --- Jobs ---------------------------------------------------------------------------------------------
+
+
+class Shapes:
+    """Makes jobs of steps on one opened model.
+
+    Args:
+        engine: an `Engine`; of it the model, where it is cut, and how calls of layers are intercepted are used.
+    """
+
+    def __init__(self, engine: Any):
+        self._engine, self._model = engine, engine.model
+        self._cut: Cut = engine.cut
+        self._trained = {unit.index: unit.trainable() for unit in self._cut.blocks}
+        in_blocks = {(id(owner), key) for entries in self._trained.values() for _, owner, key in entries}
+        self._trains_outside = any((id(o), k) not in in_blocks for _, o, k in trainable_entries(self._model))
+
+    def job(self, rows: int, tokens: int, micro_batches: int, chunking: Chunking, optimizer_copies: int) -> Job:
+        """A step over `micro_batches` of `[rows, tokens]` under `chunking`.
+
+        Args:
+            optimizer_copies: how many times the trainable parameters the optimizer keeps.
+        """
+        cut = self._cut
+        if chunking.rows is not None:
+            micro_batches *= -(-rows // chunking.rows)
+            rows = min(chunking.rows, rows)
+        probe = Probe(cut, 0.25)
+        with self._engine.running_part(probe), noting(nn.Module(), rows * tokens) as (_, noted):
+            logits = self._model(mx.zeros((rows, tokens), mx.int32))
+        lowest = next((i for i, index in enumerate(cut.order) if self._trained[index]), len(cut.order))
+        visits, seen, side, hidden = [], {}, {}, None
+        for position, index in enumerate(cut.order):
+            unit, arguments = cut.blocks[index], probe.calls[position]
+            kind = self._engine.kind_of(unit)
+            comes_back, of_input = (position >= first or self._trains_outside for first in (lowest, lowest + 1))
+            key = kind, arguments.signature(), comes_back, of_input
+            if key not in seen:
+                seen[key] = self._look(unit, arguments, chunking, rows * tokens, comes_back, of_input)
+            work, outputs, layers = seen[key]
+            visits.append(
+                Visit(
+                    index,
+                    kind,
+                    unit.nbytes,
+                    unit.compute_nbytes,
+                    all(param.source.is_copied for param in unit.params),
+                    _quantizing_saves_nbytes(unit),
+                    sum(owner[k].nbytes for _, owner, k in self._trained[index]),
+                    comes_back,
+                    **work,
+                    outputs=outputs,
+                    layers=layers,
+                )
+            )
+            hidden, *others = arguments.arrays
+            side |= {id(array): array.nbytes for array in others}
+        trainable = sum(array.nbytes for _, array in tree_flatten(self._model.trainable_parameters()))
+        head_values = sum(unit.module["weight"].shape[0] * _width(unit.module) for unit in cut.head)
+        return Job(
+            chunking=chunking,
+            micro_batches=micro_batches,
+            rows=rows,
+            tokens=tokens,
+            visits=tuple(visits),
+            hidden_nbytes=hidden.nbytes,
+            side_nbytes=sum(side.values()),
+            vocab_size=logits.shape[-1],
+            # logits, what cross-entropy makes of them, their cotangent; and a soft cap or scale
+            logits_arrays=4 if logits.shape[-1] in noted.widths else 3,
+            head_flops=2 * 2 * rows * tokens * head_values,
+            head_stored_nbytes=sum(unit.nbytes for unit in cut.head),
+            head_compute_nbytes=sum(unit.compute_nbytes for unit in cut.head),
+            head_in_chunks=self._engine.head_may_be_cut,
+            rows_nbytes=sum(
+                rows * tokens * unit.params[0].source.extents[0].row_nbytes for unit in cut.outside[Use.ROWS]
+            ),
+            trainable_nbytes=trainable,
+            optimizer_nbytes=optimizer_copies * trainable,
+            is_chain=cut.is_chain,
+        )
+
+    def _look(
+        self, unit: Unit, arguments: Arguments, chunking: Chunking, tokens: int, comes_back: bool, of_input: bool
+    ):
+        """(flops and bytes of its passes, what can be kept, its layers of experts) of one visit to a block."""
+        inputs = [placeholder(array.shape, array.dtype) for array in arguments.arrays]
+        kept = self._engine.kept
+        kept.watch(unit.module)
+        with noting(unit.module, tokens) as (mlp, others), kept.recording(None) as recorded:
+            with self._engine.layers.noting() as calls:
+                returned = arguments.call(inner_call(unit), inputs).arrays
+        shapes = {name: [(a.shape, a.dtype) for a in arrays] for name, arrays in recorded.items()}
+        del recorded
+        flops = {name: self._flops(unit, name, arrays) for name, arrays in shapes.items()}
+        needed = self._needed(unit, arguments, of_input, inputs, returned, shapes) if comes_back else set()
+        work = _passes(mlp, others, chunking, arguments, inputs[0].nbytes, unit)
+        work["backward_flops"] -= sum(n for name, n in flops.items() if name not in needed)
+        outputs = ()
+        if chunking.mlp_tokens is None:
+            outputs = tuple(
+                KeepableOutput(name, sum(math.prod(shape) * dtype.size for shape, dtype in arrays), flops[name])
+                for name, arrays in shapes.items()
+                if name in needed
+            )
+        layers = tuple(
+            LayerCost(
+                layer.name,
+                layer.nbytes,
+                layer.compute_nbytes,
+                layer.n,
+                calls[layer].n_routed / tokens,
+                calls[layer].input_nbytes,
+                calls[layer].output_nbytes,
+            )
+            for layer in self._engine.layers.of(unit)
+            if layer in calls
+        )
+        return work, outputs, layers
+
+    def _needed(self, unit: Unit, arguments: Arguments, of_input: bool, inputs, returned, shapes: dict) -> set[str]:
+        """The layers whose outputs the backward pass needs. Of the others it needs only weights, so MLX skips them.
+
+        Each output is stood in for by an array of the same shape. After the gradients' graph is built, an array that
+        it needs is still held by it.
+
+        Args:
+            of_input: whether the gradient of the block's input is asked for.
+        """
+        entries = unit.trainable()
+        arrays, adapter = list(inputs), [owner[key] for _, owner, key in entries]
+        floats = [i for i, array in enumerate(arrays) if of_input and array.dtype in FLOATS]
+        stand_ins = {name: [placeholder(*array) for array in arrays] for name, arrays in shapes.items()}
+        references = {name: [weakref.ref(array) for array in arrays] for name, arrays in stand_ins.items()}
+
+        def call(*variables: mx.array) -> list[mx.array]:
+            for i, value in zip(floats, variables):
+                arrays[i] = value
+            for (_, owner, key), value in zip(entries, variables[len(floats) :]):
+                owner[key] = value
+            return arguments.call(inner_call(unit), arrays).arrays
+
+        cotangents = [placeholder(array.shape, array.dtype) for array in returned]
+        try:
+            with self._engine.kept.replaying(stand_ins):
+                stand_ins.clear()
+                gradients = mx.vjp(call, [*(inputs[i] for i in floats), *adapter], cotangents)[1]
+        finally:
+            for (_, owner, key), value in zip(entries, adapter):
+                owner[key] = value
+        arrays.clear()
+        held = {name for name, arrays in references.items() if any(array() is not None for array in arrays)}
+        del gradients
+        return held
+
+    def _flops(self, unit: Unit, name: str, outputs: Sequence[tuple]) -> int:
+        """Of a layer's calls that return arrays of these shapes: by its matrix, and by the adapter's second one."""
+        modules = dict(unit.module.named_modules())
+        layer = modules[name]
+        inner = modules.get(f"{name}.linear", layer)
+        width = _width(inner)
+        if inner is not layer and "lora_b" in layer:
+            width += layer["lora_b"].shape[-2 if layer["lora_b"].ndim == 2 else -1]
+        return sum(2 * math.prod(shape) * width for shape, _ in outputs)
+
+
+def _width(layer: nn.Module) -> int:
+    """Of what a layer multiplies."""
+    weight = layer["weight"]
+    return weight.shape[-1] * 32 // layer.bits if weight.dtype == mx.uint32 else weight.shape[-1]
+
+
+def _passes(mlp: Noted, others: Noted, chunking: Chunking, arguments: Arguments, hidden_nbytes: int, unit: Unit):
+    """Flops, and upper bounds of bytes, of one micro-batch's passes through a block."""
+    tokens = arguments.arrays[0].shape[1] if arguments.arrays[0].ndim == 3 else 1
+    of_mlp = min(1.0, (chunking.mlp_tokens or tokens) / tokens)
+    of_queries = min(1.0, (chunking.attention_queries or tokens) / tokens)
+    live = others.live + of_mlp * mlp.live
+    if of_mlp < 1:  # the chunks' outputs, and their cotangents
+        live += 2 * hidden_nbytes
+    scores = of_queries * others.scores + mlp.scores
+    of_weights = max(mlp.of_weights, others.of_weights)
+    gradients = sum(owner[key].nbytes for owner, key in unit.adapter())
+    flops, pair_flops = mlp.flops + others.flops, mlp.pair_flops + others.pair_flops
+    return {
+        "forward_flops": flops + pair_flops,
+        "backward_flops": 2 * flops + 3 * pair_flops,
+        "graph_flops": 2 * flops + 3 * pair_flops,
+        "forward_nbytes": int(live + scores) + 2 * of_weights + hidden_nbytes,
+        "backward_nbytes": int(2 * live + 3 * scores) + 4 * of_weights + 2 * hidden_nbytes + 2 * gradients,
+        "graph_nbytes": int(1.5 * (live + scores)) + of_weights + gradients,
+    }
+
+
+def signature(unit: Unit) -> str:
+    """Equal for blocks that compute the same: kinds, shapes, dtypes and plain settings of their modules."""
+    arrays = tuple((p.name.removeprefix(unit.name), p.source.shape, p.source.result_dtype) for p in unit.params)
+    adapters = tuple((key, owner[key].shape, owner[key].dtype) for owner, key in unit.adapter())
+    settings = [
+        (name, type(module).__name__, [(k, _setting(k, v)) for k, v in vars(module).items()])
+        for name, module in unit.module.named_modules()
+    ]
+    trainable = tuple(key for _, _, key in unit.trainable())
+    return str((arrays, adapters, settings, trainable))
+
+
+def _setting(name: str, value: Any) -> Any:
+    """Of a block's number, only whether it is the first counts: mlx-lm's blocks ask for no more."""
+    if name == "layer_idx" and isinstance(value, int):
+        return value > 0
+    return value if isinstance(value, (int, float, str)) else None
+
+
+def _quantizing_saves_nbytes(unit: Unit) -> int:
+    """Bytes on disk that `slowft prepare --quantize` saves of a block: 4 bits a value, 32 for each group of 64."""
+    sources = [p.source for p in unit.params if p.key == "weight" and hasattr(p.owner, "to_quantized")]
+    plain = [s for s in sources if isinstance(s, Plain) and s.result_dtype in FLOATS and s.shape[-1] % 64 == 0]
+    return sum(s.extent.nbytes - math.prod(s.shape) * 9 // 16 for s in plain)
