@@ -8,8 +8,8 @@ import sys
 from setuptools import Extension, setup
 
 quantized = Extension(
-    "slowft.models._quantized",  # no Python module, but a library that models/quantized.py loads with ctypes
-    ["slowft/models/quantized.c"],
+    "slowft.weights._quantized",  # no Python module, but a library that weights/quantized.py loads with ctypes
+    ["slowft/weights/quantized.c"],
     extra_compile_args=["-O3", "-ffp-contract=off"],
     optional=True,
 )

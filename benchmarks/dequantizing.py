@@ -18,9 +18,9 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from slowft.models import quantized
-from slowft.models.weights import Packed, build_all, casting_streams
-from slowft.storage.index import Extent
+from slowft.weights import quantized
+from slowft.weights.sources import Packed, build_all, casting_streams
+from slowft.weights.extents import Extent
 
 RESULTS = Path(__file__).parent / "results"
 SHAPE, LAYERS = (2816, 2048), 4

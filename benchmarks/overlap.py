@@ -34,7 +34,7 @@ from typing import Any
 from memory_ladder import SHAPE
 from slowft.bench.shapes import write_random
 from slowft.planning.schedule import Schedule
-from slowft.storage.buffers import read_buffer, take_pages
+from slowft.weights.buffers import read_buffer, take_pages
 
 DRIVES = {"this drive": None, "reading 0.9 of computing": 0.9, "reading 1.1 of computing": 1.1}
 WARM_UP_STEPS = 3  # after which freed buffers have what the first ones left of the plan's memory

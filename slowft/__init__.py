@@ -22,8 +22,8 @@ _EXPORTS = {
     "load_data": "slowft.data.datasets",
     "load_tokenizer": "slowft.data.datasets",
     "dropout_seed": "slowft.engine.randomness",
-    "prepare": "slowft.models.prepare",
-    "verify": "slowft.storage.manifest",
+    "prepare": "slowft.convert.prepare",
+    "verify": "slowft.convert.verify",
     "SlowftError": "slowft.errors",
 }
 

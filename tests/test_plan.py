@@ -696,7 +696,7 @@ def test_finetune_refuses_too_little_naming_the_least_and_takes_that(slowft_, mo
 @pytest.mark.parametrize("named", [True, False])
 def test_inputs_are_spilled_where_the_user_says(named, slowft_, monkeypatch):
     """Else into the user's cache directory."""
-    from slowft.engine import activations
+    from slowft.engine import hidden as activations
 
     made = []
 

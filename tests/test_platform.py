@@ -15,7 +15,7 @@ import pytest
 import macos
 from conftest import must_run
 from slowft import platform
-from slowft.storage.tensorfile import sync_directory
+from slowft.weights.tensorfile import sync_directory
 
 MATMUL = """
 import time
@@ -239,7 +239,7 @@ def test_cores_are_those_that_this_process_may_use():
 import os, subprocess
 os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
 from slowft import platform
-from slowft.models.weights import casting_streams
+from slowft.weights.sources import casting_streams
 print(platform.cores(), len(casting_streams()), subprocess.run("nproc", capture_output=True, text=True).stdout)
 """
     assert run(code).split() == ["1", "1", "1"]

@@ -34,9 +34,9 @@ from slowft.bench import cgroup
 from slowft.cli.main import main
 from slowft.errors import ConfigError, ModelError, NeedsPreparing, SlowftError
 from slowft.models import conversion, gguf, loading
-from slowft.models import prepare as preparing
-from slowft.storage import manifest
-from slowft.storage.index import Extent, index_model
+from slowft.convert import prepare as preparing
+from slowft.convert import verify as manifest
+from slowft.weights.extents import Extent, index_model
 
 SMALL = LLAMA | {"num_hidden_layers": 8, "torch_dtype": "bfloat16"}
 MIXTRAL = LLAMA | {"model_type": "mixtral", "num_hidden_layers": 2, "num_local_experts": 4, "torch_dtype": "float32"}
@@ -400,7 +400,7 @@ def index_names(file: Path) -> list[str]:
 KILLED = """
 import os, signal, sys
 import slowft
-from slowft.models import prepare as preparing
+from slowft.convert import prepare as preparing
 source, output, when = sys.argv[1:]
 
 def kill():

@@ -29,10 +29,10 @@ from conftest import (
     save_random,
 )
 from slowft import platform
-from slowft.models import quantized
-from slowft.models.weights import Packed, pieces_nbytes, read_whole
-from slowft.storage.index import read_header
-from slowft.storage.reader import Reader
+from slowft.weights import quantized
+from slowft.weights.sources import Packed, pieces_nbytes, read_whole
+from slowft.weights.extents import read_header
+from slowft.weights.reader import Reader
 
 SMALL = LLAMA | {"num_hidden_layers": 2, "hidden_size": 128, "vocab_size": 128}
 LORA = {"num_layers": -1, "rank": 4, "scale": 2.0}
@@ -190,7 +190,7 @@ def test_nothing_is_read_beyond_the_last_byte(compiled):
     """The packed weight ends where a page that may not be touched begins."""
     code = """
 import ctypes, mmap, numpy as np, slowft, mlx.core as mx
-from slowft.models.quantized import dequantize
+from slowft.weights.quantized import dequantize
 pages = mmap.mmap(-1, 2 * mmap.PAGESIZE)
 array = np.frombuffer(pages, np.uint8)
 ctypes.CDLL(None).mprotect(ctypes.c_void_p(array.ctypes.data + mmap.PAGESIZE), mmap.PAGESIZE, 0)
@@ -291,7 +291,7 @@ def test_rows_of_a_quantized_embedding_are_read_packed(tied, compute_dtype, tmp_
     monkeypatch.setattr(
         Reader, "read_now", lambda self, ranges, out: asked.extend(ranges) or read_now(self, ranges, out)
     )
-    monkeypatch.setattr("slowft.models.weights.GAP_NBYTES", 0)
+    monkeypatch.setattr("slowft.weights.sources.GAP_NBYTES", 0)
     streamed = slowft.open_model(packed, compute_dtype=compute_dtype)
     asked.clear()
     ids = mx.array([[5, 511, 5, 400]])

@@ -21,7 +21,7 @@ import filecache
 from conftest import must_run
 from slowft import platform
 from slowft.errors import SlowftError
-from slowft.storage.spill import SpillFile
+from slowft.weights.spill import SpillFile
 
 MB = 1 << 20
 
@@ -142,7 +142,7 @@ import os, sys
 from pathlib import Path
 import numpy as np
 from slowft import platform
-from slowft.storage.spill import SpillFile
+from slowft.weights.spill import SpillFile
 platform.is_memory_filesystem = lambda path: False
 spill = SpillFile(Path(sys.argv[1]), 8 << 20)
 spill.write(0, np.ones(4 << 20, np.uint8)).result()

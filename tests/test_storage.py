@@ -26,12 +26,12 @@ from conftest import must_run
 from slowft import platform
 from slowft.bench import cgroup
 from slowft.errors import ModelError
-from slowft.models.weights import Layout, Param, Plain
-from slowft.storage.cache import BlockCache
-from slowft.storage.index import DTYPES, index_model, read_header
-from slowft.storage import buffers
-from slowft.storage import reader as storage_reader
-from slowft.storage.reader import ByteRange, Reader
+from slowft.weights.sources import Layout, Param, Plain
+from slowft.weights.cache import BlockCache
+from slowft.weights.extents import DTYPES, index_model, read_header
+from slowft.weights import buffers
+from slowft.weights import reader as storage_reader
+from slowft.weights.reader import ByteRange, Reader
 
 # --- Index ------------------------------------------------------------------------------------------
 
@@ -699,9 +699,9 @@ def test_large_buffers_begin_on_a_page(reader):
 
 READ_RUNS = """
 import sys
-from slowft.storage import buffers
-from slowft.storage import reader as storage_reader
-from slowft.storage.reader import ByteRange, Reader
+from slowft.weights import buffers
+from slowft.weights import reader as storage_reader
+from slowft.weights.reader import ByteRange, Reader
 file, run_nbytes, order = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 buffer, reader = bytearray(b'1') * run_nbytes, Reader()  # its pages exist
 for run in order:

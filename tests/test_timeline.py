@@ -6,8 +6,8 @@ import random
 import pytest
 
 from slowft.planning.timeline import Work, reads_of, step_seconds
-from slowft.storage import cache
-from slowft.storage.reader import ByteRange
+from slowft.weights import cache
+from slowft.weights.reader import ByteRange
 
 RATE = 100.0  # bytes a second
 

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from conftest import LLAMA, must_run, save_random
 from slowft.data.datasets import load_tokenizer
 from slowft.models.tokenizer import SPLITS, read_sentencepiece, write_gguf_tokenizer
-from slowft.storage.gguf import Gguf
+from slowft.convert.gguf_file import Gguf
 
 MISTRAL_COMMON = "mistral-common==1.13.1"  # PyPI, Apache-2.0
 PROSE = (Path(__file__).parent / "prose.txt").read_text()

@@ -17,8 +17,8 @@ from typing import Any
 from .. import platform
 from ..errors import SlowftError
 from ..planning.machine import measure_reading
-from ..storage.buffers import read_buffer, take_pages
-from ..storage.reader import ByteRange, Reader
+from ..weights.buffers import read_buffer, take_pages
+from ..weights.reader import ByteRange, Reader
 
 BLOCK_NBYTES = 64 << 20  # what the reader is asked for at a time: about a block of a 1 B model in 16 bits
 RAW_NBYTES = 16 << 20  # a raw request

@@ -44,8 +44,8 @@ def prepare(model, output, memory, as_json, **options):
         slowft prepare Qwen/Qwen3-0.6B --output qwen3-4bit --quantize --bits 4
     """
     output, notes = Path(output), []
-    from ..models.prepare import prepare as prepare_model
-    from ..models.prepare import prepare_gguf
+    from ..convert.prepare import prepare as prepare_model
+    from ..convert.prepare import prepare_gguf
 
     note = notes.append if as_json else click.echo
     try:

@@ -31,7 +31,7 @@ def verify(directory, as_json):
 
         slowft verify qwen3-4bit
     """
-    from ..storage.manifest import verify as verify_model
+    from ..convert.verify import verify as verify_model
 
     begin = time.perf_counter()
     with progress_bar("Verifying", not as_json) as progress:

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..models.calls import Arguments, Outcome
-from .layers import LayerWork
+from .offloaded import LayerWork
 from .trees import in_trace, uncompiled
 
 

@@ -15,9 +15,9 @@ import numpy as np
 
 from .. import platform
 from ..models.seams import Cut
-from ..storage.activation_cache import ActivationCache
-from ..storage.fingerprint import fingerprint, identities
-from ..storage.reader import Reader
+from ..weights.activation_cache import ActivationCache
+from ..weights.fingerprint import fingerprint, identities
+from ..weights.reader import Reader
 from ..version import __version__
 from .trees import is_compiling
 

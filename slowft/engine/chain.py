@@ -19,7 +19,7 @@ from . import cores
 from .block import BlockFunction
 from .head import Blocks, HeadLoss, token_loss, treats_tokens_alike, usual_chunk
 from .kept import KeptProducts, Products
-from .layers import LayerWork
+from .offloaded import LayerWork
 from .parts import EmbedPart, HeadPart, unevaluated_zeros
 from .pieces import Pieces, PieceWork
 from .randomness import dropout_seed

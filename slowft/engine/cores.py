@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..models.weights import casting_streams
+from ..weights.sources import casting_streams
 
 LEAST_ELEMENTS = 1 << 16  # of an array that is worth it: 0.8 ms of exponentials, against 0.05 ms to wait for a stream
 # Compiled functions of MLX and mlx-lm that treat elements one by one and take an exponential or the like of each

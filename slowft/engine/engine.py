@@ -23,24 +23,24 @@ from ..memory import limits
 from ..models.calls import Arguments
 from ..models.layers import Layer
 from ..models.seams import FLOATS, TOKENS, Arrays, Cut, Probe, Unit, array_entries, trainable_entries
-from ..models.weights import Param, read_whole
+from ..weights.sources import Param, read_whole
 from ..planning.experts import GROUP_NBYTES, is_read_on_demand
 from ..planning.measure import BACKWARD, FORWARD, Measurements
 from ..planning.schedule import Schedule
 from ..planning.shapes import signature
-from ..storage.activation_cache import ActivationCache
-from ..storage.reader import Reader
-from ..streaming.residency import Residency
-from ..streaming.reuse import Reuse
-from ..streaming.threads import Worker
+from ..weights.activation_cache import ActivationCache
+from ..weights.reader import Reader
+from ..weights.residency import Residency
+from ..weights.reuse import Reuse
+from ..weights.threads import Worker
 from . import cores, step
-from .activations import Activations
+from .hidden import Activations
 from .block import BlockFunction
 from .boundary import Boundary, why_not
 from .chain import Chain, Passenger, plain_loss
 from .head import loss_mask
 from .kept import KeptProducts
-from .layers import LayerWork
+from .offloaded import LayerWork
 from .pieces import Pieces, PieceWork
 from .randomness import dropout_seed, keeping_random_state
 from .stats import Stats

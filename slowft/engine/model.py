@@ -16,12 +16,12 @@ from .. import _mlx_was_imported_first, platform, tracing
 from ..errors import ConfigError, SlowftError, SlowftWarning
 from ..models import adapters, loading, seams
 from ..models.imports import TOKENIZERS_NBYTES
-from ..models.weights import placeholder
+from ..weights.sources import placeholder
 from ..planning.caching import Caching
 from ..planning.plan import Plan, Planner
 from ..planning.schedule import Schedule
 from ..sizes import parse_nbytes
-from ..storage.reader import Reader
+from ..weights.reader import Reader
 from .budget import Budget
 from .engine import Engine
 from .stats import Stats

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from .. import platform
 from ..planning.measure import Measurements
-from ..storage.activation_cache import ActivationCache
+from ..weights.activation_cache import ActivationCache
 
 
 @dataclass

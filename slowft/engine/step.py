@@ -13,8 +13,8 @@ import mlx.core as mx
 
 from ..planning.measure import BACKWARD, FORWARD, GRAPH, HEAD
 from ..planning.schedule import Schedule
-from ..streaming.residency import Residency
-from .activations import Activations
+from ..weights.residency import Residency
+from .hidden import Activations
 from .chain import Chain, Kept, Passenger
 
 

@@ -20,7 +20,7 @@ from mlx.utils import tree_unflatten
 
 from .. import platform
 from ..errors import AdapterError, ConfigError
-from .weights import locate
+from ..weights.sources import locate
 
 DEFAULT_NUM_LAYERS = 16  # mlx_lm.lora's; it fails with it on smaller models, here it means all their blocks
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import mlx.nn as nn
 
 from .seams import Unit
-from .weights import Param
+from ..weights.sources import Param
 
 MATRIX = ("weight", "scales", "biases")  # what of a layer comes in groups; the rest is small
 

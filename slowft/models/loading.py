@@ -18,9 +18,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..errors import ModelError, NeedsPreparing
-from ..storage import manifest
-from ..storage.index import Extent, index_model
-from .weights import Packed, Param, Plain, Source, locate, placeholder
+from ..convert import verify as manifest
+from ..weights.extents import Extent, index_model
+from ..weights.sources import Packed, Param, Plain, Source, locate, placeholder
 
 MAX_TRANSFORMED_SHARE = 0.02  # of a model's bytes that `sanitize` may rewrite: kept in memory from the start
 MAX_TRANSFORMED_NBYTES = 4 << 20  # always allowed

@@ -21,7 +21,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..errors import ModelError
-from ..storage.index import DTYPES, MAX_HEADER_NBYTES
+from ..weights.extents import DTYPES, MAX_HEADER_NBYTES
 from .loading import _explain
 
 STORED = {dtype: stored for stored, (dtype, _) in reversed(DTYPES.items())}  # MLX dtype -> safetensors type

@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from ..errors import ModelError, SlowftError
 from .calls import Arguments, is_carrier
-from .weights import Param, locate
+from ..weights.sources import Param, locate
 
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 

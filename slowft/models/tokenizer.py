@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, ModelError
-from ..storage.gguf import Gguf
+from ..convert.gguf_file import Gguf
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of pieces, in SentencePiece and in GGUF
 SPACE = "▁"

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 
 from .. import platform
-from ..storage.buffers import read_buffer, shift, take_pages
-from ..storage.reader import ByteRange, Reader
+from ..weights.buffers import read_buffer, shift, take_pages
+from ..weights.reader import ByteRange, Reader
 from .measure import Rates, remembered
 
 PRODUCT = 512, 2048, 4096  # tokens, and a layer's widths, of the product that is measured

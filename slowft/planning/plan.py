@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from ..models.weights import pieces_nbytes
+from ..weights.sources import pieces_nbytes
 from .experts import GROUP_NBYTES
 from .job import Chunking, Job, Visit
 from .machine import ASSUMED, Machine

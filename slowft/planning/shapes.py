@@ -26,7 +26,7 @@ from mlx.utils import tree_flatten
 
 from ..models.calls import Arguments
 from ..models.seams import FLOATS, Cut, Probe, Unit, Use, inner_call, trainable_entries
-from ..models.weights import Plain, placeholder
+from ..weights.sources import Plain, placeholder
 from .job import Chunking, Job, KeepableOutput, LayerCost, Visit
 
 FEED_FORWARD = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe")  # mlx-lm's names for them within a block

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..storage.evictions import course
+from ..weights.evictions import course
 
 ROUNDS = 3  # gone through: what is told of the last has settled
 

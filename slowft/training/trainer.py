@@ -21,7 +21,7 @@ from ..engine.model import parse_nbytes, usual_activation_cache
 from ..errors import AdapterError, ConfigError, DataError, SlowftError
 from ..planning.caching import Caching
 from ..reports.base import Report
-from ..storage.activation_cache import ActivationCache
+from ..weights.activation_cache import ActivationCache
 from .config import OPTIMIZER_COPIES, TrainConfig
 
 PADDING = 32  # mlx-lm's iterate_batches pads to multiples of it, and one

@@ -17,7 +17,7 @@ import numpy as np
 
 from .. import platform
 from ..errors import ModelError
-from .reader import ByteRange, Reader
+from ..weights.reader import ByteRange, Reader
 
 PIECE_NBYTES = 8 << 20
 # SHA-256 runs at 1.3 GB/s a core where the processor has instructions for it, at 0.4 elsewhere; a drive reads 2 to 7

@@ -17,11 +17,11 @@ from ..errors import SlowftError
 from ..memory import limits
 from ..models.layers import Layer
 from ..models.seams import Unit
-from ..models.weights import Layout, Param, Source, casting_streams, read_rows, read_whole
+from .sources import Layout, Param, Source, casting_streams, read_rows, read_whole
 from ..planning.measure import ARRIVAL, Measurements
 from ..planning.schedule import Schedule
-from ..storage.cache import BlockCache
-from ..storage.reader import Reader
+from .cache import BlockCache
+from .reader import Reader
 from .groups import Group, GroupReader
 from .reuse import Reuse
 from .threads import Worker

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from .. import platform
 from ..errors import SlowftError
-from .index import DTYPES
+from .extents import DTYPES
 from .requests import REQUEST_NBYTES, retried, write_all
 
 PAGE_NBYTES = 4096

@@ -12,10 +12,10 @@ import mlx.core as mx
 import numpy as np
 
 from ..models.layers import Layer
-from ..models.weights import ALIGNMENT
+from .sources import ALIGNMENT
 from ..platform import DIRECT_ALIGNMENT
-from ..storage.buffers import lies_as_in_file, read_buffer
-from ..storage.reader import ByteRange, Reader
+from .buffers import lies_as_in_file, read_buffer
+from .reader import ByteRange, Reader
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .. import platform
-from ..storage.buffers import lies_as_in_file, read_buffer, shift
-from ..storage.index import Extent
-from ..storage.reader import ByteRange, Reader
+from .buffers import lies_as_in_file, read_buffer, shift
+from .extents import Extent
+from .reader import ByteRange, Reader
 from . import quantized
 
 ALIGNMENT = 64  # of every tensor in a buffer: a cache line, and enough for any dtype on a GPU

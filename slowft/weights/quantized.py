@@ -95,7 +95,7 @@ def _on_every_core(work: Callable, group_size: int, buffers: Sequence[tuple[memo
 @functools.cache
 def _library() -> Any:
     """The compiled functions; None if there are none. Calls let other Python threads run."""
-    spec = importlib.util.find_spec("slowft.models._quantized")
+    spec = importlib.util.find_spec("slowft.weights._quantized")
     return None if spec is None or spec.origin is None else ctypes.CDLL(spec.origin)
 
 

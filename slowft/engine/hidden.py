@@ -13,7 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from .. import tracing
-from ..storage.spill import SpillFile
+from ..weights.spill import SpillFile
 
 Key = tuple[int, int]  # (micro-batch, visit)
 ALIGNMENT = 4096  # of what is written to the file

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError
-from .index import index_model, read_header
+from ..weights.extents import index_model, read_header
 from .scan import EXPONENTS, NotFinite, Segment, Sha256, scan
-from .tensorfile import UNFINISHED, write_file
+from ..weights.tensorfile import UNFINISHED, write_file
 
 NAME = "slowft.json"
 JOURNAL = "slowft.journal"  # the manifest of a directory that is not finished

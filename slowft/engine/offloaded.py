@@ -19,10 +19,10 @@ import numpy as np
 
 from ..models.layers import Layer, expert_layers
 from ..models.seams import Unit, intercept
-from ..models.weights import placeholder
+from ..weights.sources import placeholder
 from ..planning.experts import GROUP_NBYTES
-from ..streaming.groups import Group
-from ..streaming.residency import Residency
+from ..weights.groups import Group
+from ..weights.residency import Residency
 from .kept import Products
 from .trees import Detached, attach, detach
 

@@ -19,14 +19,14 @@ from .. import platform
 from ..errors import ConfigError, ModelError, SlowftError
 from ..memory import limits
 from ..sizes import parse_nbytes
-from ..storage import manifest
-from ..storage.buffers import read_buffer, shift
-from ..storage.index import Extent
-from ..storage.reader import ByteRange, Reader
-from ..storage.scan import EXPONENTS
-from ..storage.tensorfile import ITEM_NBYTES, UNFINISHED, TensorFile, header, sync_directory, write_file
+from . import verify as manifest
+from ..weights.buffers import read_buffer, shift
+from ..weights.extents import Extent
+from ..weights.reader import ByteRange, Reader
+from .scan import EXPONENTS
+from ..weights.tensorfile import ITEM_NBYTES, UNFINISHED, TensorFile, header, sync_directory, write_file
 from .conversion import INDEX, Computed, Conversion, File, Job, Options, versions
-from .loading import resolve
+from ..models.loading import resolve
 
 # Of a tensor, in the dtype of its file, read and worked on at a time. Larger pieces are no faster.
 PIECE_NBYTES, LEAST_PIECE_NBYTES = 32 << 20, 1 << 20

@@ -1,0 +1,1 @@
+"""Model files in, model files out: prepare, verify, GGUF."""

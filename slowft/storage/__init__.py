@@ -1,1 +1,0 @@
-"""Bytes on disk to MLX buffers: an index from headers, a reader, a cache. Knows nothing of models."""
