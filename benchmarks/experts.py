@@ -62,7 +62,7 @@ model = slowft.open_model(directory)
 if trains:
     model.add_lora(num_layers=-1, rank=8)
 model.train(trains)
-model._engine.follow(Schedule(slots=1, group_nbytes=16 << 20 if method == "groups" else None))
+model.engine.follow(Schedule(slots=1, group_nbytes=16 << 20 if method == "groups" else None))
 mx.random.seed(0)
 read, seconds = [], []
 for _ in range(passes):
@@ -71,7 +71,7 @@ for _ in range(passes):
     mx.eval(model.loss_and_grads(batch, mx.array([[0, tokens]])) if trains else model(batch))
     seconds.append(time.perf_counter() - begin)
     read.append(model.stats.total.bytes_read - before)
-of_blocks = sum(unit.nbytes for unit in model._cut.blocks)
+of_blocks = sum(unit.nbytes for unit in model.engine.cut.blocks)
 print(json.dumps({
     "method": method, "tokens": tokens, "read_nbytes": statistics.median(read[1:]),
     "seconds": statistics.median(seconds[1:]), "of_blocks": statistics.median(read[1:]) / of_blocks,

@@ -50,7 +50,7 @@ class Streaming:
         self.batch = mx.random.randint(0, SHAPE["vocab_size"], (rows, tokens + 1)), mx.array([[1, tokens]] * rows)
         self.shape = rows, tokens, 1
         self.model = slowft.open_model(path, memory=memory).add_lora(num_layers=-1, rank=8).train()
-        self.engine, self.budget = self.model._engine, self.model._budget
+        self.engine, self.budget = self.model.engine, self.model.budget
         self.machine_within = self.budget._machine_within
         self.reader = self.engine._residency.reader
         self.read, self.reader._read = self.reader._read, self.held_read

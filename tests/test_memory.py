@@ -73,7 +73,7 @@ def test_memory_is_flat_over_blocks(tmp_path):
 def test_each_block_is_read_at_most_twice_however_many_micro_batches(tmp_path):
     model = slowft.open_model(save_random(tmp_path / "m", LLAMA | {"num_hidden_layers": 12}))
     model.add_lora(num_layers=-1, rank=4)
-    blocks = sum(unit.nbytes for unit in model._cut.blocks)
+    blocks = sum(unit.nbytes for unit in model.engine.cut.blocks)
     head = 256 * 64 * 4
     batch, lengths = random_batch(256)
     rows = 256 * 64 * 4
@@ -88,7 +88,7 @@ def test_each_block_is_read_at_most_twice_however_many_micro_batches(tmp_path):
 def test_backward_stops_at_the_lowest_trained_block(tmp_path):
     model = slowft.open_model(save_random(tmp_path / "m", LLAMA | {"num_hidden_layers": 12}))
     model.add_lora(num_layers=3, rank=4)
-    block = model._cut.blocks[0].nbytes
+    block = model.engine.cut.blocks[0].nbytes
     model.loss_and_grads(*random_batch(256))
     outside = 2 * 256 * 64 * 4  # head and embedding rows
     assert model.stats.last.bytes_read <= (12 + 3 + 1) * block + outside
@@ -96,10 +96,10 @@ def test_backward_stops_at_the_lowest_trained_block(tmp_path):
 
 def test_evaluation_reads_each_block_once(tmp_path):
     model = slowft.open_model(save_random(tmp_path / "m", LLAMA | {"num_hidden_layers": 12}))
-    blocks, before = sum(unit.nbytes for unit in model._cut.blocks), model.stats.total.bytes_read
+    blocks, before = sum(unit.nbytes for unit in model.engine.cut.blocks), model.stats.total.bytes_read
     model.loss(*random_batch(256))
     outside = 2 * 256 * 64 * 4
-    assert model.stats.total.bytes_read - before <= blocks + outside + 2 * model._cut.blocks[0].nbytes
+    assert model.stats.total.bytes_read - before <= blocks + outside + 2 * model.engine.cut.blocks[0].nbytes
 
 
 def test_memory_left_over_keeps_blocks_and_changes_no_gradient(tmp_path):
@@ -130,7 +130,7 @@ def test_a_step_that_takes_more_than_its_memory_is_told_once_and_planned_anew(tm
         model.loss_and_grads(batch, lengths)
     assert model.followed_plan.is_ordinary
     measured = model.stats.last.peak_memory
-    model._budget.memory = measured - 40_000_000
+    model.budget.memory = measured - 40_000_000
     with pytest.warns(slowft.errors.SlowftWarning, match="more than the memory") as told:
         for _ in range(3):
             model.loss_and_grads(batch, lengths)
@@ -150,7 +150,7 @@ def test_embedding_reads_only_the_rows_of_the_batch(tmp_path):
     config = LLAMA | {"vocab_size": 20000, "num_hidden_layers": 1, "tie_word_embeddings": False}
     model = slowft.open_model(save_random(tmp_path / "m", config))
     before = model.stats.total.bytes_read
-    (table,) = [unit for unit in model._cut.outside[seams.Use.ROWS]]
+    (table,) = [unit for unit in model.engine.cut.outside[seams.Use.ROWS]]
     hidden = model.model.embed_tokens(mx.array([[7, 19999, 7, 9000]]))
     mx.eval(hidden)
     whole = mx.load(str(tmp_path / "m" / "model.safetensors"))["model.embed_tokens.weight"]

@@ -45,9 +45,9 @@ def test_passengers_read_each_block_once(llama):
     bytes_read(True)
     rows = streamed.embedding_nbytes // LLAMA["vocab_size"] * len(set(batch[:, :-1].reshape(-1).tolist()))
     one = bytes_read(True)
-    assert one > 4 * streamed._cut.blocks[0].nbytes // 2
+    assert one > 4 * streamed.engine.cut.blocks[0].nbytes // 2
     # embedding rows are looked up for each; a read may begin in one pass and end in the next
-    assert bytes_read(True, False, True) <= one + 2 * rows + 2 * streamed._cut.blocks[0].nbytes
+    assert bytes_read(True, False, True) <= one + 2 * rows + 2 * streamed.engine.cut.blocks[0].nbytes
 
 
 def test_adapters_by_name_equal_models_of_their_own(tmp_path):

@@ -63,7 +63,7 @@ class Opened:
         self.model = open_model(directory, compute_dtype=compute_dtype).add_lora(num_layers, keys=keys)
 
     def planner(self, machine, rows=ROWS, tokens=TOKENS, micro_batches=1, base=BASE, experience=None) -> Planner:
-        job_of = self.model._budget.planner(rows, tokens, micro_batches).job_of
+        job_of = self.model.budget.planner(rows, tokens, micro_batches).job_of
         return Planner(job_of, machine, base, rows, tokens, mx.get_active_memory(), experience)
 
 
@@ -136,7 +136,7 @@ def test_with_room_for_everything_it_is_ordinary_training(opened):
 
 def test_nothing_lies_between_streaming_and_ordinary_training(opened):
     planner = opened.planner(MACHINES["usual disk"])
-    assert {planner.choose(memory).schedule.tail for memory in budgets(planner, n=30)} == {0, 8}
+    assert {planner.choose(memory).schedule.in_memory for memory in budgets(planner, n=30)} == {False, True}
 
 
 def test_the_first_step_keeps_next_to_nothing(opened):
@@ -145,7 +145,7 @@ def test_the_first_step_keeps_next_to_nothing(opened):
     for memory in budgets(planner):
         first, later = planner.first(memory), planner.choose(memory)
         s = first.schedule
-        assert not (s.tail or s.kept or s.resident_nbytes or s.keep_head or s.lent_nbytes)
+        assert not (s.in_memory or s.kept or s.resident_nbytes or s.keep_head or s.lent_nbytes)
         assert order_of_sums(first) == order_of_sums(later)
     assert planner.first(BASE * 5).schedule.spilled == 0
 
@@ -203,10 +203,10 @@ def test_a_pass_makes_no_more_than_its_bound(name, tmp_path):
     batch = mx.random.randint(0, 100, (rows, tokens + 1)), mx.array([[1, tokens]] * rows)
     job = opened.planner(MACHINES["usual disk"], rows, tokens).job_of(Chunking())
     for _ in range(2):  # the first step warms up
-        model._engine.peaks_known.clear()
-        model._engine.loss_and_grads([batch], measure=True)
+        model.engine.peaks_known.clear()
+        model.engine.loss_and_grads([batch], measure=True)
     for visit in job.visits:
-        passes = model._engine.measurements.passes
+        passes = model.engine.measurements.passes
         assert 0 < passes[visit.kind, FORWARD].nbytes <= visit.forward_nbytes + 100_000
         assert 0 < passes[visit.kind, BACKWARD].nbytes <= visit.backward_nbytes + 100_000
     model.close()
@@ -249,7 +249,7 @@ def test_a_dense_block_that_would_fit_in_4_bits_is_told_how(dtype, tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(config))
         with outline_of_config(tmp_path / "config.json") as directory:
             with closing(open_model(directory, compute_dtype=dtype).add_lora(-1)) as model:
-                planners[name] = model._budget.planner(ROWS, TOKENS, 1, machine=MACHINES["usual disk"])
+                planners[name] = model.budget.planner(ROWS, TOKENS, 1, machine=MACHINES["usual disk"])
                 planners[name]._base = BASE
                 planners[name].least()
     how, least = "slowft prepare MODEL --output DIR --quantize", planners["16"].least().peak_nbytes
@@ -329,20 +329,20 @@ def distinct_tokens() -> tuple[mx.array, mx.array]:
 def test_a_step_reads_and_writes_what_its_plan_says(opened, tmp_path):
     planner = opened.planner(MACHINES["slow disk"])
     model, batch = opened.model, distinct_tokens()
-    default = planner.predict(planner.job_of(Chunking()), model._engine.schedule)
+    default = planner.predict(planner.job_of(Chunking()), model.engine.schedule)
     assert default.read_nbytes == (2 * 8 - 2) * BLOCK + OUTSIDE
     ahead = [replace(default.schedule, slots=slots, head_ahead=True) for slots in (1, 2)]
     plans = [default, *(planner.predict(planner.job_of(Chunking()), schedule) for schedule in ahead)]
     plans += [planner.choose(memory) for memory in budgets(planner, n=4)]
     try:
         for plan in plans:
-            model._engine.follow(plan.schedule, tmp_path)
+            model.engine.follow(plan.schedule, tmp_path)
             for _ in range(2):  # the first starts with what the schedule before left
                 model.loss_and_grads(*batch)
             assert model.stats.last.bytes_read == plan.read_nbytes
             assert model.stats.last.bytes_written == plan.written_nbytes
     finally:
-        model._engine.follow(default.schedule, tmp_path)
+        model.engine.follow(default.schedule, tmp_path)
     assert len({plan.read_nbytes for plan in plans}) >= 4
 
 

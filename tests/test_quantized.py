@@ -30,9 +30,9 @@ from conftest import (
 )
 from slowft import platform
 from slowft.weights import quantized
-from slowft.weights.sources import Packed, pieces_nbytes, read_whole
 from slowft.weights.extents import read_header
 from slowft.weights.reader import Reader
+from slowft.weights.sources import Packed, pieces_nbytes, read_whole
 
 SMALL = LLAMA | {"num_hidden_layers": 2, "hidden_size": 128, "vocab_size": 128}
 LORA = {"num_layers": -1, "rank": 4, "scale": 2.0}

@@ -18,16 +18,16 @@ CHAINS = [name for name in ARCHITECTURES if not name.startswith("gemma4")]
 def every_product(model) -> tuple[tuple[str, ...], ...]:
     """The names of all linear layers of every block, by visit."""
     kinds = ("Linear", "QuantizedLinear", "SwitchLinear", "QuantizedSwitchLinear")
-    blocks = model._cut.blocks
+    blocks = model.engine.cut.blocks
     names = [
         [n.removesuffix(".linear") for n, m in b.module.named_modules() if type(m).__name__ in kinds] for b in blocks
     ]
-    return tuple(tuple(names[index]) for index in model._cut.order)
+    return tuple(tuple(names[index]) for index in model.engine.cut.order)
 
 
 def assert_same_as(expected, streamed, batch, lengths, schedule: Schedule, tmp_path=None):
     loss, gradients = expected
-    streamed._engine.follow(schedule, tmp_path)
+    streamed.engine.follow(schedule, tmp_path)
     for _ in range(2):  # the second step finds what the first one left
         (streamed_loss, _), streamed_gradients = streamed.loss_and_grads(batch, lengths)
         assert streamed_loss.item() == loss.item()
@@ -40,9 +40,8 @@ def test_gradients_equal_in_memory_and_with_the_head_read_ahead(name, tmp_path):
     whole, streamed = pair(save_random(tmp_path / "m", config))
     batch, lengths = random_batch(config["vocab_size"])
     expected = reference(whole, batch, lengths)
-    n = len(streamed._cut.order)
     for schedule in (
-        Schedule(tail=n, keep_head=True),
+        Schedule(in_memory=True, keep_head=True),
         Schedule(keep_head=True),
         Schedule(1, head_ahead=True),
         Schedule(2, head_ahead=True),
@@ -83,7 +82,7 @@ def test_blocks_in_the_room_of_later_products(num_layers, slots, tmp_path):
     whole, streamed = pair(save_random(tmp_path / "m", LLAMA), num_layers=num_layers)
     batch, lengths = random_batch(256)
     expected = reference(whole, batch, lengths)
-    block, cache = streamed._cut.blocks[0].nbytes, streamed._engine._residency._cache
+    block, cache = streamed.engine.cut.blocks[0].nbytes, streamed.engine.weights.cache
     schedule, read = Schedule(slots, kept=every_product(streamed)), {}
     for lent in ((), (2 * block, 2 * block, block, 0), (4 * block, block // 2, 0, 0)):
         assert_same_as(expected, streamed, batch, lengths, replace(schedule, lent_nbytes=lent))
@@ -91,9 +90,9 @@ def test_blocks_in_the_room_of_later_products(num_layers, slots, tmp_path):
         for _ in range(4):
             streamed.loss_and_grads(batch, lengths)
         read[lent] = streamed.stats.total.bytes_read - before
-        assert cache._held() < cache.capacity + max(lent[:1], default=0) + 4096
+        assert cache.held_nbytes() < cache.capacity + max(lent[:1], default=0) + 4096
         streamed.loss(batch, lengths)
-        assert cache._held() < cache.capacity + 4096
+        assert cache.held_nbytes() < cache.capacity + 4096
     without, *others = read.values()
     saved = 3 * block if num_layers < 0 else -2 * block  # (a read may begin in one step and end in the next)
     assert all(nbytes <= without - saved for nbytes in others)
@@ -121,7 +120,7 @@ def test_gradients_equal_on_quantized_bases(bits, mode, group_size, dtype, tmp_p
         randomise(streamed)
         (loss, _), gradients = streamed.loss_and_grads(batch, lengths)
         expected = loss, gradients
-    for schedule in (Schedule(kept=every_product(streamed)), Schedule(tail=4, keep_head=True)):
+    for schedule in (Schedule(kept=every_product(streamed)), Schedule(in_memory=True, keep_head=True)):
         assert_same_as(expected, streamed, batch, lengths, schedule)
 
 
@@ -130,8 +129,8 @@ def test_dropout_is_the_same_for_every_schedule(dropout, tmp_path):
     _, streamed = pair(save_random(tmp_path / "m", LLAMA), dropout=dropout)
     batch, lengths = random_batch(256)
     results = []
-    for schedule in (Schedule(), Schedule(tail=4, keep_head=True), Schedule(kept=every_product(streamed))):
-        streamed._engine.follow(schedule)
+    for schedule in (Schedule(), Schedule(in_memory=True, keep_head=True), Schedule(kept=every_product(streamed))):
+        streamed.engine.follow(schedule)
         streamed.step = 5
         (loss, _), gradients = streamed.loss_and_grads(batch, lengths)
         results.append((loss.item(), gradients))
@@ -147,7 +146,7 @@ def test_few_trained_blocks(lora, tmp_path):
     whole, streamed = pair(save_random(tmp_path / "m", LLAMA), **lora)
     batch, lengths = random_batch(256)
     expected = reference(whole, batch, lengths)
-    for schedule in (Schedule(kept=every_product(streamed)), Schedule(tail=4, keep_head=True)):
+    for schedule in (Schedule(kept=every_product(streamed)), Schedule(in_memory=True, keep_head=True)):
         assert_same_as(expected, streamed, batch, lengths, schedule)
 
 
@@ -165,8 +164,8 @@ def test_micro_batches_spill_and_accumulate(tmp_path):
     _, streamed = pair(save_random(tmp_path / "m", LLAMA))
     batches = [random_batch(256, rows=2, tokens=16 + i, seed=i) for i in range(3)]
     (loss, _), gradients = streamed.loss_and_grads(batches)
-    for schedule in (Schedule(spilled=5), Schedule(tail=4, keep_head=True), Schedule(kept=every_product(streamed))):
-        streamed._engine.follow(schedule, tmp_path)
+    for schedule in (Schedule(spilled=5), Schedule(in_memory=True, keep_head=True), Schedule(kept=every_product(streamed))):
+        streamed.engine.follow(schedule, tmp_path)
         (other, _), other_gradients = streamed.loss_and_grads(batches)
         assert other.item() == loss.item()
         assert largest_difference(gradients, other_gradients) == 0.0
@@ -180,10 +179,10 @@ def test_pieces_agree(name, tmp_path):
     batch, lengths = random_batch(config["vocab_size"])
     loss, gradients = reference(whole, batch, lengths)
     pieces = [Schedule(rows=1), Schedule(mlp_tokens=7, attention_queries=5), Schedule(head_tokens=11)]
-    if streamed._cut.is_chain:
+    if streamed.engine.cut.is_chain:
         pieces += [Schedule(mlp_tokens=7, attention_queries=5, head_tokens=11, rows=2)]
     for schedule in pieces:
-        streamed._engine.follow(schedule)
+        streamed.engine.follow(schedule)
         (streamed_loss, ntoks), streamed_gradients = streamed.loss_and_grads(batch, lengths)
         assert ntoks.item() == default_loss(whole, batch, lengths)[1].item()
         assert streamed_loss.item() == pytest.approx(loss.item(), rel=1e-5)
@@ -194,7 +193,7 @@ def test_pieces_agree(name, tmp_path):
 def test_dropout_in_pieces_is_replayed(tmp_path):
     """With dropout, the loss in pieces is a function whose gradient is the one given: checked by finite differences."""
     _, streamed = pair(save_random(tmp_path / "m", LLAMA), dropout=0.4)
-    streamed._engine.follow(Schedule(mlp_tokens=7, attention_queries=5))
+    streamed.engine.follow(Schedule(mlp_tokens=7, attention_queries=5))
     batch, lengths = random_batch(256)
 
     def loss_and_grads():

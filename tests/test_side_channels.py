@@ -60,7 +60,7 @@ def handing_on(monkeypatch):
 def test_what_blocks_write_carries_gradients(make, write, is_returned, handing_on, tmp_path):
     handing_on(make, write, is_returned)
     whole, streamed = pair(save_random(tmp_path / "m", LLAMA))
-    assert not streamed._cut.is_chain
+    assert not streamed.engine.cut.is_chain
     assert_step_equals(whole, streamed, *random_batch(256))
 
 

@@ -55,7 +55,7 @@ def gone_through(order: list[int], sizes: list[int], capacity: int, slots: int, 
         drive.now += work.freed_s
         if slots == 1:
             blocks.release(item)
-        assert blocks._held() <= capacity + lent[at % len(order)]
+        assert blocks.held_nbytes() <= capacity + lent[at % len(order)]
         drive.now += work.seconds - work.freed_s
         blocks.release(item)
     return drive.bytes_read - told[-1][0], drive.now - told[-1][1]

@@ -34,7 +34,7 @@ def measure_machine(job: Job, told: Told) -> dict[str, Any]:
     try:
         from ..planning.machine import known, matmul_flops_per_s, measure_reading
 
-        dtype = model._engine.compute_dtype
+        dtype = model.engine.compute_dtype
         machine = known(dtype)
         return {
             "device": machine.device,
@@ -42,7 +42,7 @@ def measure_machine(job: Job, told: Told) -> dict[str, Any]:
             "memory_nbytes": machine.memory_nbytes,
             "compute_dtype": machine.compute_dtype,
             "matmul_flops_per_s": matmul_flops_per_s(dtype),
-            "read_bytes_per_s": measure_reading(model._engine.files)[0],
+            "read_bytes_per_s": measure_reading(model.engine.files)[0],
         }
     finally:
         model.close()

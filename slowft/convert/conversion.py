@@ -26,11 +26,11 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 from ..errors import ConfigError, ModelError
-from . import verify as manifest
+from ..models.loading import Built, build_lazily
+from ..version import __version__
 from ..weights.extents import Extent, index_model
 from ..weights.tensorfile import Tensor, arrange, header
-from ..version import __version__
-from ..models.loading import Built, build_lazily
+from . import verify as manifest
 
 MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
 INDEX = "model.safetensors.index.json"

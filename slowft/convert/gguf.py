@@ -21,12 +21,12 @@ import numpy as np
 
 from .. import platform
 from ..errors import ModelError, SlowftError
-from .gguf_file import Gguf, GgufTensor, read_gguf
+from ..models.tokenizer import write_gguf_tokenizer
 from ..weights.extents import DTYPES
 from ..weights.tensorfile import Tensor, TensorFile
 from .gguf_architectures import ROPE_TABLES, Place, make_config, place
 from .gguf_blocks import AFFINE_BITS, GROUP_SIZE, narrow, repack, widen
-from ..models.tokenizer import write_gguf_tokenizer
+from .gguf_file import Gguf, GgufTensor, read_gguf
 
 PIECE_NBYTES = 4 << 20
 PLAIN_DTYPES = {"F16": "F16", "BF16": "BF16", "Q6_K": "F16"}  # safetensors types

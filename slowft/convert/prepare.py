@@ -18,15 +18,15 @@ import mlx.core as mx
 from .. import platform
 from ..errors import ConfigError, ModelError, SlowftError
 from ..memory import limits
+from ..models.loading import resolve
 from ..sizes import parse_nbytes
-from . import verify as manifest
 from ..weights.buffers import read_buffer, shift
 from ..weights.extents import Extent
 from ..weights.reader import ByteRange, Reader
-from .scan import EXPONENTS
 from ..weights.tensorfile import ITEM_NBYTES, UNFINISHED, TensorFile, header, sync_directory, write_file
+from . import verify as manifest
 from .conversion import INDEX, Computed, Conversion, File, Job, Options, versions
-from ..models.loading import resolve
+from .scan import EXPONENTS
 
 # Of a tensor, in the dtype of its file, read and worked on at a time. Larger pieces are no faster.
 PIECE_NBYTES, LEAST_PIECE_NBYTES = 32 << 20, 1 << 20

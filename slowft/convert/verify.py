@@ -15,8 +15,8 @@ from typing import Any
 
 from ..errors import ModelError
 from ..weights.extents import index_model, read_header
-from .scan import EXPONENTS, NotFinite, Segment, Sha256, scan
 from ..weights.tensorfile import UNFINISHED, write_file
+from .scan import EXPONENTS, NotFinite, Segment, Sha256, scan
 
 NAME = "slowft.json"
 JOURNAL = "slowft.journal"  # the manifest of a directory that is not finished

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..models.calls import Arguments, Outcome
-from .offloaded import LayerWork
+from .offloaded import OffloadedExperts
 from .trees import in_trace, uncompiled
 
 
@@ -37,7 +37,7 @@ class BlockFunction:
         entries: Sequence[tuple[Any, Any]],
         differentiated: Sequence[int],
         seed: int,
-        layers: LayerWork,
+        layers: OffloadedExperts,
     ):
         self._call, self._arguments, self._entries = call, arguments, list(entries)
         self._differentiated, self._seed = list(differentiated), seed
@@ -74,7 +74,7 @@ class BlockFunction:
             in_trace(lambda: self._run(arrays))
 
         with self._entries_as_they_are(), uncompiled():
-            if not self._layers.are_apart:
+            if not self._layers.are_offloaded:
                 return differentiate()
             return self._layers.gradients(recompute, differentiate)
 

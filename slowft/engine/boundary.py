@@ -14,11 +14,11 @@ import mlx.nn as nn
 import numpy as np
 
 from .. import platform
-from ..models.seams import Cut
+from ..models.seams import CutModel
+from ..version import __version__
 from ..weights.activation_cache import ActivationCache
 from ..weights.fingerprint import fingerprint, identities
 from ..weights.reader import Reader
-from ..version import __version__
 from .trees import is_compiling
 
 NUMERICS = 1  # goes up with any change of ours that changes a bit of a forward pass
@@ -38,7 +38,7 @@ class Boundary:
         path: the model's directory.
     """
 
-    def __init__(self, cache: ActivationCache, cut: Cut, reader: Reader, path: Path):
+    def __init__(self, cache: ActivationCache, cut: CutModel, reader: Reader, path: Path):
         self.cache = cache
         self._cut, self._reader, self._path = cut, reader, path
         self._config = (path / "config.json").read_text()
@@ -82,7 +82,7 @@ class Boundary:
         return [f"{p.name} {type(p.source).__name__} {k} {p.source.result_dtype}" for p, k in zip(params, kinds)]
 
 
-def why_not(cut: Cut, position: int, trained_outside: bool) -> str | None:
+def why_not(cut: CutModel, position: int, trained_outside: bool) -> str | None:
     """Why nothing can be stored for a model whose lowest trained visit is `position`; None if it can."""
     if not cut.is_chain:
         return "its blocks are handed more than the output of the block before, such as values that depend on it"

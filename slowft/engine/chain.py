@@ -14,12 +14,12 @@ import mlx.nn as nn
 
 from ..models.adapters import AdapterSwitch
 from ..models.calls import Arguments
-from ..models.seams import FLOATS, Cut, Unit, inner_call, trainable_entries
+from ..models.seams import FLOATS, CutModel, Unit, inner_call, trainable_entries
 from . import cores
 from .block import BlockFunction
 from .head import Blocks, HeadLoss, token_loss, treats_tokens_alike, usual_chunk
-from .kept import KeptProducts, Products
-from .offloaded import LayerWork
+from .kept import KeptOutputs, LayerOutputs
+from .offloaded import OffloadedExperts
 from .parts import EmbedPart, HeadPart, unevaluated_zeros
 from .pieces import Pieces, PieceWork
 from .randomness import dropout_seed
@@ -55,7 +55,7 @@ class Passenger:
 class Kept:
     """What a block's forward pass keeps for its recomputation: outputs of frozen layers, by layer."""
 
-    outputs: Products
+    outputs: LayerOutputs
     by_groups: bool
 
 
@@ -75,10 +75,10 @@ class Chain:
     def __init__(
         self,
         model: nn.Module,
-        cut: Cut,
+        cut: CutModel,
         piece_work: PieceWork,
-        kept: KeptProducts,
-        layers: LayerWork,
+        kept: KeptOutputs,
+        layers: OffloadedExperts,
         answering: Callable,
         look_up: Callable,
         multiply: Callable,
@@ -260,9 +260,9 @@ class Chain:
 
     def _begin(self, backward: bool) -> bool:
         """A pass through the block in place begins. Returns whether some of its layers come by groups."""
-        if self._layers.are_apart:
+        if self._layers.are_offloaded:
             self._layers.begin(backward)
-        return self._layers.are_apart
+        return self._layers.are_offloaded
 
     def _seed(self, position: int, batch: Passenger) -> int:
         return dropout_seed(self.seed, self.step, position, batch.index)

@@ -22,8 +22,7 @@ from ..errors import ConfigError, SlowftError, SlowftWarning
 from ..memory import limits
 from ..models.calls import Arguments
 from ..models.layers import Layer
-from ..models.seams import FLOATS, TOKENS, Arrays, Cut, Probe, Unit, array_entries, trainable_entries
-from ..weights.sources import Param, read_whole
+from ..models.seams import FLOATS, TOKENS, Arrays, CutModel, Probe, Unit, array_entries, trainable_entries
 from ..planning.experts import GROUP_NBYTES, is_read_on_demand
 from ..planning.measure import BACKWARD, FORWARD, Measurements
 from ..planning.schedule import Schedule
@@ -32,15 +31,16 @@ from ..weights.activation_cache import ActivationCache
 from ..weights.reader import Reader
 from ..weights.residency import Residency
 from ..weights.reuse import Reuse
+from ..weights.sources import Param, read_whole
 from ..weights.threads import Worker
 from . import cores, step
-from .hidden import Activations
 from .block import BlockFunction
 from .boundary import Boundary, why_not
 from .chain import Chain, Passenger, plain_loss
 from .head import loss_mask
-from .kept import KeptProducts
-from .offloaded import LayerWork
+from .hidden import HiddenStates
+from .kept import KeptOutputs
+from .offloaded import OffloadedExperts
 from .pieces import Pieces, PieceWork
 from .randomness import dropout_seed, keeping_random_state
 from .stats import Stats
@@ -63,9 +63,9 @@ class Engine:
             in 64 MB.
     """
 
-    def __init__(self, model: nn.Module, cut: Cut, reader: Reader):
+    def __init__(self, model: nn.Module, cut: CutModel, reader: Reader):
         self.model, self.cut = model, cut
-        self._residency = Residency(cut.blocks, reader)
+        self.weights = Residency(cut.blocks, reader)
         self._compute_thread: Worker | None = None  # for blocks within traces; made when the first is called
         self._part: Any = None  # answers the units' calls while a part of the model runs
         self._position = -1  # the last visit of a pass within a trace
@@ -78,7 +78,7 @@ class Engine:
         self.head_chunk_tokens: int | None = None
         self.tokens_of_last_step = 0
         self.schedule = Schedule()
-        self._activations = Activations()
+        self.hidden = HiddenStates()
         self._stored: Boundary | None = None
         self._boundary = 0  # the visit whose input is stored on disk between steps; 0 for none
         self._has_warned = False
@@ -86,13 +86,13 @@ class Engine:
         self._kinds: dict[Unit, str] = {}
         self.peaks_known: set[tuple[str, str]] = set()
         self.measurements = Measurements()
-        self.kept = KeptProducts()
+        self.kept = KeptOutputs()
         self.pieces = PieceWork()
-        self.layers = LayerWork(self._residency)
+        self.layers = OffloadedExperts(self.weights)
         for unit in cut.blocks:
             self.layers.watch(unit)
         self.chain: Chain | None = None  # once it is known how the model's call goes
-        self.stats = Stats(reader, self._residency, self._activations)
+        self.stats = Stats(reader, self.weights, self.hidden)
 
     def see(self) -> None:
         """The model's call is known now (`seams.probe`)."""
@@ -108,12 +108,12 @@ class Engine:
         first = args[0] if args else None
         tokens = first.size // first.shape[-1] if isinstance(first, mx.array) and first.ndim == 3 else None
         seed = self._next_seed(unit, tokens)
-        return self._call_traced(unit, inner, args, kwargs, seed, lambda: self._residency.in_place(unit))
+        return self._call_traced(unit, inner, args, kwargs, seed, lambda: self.weights.in_place(unit))
 
     def on_matmul(self, unit: Unit, inner: Callable, args: tuple, kwargs: dict) -> Any:
         if self._part is not None:
             return self._part.on_matmul(unit, inner, args, kwargs)
-        return self._call_traced(unit, inner, args, kwargs, 0, lambda: self._residency.head_in_place([unit]))
+        return self._call_traced(unit, inner, args, kwargs, 0, lambda: self.weights.head_in_place([unit]))
 
     def on_rows(self, unit: Unit, inner: Callable, args: tuple, kwargs: dict) -> Any:
         if self._part is not None:
@@ -139,11 +139,11 @@ class Engine:
                 mx.eval(output)
                 return output
 
-        return self._residency.look_up(unit, rows.tolist(), job)
+        return self.weights.look_up(unit, rows.tolist(), job)
 
     def _multiply(self, unit: Unit, inner: Callable, args: tuple, kwargs: dict) -> Any:
         """What a large layer before the blocks puts out."""
-        return self._residency.with_params(unit.params, lambda: inner(*args, **kwargs))
+        return self.weights.with_params(unit.params, lambda: inner(*args, **kwargs))
 
     @contextmanager
     def running_part(self, part: Any) -> Iterator[Any]:
@@ -177,8 +177,8 @@ class Engine:
 
             def in_its_place():
                 direction = BACKWARD if backward else FORWARD
-                with in_place(), self._residency.computing(unit.name, self.kind_of(unit), direction, 0):
-                    if self.layers.are_apart:
+                with in_place(), self.weights.computing(unit.name, self.kind_of(unit), direction, 0):
+                    if self.layers.are_offloaded:
                         self.layers.begin(backward)
                     return job()
 
@@ -228,10 +228,10 @@ class Engine:
         visits = list(itertools.zip_longest(order, lent, fillvalue=0))
         forward = visits[min((batch.first for batch in batches), default=0) :]
         of_backward = visits[self.chain.lowest_trained :][::-1] if backward else ()
-        apart = self._apart(tokens, len(batches) or 1, backward)
-        self._residency.expect(forward, of_backward, apart)
+        offloaded = self._offloaded(tokens, len(batches) or 1, backward)
+        self.weights.expect(forward, of_backward, offloaded)
 
-    def _apart(self, tokens: int | None = None, passes: int = 1, backward: bool = False) -> dict[int, list[Layer]]:
+    def _offloaded(self, tokens: int | None = None, passes: int = 1, backward: bool = False) -> dict[int, list[Layer]]:
         """The layers that do not come with their blocks, by block.
 
         Args:
@@ -241,15 +241,15 @@ class Engine:
         s = self.schedule
         if s.group_nbytes is None and (backward or tokens is None or not self._routed_to):
             return {}
-        apart = {}
+        offloaded = {}
         for unit in self.cut.blocks:
             layers = self.layers.of(unit)
             if s.group_nbytes is None:
                 layers = [layer for layer in layers if layer in self._routed_to]
                 layers = layers if self._is_routed(layers, tokens, passes) else []
             if layers:
-                apart[unit.index] = layers
-        return apart
+                offloaded[unit.index] = layers
+        return offloaded
 
     def _is_routed(self, layers: Sequence[Layer], tokens: int, passes: int) -> bool:
         """Whether a block comes without these layers of experts, of which only those are read that are needed."""
@@ -286,7 +286,7 @@ class Engine:
             with uncompiled(), self._step_over(batches, gradients=True, measure=measure):
                 if not self.cut.is_chain:
                     losses, gradients = self._traced_step(batches, entries)
-                elif self.schedule.tail == len(self.cut.order):
+                elif self.schedule.in_memory:
                     losses, gradients = step.loss_and_grads_in_memory(*self._loops(batches), self._boundary)
                 else:
                     chain, *rest, head_tokens = self._loops(batches)
@@ -320,7 +320,7 @@ class Engine:
     def _loops(self, batches: Sequence[Passenger]) -> tuple:
         """What the loops of `step` go by."""
         head_tokens = self.head_chunk_tokens or self.schedule.head_tokens
-        return self.chain, batches, self._residency, self._activations, head_tokens
+        return self.chain, batches, self.weights, self.hidden, head_tokens
 
     def _batches(
         self, micro_batches: Sequence[tuple[mx.array, mx.array, bool | str]], together: bool
@@ -352,15 +352,15 @@ class Engine:
         self._settle_arrays()
         self.chain.seed, self.chain.step, self.chain.pieces = self.seed, self.step, self.cuts
         if gradients:
-            self._activations.reserve([batch.tokens.size * self.cut.hidden_nbytes for batch in batches])
+            self.hidden.reserve([batch.tokens.size * self.cut.hidden_nbytes for batch in batches])
         try:
             self._expect(gradients, batches, max(batch.tokens.size for batch in batches))
-            self._residency.measure(self.measurements if measure else None, self.kind_of)
+            self.weights.measure(self.measurements if measure else None, self.kind_of)
             with keeping_random_state():
                 yield
         finally:
-            self._residency.rest()
-            self._activations.clear()
+            self.weights.rest()
+            self.hidden.clear()
             self._warn_of_lost_activations()
 
     def _traced_step(self, batches: Sequence[Passenger], entries) -> tuple[list[mx.array], dict[str, mx.array]]:
@@ -418,32 +418,31 @@ class Engine:
         Raises:
             SlowftError: the disk has no room for them.
         """
-        order = self.cut.order
-        if schedule.tail and (schedule.tail < len(order) or not self.cut.is_chain):
-            raise ValueError("all blocks of a plain chain are one graph with the head, or none")
+        if schedule.in_memory and not self.cut.is_chain:
+            raise ValueError("only the blocks of a chain form one graph with the head")
         self.schedule = schedule
-        tail = [self.cut.blocks[index] for index in dict.fromkeys(order[len(order) - schedule.tail :])]
-        whole = [*tail, *(self.cut.head if schedule.keep_head or tail else ())]
-        self._residency.keep_whole(whole)
+        blocks = [self.cut.blocks[index] for index in dict.fromkeys(self.cut.order)] if schedule.in_memory else []
+        whole = [*blocks, *(self.cut.head if schedule.keep_head or blocks else ())]
+        self.weights.keep_whole(whole)
         self.layers.group_nbytes = schedule.group_nbytes or GROUP_NBYTES
         head = self.cut.head if schedule.head_ahead else ()
         sizes = schedule.slots, schedule.resident_nbytes, schedule.reads_in_flight
-        self._residency.resize(*sizes, self._apart(), head)
+        self.weights.resize(*sizes, self._offloaded(), head)
         for unit in self.cut.blocks:
             if any(schedule.kept):
                 self.kept.watch(unit.module)
             if schedule.mlp_tokens is not None:
                 self.pieces.watch(unit.module)
-        self._activations.spill(schedule.spilled, directory)
+        self.hidden.spill(schedule.spilled, directory)
         if schedule.cache_nbytes is not None:
-            self._residency.reuse = Reuse(schedule)
+            self.weights.reuse = Reuse(schedule)
             limits().keep_freed(schedule.cache_nbytes)
         limits().hold(schedule.active_nbytes)
         limits().wire(schedule.resident_nbytes + sum(unit.compute_nbytes for unit in whole))
 
     def reuse_more(self, nbytes: int) -> None:
         """The last step left so many bytes of its memory (below 0: took more): freed buffers may take them."""
-        self._residency.reuse.raise_by(nbytes)
+        self.weights.reuse.raise_by(nbytes)
 
     @property
     def cuts(self) -> Pieces:
@@ -458,7 +457,7 @@ class Engine:
             ConfigError: the directory cannot be used.
         """
         self.forget_activations()
-        self._stored = Boundary(ActivationCache(directory, limit_nbytes), self.cut, self._residency.reader, model_path)
+        self._stored = Boundary(ActivationCache(directory, limit_nbytes), self.cut, self.weights.reader, model_path)
         self.stats.cache = self._stored.cache
 
     @property
@@ -479,7 +478,7 @@ class Engine:
     def _find_boundary(self, batches: Sequence[Passenger]) -> None:
         """Put in place what is stored of these micro-batches: they begin at the boundary."""
         self._boundary = 0
-        self._activations.watch(None)
+        self.hidden.watch(None)
         chain = self.chain
         if self._stored is None or not batches or any(batch.adapter is not True for batch in batches):
             return
@@ -493,10 +492,10 @@ class Engine:
         keys = self._stored.keys(self._boundary, cuts, [batch.tokens for batch in batches])
         for batch, hidden in zip(batches, self._stored.find(keys)):
             if hidden is not None:
-                self._activations.put((batch.index, self._boundary), hidden, may_spill=self._expects_backward)
+                self.hidden.put((batch.index, self._boundary), hidden, may_spill=self._expects_backward)
                 batch.first = self._boundary
                 self.stats.from_cache += 1
-        self._activations.watch(self._boundary, self._stored.keep)
+        self.hidden.watch(self._boundary, self._stored.keep)
 
     def _warn_of_lost_activations(self) -> None:
         """Say once that activations are no longer stored."""
@@ -521,7 +520,7 @@ class Engine:
 
     def make_resident(self, params: Sequence[Param]) -> None:
         for param in params:
-            param.placeholder = read_whole(self._residency.reader, param.source)
+            param.placeholder = read_whole(self.weights.reader, param.source)
             param.clear()
 
     def compute_magnitudes(self) -> None:
@@ -544,7 +543,7 @@ class Engine:
                     mx.eval(layer.m)
 
                 params = [param for param in unit.params if param.owner is layer.linear]
-                self._residency.with_params(params, job)
+                self.weights.with_params(params, job)
         for name, module in self.model.named_modules():
             if isinstance(module, (DoRALinear, DoRAEmbedding)) and id(module) not in in_blocks:
                 raise ConfigError(f"DoRA cannot be attached to {name}, outside the blocks. Use LoRA there")
@@ -574,10 +573,10 @@ class Engine:
 
     def close(self) -> None:
         self.forget_activations()
-        if self._residency.is_open:
-            self._activations.close()
+        if self.weights.is_open:
+            self.hidden.close()
         if self._compute_thread is not None:
             self._compute_thread.close()
-        self._residency.close()
+        self.weights.close()
         limits().restore()  # below what is in use, MLX would wait at every operation of whatever follows
         limits().give_back()  # buffers of sizes that nobody will ask for

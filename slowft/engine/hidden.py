@@ -19,7 +19,7 @@ Key = tuple[int, int]  # (micro-batch, visit)
 ALIGNMENT = 4096  # of what is written to the file
 
 
-class Activations:
+class HiddenStates:
     """Inputs of blocks, by micro-batch and visit.
 
     Attributes:

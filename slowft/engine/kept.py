@@ -18,7 +18,7 @@ from ..models.seams import intercept
 ADAPTER = ("lora_a", "lora_b")
 
 # Kept, in the order of the calls, by layer.
-Products = dict[str, list[mx.array]]
+LayerOutputs = dict[str, list[mx.array]]
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ class _Watched:
     stays_inside: bool = False
 
 
-class KeptProducts:
+class KeptOutputs:
     """Records and replays the outputs of frozen layers in blocks."""
 
     def __init__(self):
         self._blocks: dict[int, nn.Module] = {}  # by id
-        self._recorded: Products | None = None
-        self._replayed: Products | None = None
+        self._recorded: LayerOutputs | None = None
+        self._replayed: LayerOutputs | None = None
         self._wanted: set[str] | None = None
         self._with_lora = True
         self._inside: mx.array | None = None  # stands for the frozen layer while LoRA around it is differentiated
@@ -62,7 +62,7 @@ class KeptProducts:
                 intercept(layer, "__call__", watched, self._on_call)
 
     @contextmanager
-    def recording(self, names: Sequence[str] | None, with_lora: bool = True) -> Iterator[Products]:
+    def recording(self, names: Sequence[str] | None, with_lora: bool = True) -> Iterator[LayerOutputs]:
         """What the named layers (None: all that are watched) put out goes into the dict this gives.
 
         Args:
@@ -76,7 +76,7 @@ class KeptProducts:
             self._recorded = None
 
     @contextmanager
-    def replaying(self, products: Products | None) -> Iterator[None]:
+    def replaying(self, products: LayerOutputs | None) -> Iterator[None]:
         """What was recorded, with LoRA, stands for its layers."""
         self._replayed = {name: list(arrays) for name, arrays in (products or {}).items()}
         self._with_lora = True

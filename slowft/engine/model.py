@@ -16,12 +16,12 @@ from .. import _mlx_was_imported_first, platform, tracing
 from ..errors import ConfigError, SlowftError, SlowftWarning
 from ..models import adapters, loading, seams
 from ..models.imports import TOKENIZERS_NBYTES
-from ..weights.sources import placeholder
 from ..planning.caching import Caching
 from ..planning.plan import Plan, Planner
 from ..planning.schedule import Schedule
 from ..sizes import parse_nbytes
 from ..weights.reader import Reader
+from ..weights.sources import placeholder
 from .budget import Budget
 from .engine import Engine
 from .stats import Stats
@@ -61,37 +61,37 @@ class StreamedModel(nn.Module):
 
     @property
     def stats(self) -> Stats:
-        return self._engine.stats
+        return self.engine.stats
 
     @property
     def memory(self) -> int | None:
         """The ceiling, in bytes, that steps are planned within; None: there is none."""
-        return self._budget.memory
+        return self.budget.memory
 
     @property
     def seed(self) -> int:
-        return self._engine.seed
+        return self.engine.seed
 
     @seed.setter
     def seed(self, seed: int):
-        self._engine.seed = seed
+        self.engine.seed = seed
 
     @property
     def step(self) -> int:
-        return self._engine.step
+        return self.engine.step
 
     @step.setter
     def step(self, step: int):
-        self._engine.step = step
+        self.engine.step = step
 
     @property
     def head_chunk_tokens(self) -> int | None:
         """The most tokens whose logits may exist at once; None: as many as fit in 64 MB."""
-        return self._engine.head_chunk_tokens
+        return self.engine.head_chunk_tokens
 
     @head_chunk_tokens.setter
     def head_chunk_tokens(self, tokens: int | None):
-        self._engine.head_chunk_tokens = tokens
+        self.engine.head_chunk_tokens = tokens
 
     @property
     def path(self) -> Path:
@@ -106,7 +106,7 @@ class StreamedModel(nn.Module):
     @property
     def tokens_of_last_step(self) -> int:
         """Tokens that counted in the last `loss_and_grads`."""
-        return self._engine.tokens_of_last_step
+        return self.engine.tokens_of_last_step
 
     @property
     def has_adapter(self) -> bool:
@@ -120,13 +120,13 @@ class StreamedModel(nn.Module):
     @property
     def embedding_rows(self) -> int | None:
         """Rows of the token embedding: token ids must be below. None if the model has no embedding table."""
-        rows = self._cut.outside[seams.Use.ROWS]
+        rows = self.engine.cut.outside[seams.Use.ROWS]
         return max((unit.params[0].source.shape[0] for unit in rows), default=None)
 
     @property
     def embedding_nbytes(self) -> int:
         """Bytes on disk of the token embedding."""
-        return sum(unit.nbytes for unit in self._cut.outside[seams.Use.ROWS])
+        return sum(unit.nbytes for unit in self.engine.cut.outside[seams.Use.ROWS])
 
     def add_lora(
         self,
@@ -199,9 +199,9 @@ class StreamedModel(nn.Module):
             ((loss float32 `[]`, ntoks int32 `[]`), gradients as a tree like `trainable_parameters()`).
         """
         micro_batches = _micro_batches(batch, lengths)
-        self._budget.cover(*_shape(micro_batches))
-        result = self._engine.loss_and_grads(micro_batches, measure=self._budget.is_measuring)
-        self._budget.after_step(*_shape(micro_batches))
+        self.budget.cover(*_shape(micro_batches))
+        result = self.engine.loss_and_grads(micro_batches, measure=self.budget.is_measuring)
+        self.budget.after_step(*_shape(micro_batches))
         return result
 
     def loss(self, batch, lengths: mx.array | None = None):
@@ -218,10 +218,10 @@ class StreamedModel(nn.Module):
         """
         passengers = _passengers(batch, lengths)
         for adapter in {passenger.adapter for passenger in passengers} - {True, False}:
-            if adapter not in self._engine.chain.adapters.names:
+            if adapter not in self.engine.chain.adapters.names:
                 raise ConfigError(f"no adapter is named {adapter!r}. Load one with add_adapter")
-        self._budget.cover(*_shape([(passenger.batch, passenger.lengths) for passenger in passengers]))
-        losses = self._engine.losses([(p.batch, p.lengths, p.adapter) for p in passengers])
+        self.budget.cover(*_shape([(passenger.batch, passenger.lengths) for passenger in passengers]))
+        losses = self.engine.losses([(p.batch, p.lengths, p.adapter) for p in passengers])
         return losses[0] if lengths is not None else losses
 
     def add_adapter(self, name: str, path: str | Path) -> None:
@@ -232,19 +232,19 @@ class StreamedModel(nn.Module):
         Raises:
             AdapterError: it is none, or belongs to another model.
         """
-        self._engine.chain.adapters.add(name, Path(path).expanduser())
-        self._engine.adapter_changed()
-        self._budget.measure_anew()
+        self.engine.chain.adapters.add(name, Path(path).expanduser())
+        self.engine.adapter_changed()
+        self.budget.measure_anew()
 
     @property
     def followed_plan(self) -> Plan | None:
         """The plan that steps go by now; None without a ceiling, or before the first step."""
-        return self._budget.plan
+        return self.budget.plan
 
     @property
     def activation_cache(self) -> Path | None:
         """Where the lowest trained block's input is stored between steps; None: nowhere."""
-        cache = self._engine.activation_cache
+        cache = self.engine.activation_cache
         return None if cache is None else cache.directory
 
     def cache_activations(
@@ -269,12 +269,12 @@ class StreamedModel(nn.Module):
         limit = None if max_size is None else parse_nbytes(max_size, "a size to store activations in")
         if (reason := self.why_no_activation_cache()) is not None:
             raise ConfigError(f"--activation-cache {where} has no use here: {reason}")
-        self._engine.store_activations(where, limit, self._skeleton.path)
+        self.engine.store_activations(where, limit, self._skeleton.path)
         return self
 
     def why_no_activation_cache(self) -> str | None:
         """Why this model has no use for `cache_activations`, as its adapter is now; None if it has."""
-        return self._engine.why_no_boundary()
+        return self.engine.why_no_boundary()
 
     def plan_caching(self, plan: Plan, first_steps: float, later_steps: float) -> Caching:
         """What `cache_activations` would save of a run of steps under `plan`, the last that was made.
@@ -287,7 +287,7 @@ class StreamedModel(nn.Module):
         """
         if (reason := self.why_no_activation_cache()) is not None:
             return Caching(reason=reason)
-        later, is_worthwhile = self._budget.caching(plan, first_steps, later_steps)
+        later, is_worthwhile = self.budget.caching(plan, first_steps, later_steps)
         if later_steps <= 0:
             return Caching(reason="there is one epoch only", later=later)
         return Caching(reason=None if is_worthwhile else "it would save no time", later=later)
@@ -300,10 +300,10 @@ class StreamedModel(nn.Module):
         Args:
             measure: what no run has measured on this machine yet is measured now, in about half a second.
         """
-        self._budget.expect_optimizer(optimizer_copies)
+        self.budget.expect_optimizer(optimizer_copies)
         if measure:
-            self._budget.measure_machine()
-        return self._budget.planner(batch_size, tokens, micro_batches)
+            self.budget.measure_machine()
+        return self.budget.planner(batch_size, tokens, micro_batches)
 
     def plan(
         self,
@@ -324,7 +324,7 @@ class StreamedModel(nn.Module):
         Raises:
             ConfigError: the ceiling is too low; names the least that would do. Nothing was read.
         """
-        budget = self._budget
+        budget = self.budget
         budget.expect_optimizer(optimizer_copies)
         nbytes = budget.memory if memory is None else parse_nbytes(memory)
         if follow and nbytes is not None:
@@ -346,7 +346,7 @@ class StreamedModel(nn.Module):
             try:
                 yield
             finally:
-                units = [*self._cut.blocks, *(unit for units in self._cut.outside.values() for unit in units)]
+                units = [*self.engine.cut.blocks, *(unit for units in self.engine.cut.outside.values() for unit in units)]
                 recorder.name_reads(
                     [
                         (e.file, e.offset, e.offset + e.nbytes, unit.name)
@@ -359,7 +359,7 @@ class StreamedModel(nn.Module):
 
     def close(self) -> None:
         """End the threads and close the files. The model cannot be used afterwards."""
-        self._engine.close()
+        self.engine.close()
 
     def save_weights(self, file: str):
         """Refused: the weights are on disk, and placeholders here. See `save_adapter`."""
@@ -373,17 +373,17 @@ class StreamedModel(nn.Module):
 
     def _attach(self, spec: adapters.AdapterSpec, magnitudes: bool, only_to_plan: bool = False) -> None:
         notes = adapters.attach(self, spec)
-        spec, notes_of_hidden = adapters.without_hidden_weights(self, spec, self._engine.look)
+        spec, notes_of_hidden = adapters.without_hidden_weights(self, spec, self.engine.look)
         self._adapter_notes = notes + notes_of_hidden
         if spec.fine_tune_type == "dora" and magnitudes:
-            self._engine.compute_magnitudes()
+            self.engine.compute_magnitudes()
         planned_nbytes = 0
         if only_to_plan:
             trainable = self.trainable_parameters()
             planned_nbytes = sum(array.nbytes for _, array in tree_flatten(trainable)) + TOKENIZERS_NBYTES
             self.update(tree_map(lambda array: placeholder(array.shape, array.dtype), trainable))
         mx.eval(self.trainable_parameters())
-        self._budget.measure_anew(planned_nbytes)
+        self.budget.measure_anew(planned_nbytes)
         self._adapter = spec
         self._adapter_names = frozenset(name for name, _ in tree_flatten(self.trainable_parameters()))
 
@@ -419,8 +419,8 @@ def open_model(
     reader = Reader()
     reader.expect_unchanged({e.file for param in skeleton.params for e in param.source.extents})
     engine = Engine(model, cut, reader)
-    model._skeleton, model._cut, model._engine, model._adapter = skeleton, cut, engine, None
-    model._budget = Budget(engine, memory_nbytes, None if spill_dir is None else Path(spill_dir).expanduser())
+    model._skeleton, model.engine, model._adapter = skeleton, engine, None
+    model.budget = Budget(engine, memory_nbytes, None if spill_dir is None else Path(spill_dir).expanduser())
     try:
         engine.make_resident(cut.resident)
         seams.install(cut, engine.on_block, engine.on_rows, engine.on_matmul)
@@ -431,7 +431,7 @@ def open_model(
         slots = 1 if all(p.source.is_copied for unit in cut.blocks for p in unit.params) else 2
         engine.follow(Schedule(slots, cache_nbytes=int(CACHE_PER_BLOCK * block_nbytes) + CACHE_FLOOR_NBYTES))
         if memory_nbytes is not None:
-            model._budget.check(1, 1, 1)
+            model.budget.check(1, 1, 1)
         if adapter_path is not None:
             model.load_adapter(adapter_path)
     except BaseException:

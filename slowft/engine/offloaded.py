@@ -19,11 +19,11 @@ import numpy as np
 
 from ..models.layers import Layer, expert_layers
 from ..models.seams import Unit, intercept
-from ..weights.sources import placeholder
 from ..planning.experts import GROUP_NBYTES
 from ..weights.groups import Group
 from ..weights.residency import Residency
-from .kept import Products
+from ..weights.sources import placeholder
+from .kept import LayerOutputs
 from .trees import Detached, attach, detach
 
 
@@ -37,7 +37,7 @@ class LayerCall:
     n_routed: int
 
 
-class LayerWork:
+class OffloadedExperts:
     """Answers the calls of layers whose weights are not in place.
 
     Attributes:
@@ -49,7 +49,7 @@ class LayerWork:
         self._residency = residency
         self._layers: dict[Unit, list[Layer]] = {}
         self._order = _Order()
-        self._products: Products = {}
+        self._products: LayerOutputs = {}
         self._recomputed: list[_Recomputed] | None = None
         self._traced: Iterator[_Recomputed] | None = None
         self._noted: dict[Layer, LayerCall] | None = None
@@ -72,13 +72,13 @@ class LayerWork:
         return share if pairs <= n else None
 
     @property
-    def are_apart(self) -> bool:
+    def are_offloaded(self) -> bool:
         """Whether the block in place lacks some of its layers."""
-        return bool(self._residency.apart)
+        return bool(self._residency.offloaded)
 
     def begin(self, backward: bool) -> None:
         """A pass through the block in place begins, in which the order of the layers' calls is learnt or known."""
-        self._order.begin((tuple(layer.name for layer in self._residency.apart), backward))
+        self._order.begin((tuple(layer.name for layer in self._residency.offloaded), backward))
 
     @contextmanager
     def noting(self) -> Iterator[dict[Layer, LayerCall]]:
@@ -90,7 +90,7 @@ class LayerWork:
             self._noted = noted
 
     @contextmanager
-    def replaying(self, products: Products) -> Iterator[None]:
+    def replaying(self, products: LayerOutputs) -> Iterator[None]:
         """While this is entered, these outputs kept from the forward pass need not be computed again."""
         self._products = products
         try:
@@ -99,7 +99,7 @@ class LayerWork:
             self._products = {}
 
     def gradients(self, recompute: Callable[[], Any], differentiate: Callable[[], list[mx.array]]) -> list[mx.array]:
-        """What `differentiate` returns, unevaluated, some of the block's layers being apart.
+        """What `differentiate` returns, unevaluated, some of the block's layers being offloaded.
 
         Args:
             recompute: calls the block on arrays that are not traced.
@@ -136,7 +136,7 @@ class LayerWork:
         if "indices" in kwargs:
             kwargs = dict(kwargs)
             args = (args[0], kwargs.pop("indices"), *args[1:])
-        if layer not in self._residency.apart:
+        if layer not in self._residency.offloaded:
             output = inner(*args, **kwargs)
             if self._noted is not None:
                 self._noted[layer] = LayerCall(layer, args[0].nbytes, output.nbytes, args[1].size)
@@ -171,7 +171,7 @@ class LayerWork:
         if (following := self._order.following()) is None:
             return None
         name, backward = following
-        layer = next(layer for layer in self._residency.apart if layer.name == name)
+        layer = next(layer for layer in self._residency.offloaded if layer.name == name)
         groups = self._groups(layer, self._order.entries[self._order.entries < layer.n], backward)
         return groups[0] if groups else None
 

@@ -11,7 +11,7 @@ import mlx.core as mx
 from mlx.utils import tree_map
 
 from ..models.calls import Arguments
-from ..models.seams import Cut, Unit
+from ..models.seams import CutModel, Unit
 
 
 class EmbedPart:
@@ -24,7 +24,7 @@ class EmbedPart:
         calls: the blocks' arguments, by visit. The hidden state is the first array of each.
     """
 
-    def __init__(self, cut: Cut, look_up: Callable, multiply: Callable):
+    def __init__(self, cut: CutModel, look_up: Callable, multiply: Callable):
         self._cut, self._multiply = cut, multiply
         self.on_rows = look_up
         self.calls: list[Arguments] = []
@@ -42,7 +42,7 @@ class EmbedPart:
 class HeadPart:
     """Computes what follows the last block, which hands over `hidden`."""
 
-    def __init__(self, cut: Cut, hidden: mx.array):
+    def __init__(self, cut: CutModel, hidden: mx.array):
         self._last, self._visits, self._hidden = len(cut.order) - 1, -1, hidden
 
     def on_block(self, unit: Unit, inner: Callable, args: tuple, kwargs: dict) -> Any:

@@ -14,8 +14,8 @@ import mlx.core as mx
 from ..planning.measure import BACKWARD, FORWARD, GRAPH, HEAD
 from ..planning.schedule import Schedule
 from ..weights.residency import Residency
-from .hidden import Activations
 from .chain import Chain, Kept, Passenger
+from .hidden import HiddenStates
 
 
 class Gradients:
@@ -36,7 +36,7 @@ def loss_and_grads(
     chain: Chain,
     batches: Sequence[Passenger],
     weights: Residency,
-    hidden: Activations,
+    hidden: HiddenStates,
     schedule: Schedule,
     head_tokens: int | None,
 ) -> tuple[list[mx.array], dict[str, mx.array]]:
@@ -99,7 +99,7 @@ def loss_and_grads(
 
 
 def losses(
-    chain: Chain, batches: Sequence[Passenger], weights: Residency, hidden: Activations, head_tokens: int | None
+    chain: Chain, batches: Sequence[Passenger], weights: Residency, hidden: HiddenStates, head_tokens: int | None
 ) -> list[mx.array]:
     """Loss of each micro-batch, with the adapter that it asks for. Each block is read once for all of them."""
     found: list[mx.array] = []
@@ -123,7 +123,7 @@ def loss_and_grads_in_memory(
     chain: Chain,
     batches: Sequence[Passenger],
     weights: Residency,
-    hidden: Activations,
+    hidden: HiddenStates,
     head_tokens: int | None,
     first: int,
 ) -> tuple[list[mx.array], dict[str, mx.array]]:
@@ -156,7 +156,7 @@ def loss_and_grads_in_memory(
     return losses, gradients.by_name
 
 
-def embed(chain: Chain, batches: Sequence[Passenger], hidden: Activations, training: bool) -> None:
+def embed(chain: Chain, batches: Sequence[Passenger], hidden: HiddenStates, training: bool) -> None:
     """The first block's input, of the micro-batches that begin there; and what all blocks are called with."""
     for batch in batches:
         first = chain.embed(batch, training)

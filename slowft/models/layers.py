@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import mlx.nn as nn
 
-from .seams import Unit
 from ..weights.sources import Param
+from .seams import Unit
 
 MATRIX = ("weight", "scales", "biases")  # what of a layer comes in groups; the rest is small
 

@@ -17,8 +17,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ..errors import ModelError, NeedsPreparing
 from ..convert import verify as manifest
+from ..errors import ModelError, NeedsPreparing
 from ..weights.extents import Extent, index_model
 from ..weights.sources import Packed, Param, Plain, Source, locate, placeholder
 

@@ -1,6 +1,6 @@
 """Where a model is cut: its blocks, its embedding tables, its large layers outside the blocks.
 
-Comes in: a model without weights. Goes out: a `Cut`: units whose weights can come and go, each intercepted
+Comes in: a model without weights. Goes out: a `CutModel`: units whose weights can come and go, each intercepted
 so that calling it reaches a handler, and what the model's own `__call__` does with them, found by running
 it on dummy values. A model that cannot be cut is refused here with its reason. Never reads weights.
 """
@@ -17,8 +17,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
 from ..errors import ModelError, SlowftError
-from .calls import Arguments, is_carrier
 from ..weights.sources import Param, locate
+from .calls import Arguments, is_carrier
 
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 
@@ -90,7 +90,7 @@ class Use(Enum):
 
 
 @dataclass
-class Cut:
+class CutModel:
     """A model taken apart.
 
     Attributes:
@@ -144,7 +144,7 @@ def intercept(module: nn.Module, method: str, unit: Any, handler: Callable) -> N
     module.__class__ = type(cls.__name__, (cls,), {method: call, "__module__": cls.__module__, "__doc__": cls.__doc__})
 
 
-def find_units(model: nn.Module, params: list[Param]) -> Cut:
+def find_units(model: nn.Module, params: list[Param]) -> CutModel:
     """Sort the parameters into blocks, large outside layers, and the resident rest.
 
     Raises:
@@ -180,7 +180,7 @@ def find_units(model: nn.Module, params: list[Param]) -> Cut:
         elif isinstance(module, (nn.Linear, nn.QuantizedLinear)):
             outside[Use.MATMUL].append(Unit(name, len(blocks), module, by_owner.pop(id(module))))
     resident = [p for owned in by_owner.values() for p in owned]
-    return Cut(blocks, outside, resident)
+    return CutModel(blocks, outside, resident)
 
 
 TOKENS = [[0, 1, 2, 3, 0], [1, 0, 3, 2, 1]]  # what a model is tried on
@@ -238,7 +238,7 @@ def _intercepted(modules: list[nn.Module], handler: Handler) -> Iterator[None]:
             module.__class__ = cls
 
 
-def install(cut: Cut, on_block: Handler, on_rows: Handler, on_matmul: Handler) -> None:
+def install(cut: CutModel, on_block: Handler, on_rows: Handler, on_matmul: Handler) -> None:
     """Intercept every unit's calls."""
 
     def on_guarded_block(unit: Unit, inner: Callable, args: tuple, kwargs: dict) -> Any:
@@ -262,7 +262,7 @@ class Probe:
     The units' real methods are called for their output shapes only: MLX infers shapes without evaluating.
     """
 
-    def __init__(self, cut: Cut, fill: float, last_visit: int | None = None):
+    def __init__(self, cut: CutModel, fill: float, last_visit: int | None = None):
         self.visits: list[int] = []
         self.called: set[int] = set()  # ids of the outside units' modules, by use
         self.plain = True
@@ -350,9 +350,9 @@ class Probe:
 
 
 def probe(
-    model: nn.Module, cut: Cut, run_part: Callable[[Probe], mx.array], make_resident: Callable[[list[Param]], None]
+    model: nn.Module, cut: CutModel, run_part: Callable[[Probe], mx.array], make_resident: Callable[[list[Param]], None]
 ):
-    """Fill in what `Cut` says about the model's own `__call__`, and refuse what cannot be streamed.
+    """Fill in what `CutModel` says about the model's own `__call__`, and refuse what cannot be streamed.
 
     Args:
         run_part: calls the model on a few tokens with its units answered by the probe, and returns the logits.

@@ -34,8 +34,8 @@ def from_boundary(planner: Planner, plan: Plan) -> Plan | None:
     if not job.is_chain or not 0 < n < len(job.visits):
         return None
     above = replace(job, visits=job.visits[n:], rows_nbytes=0)
-    kept, spilled, tail = s.kept[n:], max(s.spilled - n, 0), min(s.tail, len(above.visits))
-    later = planner.predict(above, replace(s, kept=kept, spilled=spilled, tail=tail, lent_nbytes=s.lent_nbytes[n:]))
+    kept, spilled = s.kept[n:], max(s.spilled - n, 0)
+    later = planner.predict(above, replace(s, kept=kept, spilled=spilled, lent_nbytes=s.lent_nbytes[n:]))
     stored = job.hidden_nbytes * job.micro_batches
     loading_s = _loading_s(planner, stored)
     return replace(

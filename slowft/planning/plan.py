@@ -83,7 +83,7 @@ class Plan:
     @property
     def is_ordinary(self) -> bool:
         """Whether everything stays in memory, as in ordinary training."""
-        return self.schedule.tail == len(self.job.visits)
+        return self.schedule.in_memory
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,7 @@ class Planner:
         """Ordinary training, if there is room for it."""
         if not job.is_chain or job.chunking.mlp_tokens is not None or least.group_nbytes is not None:
             return None
-        schedule = replace(least, tail=len(job.visits), keep_head=True, spilled=0)
+        schedule = replace(least, in_memory=True, keep_head=True, spilled=0)
         peak = self._peak(job, schedule, self._taught)
         if peak > limit:
             return None
@@ -400,7 +400,7 @@ class Planner:
 
     def _phases(self, job: Job, s: Schedule, figures: Experience):
         """(what is in memory all the time, (head, forward passes, backward passes or None, optimizer) as phases)."""
-        m, n, hidden = job.micro_batches, len(job.visits) - s.tail, job.hidden_nbytes
+        m, n, hidden = job.micro_batches, 0 if s.in_memory else len(job.visits), job.hidden_nbytes
         streamed = [_streamed_nbytes(visit, s) for visit in _streamed(job, s)]
         sizes = streamed + ([job.head_stored_nbytes] if s.head_ahead else [])
         slots = s.slots * max(sizes, default=0)
@@ -408,7 +408,7 @@ class Planner:
         fixed = {
             "process": self._base,
             "optimizer": job.optimizer_nbytes,
-            "all blocks": sum(visit.compute_nbytes for visit in job.blocks) if s.tail else 0,
+            "all blocks": sum(visit.compute_nbytes for visit in job.blocks) if s.in_memory else 0,
             "head": job.head_compute_nbytes if s.keep_head else 0,
             "block buffers": slots,
             "resident blocks": min(s.resident_nbytes, max(0, sum(sizes) - slots)),
@@ -419,7 +419,7 @@ class Planner:
         cache = s.cache_nbytes or 0
         made = job.trainable_nbytes + job.optimizer_nbytes  # anew, before the old ones are freed
         optimizer = _Phase({"computing": made, "gradients": job.trainable_nbytes, "freed buffers": cache})
-        if s.tail:
+        if s.in_memory:
             graph = self._graph(job, s, figures) + 2 * hidden
             return fixed, (_Phase({"computing": graph, "freed buffers": cache}), [], [], optimizer)
         # of spilled inputs, those of one visit are in memory, those being written, and the one read ahead
@@ -469,7 +469,7 @@ class Planner:
         return max(*passes, job.trainable_nbytes + job.optimizer_nbytes)
 
     def _head(self, job: Job, s: Schedule, figures: Experience) -> int:
-        if s.tail:
+        if s.in_memory:
             return self._graph(job, s, figures)
         return figures.nbytes(job, HEAD, FORWARD, head_nbytes(job, s.head_tokens))
 
@@ -514,7 +514,7 @@ class Planner:
     def _works(self, job: Job, s: Schedule) -> list[Work]:
         """What is done at each visit to a block, at the head (with all blocks in ordinary training), and back."""
         m, hidden = job.micro_batches, job.hidden_nbytes
-        if s.tail:
+        if s.in_memory:
             flops = job.head_flops + sum(v.graph_flops if v.comes_back else v.forward_flops for v in job.visits)
             seconds = m * flops / self._flops_per_s(job, GRAPH, FORWARD)
             return [Work(seconds, seconds)]
@@ -568,7 +568,7 @@ def _first_kept(job: Job) -> int:
 
 def _streamed(job: Job, s: Schedule) -> list[Visit]:
     """One visit of each block that comes and goes."""
-    return [] if s.tail else job.blocks
+    return [] if s.in_memory else job.blocks
 
 
 def _streamed_nbytes(visit: Visit, s: Schedule) -> int:

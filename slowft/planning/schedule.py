@@ -14,9 +14,9 @@ class Schedule:
         slots: buffers for blocks on their way. With 2 the next block is read while the present one computes; with 1
             too where bytes are cast on arrival, which leaves the buffer to the next block; else it waits.
         resident_nbytes: of blocks as they lie on disk, kept between visits beyond the slots.
-        lent_nbytes: for each visit to a block below the tail, there and back, and for its neighbour where that is the
-            head or the optimizer: of blocks kept beyond those, in the room that later visits' products will take.
-        tail: the last visits to blocks that form one graph with the head, their weights in memory for good.
+        lent_nbytes: for each visit to a block, there and back, and for its neighbour where that is the head or the
+            optimizer: of blocks that are temporarily resident beyond those, in the room that outputs will take.
+        in_memory: all weights stay in memory, and all blocks form one graph with the head: ordinary training.
         keep_head: the head's layers stay in memory.
         head_ahead: they are read ahead like one more block, through the same buffers; else in pieces when used.
         kept: for each visit to a block, the frozen layers (names within the block) whose outputs are kept from the
@@ -38,14 +38,14 @@ class Schedule:
         total_nbytes: of arrays and of freed buffers together: what arrays leave of it, while a block or the head is
             computed, MLX may keep for reuse beyond `cache_nbytes`.
         workspace_nbytes: of arrays that computing a block, or an optimizer's update, makes at most.
-        head_workspace_nbytes: the same of the head and its tail, its weights included where they do not stay.
+        head_workspace_nbytes: the same of the head (with all blocks, if in memory), its weights included where they do not stay.
         head_reuses_blocks: these take up what blocks freed, rather than asking for other sizes.
     """
 
     slots: int = 2
     resident_nbytes: int = 0
     lent_nbytes: tuple[int, ...] = ()
-    tail: int = 0
+    in_memory: bool = False
     keep_head: bool = False
     head_ahead: bool = False
     kept: tuple[tuple[str, ...], ...] = ()

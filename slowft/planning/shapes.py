@@ -25,7 +25,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..models.calls import Arguments
-from ..models.seams import FLOATS, Cut, Probe, Unit, Use, inner_call, trainable_entries
+from ..models.seams import FLOATS, CutModel, Probe, Unit, Use, inner_call, trainable_entries
 from ..weights.sources import Plain, placeholder
 from .job import Chunking, Job, KeepableOutput, LayerCost, Visit
 
@@ -196,7 +196,7 @@ class Shapes:
 
     def __init__(self, engine: Any):
         self._engine, self._model = engine, engine.model
-        self._cut: Cut = engine.cut
+        self._cut: CutModel = engine.cut
         self._trained = {unit.index: unit.trainable() for unit in self._cut.blocks}
         in_blocks = {(id(owner), key) for entries in self._trained.values() for _, owner, key in entries}
         self._trains_outside = any((id(o), k) not in in_blocks for _, o, k in trainable_entries(self._model))

@@ -142,11 +142,11 @@ class BlockCache:
 
     def _shrink(self) -> None:
         """Give memory back to the system if the capacity was lowered: free buffers first, then what is used last."""
-        if self._held() <= self._capacity_at(0):
+        if self.held_nbytes() <= self._capacity_at(0):
             return
         next_use = self._next_use()
         with limits().freeing_to_the_system():
-            while self._held() > self._capacity_at(0) and (self._free or self._unpinned()):
+            while self.held_nbytes() > self._capacity_at(0) and (self._free or self._unpinned()):
                 if self._free:
                     self._free.pop()
                 else:
@@ -155,7 +155,7 @@ class BlockCache:
     def _read_ahead(self) -> None:
         """Have the reader read what is missing soonest, and one thing more, where that costs no other read."""
         while sum(not resident.read.done() for resident in self._residents.values()) < READS_AHEAD:
-            if self._held() > self._capacity_at(0):
+            if self.held_nbytes() > self._capacity_at(0):
                 return  # until `release`
             item = next((item for item in self._upcoming if item not in self._residents), None)
             if item is None:
@@ -211,7 +211,7 @@ class BlockCache:
             buffer = min(fitting, key=lambda b: b.nbytes)
             self._free = [b for b in self._free if b is not buffer]
             return buffer
-        while self._free and self._held() + nbytes > self._capacity_at(0):  # all too small
+        while self._free and self.held_nbytes() + nbytes > self._capacity_at(0):  # all too small
             self._free.pop(0)
         return read_buffer(nbytes)
 
@@ -225,7 +225,7 @@ class BlockCache:
     def _unpinned(self) -> list[int]:
         return [i for i, r in self._residents.items() if not r.pinned]
 
-    def _held(self) -> int:
+    def held_nbytes(self) -> int:
         return sum(b.nbytes for b in self._free) + sum(r.buffer.nbytes for r in self._residents.values())
 
     def _next_use(self) -> dict[int, int]:

@@ -12,10 +12,10 @@ import mlx.core as mx
 import numpy as np
 
 from ..models.layers import Layer
-from .sources import ALIGNMENT
 from ..platform import DIRECT_ALIGNMENT
 from .buffers import lies_as_in_file, read_buffer
 from .reader import ByteRange, Reader
+from .sources import ALIGNMENT
 
 
 @dataclass(frozen=True)

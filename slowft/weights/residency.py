@@ -17,17 +17,17 @@ from ..errors import SlowftError
 from ..memory import limits
 from ..models.layers import Layer
 from ..models.seams import Unit
-from .sources import Layout, Param, Source, casting_streams, read_rows, read_whole
 from ..planning.measure import ARRIVAL, Measurements
 from ..planning.schedule import Schedule
 from .cache import BlockCache
-from .reader import Reader
 from .groups import Group, GroupReader
+from .reader import Reader
 from .reuse import Reuse
+from .sources import Layout, Param, Source, casting_streams, read_rows, read_whole
 from .threads import Worker
 
 # Which layers do not come with their block, by its index.
-Apart = Mapping[int, Sequence[Layer]]
+Offloaded = Mapping[int, Sequence[Layer]]
 # (a block's index, bytes of blocks that may be in memory then beyond what `Residency.resize` was told).
 Visit = tuple[int, int]
 
@@ -37,21 +37,21 @@ class Residency:
 
     Attributes:
         compute_s: seconds spent computing, casting included, waiting for reads left out.
-        apart: layers of the block in place whose weights are not there, but come by `with_groups`.
+        offloaded: layers of the block in place whose weights are not there, but come by `with_groups`.
     """
 
     def __init__(self, blocks: Sequence[Unit], reader: Reader):
         self.reader = reader
         self._blocks = list(blocks)
         self._layouts = [Layout(unit.params) for unit in blocks]  # of the cache's items: first the whole blocks
-        self._items: dict[tuple, int] = {}  # (block, names of the layers apart) -> item
+        self._items: dict[tuple, int] = {}  # (block, names of the layers offloaded) -> item
         self._head: list[Unit] = []  # outside layers that are read ahead, together, like one more block
         self._head_item: int | None = None
-        self._expects_apart: Apart = {}
-        self.apart: Collection[Layer] = ()
-        self._cache = BlockCache(reader, [layout.ranges for layout in self._layouts])
+        self._expects_offloaded: Offloaded = {}
+        self.offloaded: Collection[Layer] = ()
+        self.cache = BlockCache(reader, [layout.ranges for layout in self._layouts])
         # what alignment adds to items in buffers, of which a plan does not know: a few KB each
-        self._padding_nbytes = max(0, self._cache.largest_capacity - sum(unit.nbytes for unit in blocks))
+        self._padding_nbytes = max(0, self.cache.largest_capacity - sum(unit.nbytes for unit in blocks))
         # Of its own: on a thread that traces, everything evaluated would keep its graph, and with it the weights.
         self._layer_thread = Worker("slowft-layers")
         self._groups = GroupReader(reader)
@@ -69,22 +69,22 @@ class Residency:
         self.compute_s = 0.0
         self.reuse = Reuse(Schedule(cache_nbytes=limits().found_cache_nbytes))
 
-    def expect(self, forward: Iterable[Visit], backward: Iterable[Visit] = (), apart: Apart | None = None) -> None:
+    def expect(self, forward: Iterable[Visit], backward: Iterable[Visit] = (), offloaded: Offloaded | None = None) -> None:
         """From now on blocks are visited in this order, and the head between the two, again and again.
 
         Args:
-            apart: layers without which blocks come.
+            offloaded: layers without which blocks come.
         """
         forward, backward = list(forward), list(backward)
-        if self._expects_apart and not apart:
+        if self._expects_offloaded and not offloaded:
             self._layer_thread.run(self._groups.clear)
         self._is_below_head = True
         self._last_block = next((i for i, _ in reversed(forward) if self._blocks[i] not in self._whole), None)
         in_memory = {unit.index for unit in self._whole}
-        if apart:  # blocks that are in memory with all their layers need no part of them read
-            in_memory_as_read = {unit.index for unit in self._blocks if self._cache.holds(unit.index)}
-            apart = {i: layers for i, layers in apart.items() if i not in in_memory | in_memory_as_read}
-        self._expects_apart = apart or {}
+        if offloaded:  # blocks that are in memory with all their layers need no part of them read
+            in_memory_as_read = {unit.index for unit in self._blocks if self.cache.holds(unit.index)}
+            offloaded = {i: layers for i, layers in offloaded.items() if i not in in_memory | in_memory_as_read}
+        self._expects_offloaded = offloaded or {}
         there, back = ([(self._item(i), lent) for i, lent in way if i not in in_memory] for way in (forward, backward))
         head = [(self._head_item, there[-1][1] if there else 0)] if self._head else []
         visits = [*there, *head, *back]
@@ -105,23 +105,23 @@ class Residency:
         slots: int,
         resident_nbytes: int,
         reads_in_flight: int,
-        apart: Apart | None = None,
+        offloaded: Offloaded | None = None,
         head: Sequence[Unit] = (),
     ) -> None:
         """Stream blocks through `slots` buffers, and keep `resident_nbytes` more of them between visits.
 
         Args:
-            apart: layers without which the blocks have to fit their buffers.
+            offloaded: layers without which the blocks have to fit their buffers.
             head: layers outside the blocks that are read ahead as a block is; the others are read when they are used.
         """
         self.reader.reads_in_flight = reads_in_flight
-        self._expects_apart = apart or {}
+        self._expects_offloaded = offloaded or {}
         self._head = list(head)
         items = [self._item(unit.index) for unit in self._blocks]
-        self._cache.slots = slots
-        self._cache.use(items + ([self._find_head_item()] if head else []))
-        self._cache.capacity = self._cache.least_capacity + resident_nbytes + self._padding_nbytes
-        self._cache.trim()
+        self.cache.slots = slots
+        self.cache.use(items + ([self._find_head_item()] if head else []))
+        self.cache.capacity = self.cache.least_capacity + resident_nbytes + self._padding_nbytes
+        self.cache.trim()
 
     @contextmanager
     def in_place(self, unit: Unit) -> Iterator[None]:
@@ -134,9 +134,9 @@ class Residency:
         with self._timed():
             item = self._item(unit.index)
             layout = self._layouts[item]
-            if not self._cache.is_read(item) or (self._pass_before and self._pass_before[0] == item):
+            if not self.cache.is_read(item) or (self._pass_before and self._pass_before[0] == item):
                 self._finish_pass_before()  # the drive waits for nobody: it goes on with that block's buffer
-            buffer = self._cache.take(item, *self._upcoming(item))
+            buffer = self.cache.take(item, *self._upcoming(item))
             try:
                 with tracing.span("cast", unit.name, bytes=layout.compute_nbytes):
                     arrays = layout.fill(buffer, self.streams)
@@ -148,12 +148,12 @@ class Residency:
                         self._measurements.note(self._kind_of(unit), ARRIVAL, time.perf_counter() - begin)
                 # what was cast or dequantized no longer needs the bytes it came from
                 if layout.is_copied:
-                    self._cache.release(item)
+                    self.cache.release(item)
                 del buffer, arrays
-                self.apart = self._expects_apart.get(unit.index, ())
+                self.offloaded = self._expects_offloaded.get(unit.index, ())
                 yield
             finally:
-                self.apart = ()
+                self.offloaded = ()
                 # The next block's weights take these buffers: fresh pages cost ten times the cast (0.137 against
                 # 0.015 s for 176 MB).
                 if self._is_below_head and unit.index == self._last_block:
@@ -235,7 +235,7 @@ class Residency:
                     param.clear()
             self._outside.clear()
             if self._head:
-                self._cache.release(self._head_item)
+                self.cache.release(self._head_item)
 
     @contextmanager
     def everything_in_place(self) -> Iterator[None]:
@@ -272,7 +272,7 @@ class Residency:
 
     def _runs_ahead_of(self, layout: Layout) -> bool:
         """Whether the next block may be brought while this one is still computed: on a GPU, beside its buffer."""
-        return self._is_gpu and (layout.is_copied or self._cache.slots > 1)
+        return self._is_gpu and (layout.is_copied or self.cache.slots > 1)
 
     def _finish_pass_before(self) -> None:
         """Wait for what was handed over while the last block was in place; its buffer may then take another."""
@@ -280,7 +280,7 @@ class Residency:
             item, results = self._pass_before
             self._pass_before = None
             mx.eval(results)
-            self._cache.release(item)
+            self.cache.release(item)
 
     def bring(self, unit: Unit) -> None:
         """Put the weights of a layer outside the blocks in place (once), until the jobs under way are done."""
@@ -301,13 +301,13 @@ class Residency:
     def _bring_head(self) -> None:
         item = self._head_item
         self._outside += self._head
-        buffer = self._cache.take(item, *self._upcoming(item))
+        buffer = self.cache.take(item, *self._upcoming(item))
         with tracing.span("cast", self._head[0].name, bytes=sum(unit.compute_nbytes for unit in self._head)):
             mx.eval(self._layouts[item].fill(buffer, self.streams))
         for unit in self._head:
             unit.restore_constants()
         if all(p.source.is_copied for unit in self._head for p in unit.params):
-            self._cache.release(item)  # the first block of the backward pass is read while the head computes
+            self.cache.release(item)  # the first block of the backward pass is read while the head computes
 
     def look_up(self, unit: Unit, rows: list[int], job: Callable[[], Any]) -> Any:
         """`job()` while the unit's parameters hold only these entries (sorted, distinct) of their first axis."""
@@ -349,7 +349,7 @@ class Residency:
             return
         self._pass_before = None
         self._whole.clear()
-        self._cache.clear()
+        self.cache.clear()
         self._layer_thread.run(self._groups.clear)
         self._layer_thread.close()
         self.reader.close()
@@ -366,15 +366,15 @@ class Residency:
 
     def _item(self, index: int) -> int:
         """Which of the cache's items is this block as it is to come now."""
-        apart = self._expects_apart.get(index, ())
-        if not apart:
+        offloaded = self._expects_offloaded.get(index, ())
+        if not offloaded:
             return index
-        key = index, tuple(layer.name for layer in apart)
+        key = index, tuple(layer.name for layer in offloaded)
         if key not in self._items:
-            without = {id(param) for layer in apart for param in layer.params}
+            without = {id(param) for layer in offloaded for param in layer.params}
             layout = Layout([param for param in self._blocks[index].params if id(param) not in without])
             self._layouts.append(layout)
-            self._items[key] = self._cache.add(layout.ranges)
+            self._items[key] = self.cache.add(layout.ranges)
         return self._items[key]
 
     def _find_head_item(self) -> int:
@@ -382,8 +382,8 @@ class Residency:
         if self._head_item is None:
             layout = Layout([param for unit in self._head for param in unit.params])
             self._layouts.append(layout)
-            self._head_item = self._cache.add(layout.ranges)
-            self._padding_nbytes += max(0, self._cache.nbytes[self._head_item] - sum(u.nbytes for u in self._head))
+            self._head_item = self.cache.add(layout.ranges)
+            self._padding_nbytes += max(0, self.cache.nbytes[self._head_item] - sum(u.nbytes for u in self._head))
         return self._head_item
 
     def _upcoming(self, item: int) -> tuple[Iterable[int], Iterable[int]]:

@@ -49,7 +49,7 @@ class Reuse:
             self._total = max(self._schedule.total_nbytes, self._total + nbytes)
 
     def begin_graph(self, kind: Hashable) -> None:
-        """The head and its tail are computed next; those of one kind ask for the same buffers."""
+        """All blocks and the head are computed next, as one graph; those of one kind ask for the same buffers."""
         if not self._schedule.keep_buffers:
             return
         if kind != self._graph:

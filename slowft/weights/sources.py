@@ -13,10 +13,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .. import platform
+from . import quantized
 from .buffers import lies_as_in_file, read_buffer, shift
 from .extents import Extent
 from .reader import ByteRange, Reader
-from . import quantized
 
 ALIGNMENT = 64  # of every tensor in a buffer: a cache line, and enough for any dtype on a GPU
 PIECE_NBYTES = 8 << 20  # of a large tensor, read and cast at a time when it goes to memory row by row
