@@ -45,8 +45,8 @@ MAC = Machine(
 PAGE = """# Large models on Macs: predictions
 
 **Predicted, not measured.** No Mac was at hand. The speeds are assumptions, about those of a base M-series chip and
-the same for every size of memory: blocks reach {share:.0%} of {flops:g} TFLOP/s in 16-bit products, {read:g} GB/s are read
-from the SSD, {written:g} GB/s written to it.
+the same for every size of memory: blocks reach {share:.0%} of {flops:g} TFLOP/s in 16-bit products, {read:g} GB/s are
+read from the SSD, {written:g} GB/s written to it.
 
 The job: one sequence of {tokens:,} tokens a step, LoRA of rank {rank} on the last {layers} blocks, Adam, in the
 model's own dtype (`--compute-dtype native`, the default on a Mac). `--memory` is about two thirds of the Mac's
@@ -54,8 +54,8 @@ memory. Of each plan: its predicted peak, bytes read from the SSD a step, second
 
 {table}
 
-Bytes read are exact. Memory is an upper bound by arithmetic on the shapes of layers, which is up to twice what computing
-a block takes, and includes what the process takes on the Linux machine where this page was made. Seconds are floating
+Bytes read are exact. Memory is an upper bound by arithmetic on the shapes of layers, which is up to twice what
+computing a block takes, and includes what the process takes on the Linux machine where this page was made. Seconds are floating
 point operations and bytes over the speeds above; a quantized weight is taken to multiply as fast as one of 16 bits.
 A run measures its first step and then keeps more than this where memory turns out to be left. Where two blocks do not
 fit, a block is not read while another one computes, so the seconds of both add up. Where it says *reading*,
@@ -105,7 +105,7 @@ def predict(config_file: Path) -> list[str]:
     with outline_of_config(config_file) as directory:
         model = open_model(directory, compute_dtype="native")
         try:
-            model.add_lora(LAYERS, rank=RANK, only_to_plan=True)
+            model.expect_lora(LAYERS, rank=RANK)
             planner = model.budget.planner(1, TOKENS, 1, machine=MAC)
             least = f"does not fit: at least {planner.least().peak_nbytes / 1e9:.1f} GB"
             plans = [planner.choose(int(budget * 1e9)) for budget in MEMORY.values()]

@@ -1,39 +1,58 @@
 """slowft: fine-tune language models larger than memory, weights streamed from the SSD block by block.
 
-Importing this package loads OpenBLAS on Linux, which has to happen before MLX is imported, and nothing
-else: the names below are imported on first use.
+Importing this package loads OpenBLAS on Linux, which has to happen before MLX is imported, and nothing else: the names
+below are imported when they are first used.
 """
 
 import importlib
 import sys
+from typing import TYPE_CHECKING
 
 from . import platform as _platform
-from .version import __version__
+from .version import __version__ as __version__
 
 _mlx_was_imported_first = "mlx.core" in sys.modules
 _platform.preload_blas()
 
-_EXPORTS = {
-    "open_model": "slowft.engine.model",
-    "StreamedModel": "slowft.engine.model",
-    "MicroBatch": "slowft.engine.model",
-    "Trainer": "slowft.training.trainer",
-    "TrainConfig": "slowft.training.config",
-    "load_data": "slowft.data.datasets",
-    "load_tokenizer": "slowft.data.datasets",
-    "dropout_seed": "slowft.engine.randomness",
-    "prepare": "slowft.convert.prepare",
-    "verify": "slowft.convert.verify",
-    "SlowftError": "slowft.errors",
-}
+if TYPE_CHECKING:
+    from .convert.prepare import prepare as prepare
+    from .convert.verify import verify as verify
+    from .data.datasets import load_data as load_data
+    from .data.datasets import load_tokenizer as load_tokenizer
+    from .engine.model import MicroBatch as MicroBatch
+    from .engine.model import StreamedModel as StreamedModel
+    from .engine.model import open_model as open_model
+    from .engine.randomness import dropout_seed as dropout_seed
+    from .errors import AdapterError as AdapterError
+    from .errors import ConfigError as ConfigError
+    from .errors import DataError as DataError
+    from .errors import ModelError as ModelError
+    from .errors import SlowftError as SlowftError
+    from .errors import SlowftWarning as SlowftWarning
+    from .planning.plan import Plan as Plan
+    from .training.config import TrainConfig as TrainConfig
+    from .training.trainer import Trainer as Trainer
 
-__all__ = ["__version__", *_EXPORTS]
+_WHERE = {
+    "convert.prepare": ("prepare",),
+    "convert.verify": ("verify",),
+    "data.datasets": ("load_data", "load_tokenizer"),
+    "engine.model": ("MicroBatch", "StreamedModel", "open_model"),
+    "engine.randomness": ("dropout_seed",),
+    "errors": ("AdapterError", "ConfigError", "DataError", "ModelError", "SlowftError", "SlowftWarning"),
+    "planning.plan": ("Plan",),
+    "training.config": ("TrainConfig",),
+    "training.trainer": ("Trainer",),
+}
+_MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
+
+__all__ = ["__version__", *_MODULE_OF]  # noqa: PLE0604
 
 
 def __getattr__(name: str):
-    if name not in _EXPORTS:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'slowft' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_EXPORTS[name]), name)
+    value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
     globals()[name] = value
     return value
 

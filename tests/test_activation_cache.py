@@ -221,7 +221,9 @@ def test_later_steps_read_neither_the_embedding_nor_a_block_below(llama, tmp_pat
         model.loss_and_grads(batches(2, 1))
     below = {n for n in first if n.startswith(("model.layers.0.", "model.layers.1.", "model.embed_tokens"))}
     assert len(below) == 2 * 9 + 1 and later == first - below
-    of_blocks = sum(unit.nbytes for unit in model.engine.cut.blocks[2:])  # each once: 2 3 3 2, 2 3 3 2 with room for one
+    of_blocks = sum(
+        unit.nbytes for unit in model.engine.cut.blocks[2:]
+    )  # each once: 2 3 3 2, 2 3 3 2 with room for one
     stored = sum(path.stat().st_size for path in entries(tmp_path / "store"))
     head = sum(unit.nbytes for unit in model.engine.cut.head)
     assert model.stats.last.bytes_read == of_blocks + head + stored

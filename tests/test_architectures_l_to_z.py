@@ -1,6 +1,5 @@
 """Every model type of mlx-lm, L to Z (see test_architectures.py), and every kind of them within a memory ceiling."""
 
-
 import pytest
 
 from architectures import MODEL_TYPES, REFUSED

@@ -27,7 +27,6 @@ from mlx.utils import tree_flatten
 from conftest import LLAMA, largest, largest_difference, must_run, random_batch, save_random
 from slowft import platform
 from slowft.bench import cgroup
-from slowft.bench.shapes import write_random
 from slowft.planning.plan import enough
 from slowft.weights import spill
 
@@ -488,7 +487,7 @@ def test_ordinary_training_keeps_to_its_memory_too(disk):
     """Few blocks and long rows: most freed buffers find no use of just their size."""
     said = ordinary_training(disk / "ordinary", [(4, 512, 1)] * 4)
     assert said["schedule"]["in_memory"]
-    # what freed buffers take is planned for at its most: a third more than the graph needs, of which these steps use 0.1
+    # what freed buffers take is planned for at its most: a third more than the graph, of which these steps use 0.1
     assert 0.75 * said["predicted"] <= max(said["peaks"])
 
 

@@ -65,8 +65,8 @@ def test_gradients_and_evaluation_equal_in_memory(name, parts, tmp_path):
     assert largest(gradients) > 1e-4
     assert not parts
 
-    for in_memory in (False, True):
-        model.engine.follow(Schedule(in_memory=in_memory))
+    for keeps_all in (False, True):
+        model.engine.follow(Schedule(in_memory=keeps_all))
         (streamed_loss, _), streamed = model.loss_and_grads(batch, lengths)
         assert streamed_loss.item() == loss.item()
         assert largest_difference(gradients, streamed) == 0.0

@@ -235,8 +235,8 @@ np.savez(sys.argv[3], **{name: np.array(array) for name, array in tree_flatten(g
 plan = model.budget.plan
 print(json.dumps(dict(
     loss=loss.item(), peak=model.stats.last.peak_memory, read=model.stats.last.bytes_read,
-    block=model.engine.cut.blocks[0].nbytes, predicted=plan and plan.peak_nbytes, unused=plan and plan.job.optimizer_nbytes,
-    group=plan and plan.schedule.group_nbytes,
+    block=model.engine.cut.blocks[0].nbytes, predicted=plan and plan.peak_nbytes,
+    unused=plan and plan.job.optimizer_nbytes, group=plan and plan.schedule.group_nbytes,
 )))
 """
 

@@ -1,4 +1,4 @@
-"""Rows with the adapter, without it, and with others share one pass over the weights, and change nothing for each other."""
+"""Rows with the adapter, without it, and with others share one pass over the weights, and no row changes another."""
 
 import mlx.core as mx
 import pytest

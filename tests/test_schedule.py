@@ -164,7 +164,11 @@ def test_micro_batches_spill_and_accumulate(tmp_path):
     _, streamed = pair(save_random(tmp_path / "m", LLAMA))
     batches = [random_batch(256, rows=2, tokens=16 + i, seed=i) for i in range(3)]
     (loss, _), gradients = streamed.loss_and_grads(batches)
-    for schedule in (Schedule(spilled=5), Schedule(in_memory=True, keep_head=True), Schedule(kept=every_product(streamed))):
+    for schedule in (
+        Schedule(spilled=5),
+        Schedule(in_memory=True, keep_head=True),
+        Schedule(kept=every_product(streamed)),
+    ):
         streamed.engine.follow(schedule, tmp_path)
         (other, _), other_gradients = streamed.loss_and_grads(batches)
         assert other.item() == loss.item()

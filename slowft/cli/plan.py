@@ -68,7 +68,7 @@ def plan(model, config_file, memory, tokens, epochs, as_json, **job):
             opened = open_model(directory, compute_dtype=job["compute_dtype"])
         try:
             use_dora = job["fine_tune_type"] == "dora"
-            opened.add_lora(job["num_layers"], rank=job["rank"], use_dora=use_dora, only_to_plan=True)
+            opened.expect_lora(job["num_layers"], rank=job["rank"], use_dora=use_dora)
             planner = opened.planner(
                 job["batch_size"],
                 job["max_seq_length"] - 1,

@@ -140,7 +140,7 @@ class Chain:
         return hidden
 
     def embed_gradients(self, batch: Passenger, cotangent: mx.array) -> list[mx.array]:
-        """Gradients of the trainable parameters outside the blocks, as far as the first block's input depends on them."""
+        """Gradients of the trainable parameters outside the blocks, by way of the first block's input."""
         values = [owner[key] for _, owner, key in self.outside]
         part = EmbedPart(self._cut, self._look_up, self._multiply)
 
@@ -214,9 +214,7 @@ class Chain:
         """
         entries = [entry for unit in dict.fromkeys(self.visits) for entry in self._trainable[unit]]
         params = [owner[key] for _, owner, key in [*entries, *self.outside]]
-        head = self._head_loss(
-            batch, hidden, chunk_tokens, entries, lambda h: self._through(first, batch, h)
-        )
+        head = self._head_loss(batch, hidden, chunk_tokens, entries, lambda h: self._through(first, batch, h))
         differentiated = list(range(0 if self.outside else 1, 1 + len(params)))
         with self._cutting(len(self.visits), batch):
             try:

@@ -2,7 +2,7 @@
 
 Rows (of attention: batch rows or heads) are shared out among streams, one a core, and the parts put together again:
 MLX's own operations on some rows of their arguments, so results and gradients stay the same to the last bit. Their
-vjps run on the streams of what they are vjps of. On a GPU, or with one core, nothing is changed. LayerOutputs of matrices
+vjps run on the streams of what they are vjps of. On a GPU, or with one core, nothing is changed. Products of matrices
 are left alone: OpenBLAS uses all cores for each.
 """
 

@@ -39,7 +39,7 @@ class KeptOutputs:
     """Records and replays the outputs of frozen layers in blocks."""
 
     def __init__(self):
-        self._blocks: dict[int, nn.Module] = {}  # by id
+        self._watched: list[nn.Module] = []
         self._recorded: LayerOutputs | None = None
         self._replayed: LayerOutputs | None = None
         self._wanted: set[str] | None = None
@@ -48,9 +48,9 @@ class KeptOutputs:
 
     def watch(self, block: nn.Module) -> None:
         """From now on calls of the block's frozen linear layers can be recorded and replayed."""
-        if id(block) in self._blocks:
+        if any(block is other for other in self._watched):
             return
-        self._blocks[id(block)] = block
+        self._watched.append(block)
         inside = set()
         for name, layer in block.named_modules():
             if _is_plain_lora(layer) and _is_candidate(layer.linear):

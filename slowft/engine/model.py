@@ -27,7 +27,7 @@ from .engine import Engine
 from .stats import Stats
 
 # Without a plan, MLX keeps freed buffers up to this share of a block's weights: fresh pages cost more than the cast
-# that fills them (DESIGN.md).
+# that fills them (0.137 against 0.015 s for 176 MB).
 CACHE_PER_BLOCK = 0.5
 CACHE_FLOOR_NBYTES = 64 << 20
 
@@ -136,7 +136,6 @@ class StreamedModel(nn.Module):
         dropout: float = 0.0,
         keys: Sequence[str] | None = None,
         use_dora: bool = False,
-        only_to_plan: bool = False,
     ) -> "StreamedModel":
         """Attach trainable LoRA (or DoRA) layers to the last `num_layers` blocks, as mlx-lm does.
 
@@ -144,17 +143,25 @@ class StreamedModel(nn.Module):
             num_layers: -1 for all; the default of 16 also means all where a model has fewer.
             keys: names of the linear layers within a block, such as "self_attn.q_proj"; None: all of them.
                 Full names, such as "lm_head", attach outside the blocks.
-            only_to_plan: the layers get no values and take no memory: plans count what they and a tokenizer would take.
         Raises:
             ConfigError: impossible values, keys that match nothing, or an adapter is attached already.
         """
-        if self._adapter is not None:
-            raise ConfigError("an adapter is attached already. Open the model anew to attach another")
-        parameters = {"rank": rank, "scale": scale, "dropout": dropout}
+        parameters: dict[str, Any] = {"rank": rank, "scale": scale, "dropout": dropout}
         if keys is not None:
             parameters["keys"] = keys
-        spec = adapters.AdapterSpec("dora" if use_dora else "lora", num_layers, parameters)
-        self._attach(spec, magnitudes=not only_to_plan, only_to_plan=only_to_plan)
+        self._attach(adapters.AdapterSpec("dora" if use_dora else "lora", num_layers, parameters), magnitudes=True)
+        return self
+
+    def expect_lora(self, num_layers: int = 16, rank: int = 8, use_dora: bool = False) -> "StreamedModel":
+        """Let plans count what such layers, and a tokenizer, would take; they get no values, and cannot be trained.
+
+        Raises:
+            ConfigError: as `add_lora` does.
+        """
+        spec = adapters.AdapterSpec(
+            "dora" if use_dora else "lora", num_layers, {"rank": rank, "scale": 20.0, "dropout": 0.0}
+        )
+        self._attach(spec, magnitudes=False, has_values=False)
         return self
 
     def load_adapter(self, path: str | Path) -> "StreamedModel":
@@ -346,7 +353,10 @@ class StreamedModel(nn.Module):
             try:
                 yield
             finally:
-                units = [*self.engine.cut.blocks, *(unit for units in self.engine.cut.outside.values() for unit in units)]
+                units = [
+                    *self.engine.cut.blocks,
+                    *(unit for units in self.engine.cut.outside.values() for unit in units),
+                ]
                 recorder.name_reads(
                     [
                         (e.file, e.offset, e.offset + e.nbytes, unit.name)
@@ -356,6 +366,12 @@ class StreamedModel(nn.Module):
                     ]
                 )
                 recorder.write(file)
+
+    def __enter__(self) -> "StreamedModel":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
 
     def close(self) -> None:
         """End the threads and close the files. The model cannot be used afterwards."""
@@ -371,14 +387,16 @@ class StreamedModel(nn.Module):
     def __reduce__(self):
         raise SlowftError("a streamed model cannot be pickled. Open it where it is needed instead")
 
-    def _attach(self, spec: adapters.AdapterSpec, magnitudes: bool, only_to_plan: bool = False) -> None:
+    def _attach(self, spec: adapters.AdapterSpec, magnitudes: bool, has_values: bool = True) -> None:
+        if self._adapter is not None:
+            raise ConfigError("an adapter is attached already. Open the model anew to attach another")
         notes = adapters.attach(self, spec)
         spec, notes_of_hidden = adapters.without_hidden_weights(self, spec, self.engine.look)
         self._adapter_notes = notes + notes_of_hidden
         if spec.fine_tune_type == "dora" and magnitudes:
             self.engine.compute_magnitudes()
         planned_nbytes = 0
-        if only_to_plan:
+        if not has_values:
             trainable = self.trainable_parameters()
             planned_nbytes = sum(array.nbytes for _, array in tree_flatten(trainable)) + TOKENIZERS_NBYTES
             self.update(tree_map(lambda array: placeholder(array.shape, array.dtype), trainable))

@@ -4,9 +4,9 @@ A group's weights come, its part of the product is computed, they go. Only those
 What an expert gives for an input depends on no other, so results are the same to the last bit.
 
 Nothing can be evaluated while MLX traces without keeping its graph (721 MB for a block whose backward pass takes 139).
-So a block's vjp is taken in stages: first its forward pass, none of its arrays traced, for these layers' outputs; then, with those
-in place, its vjp once for each of their calls, the last call first, as far as the cotangent of that call's output. From
-that the cotangent of the call's input is computed by groups, and the next stage goes on from there.
+So a block's vjp is taken in stages: first its forward pass, none of its arrays traced, for these layers' outputs; then,
+with those in place, its vjp once for each of their calls, the last call first, as far as the cotangent of that call's
+output. From that the cotangent of the call's input is computed by groups, and the next stage goes on from there.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -28,23 +28,39 @@ class Pieces:
     attention_queries: int | None = None
 
 
+class _FeedForward:
+    """A feed-forward layer whose calls are seen."""
+
+    def __init__(self, layer: nn.Module):
+        self.layer = layer
+        self._is_tokenwise: bool | None = None  # not known before its weights were seen
+
+    def is_tokenwise(self, inner: Callable, x: mx.array) -> bool:
+        """Whether the layer treats tokens one by one: tried once, with its weights."""
+        if self._is_tokenwise is None:
+            training = self.layer.training
+            self.layer.eval()  # no dropout, which would differ
+            self._is_tokenwise = _treats_tokens_alike(inner, x.shape[-1], x.dtype)
+            self.layer.train(training)
+        return self._is_tokenwise
+
+
 class PieceWork:
     """Cuts blocks' feed-forward layers and attention into pieces while `cutting` is entered."""
 
     def __init__(self):
         self._pieces = Pieces()
-        self._watched: set[int] = set()
-        self._tokenwise: dict[int, bool] = {}  # by id of the layer, once it was tried
+        self._watched: list[nn.Module] = []
         self._inside = False
         self._seed = self._n_calls = 0
 
     def watch(self, block: nn.Module) -> None:
-        if id(block) in self._watched:
+        if any(block is other for other in self._watched):
             return
-        self._watched.add(id(block))
+        self._watched.append(block)
         for name, layer in block.items():
             if name in FEED_FORWARD and isinstance(layer, nn.Module):
-                intercept(layer, "__call__", layer, self._on_feed_forward)
+                intercept(layer, "__call__", _FeedForward(layer), self._on_feed_forward)
 
     @contextmanager
     def cutting(self, pieces: Pieces, seed: int = 0) -> Iterator[None]:
@@ -60,27 +76,18 @@ class PieceWork:
             self._pieces = before
             mx.fast.scaled_dot_product_attention = attention
 
-    def _on_feed_forward(self, layer: nn.Module, inner: Callable, args: tuple, kwargs: dict) -> Any:
+    def _on_feed_forward(self, watched: "_FeedForward", inner: Callable, args: tuple, kwargs: dict) -> Any:
         n, (x, *rest) = self._pieces.mlp_tokens, args
         plain = not rest and not kwargs and isinstance(x, mx.array) and x.ndim == 3
         if n is None or self._inside or not plain or x.shape[1] <= n:
             return inner(*args, **kwargs)
         self._inside, self._n_calls = True, self._n_calls + 1
         try:
-            if not self._is_tokenwise(layer, inner, x):
+            if not watched.is_tokenwise(inner, x):
                 return inner(x)
-            return _tokens_in_pieces(inner, layer, x, n, self._seed, self._n_calls)
+            return _tokens_in_pieces(inner, watched.layer, x, n, self._seed, self._n_calls)
         finally:
             self._inside = False
-
-    def _is_tokenwise(self, layer: nn.Module, inner: Callable, x: mx.array) -> bool:
-        """Whether the layer treats tokens one by one: tried once, with its weights."""
-        if id(layer) not in self._tokenwise:
-            training = layer.training
-            layer.eval()  # no dropout, which would differ
-            self._tokenwise[id(layer)] = _treats_tokens_alike(inner, x.shape[-1], x.dtype)
-            layer.train(training)
-        return self._tokenwise[id(layer)]
 
 
 def _tokens_in_pieces(inner: Callable, layer: nn.Module, x: mx.array, n: int, seed: int, layer_number: int) -> mx.array:

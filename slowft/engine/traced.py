@@ -18,7 +18,7 @@ from ..models.calls import Arguments
 from .block import BlockFunction
 from .trees import attach, detach
 
-# run(job, backward) -> job's result, called on the compute thread, where nothing is traced, with the unit's weights in place
+# run(job, backward) -> job's result, called on a thread where nothing is traced, with the unit's weights in place
 Run = Callable[[Callable[[], Any], bool], Any]
 
 

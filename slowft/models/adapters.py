@@ -90,7 +90,9 @@ def attach(model: nn.Module, spec: AdapterSpec) -> list[str]:
     return notes
 
 
-def without_hidden_weights(model: nn.Module, spec: AdapterSpec, run: Callable[[], Any]) -> tuple[AdapterSpec, list[str]]:
+def without_hidden_weights(
+    model: nn.Module, spec: AdapterSpec, run: Callable[[], Any]
+) -> tuple[AdapterSpec, list[str]]:
     """Take adapters off layers whose weights the model uses itself, as gemma3n's altup clips them: LoRA hides those.
 
     Args:
@@ -205,7 +207,9 @@ class AdapterSwitch:
 
     def __init__(self, model: nn.Module):
         self._model = model
-        self._named: dict[str, dict[str, nn.Module]] = {}  # -> name of a layer in the model -> the layer with its adapter
+        self._named: dict[
+            str, dict[str, nn.Module]
+        ] = {}  # -> name of a layer in the model -> the layer with its adapter
 
     def add(self, name: str, directory: Path) -> None:
         """Load the adapter saved in `directory` under a name.

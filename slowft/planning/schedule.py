@@ -38,7 +38,8 @@ class Schedule:
         total_nbytes: of arrays and of freed buffers together: what arrays leave of it, while a block or the head is
             computed, MLX may keep for reuse beyond `cache_nbytes`.
         workspace_nbytes: of arrays that computing a block, or an optimizer's update, makes at most.
-        head_workspace_nbytes: the same of the head (with all blocks, if in memory), its weights included where they do not stay.
+        head_workspace_nbytes: the same of the head (with all blocks, if in memory), its weights included where they do
+            not stay.
         head_reuses_blocks: these take up what blocks freed, rather than asking for other sizes.
     """
 

@@ -69,7 +69,9 @@ class Residency:
         self.compute_s = 0.0
         self.reuse = Reuse(Schedule(cache_nbytes=limits().found_cache_nbytes))
 
-    def expect(self, forward: Iterable[Visit], backward: Iterable[Visit] = (), offloaded: Offloaded | None = None) -> None:
+    def expect(
+        self, forward: Iterable[Visit], backward: Iterable[Visit] = (), offloaded: Offloaded | None = None
+    ) -> None:
         """From now on blocks are visited in this order, and the head between the two, again and again.
 
         Args:
