@@ -30,7 +30,8 @@ def test_plan_fits_the_kind(name, tmp_path):
     """Within a ceiling the plan keeps what this kind of block allows, and the step's numbers stay the same."""
     loss, gradients, adapters = expected(save(tmp_path / "m", name), name)
     streamed = opened(tmp_path / "m", name, adapters, memory="4GB")
-    assert_equal(name, streamed, loss, gradients)
+    for _ in range(3):  # the first ones are measured
+        assert_equal(name, streamed, loss, gradients)
     schedule = streamed.engine.schedule
     assert schedule.in_memory == streamed.engine.cut.is_chain
     assert schedule.resident_nbytes or schedule.in_memory  # there is room: something is kept

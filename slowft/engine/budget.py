@@ -173,7 +173,7 @@ class Budget:
     def measure_machine(self) -> None:
         """Measure what no run has measured on this machine yet: for plans of which there is no step to learn from."""
         self._machine = measured(self._engine.compute_dtype, self._engine.files)
-        mx.clear_cache()  # of what was measured with
+        limits().give_back()  # what was measured with
 
     @property
     def machine(self) -> Machine:

@@ -180,7 +180,7 @@ class Chain:
         outputs = kept.outputs if kept is not None and kept.by_groups == by_groups else {}
         with (self._layers if by_groups else self._kept).replaying(outputs):
             gradients = function.gradients(arrays, [cotangent])
-        if self._passes_on(position):
+        if self.passes_on(position):
             return gradients[0], gradients[1:]
         return None, gradients
 
@@ -241,7 +241,7 @@ class Chain:
         entries = [(owner, key) for _, owner, key in self._trainable[unit]] if batch.adapter is True else []
         arrays = [hidden, *side.arrays[1:], *(owner[key] for owner, key in entries)]
         n = len(side.arrays)
-        differentiated = [i for i in range(len(arrays)) if (i >= n or i == 0 and self._passes_on(position))]
+        differentiated = [i for i in range(len(arrays)) if (i >= n or i == 0 and self.passes_on(position))]
         differentiated = [i for i in differentiated if arrays[i].dtype in FLOATS]
         inner = inner_call(unit)
 
@@ -252,7 +252,7 @@ class Chain:
         seed = self._seed(position, batch)
         return BlockFunction(call, side, entries, differentiated, seed, self._layers), arrays
 
-    def _passes_on(self, position: int) -> bool:
+    def passes_on(self, position: int) -> bool:
         """Whether the backward pass goes on below this visit."""
         return position > self.lowest_trained or bool(self.outside)
 

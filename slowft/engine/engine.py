@@ -70,6 +70,7 @@ class Engine:
         self._part: Any = None  # answers the units' calls while a part of the model runs
         self._position = -1  # the last visit of a pass within a trace
         self._step_of_trace = 0
+        self._traces_step = False  # a trace of `loss_and_grads`: it is known what nobody asks for
         self._expects_backward = False
         units = [*cut.blocks, *(unit for units in cut.outside.values() for unit in units)]
         self._on_disk = {(id(p.owner), p.key) for unit in units for p in unit.params}
@@ -107,13 +108,14 @@ class Engine:
             return self._part.on_block(unit, inner, args, kwargs)
         first = args[0] if args else None
         tokens = first.size // first.shape[-1] if isinstance(first, mx.array) and first.ndim == 3 else None
-        seed = self._next_seed(unit, tokens)
-        return self._call_traced(unit, inner, args, kwargs, seed, lambda: self.weights.in_place(unit))
+        position, seed = self._next_visit(unit, tokens)
+        passes_on = not self._traces_step or self.chain.passes_on(position)
+        return self._call_traced(unit, inner, args, kwargs, seed, passes_on, lambda: self.weights.in_place(unit))
 
     def on_matmul(self, unit: Unit, inner: Callable, args: tuple, kwargs: dict) -> Any:
         if self._part is not None:
             return self._part.on_matmul(unit, inner, args, kwargs)
-        return self._call_traced(unit, inner, args, kwargs, 0, lambda: self.weights.head_in_place([unit]))
+        return self._call_traced(unit, inner, args, kwargs, 0, True, lambda: self.weights.head_in_place([unit]))
 
     def on_rows(self, unit: Unit, inner: Callable, args: tuple, kwargs: dict) -> Any:
         if self._part is not None:
@@ -158,14 +160,20 @@ class Engine:
                 arrays.restore()
 
     def _call_traced(
-        self, unit: Unit, inner: Callable, args: tuple, kwargs: dict, seed: int, in_place: Callable
+        self, unit: Unit, inner: Callable, args: tuple, kwargs: dict, seed: int, passes_on: bool, in_place: Callable
     ) -> Any:
-        """A unit's call in a trace of somebody else's, or in none."""
+        """A unit's call in a trace of somebody else's, or in none.
+
+        Args:
+            passes_on: whether anybody may ask for gradients of its inputs.
+            in_place: is entered while the unit is computed.
+        """
         entries = unit.adapter()
         params = [owner[key] for owner, key in entries]
         arguments = Arguments(args, kwargs, self.cut.carriers)
         arrays = [*arguments.arrays, *params]
-        differentiated = [i for i, array in enumerate(arrays) if array.dtype in FLOATS]
+        n = len(arguments.arrays)
+        differentiated = [i for i, a in enumerate(arrays) if a.dtype in FLOATS and (passes_on or i >= n)]
 
         def call(*args, **kwargs) -> Any:
             with cores.shared(), self.pieces.cutting(self.cuts, seed):
@@ -192,8 +200,8 @@ class Engine:
         in_training = self.model.training and not any(hasattr(leaf, "state") for leaf in arguments.objects)
         return TracedCall(function, arguments, params, differentiated, in_training, run)()
 
-    def _next_seed(self, unit: Unit, tokens: int | None) -> int:
-        """The random seed of the next visit of a pass within a trace (over `tokens` tokens)."""
+    def _next_visit(self, unit: Unit, tokens: int | None) -> tuple[int, int]:
+        """(which visit of a pass (over `tokens` tokens) within a trace this is, the random seed that it runs under)."""
         order = self.cut.order
         position = self._position + 1
         if position >= len(order) or order[position] != unit.index:  # a new pass, or one that was broken off
@@ -203,7 +211,7 @@ class Engine:
             self._step_of_trace = self.step
             self.step += bool(self.model.training)
             self._expect(backward=self.model.training, tokens=tokens)
-        return dropout_seed(self.seed, self._step_of_trace, position, 0)
+        return position, dropout_seed(self.seed, self._step_of_trace, position, 0)
 
     # --- What comes next ------------------------------------------------------------------------------
 
@@ -374,6 +382,7 @@ class Engine:
                 owner[key] = array
             return plain_loss(self.model, batch)
 
+        self._traces_step = True
         try:
             for batch in batches:
                 self._position, self.step = -1, at_step
@@ -381,7 +390,7 @@ class Engine:
                 mx.eval(value, gradients.add([name for name, _, _ in entries], found))
                 losses.append(value)
         finally:
-            self.step = at_step
+            self._traces_step, self.step = False, at_step
             for (_, owner, key), array in zip(entries, originals):
                 owner[key] = array
         return losses, gradients.by_name

@@ -277,6 +277,9 @@ class Planner:
     def _filled(self, job: Job, base: Schedule, limit: float) -> Iterator[Schedule]:
         """The schedule, and with its room filled: a handful of ways, the simplest first."""
         base = self._with_slots(job, base, limit, self._taught)
+        if not job.is_chain:  # of which nothing but blocks can be kept
+            yield self._with_blocks(job, base, (limit - self._peak(job, base, self._taught)) / (1 + SLACK_SHARE))
+            return
         yield base
         if base.spilled:
             return

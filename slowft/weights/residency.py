@@ -17,7 +17,7 @@ from ..errors import SlowftError
 from ..memory import limits
 from ..models.layers import Layer
 from ..models.seams import Unit
-from ..planning.measure import ARRIVAL, Measurements
+from ..planning.measure import ARRIVAL, HEAD, Measurements
 from ..planning.schedule import Schedule
 from .cache import BlockCache
 from .groups import Group, GroupReader
@@ -264,7 +264,7 @@ class Residency:
         Args:
             kind: under which it is measured.
         """
-        with tracing.span("compute", name, **{"pass": direction, "micro-batch": micro_batch}):
+        with tracing.span("compute", name, **{"pass": HEAD if is_head else direction, "micro-batch": micro_batch}):
             with self.reuse.computing(is_head):
                 if self._measurements is None:
                     yield
