@@ -153,13 +153,19 @@ class Planner:
         return None
 
     def _with_head_tokens(self, job: Job, schedule: Schedule, memory: float) -> Schedule:
-        """With as many tokens' logits at once as fit."""
+        """With more tokens' logits at once.
+
+        All of them, where they are small, as without a ceiling; else as many as leave room for everything else.
+        """
         n_tokens = job.rows * job.tokens
-        chunks = [n for n in HEAD_TOKENS if n < n_tokens and job.head_in_chunks]
-        if not chunks or 4 * n_tokens * job.vocab_size <= LOGITS_NBYTES:
-            chunks.insert(0, None)
-        fitting = (replace(schedule, head_tokens=n) for n in chunks)
-        return next(s for s in fitting if self._peak(job, s, self._bounds) <= memory)
+        whole = replace(schedule, head_tokens=None)
+        if 4 * n_tokens * job.vocab_size <= LOGITS_NBYTES and self._peak(job, whole, self._bounds) <= memory:
+            return whole
+        for n in HEAD_TOKENS if job.head_in_chunks and _has_graph(job, schedule) else ():
+            everything = replace(schedule, head_tokens=n, in_memory=True, keep_head=True, spilled=0)
+            if n < n_tokens and self._peak(job, everything, self._bounds) <= memory:
+                return replace(schedule, head_tokens=n)
+        return schedule
 
     def ways(self) -> Iterator[tuple[Job, Schedule]]:
         """Every way to do the work in less memory than the one before, with what keeps the least."""
@@ -241,7 +247,7 @@ class Planner:
 
     def _everything(self, job: Job, least: Schedule, limit: float) -> Plan | None:
         """Ordinary training, if there is room for it."""
-        if not job.is_chain or job.chunking.mlp_tokens is not None or least.group_nbytes is not None:
+        if not _has_graph(job, least):
             return None
         schedule = replace(least, in_memory=True, keep_head=True, spilled=0)
         peak = self._peak(job, schedule, self._taught)
@@ -275,7 +281,7 @@ class Planner:
         return two if self._peak(job, two, figures) <= limit else schedule
 
     def _filled(self, job: Job, base: Schedule, limit: float) -> Iterator[Schedule]:
-        """The schedule, and with its room filled: a handful of ways, the simplest first."""
+        """The schedule, and with its room filled: a handful of ways, those first that wait for nothing else."""
         base = self._with_slots(job, base, limit, self._taught)
         if not job.is_chain:  # of which nothing but blocks can be kept
             yield self._with_blocks(job, base, (limit - self._peak(job, base, self._taught)) / (1 + SLACK_SHARE))
@@ -283,7 +289,7 @@ class Planner:
         yield base
         if base.spilled:
             return
-        for head in ({}, {"head_ahead": True}, {"keep_head": True}):
+        for head in ({"keep_head": True}, {"head_ahead": True}, {}):
             with_head = replace(base, **head)
             if self._peak(job, with_head, self._taught) > limit or (head and not job.is_chain):
                 continue
@@ -557,6 +563,11 @@ def enough(peak_nbytes: int) -> int:
 def _is_plain(s: Schedule) -> bool:
     """Whether what a step holds is known well enough to give all that it leaves to freed buffers."""
     return not (s.spilled or s.group_nbytes or s.mlp_tokens)
+
+
+def _has_graph(job: Job, s: Schedule) -> bool:
+    """Whether all blocks and the head may form one graph, as in ordinary training."""
+    return job.is_chain and job.chunking.mlp_tokens is None and s.group_nbytes is None
 
 
 def _are_copied(job: Job) -> bool:
