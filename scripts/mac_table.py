@@ -55,8 +55,9 @@ memory. Of each plan: its predicted peak, bytes read from the SSD a step, second
 {table}
 
 Bytes read are exact. Memory is an upper bound by arithmetic on the shapes of layers, which is up to twice what
-computing a block takes, and includes what the process takes on the Linux machine where this page was made. Seconds are floating
-point operations and bytes over the speeds above; a quantized weight is taken to multiply as fast as one of 16 bits.
+computing a block takes, and includes what the process takes on the Linux machine where this page was made. Seconds are
+floating point operations and bytes over the speeds above; a quantized weight is taken to multiply as fast as one of 16
+bits.
 A run measures its first step and then keeps more than this where memory turns out to be left. Where two blocks do not
 fit, a block is not read while another one computes, so the seconds of both add up. Where it says *reading*,
 `--grad-accumulation-steps` costs little: more tokens for the same bytes.

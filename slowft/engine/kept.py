@@ -1,4 +1,4 @@
-"""Kept products: the output of a frozen layer, kept from the forward pass, stands for it in the recomputation.
+"""Kept outputs: the output of a frozen layer, kept from the forward pass, stands for it in the recomputation.
 
 Its gradient with respect to its input needs only its weights, so the multiplication is not done again. With LoRA around
 the layer it is the output of both, whose gradients need the adapter besides. The recomputation's results are the same
@@ -76,9 +76,9 @@ class KeptOutputs:
             self._recorded = None
 
     @contextmanager
-    def replaying(self, products: LayerOutputs | None) -> Iterator[None]:
+    def replaying(self, outputs: LayerOutputs | None) -> Iterator[None]:
         """What was recorded, with LoRA, stands for its layers."""
-        self._replayed = {name: list(arrays) for name, arrays in (products or {}).items()}
+        self._replayed = {name: list(arrays) for name, arrays in (outputs or {}).items()}
         self._with_lora = True
         try:
             yield

@@ -49,7 +49,7 @@ class OffloadedExperts:
         self._residency = residency
         self._layers: dict[Unit, list[Layer]] = {}
         self._order = _Order()
-        self._products: LayerOutputs = {}
+        self._kept_outputs: LayerOutputs = {}
         self._recomputed: list[_Recomputed] | None = None
         self._traced: Iterator[_Recomputed] | None = None
         self._noted: dict[Layer, LayerCall] | None = None
@@ -90,13 +90,13 @@ class OffloadedExperts:
             self._noted = noted
 
     @contextmanager
-    def replaying(self, products: LayerOutputs) -> Iterator[None]:
+    def replaying(self, outputs: LayerOutputs) -> Iterator[None]:
         """While this is entered, these outputs kept from the forward pass need not be computed again."""
-        self._products = products
+        self._kept_outputs = outputs
         try:
             yield
         finally:
-            self._products = {}
+            self._kept_outputs = {}
 
     def gradients(self, recompute: Callable[[], Any], differentiate: Callable[[], list[mx.array]]) -> list[mx.array]:
         """What `differentiate` returns, unevaluated, some of the block's layers being offloaded.
@@ -117,13 +117,13 @@ class OffloadedExperts:
         return self._trace(calls, differentiate)
 
     def _recompute(self, recompute: Callable[[], Any]) -> "list[_Recomputed]":
-        self._recomputed, products = [], self._products
-        self._products = {name: list(arrays) for name, arrays in products.items()}
+        self._recomputed, outputs = [], self._kept_outputs
+        self._kept_outputs = {name: list(arrays) for name, arrays in outputs.items()}
         try:
             recompute()
             return self._recomputed
         finally:
-            self._recomputed, self._products = None, products
+            self._recomputed, self._kept_outputs = None, outputs
 
     def _trace(self, calls: "list[_Recomputed]", differentiate: Callable[[], list[mx.array]]) -> list[mx.array]:
         self._traced = iter(calls)
@@ -147,7 +147,7 @@ class OffloadedExperts:
         self._routed[layer] = product.n_pairs, len(product.entries) / layer.n
         if self._recomputed is None:
             return self._by_groups(product, False, product.forward(detach(args[0])))
-        if kept := self._products.get(layer.name):
+        if kept := self._kept_outputs.get(layer.name):
             output = kept.pop(0)
         else:
             output = self._by_groups(product, False, product.forward(detach(args[0])))
