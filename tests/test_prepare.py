@@ -33,7 +33,8 @@ from safetensors import safe_open
 from slowft.bench import cgroup
 from slowft.cli.main import main
 from slowft.errors import ConfigError, ModelError, NeedsPreparing, SlowftError
-from slowft.models import conversion, gguf, loading
+from slowft.convert import conversion, gguf
+from slowft.models import loading
 from slowft.convert import prepare as preparing
 from slowft.convert import verify as manifest
 from slowft.weights.extents import Extent, index_model

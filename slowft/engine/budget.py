@@ -19,6 +19,7 @@ from ..planning.machine import Machine, known, measured
 from ..planning.measure import Experience, remember
 from ..planning.plan import Plan, Planner
 from ..planning.shapes import Shapes
+from .randomness import keeping_random_state
 
 WARM_UP_NBYTES = 16 << 20  # what libraries take once they are used: OpenBLAS's buffers, threads' stacks, page tables
 # that are planned anew: the first step finds no buffers in memory, so its seconds say less than the second's
@@ -195,7 +196,8 @@ class Budget:
         shape = rows, tokens, micro_batches, chunking, self.optimizer_copies
         key = (*shape, engine.head_may_be_cut, len(trainable_entries(engine.model)))
         if key not in self._jobs:
-            self._jobs[key] = engine.on_thread(lambda: Shapes(engine).job(*shape))
+            with keeping_random_state():
+                self._jobs[key] = Shapes(engine).job(*shape)
         return self._jobs[key]
 
 
