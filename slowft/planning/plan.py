@@ -27,7 +27,6 @@ from .timeline import Read, Work, reads_of, step_seconds
 PIECES = (2048, 1024, 512, 256)  # tokens and queries at a time, to choose from
 LOGITS_NBYTES = 64 << 20  # of logits that may exist at once where nothing else is said
 HEAD_TOKENS = (256, 128, 64)  # whose logits exist at once, to choose from: more than that is hardly faster
-LOGITS_NBYTES = 64 << 20  # of logits that are computed all at once if they fit
 GROUPS = (256 << 20, 128 << 20, 64 << 20, GROUP_NBYTES, 16 << 20)  # bytes of a layer of experts at once
 SLACK_NBYTES = 8 << 20  # what the process takes besides: Python's heap, stacks, small arrays
 SLACK_SHARE = 0.03

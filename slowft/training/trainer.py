@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten
 
 from .. import platform
 from ..data.datasets import TokenDataset, check_size
+from ..engine.budget import STEPS_TO_LEARN_FROM
 from ..engine.model import parse_nbytes, usual_activation_cache
 from ..errors import AdapterError, ConfigError, DataError, SlowftError
 from ..planning.caching import Caching
@@ -145,7 +146,7 @@ class Trainer:
         self.report.begin(c, model)
         result: dict[str, Any] = {"train_loss": None, "valid_loss_before": None, "valid_loss": None}
         window = _Window(model)
-        iteration = 0
+        iteration, step_s = 0, []
         while iteration < c.iters:
             n = min(c.grad_accumulation_steps, c.iters - iteration)
             micro_batches = [next(batches) for _ in range(n)]
@@ -164,7 +165,8 @@ class Trainer:
             mx.eval(model.trainable_parameters(), optimizer.state)
             previous, iteration = iteration, iteration + n
             self.trained_tokens += n_tokens.item()
-            window.add(n, loss.item(), n_tokens.item(), time.perf_counter() - begin)
+            step_s.append(time.perf_counter() - begin)
+            window.add(n, loss.item(), n_tokens.item(), step_s[-1])
             self.report.advance(n, loss.item(), model)
 
             def due(every: int) -> bool:
@@ -180,6 +182,13 @@ class Trainer:
             if due(c.save_every):
                 self.report.saved(self.save(numbered=iteration))
         self.report.saved(self.save())
+        if (plan := model.followed_plan) is not None and len(step_s) > STEPS_TO_LEARN_FROM:
+            median = sorted(step_s[STEPS_TO_LEARN_FROM:])[(len(step_s) - STEPS_TO_LEARN_FROM) // 2]
+            peak, planned, given = (n / 1e9 for n in (model.stats.total.peak_memory, plan.peak_nbytes, model.memory))
+            self.report.note(
+                f"A step took {median:.3g} s, and the process {peak:.2f} GB at most; planned were "
+                f"{plan.step_s:.3g} s and {planned:.2f} GB, within {given:.2f} GB"
+            )
         self.report.end()
         return result
 
