@@ -216,8 +216,9 @@ class Residency:
     def head_in_place(self, units: Sequence[Unit] = ()) -> Iterator[None]:
         """The same for layers outside the blocks: for these, and any that `bring` is called with meanwhile."""
         with self._timed(), self._outside_in_place(is_head=True):
-            for unit in units:
-                self.bring(unit)
+            with self.reuse.computing(is_head=True):  # what small buffers of blocks left free goes back to the system
+                for unit in units:
+                    self.bring(unit)
             yield
 
     @contextmanager
