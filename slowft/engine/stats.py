@@ -59,11 +59,6 @@ class Stats:
         computed = self._residency.compute_s - held_up
         return StepStats(read, written, self.from_cache, waited + held_up, computed, peak)
 
-    @property
-    def reader_wait_s(self) -> float:
-        """Seconds that the computation waited for weights, so far."""
-        return self._reader.wait_s
-
     def begin_step(self) -> None:
         self._at_begin, self._begin_s = self.total, time.perf_counter()
         self._read_at_begin = self._reader.bytes_read, self._reader.read_s

@@ -91,10 +91,7 @@ def loss_and_grads(
                 with weights.computing(block.name, chain.kind_of(block), BACKWARD, batch.index):
                     backward(position, batch)
     for batch in batches if chain.outside else ():
-        sums = gradients.add(
-            [name for name, _, _ in chain.outside], chain.embed_gradients(batch, cotangents.pop(batch.index))
-        )
-        mx.eval(sums)
+        add_embed_gradients(chain, batch, cotangents.pop(batch.index), gradients)
     return losses, gradients.by_name
 
 
@@ -152,7 +149,7 @@ def loss_and_grads_in_memory(
                 mx.eval(loss, [] if cotangent is None else cotangent, sums)
                 losses.append(loss)
             if cotangent is not None:
-                mx.eval(gradients.add([name for name, _, _ in chain.outside], chain.embed_gradients(batch, cotangent)))
+                add_embed_gradients(chain, batch, cotangent, gradients)
     return losses, gradients.by_name
 
 
@@ -162,6 +159,11 @@ def embed(chain: Chain, batches: Sequence[Passenger], hidden: HiddenStates, trai
         first = chain.embed(batch, training)
         if batch.first == 0:
             hidden.put((batch.index, 0), first, may_spill=False)
+
+
+def add_embed_gradients(chain: Chain, batch: Passenger, cotangent: mx.array, gradients: Gradients) -> None:
+    """Add what parameters outside the blocks get by way of the first block's input, whose cotangent is given."""
+    mx.eval(gradients.add([name for name, _, _ in chain.outside], chain.embed_gradients(batch, cotangent)))
 
 
 def run_forward(
