@@ -79,6 +79,7 @@ numbers = np.random.default_rng(0)
 said = {"losses": [], "digests": [], "in_use": [], "peaks": []}
 for i in range(job["steps"]):
     rows, tokens, n = job["shapes"][i % len(job["shapes"])] if job.get("shapes") else job["shape"]
+    print("step", i, model.followed_plan and vars(model.followed_plan.schedule), file=sys.stderr)  # if it is killed
     batches = [
         (mx.array(numbers.integers(0, model.embedding_rows, (rows, tokens + 1))), mx.array([[1, tokens]] * rows))
         for _ in range(n)

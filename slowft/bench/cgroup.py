@@ -5,8 +5,10 @@ Linux only, and root's: `why_unavailable` tells. Elsewhere nothing can limit a p
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import threading
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -29,6 +31,13 @@ class Group:
         """A command that enters the group and becomes `command`."""
         enter = "".join(f"echo $$ > {shlex.quote(str(d / 'cgroup.procs'))} && " for d in self.directories)
         return ["sh", "-c", enter + 'exec "$@"', "sh", *command]
+
+    @property
+    def makeup(self) -> dict[str, int]:
+        """Bytes that the kernel counts now, by what they are: of processes (anon, rss), of files (file, cache)."""
+        lines = [line.split() for d in self.directories for line in _read(d / "memory.stat").splitlines()]
+        kinds = "rss", "cache", "mapped_file", "anon", "file", "file_mapped", "kernel", "file_dirty", "dirty"
+        return {name: int(nbytes) for name, nbytes in lines if name in kinds}
 
     @property
     def peak_nbytes(self) -> int | None:
@@ -138,9 +147,41 @@ def run(
 ) -> tuple[subprocess.CompletedProcess, int]:
     """The finished process, run within `nbytes` of memory, and the most bytes the kernel counted for it.
 
+    Of a process that was killed, its `stderr` ends with what the kernel counted when it was seen to take most.
+
     Args:
         read_bytes_per_s, files: see `limit`.
     """
-    with limit(nbytes, read_bytes_per_s, files) as group:
+    with limit(nbytes, read_bytes_per_s, files) as group, _most_seen(group) as most:
         done = subprocess.run(group.entered(command), capture_output=True, text=True, **kwargs)
+        if done.returncode == -signal.SIGKILL:
+            done.stderr += f"Killed. The kernel's count, when seen at its highest: {most}\n"
         return done, group.peak_nbytes or 0
+
+
+@contextmanager
+def _most_seen(group: Group, every_s: float = 0.02) -> Iterator[dict[str, int]]:
+    """While this is entered, what the group's memory is made of is looked at, and the largest kept in the dict."""
+    most: dict[str, int] = {}
+    over = threading.Event()
+
+    def look():
+        while not over.wait(every_s):
+            seen = group.makeup
+            if sum(seen.values()) > sum(most.values()):
+                most.update(seen)
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield most
+    finally:
+        over.set()
+        thread.join()
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text()
+    except OSError:
+        return ""
