@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .convert.prepare import prepare as prepare
     from .convert.verify import verify as verify
     from .data.datasets import load_data as load_data
-    from .data.datasets import load_tokenizer as load_tokenizer
+    from .data.tokenizer import load_tokenizer as load_tokenizer
     from .engine.model import MicroBatch as MicroBatch
     from .engine.model import StreamedModel as StreamedModel
     from .engine.model import open_model as open_model
@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 _WHERE = {
     "convert.prepare": ("prepare",),
     "convert.verify": ("verify",),
-    "data.datasets": ("load_data", "load_tokenizer"),
+    "data.datasets": ("load_data",),
+    "data.tokenizer": ("load_tokenizer",),
     "engine.model": ("MicroBatch", "StreamedModel", "open_model"),
     "engine.randomness": ("dropout_seed",),
     "errors": ("AdapterError", "ConfigError", "DataError", "ModelError", "SlowftError", "SlowftWarning"),

@@ -11,7 +11,7 @@ import pytest
 import slowft
 from conftest import must_run
 from slowft import demo
-from slowft.data.datasets import load_tokenizer
+from slowft.data.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from mlx_lm.tuner.datasets import create_dataset
 from tokenizers import Tokenizer
 
 from conftest import LLAMA, must_run, save_random
-from slowft.data.datasets import load_tokenizer
+from slowft.data.tokenizer import load_tokenizer
 from slowft.models.tokenizer import SPLITS, read_sentencepiece, write_gguf_tokenizer
 from slowft.convert.gguf_file import Gguf
 

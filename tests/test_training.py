@@ -18,7 +18,8 @@ from mlx_lm.tuner.trainer import default_loss, iterate_batches
 
 import slowft
 from conftest import in_memory, largest_difference, random_batch
-from slowft.data.datasets import TokenDataset, load_tokenizer
+from slowft.data.datasets import TokenDataset
+from slowft.data.tokenizer import load_tokenizer
 from slowft.reports.base import Report
 
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards brew potions in the dark".split()

@@ -24,7 +24,8 @@ def demo(directory, iters, as_json):
         slowft demo
     """
     from .. import demo as steps
-    from ..data.datasets import load_data, load_tokenizer
+    from ..data.datasets import load_data
+    from ..data.tokenizer import load_tokenizer
     from ..engine.model import open_model
     from ..training.trainer import Trainer
 

@@ -8,7 +8,8 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
-from ..data.datasets import check_size, load_data, load_tokenizer
+from ..data.datasets import check_size, load_data
+from ..data.tokenizer import load_tokenizer
 from ..engine.budget import default_memory
 from ..engine.model import open_model, parse_nbytes
 from ..errors import AdapterError, ConfigError, DataError, SlowftError
