@@ -29,7 +29,7 @@ from conftest import (
     save_random,
 )
 from slowft import platform
-from slowft.data.datasets import TokenDataset
+from slowft.data.store import TokenDataset
 from slowft.engine import boundary, budget
 from slowft.engine.model import StreamedModel
 from slowft.errors import ConfigError, SlowftWarning

@@ -301,10 +301,9 @@ def test_missing_data_folder_is_named(finetune, monkeypatch):
     assert "my/data is not a folder" in message and "slowft[datasets]" in message
 
 
-def test_data_path_that_is_a_file_asks_for_the_folder(finetune):
-    file = finetune.data / "train.jsonl"
-    message = finetune.refusal("--data", file)
-    assert f"{file} is not a folder" in message and "train.jsonl" in message
+def test_data_path_that_is_a_file_of_no_known_kind_is_refused(finetune):
+    message = finetune.refusal("--data", finetune.model / "model.safetensors")
+    assert "is of no kind that slowft reads" in message and ".jsonl" in message
 
 
 def test_folder_without_training_samples_asks_for_train_jsonl(finetune):

@@ -18,7 +18,7 @@ from mlx_lm.tuner.trainer import default_loss, iterate_batches
 
 import slowft
 from conftest import in_memory, largest_difference, random_batch
-from slowft.data.datasets import TokenDataset
+from slowft.data.store import TokenDataset
 from slowft.data.tokenizer import load_tokenizer
 from slowft.reports.base import Report
 

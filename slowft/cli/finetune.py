@@ -35,6 +35,10 @@ def _option(name: str, **kwargs):
 @_option("num_layers", type=int)
 @_option("max_seq_length", type=int)
 @_option("mask_prompt", is_flag=True)
+@_option("train_on", type=click.Choice(["assistant"]))
+@_option("valid_split", type=float)
+@_option("skip_bad_samples", is_flag=True)
+@_option("group_by_length", is_flag=True)
 @_option("fine_tune_type", type=click.Choice(["lora", "dora", "full"]))
 @_option("optimizer", type=click.Choice(OPTIMIZERS))
 @_option("steps_per_report", type=int)
@@ -64,7 +68,8 @@ def finetune(config, grad_checkpoint, clear_cache_threshold, as_json, **options)
     """Train a LoRA or DoRA adapter, the base model streamed block by block from disk.
 
     DATA is a folder with train.jsonl and, better, valid.jsonl: lines of {"text": ...}, {"prompt": ...,
-    "completion": ...} or {"messages": [...]}. The adapter goes to --adapter-path, where mlx_lm.generate
+    "completion": ...} or {"messages": [...]}; or a file, or a folder of text files. `slowft data` shows what will be
+    trained on, and docs/data.md says what is read and how. The adapter goes to --adapter-path, where mlx_lm.generate
     --adapter-path finds it.
 
     Example:

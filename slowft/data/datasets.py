@@ -1,40 +1,31 @@
-"""Reads a data folder as mlx-lm does (`text`, `completions`, `chat`), tokenised and checked before training.
+"""A job's data: found, read, rendered and tokenised, every bad sample named before any work is lost.
 
-Comes in: `train.jsonl`, `valid.jsonl`, `test.jsonl` and a tokenizer. Goes out: sequences of (tokens, prompt
-offset). Every sample that could not train is found here, with its file and line, before any work is lost.
+Comes in: what `--data` says, a tokenizer, the options. Goes out: a `TokenDataset` for each split that is wanted. What
+was tokenised before, from the same files in the same way, is taken from disk.
 """
 
+import hashlib
 import json
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from ..errors import DataError
-from .tokenizer import one_line
+from .. import platform
+from ..errors import ConfigError, DataError, SlowftWarning
+from . import store
+from .files import SPLITS, Found, Source, find
+from .rendering import Renderer
+from .samples import BadSample, form_of, understand
+from .store import TokenDataset, TokenWriter, digest_of
 
-SPLITS = ("train", "valid", "test")
+FORMAT = 1  # of what is stored, and how samples become tokens: a change makes stored sets useless
+SHOWN = 20  # bad samples that a report names one by one
+STORED_NBYTES = 1 << 20  # of files, below which tokenising them again is as fast as finding them stored
 
 Progress = Callable[[Iterable, str, int], Iterable]  # (items, description, how many) -> the same items
-
-
-class TokenDataset:
-    """Tokenised samples: `[i]` gives (int32 tokens, prompt offset), `where(i)` the file and line it came from."""
-
-    def __init__(self, samples: list[tuple[np.ndarray, int]], places: list[str], n_cut: int = 0):
-        self._samples, self._places = samples, places
-        self.n_cut = n_cut
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
-        return self._samples[i]
-
-    def where(self, i: int) -> str:
-        return self._places[i]
 
 
 def load_data(
@@ -45,32 +36,34 @@ def load_data(
     embedding_rows: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[TokenDataset, TokenDataset, TokenDataset]:
-    """(train, valid, test) of a data folder, or of a hub dataset (needs `pip install slowft[datasets]`).
+    """(train, valid, test) of a data folder, a file, or a hub dataset (needs `pip install slowft[datasets]`).
 
     Args:
-        config: a `TrainConfig`: `max_seq_length`, `mask_prompt` and the names of the features are used.
-        splits: those to load; the others come back empty.
+        config: a `TrainConfig`: `max_seq_length`, `mask_prompt`, `train_on`, `valid_split`, `skip_bad_samples` and the
+            names of the features are used.
+        splits: those to load; the others come back empty, and what is wrong with them is not looked for.
         embedding_rows: token ids must be below this.
     Raises:
-        DataError: no such folder, a malformed line, or a sample that cannot train; names file and line.
+        DataError: no such data, or samples that cannot train; names file, line and reason of each.
     """
-    hub = getattr(config, "hf_dataset", None)
-    if hub or (path is not None and not Path(path).expanduser().exists() and _looks_like_hub_id(str(path))):
-        loaded = _load_from_hub(path, tokenizer, config)
-        named = [(split, data, None) for split, data in zip(SPLITS, loaded)]
-    else:
-        if path is None:
-            raise DataError("no data given. Use --data with a folder that holds train.jsonl")
-        folder = Path(path).expanduser()
-        if not folder.is_dir():
-            raise DataError(f"{folder} is not a folder. Give one that holds train.jsonl and valid.jsonl")
-        named = [(split, *_read_jsonl(folder / f"{split}.jsonl", tokenizer, config)) for split in SPLITS]
-    result = []
-    for split, data, places in named:
-        wanted = data if split in splits else []
-        places = places if places is not None else [f"{split} sample {i + 1}" for i in range(len(data))]
-        result.append(_tokenize(wanted, places, config, embedding_rows, progress, split))
-    return tuple(result)
+    sources, notes = find(path, config)
+    wanted = set(splits)
+    share = getattr(config, "valid_split", None)
+    if share is not None and sources["valid"]:
+        raise ConfigError("--valid-split has no effect: there is a validation set already. Leave the option out")
+    loading = _Loading(tokenizer, config, embedding_rows, progress)
+    result = {split: TokenDataset() for split in SPLITS}
+    for split in SPLITS:
+        if split not in wanted or not sources[split]:
+            continue
+        if split == "train" and share is not None:
+            result["train"], result["valid"] = loading.load(sources[split], ("train", "valid"), share)
+        else:
+            (result[split],) = loading.load(sources[split], (split,))
+    loading.raise_for_bad_samples()
+    for note in dict.fromkeys([*notes, *(note for data in result.values() for note in data.summary.notes)]):
+        warnings.warn(note, SlowftWarning, stacklevel=2)
+    return result["train"], result["valid"], result["test"]
 
 
 def check_size(dataset: TokenDataset, batch_size: int, name: str) -> None:
@@ -81,101 +74,139 @@ def check_size(dataset: TokenDataset, batch_size: int, name: str) -> None:
         )
 
 
-def _looks_like_hub_id(path: str) -> bool:
-    return not path.startswith((".", "/", "~")) and path.count("/") == 1
+class _Loading:
+    """Loads one split after the other, and collects what is wrong with all of them."""
 
+    def __init__(self, tokenizer, config: Any, embedding_rows: int | None, progress: Progress | None):
+        self._tokenizer, self._config, self._rows, self._progress = tokenizer, config, embedding_rows, progress
+        self._skips = bool(getattr(config, "skip_bad_samples", False))
+        self._bad: list[str] = []  # the first of them
+        self._n_bad = 0
 
-def _load_from_hub(path, tokenizer, config):
-    from mlx_lm.tuner.datasets import load_custom_hf_dataset, load_hf_dataset
+    def load(self, source: Source, names: tuple[str, ...], share: float = 0.0) -> list[TokenDataset]:
+        """The source as a dataset; with two names, about this share of it goes to the second."""
+        directory, key = platform.cache_directory() / "tokens", None
+        if source.files and source.nbytes > STORED_NBYTES:
+            key = self._key(source, share)
+            stored = [store.load(directory, f"{key}-{name}") for name in names]
+            if all(dataset is not None for dataset in stored):
+                return stored
+        writers = [TokenWriter(directory) for _ in names]
+        n_bad = self._n_bad
+        try:
+            self._fill(source, names[0], writers, share)
+            if self._n_bad > n_bad and not self._skips:
+                return [TokenDataset() for _ in names]
+            key = key or self._key(source, share) if any(writer.is_on_disk for writer in writers) else ""
+            return [writer.finish(f"{key}-{name}") for name, writer in zip(names, writers)]
+        finally:
+            for writer in writers:
+                writer.abandon()
 
-    # mlx-lm asks the config which sets to load, and has defaults for features that are not named
-    names = SimpleNamespace(**{**vars(config), "train": True})
-    try:
-        if getattr(config, "hf_dataset", None):
-            return load_custom_hf_dataset(names, tokenizer)
-        return load_hf_dataset(str(path), tokenizer, names)
-    except ImportError:
+    def raise_for_bad_samples(self) -> None:
+        """Raises DataError that names the bad samples, unless they are to be left out."""
+        if not self._n_bad or self._skips:
+            return
+        if self._n_bad == 1:
+            raise DataError(self._bad[0])
+        more = f"\n  and {self._n_bad - len(self._bad)} more" if self._n_bad > len(self._bad) else ""
+        listed = "".join(f"\n  {bad}" for bad in self._bad)
         raise DataError(
-            f"{path or 'hf_dataset'} is not a folder here; a hub dataset needs: pip install 'slowft[datasets]'"
-        ) from None
-    except Exception as e:
-        raise DataError(f"{path or 'hf_dataset'} cannot be loaded from the hub: {one_line(e)}") from None
+            f"{self._n_bad} samples cannot be trained on. Correct or remove them, or leave them out with "
+            f"--skip-bad-samples:{listed}{more}"
+        )
+
+    def _fill(self, source: Source, name: str, writers: list[TokenWriter], share: float) -> None:
+        c = self._config
+        notes: list[str] = []
+        train_on = getattr(c, "train_on", None)
+        renderer = Renderer(self._tokenizer, c.max_seq_length, bool(c.mask_prompt), train_on, notes.append)
+        found, n_skipped, skipped = _of_one_form(source.read()), 0, []
+        if self._progress is not None:
+            found = self._progress(found, f"Tokenising {name}", source.n_samples)
+        for sample in found:
+            try:
+                self._add(sample, renderer, writers, share)
+            except BadSample as e:
+                self._n_bad += 1
+                if len(self._bad) < SHOWN:
+                    self._bad.append(f"{sample.place} {e}")
+                n_skipped += 1
+                skipped += [f"{sample.place} {e}"] * (len(skipped) < SHOWN)
+            except DataError as e:
+                raise DataError(f"{sample.place}: {e}") from None
+        if share:
+            _keep_one_at_least(writers)
+        if n_skipped and self._skips:
+            notes.append(f"{n_skipped} bad samples are left out, such as: {skipped[0]}")
+        for writer in writers:
+            writer.summary.notes, writer.summary.skipped, writer.summary.n_skipped = notes, skipped, n_skipped
+
+    def _add(self, sample: Found, renderer: Renderer, writers: list[TokenWriter], share: float) -> None:
+        if sample.reason:
+            raise BadSample(sample.reason)
+        side = 0
+        for i, rendered in enumerate(renderer.render(understand(sample.sample, sample.features, sample.is_document))):
+            if self._rows is not None and (largest := max(rendered.tokens)) >= self._rows:
+                raise BadSample(
+                    f"gives token id {largest}, the model's embedding has {self._rows} rows: the tokenizer belongs to "
+                    "another model"
+                )
+            if share and not i:  # all pieces of a document go to the same side
+                side = _is_held_back(rendered.tokens, share)
+            writers[side].add(rendered.tokens, rendered.pairs, sample.file, sample.unit, sample.number)
+            writers[side].summary.n_cut += rendered.is_cut
+
+    def _key(self, source: Source, share: float) -> str:
+        """A hash of everything that tokens are made from: the files' contents, the tokenizer, the options."""
+        c = self._config
+        options = [FORMAT, c.max_seq_length, bool(c.mask_prompt), getattr(c, "train_on", None), share, self._skips]
+        options += [vars(source.features), self._rows, [str(file) for file in source.files]]
+        key = hashlib.sha256(json.dumps(options, default=str).encode())
+        key.update(_fingerprint(self._tokenizer))
+        for file in source.files:
+            with open(file, "rb") as data:
+                key.update(hashlib.file_digest(data, "sha256").digest())
+        return key.hexdigest()[:32]
 
 
-def _read_jsonl(file: Path, tokenizer, config):
-    """mlx-lm's dataset of a file's samples, and where each one stands."""
-    from mlx_lm.tuner.datasets import create_dataset
+def _fingerprint(tokenizer) -> bytes:
+    """A hash of what decides how text becomes tokens."""
+    parts = [type(tokenizer._tokenizer).__name__, str(getattr(tokenizer, "chat_template", None))]
+    parts.append(f"{sorted(tokenizer.eos_token_ids)} {tokenizer.bos_token_id} {tokenizer.eos_token_id}")
+    backend = getattr(tokenizer._tokenizer, "backend_tokenizer", None)
+    parts.append(backend.to_str() if backend is not None else str(sorted(tokenizer.get_vocab().items())))
+    return hashlib.sha256("\0".join(parts).encode()).digest()
 
-    if not file.exists():
-        return [], []
-    samples, places = [], []
-    try:
-        with open(file, encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    sample = json.loads(line)
-                except json.JSONDecodeError as e:
-                    raise DataError(f"{file} line {number} is not JSON: {e.msg} at column {e.colno}") from None
-                if not isinstance(sample, dict):
-                    raise DataError(f'{file} line {number} is not an object such as {{"text": "..."}}')
-                samples.append(sample)
-                places.append(f"{file} line {number}")
-    except UnicodeDecodeError as e:
-        raise DataError(f"{file} is not UTF-8 (byte {e.start}). Save it as UTF-8") from None
-    except OSError as e:
-        raise DataError(f"{file} cannot be read: {e.strerror}") from None
-    if not samples:
-        return [], []
-    try:
-        return create_dataset(samples, tokenizer, config), places
-    except ValueError as e:
-        if "Prompt masking" in str(e):
-            raise DataError(f"{file} holds plain text, which has no prompt to mask. Leave out --mask-prompt") from None
+
+def _of_one_form(samples: Iterable[Found]) -> Iterator[Found]:
+    """The samples; one of another form than the first of its file is bad. mlx-lm reads a file by its first line."""
+    forms: dict[str, tuple[str, ...]] = {}
+    for found in samples:
+        if not found.reason:
+            try:
+                form = forms.get(found.file)
+                lacks = [key for key in form or () if key not in found.sample]
+                if lacks:
+                    found.reason = f"lacks the key '{lacks[0]}', which the first sample has"
+                elif form is None:
+                    forms[found.file] = form_of(found.sample, found.features)
+            except BadSample as e:
+                found.reason = str(e)
+        yield found
+
+
+def _is_held_back(tokens: list[int], share: float) -> int:
+    """1 for about this share of all samples, by their hash: the same sample is always on the same side."""
+    number = int.from_bytes(digest_of(np.asarray(tokens, np.int32)), "little")
+    return int(number < share * 2**64)
+
+
+def _keep_one_at_least(writers: list[TokenWriter]) -> None:
+    train, valid = writers
+    if not valid.lengths or not train.lengths:
+        lacks = "validation" if not valid.lengths else "training"
         raise DataError(
-            f"{places[0]} has the keys {', '.join(samples[0]) or '(none)'}; mlx-lm knows text, prompt with completion, "
-            "or messages"
-        ) from None
-
-
-def _tokenize(data, places, config, embedding_rows, progress: Progress | None, split: str) -> TokenDataset:
-    samples, n_cut = [], 0
-    numbers: Iterable[int] = range(len(data))
-    if progress is not None:
-        numbers = progress(numbers, f"Tokenising {split}", len(data))
-    for i in numbers:
-        tokens, offset = _process(data, i, places[i])
-        n_cut += len(tokens) > config.max_seq_length
-        if len(tokens) and embedding_rows is not None and max(tokens) >= embedding_rows:
-            raise DataError(
-                f"{places[i]} gives token id {max(tokens)}, the model's embedding has {embedding_rows} rows: the "
-                "tokenizer belongs to another model"
-            )
-        kept = np.array(tokens[: config.max_seq_length], np.int32)
-        if max(1, offset) > len(kept) - 1:
-            why = (
-                f"its prompt alone has {offset} tokens and --max-seq-length is {config.max_seq_length}"
-                if offset and len(tokens) > len(kept)
-                else f"it has {len(tokens)} tokens, {offset} of them prompt"
-            )
-            raise DataError(f"{places[i]} has no token to train on: {why}. Remove it, or raise --max-seq-length")
-        samples.append((kept, offset))
-    return TokenDataset(samples, list(places[: len(samples)]), n_cut)
-
-
-def _process(data, i: int, place: str):
-    try:
-        tokens, offset = data.process(data[i])
-    except KeyError as e:
-        raise DataError(f"{place} lacks the key {e}, which the first line has") from None
-    except IndexError:  # mlx-lm looks at the last token of a text
-        raise DataError(f"{place} is empty. Remove it") from None
-    except (AttributeError, TypeError):
-        raise DataError(
-            f"{place} has a value of the wrong kind: a text, prompt or completion is a string, messages are a list of "
-            "objects with role and content"
-        ) from None
-    except Exception as e:  # a chat template may refuse in its own words
-        raise DataError(f"{place} cannot be tokenised: {one_line(e)}") from None
-    return tokens, offset
+            f"--valid-split leaves no {lacks} samples of {len(train.lengths) + len(valid.lengths)}. Choose another "
+            "share, or write a valid.jsonl"
+        )

@@ -31,9 +31,15 @@ def usual_chunk(vocab_size: int) -> int:
 
 
 def loss_mask(lengths: mx.array, n_targets: int) -> mx.array:
-    """Which targets count, bool `[B, n_targets]`: mlx-lm's `default_loss`, from lengths `[B, 2]`."""
+    """Which targets count, bool `[B, n_targets]`: mlx-lm's `default_loss`, from lengths `[B, 2]`.
+
+    From `[B, 2n]`, those that count by any of the n pairs (first, last).
+    """
     steps = mx.arange(1, n_targets + 1)
-    return mx.logical_and(steps >= lengths[:, 0:1], steps <= lengths[:, 1:])
+    counts = mx.logical_and(steps >= lengths[:, 0:1], steps <= lengths[:, 1:2])
+    for i in range(2, lengths.shape[1], 2):
+        counts = counts | mx.logical_and(steps >= lengths[:, i : i + 1], steps <= lengths[:, i + 1 : i + 2])
+    return counts
 
 
 def token_loss(logits: mx.array, targets: mx.array, mask: mx.array, total: mx.array) -> mx.array:

@@ -201,7 +201,7 @@ class StreamedModel(nn.Module):
 
         Args:
             batch: int32 `[B, T+1]` token ids, or a list of (batch, lengths).
-            lengths: int32 `[B, 2]`: prompt offset and length of each row.
+            lengths: int32 `[B, 2]`: prompt offset and length of each row; or `[B, 2n]`, n stretches of targets.
         Returns:
             ((loss float32 `[]`, ntoks int32 `[]`), gradients as a tree like `trainable_parameters()`).
         """
@@ -219,7 +219,7 @@ class StreamedModel(nn.Module):
 
         Args:
             batch: int32 `[B, T+1]` token ids, or a list of `MicroBatch`.
-            lengths: int32 `[B, 2]`: prompt offset and length of each row.
+            lengths: int32 `[B, 2]`: prompt offset and length of each row; or `[B, 2n]`, n stretches of targets.
         Raises:
             ConfigError: no adapter has such a name.
         """
@@ -489,7 +489,7 @@ def _micro_batches(batch, lengths) -> list[tuple[mx.array, mx.array]]:
             raise SlowftError("give a batch and its lengths, or a list of such pairs") from None
         if tokens.ndim != 2 or tokens.shape[1] < 2 or not mx.issubdtype(tokens.dtype, mx.integer):
             raise SlowftError(f"batch must be integers [B, T+1], got {tokens.dtype} {list(tokens.shape)}")
-        if lengths.shape != (tokens.shape[0], 2):
+        if lengths.ndim != 2 or lengths.shape[0] != tokens.shape[0] or lengths.shape[1] % 2 or not lengths.shape[1]:
             raise SlowftError(f"lengths must be [{tokens.shape[0]}, 2] for this batch, got {list(lengths.shape)}")
         result.append((tokens, lengths))
     return result

@@ -31,14 +31,36 @@ class TrainConfig:
 
     model: str | None = field(default=None, metadata={"help": "Model directory or hub id."})
     data: str | None = field(
-        default=None, metadata={"help": "Directory with {train, valid, test}.jsonl, or the id of a hub dataset."}
+        default=None,
+        metadata={
+            "help": "Directory with {train, valid, test}.jsonl (or .json, .csv, .parquet, .txt ...), one such file, or "
+            "the id of a hub dataset."
+        },
     )
     train: bool = field(default=True, metadata={"help": "Train (the default, unless only --test is given)."})
     test: bool = field(default=False, metadata={"help": "Evaluate on the test set, after training if there is any."})
     fine_tune_type: str = field(default="lora", metadata={"help": "lora or dora."})
     optimizer: str = field(default="adam", metadata={"help": ", ".join(OPTIMIZERS) + "."})
     optimizer_config: dict = field(default_factory=dict, metadata={"help": "Optimizer arguments, by optimizer name."})
-    mask_prompt: bool = field(default=False, metadata={"help": "Leave the prompt out of the loss."})
+    mask_prompt: bool = field(
+        default=False, metadata={"help": "Leave the prompt out of the loss: train the last answer."}
+    )
+    train_on: str | None = field(
+        default=None, metadata={"help": "assistant trains every answer of a conversation, and nothing else."}
+    )
+    valid_split: float | None = field(
+        default=None,
+        metadata={"help": "Share of the training set to validate on instead, such as 0.05, where there is no other."},
+    )
+    skip_bad_samples: bool = field(
+        default=False, metadata={"help": "Leave out samples that cannot be trained on, and say how many."}
+    )
+    group_by_length: bool = field(
+        default=False,
+        metadata={
+            "help": "Batches of samples of like length, so that little is padding, in an order drawn from the seed."
+        },
+    )
     num_layers: int = field(default=16, metadata={"help": "Blocks to fine-tune, counted from the last; -1 for all."})
     batch_size: int = field(default=4, metadata={"help": "Sequences in a micro-batch."})
     iters: int = field(default=1000, metadata={"help": "Micro-batches to train for."})
@@ -141,6 +163,12 @@ class TrainConfig:
                 "fine_tune_type full changes the base weights, which slowft leaves on disk. Use lora or dora"
             )
         self._check("fine_tune_type", str, lambda v: v in ("lora", "dora"), "lora or dora")
+        if self.train_on is not None:
+            self._check("train_on", str, lambda v: v == "assistant", "assistant")
+            if self.mask_prompt:
+                raise ConfigError("--train-on assistant and --mask-prompt exclude each other. Leave one out")
+        if self.valid_split is not None:
+            self._check("valid_split", (int, float), lambda v: 0 < v < 1, "a number between 0 and 1")
         unknown = set(self.lora_parameters) - {"rank", "scale", "dropout", "keys"}
         if unknown:
             hint = " (mlx-lm's scale is alpha / rank)" if "alpha" in unknown else ""

@@ -1,6 +1,6 @@
 """Fits an adapter: batches, steps, evaluation, saving, reports. Knows nothing of blocks or files of weights.
 
-Batches come in mlx-lm's order (its own `iterate_batches`), initial adapters from its own initialisation:
+Batches come in mlx-lm's order and padding, initial adapters from its own initialisation:
 in float32, without dropout and accumulation, a run ends with the very adapter `mlx_lm.lora` trains.
 """
 
@@ -16,7 +16,9 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from .. import platform
-from ..data.datasets import TokenDataset, check_size
+from ..data.batches import batch_order, iterate, padded_tokens
+from ..data.datasets import check_size
+from ..data.store import Samples, TokenDataset, as_datasets
 from ..engine.budget import STEPS_TO_LEARN_FROM
 from ..engine.model import parse_nbytes, usual_activation_cache
 from ..errors import AdapterError, ConfigError, DataError, SlowftError
@@ -24,8 +26,6 @@ from ..planning.caching import Caching
 from ..reports.base import Report
 from ..weights.activation_cache import ActivationCache
 from .config import OPTIMIZER_COPIES, TrainConfig
-
-PADDING = 32  # mlx-lm's iterate_batches pads to multiples of it, and one
 
 
 class Trainer:
@@ -55,7 +55,7 @@ class Trainer:
         if c.resume_adapter_file is not None:
             self.model.load_adapter(c.resume_adapter_file)
 
-    def plan(self, *datasets: TokenDataset | None, memory: str | int | None = None, follow: bool = True):
+    def plan(self, *datasets: Samples | None, memory: str | int | None = None, follow: bool = True):
         """The plan for steps on these datasets (see `StreamedModel.plan`), which the steps then follow.
 
         Args:
@@ -63,15 +63,15 @@ class Trainer:
         Raises:
             ConfigError: the ceiling is too low; names the least that would do.
         """
-        c = self.config
-        longest = max((len(data[i][0]) for data in datasets if data is not None for i in range(len(data))), default=1)
-        tokens = min(-(-longest // PADDING) * PADDING, c.max_seq_length - 1)
+        c, datasets = self.config, as_datasets(*datasets)
+        longest = max((int(data.lengths.max()) for data in datasets if data is not None and len(data)), default=1)
+        tokens = padded_tokens(longest, c.max_seq_length)
         copies = OPTIMIZER_COPIES[c.optimizer.lower()]
         return self.model.plan(
             c.batch_size, tokens, min(c.grad_accumulation_steps, c.iters), memory, copies, follow=follow
         )
 
-    def cache_activations(self, plan, *datasets: TokenDataset | None, use: bool = True) -> Caching:
+    def cache_activations(self, plan, *datasets: Samples | None, use: bool = True) -> Caching:
         """Have the model store activations between epochs, where the config says so or, without a word, where it pays.
 
         Args:
@@ -81,7 +81,8 @@ class Trainer:
         Raises:
             ConfigError: the config names a directory, and this model has no use for it, or it cannot be used.
         """
-        c, caching = self.config, Caching(reason="there is no plan of the steps")
+        c, datasets = self.config, as_datasets(*datasets)
+        caching = Caching(reason="there is no plan of the steps")
         if plan is not None:
             n_batches = len(datasets[0]) // c.batch_size if datasets[0] is not None and c.train else 0
             first, later = min(c.iters, n_batches), max(c.iters - n_batches, 0) if n_batches else 0
@@ -113,13 +114,13 @@ class Trainer:
 
     def _padded_tokens(self, dataset: TokenDataset | None) -> int:
         """Of all batches of a dataset together, as mlx-lm pads them."""
-        c, n = self.config, 0
-        for begin in range(0, len(dataset or ()) - c.batch_size + 1, c.batch_size):
-            longest = max(len(dataset[i][0]) for i in range(begin, begin + c.batch_size))
-            n += c.batch_size * min(-(-longest // PADDING) * PADDING, c.max_seq_length - 1)
-        return n
+        if dataset is None or not len(dataset):
+            return 0
+        c = self.config
+        longest = dataset.lengths[self._order(dataset)].max(axis=1)
+        return sum(c.batch_size * padded_tokens(int(length), c.max_seq_length) for length in longest)
 
-    def fit(self, train: TokenDataset, valid: TokenDataset | None = None) -> dict[str, Any]:
+    def fit(self, train: Samples, valid: Samples | None = None) -> dict[str, Any]:
         """Train for `config.iters` micro-batches; evaluate before, between and after; save as configured.
 
         Args:
@@ -130,6 +131,7 @@ class Trainer:
             SlowftError: the data is too small, the loss is not finite, or the adapter cannot be written.
         """
         c, model = self.config, self.model
+        train, valid = as_datasets(train, valid)
         if not len(train):
             raise DataError("the training set is empty or missing. Put samples into train.jsonl")
         check_size(train, c.batch_size, "training")
@@ -204,9 +206,10 @@ class Trainer:
         config = {k: v for k, v in asdict(self.config).items() if v is not None}
         return self.model.save_adapter(self.config.adapter_path, numbered, config)
 
-    def evaluate(self, dataset: TokenDataset, num_batches: int = -1) -> float:
+    def evaluate(self, dataset: Samples, num_batches: int = -1) -> float:
         """Mean loss per token over `num_batches` batches (-1: all), as mlx-lm's `evaluate` counts it."""
         self.model.eval()
+        (dataset,) = as_datasets(dataset)
         total, tokens = 0.0, 0
         n_batches = len(dataset) // self.config.batch_size
         n_batches = n_batches if num_batches == -1 else min(n_batches, num_batches)
@@ -224,23 +227,11 @@ class Trainer:
         self.report.validated({"iteration": iteration, "val_loss": loss, "val_time": time.perf_counter() - begin})
         return loss
 
-    def _batches(self, dataset, loop: bool = False):
-        from mlx_lm.tuner.datasets import CacheDataset
-        from mlx_lm.tuner.trainer import iterate_batches
+    def _order(self, dataset: TokenDataset) -> np.ndarray:
+        return batch_order(dataset, self.config.batch_size, self.config.seed if self.config.group_by_length else None)
 
-        class InFileOrder(CacheDataset):
-            """mlx_lm.lora's order: it means to sort by length, but asks each raw sample (a dict) for its length."""
-
-            def __init__(self, data):
-                self._data = data
-
-            def itemlen(self, i: int) -> int:
-                return 1
-
-            def __getitem__(self, i: int):
-                return self._data[i]
-
-        return iterate_batches(InFileOrder(dataset), self.config.batch_size, self.config.max_seq_length, loop=loop)
+    def _batches(self, dataset: TokenDataset, loop: bool = False):
+        return iterate(dataset, self._order(dataset), self.config.max_seq_length, loop)
 
 
 class _Window:

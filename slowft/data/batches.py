@@ -1,0 +1,58 @@
+"""Samples in batches: which go together, in which order, and how they are padded. The batches are mlx-lm's.
+
+Comes in: a `TokenDataset`. Goes out: `[B, T+1]` token ids and `[B, 2n]` lengths, as `StreamedModel.loss_and_grads`
+takes them.
+"""
+
+from collections.abc import Iterator
+
+import mlx.core as mx
+import numpy as np
+
+from .store import TokenDataset
+
+PADDING = 32  # sequences are padded to multiples of it, and one
+
+
+def batch_order(dataset: TokenDataset, batch_size: int, seed: int | None = None) -> np.ndarray:
+    """Which samples go together, `[n, batch_size]`. Of a set that is no multiple, the last few are left out.
+
+    In file order, as `mlx_lm.lora` has them (it means to sort by length, but asks each raw sample for the number of its
+    keys). With a seed, samples of like length go together, those of equal length in an order drawn from it.
+    """
+    n = len(dataset) // batch_size
+    order = np.arange(len(dataset))
+    if seed is not None:
+        order = np.random.RandomState(seed).permutation(order)
+        order = order[np.argsort(dataset.lengths[order], kind="stable")]
+    return order[: n * batch_size].reshape(n, batch_size)
+
+
+def padded_tokens(length: int, max_seq_length: int) -> int:
+    """Targets in a row of a batch whose longest sample has `length` tokens: all but the first are."""
+    return min(-(-length // PADDING) * PADDING, max_seq_length - 1)
+
+
+def iterate(
+    dataset: TokenDataset, order: np.ndarray, max_seq_length: int, loop: bool = False
+) -> Iterator[tuple[mx.array, mx.array]]:
+    """The batches of `order` in turn, drawn anew for each epoch from NumPy's random state, as mlx-lm draws them."""
+    while True:
+        for i in np.random.permutation(len(order)):
+            yield batch(dataset, order[i], max_seq_length)
+        if not loop:
+            return
+
+
+def batch(dataset: TokenDataset, numbers: np.ndarray, max_seq_length: int) -> tuple[mx.array, mx.array]:
+    """(token ids `[B, T+1]`, lengths `[B, 2n]`) of these samples; pairs that a row has not predict nothing."""
+    samples = [dataset.sample(int(i)) for i in numbers]
+    longest = max(len(tokens) for tokens, _ in samples)
+    ids = np.zeros((len(samples), padded_tokens(longest, max_seq_length) + 1), np.int32)
+    n_pairs = max(len(pairs) for _, pairs in samples)
+    lengths = np.tile(np.array([1, 0], np.int32), (len(samples), n_pairs))
+    for row, (tokens, pairs) in enumerate(samples):
+        n = min(len(tokens), max_seq_length)
+        ids[row, :n] = tokens[:n]
+        lengths[row, : 2 * len(pairs)] = np.minimum(pairs, [np.iinfo(np.int32).max, n]).reshape(-1)
+    return mx.array(ids), mx.array(lengths)

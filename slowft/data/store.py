@@ -1,0 +1,235 @@
+"""Tokenised samples: in memory while they are few; when they are many, in a file on disk from which each is read.
+
+Comes in: tokens and what is trained of them, sample by sample. Goes out: a `TokenDataset`. A file is written under a
+temporary name and renamed when it is whole; it is found again by the hash of everything that it was made from.
+
+A record is, in int32: the number of tokens, of pairs, where the sample is in its file, the file's number, a hash (two),
+the pairs, the tokens. Where each begins is in memory, 12 bytes a sample; records are read rather than mapped, as pages
+that are mapped count as the process's own.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+import weakref
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import DataError
+from .files import place
+
+IN_MEMORY_NBYTES = 16 << 20  # of records, above which they go to disk
+HEAD = 6  # numbers before the pairs of a record
+INDEX, RECORDS = "index.npz", "records"
+
+Pairs = Sequence[tuple[int, int]]
+
+
+@dataclass
+class Summary:
+    """What there is to say of a dataset beside its samples.
+
+    Attributes:
+        n_cut: samples that were longer than they may be.
+        n_skipped: samples that were left out as bad, of which `skipped` says why of the first.
+        notes: what a person should know.
+    """
+
+    n_cut: int = 0
+    n_skipped: int = 0
+    skipped: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+class TokenDataset:
+    """Tokenised samples: `[i]` gives (int32 tokens, prompt offset), `where(i)` the file and line it came from.
+
+    Args:
+        samples: (tokens, prompt offset) of each; places: where each came from.
+
+    Attributes:
+        lengths: int32, tokens of each sample.
+        summary: what there is to say of it.
+    """
+
+    def __init__(self, samples: Sequence[tuple[np.ndarray, int]] = (), places: Sequence[str] = (), n_cut: int = 0):
+        writer = TokenWriter()
+        for i, (tokens, offset) in enumerate(samples):
+            writer.add(tokens, [(offset, len(tokens))], places[i], "", 0)
+        self._take(bytes(writer.records), writer.begins, writer.lengths, writer.files, Summary(n_cut))
+
+    def _take(
+        self, records: "bytes | int", begins, lengths, files: Sequence[tuple[str, str]], summary: Summary
+    ) -> None:
+        self._begins, self.lengths = np.asarray(begins, np.int64), np.asarray(lengths, np.int32)
+        self._files, self.summary = [tuple(file) for file in files], summary
+        self._records = records  # or the descriptor of the file that they are in
+        if isinstance(records, int):
+            weakref.finalize(self, os.close, records)
+
+    @property
+    def n_cut(self) -> int:
+        """Samples that were longer than they may be."""
+        return self.summary.n_cut
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
+        tokens, pairs = self.sample(i)
+        return tokens, int(pairs[0, 0])
+
+    def sample(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """(int32 tokens, int32 pairs [n, 2]): of tokens from `first` to `last` of a pair, each is predicted."""
+        record = self._record(i)
+        end = HEAD + 2 * int(record[1])
+        return record[end:], record[HEAD:end].reshape(-1, 2)
+
+    def where(self, i: int) -> str:
+        """The file and line that a sample came from."""
+        record = self._record(i)
+        return place(*self._files[int(record[3])], int(record[2]))
+
+    def digest(self, i: int) -> int:
+        """A hash of the sample's tokens and of what is trained of them."""
+        return int(self._record(i)[4:6].copy().view(np.int64)[0])
+
+    def _record(self, i: int) -> np.ndarray:
+        begin, end = int(self._begins[i]), int(self._begins[i + 1])
+        if isinstance(self._records, int):
+            data = os.pread(self._records, end - begin, begin)
+            if len(data) < end - begin:
+                raise DataError("a file of tokenised samples was cut while it was in use. Start again")
+        else:
+            data = self._records[begin:end]
+        return np.frombuffer(data, np.int32)
+
+
+# A dataset, or anything else whose items are (tokens, prompt offset).
+Samples = TokenDataset | Sequence[tuple[Sequence[int], int]]
+
+
+def as_datasets(*samples: Samples | None) -> list[TokenDataset | None]:
+    """Each as a dataset."""
+    return [
+        s if s is None or isinstance(s, TokenDataset) else TokenDataset(s, [f"sample {i + 1}" for i in range(len(s))])
+        for s in samples
+    ]
+
+
+class TokenWriter:
+    """Collects samples, in memory at first; above `IN_MEMORY_NBYTES` in a file in `directory`, if there is one.
+
+    Attributes:
+        begins, lengths: where each record begins in bytes, with the end of the last; and its tokens.
+    """
+
+    def __init__(self, directory: Path | None = None):
+        self.records = bytearray()
+        self.begins, self.lengths = array("q", [0]), array("i")
+        self.summary = Summary()
+        self._directory, self._file = directory, None
+        self._numbers: dict[tuple[str, str], int] = {}
+
+    @property
+    def is_on_disk(self) -> bool:
+        return self._file is not None
+
+    @property
+    def files(self) -> list[tuple[str, str]]:
+        """(file, unit) of what was added."""
+        return list(self._numbers)
+
+    def add(self, tokens: Sequence[int], pairs: Pairs, file: str, unit: str, number: int) -> None:
+        """One sample, and where it came from."""
+        body = np.concatenate([np.asarray(pairs, np.int32).reshape(-1), np.asarray(tokens, np.int32)])
+        of_file = self._numbers.setdefault((file, unit), len(self._numbers))
+        head = np.array([len(tokens), len(pairs), number, of_file, 0, 0], np.int32)
+        head[4:] = np.frombuffer(digest_of(body), np.int32)
+        record = head.tobytes() + body.tobytes()
+        self.begins.append(self.begins[-1] + len(record))
+        self.lengths.append(len(tokens))
+        if self._file is None:
+            self.records += record
+            if self._directory is not None and len(self.records) > IN_MEMORY_NBYTES:
+                self._to_disk()
+        else:
+            self._write(lambda: self._file.write(record))
+
+    def finish(self, name: str) -> TokenDataset:
+        """The samples as a dataset. `name`: of its files in the directory, where they went to disk."""
+        dataset = TokenDataset.__new__(TokenDataset)
+        if self._file is None:
+            dataset._take(bytes(self.records), self.begins, self.lengths, self.files, self.summary)
+            return dataset
+        records, index = (self._directory / f"{name}.{kind}" for kind in (RECORDS, INDEX))
+        partial = self._directory / f".{name}.{os.getpid()}.{INDEX}"
+        meta = np.frombuffer(json.dumps({"files": self.files, "summary": vars(self.summary)}).encode(), np.uint8)
+        arrays = np.frombuffer(self.begins, np.int64), np.frombuffer(self.lengths, np.int32)
+
+        def put() -> None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            np.savez(partial, begins=arrays[0], lengths=arrays[1], meta=meta)
+            os.replace(self._file.name, records)
+            os.replace(partial, index)
+
+        try:
+            self._write(put)
+        except DataError:
+            partial.unlink(missing_ok=True)
+            raise
+        self._file.close()
+        dataset._take(os.open(records, os.O_RDONLY), *arrays, self.files, self.summary)
+        return dataset
+
+    def abandon(self) -> None:
+        """Delete what was written."""
+        if self._file is not None:
+            self._file.close()
+            Path(self._file.name).unlink(missing_ok=True)
+
+    def _to_disk(self) -> None:
+        def make() -> None:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            self._file = tempfile.NamedTemporaryFile(  # noqa: SIM115  (open until `finish` or `abandon`)
+                dir=self._directory, prefix=".tokens-", suffix=".partial", delete=False, buffering=1 << 20
+            )
+            self._file.write(self.records)
+
+        self._write(make)
+        self.records = bytearray()
+
+    def _write(self, write: Callable[[], object]) -> None:
+        try:
+            write()
+        except OSError as e:
+            raise DataError(
+                f"tokenised samples cannot be written to {self._directory}: {e.strerror or e}. Free some of that disk, "
+                "or set XDG_CACHE_HOME to a directory on another"
+            ) from None
+
+
+def digest_of(numbers: np.ndarray) -> bytes:
+    """Eight bytes that two samples share only if they are the same."""
+    return hashlib.blake2b(numbers.tobytes(), digest_size=8).digest()
+
+
+def load(directory: Path, name: str) -> TokenDataset | None:
+    """The dataset that was stored under this name; None if there is none, or not a whole one."""
+    records = directory / f"{name}.{RECORDS}"
+    try:
+        with np.load(directory / f"{name}.{INDEX}") as index:
+            begins, lengths, meta = index["begins"], index["lengths"], json.loads(index["meta"].tobytes())
+        if records.stat().st_size != begins[-1]:
+            return None
+        dataset = TokenDataset.__new__(TokenDataset)
+        dataset._take(os.open(records, os.O_RDONLY), begins, lengths, meta["files"], Summary(**meta["summary"]))
+        return dataset
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
