@@ -118,12 +118,7 @@ class Renderer:
                 '--chat-template FILE, or write the data as {"text": ...}, as the model is to see it'
             )
         self._check_meaning(chat)
-        chat = self._with_known_roles(chat)
-        try:
-            text = self._template(chat)
-        except Exception as e:  # a template refuses in its own words
-            raise BadSample(f"cannot be tokenised: the chat template says: {one_line(e)}") from None
-        places = self._locate(chat, text)
+        chat, text, places = self._rendered(self._with_known_roles(chat))
         tokens = self._encode(text)
         self._say_what_is_seldom_meant(chat, tokens)
         if self._train_on:
@@ -132,6 +127,29 @@ class Renderer:
         if not self._mask_prompt:
             return tokens, [(0, len(tokens))]
         return tokens, [(self._offset(chat, text, tokens, places), len(tokens))]
+
+    def _rendered(self, chat: Chat) -> tuple[Chat, str, list[tuple[int, int]]]:
+        """(the chat, its text, where each message stands in it).
+
+        Templates expect a tool call's arguments as an object, but for some (DeepSeek's), which expect JSON.
+        """
+        try:
+            return chat, (text := self._apply(chat)), self._locate(chat, text)
+        except BadSample as e:
+            written = [_with_arguments_as_json(message) for message in chat.messages]
+            if written == chat.messages:
+                raise
+            again = Chat(written, chat.tools, chat.n_prompt)
+            try:
+                return again, (text := self._apply(again)), self._locate(again, text)
+            except BadSample:
+                raise e from None
+
+    def _apply(self, chat: Chat) -> str:
+        try:
+            return self._template(chat)
+        except Exception as e:  # a template refuses in its own words
+            raise BadSample(f"cannot be tokenised: the chat template says: {one_line(e)}") from None
 
     def _check_meaning(self, chat: Chat) -> None:
         roles = [message["role"] for message in chat.messages]
@@ -149,18 +167,16 @@ class Renderer:
                 )
 
     def _with_known_roles(self, chat: Chat) -> Chat:
-        """The chat, with "developer" as "system" where the template knows only that.
+        """The chat, with "developer" as "system" unless the template names it: most models know the latter only.
 
         Whether the template takes every role is tried with marks for contents: a short text could be found anywhere.
         """
-        dropped = self._dropped_of(chat)
-        if dropped != [] and any(message["role"] == "developer" for message in chat.messages):
-            renamed = [m | {"role": "system"} if m["role"] == "developer" else m for m in chat.messages]
-            as_system = Chat(renamed, chat.tools, chat.n_prompt)
-            if not self._dropped_of(as_system):
+        if any(message["role"] == "developer" for message in chat.messages):
+            if "developer" not in str(getattr(self._tokenizer, "chat_template", "")):
+                renamed = [m | {"role": "system"} if m["role"] == "developer" else m for m in chat.messages]
+                chat = Chat(renamed, chat.tools, chat.n_prompt)
                 self._say("The chat template does not know the role developer: it is written as system")
-                return as_system
-        if dropped:
+        if dropped := self._dropped_of(chat):
             i = dropped[0]
             role = chat.messages[i]["role"]
             raise BadSample(f"has a message that the chat template leaves out: message {i + 1}, of the role {role}")
@@ -225,7 +241,8 @@ class Renderer:
         for call in message.get("tool_calls", ()):
             function = call.get("function", call)
             yield "the tool call", [function["name"]], True
-            for value in _leaves(function["arguments"]):
+            arguments = function["arguments"]
+            for value in _leaves(json.loads(arguments) if isinstance(arguments, str) else arguments):
                 yield "a tool call's argument", _forms(value), True
 
     def _thought(self, content: str) -> tuple[str, str] | None:
@@ -297,9 +314,10 @@ class Renderer:
 
     def _encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         try:
-            return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
+            text.encode()
         except UnicodeEncodeError:
             raise BadSample("has half of a character in it (a lone surrogate, as \\ud83d). Remove it") from None
+        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
     def _n_tokens(self, begin: str, tokens: list[int]) -> int:
         """How many whole tokens of the text lie in its beginning."""
@@ -331,6 +349,17 @@ def _leaves(value: Any) -> Iterator[str]:
         yield value
     elif isinstance(value, int | float) and not isinstance(value, bool):
         yield json.dumps(value)
+
+
+def _with_arguments_as_json(message: dict[str, Any]) -> dict[str, Any]:
+    if not (calls := message.get("tool_calls")):
+        return message
+    written = []
+    for call in calls:
+        function = call.get("function", call)
+        function = function | {"arguments": json.dumps(function["arguments"], ensure_ascii=False)}
+        written.append(call | {"function": function} if "function" in call else function)
+    return message | {"tool_calls": written}
 
 
 def _names(tools: Any) -> list[str]:

@@ -10,12 +10,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..errors import DataError
+from ..errors import DataError, ModelError
+from ..models.loading import find_local
+from ..models.outline import explain_hub
 from ..models.tokenizer import NotSentencePieceError, has_sentencepiece_only, write_sentencepiece_tokenizer
 
 # A tokenizer may have a few ids fewer than the embedding has rows (rows are padded to a round number), or more
 # (Gemma 3 1B: an image token that no text gives). Ids that the data does give are checked one by one.
 LEAST_VOCABULARY_SHARE = 0.9
+SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.py", "*.model", "*.tiktoken"]  # of a model on the hub: no weights
 
 
 def load_tokenizer(model_path: Path, embedding_rows: int | None, trust_remote_code: bool = False):
@@ -100,3 +103,19 @@ def _check_ending(model_path: Path, tokenizer, vocabulary: dict[str, int], endin
 def one_line(error: Exception) -> str:
     """What other libraries say, on one line."""
     return textwrap.shorten(str(error), 240) or type(error).__name__
+
+
+def tokenizer_files(path_or_hub_id: str) -> Path:
+    """The local directory of a model; of one on the hub, with everything but its weights, which is downloaded.
+
+    Raises:
+        ModelError: no such directory, or the hub does not have it or cannot be reached.
+    """
+    if (local := find_local(path_or_hub_id)) is not None:
+        return local
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path_or_hub_id, allow_patterns=SMALL_FILES))
+    except Exception as e:  # huggingface-hub and its HTTP library raise many kinds
+        raise ModelError(explain_hub(e, path_or_hub_id)) from None

@@ -50,7 +50,7 @@ def outline_of_hub(hub_id: str) -> Iterator[Path]:
         except ModelError:
             raise
         except Exception as e:  # huggingface-hub and its HTTP library raise many kinds
-            raise ModelError(_explain_hub(e, hub_id)) from None
+            raise ModelError(explain_hub(e, hub_id)) from None
         yield path
 
 
@@ -151,7 +151,7 @@ def _fetch(hub_id: str, path: Path) -> None:
         list(pool.map(copy_header, shards))
 
 
-def _explain_hub(error: Exception, hub_id: str) -> str:
+def explain_hub(error: Exception, hub_id: str) -> str:
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     if isinstance(error, GatedRepoError):
