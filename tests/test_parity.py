@@ -1,0 +1,276 @@
+"""What `mlx_lm.lora` is asked for, `slowft finetune` does: options, YAML files of two years, losses, what counts.
+
+The reference is the installed mlx-lm: its parser, its defaults, its trainer in memory.
+"""
+
+import sys
+from itertools import product
+from pathlib import Path
+
+import pytest
+from mlx_lm import lora
+
+from slowft.cli.finetune import finetune as command
+from slowft.errors import ConfigError
+from slowft.training.config import NEEDLESS, TrainConfig, load_config
+
+EXAMPLES = {
+    document.split(None, 2)[1]: document.partition("\n")[2]
+    for document in (Path(__file__).parent / "mlx_lm_examples.yaml").read_text().split("---")[1:]
+}
+
+
+# --- What is asked for ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def asked(monkeypatch, capsys):
+    """(options of a command line) -> (what mlx_lm.lora would run, what slowft would run, what slowft says of it)."""
+
+    def ask(*words) -> tuple[dict, TrainConfig, str]:
+        told = {}
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["mlx_lm.lora", *map(str, words)])
+            patch.setattr(lora, "run", lambda args: told.update(theirs=vars(args)))
+            patch.setattr("slowft.training.run.run", lambda config, report: told.update(ours=config))
+            lora.main()
+            capsys.readouterr()
+            command.main(list(map(str, words)), standalone_mode=False)
+        return told["theirs"], told["ours"], capsys.readouterr().out
+
+    return ask
+
+
+def differing(theirs: dict, ours: TrainConfig) -> set[str]:
+    """Names of the options that mean something else here. mlx-lm lists every optimizer, even with nothing to say."""
+    told = vars(ours) | {"optimizer_config": lora.CONFIG_DEFAULTS["optimizer_config"] | ours.optimizer_config}
+    theirs = theirs | {"optimizer_config": lora.CONFIG_DEFAULTS["optimizer_config"] | theirs["optimizer_config"]}
+    return {
+        name
+        for name in lora.CONFIG_DEFAULTS
+        if name not in NEEDLESS and name != "config" and (name not in told or told[name] != theirs[name])
+    }
+
+
+def test_defaults_are_those_of_mlx_lm_lora():
+    of_our_own = {
+        "model": "nothing is downloaded that nobody named",
+        "data": "likewise",
+        "train": "finetune trains, unless it is only to test",
+    }
+    assert differing(lora.CONFIG_DEFAULTS, TrainConfig()) == of_our_own.keys()
+
+
+def samples_of(action) -> list[list[str]]:
+    """What may stand behind an option of mlx_lm.lora's parser; the empty list for a flag."""
+    if action.nargs == 0:
+        return [[]]
+    if action.choices:
+        return [[choice] for choice in action.choices]
+    of_names = {"--report-to": ["wandb", "swanlab", "wandb,swanlab"], "--model": ["org/model"]}
+    of_types = {int: ["3"], float: ["3e-4", "1"], str: ["some/where"]}
+    sizes = ["0", "1000000", "500M", "2GB", "1.5 gb"]  # _parse_size
+    return [[value] for value in of_names.get(action.option_strings[0]) or of_types.get(action.type) or sizes]
+
+
+ACTIONS = {action.option_strings[-1]: action for action in lora.build_parser()._actions if action.dest != "help"}
+
+
+@pytest.mark.parametrize("option", ACTIONS)
+def test_every_option_of_mlx_lm_lora_means_the_same(option, asked, tmp_path):
+    action = ACTIONS[option]
+    (tmp_path / "some.yaml").write_text("iters: 7\n")
+    for spelling, values in product(action.option_strings, samples_of(action)):
+        if action.dest == "config":
+            values = [tmp_path / "some.yaml"]
+        words = ["--model", "m", "--data", "d", "--train", spelling, *values]
+        if values == ["full"]:
+            with pytest.raises(ConfigError, match="Use lora or dora"):
+                asked(*words)
+            continue
+        theirs, ours, said = asked(*words)
+        assert differing(theirs, ours) == set()
+        assert theirs[action.dest] or values == ["0"]  # the option was seen at all
+        assert said == (f"{option} is ignored: {NEEDLESS[action.dest]}\n" if action.dest in NEEDLESS else "")
+
+
+FLAGS = [[], ["--train"], ["--test"], ["--train", "--test"]]
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=lambda flags: " ".join(flags) or "none")
+@pytest.mark.parametrize("train, test", list(product([None, "true", "false"], repeat=2)))
+def test_train_and_test_come_together_from_file_and_command_line(train, test, flags, asked, tmp_path):
+    file = tmp_path / "config.yaml"
+    lines = [f"{name}: {value}\n" for name, value in (("train", train), ("test", test)) if value]
+    file.write_text("model: m\ndata: d\n" + "".join(lines))
+    if train == "false" and test != "true" and not flags:
+        with pytest.raises(ConfigError, match="nothing to do"):
+            asked("-c", file, *flags)
+        return
+    theirs, ours, _ = asked("-c", file, *flags)
+    if theirs["train"] or theirs["test"]:  # else mlx_lm.lora fails; slowft trains
+        assert (ours.train, ours.test) == (theirs["train"], theirs["test"])
+    else:
+        assert (ours.train, ours.test) == (True, False)
+
+
+FILES = {
+    "numbers": "learning_rate: 1e-5\nlora_parameters: {rank: 4, scale: 2e1, dropout: .05}\nseed: 1_000\n",
+    "capital E": "learning_rate: 2.5E-5\n",
+    "nulls": "optimizer: null\nlora_parameters:\nlr_schedule: ~\nresume_adapter_file: null\n",
+    "schedule": "lr_schedule:\n  name: linear_schedule\n  warmup: 10\n  arguments: [1e-4, 1e-6, 90]\n",
+    "keys": "lora_parameters: {keys: [self_attn.q_proj], rank: 8, scale: 20.0, dropout: 0.0}\n",
+    "optimizer": "optimizer: sgd\noptimizer_config: {sgd: {momentum: 0.9}, adam: {betas: [0.9, 0.98]}}\n",
+    "yes and no": "mask_prompt: yes\ngrad_checkpoint: no\n",
+    "needless": "grad_checkpoint: true\nclear_cache_threshold: 1000000\n",
+    "all": "num_layers: -1\nval_batches: -1\ntest_batches: -1\n",
+    "report": 'report_to: "wandb,swanlab"\nproject_name: mine\n',
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_means_the_same(name, asked, tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("model: m\ndata: d\ntrain: true\n" + FILES[name])
+    assert differing(*asked("-c", file)[:2]) == set()
+    theirs, ours, _ = asked("-c", file, "--learning-rate", "3e-4", "--num-layers", 5)  # the command line comes first
+    assert (ours.learning_rate, ours.num_layers) == (3e-4, 5) and differing(theirs, ours) == set()
+
+
+def test_a_file_may_ask_for_remote_code_which_mlx_lm_lora_does_not_see(asked, tmp_path):
+    """The default of its parser hides the file's value. If this fails, mlx-lm has mended it."""
+    (tmp_path / "config.yaml").write_text("model: m\ndata: d\ntrain: true\ntrust_remote_code: true\n")
+    theirs, ours, _ = asked("-c", tmp_path / "config.yaml")
+    assert ours.trust_remote_code and differing(theirs, ours) == {"trust_remote_code"}
+
+
+def test_a_quoted_number_is_refused(tmp_path):
+    """mlx_lm.lora takes it for text, and fails when it builds the optimizer."""
+    (tmp_path / "config.yaml").write_text('learning_rate: "1e-5"\n')
+    with pytest.raises(ConfigError, match="learning-rate must be a number above 0, got '1e-5'"):
+        load_config(str(tmp_path / "config.yaml"), {})
+
+
+# --- Files of the last two years --------------------------------------------------------------------
+
+
+LORA_LAYERS = "lora_layers: 16 is read as num_layers: 16"
+HUB_NAME = "hf_dataset: name: billsum is read as path: billsum"
+SAID = {  # of the examples that have older names; of the others nothing
+    "2024-05-16": [LORA_LAYERS, "lora_parameters: alpha is ignored, as mlx-lm ignores it: scale: 10.0 is used."],
+    "2024-06-26": [LORA_LAYERS, HUB_NAME],
+    "2024-09-30": [LORA_LAYERS, HUB_NAME],
+    "2024-10-26": [HUB_NAME],
+    "2025-03-05": [HUB_NAME],
+}
+
+
+@pytest.mark.parametrize("date", EXAMPLES)
+def test_mlx_lms_example_of_that_day_means_what_it_meant(date, asked, tmp_path):
+    file = tmp_path / "lora_config.yaml"
+    file.write_text(EXAMPLES[date])
+    if "wand:" in EXAMPLES[date]:  # the example had it wrong; the option was wandb
+        with pytest.raises(ConfigError, match="unknown option wand. Write report_to: wandb and project_name: NAME"):
+            asked("-c", file)
+        file.write_text(EXAMPLES[date].replace("wand:", "report_to: wandb\nproject_name:"))
+    theirs, ours, said = asked("-c", file)
+    if (alpha := theirs["lora_parameters"].pop("alpha", None)) is not None:  # mlx-lm carries it along unused
+        assert alpha == 16.0 and date == "2024-05-16"
+    assert differing(theirs, ours) == set()
+    hub = theirs.get("hf_dataset")
+    if hub is not None and "name" in hub:
+        hub["path"] = hub.pop("name")
+    assert ours.hf_dataset == hub
+    expected = SAID.get(date, [])
+    assert len(said.splitlines()) == len(expected)
+    assert all(line.startswith(begin) for line, begin in zip(said.splitlines(), expected))
+
+
+RENAMES = {
+    "lora_layers: 5": ("num_layers: 5", "lora_layers: 5 is read as num_layers: 5"),
+    "lora_layers: -1": ("num_layers: -1", "lora_layers: -1 is read as num_layers: -1"),
+    "steps_per_save: 30": ("save_every: 30", "steps_per_save: 30 is read as save_every: 30"),
+    "use_dora: true": ("fine_tune_type: dora", "use_dora: True is read as fine_tune_type: dora"),
+    "use_dora: false": ("", None),
+    "wandb: mine": (
+        "report_to: wandb\nproject_name: mine",
+        "wandb: mine is read as report_to: wandb and project_name: mine",
+    ),
+    "wandb: null": ("", None),
+    "lora_layers: 5\nnum_layers: 5": ("num_layers: 5", "lora_layers: 5 is read as num_layers: 5"),
+    'hf_dataset: {name: a/b, train_split: "train[:9]"}': (
+        'hf_dataset: {path: a/b, train_split: "train[:9]"}',
+        "hf_dataset: name: a/b is read as path: a/b",
+    ),
+    "hf_dataset: [{name: a/b}, {path: c/d, config: {name: e}}]": (
+        "hf_dataset: [{path: a/b}, {path: c/d, config: {name: e}}]",
+        "hf_dataset: name: a/b is read as path: a/b",
+    ),
+    "lora_parameters: {rank: 8, alpha: 16, scale: 10.0}": (
+        "lora_parameters: {rank: 8, scale: 10.0}",
+        "lora_parameters: alpha is ignored, as mlx-lm ignores it: scale: 10.0 is used. "
+        "mlx-lm before 0.14.2 used scale * alpha / rank: write scale: 20 for that",
+    ),
+}
+
+
+def of_file(text: str, folder: Path, **options) -> tuple[TrainConfig, list[str]]:
+    (folder / "config.yaml").write_text(text)
+    return load_config(str(folder / "config.yaml"), options)
+
+
+@pytest.mark.parametrize("text", RENAMES)
+def test_an_older_name_is_read_as_todays_and_said(text, tmp_path):
+    today, said = RENAMES[text]
+    config, notes = of_file(text, tmp_path)
+    assert config == of_file(today, tmp_path)[0]
+    assert notes == ([said] if said else [])
+
+
+def test_older_options_of_the_command_line_come_before_the_file_and_are_said(tmp_path):
+    options = {"lora_layers": 5, "use_dora": True, "wandb": "mine"}
+    config, notes = of_file("num_layers: 3\nfine_tune_type: lora\n", tmp_path, **options)
+    assert (config.num_layers, config.fine_tune_type, config.report_to) == (5, "dora", "wandb")
+    assert config.project_name == "mine"
+    assert notes == [
+        "--lora-layers 5 is read as --num-layers 5",
+        "--use-dora is read as --fine-tune-type dora",
+        "--wandb mine is read as --report-to wandb and --project-name mine",
+    ]
+    config, _ = of_file("lora_layers: 3\n", tmp_path, num_layers=5)
+    assert config.num_layers == 5
+
+
+@pytest.mark.parametrize(
+    "words, name, value",
+    [
+        (["--lora-layers", "5"], "num_layers", 5),
+        (["--use-dora"], "fine_tune_type", "dora"),
+        (["--wandb", "mine"], "project_name", "mine"),
+    ],
+    ids=lambda x: x[0] if isinstance(x, list) else "",
+)
+def test_options_of_older_versions_are_still_options(words, name, value, monkeypatch, capsys):
+    ran = []
+    monkeypatch.setattr("slowft.training.run.run", lambda config, report: ran.append(config))
+    command.main(["--model", "m", "--data", "d", *words], standalone_mode=False)
+    assert getattr(ran[0], name) == value
+    assert capsys.readouterr().out.startswith(f"{' '.join(words)} is read as ")
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("lora_layers: 5\nnum_layers: 6", ["lora_layers: 5 and num_layers: 6 contradict", "Leave the first out"]),
+        ("use_dora: true\nfine_tune_type: lora", ["use_dora: True and fine_tune_type: lora contradict"]),
+        ("wandb: a\nproject_name: b", ["wandb: a and project_name: b contradict"]),
+        ("adapter_file: adapters.npz", ["unknown option adapter_file", "Write adapter_path: DIR"]),
+        ("lora_parameters: {rank: 4, alpha: 16}", ["no alpha", "Write scale: 4 instead", "alpha / rank"]),
+        ("lora_parameters: {alpha: 16}", ["Write scale: 2 instead"]),
+        ("lora_parameters: {alpha: much}", ["Write scale instead"]),
+    ],
+)
+def test_what_has_no_one_meaning_is_refused_with_what_to_write(text, says, tmp_path):
+    with pytest.raises(ConfigError) as refused:
+        of_file(text, tmp_path)
+    assert all(words in str(refused.value) for words in says)
