@@ -4,11 +4,15 @@ The reference is the installed mlx-lm: its parser, its defaults, its trainer in 
 """
 
 import sys
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 from mlx_lm import lora
+from mlx_lm.tuner.utils import build_schedule
+from test_cli import COMPLETIONS, Command, write_splits
 
 from slowft.cli.finetune import finetune as command
 from slowft.errors import ConfigError
@@ -274,3 +278,63 @@ def test_what_has_no_one_meaning_is_refused_with_what_to_write(text, says, tmp_p
     with pytest.raises(ConfigError) as refused:
         of_file(text, tmp_path)
     assert all(words in str(refused.value) for words in says)
+
+
+# --- Steps and iterations ---------------------------------------------------------------------------
+
+SCHEDULES = [
+    {"name": "cosine_decay", "arguments": [1e-3, 10]},
+    {"name": "cosine_decay", "arguments": [1e-3, 10, 1e-6], "warmup": 5, "warmup_init": 1e-7},
+    {"name": "linear_schedule", "arguments": [1e-3, 1e-5, 10]},
+    {"name": "linear_schedule", "arguments": [1e-3, 1e-5, 10], "warmup": 4},
+]
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: f"{s['name']}-{s.get('warmup', 0)}")
+def test_a_schedule_is_named_just_where_mlx_lms_has_not_ended(schedule, accumulation):
+    """By the rate itself: its last value is reached, or not, after as many optimizer steps as the run makes."""
+    rate, warmup = build_schedule(schedule), schedule.get("warmup", 0)
+    for n_steps in (1, 3, 4, 5, 9, 10, 13, 14, 15, 16, 40):
+        step = n_steps + (1 if warmup else 0)  # mlx-lm begins the schedule one step after its warmup
+        ended = abs(rate(mx.array(step)).item() - rate(mx.array(10**6)).item()) < 1e-9
+        config = TrainConfig(iters=n_steps * accumulation, grad_accumulation_steps=accumulation, lr_schedule=schedule)
+        note = config.schedule_note()
+        assert (note is None) == ended
+        assert ended or f"makes {n_steps} ({n_steps * accumulation} iterations, " in note
+        part = replace(config, iters=config.iters - accumulation + 1)  # a last step of one micro-batch
+        assert (part.schedule_note() is None) == ended
+
+
+@pytest.mark.parametrize("name, arguments", [("exponential_decay", [1e-3, 0.9]), ("step_decay", [1e-3, 0.9, 500])])
+def test_a_schedule_without_end_is_named_only_for_its_warmup(name, arguments):
+    schedule = {"name": name, "arguments": arguments, "warmup": 20}
+    assert TrainConfig(iters=20, lr_schedule=schedule).schedule_note() is None
+    note = TrainConfig(iters=19, lr_schedule=schedule).schedule_note()
+    assert note == (
+        "Warning: lr_schedule warms up for 20 optimizer steps; this run makes 19 (19 iterations, one a step)"
+    )
+
+
+@pytest.fixture
+def finetune(llama_with_tokenizer, tmp_path, capsys, monkeypatch) -> Command:
+    monkeypatch.chdir(tmp_path)
+    data = write_splits(tmp_path / "data", COMPLETIONS)
+    return Command(tmp_path, llama_with_tokenizer, data, capsys, monkeypatch)
+
+
+@pytest.mark.parametrize("options", [[], ["--dry-run"]], ids=["run", "dry-run"])
+def test_a_schedule_that_will_not_have_ended_is_said_once_with_both_numbers(options, finetune):
+    file = finetune.yaml("lr_schedule: {name: cosine_decay, warmup: 1, arguments: [1e-5, 1000]}\n")
+    outcome = finetune("--iters", 4, "--grad-accumulation-steps", 2, *file, *options)
+    assert outcome.status == 0
+    assert [line for line in outcome.out.splitlines() if "lr_schedule" in line] == [
+        "Warning: lr_schedule ends after 1001 optimizer steps, 1 of them warmup; "
+        "this run makes 2 (4 iterations, 2 a step)"
+    ]
+
+
+def test_a_schedule_that_mlx_cannot_build_is_one_line(finetune):
+    for arguments in ("[1e-5, 0]", "[1e-5, a]"):
+        file = finetune.yaml(f"lr_schedule: {{name: cosine_decay, arguments: {arguments}}}\n")
+        assert "lr_schedule" in finetune.refusal(*file, status=2)

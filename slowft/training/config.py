@@ -34,6 +34,8 @@ RENAMED = {
     "use_dora": lambda value: {"fine_tune_type": "dora"},
     "wandb": lambda value: {"report_to": "wandb", "project_name": value},
 }
+# Schedules that reach a last value -> which of their arguments counts the steps until then.
+STEPS_OF_SCHEDULE = {"cosine_decay": 1, "linear_schedule": 2}
 
 
 @dataclass
@@ -56,7 +58,10 @@ class TrainConfig:
     iters: int = field(default=1000, metadata={"help": "Micro-batches to train for."})
     val_batches: int = field(default=25, metadata={"help": "Validation batches, -1 for the whole validation set."})
     learning_rate: float = field(default=1e-5, metadata={"help": "Learning rate of the optimizer."})
-    lr_schedule: dict | None = field(default=None, metadata={"help": "Schedule, as mlx_lm.lora configures it."})
+    lr_schedule: dict | None = field(
+        default=None,
+        metadata={"help": "Schedule, as mlx_lm.lora configures it; it and its warmup count optimizer steps."},
+    )
     steps_per_report: int = field(default=10, metadata={"help": "Iterations between reports of the loss."})
     steps_per_eval: int = field(default=200, metadata={"help": "Iterations between validations."})
     grad_accumulation_steps: int = field(
@@ -168,6 +173,26 @@ class TrainConfig:
         if isinstance(value, bool) or not isinstance(value, kind) or not accepts(value):
             raise ConfigError(f"--{name.replace('_', '-')} must be {wanted}, got {value!r}")
 
+    def schedule_note(self) -> str | None:
+        """A sentence, with both numbers, if the run is over before the learning rate's schedule or its warmup is.
+
+        In mlx-lm both count optimizer steps, while `iters` counts micro-batches.
+        """
+        if not self.lr_schedule:
+            return None
+        n_steps = -(-self.iters // self.grad_accumulation_steps)
+        warmup = self.lr_schedule.get("warmup") or 0
+        counted = STEPS_OF_SCHEDULE.get(self.lr_schedule["name"])
+        end = warmup + (self.lr_schedule["arguments"][counted] if counted else 0)
+        if n_steps >= end:
+            return None
+        if n_steps < warmup:
+            what = f"lr_schedule warms up for {warmup} optimizer steps"
+        else:
+            what = f"lr_schedule ends after {end} optimizer steps" + (f", {warmup} of them warmup" if warmup else "")
+        each = f"{self.grad_accumulation_steps} a step" if self.grad_accumulation_steps > 1 else "one a step"
+        return f"Warning: {what}; this run makes {n_steps} ({self.iters} iterations, {each})"
+
     def build_optimizer(self):
         """The optimizer and its schedule, made by mlx and mlx-lm."""
         import mlx.optimizers as optim
@@ -177,7 +202,7 @@ class TrainConfig:
         name = self.optimizer.lower()
         try:
             rate = build_schedule(self.lr_schedule) if self.lr_schedule else self.learning_rate
-        except (AttributeError, KeyError, TypeError, IndexError) as e:
+        except (AttributeError, KeyError, TypeError, IndexError, ValueError) as e:
             raise ConfigError(f"lr_schedule {self.lr_schedule} is not one mlx-lm can build: {e}") from None
         arguments = (self.optimizer_config or {}).get(name) or {}
         try:

@@ -50,6 +50,7 @@ def run(config: TrainConfig, report: Report) -> dict:
         note = " (half of this machine's memory; --memory sets it)" if config.memory is None else ""
         report.planned(plan, note, caching)
         if config.dry_run:
+            trainer.note_schedule()
             return {}
         with model.trace(config.trace) if config.trace else nullcontext():
             result = trainer.fit(train, valid) if config.train else {}
