@@ -4,19 +4,24 @@ The reference is the installed mlx-lm: its parser, its defaults, its trainer in 
 """
 
 import sys
+import types
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from mlx_lm import lora
+from mlx_lm.tuner.trainer import TrainingCallback
 from mlx_lm.tuner.utils import build_schedule
-from test_cli import COMPLETIONS, Command, write_splits
+from test_cli import COMPLETIONS, Command, write_lines, write_splits
 
 from slowft.cli.finetune import finetune as command
 from slowft.errors import ConfigError
+from slowft.reports.base import Report
 from slowft.training.config import NEEDLESS, TrainConfig, load_config
+from slowft.training.run import run
 
 EXAMPLES = {
     document.split(None, 2)[1]: document.partition("\n")[2]
@@ -338,3 +343,68 @@ def test_a_schedule_that_mlx_cannot_build_is_one_line(finetune):
     for arguments in ("[1e-5, 0]", "[1e-5, a]"):
         file = finetune.yaml(f"lr_schedule: {{name: cosine_decay, arguments: {arguments}}}\n")
         assert "lr_schedule" in finetune.refusal(*file, status=2)
+
+
+# --- The curve --------------------------------------------------------------------------------------
+
+WORDS = "the quick brown fox jumps over a lazy dog while seven wizards brew potions in the dark".split()
+
+
+class Curve(Report, TrainingCallback):
+    """The losses and learning rates that either trainer reports."""
+
+    def __init__(self):
+        self.losses, self.rates, self.tokens = [], [], []
+
+    def trained(self, info):
+        self.losses.append(info["train_loss"])
+        self.rates.append(info["learning_rate"])
+        self.tokens.append(info["trained_tokens"])
+
+    on_train_loss_report = trained
+
+
+def both_curves(config: TrainConfig, folder: Path, monkeypatch) -> tuple[Curve, Curve]:
+    """(mlx_lm.lora's own run in memory, slowft's), on one data folder with one seed."""
+    theirs, ours = Curve(), Curve()
+    options = {name: value for name, value in vars(config).items() if name in lora.CONFIG_DEFAULTS}
+    monkeypatch.setattr(lora, "get_reporting_callbacks", lambda *args, **kwargs: theirs)
+    arguments = lora.CONFIG_DEFAULTS | options | {"adapter_path": str(folder / "theirs")}
+    lora.run(types.SimpleNamespace(**arguments))
+    run(replace(config, adapter_path=str(folder / "ours")), ours)
+    return theirs, ours
+
+
+CURVES = {
+    "lora": {},
+    "dora": {"fine_tune_type": "dora"},
+    "lora-accumulated": {
+        "grad_accumulation_steps": 2,
+        "steps_per_report": 2,
+        "iters": 200,
+        "lr_schedule": {"name": "cosine_decay", "warmup": 10, "arguments": [3e-3, 80, 1e-4]},
+    },
+}
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_the_loss_of_100_steps_is_mlx_lm_loras(name, llama_with_tokenizer, tmp_path, monkeypatch):
+    """Within 1e-4 at each step. Accumulated micro-batches have equally many tokens, since mlx-lm averages their means
+    and slowft their tokens; with accumulation 1 they have as many as they like."""
+    rng = np.random.default_rng(0)
+    accumulated = "grad_accumulation_steps" in CURVES[name]
+    texts = [" ".join(rng.choice(WORDS, 8 if accumulated else rng.integers(4, 12))) for _ in range(32)]
+    if accumulated:
+        texts = [text.ljust(60, "!")[:60] for text in texts]
+    write_lines(tmp_path / "data" / "train.jsonl", [{"text": text} for text in texts])
+    config = TrainConfig(
+        model=str(llama_with_tokenizer),
+        data=str(tmp_path / "data"),
+        **dict(iters=100, batch_size=2, num_layers=-1, learning_rate=3e-3, steps_per_report=1) | CURVES[name],
+    )
+    theirs, ours = both_curves(config, tmp_path, monkeypatch)
+    assert len(ours.losses) == len(theirs.losses) == 100
+    assert np.abs(np.subtract(ours.losses, theirs.losses)).max() < 1e-4
+    assert np.mean(theirs.losses[-10:]) < theirs.losses[0] - 0.8  # it learns, so the curve is one
+    assert ours.tokens == theirs.tokens
+    assert ours.rates == pytest.approx(theirs.rates, rel=1e-6)
