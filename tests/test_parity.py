@@ -13,11 +13,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_lm import lora
-from mlx_lm.tuner.trainer import TrainingCallback
+from mlx_lm.tuner.datasets import CacheDataset, TextDataset
+from mlx_lm.tuner.trainer import TrainingCallback, default_loss, iterate_batches
 from mlx_lm.tuner.utils import build_schedule
 from test_cli import COMPLETIONS, Command, write_lines, write_splits
 
+import slowft
+from conftest import in_memory
 from slowft.cli.finetune import finetune as command
+from slowft.data.tokenizer import load_tokenizer
 from slowft.errors import ConfigError
 from slowft.reports.base import Report
 from slowft.training.config import NEEDLESS, TrainConfig, load_config
@@ -408,3 +412,37 @@ def test_the_loss_of_100_steps_is_mlx_lm_loras(name, llama_with_tokenizer, tmp_p
     assert np.mean(theirs.losses[-10:]) < theirs.losses[0] - 0.8  # it learns, so the curve is one
     assert ours.tokens == theirs.tokens
     assert ours.rates == pytest.approx(theirs.rates, rel=1e-6)
+
+
+# --- What counts ------------------------------------------------------------------------------------
+
+
+def test_one_padding_token_after_each_sample_counts_in_the_loss_as_in_mlx_lms(llama_with_tokenizer):
+    """By hand, from the logits of the model in memory: n targets of a sample of n tokens, the last of them token 0."""
+    tokenizer = load_tokenizer(llama_with_tokenizer, None)
+    samples = CacheDataset(TextDataset([{"text": text} for text in ("to be", "or not to be")], tokenizer))
+    tokens = [samples[i][0] for i in range(2)]
+    ((batch, lengths),) = iterate_batches(samples, batch_size=2, max_seq_length=2048)
+    whole = in_memory(llama_with_tokenizer)
+    per_token = []
+    for sample in tokens:
+        logits = whole(mx.array([sample]))[0]
+        targets = mx.array([*sample[1:], 0])  # iterate_batches pads with zeros
+        per_token.append((mx.logsumexp(logits, axis=-1) - logits[mx.arange(len(sample)), targets]).tolist())
+    by_hand = sum(map(sum, per_token)) / sum(map(len, tokens))
+    without = sum(sum(losses[:-1]) for losses in per_token) / (sum(map(len, tokens)) - 2)
+    assert abs(by_hand - without) > 1e-3  # it makes a difference
+    model = slowft.open_model(llama_with_tokenizer).add_lora()
+    theirs, n_theirs = default_loss(whole, batch, lengths)
+    (ours, n_ours), _ = model.loss_and_grads(batch, lengths)
+    evaluated, n_evaluated = model.loss(batch, lengths)
+    assert n_ours.item() == n_evaluated.item() == n_theirs.item() == sum(map(len, tokens))
+    assert [ours.item(), evaluated.item(), theirs.item()] == pytest.approx([by_hand] * 3, rel=1e-5)
+
+
+def test_a_sample_that_fills_its_row_has_no_padding_to_count(llama_with_tokenizer):
+    """A sample cut to `max_seq_length`: n - 1 targets."""
+    samples = [(list(range(1, 41)), 0)] * 2
+    ((batch, lengths),) = iterate_batches(samples, batch_size=2, max_seq_length=32)
+    model = slowft.open_model(llama_with_tokenizer)
+    assert model.loss(batch, lengths)[1].item() == default_loss(model, batch, lengths)[1].item() == 2 * 31
