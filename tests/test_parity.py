@@ -3,6 +3,7 @@
 The reference is the installed mlx-lm: its parser, its defaults, its trainer in memory.
 """
 
+import json
 import sys
 import types
 from dataclasses import replace
@@ -13,10 +14,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_lm import lora
+from mlx_lm.tuner import callbacks
 from mlx_lm.tuner.datasets import CacheDataset, TextDataset
 from mlx_lm.tuner.trainer import TrainingCallback, default_loss, iterate_batches
 from mlx_lm.tuner.utils import build_schedule
-from test_cli import COMPLETIONS, Command, write_lines, write_splits
+from test_cli import COMPLETIONS, Command, snapshot, write_lines, write_splits
 
 import slowft
 from conftest import in_memory
@@ -446,3 +448,31 @@ def test_a_sample_that_fills_its_row_has_no_padding_to_count(llama_with_tokenize
     ((batch, lengths),) = iterate_batches(samples, batch_size=2, max_seq_length=32)
     model = slowft.open_model(llama_with_tokenizer)
     assert model.loss(batch, lengths)[1].item() == default_loss(model, batch, lengths)[1].item() == 2 * 31
+
+
+# --- What is reported, and tested -------------------------------------------------------------------
+
+
+def test_report_to_reaches_both_services_through_mlx_lms_callbacks(finetune, monkeypatch):
+    """`wandb,swanlab`, each started for the project and told every loss."""
+    told = {"wandb": [], "swanlab": []}
+    for name, logged in told.items():
+        service = types.SimpleNamespace(
+            init=lambda logged=logged, **options: logged.append(options["project"]),
+            log=lambda values, step, logged=logged: logged.append((step, *{"train_loss", "val_loss"} & values.keys())),
+        )
+        monkeypatch.setattr(callbacks, name, service)
+    outcome = finetune("--report-to", "wandb,swanlab", "--project-name", "mine", "--steps-per-report", 1)
+    assert outcome.status == 0
+    expected = ["mine", (0, "val_loss"), (1, "train_loss"), (2, "train_loss"), (2, "val_loss")]
+    assert told == {"wandb": expected, "swanlab": expected}
+
+
+def test_an_empty_adapter_path_tests_the_base_model(finetune):
+    """As in mlx_lm.lora. The adapter in the usual place would be another's."""
+    (finetune.directory / "adapters").mkdir()
+    (finetune.directory / "adapters" / "adapter_config.json").write_text(json.dumps({"of": "another"}))
+    before = snapshot(finetune.directory)
+    outcome = finetune("--test", "--adapter-path", "")
+    assert outcome.status == 0 and "testing the base model" in outcome.out.splitlines()[0]
+    assert "Test loss" in outcome.out.splitlines()[-1] and snapshot(finetune.directory) == before
