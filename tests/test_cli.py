@@ -10,7 +10,7 @@ import shutil
 import struct
 import subprocess
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -736,21 +736,6 @@ def test_options_given_for_mlx_lms_sake_are_noted(finetune):
     assert outcome.status == 0
     assert all(line.startswith(("--grad-checkpoint is ignored: ", "--clear-cache-threshold is ignored: "))
                for line in outcome.out.splitlines()[:2])  # fmt: skip
-
-
-def test_defaults_are_those_of_mlx_lm_lora():
-    ours = {f.name: getattr(TrainConfig(), f.name) for f in fields(TrainConfig)}
-    of_our_own = {"model", "data", "train", "optimizer_config"}  # nothing to download, and training unless told not to
-    for name, value in mlx_lm.lora.CONFIG_DEFAULTS.items():
-        assert name in of_our_own | NEEDLESS.keys() | {"config"} or ours[name] == value, name
-
-
-def test_every_option_of_mlx_lm_lora_is_an_option():
-    from slowft.cli.finetune import finetune as command
-
-    ours = {name for parameter in command.params for name in parameter.opts} | {"-h", "--help"}
-    for action in mlx_lm.lora.build_parser()._actions:
-        assert set(action.option_strings) <= ours
 
 
 # --- Help -------------------------------------------------------------------------------------------

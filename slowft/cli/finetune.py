@@ -63,6 +63,9 @@ def option(name: str, **kwargs):
 @click.option("-c", "--config", metavar="FILE.yaml", help="YAML file of options; one written for mlx_lm.lora works.")
 @click.option("--grad-checkpoint", is_flag=True, help="Accepted for mlx_lm.lora: blocks are always recomputed.")
 @click.option("--clear-cache-threshold", hidden=True)
+@click.option("--lora-layers", type=int, hidden=True)  # this and the next two: what older versions of mlx-lm have
+@click.option("--use-dora", is_flag=True, default=None, hidden=True)
+@click.option("--wandb", hidden=True)
 @click.option("--json", "as_json", is_flag=True, help="Metrics as JSON lines on standard output, nothing else.")
 def finetune(config, grad_checkpoint, clear_cache_threshold, as_json, **options):
     """Train a LoRA or DoRA adapter, the base model streamed block by block from disk.

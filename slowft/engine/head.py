@@ -33,6 +33,9 @@ def usual_chunk(vocab_size: int) -> int:
 def loss_mask(lengths: mx.array, n_targets: int) -> mx.array:
     """Which targets count, bool `[B, n_targets]`: mlx-lm's `default_loss`, from lengths `[B, 2]`.
 
+    `lengths` are (prompt offset, tokens) of each sample. A sample of n tokens has n - 1 targets of its own, but n
+    count: one padding token after it does too, as in mlx-lm, where the row has room for one.
+
     From `[B, 2n]`, those that count by any of the n pairs (first, last).
     """
     steps = mx.arange(1, n_targets + 1)

@@ -5,6 +5,7 @@ not know, or that would have no effect, is an error or is named; never silently 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,21 @@ NEEDLESS = {
     "grad_checkpoint": "slowft always recomputes blocks in the backward pass",
     "clear_cache_threshold": "slowft bounds MLX's cache itself",
 }
-# Options that slowft once had -> what to do instead.
-REMOVED = {"resident_bits": "slowft prepare MODEL --output DIR --quantize stores the base in 4 bits"}
+# Options that slowft or mlx_lm.lora once had, or that mlx-lm's example once had wrong -> what to do instead.
+REMOVED = {
+    "resident_bits": "slowft prepare MODEL --output DIR --quantize stores the base in 4 bits",
+    "adapter_file": "Write adapter_path: DIR, the directory that the adapter goes to",
+    "wand": "Write report_to: wandb and project_name: NAME",
+}
+# Options of older versions of mlx-lm that mean one thing today -> how today's are set to a given value.
+RENAMED = {
+    "lora_layers": lambda value: {"num_layers": value},
+    "steps_per_save": lambda value: {"save_every": value},
+    "use_dora": lambda value: {"fine_tune_type": "dora"},
+    "wandb": lambda value: {"report_to": "wandb", "project_name": value},
+}
+# Schedules that reach a last value -> which of their arguments counts the steps until then.
+STEPS_OF_SCHEDULE = {"cosine_decay": 1, "linear_schedule": 2}
 
 
 @dataclass
@@ -66,7 +80,10 @@ class TrainConfig:
     iters: int = field(default=1000, metadata={"help": "Micro-batches to train for."})
     val_batches: int = field(default=25, metadata={"help": "Validation batches, -1 for the whole validation set."})
     learning_rate: float = field(default=1e-5, metadata={"help": "Learning rate of the optimizer."})
-    lr_schedule: dict | None = field(default=None, metadata={"help": "Schedule, as mlx_lm.lora configures it."})
+    lr_schedule: dict | None = field(
+        default=None,
+        metadata={"help": "Schedule, as mlx_lm.lora configures it; it and its warmup count optimizer steps."},
+    )
     steps_per_report: int = field(default=10, metadata={"help": "Iterations between reports of the loss."})
     steps_per_eval: int = field(default=200, metadata={"help": "Iterations between validations."})
     grad_accumulation_steps: int = field(
@@ -184,6 +201,26 @@ class TrainConfig:
         if isinstance(value, bool) or not isinstance(value, kind) or not accepts(value):
             raise ConfigError(f"--{name.replace('_', '-')} must be {wanted}, got {value!r}")
 
+    def schedule_note(self) -> str | None:
+        """A sentence, with both numbers, if the run is over before the learning rate's schedule or its warmup is.
+
+        In mlx-lm both count optimizer steps, while `iters` counts micro-batches.
+        """
+        if not self.lr_schedule:
+            return None
+        n_steps = -(-self.iters // self.grad_accumulation_steps)
+        warmup = self.lr_schedule.get("warmup") or 0
+        counted = STEPS_OF_SCHEDULE.get(self.lr_schedule["name"])
+        end = warmup + (self.lr_schedule["arguments"][counted] if counted else 0)
+        if n_steps >= end:
+            return None
+        if n_steps < warmup:
+            what = f"lr_schedule warms up for {warmup} optimizer steps"
+        else:
+            what = f"lr_schedule ends after {end} optimizer steps" + (f", {warmup} of them warmup" if warmup else "")
+        each = f"{self.grad_accumulation_steps} a step" if self.grad_accumulation_steps > 1 else "one a step"
+        return f"Warning: {what}; this run makes {n_steps} ({self.iters} iterations, {each})"
+
     def build_optimizer(self):
         """The optimizer and its schedule, made by mlx and mlx-lm."""
         import mlx.optimizers as optim
@@ -193,7 +230,7 @@ class TrainConfig:
         name = self.optimizer.lower()
         try:
             rate = build_schedule(self.lr_schedule) if self.lr_schedule else self.learning_rate
-        except (AttributeError, KeyError, TypeError, IndexError) as e:
+        except (AttributeError, KeyError, TypeError, IndexError, ValueError) as e:
             raise ConfigError(f"lr_schedule {self.lr_schedule} is not one mlx-lm can build: {e}") from None
         arguments = (self.optimizer_config or {}).get(name) or {}
         try:
@@ -205,13 +242,19 @@ class TrainConfig:
 def load_config(file: str | None, options: dict[str, Any]) -> tuple[TrainConfig, list[str]]:
     """A checked config from a YAML file, if given, overridden by the options that are not None.
 
+    Names that older versions of mlx-lm had for today's options (`RENAMED`) are taken in both.
+
     Returns:
-        The config, and one line for each entry of the file that asks for nothing slowft does not do anyway.
+        The config, and one line for each entry that has another name now, or asks for nothing slowft does not do
+        anyway.
     Raises:
         ConfigError: unreadable file, unknown entry, or a value no run can use.
     """
     entries = _read_yaml(Path(file)) if file else {}
     notes = [f"{key} is ignored: {why}" for key, why in NEEDLESS.items() if entries.pop(key, None)]
+    entries = _by_todays_names(entries, lambda name, value: f"{name}: {value}", notes)
+    options = _by_todays_names(options, _as_option, notes)
+    notes += _settle_alpha(entries) + _settle_hub_names(entries)
     known = {f.name for f in fields(TrainConfig)}
     unknown = sorted(map(str, set(entries) - known - {"config"}))
     if unknown:
@@ -227,6 +270,71 @@ def load_config(file: str | None, options: dict[str, Any]) -> tuple[TrainConfig,
     config = TrainConfig(**merged)
     config.check()
     return config, notes
+
+
+def _by_todays_names(given: dict, spelled: Callable[[str, Any], str], notes: list[str]) -> dict:
+    """The same options without the names in `RENAMED`; adds a note for each that was there.
+
+    Args:
+        spelled: how the user writes an option and its value.
+    Raises:
+        ConfigError: both names are given, and differ.
+    """
+    given = dict(given)
+    for old, todays in RENAMED.items():
+        value = given.pop(old, None)
+        if value is None or value is False:  # as if it were not there; use_dora: false asks for the usual
+            continue
+        new = todays(value)
+        for name, meant in new.items():
+            if given.get(name) not in (None, meant):
+                both = f"{spelled(old, value)} and {spelled(name, given[name])}"
+                raise ConfigError(f"{both} contradict each other. Leave the first out: it is an old name")
+        given |= new
+        notes.append(f"{spelled(old, value)} is read as {' and '.join(spelled(*item) for item in new.items())}")
+    return given
+
+
+def _as_option(name: str, value: Any) -> str:
+    option = f"--{name.replace('_', '-')}"
+    return option if value is True else f"{option} {value}"
+
+
+def _settle_alpha(entries: dict) -> list[str]:
+    """Takes `alpha` out of a file's lora_parameters where it has no effect; returns the note to make of it.
+
+    mlx-lm before 0.14.2 (June 2024) trained with scale * alpha / rank; since then it trains with scale, whatever
+    stands beside it. Other programs know no scale, and train with alpha / rank.
+    """
+    parameters = entries.get("lora_parameters")
+    if not isinstance(parameters, dict) or "alpha" not in parameters:
+        return []
+    alpha, rank, scale = (parameters.get(name, usual) for name, usual in (("alpha", None), ("rank", 8), ("scale", 1)))
+    numbers = all(isinstance(n, int | float) and n > 0 for n in (alpha, rank, scale))
+    if "scale" not in parameters:
+        instead = f"scale: {alpha / rank:g}" if numbers else "scale"
+        raise ConfigError(f"lora_parameters has no alpha. Write {instead} instead, which is alpha / rank")
+    entries["lora_parameters"] = {name: value for name, value in parameters.items() if name != "alpha"}
+    was = f": write scale: {scale * alpha / rank:g} for that" if numbers else ""
+    return [
+        f"lora_parameters: alpha is ignored, as mlx-lm ignores it: scale: {scale} is used. "
+        f"mlx-lm before 0.14.2 used scale * alpha / rank{was}"
+    ]
+
+
+def _settle_hub_names(entries: dict) -> list[str]:
+    """Calls a hub dataset's `name` its `path`, as mlx-lm does since March 2025; returns the notes to make of it."""
+    hub, notes = entries.get("hf_dataset"), []
+
+    def settled(one):
+        if not isinstance(one, dict) or "name" not in one or "path" in one:
+            return one
+        notes.append(f"hf_dataset: name: {one['name']} is read as path: {one['name']}")
+        return {"path" if key == "name" else key: value for key, value in one.items()}
+
+    if hub is not None:
+        entries["hf_dataset"] = list(map(settled, hub)) if isinstance(hub, list) else settled(hub)
+    return notes
 
 
 def _read_yaml(file: Path) -> dict:

@@ -50,6 +50,7 @@ def run(config: TrainConfig, report: Report) -> dict:
         note = " (half of this machine's memory; --memory sets it)" if config.memory is None else ""
         report.planned(plan, note, caching)
         if config.dry_run:
+            trainer.note_schedule()
             return {}
         with model.trace(config.trace) if config.trace else nullcontext():
             result = trainer.fit(train, valid) if config.train else {}
@@ -63,7 +64,9 @@ def run(config: TrainConfig, report: Report) -> dict:
 
 def _load_adapter_to_test(model, config: TrainConfig, report: Report) -> None:
     directory = Path(config.adapter_path).expanduser()
-    if directory.exists():
+    if config.adapter_path == "":  # mlx_lm.lora's way to ask for it
+        report.note("No --adapter-path: testing the base model")
+    elif directory.exists():
         model.load_adapter(directory)
     elif config.adapter_path == TrainConfig.adapter_path:  # nobody named it
         report.note(f"No adapter in {directory}: testing the base model")

@@ -145,6 +145,7 @@ class Trainer:
         model.seed = c.seed
         np.random.seed(c.seed)
         batches = self._batches(train, loop=True)
+        self.note_schedule()
         self.report.begin(c, model)
         result: dict[str, Any] = {"train_loss": None, "valid_loss_before": None, "valid_loss": None}
         window = _Window(model)
@@ -193,6 +194,11 @@ class Trainer:
             )
         self.report.end()
         return result
+
+    def note_schedule(self) -> None:
+        """Report that the run is over before the learning rate's schedule, if it is. `fit` does; a dry run has to."""
+        if self.config.train and (note := self.config.schedule_note()) is not None:
+            self.report.note(note)
 
     def save(self, numbered: int | None = None) -> Path:
         """Write the adapter with this run's configuration; returns the (numbered) file.
