@@ -11,6 +11,7 @@ import slowft
 from architectures import ARCHITECTURES
 from conftest import LLAMA, largest, largest_difference, random_batch, randomise, reference, save_random
 from slowft.planning.schedule import Schedule
+from slowft.weights import residency
 
 CHAINS = [name for name in ARCHITECTURES if not name.startswith("gemma4")]
 
@@ -213,3 +214,18 @@ def test_dropout_in_pieces_is_replayed(tmp_path):
     layer.lora_b = layer.lora_b + step * gradient
     expected = step * mx.square(gradient).sum().item()
     assert loss_and_grads()[0] - before == pytest.approx(expected, rel=0.05)
+
+
+def test_a_head_that_stays_is_brought_when_nothing_freed_is_kept_beside_it(tmp_path, monkeypatch):
+    """What a plan before it left to be used again would be in memory beside the head, and beyond the ceiling."""
+    directory = save_random(tmp_path / "llama", LLAMA)
+    model = slowft.open_model(directory).add_lora(**LORA)
+    model.engine.follow(Schedule(cache_nbytes=1 << 30))
+    model.loss_and_grads(*random_batch(LLAMA["vocab_size"]))
+    assert mx.get_cache_memory() > 0
+    beside, read_whole = [], residency.read_whole
+    monkeypatch.setattr(
+        residency, "read_whole", lambda *args: beside.append(mx.get_cache_memory()) or read_whole(*args)
+    )
+    model.engine.follow(Schedule(cache_nbytes=1 << 30, keep_head=True))
+    assert beside and beside[0] == 0

@@ -432,11 +432,11 @@ class Engine:
         self.schedule = schedule
         blocks = [self.cut.blocks[index] for index in dict.fromkeys(self.cut.order)] if schedule.in_memory else []
         whole = [*blocks, *(self.cut.head if schedule.keep_head or blocks else ())]
-        self.weights.keep_whole(whole)
         self.layers.group_nbytes = schedule.group_nbytes or GROUP_NBYTES
         head = self.cut.head if schedule.head_ahead else ()
         sizes = schedule.slots, schedule.resident_nbytes, schedule.reads_in_flight
         self.weights.resize(*sizes, self._offloaded(), head)
+        self.weights.keep_whole(whole)  # after blocks that go have made room
         for unit in self.cut.blocks:
             if any(schedule.kept):
                 self.kept.watch(unit.module)

@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from .. import tracing
+from .. import platform, tracing
 from ..errors import SlowftError
 from ..memory import limits
 from ..models.layers import Layer
@@ -97,6 +97,10 @@ class Residency:
         """Keep these units' weights in memory, as they are computed with, and no others'."""
         for unit in [unit for unit in self._whole if unit not in units]:
             del self._whole[unit]
+        if any(unit not in self._whole for unit in units):
+            # What the steps so far left to be used again is beside these otherwise: up to a head's memory, by timing.
+            limits().give_back()
+            platform.release_freed_memory()
         for unit in units:
             if unit not in self._whole:
                 self._whole[unit] = [read_whole(self.reader, param.source) for param in unit.params]
