@@ -7,6 +7,7 @@ import gzip
 import json
 import random
 import shutil
+import sys
 import warnings
 from pathlib import Path
 
@@ -49,6 +50,12 @@ ALTERNATES = (  # Mistral's and Gemma's: refuses what does not alternate
     "{{ raise_exception('roles must alternate') }}{% endif %}"
     "{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]{% else %} {{ m['content'] }}</s>{% endif %}"
     "{% endfor %}"
+)
+MOVES_SYSTEM = (  # Mistral's
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] "
+    "{% if loop.index0 >= messages | length - 2 and messages[0].role == 'system' %}{{ messages[0].content }} "
+    "{% endif %}"
+    "{{ m.content }} [/INST]{% elif m.role == 'assistant' %} {{ m.content }}</s>{% endif %}{% endfor %}"
 )
 # Qwen3's: reasoning of earlier turns goes, the last answer's stays, and an empty one is written where there is none.
 THINKS = (
@@ -193,6 +200,13 @@ def test_stretches_of_targets_are_the_union_of_what_each_alone_counts(llama):
 def test_all_answers_and_nothing_else_are_trained(data):
     train = data.train({"messages": [{"role": "system", "content": "be brief"}, *MORE]}, train_on="assistant")
     assert data.trained(train) == ["four</s>\n", "five</s>\n"]
+
+
+def test_answers_are_found_where_the_template_moves_the_system_prompt(data):
+    """As Mistral's: it stands in the last question, so that no earlier prompt is the beginning of the text."""
+    train = data.train({"messages": [says("be brief", "system"), *MORE]}, template=MOVES_SYSTEM, train_on="assistant")
+    assert data.rendered(train).endswith("four</s>[INST] be brief and one? [/INST] five</s>")
+    assert [text.strip() for text in data.trained(train)] == ["four</s>", "five</s>"]
 
 
 @pytest.mark.parametrize("template", ["TRIMMED", "ALTERNATES", "THINKS"])
@@ -540,6 +554,30 @@ def test_no_sample_is_on_both_sides_of_a_validation_split(data):
     assert sides[1] <= {tuple(again[i][0].tolist()) for i in range(len(again))}  # new samples move no old one
     data.write({"text": "held back"}, name="valid.jsonl")
     assert "--valid-split has no effect" in data.refusal(valid_split=0.2)
+
+
+class Hub:
+    """Stands for the `datasets` library."""
+
+    def __init__(self, sets: dict):
+        self._sets, self.asked = sets, []
+
+    def load_dataset(self, path, split=None, **config):
+        self.asked.append((path, split, config))
+        return self._sets[path] if split is None else self._sets[path][split]
+
+
+def test_datasets_on_the_hub_are_read_with_the_features_they_are_said_to_have(data, monkeypatch):
+    rows = [{"q": f"question {i}", "a": f"answer {i}"} for i in range(4)]
+    hub = Hub({"some/one": {"train": ROWS, "validation": ROWS[:2]}, "some/other": {"train[:80%]": rows, "half": rows}})
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    train, valid, test = data.load(path="some/one")
+    assert (len(train), len(valid), len(test)) == (7, 2, 0) and train.where(3) == "some/one train sample 4"
+    entry = {"path": "some/other", "prompt_feature": "q", "completion_feature": "a", "valid_split": "half"}
+    train, valid, _ = data.load(hf_dataset=[entry | {"config": {"name": "x"}}], mask_prompt=True)
+    assert len(train) == len(valid) == 4 and data.trained(train, 2)[0].startswith("answer 2</s>")
+    assert hub.asked[-2:] == [("some/other", "train[:80%]", {"name": "x"}), ("some/other", "half", {"name": "x"})]
+    assert "some/one train sample 1 " in data.refusal(path="some/one", max_seq_length=8, mask_prompt=True)
 
 
 # --- Looking at it -----------------------------------------------------------------------------------
