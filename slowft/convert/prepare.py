@@ -50,6 +50,7 @@ def prepare(
     quant_predicate: str | None = None,
     dtype: str | None = None,
     memory: str | int | None = None,
+    trust_remote_code: bool = False,
     progress: manifest.Progress | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> Path:
@@ -63,6 +64,7 @@ def prepare(
         quant_predicate: a recipe of mixed bits, such as "mixed_4_6".
         dtype: of the tensors that are not quantized; None is the config's.
         memory: such as "2GB" (or bytes): a ceiling for the whole process. None: half of this machine's.
+        trust_remote_code: let the model run code of its own (`model_file` in its config.json).
         progress: told (bytes done, bytes in all) of the tensors to be written, and before that of an earlier run's
             files, which are hashed again.
         note: told of what a user should know, such as that an earlier run is gone on with.
@@ -82,7 +84,9 @@ def prepare(
     path = resolve(str(path_or_hub_id))
     if output.resolve() == path.resolve():
         raise ConfigError(f"--output {output} is the model itself. Give another directory")
-    conversion = Conversion(path, options)
+    conversion = Conversion(path, options, trust_remote_code)
+    for text in conversion.notes:
+        note(text)
     piece_nbytes = _piece_nbytes(conversion, limit)
     with _Output(output, conversion, note) as out:
         out.go_on(progress)

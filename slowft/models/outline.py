@@ -22,7 +22,7 @@ from mlx.utils import tree_flatten
 
 from ..errors import ModelError
 from ..weights.extents import DTYPES, MAX_HEADER_NBYTES
-from .loading import _explain
+from .building import _explain
 
 STORED = {dtype: stored for stored, (dtype, _) in reversed(DTYPES.items())}  # MLX dtype -> safetensors type
 FLOATS = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}

@@ -1,0 +1,104 @@
+"""What a directory is that was given for a model or for an adapter and is not one: words for an error message.
+
+Comes in: a directory (or a file). Goes out: what it is and what to give instead. Reads small files only.
+"""
+
+import json
+import struct
+from pathlib import Path
+
+from ..errors import ModelError
+
+PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+MLX_WEIGHTS = "adapters.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def explain_directory(path: Path) -> str:
+    """One line on a directory without config.json: what it is, and what to give instead."""
+    if (adapter := describe_adapter(path)) is not None:
+        what, base = adapter
+        return f"{path} is {what}, not a model. {_fix_of_adapter(what, base)}"
+    names = sorted(p.name for p in path.iterdir())
+    if path.name == "snapshots" or any(name.startswith("models--") for name in names):
+        inner = [p for p in sorted(path.iterdir()) if p.is_dir() and (p.name.startswith("models--") or _is_model(p))]
+        if inner:
+            return f"{path} is the hub's cache, not a model. Give one of its directories, such as {inner[0]}"
+    message = f"{path} has no config.json: it is not a model directory"
+    if models := [p for p in sorted(path.iterdir()) if _is_model(p)]:
+        return f"{message}. {models[0]} is one: give that"
+    if gguf := [name for name in names if name.lower().endswith(".gguf")]:
+        return f"{message}. It has {gguf[0]}. Once: slowft prepare {path / gguf[0]} --output {Path(gguf[0]).stem}"
+    if original := [name for name in names if name.startswith("consolidated.") or name == "params.json"]:
+        return f"{message} but holds a publisher's own format ({original[0]}). Give the copy in Hugging Face's format"
+    if weights := [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]:
+        return (
+            f"{message}. It has weights in PyTorch's own format ({weights[0]}), which mlx-lm does not load. "
+            "Look for a copy of the model in safetensors"
+        )
+    if any(name.endswith(".safetensors") for name in names):
+        return f"{message}. It has weights: put the model's config.json and tokenizer files there"
+    return message
+
+
+def describe_adapter(path: Path) -> tuple[str, str | None] | None:
+    """(What kind of adapter a directory holds, the base model it names); None if it holds none."""
+    config = {}
+    try:
+        config = json.loads((path / ADAPTER_CONFIG).read_bytes())
+    except (OSError, ValueError):
+        pass
+    config = config if isinstance(config, dict) else {}
+    if "peft_type" in config or any((path / name).exists() for name in PEFT_WEIGHTS):
+        return f"a PEFT adapter ({config.get('peft_type') or 'LoRA'})", config.get("base_model_name_or_path")
+    if (path / MLX_WEIGHTS).exists():
+        return "an mlx-lm adapter", config.get("model")
+    return None
+
+
+def _fix_of_adapter(what: str, base: str | None) -> str:
+    of_base = f"its base model, {base}," if base else "the base model that it was trained on"
+    if what.startswith("a PEFT"):
+        return f"Give {of_base} or merge the two (PEFT's merge_and_unload) and give the result"
+    return f"Give {of_base.rstrip(',')}; the adapter goes to --resume-adapter-file or --adapter-path"
+
+
+def snapshot_of_cache(path: Path) -> Path | None:
+    """The snapshot that is meant by the hub cache's outer directory of a model (`models--org--name`); None of others.
+
+    Raises:
+        ModelError: it is such a directory, and has no snapshot or several of which none is the main one.
+    """
+    snapshots = path / "snapshots"
+    is_cache = path.name.startswith("models--") or (path / "refs").is_dir() or (path / "blobs").is_dir()
+    if (path / "config.json").exists() or not snapshots.is_dir() or not is_cache:
+        return None
+    there = sorted(p for p in snapshots.iterdir() if p.is_dir())
+    main = path / "refs" / "main"
+    if main.is_file():
+        chosen = snapshots / main.read_text("utf-8", "replace").strip()
+        if chosen.is_dir() and (chosen / "config.json").exists():
+            return chosen
+    models = [p for p in there if (p / "config.json").exists()]
+    if len(models) == 1:
+        return models[0]
+    if models:
+        raise ModelError(f"{path} is the hub's cache of a model, with {len(models)} versions. Give one: {models[0]}")
+    hub_id = path.name.removeprefix("models--").replace("--", "/")
+    raise ModelError(
+        f"{path} is the hub's cache of a model, and no version in it is whole. Download it again: hf download {hub_id}"
+    )
+
+
+def gguf_is_adapter(file: Path) -> bool:
+    """Whether a GGUF file says of itself that it is an adapter."""
+    entry = b"general.type" + struct.pack("<IQ", 8, 7) + b"adapter"
+    try:
+        with open(file, "rb") as opened:
+            return opened.read(4) == b"GGUF" and entry in opened.read(1 << 20)
+    except OSError:
+        return False
+
+
+def _is_model(path: Path) -> bool:
+    return path.is_dir() and (path / "config.json").exists()
