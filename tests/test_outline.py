@@ -263,7 +263,7 @@ def test_dtype_is_the_configs(entries, dtype, tmp_path):
         ("{}", "config.json names no model_type"),
         ('{"model_type": "abacus"}', "abacus not supported. mlx-lm .* does not know it: pip install -U mlx-lm"),
         ('{"model_type": "llama"}', "mlx-lm cannot build this model: .*hidden_size"),
-        ('{"model_type": "llama", "model_file": "m.py"}', "mlx-lm cannot build this model: its architecture is code"),
+        ('{"model_type": "llama", "model_file": "m.py"}', "config.json wants to run code of its own .m.py, its model_"),
     ],
 )
 def test_config_that_is_no_models_is_refused_by_its_own_name(text, message, tmp_path):

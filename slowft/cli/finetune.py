@@ -56,6 +56,7 @@ def _option(name: str, **kwargs):
 @_option("report_to")
 @_option("project_name")
 @_option("trust_remote_code", is_flag=True)
+@_option("chat_template", metavar="FILE")
 @click.option("-c", "--config", metavar="FILE.yaml", help="YAML file of options; one written for mlx_lm.lora works.")
 @click.option("--grad-checkpoint", is_flag=True, help="Accepted for mlx_lm.lora: blocks are always recomputed.")
 @click.option("--clear-cache-threshold", hidden=True)

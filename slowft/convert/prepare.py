@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from .. import platform
-from ..errors import ConfigError, ModelError, SlowftError
+from ..errors import ConfigError, ModelError, SlowftError, SlowftWarning
 from ..memory import limits
 from ..models.loading import resolve
 from ..sizes import parse_nbytes
@@ -86,7 +87,7 @@ def prepare(
         raise ConfigError(f"--output {output} is the model itself. Give another directory")
     conversion = Conversion(path, options, trust_remote_code)
     for text in conversion.notes:
-        note(text)
+        warnings.warn(text, SlowftWarning, stacklevel=2)
     piece_nbytes = _piece_nbytes(conversion, limit)
     with _Output(output, conversion, note) as out:
         out.go_on(progress)

@@ -94,17 +94,19 @@ def read_used_config(path: Path, trust_remote_code: bool = False) -> tuple[dict,
         ModelError: as `build_lazily` does.
     """
     weights = find_model_weights(path, trust_remote_code)
-    config, dropped, _ = _settle(path, read_config(path), weights.extents, trust_remote_code)
+    config = read_config(path)
+    classes = find_classes(path, config, trust_remote_code)
+    config, dropped, _ = _settle(path, config, weights.extents, classes)
     return config, {name: e for name, e in weights.extents.items() if name not in dropped}
 
 
-def settle_config(path: Path, config: dict, trust_remote_code: bool = False) -> tuple[dict, list[str]]:
+def settle_config(path: Path, config: dict, classes: Classes) -> tuple[dict, list[str]]:
     """`config` as mlx-lm is given it, of a model whose tensors are not here; and what to know of it.
 
     Raises:
-        ModelError: mlx-lm's class has no place for something in it, or is code of its own.
+        ModelError: mlx-lm's class has no place for something in it.
     """
-    config, _, notes = _settle(path, config, {}, trust_remote_code)
+    config, _, notes = _settle(path, config, {}, classes)
     return config, notes
 
 
@@ -112,9 +114,10 @@ def _says_tied(config: dict) -> bool:
     return ((config.get("text_config") or {}) | config).get("tie_word_embeddings") is True
 
 
-def _settle(path: Path, config: dict, extents: dict[str, Extent], trust: bool) -> tuple[dict, list[str], list[str]]:
+def _settle(
+    path: Path, config: dict, extents: dict[str, Extent], classes: Classes
+) -> tuple[dict, list[str], list[str]]:
     """The config as mlx-lm reads it, the tensors that are not used, and what to know of both."""
-    classes = find_classes(path, config, trust)
     try:
         classes(config)
     except Exception:
@@ -124,9 +127,11 @@ def _settle(path: Path, config: dict, extents: dict[str, Extent], trust: bool) -
     return config, dropped, notes + of_head
 
 
-def find_classes(path: Path, config: dict, trust_remote_code: bool) -> Classes:
+def find_classes(path: Path, config: dict, trust_remote_code: bool, code: Path | None = None) -> Classes:
     """What finds the classes of model and arguments: mlx-lm's own finder, or the model's own code.
 
+    Args:
+        code: the directory that the code lies in; None: `path`.
     Raises:
         ModelError: it is code of its own, and nobody trusts it.
     """
@@ -138,25 +143,27 @@ def find_classes(path: Path, config: dict, trust_remote_code: bool) -> Classes:
         return lambda config: find(config=config)
     if not trust_remote_code:
         raise ModelError(
-            f"{path} wants to run code of its own ({own}, by model_file in config.json). Read it, and if you trust "
+            f"{path / 'config.json'} wants to run code of its own ({own}, its model_file). Read it, and if you trust "
             "it: --trust-remote-code"
         )
-    spec = importlib.util.spec_from_file_location("custom_model", path / own)
-    module = importlib.util.module_from_spec(spec)
+    file = (code or path) / str(own)
+    spec = importlib.util.spec_from_file_location("custom_model", file)
     try:
+        module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        return lambda config: (module.Model, module.ModelArgs)
+        found = module.Model, module.ModelArgs
+        return lambda config: found
     except Exception as e:
-        raise ModelError(f"{path / own}: the model's own code fails: {_first_line(e)}") from None
+        raise ModelError(f"{file}: the model's own code fails: {_first_line(e)}") from None
 
 
 def _build(path: Path, extents: dict[str, Extent], mixin: type | None, trust: bool, notes: list[str]) -> Built:
     from mlx_lm.utils import load_model
 
     config = read_config(path)
-    config, dropped, of_config = _settle(path, config, extents, trust)
-    extents = {name: extent for name, extent in extents.items() if name not in dropped}
     classes = find_classes(path, config, trust)
+    config, dropped, of_config = _settle(path, config, extents, classes)
+    extents = {name: extent for name, extent in extents.items() if name not in dropped}
     raw: dict[str, mx.array] = {}
     joins: dict[int, tuple[mx.array, list[mx.array]]] = {}
     floating: dict[str, type] = {}  # parameters that are floating before anything is loaded -> their module's class

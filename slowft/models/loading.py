@@ -80,9 +80,7 @@ def find_local(path_or_hub_id: str) -> Path | None:
     return None
 
 
-def load_skeleton(
-    path: Path, mixin: type, compute_dtype: mx.Dtype | None, trust_remote_code: bool = False
-) -> Skeleton:
+def load_skeleton(path: Path, mixin: type, compute_dtype: mx.Dtype | None, trust_remote_code: bool = False) -> Skeleton:
     """Build the model of `path` as a subclass of `mixin` and of mlx-lm's class, without its weights.
 
     Args:
