@@ -5,6 +5,7 @@ Comes in: a directory (or a file). Goes out: what it is and what to give instead
 
 import json
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ModelError
@@ -12,13 +13,29 @@ from ..errors import ModelError
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 MLX_WEIGHTS = "adapters.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
+NO_PEFT = "slowft does not read PEFT's yet: merge it into its base model (PEFT's merge_and_unload) and give the result"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter by what is in its directory; `base` is the model it names."""
+
+    is_peft: bool
+    kind: str
+    base: str | None
+
+    def __str__(self) -> str:
+        return f"a PEFT adapter ({self.kind})" if self.is_peft else "an mlx-lm adapter"
 
 
 def explain_directory(path: Path) -> str:
     """One line on a directory without config.json: what it is, and what to give instead."""
     if (adapter := describe_adapter(path)) is not None:
-        what, base = adapter
-        return f"{path} is {what}, not a model. {_fix_of_adapter(what, base)}"
+        base = f"its base model, {adapter.base}" if adapter.base else "the base model that it was trained on"
+        fix = "or merge the two (PEFT's merge_and_unload) and give the result"
+        if not adapter.is_peft:
+            fix = f"and {path / MLX_WEIGHTS} to --resume-adapter-file"
+        return f"{path} is {adapter}, not a model. Give {base}, {fix}"
     names = sorted(p.name for p in path.iterdir())
     if path.name == "snapshots" or any(name.startswith("models--") for name in names):
         inner = [p for p in sorted(path.iterdir()) if p.is_dir() and (p.name.startswith("models--") or _is_model(p))]
@@ -41,49 +58,63 @@ def explain_directory(path: Path) -> str:
     return message
 
 
-def describe_adapter(path: Path) -> tuple[str, str | None] | None:
-    """(What kind of adapter a directory holds, the base model it names); None if it holds none."""
+def describe_adapter(path: Path) -> Adapter | None:
+    """The adapter that a directory holds; None if it holds none."""
     config = {}
     try:
         config = json.loads((path / ADAPTER_CONFIG).read_bytes())
     except (OSError, ValueError):
         pass
     config = config if isinstance(config, dict) else {}
+    if (path / MLX_WEIGHTS).exists() and "peft_type" not in config:
+        return Adapter(False, str(config.get("fine_tune_type", "lora")), config.get("model"))
     if "peft_type" in config or any((path / name).exists() for name in PEFT_WEIGHTS):
-        return f"a PEFT adapter ({config.get('peft_type') or 'LoRA'})", config.get("base_model_name_or_path")
-    if (path / MLX_WEIGHTS).exists():
-        return "an mlx-lm adapter", config.get("model")
+        return Adapter(True, str(config.get("peft_type") or "LoRA"), config.get("base_model_name_or_path"))
     return None
 
 
-def _fix_of_adapter(what: str, base: str | None) -> str:
-    of_base = f"its base model, {base}," if base else "the base model that it was trained on"
-    if what.startswith("a PEFT"):
-        return f"Give {of_base} or merge the two (PEFT's merge_and_unload) and give the result"
-    return f"Give {of_base.rstrip(',')}; the adapter goes to --resume-adapter-file or --adapter-path"
+def explain_no_adapter(path: Path, needed: str) -> str:
+    """One line on a directory given for an mlx-lm adapter that is none."""
+    if (adapter := describe_adapter(path)) is not None and adapter.is_peft:
+        return f"{path} is {adapter}. {NO_PEFT}"
+    if gguf := sorted(file.name for file in path.glob("*.gguf")):
+        return f"{path} holds {gguf[0]}, and slowft reads no adapters in GGUF yet. Give one of mlx-lm's ({needed})"
+    try:
+        inner = snapshot_of_cache(path, marked_by=ADAPTER_CONFIG)
+    except ModelError:
+        inner = None
+    if inner is not None:
+        return f"{path} is the hub's cache, not an adapter directory. Give {inner}"
+    if _is_model(path) and not (path / ADAPTER_CONFIG).exists():
+        return f"{path} is a model, not an adapter directory: that has {needed}"
+    return f"{path} is not an adapter directory: it needs {needed}"
 
 
-def snapshot_of_cache(path: Path) -> Path | None:
+def snapshot_of_cache(path: Path, marked_by: str = "config.json") -> Path | None:
     """The snapshot that is meant by the hub cache's outer directory of a model (`models--org--name`); None of others.
 
+    Args:
+        marked_by: the file that a snapshot has to have.
     Raises:
         ModelError: it is such a directory, and has no snapshot or several of which none is the main one.
     """
     snapshots = path / "snapshots"
     is_cache = path.name.startswith("models--") or (path / "refs").is_dir() or (path / "blobs").is_dir()
-    if (path / "config.json").exists() or not snapshots.is_dir() or not is_cache:
+    if (path / marked_by).exists() or not snapshots.is_dir() or not is_cache:
         return None
     there = sorted(p for p in snapshots.iterdir() if p.is_dir())
     main = path / "refs" / "main"
     if main.is_file():
         chosen = snapshots / main.read_text("utf-8", "replace").strip()
-        if chosen.is_dir() and (chosen / "config.json").exists():
+        if (chosen / marked_by).exists():
             return chosen
-    models = [p for p in there if (p / "config.json").exists()]
-    if len(models) == 1:
-        return models[0]
-    if models:
-        raise ModelError(f"{path} is the hub's cache of a model, with {len(models)} versions. Give one: {models[0]}")
+    whole = [p for p in there if (p / marked_by).exists()]
+    if len(whole) == 1:
+        return whole[0]
+    if whole:
+        raise ModelError(f"{path} is the hub's cache of a model, with {len(whole)} versions. Give one: {whole[0]}")
+    if adapters := [p for p in there if describe_adapter(p) is not None]:
+        raise ModelError(explain_directory(adapters[0]))
     hub_id = path.name.removeprefix("models--").replace("--", "/")
     raise ModelError(
         f"{path} is the hub's cache of a model, and no version in it is whole. Download it again: hf download {hub_id}"

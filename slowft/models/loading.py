@@ -17,7 +17,7 @@ from ..errors import ModelError, NeedsPreparing, SlowftWarning
 from ..weights.extents import Extent
 from ..weights.sources import Packed, Param, Plain, Source, locate, placeholder
 from .building import Built, build_lazily
-from .directories import explain_directory, gguf_is_adapter, snapshot_of_cache
+from .directories import describe_adapter, explain_directory, gguf_is_adapter, snapshot_of_cache
 
 MAX_TRANSFORMED_SHARE = 0.02  # of a model's bytes that `sanitize` may rewrite: kept in memory from the start
 MAX_TRANSFORMED_NBYTES = 4 << 20  # always allowed
@@ -61,16 +61,22 @@ def find_local(path_or_hub_id: str) -> Path | None:
     path = Path(path_or_hub_id).expanduser()
     if path.is_dir():
         path = snapshot_of_cache(path) or path
-        if not (path / "config.json").exists():
+        if not (path / "config.json").exists() and not (path / "config.json").is_symlink():
             if (path / manifest.JOURNAL).exists():
                 raise ModelError(f"{path} is an unfinished slowft prepare. Run the same command again: it goes on")
             raise ModelError(explain_directory(path))
+        if describe_adapter(path) is not None and not any(path.glob("*.safetensors.index.json")):
+            own = [file for file in path.glob("*.safetensors") if not file.name.startswith("adapter")]
+            if not own:
+                raise ModelError(explain_directory(path))
         return path
     if path.exists():
         if path.suffix.lower() == ".gguf":
             if gguf_is_adapter(path):
                 raise ModelError(f"{path} is a LoRA adapter in GGUF, not a model. Give the model it was trained on")
             raise ModelError(f"{path} has to be prepared first. Once: slowft prepare {path} --output {path.stem}")
+        if describe_adapter(path.parent) is not None and path.name.startswith("adapter"):
+            raise ModelError(explain_directory(path.parent))
         raise ModelError(f"{path} is a file. Give the directory that holds config.json and model*.safetensors")
     looks_local = (
         path.is_absolute() or str(path_or_hub_id).startswith((".", "~")) or str(path_or_hub_id).count("/") != 1
