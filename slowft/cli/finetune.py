@@ -114,5 +114,6 @@ def warnings_noted(report):
             show(message, category, *rest, **kwargs)
 
     with warnings.catch_warnings():
+        warnings.simplefilter("always", SlowftWarning)  # whatever PYTHONWARNINGS says
         warnings.showwarning = note
         yield

@@ -8,6 +8,7 @@ import contextlib
 import copy
 import inspect
 import io
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from ..weights.recognise import read_json
 Classes = Callable[[dict], tuple[type[nn.Module], type]]  # a config -> mlx-lm's classes of the model and its arguments
 NESTED = ("text_config", "llm_config", "language_config", "thinker_config")
 # Names in mlx-lm's classes for what transformers 5 keeps in rope_parameters.
-BASE = ("rope_theta", "rotary_emb_base", "rope_freq_constant")
+BASE = ("rope_theta", "rotary_emb_base", "rope_freq_constant", "rope_embedding_base")
 LOCAL_BASE = ("rope_local_base_freq", "rope_local_theta", "swa_rope_theta")
 FRACTION = ("partial_rotary_factor", "rotary_pct", "rope_pct")
 FULL, LOCAL = ("full_attention", "global_attention", "global"), ("sliding_attention", "local_attention", "local")
@@ -99,16 +100,33 @@ def pass_on_rope(path: Path, config: dict, classes: Classes) -> tuple[dict, list
         if (described := _described(part) or _described(config)) is None:
             continue
         before = dict(part)
+        theta, is_plain = described.get("rope_theta"), _kind(described) == "default"
+        if theta is not None and not any(has(cls, name) for name in (*BASE, "rope_parameters")):
+            if set(_bases(config, classes)) <= {theta}:
+                continue  # it has no rotary embedding, or just that one
         with contextlib.redirect_stdout(io.StringIO()):
             _pass_on(path, cls, part, described)
         changed = {key: part[key] for key in part if part[key] != before.get(key) and part[key] is not None}
-        if changed:
-            given = ", ".join(f"{k} {v if not isinstance(v, dict) else v.get('rope_type')}" for k, v in changed.items())
-            notes.append(
-                f"{path / 'config.json'} has its rotary embedding in rope_parameters, as transformers 5 writes it: "
-                f"used as {given}; mlx-lm's own commands would take their default"
-            )
+        if not changed:
+            continue
+        bases = _bases(config, classes)
+        if theta is not None and is_plain and bases and theta not in bases:
+            raise _Refusal(path, cls)("rope_theta", theta)  # an argument that the class takes and does not use
+        given = ", ".join(f"{k} {v if not isinstance(v, dict) else _kind(v)}" for k, v in changed.items())
+        notes.append(
+            f"{path / 'config.json'} has its rotary embedding in rope_parameters, as transformers 5 writes it: "
+            f"used as {given}; mlx-lm's own commands would take their default"
+        )
     return config, notes
+
+
+def _bases(config: dict, classes: Classes) -> list[float]:
+    """The bases of the rotary embeddings of mlx-lm's model; of those that keep only their frequencies, none."""
+    with contextlib.suppress(Exception), contextlib.redirect_stdout(io.StringIO()):
+        model_class, args_class = classes(config)
+        model = model_class(args_class.from_dict(copy.deepcopy(config)))
+        return [m.base for n, m in model.named_modules() if re.search("rope|rotary", n) and hasattr(m, "base")]
+    return []
 
 
 def _described(part: dict) -> dict | None:
@@ -124,6 +142,10 @@ def _pass_on(path: Path, cls: type, part: dict, described: dict) -> None:
     by_layer = {key: value for key, value in described.items() if isinstance(value, dict)}
     if by_layer and has(cls, "rope_parameters"):
         return  # such a class reads it for each kind of layer
+    kinds = sorted(set(part.get("layer_types") or ()))
+    if kinds and has(cls, "rope_parameters") and not has(cls, "rope_theta"):
+        part["rope_parameters"] = described | {kind: described for kind in kinds}  # it wants it for each kind
+        return
     refuse = _Refusal(path, cls)
     full = next((by_layer[key] for key in FULL if key in by_layer), None)
     if by_layer and full is None:

@@ -37,10 +37,11 @@ def explain_directory(path: Path) -> str:
             fix = f"and {path / MLX_WEIGHTS} to --resume-adapter-file"
         return f"{path} is {adapter}, not a model. Give {base}, {fix}"
     names = sorted(p.name for p in path.iterdir())
-    if path.name == "snapshots" or any(name.startswith("models--") for name in names):
-        inner = [p for p in sorted(path.iterdir()) if p.is_dir() and (p.name.startswith("models--") or _is_model(p))]
-        if inner:
-            return f"{path} is the hub's cache, not a model. Give one of its directories, such as {inner[0]}"
+    inner = [p for p in sorted(path.iterdir()) if p.name.startswith("models--")]
+    if path.name == "snapshots":
+        inner = [p for p in sorted(path.iterdir()) if _is_model(p)]
+    if inner:
+        return f"{path} is the hub's cache, not a model. Give one of its directories, such as {inner[0]}"
     message = f"{path} has no config.json: it is not a model directory"
     if models := [p for p in sorted(path.iterdir()) if _is_model(p)]:
         return f"{message}. {models[0]} is one: give that"

@@ -215,7 +215,7 @@ def _by_index(directory: Path, own: list[Path], weight_map: dict[str, str], is_w
     except ModelError:  # the index's own fault is the one to name
         pass
     for candidate in candidates:
-        if candidate and (weight_map.keys() <= candidate.keys() or whole(candidate)):
+        if candidate and ((lacking and weight_map.keys() <= candidate.keys()) or whole(candidate)):
             return Weights(candidate, [_stale(directory / INDEX, lacking, absent)])
     if not lacking:
         return Weights(extents)  # whatever is wrong with it is not a matter of files
