@@ -319,6 +319,11 @@ ROPES = {
     "base": (LLAMA, {"rope_theta": 500.0, "rope_type": "default"}, {"rope_theta": 500.0}),
     "base without a type": (LLAMA, {"rope_theta": 500.0}, {"rope_theta": 500.0}),
     "llama3": (LLAMA, {"rope_theta": 5e5} | LLAMA3, {"rope_theta": 5e5, "rope_scaling": LLAMA3}),
+    "yarn, its length left out": (
+        QWEN2 | {"max_position_embeddings": 128},
+        {"rope_theta": 300.0, "rope_type": "yarn", "factor": 4.0},
+        {"rope_theta": 300.0, "rope_scaling": YARN | {"original_max_position_embeddings": 128}},
+    ),
     "linear": (QWEN2, {"rope_theta": 300.0} | LINEAR, {"rope_theta": 300.0, "rope_scaling": LINEAR}),
     "yarn": (QWEN2, {"rope_theta": 300.0} | YARN, {"rope_theta": 300.0, "rope_scaling": YARN}),
     "gpt_neox": (
@@ -392,6 +397,7 @@ IMPOSSIBLE = {
         {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}},
         "sliding_attention.rope_theta = 10000.0",
     ),
+    "a base that is no number": ("llama", {"rope_theta": "10000"}, "rope_theta = '10000'"),
     "a kind that the class drops": ("phi3", {"rope_theta": 1e4} | YARN, "rope_type = yarn"),
 }
 
@@ -705,7 +711,11 @@ def test_the_hub_caches_outer_directory_is_its_main_snapshot(llama, tmp_path):
     (cache / "refs" / "main").unlink()
     assert f"2 versions. Give one: {cache / 'snapshots' / 'aaa'}" in refusal(cache)
     assert f"is the hub's cache, not a model. Give one of its directories, such as {cache}" in refusal(tmp_path)
+    assert verify(cache / "snapshots" / "aaa").n_tensors > 0
+    (cache / "refs" / "main").write_text("aaa")
+    assert verify(cache).path == cache / "snapshots" / "aaa"
     shutil.rmtree(cache / "snapshots")
+    (cache / "refs" / "main").unlink()
     (cache / "snapshots").mkdir()
     assert "no version in it is whole. Download it again: hf download org/name" in refusal(cache)
 

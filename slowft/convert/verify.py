@@ -15,6 +15,7 @@ from typing import Any
 
 from ..errors import ModelError
 from ..models.building import find_model_weights
+from ..models.directories import snapshot_of_cache
 from ..weights.extents import INDEX, read_header
 from ..weights.tensorfile import UNFINISHED, write_file
 from .scan import EXPONENTS, NotFinite, Segment, Sha256, scan
@@ -147,6 +148,7 @@ def verify(path: str | Path, progress: Progress | None = None) -> Verification:
     if not directory.is_dir():
         kind = "is a file" if directory.exists() else "does not exist"
         raise ModelError(f"{directory} {kind}. Give the directory of a model")
+    directory = snapshot_of_cache(directory) or directory
     if (directory / JOURNAL).exists() and not (directory / "config.json").exists():
         raise ModelError(f"{directory} is an unfinished slowft prepare. Run the same command again: it goes on")
     if (directory / NAME).exists():

@@ -282,7 +282,7 @@ def _has_scales(tensor: str, scaled: set[str]) -> bool:
 
 
 def _quantized_by(path: Path, who: str, config: dict, error: Exception | None) -> str:
-    reason = "" if error is None else _first_line(error)
+    reason = _first_line(error) if isinstance(error, ValueError) else ""  # others are not for people
     known = (method_of(config) or {}).get("quant_method") in ("awq", "gptq", "fp8", "modelopt", "compressed-tensors")
     shown = f" ({reason})" if known and reason and not reason.startswith(("Received", "Missing", "'")) else ""
     return f"{path} is quantized by {who}, which mlx-lm cannot read{shown}. Take the 16-bit model"

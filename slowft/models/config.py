@@ -200,6 +200,8 @@ def _read(cls: type, part: dict, name: str) -> Any:
 def _put_base(refuse: _Refusal, part: dict, names: tuple[str, ...], called: str, value: Any) -> None:
     if value is None:
         return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ModelError(f"{refuse.path / 'config.json'} gives {called} = {value!r}, which is no number. Correct it")
     cls = refuse.cls
     name = next((name for name in names if has(cls, name)), None)
     if name is None:
@@ -248,6 +250,9 @@ def _put_scaling(refuse: _Refusal, part: dict, rope: dict) -> None:
         if not _read(cls, part, "rope_scaling"):
             left_out = ("rope_theta", "partial_rotary_factor")
             scaling = {key: value for key, value in rope.items() if key not in left_out}
+            length = part.get("original_max_position_embeddings") or part.get("max_position_embeddings")
+            if kind in ("llama3", "yarn", "longrope") and length:  # as transformers has it where it is left out
+                scaling.setdefault("original_max_position_embeddings", length)
             part["rope_scaling"] = scaling | {"rope_type": kind, "type": kind}
         else:
             return

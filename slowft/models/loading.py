@@ -4,6 +4,7 @@ The model is built lazily (`building`). Which file tensor became which parameter
 passed through untouched is streamed from where it lies. Never evaluates a weight.
 """
 
+import shlex
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,4 +186,4 @@ def _check_rewritten(path: Path, built: Built, rewritten, extents: dict[str, Ext
 
 def prepare_command(model: str) -> str:
     """The command that makes of a model (a directory or hub id) one that can be streamed."""
-    return f"slowft prepare {model} --output {Path(model).resolve().name}-prepared"
+    return f"slowft prepare {shlex.quote(model)} --output {shlex.quote(Path(model).resolve().name + '-prepared')}"
