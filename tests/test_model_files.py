@@ -189,15 +189,29 @@ def test_without_an_index_files_that_nothing_tells_apart_are_refused(tmp_path):
     assert "model-a.safetensors and model-b.safetensors both hold" in message and "Move one of them" in message
 
 
-def test_a_tensor_in_two_shards_is_taken_from_the_one_that_the_index_names(sharded):
+@pytest.mark.parametrize("holder, owner", [(0, 1), (1, 0)])
+def test_a_tensor_in_two_shards_is_taken_from_the_one_that_the_index_names(holder, owner, sharded):
     clean = by_mlx_lm(sharded)
-    first, last = sorted(sharded.glob("*.safetensors"))[:2]
-    doubled = {n: mx.array(a) for n, a in mx.load(str(first)).items()}
-    other = next(n for n in mx.load(str(last)))
-    doubled[other] = mx.load(str(last))[other] * 2
-    mx.eval(doubled)
-    mx.save_safetensors(str(first), doubled)
+    files = sorted(sharded.glob("*.safetensors"))
+    held, owned = (dict(mx.load(str(files[i]))) for i in (holder, owner))
+    mx.eval(held, owned)
+    doubled = next(iter(owned))
+    mx.save_safetensors(str(files[holder]), held | {doubled: owned[doubled] * 2 + 1})
     assert_same(logits(sharded), clean)
+
+
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n"])
+def test_training_goes_on_beside_what_is_no_safetensors_file(content, llama_with_tokenizer, tmp_path, command):
+    model = tmp_path / "m"
+    shutil.copytree(llama_with_tokenizer, model)
+    (model / "model-old.safetensors").write_bytes(content)
+    (tmp_path / "train.jsonl").write_text('{"text": "A short text."}\n' * 4)
+    options = "--batch-size 1 --iters 8 --num-layers 2 --json --activation-cache".split()
+    words = ["--model", model, "--data", tmp_path, "--adapter-path", tmp_path / "adapter"]
+    status, out, err = command("finetune", *words, *options, tmp_path / "cache")
+    assert (status, err) == (0, "")
+    assert out.count("not used: model-old.safetensors") == 1
+    assert any((tmp_path / "cache").iterdir()) and (tmp_path / "adapter/adapters.safetensors").exists()
 
 
 # --- The index ---------------------------------------------------------------------------------------
@@ -379,6 +393,15 @@ def test_architectures_that_read_rope_parameters_are_left_alone(tmp_path):
     assert_same(logits(model), by_mlx_lm(model))
 
 
+def test_one_rotary_embedding_for_a_class_that_wants_it_for_each_kind_of_layer(tmp_path):
+    config, rope = of_type("laguna"), {"rope_theta": 777.0}
+    model = save_random(tmp_path / "m", config)
+    each = {kind: rope for kind in ("full_attention", "sliding_attention")}
+    right = by_mlx_lm(model, rope_parameters=each)
+    (model / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
+    assert_same(logits(model, notes=1), right)
+
+
 @pytest.mark.parametrize("name", ["mamba", "gpt2", "jamba"])
 def test_architectures_without_a_rotary_embedding_do_without(name, tmp_path):
     model = save_random(tmp_path / "m", of_type(name))
@@ -500,14 +523,16 @@ def test_a_parameter_stored_as_integers_or_8_bit_floats_is_refused(stored, name,
     assert name in message and stored in message
 
 
-@pytest.mark.parametrize("name", ["gemma", "qwen3_next"])
-def test_integers_that_sanitize_would_compute_with_are_refused_too(name, tmp_path):
-    """Qwen3-Next's adds 1 to its norms, which makes floats of integers."""
-    model = save_random(tmp_path / "m", of_type(name))
-    tensors = weights(model)
-    norm = next(n for n in tensors if n.endswith("input_layernorm.weight"))
-    message = refusal(with_stored(model, norm, "I8")) if all(a.dtype == mx.float32 for a in tensors.values()) else norm
-    assert norm in message
+def test_integers_that_sanitize_computes_with_are_refused_too(llama, monkeypatch):
+    """Some add 1 to their norms, which makes floats of integers."""
+
+    def sanitize(self, weights):
+        return {n: a + 1.0 if n.endswith("norm.weight") else a for n, a in weights.items()}
+
+    monkeypatch.setattr("mlx_lm.models.llama.Model.sanitize", sanitize)
+    logits(llama)
+    message = refusal(with_stored(llama, "model.layers.1.input_layernorm.weight", "I8"))
+    assert "model.layers.1.input_layernorm.weight is stored as I8 without scales" in message
 
 
 # --- Quantized by others -----------------------------------------------------------------------------

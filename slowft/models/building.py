@@ -119,9 +119,10 @@ def _settle(
 ) -> tuple[dict, list[str], list[str]]:
     """The config as mlx-lm reads it, the tensors that are not used, and what to know of both."""
     try:
-        classes(config)
-    except Exception:
-        return config, [], []  # an architecture that mlx-lm does not know: load_model says so
+        with contextlib.redirect_stdout(io.StringIO()):
+            classes(config)
+    except (Exception, SystemExit):  # an architecture that mlx-lm does not know, or lacks a package for: it says so
+        return config, [], []
     config, notes = pass_on_rope(path, config, classes)
     config, dropped, of_head = settle_head(path, config, classes, extents)
     return config, dropped, notes + of_head

@@ -104,6 +104,10 @@ def pass_on_rope(path: Path, config: dict, classes: Classes) -> tuple[dict, list
         if theta is not None and not any(has(cls, name) for name in (*BASE, "rope_parameters")):
             if set(_bases(config, classes)) <= {theta}:
                 continue  # it has no rotary embedding, or just that one
+        kinds = set(part.get("layer_types") or ())
+        if theta is not None and kinds and has(cls, "rope_parameters") and not has(cls, "rope_theta"):
+            if (bases := _bases(config, classes)) and theta not in bases:
+                part["rope_parameters"] = described | {kind: described for kind in sorted(kinds)}  # wanted for each
         with contextlib.redirect_stdout(io.StringIO()):
             _pass_on(path, cls, part, described)
         changed = {key: part[key] for key in part if part[key] != before.get(key) and part[key] is not None}
@@ -142,10 +146,6 @@ def _pass_on(path: Path, cls: type, part: dict, described: dict) -> None:
     by_layer = {key: value for key, value in described.items() if isinstance(value, dict)}
     if by_layer and has(cls, "rope_parameters"):
         return  # such a class reads it for each kind of layer
-    kinds = sorted(set(part.get("layer_types") or ()))
-    if kinds and has(cls, "rope_parameters") and not has(cls, "rope_theta"):
-        part["rope_parameters"] = described | {kind: described for kind in kinds}  # it wants it for each kind
-        return
     refuse = _Refusal(path, cls)
     full = next((by_layer[key] for key in FULL if key in by_layer), None)
     if by_layer and full is None:
