@@ -263,7 +263,7 @@ def test_dtype_is_the_configs(entries, dtype, tmp_path):
         ("{}", "config.json names no model_type"),
         ('{"model_type": "abacus"}', "abacus not supported. mlx-lm .* does not know it: pip install -U mlx-lm"),
         ('{"model_type": "llama"}', "mlx-lm cannot build this model: .*hidden_size"),
-        ('{"model_type": "llama", "model_file": "m.py"}', "mlx-lm cannot build this model: its architecture is code"),
+        ('{"model_type": "llama", "model_file": "m.py"}', "config.json wants to run code of its own .m.py, its model_"),
     ],
 )
 def test_config_that_is_no_models_is_refused_by_its_own_name(text, message, tmp_path):
@@ -408,6 +408,37 @@ def test_outline_of_hub_equals_the_repository_and_fetches_headers_only(shards, h
     assert all(span is not None for _, span, _ in weights)
     total = sum(file.stat().st_size for file in real.glob("model*.safetensors"))
     assert sum(sent for _, _, sent in hub.requests) < total / (9 if shards else 50)
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_a_head_on_the_hub_is_told_from_the_embedding_where_the_config_does_not(is_tied, hub, tmp_path):
+    config = {key: value for key, value in LLAMA.items() if key != "tie_word_embeddings"}
+    real = save_random(tmp_path / "real", LLAMA)
+    write_config(real / "config.json", config)
+    weights = dict(mx.load(str(real / "model.safetensors")))
+    mx.eval(weights)
+    if is_tied:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    mx.save_safetensors(str(real / "model.safetensors"), weights)
+    hub.repositories["some/model"] = real
+    with outline_of_hub("some/model") as path:
+        if is_tied:
+            model = slowft.open_model(path)
+        else:
+            with pytest.warns(slowft.SlowftWarning, match="lm_head.weight differs"):
+                model = slowft.open_model(path)
+        assert any("lm_head" in param.name for param in model._skeleton.params) != is_tied
+        model.close()
+
+
+def test_only_the_files_of_the_index_are_the_model_on_the_hub(hub, tmp_path):
+    hub.repositories["some/model"] = real = save_random(tmp_path / "real", LLAMA, shards=True)
+    mx.save_safetensors(str(real / "consolidated.safetensors"), {"x": mx.zeros(1000)})
+    (real / "model-old.safetensors").write_bytes(b"<html>gone</html>")
+    with outline_of_hub("some/model") as path:
+        with pytest.warns(slowft.SlowftWarning, match="not used: consolidated.safetensors, model-old.safetensors"):
+            slowft.open_model(path).close()
+    assert "consolidated.safetensors" not in [name for name, _, _ in hub.requests]
 
 
 def test_header_longer_than_the_first_request_is_fetched_whole(hub, tmp_path, monkeypatch):

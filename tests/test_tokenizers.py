@@ -296,6 +296,13 @@ def test_more_ids_than_rows_are_refused_but_for_added_tokens(llama_with_tokenize
     assert "has 260 token ids, the model's embedding 258 rows" in refusal(directory, 258)
 
 
+def test_far_fewer_ids_than_rows_are_noted(llama_with_tokenizer, tmp_path):
+    directory = with_config(llama_with_tokenizer, tmp_path)
+    with pytest.warns(slowft.SlowftWarning, match="has only 259 token ids, the model's embedding 400 rows") as noted:
+        assert load_tokenizer(directory, 400).encode("a")
+    assert len(noted) == 1
+
+
 def test_a_begin_or_end_token_beyond_the_rows_is_refused(llama_with_tokenizer, tmp_path):
     directory = with_config(llama_with_tokenizer, tmp_path, lambda t: t.add_special_tokens(["<end>"]))
     config = json.loads((directory / "tokenizer_config.json").read_text()) | {"eos_token": "<end>"}
@@ -304,14 +311,15 @@ def test_a_begin_or_end_token_beyond_the_rows_is_refused(llama_with_tokenizer, t
     assert "has its end token at id 259, the model's embedding 259 rows" in refusal(directory, 259)
 
 
-def test_a_configuration_that_ends_texts_with_an_ordinary_token_is_refused(llama_with_tokenizer, tmp_path):
+def test_a_configuration_that_ends_texts_with_an_ordinary_token_is_noted(llama_with_tokenizer, tmp_path):
     directory = with_config(llama_with_tokenizer, tmp_path, eos_token_id=100)
-    message = refusal(directory, 259)
+    with pytest.warns(slowft.SlowftWarning) as noted:
+        assert load_tokenizer(directory, 259).eos_token_ids == {1, 100}
+    (message,) = [str(warning.message) for warning in noted]
     ordinary = Tokenizer.from_file(str(directory / "tokenizer.json")).id_to_token(100)
     assert f"by config.json token 100 ends a text, which in the tokenizer there is an ordinary {ordinary!r}" in message
-    assert "its own end is </s>, 1" in message
+    assert "its own end is </s>, 1" in message and "\n" not in message
     for eos in (1, 0, [100, 2], None):  # any special one will do: chat models end otherwise than their base
         load_tokenizer(with_config(llama_with_tokenizer, tmp_path, eos_token_id=eos), 259)
-    assert "which in the tokenizer there is none" in refusal(
-        with_config(llama_with_tokenizer, tmp_path, eos_token_id=300), 259
-    )
+    with pytest.warns(slowft.SlowftWarning, match="which in the tokenizer there is none"):
+        load_tokenizer(with_config(llama_with_tokenizer, tmp_path, eos_token_id=300), 259)

@@ -23,6 +23,7 @@ BAR = 40
 @option("batch_size", type=int)
 @option("group_by_length", is_flag=True)
 @option("trust_remote_code", is_flag=True)
+@option("chat_template", metavar="FILE")
 @click.option("-c", "--config", metavar="FILE.yaml", help="YAML file of options, as for finetune.")
 @click.option("--samples", default=3, show_default=True, type=click.IntRange(0), help="Samples to show of each set.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output, nothing else.")
@@ -47,7 +48,7 @@ def data(data, config, samples, as_json, **options):
     report = make_report(as_json)
     directory = tokenizer_files(settings.model)
     with warnings_noted(report):
-        tokenizer = load_tokenizer(directory, None, settings.trust_remote_code)
+        tokenizer = load_tokenizer(directory, None, settings.trust_remote_code, settings.chat_template)
         loaded = load_data(data, tokenizer, replace(settings, test=True), progress=report.progress)
     seed = settings.seed if settings.group_by_length else None
     found, train = {}, None

@@ -60,6 +60,7 @@ def option(name: str, **kwargs):
 @option("report_to")
 @option("project_name")
 @option("trust_remote_code", is_flag=True)
+@option("chat_template", metavar="FILE")
 @click.option("-c", "--config", metavar="FILE.yaml", help="YAML file of options; one written for mlx_lm.lora works.")
 @click.option("--grad-checkpoint", is_flag=True, help="Accepted for mlx_lm.lora: blocks are always recomputed.")
 @click.option("--clear-cache-threshold", hidden=True)
@@ -121,6 +122,6 @@ def warnings_noted(report):
             show(message, category, *rest, **kwargs)
 
     with warnings.catch_warnings():
-        warnings.simplefilter("always", SlowftWarning)
+        warnings.simplefilter("always", SlowftWarning)  # whatever PYTHONWARNINGS says
         warnings.showwarning = note
         yield

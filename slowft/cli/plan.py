@@ -7,12 +7,14 @@ import sys
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
 
 from ..errors import ConfigError, NeedsPreparing
 from ..reports.plan import as_dict, choices, describe_job, describe_machine, duration, later_step, size, three_lines
 from ..training.config import OPTIMIZER_COPIES, OPTIMIZERS
+from .finetune import warnings_noted
 
 AT_LEAST_1 = click.IntRange(1)
 DTYPES = ["float32", "float16", "bfloat16", "native"]
@@ -34,8 +36,9 @@ DTYPES = ["float32", "float16", "bfloat16", "native"]
 @click.option("--compute-dtype", type=click.Choice(DTYPES), help="As in finetune.")
 @click.option("--tokens", type=AT_LEAST_1, help="Tokens of the training data: adds hours and bytes written.")
 @click.option("--epochs", type=click.FloatRange(0, min_open=True), help="Passes over them [default: 1].")
+@click.option("--trust-remote-code", is_flag=True, help="Let the model run code of its own.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output, bytes and seconds.")
-def plan(model, config_file, memory, tokens, epochs, as_json, **job):
+def plan(model, config_file, memory, tokens, epochs, trust_remote_code, as_json, **job):
     """Say what fine-tuning a model would take here: memory, reads, seconds, and what to keep in memory.
 
     Reads headers only: neither weights nor data. The model need not be on this disk, nor fit it.
@@ -51,6 +54,7 @@ def plan(model, config_file, memory, tokens, epochs, as_json, **job):
     _start_quickly()
     from ..engine.budget import default_memory
     from ..engine.model import open_model
+    from ..models.building import read_used_config
     from ..models.loading import prepare_command
     from ..models.outline import outline_of_config
     from ..planning.caching import from_boundary, pays
@@ -58,14 +62,17 @@ def plan(model, config_file, memory, tokens, epochs, as_json, **job):
 
     nbytes = default_memory() if memory is None else parse_nbytes(memory)
     files = {"in_place": True}
+    notes: list[str] = []
     with ExitStack() as stack:
-        directory = stack.enter_context(_directory(model, config_file))
+        stack.enter_context(warnings_noted(SimpleNamespace(note=notes.append)))
+        directory = stack.enter_context(_directory(model, config_file, trust_remote_code))
         try:
-            opened = open_model(directory, compute_dtype=job["compute_dtype"])
+            opened = open_model(directory, compute_dtype=job["compute_dtype"], trust_remote_code=trust_remote_code)
         except NeedsPreparing as e:
             files = {"in_place": False, "reason": e.reason, "nbytes": e.nbytes, "command": prepare_command(model)}
-            directory = stack.enter_context(outline_of_config(directory / "config.json"))  # as it will be prepared
-            opened = open_model(directory, compute_dtype=job["compute_dtype"])
+            used, _ = read_used_config(directory, trust_remote_code)
+            outline = outline_of_config(directory / "config.json", used, trust_remote_code)  # as it will be prepared
+            opened = open_model(stack.enter_context(outline), compute_dtype=job["compute_dtype"])
         try:
             use_dora = job["fine_tune_type"] == "dora"
             opened.expect_lora(job["num_layers"], rank=job["rank"], use_dora=use_dora)
@@ -82,7 +89,7 @@ def plan(model, config_file, memory, tokens, epochs, as_json, **job):
             later = from_boundary(planner, chosen or planner.least())
             least = planner.least()
             table = [least, *(planner.choose(int(least.peak_nbytes * scale)) for scale in (1.5, 2.0)), planner.most()]
-            notes = opened.adapter_notes
+            notes += opened.adapter_notes
             about = f"{getattr(opened, 'model_type', 'model')}, {size(opened.nbytes_on_disk)} on disk"
             sizes = {"nbytes_on_disk": opened.nbytes_on_disk, "embedding_nbytes": opened.embedding_nbytes}
         finally:
@@ -119,12 +126,12 @@ class Data:
 
 
 @contextmanager
-def _directory(model: str | None, config_file: str | None):
+def _directory(model: str | None, config_file: str | None, trust_remote_code: bool):
     from ..models.loading import find_local
     from ..models.outline import outline_of_config, outline_of_hub
 
     if config_file is not None:
-        with outline_of_config(Path(config_file)) as directory:
+        with outline_of_config(Path(config_file), trust_remote_code=trust_remote_code) as directory:
             yield directory
     elif (local := find_local(model)) is not None:
         yield local

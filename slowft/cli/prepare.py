@@ -4,10 +4,12 @@ import json
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
 
 from ..errors import ConfigError
+from .finetune import warnings_noted
 
 RECIPES = ["mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6"]
 DTYPES = ["float16", "bfloat16", "float32"]
@@ -30,8 +32,9 @@ DTYPES = ["float16", "bfloat16", "float32"]
 @click.option("--quant-predicate", type=click.Choice(RECIPES), help="Recipe of mixed bits, instead of --bits.")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Of what is not quantized [default: the config's].")
 @click.option("--memory", help="Ceiling for the whole process, such as 2GB [default: half of this machine's].")
+@click.option("--trust-remote-code", is_flag=True, help="Let the model run code of its own.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output, nothing else.")
-def prepare(model, output, memory, as_json, **options):
+def prepare(model, output, memory, trust_remote_code, as_json, **options):
     """Write a model anew so that it can be streamed: experts stacked, a file for each block, checksums.
 
     MODEL is a directory, a hub id, or a .gguf file. One pass, within --memory, whatever the model's size. The result
@@ -49,13 +52,17 @@ def prepare(model, output, memory, as_json, **options):
 
     note = notes.append if as_json else click.echo
     try:
-        with progress_bar("Preparing", not as_json) as progress:
+        with (
+            warnings_noted(SimpleNamespace(note=note)),
+            progress_bar("Preparing", not as_json) as progress,
+        ):
             if model.lower().endswith(".gguf"):
                 if memory is not None:
                     raise ConfigError("--memory has no effect on a GGUF file. Leave it out")
                 prepare_gguf(model, output, **options, progress=progress)
             else:
-                prepare_model(model, output, **options, memory=memory, progress=progress, note=note)
+                options |= {"memory": memory, "trust_remote_code": trust_remote_code}
+                prepare_model(model, output, **options, progress=progress, note=note)
     except KeyboardInterrupt:
         click.echo(f"\nInterrupted. What is finished stays in {output}: the same command goes on from there.", err=True)
         sys.exit(130)

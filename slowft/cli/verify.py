@@ -39,12 +39,12 @@ def verify(directory, as_json):
     seconds = time.perf_counter() - begin
     if as_json:
         faults = [asdict(fault) for fault in found.faults]
-        result = {"ok": not faults, "checked_with": found.checked_with, "faults": faults}
+        result = {"ok": not faults, "checked_with": found.checked_with, "faults": faults, "notes": found.notes}
         result |= {"files": found.n_files, "tensors": found.n_tensors, "nbytes": found.nbytes, "seconds": seconds}
         click.echo(json.dumps(result))
         sys.exit(1 if faults else 0)
-    for fault in found.faults:
-        click.echo(str(fault))
+    for line in (*found.notes, *found.faults):
+        click.echo(str(line))
     if found.faults:
         damaged = len({fault.file for fault in found.faults})
         raise ModelError(

@@ -26,9 +26,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 from ..errors import ConfigError, ModelError
-from ..models.loading import Built, build_lazily
+from ..models.building import Built, build_lazily
 from ..version import __version__
-from ..weights.extents import Extent, index_model
+from ..weights.extents import Extent
 from ..weights.tensorfile import Tensor, arrange, header
 from . import verify as manifest
 
@@ -148,18 +148,19 @@ class Conversion:
 
     Attributes:
         config: of the output.
+        notes: what a person should know of the model's files and config, a sentence each.
         files: in the order of a forward pass.
         index: the contents of `model.safetensors.index.json`, as mlx-lm writes it.
         computed_from: files with tensors that others are computed from, whole.
         computed_nbytes: memory that the largest of those takes, at most.
     """
 
-    def __init__(self, path: Path, options: Options):
+    def __init__(self, path: Path, options: Options, trust_remote_code: bool = False):
         from mlx_lm.utils import get_total_parameters
 
         self.path, self.options = path, options
-        self._extents = index_model(path)
-        built = build_lazily(path)
+        built = build_lazily(path, trust_remote_code=trust_remote_code)
+        self._extents, self.notes = built.extents, built.notes
         model, self.config = built.model, built.config
         self.keeps_vision = "vision_tower" in getattr(model, "model", {})  # as mlx_lm.utils.save asks
         dense = dict(tree_flatten(model.parameters()))

@@ -67,6 +67,9 @@ def convert(file: str | Path, directory: Path, progress: Progress | None = None)
         SlowftError: `directory` is there already, or cannot be written.
     """
     gguf = read_gguf(file)
+    if (kind := gguf.metadata.get("general.type", "model")) != "model":
+        what = "a LoRA adapter" if kind == "adapter" else f"a file of the kind {kind}"
+        raise ModelError(f"{file} is {what} in GGUF, not a model. Give the model it belongs to")
     config = make_config(gguf)
     weights = plan_weights(gguf, config)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):

@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from .. import platform
-from ..errors import ConfigError, ModelError, SlowftError
+from ..errors import ConfigError, ModelError, SlowftError, SlowftWarning
 from ..memory import limits
 from ..models.loading import resolve
 from ..sizes import parse_nbytes
@@ -50,6 +51,7 @@ def prepare(
     quant_predicate: str | None = None,
     dtype: str | None = None,
     memory: str | int | None = None,
+    trust_remote_code: bool = False,
     progress: manifest.Progress | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> Path:
@@ -63,6 +65,7 @@ def prepare(
         quant_predicate: a recipe of mixed bits, such as "mixed_4_6".
         dtype: of the tensors that are not quantized; None is the config's.
         memory: such as "2GB" (or bytes): a ceiling for the whole process. None: half of this machine's.
+        trust_remote_code: let the model run code of its own (`model_file` in its config.json).
         progress: told (bytes done, bytes in all) of the tensors to be written, and before that of an earlier run's
             files, which are hashed again.
         note: told of what a user should know, such as that an earlier run is gone on with.
@@ -82,7 +85,9 @@ def prepare(
     path = resolve(str(path_or_hub_id))
     if output.resolve() == path.resolve():
         raise ConfigError(f"--output {output} is the model itself. Give another directory")
-    conversion = Conversion(path, options)
+    conversion = Conversion(path, options, trust_remote_code)
+    for text in conversion.notes:
+        warnings.warn(text, SlowftWarning, stacklevel=2)
     piece_nbytes = _piece_nbytes(conversion, limit)
     with _Output(output, conversion, note) as out:
         out.go_on(progress)

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError
-from ..weights.extents import index_model, read_header
+from ..models.building import find_model_weights
+from ..models.directories import snapshot_of_cache
+from ..weights.extents import INDEX, read_header
 from ..weights.tensorfile import UNFINISHED, write_file
 from .scan import EXPONENTS, NotFinite, Segment, Sha256, scan
 
@@ -46,6 +48,7 @@ class Verification:
         checked_with: "manifest"; "hub" if there is none and every weight file was compared with the hash that the hub
             gave for it; else "nothing", so that a changed bit which leaves a number finite goes unseen.
         faults: empty if all is well.
+        notes: what a person should know of the files besides, a sentence each.
     """
 
     path: Path
@@ -54,6 +57,7 @@ class Verification:
     n_tensors: int = 0
     nbytes: int = 0
     faults: list[Fault] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 # --- Writing ----------------------------------------------------------------------------------------
@@ -144,6 +148,7 @@ def verify(path: str | Path, progress: Progress | None = None) -> Verification:
     if not directory.is_dir():
         kind = "is a file" if directory.exists() else "does not exist"
         raise ModelError(f"{directory} {kind}. Give the directory of a model")
+    directory = snapshot_of_cache(directory) or directory
     if (directory / JOURNAL).exists() and not (directory / "config.json").exists():
         raise ModelError(f"{directory} is an unfinished slowft prepare. Run the same command again: it goes on")
     if (directory / NAME).exists():
@@ -248,7 +253,15 @@ def _verify_without_manifest(directory: Path, progress: Progress | None) -> Veri
 def _verify_headers(found: Verification) -> list:
     """Headers, sizes, the index. Returns the extents of the files that are sound."""
     extents: dict[str, Any] = {}
-    for file in sorted(found.path.glob("model*.safetensors")):
+    wrong = None
+    try:
+        weights = find_model_weights(found.path)
+        files, found.notes = weights.files, weights.notes
+    except ModelError as e:  # each file that may be meant is looked at, so that all faults are named
+        files, wrong = sorted(found.path.glob("model*.safetensors")), e
+        if not files:
+            raise
+    for file in files:
         found.n_files += 1
         try:
             own = read_header(file)
@@ -270,15 +283,10 @@ def _verify_headers(found: Verification) -> list:
         for name in sorted(own.keys() & extents.keys()):
             found.faults.append(Fault(file.name, name, f"is in {Path(extents[name].file).name} as well"))
         extents |= own
-    if found.n_files == 0:
-        index_model(found.path)  # raises
     if not (found.path / "config.json").exists():
         found.faults.append(Fault("config.json", None, "is missing"))
-    if not found.faults:
-        try:
-            index_model(found.path)
-        except ModelError as e:
-            found.faults.append(Fault("model.safetensors.index.json", None, str(e)))
+    if wrong is not None and not found.faults:
+        found.faults.append(Fault(INDEX, None, str(wrong)))
     return list(extents.values())
 
 

@@ -1,53 +1,167 @@
 """The tokenizer of a model directory, as mlx-lm loads it, checked against the model.
 
-Comes in: a directory, and the number of rows of the model's embedding. Goes out: mlx-lm's tokenizer, or a one-line
-error. Never asks a question, and opens no weights.
+Comes in: a directory, the number of rows of the model's embedding, and perhaps a chat template. Goes out: mlx-lm's
+tokenizer, or a one-line error; what is only odd is a warning. Never asks a question, and opens no weights.
 """
 
+import contextlib
+import io
 import tempfile
 import textwrap
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from ..errors import DataError, ModelError
+from ..errors import ConfigError, DataError, ModelError, SlowftError, SlowftWarning
 from ..models.loading import find_local
 from ..models.outline import explain_hub
 from ..models.tokenizer import NotSentencePieceError, has_sentencepiece_only, write_sentencepiece_tokenizer
+from ..weights.recognise import read_json, recognise
 
 # A tokenizer may have a few ids fewer than the embedding has rows (rows are padded to a round number), or more
 # (Gemma 3 1B: an image token that no text gives). Ids that the data does give are checked one by one.
 LEAST_VOCABULARY_SHARE = 0.9
+CHECKED = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "special_tokens_map.json", "added_tokens.json")
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.py", "*.model", "*.tiktoken"]  # of a model on the hub: no weights
 
 
-def load_tokenizer(model_path: Path, embedding_rows: int | None, trust_remote_code: bool = False):
+def load_tokenizer(
+    model_path: Path,
+    embedding_rows: int | None,
+    trust_remote_code: bool = False,
+    chat_template: str | Path | None = None,
+):
     """mlx-lm's tokenizer of a model directory, checked against the model's embedding and configuration.
 
     Of a directory with a SentencePiece model only (tokenizer.model), one that encodes as SentencePiece does.
 
+    Args:
+        embedding_rows: of the model; token ids must be below. None: not known.
+        trust_remote_code: let the tokenizer run code of its own.
+        chat_template: a file with the template to use in place of the model's own: Jinja, or JSON with
+            "chat_template".
     Raises:
-        DataError: no tokenizer, a broken one, or one that belongs to another model.
+        DataError: no tokenizer, a broken one, one that belongs to another model, or one that wants to run code.
+        ConfigError: `chat_template` is not there, or is no template.
     """
     from mlx_lm.utils import load_config
     from mlx_lm.utils import load_tokenizer as load
 
+    template = None if chat_template is None else read_chat_template(Path(chat_template).expanduser())
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "tiktoken.model")
     if not any((model_path / name).exists() for name in names):
         raise DataError(f"{model_path} has no tokenizer (tokenizer.json or tokenizer.model). Download the whole model")
+    _refuse_impostors(model_path)
     try:
-        extra = {"trust_remote_code": True} if trust_remote_code else {}
         ending = load_config(model_path).get("eos_token_id")
-        with _with_tokenizer_json(model_path) as directory:
-            tokenizer = load(directory, extra, eos_token_ids=ending)
+        with _with_tokenizer_json(model_path) as directory, contextlib.redirect_stdout(io.StringIO()):
+            tokenizer = load(directory, {"trust_remote_code": trust_remote_code}, eos_token_ids=ending)
         vocabulary = tokenizer.get_vocab()
-    except DataError:
+    except SlowftError:
         raise
     except Exception as e:  # transformers raises many kinds, all of which mean: not a usable tokenizer
+        if "trust_remote_code" in str(e):  # transformers would ask, if it were not told
+            raise DataError(_wants_code(model_path)) from None
         raise DataError(f"the tokenizer in {model_path} cannot be loaded: {one_line(e)}") from None
+    if template is None and not tokenizer.has_chat_template:
+        template = _template_of_processor(model_path)
+    if template is not None:
+        tokenizer.chat_template = template
+        tokenizer._chat_template = None  # of a chat_template_type, which mlx-lm prefers
+        object.__setattr__(tokenizer, "has_chat_template", True)  # mlx-lm's wrapper hands others to what it wraps
     _check_size_of_vocabulary(model_path, tokenizer, vocabulary, embedding_rows)
     _check_ending(model_path, tokenizer, vocabulary, [ending] if isinstance(ending, int) else ending or [])
     return tokenizer
+
+
+def read_chat_template(file: Path) -> str:
+    """The chat template in a file of Jinja, or of JSON with "chat_template".
+
+    Raises:
+        ConfigError: it cannot be read, or is no template; names the line.
+    """
+    import jinja2
+    from jinja2.ext import Extension, loopcontrols
+
+    class Generation(Extension):
+        """Transformers' own tag around the words of the assistant."""
+
+        tags = {"generation"}
+
+        def parse(self, parser):
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    try:
+        text = file.read_text("utf-8")
+    except OSError as e:
+        raise ConfigError(f"chat template {file} cannot be read: {e.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"chat template {file} is not text in UTF-8. Give a file of Jinja") from None
+    if file.suffix == ".json":
+        text = _template_in(read_json(file, ConfigError), file)
+    if not text.strip():
+        raise ConfigError(f"chat template {file} is empty")
+    try:
+        jinja2.Environment(extensions=[loopcontrols, Generation]).parse(text)
+    except jinja2.TemplateSyntaxError as e:
+        raise ConfigError(f"chat template {file} line {e.lineno} is not Jinja: {e.message}") from None
+    return text
+
+
+def _template_in(content: Any, file: Path) -> str:
+    template = content.get("chat_template") if isinstance(content, dict) else content
+    if isinstance(template, list):  # several, by name
+        template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+    if isinstance(template, dict):
+        template = template.get("default")
+    if not isinstance(template, str):
+        raise ConfigError(f'chat template {file} has no "chat_template" with a text. Give a file of Jinja')
+    return template
+
+
+def _template_of_processor(model_path: Path) -> str | None:
+    """Of models that also see or hear: the template lies in a file of their processor's."""
+    file = model_path / "chat_template.json"
+    return read_chat_template(file) if file.exists() else None
+
+
+def _refuse_impostors(model_path: Path) -> None:
+    for name in CHECKED:
+        if (model_path / name).exists():
+            try:
+                read_json(model_path / name, DataError)
+            except DataError as e:
+                raise DataError(f"the tokenizer in {model_path} cannot be loaded: {e}") from None
+    known = recognise(model_path / "tokenizer.model")  # which may be text
+    if known is not None and known[0].startswith(("an empty", "a pointer", "an HTML", "an XML")):
+        raise DataError(f"the tokenizer in {model_path} cannot be loaded: tokenizer.model is {known[0]}. {known[1]}")
+
+
+def _wants_code(model_path: Path) -> str:
+    files = set()
+    for name in ("tokenizer_config.json", "config.json"):
+        entries = _mapping(model_path / name).get("auto_map") or {}
+        classes = list(entries.values()) if isinstance(entries, dict) else [entries]
+        for place in [p for entry in classes for p in (entry if isinstance(entry, list) else [entry]) if p]:
+            files.add(str(place).rpartition("--")[2].rpartition(".")[0] + ".py")
+        if files:
+            break
+    shown = ", ".join(sorted(files)) or "by its auto_map"
+    return (
+        f"the tokenizer in {model_path} wants to run code of its own ({shown}). Read it, and if you trust it: "
+        "--trust-remote-code"
+    )
+
+
+def _mapping(file: Path) -> dict:
+    try:
+        content = read_json(file, ModelError)
+    except ModelError:
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 @contextmanager
@@ -63,19 +177,20 @@ def _with_tokenizer_json(model_path: Path) -> Iterator[Path]:
         except NotSentencePieceError:  # a tokenizer.model of another kind, which mlx-lm may know
             yield model_path
             return
-        for file in [*model_path.glob("*.json"), *model_path.glob("*.jinja")]:
+        for file in [file for kind in ("*.json", "*.jinja", "*.py") for file in model_path.glob(kind)]:
             if not (directory / file.name).exists() and not file.name.endswith(".index.json"):
                 (directory / file.name).symlink_to(file.resolve())
         yield directory
 
 
 def _check_size_of_vocabulary(model_path: Path, tokenizer, vocabulary: dict[str, int], rows: int | None) -> None:
-    if rows is None:
+    """Refuse ids beyond the embedding, but for a few added tokens, which texts rarely give; note far fewer ids."""
+    if rows is None or not vocabulary:
         return
     n_ids = max(vocabulary.values()) + 1
     added = set(getattr(tokenizer, "added_tokens_decoder", {}))
     beyond = [i for i in vocabulary.values() if i >= rows and i not in added]
-    if beyond or min(n_ids, rows) < LEAST_VOCABULARY_SHARE * max(n_ids, rows):
+    if beyond or rows < LEAST_VOCABULARY_SHARE * n_ids:
         raise DataError(
             f"the tokenizer in {model_path} has {n_ids} token ids, the model's embedding {rows} rows: they "
             "belong to different models. Put the model's own tokenizer files there"
@@ -86,18 +201,27 @@ def _check_size_of_vocabulary(model_path: Path, tokenizer, vocabulary: dict[str,
                 f"the tokenizer in {model_path} has its {name} token at id {i}, the model's embedding {rows} rows. "
                 "Put the model's own tokenizer files there"
             )
+    if n_ids < LEAST_VOCABULARY_SHARE * rows:
+        _note(
+            f"the tokenizer in {model_path} has only {n_ids} token ids, the model's embedding {rows} rows: is it this "
+            "model's own?"
+        )
 
 
 def _check_ending(model_path: Path, tokenizer, vocabulary: dict[str, int], ending: list[int]) -> None:
-    """One of the tokens that end a text by config.json is special in the tokenizer, or it is of another model."""
+    """One of the tokens that end a text by config.json is usually special in the tokenizer."""
     special = set(tokenizer.all_special_ids) | set(getattr(tokenizer, "added_tokens_decoder", {}))
     if ending and special and not special & set(ending):
         token = next((t for t, i in vocabulary.items() if i == ending[0]), None)
-        raise DataError(
+        _note(
             f"{model_path}: by config.json token {ending[0]} ends a text, which in the tokenizer there is "
             f"{'an ordinary ' + repr(token) if token else 'none'} (its own end is {tokenizer.eos_token}, "
-            f"{tokenizer.eos_token_id}): they belong to different models. Put the model's own tokenizer files there"
+            f"{tokenizer.eos_token_id}): is the tokenizer this model's own?"
         )
+
+
+def _note(text: str) -> None:
+    warnings.warn(text, SlowftWarning, stacklevel=4)
 
 
 def one_line(error: Exception) -> str:

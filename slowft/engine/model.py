@@ -412,6 +412,7 @@ def open_model(
     adapter_path: str | Path | None = None,
     compute_dtype: str | None = None,
     spill_dir: str | Path | None = None,
+    trust_remote_code: bool = False,
 ) -> StreamedModel:
     """Open a model for streaming: headers only, nothing resident.
 
@@ -423,6 +424,7 @@ def open_model(
         compute_dtype: "float32", "float16", "bfloat16", or "native": the model's own, quantized layers packed. None
             is "native" on a GPU and "float32" on a CPU.
         spill_dir: where block inputs go that `memory` has no room for; by default in the user's cache directory.
+        trust_remote_code: let the model run code of its own (`model_file` in its config.json).
     Raises:
         ModelError: missing or corrupt files, an unknown architecture, or one that cannot be streamed.
         ConfigError: `memory` is below what a step of one token needs (names that).
@@ -431,7 +433,7 @@ def open_model(
     _warn_of_slow_blas()
     memory_nbytes = None if memory is None else parse_nbytes(memory)
     dtype = _compute_dtype(compute_dtype)
-    skeleton = loading.load_skeleton(loading.resolve(str(path_or_hub_id)), StreamedModel, dtype)
+    skeleton = loading.load_skeleton(loading.resolve(str(path_or_hub_id)), StreamedModel, dtype, trust_remote_code)
     model = skeleton.model
     cut = seams.find_units(model, skeleton.params)
     reader = Reader()

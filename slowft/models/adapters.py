@@ -20,7 +20,9 @@ from mlx.utils import tree_unflatten
 
 from .. import platform
 from ..errors import AdapterError, ConfigError
+from ..weights.recognise import read_json, recognise
 from ..weights.sources import locate
+from .directories import NO_PEFT, describe_adapter, explain_no_adapter
 
 DEFAULT_NUM_LAYERS = 16  # mlx_lm.lora's; it fails with it on smaller models, here it means all their blocks
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
@@ -156,10 +158,11 @@ def read_spec(directory: Path) -> AdapterSpec:
         AdapterError: not an adapter directory, or not one of LoRA or DoRA.
     """
     config_file = directory / CONFIG
-    if not config_file.exists() or not (directory / WEIGHTS).exists():
-        raise AdapterError(f"{directory} is not an adapter directory: it needs {CONFIG} and {WEIGHTS}")
+    adapter = describe_adapter(directory)
+    if adapter is None or adapter.is_peft or not config_file.exists():
+        raise AdapterError(explain_no_adapter(directory, f"{CONFIG} and {WEIGHTS}"))
     try:
-        config = json.loads(config_file.read_text())
+        config = read_json(config_file, AdapterError)
         kind = config.get("fine_tune_type", "lora")
         parameters = {"rank": None, "scale": None, "dropout": 0.0, **config["lora_parameters"]}
         spec = AdapterSpec(kind, int(config["num_layers"]), parameters)
@@ -180,11 +183,19 @@ def load_weights(model: nn.Module, expected: dict[str, mx.array], file: Path) ->
     """
     if not file.exists():
         raise AdapterError(f"{file} does not exist")
+    if file.suffix.lower() == ".gguf":
+        raise AdapterError(f"{file} is an adapter in GGUF, which slowft does not read yet. Give one of mlx-lm's")
     try:
-        weights = mx.load(str(file))
+        weights = mx.load(str(file), format="safetensors")
         mx.eval(list(weights.values()))
     except (RuntimeError, ValueError) as e:
-        raise AdapterError(f"{file} is not a readable safetensors file: {str(e).splitlines()[0]}") from None
+        known = recognise(file)
+        said = f"it is {known[0]}. {known[1]}" if known else str(e).splitlines()[0]
+        raise AdapterError(f"{file} is not a readable safetensors file: {said}") from None
+    if (
+        peft := next((name for name in weights if ".lora_A" in name or name.startswith("base_model.")), None)
+    ) is not None:
+        raise AdapterError(f"{file} is a PEFT adapter (it has {peft}). {NO_PEFT}")
     for name, array in weights.items():
         if name not in expected:
             raise AdapterError(f"{file}: {name} is no adapter parameter of this model. Was it trained on another one?")

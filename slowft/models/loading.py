@@ -1,15 +1,11 @@
 """A model directory or hub id -> mlx-lm's own model object, no weight in memory, each mapped to its bytes.
 
-mlx-lm's `load_model` builds the model lazily: its class, sanitize and quantization, with arrays that were
-never read. Which file tensor became which parameter is seen by identity: what `sanitize` passed through
-untouched is streamed from where it lies. Never evaluates a weight.
+The model is built lazily (`building`). Which file tensor became which parameter is seen by identity: what `sanitize`
+passed through untouched is streamed from where it lies. Never evaluates a weight.
 """
 
-import functools
-import inspect
-import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import shlex
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +14,11 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..convert import verify as manifest
-from ..errors import ModelError, NeedsPreparing
-from ..weights.extents import Extent, index_model
+from ..errors import ModelError, NeedsPreparing, SlowftWarning
+from ..weights.extents import Extent
 from ..weights.sources import Packed, Param, Plain, Source, locate, placeholder
+from .building import Built, build_lazily
+from .directories import describe_adapter, explain_directory, gguf_is_adapter, snapshot_of_cache
 
 MAX_TRANSFORMED_SHARE = 0.02  # of a model's bytes that `sanitize` may rewrite: kept in memory from the start
 MAX_TRANSFORMED_NBYTES = 4 << 20  # always allowed
@@ -63,14 +61,23 @@ def find_local(path_or_hub_id: str) -> Path | None:
     """
     path = Path(path_or_hub_id).expanduser()
     if path.is_dir():
-        if not (path / "config.json").exists():
+        path = snapshot_of_cache(path) or path
+        if not (path / "config.json").exists() and not (path / "config.json").is_symlink():
             if (path / manifest.JOURNAL).exists():
                 raise ModelError(f"{path} is an unfinished slowft prepare. Run the same command again: it goes on")
-            raise ModelError(f"{path} has no config.json: it is not a model directory")
+            raise ModelError(explain_directory(path))
+        if describe_adapter(path) is not None and not any(path.glob("*.safetensors.index.json")):
+            own = [file for file in path.glob("*.safetensors") if not file.name.startswith("adapter")]
+            if not own:
+                raise ModelError(explain_directory(path))
         return path
     if path.exists():
         if path.suffix.lower() == ".gguf":
+            if gguf_is_adapter(path):
+                raise ModelError(f"{path} is a LoRA adapter in GGUF, not a model. Give the model it was trained on")
             raise ModelError(f"{path} has to be prepared first. Once: slowft prepare {path} --output {path.stem}")
+        if describe_adapter(path.parent) is not None and path.name.startswith("adapter"):
+            raise ModelError(explain_directory(path.parent))
         raise ModelError(f"{path} is a file. Give the directory that holds config.json and model*.safetensors")
     looks_local = (
         path.is_absolute() or str(path_or_hub_id).startswith((".", "~")) or str(path_or_hub_id).count("/") != 1
@@ -80,18 +87,20 @@ def find_local(path_or_hub_id: str) -> Path | None:
     return None
 
 
-def load_skeleton(path: Path, mixin: type, compute_dtype: mx.Dtype | None) -> Skeleton:
+def load_skeleton(path: Path, mixin: type, compute_dtype: mx.Dtype | None, trust_remote_code: bool = False) -> Skeleton:
     """Build the model of `path` as a subclass of `mixin` and of mlx-lm's class, without its weights.
 
     Args:
         compute_dtype: floating parameters are used in this dtype; None keeps the files'. With a dtype, quantized
             layers become dense ones, dequantized as they arrive (on a CPU `quantized_matmul` runs at 1.7 GFLOP/s).
+        trust_remote_code: the model's class may be code of its own.
     Raises:
         ModelError: files missing or cut short, unknown architecture, or weights that do not fit it.
     """
-    extents = index_model(path)
-    built = build_lazily(path, mixin)
-    model, raw = built.model, built.raw
+    built = build_lazily(path, mixin, trust_remote_code)
+    for note in built.notes:
+        warnings.warn(note, SlowftWarning, stacklevel=3)
+    model, raw, extents = built.model, built.raw, built.extents
     source_of = {id(array): extents[name] for name, array in raw.items() if name in extents}
     params, rewritten = _map_parameters(model, source_of, compute_dtype)
     _check_rewritten(path, built, rewritten, extents)
@@ -104,106 +113,6 @@ def load_skeleton(path: Path, mixin: type, compute_dtype: mx.Dtype | None) -> Sk
     del raw, built
     model.freeze()
     return Skeleton(model, path, params)
-
-
-@dataclass
-class Built:
-    """mlx-lm's model with arrays that were never evaluated, and what is known of where they come from.
-
-    Attributes:
-        config: as `mlx_lm.utils.load_model` returns it.
-        raw: the files' tensors by name, as `sanitize` was given them.
-        joins: id of an array -> (that array, those it is made of, end to end along its first axis).
-        sanitize: the model's own.
-    """
-
-    model: nn.Module
-    config: dict
-    raw: dict[str, mx.array]
-    joins: dict[int, tuple[mx.array, list[mx.array]]]
-    sanitize: Callable[[dict[str, mx.array]], dict[str, mx.array]]
-
-
-def build_lazily(path: Path, mixin: type | None = None) -> Built:
-    """Build the model of `path` (with `mixin` as a subclass of it) by mlx-lm's own `load_model`.
-
-    Raises:
-        ModelError: an unknown architecture, or weights that do not fit it.
-    """
-    from mlx_lm.utils import load_model
-
-    raw: dict[str, mx.array] = {}
-    joins: dict[int, tuple[mx.array, list[mx.array]]] = {}
-    find_classes = inspect.signature(load_model).parameters["get_model_classes"].default
-
-    def streamed_classes(config: dict):
-        model_class, args_class = find_classes(config=config)
-
-        class Streamed(*([mixin] if mixin else []), model_class):
-            def __init__(self, args):
-                nn.Module.__init__(self)  # mlx-lm's recurrent_gemma forgets it, and can then not be frozen
-                super().__init__(args)
-
-            def sanitize(self, weights):
-                raw.update(weights)
-                if not hasattr(model_class, "sanitize"):
-                    return weights
-                with _joins_noted(joins):
-                    return super().sanitize(weights)
-
-        Streamed.__name__ = Streamed.__qualname__ = f"Streamed{model_class.__name__}"
-        return Streamed, args_class
-
-    try:
-        model, config = load_model(path, lazy=True, get_model_classes=streamed_classes)
-    except json.JSONDecodeError as e:
-        raise ModelError(f"{path / 'config.json'} is not JSON ({e})") from None
-    except SystemExit:  # mlx-lm's olmo
-        raise ModelError(
-            f"{path}: mlx-lm cannot build this model without a package that is not installed; it says above which"
-        ) from None
-    except Exception as e:
-        raise ModelError(_explain(e, path)) from None
-    inner = getattr(type(model).__bases__[-1], "sanitize", None)
-    return Built(model, config, raw, joins, functools.partial(inner, model) if inner else dict)
-
-
-@contextmanager
-def _joins_noted(joins: dict[int, tuple[mx.array, list[mx.array]]]) -> Iterator[None]:
-    """Note what `mx.stack` and `mx.concatenate` join along the first axis: a lazy array does not tell its inputs."""
-    functions = {"stack": mx.stack, "concatenate": mx.concatenate}
-
-    def noting(function):
-        def join(arrays, axis=0, **kwargs):
-            arrays = list(arrays)
-            joined = function(arrays, axis, **kwargs)
-            if axis == 0:
-                joins[id(joined)] = joined, arrays  # held, so that no other array gets this id
-            return joined
-
-        return join
-
-    try:
-        for name, function in functions.items():
-            setattr(mx, name, noting(function))
-        yield
-    finally:
-        for name, function in functions.items():
-            setattr(mx, name, function)
-
-
-def _explain(error: Exception, path: Path) -> str:
-    from mlx_lm import __version__ as mlx_lm_version
-
-    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
-    reason = lines[0]
-    if isinstance(error, KeyError) and reason.strip("'\"") == "model_type":
-        return f"{path / 'config.json'} names no model_type"
-    if "not supported" in reason:
-        return f"{path}: {reason} mlx-lm {mlx_lm_version} does not know it: pip install -U mlx-lm may bring it"
-    if len(lines) > 1:
-        reason += f" {lines[1]}" + (f" (and {len(lines) - 2} more)" if len(lines) > 2 else "")
-    return f"{path}: mlx-lm cannot build this model: {reason}"
 
 
 def _map_parameters(model, source_of: dict[int, Extent], compute_dtype):
@@ -277,4 +186,4 @@ def _check_rewritten(path: Path, built: Built, rewritten, extents: dict[str, Ext
 
 def prepare_command(model: str) -> str:
     """The command that makes of a model (a directory or hub id) one that can be streamed."""
-    return f"slowft prepare {model} --output {Path(model).resolve().name}-prepared"
+    return f"slowft prepare {shlex.quote(model)} --output {shlex.quote(Path(model).resolve().name + '-prepared')}"

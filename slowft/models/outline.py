@@ -11,6 +11,7 @@ import math
 import re
 import struct
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,15 +21,19 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..errors import ModelError
-from ..weights.extents import DTYPES, MAX_HEADER_NBYTES
-from .loading import _explain
+from ..errors import ModelError, SlowftWarning
+from ..weights.extents import DTYPES, INDEX, MAX_HEADER_NBYTES, index_model
+from ..weights.recognise import read_json, recognise_start
+from .building import _explain, find_classes, settle_config
+from .config import Classes
+from .tying import EMBEDDING
 
 STORED = {dtype: stored for stored, (dtype, _) in reversed(DTYPES.items())}  # MLX dtype -> safetensors type
 FLOATS = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 # What load_model reads besides the weights. The tokenizer is not among it.
-SMALL_FILES = ("config.json", "model.safetensors.index.json", "hf_quant_config.json")
+SMALL_FILES = ("config.json", INDEX, "hf_quant_config.json")
+SAMPLE_NBYTES = 16 << 10  # of head and embedding, where the config does not say whether they are the same
 FIRST_NBYTES = 100_000  # huggingface-hub's figure: 97% of headers are shorter, so one request is enough
 TIMEOUT_S = 30
 CONNECTIONS = 8
@@ -55,12 +60,17 @@ def outline_of_hub(hub_id: str) -> Iterator[Path]:
 
 
 @contextmanager
-def outline_of_config(config_file: str | Path) -> Iterator[Path]:
+def outline_of_config(
+    config_file: str | Path, config: dict | None = None, trust_remote_code: bool = False
+) -> Iterator[Path]:
     """The outline of the model that mlx-lm would build for a config file: one safetensors file, blocks in order.
 
     Floating parameters are of the config's dtype (bfloat16 if it names none). Quantized layers, as "quantization"
     or "quantization_config" ask for them, are laid out as `mlx_lm.convert` would write them.
 
+    Args:
+        config: taken instead of what is in the file.
+        trust_remote_code: the model's class may be code of its own, beside the file.
     Yields:
         A directory with config.json and model.safetensors, all holes; it is removed on exit. ModelErrors that name
         the directory leave here naming `config_file` instead.
@@ -73,8 +83,8 @@ def outline_of_config(config_file: str | Path) -> Iterator[Path]:
             text = config_file.read_bytes()
         except OSError as e:
             raise ModelError(f"{config_file} cannot be read: {e.strerror}. Give a model's config.json") from None
-        (path / "config.json").write_bytes(text)
-        _write_outline(path)
+        (path / "config.json").write_bytes(text if config is None else json.dumps(config).encode())
+        _write_outline(path, config_file.parent, trust_remote_code)
         yield path
 
 
@@ -114,10 +124,11 @@ def _fetch(hub_id: str, path: Path) -> None:
     api = HfApi()
     info = api.model_info(hub_id)  # the commit, so that all files are of one
     names = sorted(sibling.rfilename for sibling in info.siblings or [])
-    shards = [name for name in names if "/" not in name and fnmatch.fnmatch(name, "model*.safetensors")]
+    here = [name for name in names if "/" not in name and name.endswith(".safetensors")]
+    shards = [name for name in here if fnmatch.fnmatch(name, "model*.safetensors")]
     if "config.json" not in names:
         raise ModelError(f"{hub_id} has no config.json: it is not a model that mlx-lm loads. Give another hub id")
-    if not shards:
+    if not shards and INDEX not in names:
         other = [name for name in names if name.endswith((".safetensors", ".bin", ".gguf"))]
         found = f" (found {', '.join(other[:3])})" if other else ""
         raise ModelError(
@@ -139,16 +150,57 @@ def _fetch(hub_id: str, path: Path) -> None:
         (header_nbytes,) = struct.unpack("<Q", start[:8]) if len(start) >= 8 else (0,)
         end = 8 + header_nbytes
         if not 2 <= header_nbytes <= MAX_HEADER_NBYTES or end > size:
-            raise ModelError(f"{name} of {hub_id} is not a safetensors file ({size} bytes). Give another hub id")
+            if name in named or not named:
+                what, _ = recognise_start(start, size) or ("something else", "")
+                raise ModelError(
+                    f"{name} of {hub_id} is not a safetensors file ({size} bytes) but {what}. Give another hub id"
+                )
+            end = len(start)  # beside the model: whatever it is, it is not read
         if end > len(start):
             start += get(name, f"{len(start)}-{end - 1}").content
         _write_hollow(path / name, start[:end], size)
 
+    def copy_sample(name: str, offset: int, nbytes: int) -> None:
+        with open(path / name, "r+b") as file:
+            file.seek(offset)
+            file.write(get(name, f"{offset}-{offset + nbytes - 1}").content)
+
     for name in SMALL_FILES:
         if name in names:
             (path / name).write_bytes(get(name).content)
+    config = read_json(path / "config.json")
+    if isinstance(config, dict) and (code := config.get("model_file")) in names:
+        (path / code).write_bytes(get(code).content)  # which runs only if it is trusted
+    named: set[str] = set()
+    if INDEX in names:
+        try:
+            named = set(map(str, read_json(path / INDEX)["weight_map"].values()))
+        except (ModelError, KeyError, TypeError, AttributeError):
+            pass  # `find_weights` notes it
+    shards = sorted({*shards, *(named & set(here))})
+    for name in set(here) - set(shards):
+        (path / name).touch()  # for the note that names it
     with ThreadPoolExecutor(CONNECTIONS) as pool:
         list(pool.map(copy_header, shards))
+    for sample in _samples(path, config):
+        copy_sample(*sample)
+
+
+def _samples(path: Path, config: dict) -> Iterator[tuple[str, int, int]]:
+    """What tells whether the head is the embedding, where the config does not: (file, offset, bytes) of both."""
+    said = ((config.get("text_config") or {}) | config) if isinstance(config, dict) else {}
+    if "tie_word_embeddings" in said:
+        return
+    try:
+        extents = index_model(path)
+    except ModelError:
+        return  # opening the outline says it
+    if any(name.endswith("lm_head.weight") for name in extents):
+        for name, extent in extents.items():
+            if name.endswith("lm_head.weight") or EMBEDDING.match(name):
+                n = min(SAMPLE_NBYTES, extent.nbytes)
+                for offset in {0, (extent.nbytes - n) // 2}:
+                    yield Path(extent.file).name, extent.offset + offset, n
 
 
 def explain_hub(error: Exception, hub_id: str) -> str:
@@ -167,17 +219,19 @@ def explain_hub(error: Exception, hub_id: str) -> str:
 # --- From a config ----------------------------------------------------------------------------------
 
 
-def _write_outline(path: Path) -> None:
+def _write_outline(path: Path, beside: Path, trust_remote_code: bool) -> None:
     from mlx_lm.utils import load_config
 
-    try:
-        config = load_config(path)
-    except ValueError as e:
-        raise ModelError(f"{path / 'config.json'} is not JSON ({e}). Give a model's config.json") from None
+    read_json(path / "config.json")  # for what is said of something else under that name
+    config = load_config(path)
     if not isinstance(config, dict):
         raise ModelError(f"{path / 'config.json'} holds a {type(config).__name__}. Give a model's config.json")
+    classes = find_classes(path, config, trust_remote_code, code=beside)
+    settled, notes = settle_config(path, config, classes)
+    for note in notes:
+        warnings.warn(note.replace(f"{path}/", ""), SlowftWarning, stacklevel=4)
     try:
-        model, config = _build(config)
+        model, config = _build(settled, classes)
     except Exception as e:
         raise ModelError(_explain(e, path)) from None
     (path / "config.json").write_text(json.dumps(config))
@@ -194,16 +248,12 @@ def _write_outline(path: Path) -> None:
     _write_hollow(path / "model.safetensors", struct.pack("<Q", len(text)) + text, 8 + len(text) + end)
 
 
-def _build(config: dict) -> tuple[nn.Module, dict]:
+def _build(config: dict, classes: Classes) -> tuple[nn.Module, dict]:
     """mlx-lm's model for `config`, as `mlx_lm.utils.load_model` would quantize it; every array unevaluated.
 
     Also the config with which load_model takes the weights under the model's own names.
     """
-    from mlx_lm.utils import _get_classes
-
-    if (model_file := config.get("model_file")) is not None:
-        raise ValueError(f"its architecture is code of its own ({model_file})")
-    model_class, args_class = _get_classes(config)
+    model_class, args_class = classes(config)
     method = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
     model = model_class(args_class.from_dict(config))
     _tie(model, config)

@@ -139,7 +139,13 @@ class TrainConfig:
     )
     report_to: str | None = field(default=None, metadata={"help": "wandb, swanlab or both, if installed."})
     project_name: str | None = field(default=None, metadata={"help": "Project name for --report-to."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Let the tokenizer run code of its own."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Let model and tokenizer run code of their own."})
+    chat_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "File with a chat template, Jinja or JSON with chat_template, used instead of the model's own."
+        },
+    )
     hf_dataset: Any = field(default=None, metadata={"help": "Hub dataset(s), as mlx_lm.lora configures them."})
     prompt_feature: str = field(default="prompt", metadata={"help": "Key of the prompt in a sample."})
     completion_feature: str = field(default="completion", metadata={"help": "Key of the completion in a sample."})

@@ -33,7 +33,13 @@ def run(config: TrainConfig, report: Report) -> dict:
         check_writable(Path(config.adapter_path))
     if config.activation_cache_size is not None:
         parse_nbytes(config.activation_cache_size, "a size to store activations in")
-    model = open_model(config.model, config.memory, compute_dtype=config.compute_dtype, spill_dir=config.spill_dir)
+    model = open_model(
+        config.model,
+        config.memory,
+        compute_dtype=config.compute_dtype,
+        spill_dir=config.spill_dir,
+        trust_remote_code=config.trust_remote_code,
+    )
     try:
         told = Reports(report, CallbackReport(_callback(config))) if config.report_to else report
         trainer = Trainer(model, config, told)
@@ -75,7 +81,7 @@ def _load_adapter_to_test(model, config: TrainConfig, report: Report) -> None:
 
 
 def _load_data(model, config: TrainConfig, report: Report):
-    tokenizer = load_tokenizer(model.path, model.embedding_rows, config.trust_remote_code)
+    tokenizer = load_tokenizer(model.path, model.embedding_rows, config.trust_remote_code, config.chat_template)
     splits = (["train", "valid"] if config.train else []) + (["test"] if config.test else [])
     train, valid, test = load_data(config.data, tokenizer, config, splits, model.embedding_rows, report.progress)
     if config.train and not len(train):

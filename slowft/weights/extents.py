@@ -1,18 +1,22 @@
-"""Which bytes of which safetensors file hold which tensor, from the headers alone.
+"""Which files of a directory are the model, and which bytes of which one hold which tensor, from headers alone.
 
 Comes in: a model directory (one file, shards with an index, or a hub snapshot of symlinks). Goes out: a
-name -> `Extent` map. Reads headers and file sizes, never tensor data, and never maps a file into memory.
+name -> `Extent` map, the one answer to which files count. Reads headers and file sizes, never tensor data, and never
+maps a file into memory.
 Format: https://github.com/huggingface/safetensors#format
 """
 
 import json
 import math
 import os
+import re
 import struct
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import ModelError
+from .recognise import AGAIN, PARTIAL, explain, partial_downloads, read_json
 
 # What MLX makes of each safetensors type it reads (mlx/io/safetensors.cpp), and its size in bytes.
 DTYPES = {
@@ -37,7 +41,10 @@ MAX_HEADER_NBYTES = 100_000_000  # the limit of the safetensors library
 
 @dataclass(frozen=True)
 class Extent:
-    """Where one tensor lies: `nbytes` bytes at `offset` of `file`, an array of `shape` and MLX dtype name."""
+    """Where one tensor lies: `nbytes` bytes at `offset` of `file`, an array of `shape` and MLX dtype name.
+
+    `stored` is the file's own name of the type, which tells 8-bit floats from bytes.
+    """
 
     name: str
     file: str
@@ -45,6 +52,7 @@ class Extent:
     nbytes: int
     dtype: str
     shape: tuple[int, ...]
+    stored: str = ""
 
     @property
     def row_nbytes(self) -> int:
@@ -61,14 +69,17 @@ def read_header(path: str | os.PathLike) -> dict[str, Extent]:
     path = Path(path)
     if not path.exists():
         dangling = " (a broken link: the download did not finish)" if path.is_symlink() else ""
-        raise ModelError(f"{path} is missing{dangling}. Download the model again")
+        raise ModelError(f"{path} is missing{dangling}. {_fix_of_missing(path)}")
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
             prefix = file.read(8)
             (header_nbytes,) = struct.unpack("<Q", prefix) if len(prefix) == 8 else (0,)
             if not 2 <= header_nbytes <= MAX_HEADER_NBYTES:
-                raise ModelError(f"{path} is not a safetensors file ({size} bytes). Download it again")
+                raise ModelError(
+                    explain(path, f"a safetensors file ({size} bytes)")
+                    or f"{path} is not a safetensors file ({size} bytes). {AGAIN}"
+                )
             if 8 + header_nbytes > size:
                 raise ModelError(
                     f"{path} is cut short: its header alone needs {8 + header_nbytes} bytes, the file has {size}. "
@@ -103,42 +114,216 @@ def read_header(path: str | os.PathLike) -> dict[str, Extent]:
             raise ModelError(
                 f"{path} is cut short: tensor {name} ends at byte {start + end}, the file has {size}. Download it again"
             )
-        extents[name] = Extent(name, str(path), start + begin, end - begin, dtype, shape)
+        extents[name] = Extent(name, str(path), start + begin, end - begin, dtype, shape, stored)
     return extents
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The tensors of a model by name, and what a person should know of the files around them, a sentence each."""
+
+    extents: dict[str, Extent]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def files(self) -> list[Path]:
+        """Those that the tensors lie in."""
+        return sorted({Path(e.file) for e in self.extents.values()})
+
+
+INDEX = "model.safetensors.index.json"
+SHARD = re.compile(r"(.*?)-?(\d+)-of-(\d+)\.safetensors")
+# (tensors, names that the index gives and they lack) -> whether they are the whole model nevertheless
+IsWhole = Callable[[dict[str, Extent], Iterable[str]], bool]
 
 
 def index_model(directory: str | os.PathLike) -> dict[str, Extent]:
-    """The extents of every tensor that mlx-lm would load from `directory` (`model*.safetensors`).
+    """The extents of every tensor of the model in `directory`, as far as index and headers tell which they are.
 
     Raises:
-        ModelError: no weights, a shard that the index names is missing, or a file is cut short or corrupt.
+        ModelError: as `find_weights` does.
+    """
+    return find_weights(directory).extents
+
+
+def find_weights(directory: str | os.PathLike, is_whole: IsWhole | None = None) -> Weights:
+    """Which files of a directory are the model, and where its tensors lie.
+
+    Where there is an index whose files are all there, they are the model, and no other file. Where one is missing,
+    what is there is the model if it holds all that the index names, or if `is_whole` says so. Without an index the
+    files `model*.safetensors` are the model as long as no two hold the same tensor; where two do, those that go
+    together by their names (`model.safetensors`, or `model-00001-of-00003.safetensors` and so on).
+
+    Args:
+        is_whole: asked only where index and names do not tell; None: nobody can say.
+    Raises:
+        ModelError: no weights, a shard that is needed is missing, files that contradict each other, or a file is cut
+            short or corrupt.
     """
     directory = Path(directory)
-    extents: dict[str, Extent] = {}
-    for file in sorted(directory.glob("model*.safetensors")):
-        extents.update(read_header(file))
+    own = sorted(directory.glob("model*.safetensors"))
+    weight_map, notes = _read_index(directory / INDEX)
+    if weight_map:
+        weights = _by_index(directory, own, weight_map, is_whole)
+    else:
+        weights = _by_names(directory, own, is_whole)
+    if not weights.extents:
+        raise ModelError(_explain_no_weights(directory))
+    notes += weights.notes
+    if unused := _unused(directory, weights.files):
+        shown = ", ".join(unused[:3]) + (f" and {len(unused) - 3} more" if len(unused) > 3 else "")
+        notes.append(f"{directory}: not part of the model, and not used: {shown}")
+    return Weights(weights.extents, notes)
 
-    shard_index = directory / "model.safetensors.index.json"
-    if shard_index.exists():
-        try:
-            weight_map = {name: str(file) for name, file in json.loads(shard_index.read_text())["weight_map"].items()}
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ModelError(f"{shard_index} is not a safetensors index. Download it again") from None
-        for shard in sorted(set(weight_map.values())):
-            if not (directory / shard).exists():
-                raise ModelError(f"{directory / shard} is missing, and {shard_index.name} names it. Download it again")
-        absent = sorted(set(weight_map) - set(extents))
-        if absent:
+
+def _read_index(file: Path) -> tuple[dict[str, str], list[str]]:
+    """File name by tensor name, empty if there is no index or it is none; and what to say of it."""
+    if not file.exists():
+        return {}, []
+    try:
+        weight_map = dict(read_json(file)["weight_map"].items())
+        if weight_map and all(isinstance(shard, str) and shard for shard in weight_map.values()):
+            return weight_map, []
+    except (ModelError, KeyError, TypeError, AttributeError):
+        pass
+    return {}, [f"{file} is not a safetensors index (it has no weight_map of tensors to files): not used"]
+
+
+def _by_index(directory: Path, own: list[Path], weight_map: dict[str, str], is_whole: IsWhole | None) -> Weights:
+    named = sorted(set(weight_map.values()))
+    absent = [name for name in named if not (directory / name).exists()]
+    there = [directory / name for name in named if name not in absent and name.endswith(".safetensors")]
+    usual = [file for file in there if file in own] or there  # mlx-lm loads no others, where there are such
+    extents: dict[str, Extent] = {}
+    for file in there:
+        if (held := read_header(file) if file in usual else _header_or_none(file)) is not None:
+            extents |= {n: e for n, e in held.items() if n not in extents or weight_map.get(n) == file.name}
+    of_usual = {name: e for name, e in extents.items() if Path(e.file) in usual}
+    lacking = {name: shard for name, shard in weight_map.items() if name not in extents}
+
+    def whole(candidate: dict[str, Extent]) -> bool:
+        return is_whole is not None and is_whole(candidate, weight_map.keys() - candidate.keys())
+
+    if not lacking:
+        # beside mlx-lm's files the index may name heads for several tokens at once, which mlx-lm does not load
+        used = of_usual if len(usual) < len(there) and whole(of_usual) else extents
+        if set(own) <= set(there) or is_whole is None or whole(used):
+            return Weights(used)
+    candidates = [of_usual, extents, _header_or_none(directory / "model.safetensors")]
+    try:
+        candidates.append(_by_names(directory, own, None).extents)
+    except ModelError:  # the index's own fault is the one to name
+        pass
+    for candidate in candidates:
+        if candidate and ((lacking and weight_map.keys() <= candidate.keys()) or whole(candidate)):
+            return Weights(candidate, [_stale(directory / INDEX, lacking, absent)])
+    if not lacking:
+        return Weights(extents)  # whatever is wrong with it is not a matter of files
+    name, shard = next(iter(lacking.items()))
+    if absent:
+        file = directory / absent[0]
+        dangling = " (a broken link: the download did not finish)" if file.is_symlink() else ""
+        raise ModelError(f"{file} is missing{dangling}, and {INDEX} names it. {_fix_of_missing(file)}")
+    raise ModelError(f"{INDEX} puts tensor {name} in {shard}, which does not hold it. Download the model again")
+
+
+def _header_or_none(file: Path) -> dict[str, Extent] | None:
+    try:
+        return read_header(file)
+    except ModelError:
+        return None
+
+
+def _stale(index: Path, lacking: dict[str, str], absent: list[str]) -> str:
+    if absent:
+        return f"{index} names {absent[0]}, which is not here; the files that are here hold the whole model"
+    if lacking:
+        name, shard = next(iter(lacking.items()))
+        return f"{index} puts {name} in {shard}, which does not hold it; the files hold the whole model without it"
+    return f"{index} does not name all of the model; the files beside it hold the rest"
+
+
+def _by_names(directory: Path, own: list[Path], is_whole: IsWhole | None) -> Weights:
+    """Without an index: all files, unless two hold the same tensor; then those that go together by their names."""
+    sets: dict[str, list[Path]] = {}
+    for file in own:
+        shard = SHARD.fullmatch(file.name)
+        sets.setdefault(f"{shard[1]} of {shard[3]}" if shard else file.name, []).append(file)
+    # transformers' order: the single file, then the shards of the plain name
+    order = sorted(sets, key=lambda name: (name != "model.safetensors", not name.startswith("model of "), name))
+    first_is_usual = bool(order) and (order[0] == "model.safetensors" or order[0].startswith("model of "))
+    extents: dict[str, Extent] = {}
+    used: list[Path] = []
+    for name in order:
+        if used and first_is_usual:  # what is beside it may be anything, and is left alone if it is not readable
+            headers = [_header_or_none(file) or {} for file in sets[name]]
+        else:
+            headers = [read_header(file) for file in sets[name]]
+        held = {n: e for header in headers for n, e in header.items()}
+        doubled = next((n for n in held if n in extents), None)
+        if doubled is None:
+            extents |= held
+            used += sets[name] if held else []
+        elif not first_is_usual:
+            other = Path(extents[doubled].file).name
             raise ModelError(
-                f"{shard_index.name} puts tensor {absent[0]} in {weight_map[absent[0]]}, which does not hold it. "
-                "Download the model again"
+                f"{directory}: {other} and {Path(held[doubled].file).name} both hold {doubled}, and no index says "
+                "which one counts. Move one of them elsewhere"
             )
-    if not extents:
-        other = sorted(p.name for pattern in ("*.bin", "*.gguf", "*.safetensors") for p in directory.glob(pattern))
-        found = f" (found {', '.join(other[:3])}, which mlx-lm does not load)" if other else ""
-        gguf = next((name for name in other if name.endswith(".gguf")), None)
-        fix = f"Prepare it: slowft prepare {directory / gguf} --output {Path(gguf).stem}" if gguf else None
-        raise ModelError(
-            f"{directory} has no model*.safetensors{found}. {fix or 'Look for a copy of the model in safetensors'}"
+    absent = _missing_of_numbered(used)
+    if absent and is_whole is not None and not is_whole(extents, ()):
+        fix = _fix_of_missing(directory / absent)
+        raise ModelError(f"{directory / absent} is missing, by the names of the files beside it. {fix}")
+    return Weights(extents)
+
+
+def _missing_of_numbered(files: list[Path]) -> str | None:
+    """The first name that is not among `model-00001-of-00003.safetensors` and so on."""
+    names = {file.name for file in files}
+    for file in files:
+        if shard := SHARD.fullmatch(file.name):
+            start = file.name[: shard.start(2)]
+            for i in range(1, min(int(shard[3]), 10_000) + 1):
+                name = f"{start}{i:0{len(shard[2])}d}-of-{shard[3]}.safetensors"
+                if name not in names:
+                    return name
+    return None
+
+
+def _unused(directory: Path, files: list[Path]) -> list[str]:
+    return sorted(
+        file.name
+        for file in directory.glob("*.safetensors")
+        if file not in files and not file.name.startswith(".") and not file.is_dir()
+    )
+
+
+def _fix_of_missing(file: Path) -> str:
+    partial = partial_downloads(file.parent, file.name)
+    left = f"{partial[0].name} is an unfinished download. " if partial else ""
+    return f"{left}Download the model again: hf download goes on where it stopped"
+
+
+def _explain_no_weights(directory: Path) -> str:
+    others = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf", ".safetensors"))
+    adapter = [name for name in others if name.startswith("adapter")]
+    gguf = [name for name in others if name.endswith(".gguf")]
+    pytorch = [name for name in others if name.endswith((".bin", ".pt", ".pth"))]
+    found = f" (found {', '.join(others[:3])}, which mlx-lm does not load)" if others else ""
+    fix = "Look for a copy of the model in safetensors"
+    partial = sorted(p.name for p in directory.iterdir() if p.name.endswith(PARTIAL) and ".safetensors" in p.name)
+    if partial:
+        found = f" ({partial[0]} is an unfinished download)"
+        fix = "Download the model again: hf download goes on where it stopped"
+    elif gguf:
+        fix = f"Prepare it: slowft prepare {directory / gguf[0]} --output {Path(gguf[0]).stem}"
+    elif adapter:
+        found = f" (found {adapter[0]}: an adapter)"
+        fix = "Give the base model that the adapter was trained on"
+    elif pytorch:
+        found = f" (found {', '.join(pytorch[:3])}: PyTorch's own format, which mlx-lm does not load)"
+        fix = (
+            "Look for a copy in safetensors, or write one where PyTorch is installed: transformers' "
+            "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)"
         )
-    return extents
+    return f"{directory} has no model*.safetensors{found}. {fix}"

@@ -5,10 +5,10 @@ Comes in: descriptors of safetensors files. Goes out: a digest. Reads headers an
 
 import hashlib
 import os
-import struct
 from collections.abc import Sequence
 
 from .. import platform
+from .extents import MAX_HEADER_NBYTES
 
 SAMPLES, SAMPLE_NBYTES = 64, 4096  # of each file's contents
 
@@ -31,8 +31,8 @@ def fingerprint(descriptors: Sequence[int]) -> str:
     digest = hashlib.sha256(repr(identities(descriptors)).encode())
     for fd in descriptors:
         size = os.fstat(fd).st_size
-        (header_nbytes,) = struct.unpack("<Q", os.pread(fd, 8, 0))
-        digest.update(os.pread(fd, header_nbytes, 8))
+        header_nbytes = int.from_bytes(os.pread(fd, 8, 0), "little")  # of a file beside the model it may be anything
+        digest.update(os.pread(fd, min(header_nbytes, size, MAX_HEADER_NBYTES), 8))
         for i in range(SAMPLES):
             digest.update(os.pread(fd, SAMPLE_NBYTES, i * max(size - SAMPLE_NBYTES, 0) // (SAMPLES - 1)))
         platform.drop_cached(fd, 0, 0)

@@ -1,0 +1,119 @@
+"""Whether a model has a head of its own or shares the embedding's weights, where its config does not say.
+
+Comes in: a config and where the tensors lie. Goes out: a config that says it, and the tensors that are not used.
+Transformers leaves a setting out of config.json if it is the default of its own class, and mlx-lm's class may have the
+other default. So the tensors themselves are compared: a head equal to the embedding is the embedding.
+"""
+
+import contextlib
+import copy
+import io
+import os
+import re
+from pathlib import Path
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from .. import platform
+from ..errors import ModelError
+from ..weights.extents import Extent
+from .config import NESTED, Classes, arguments, has
+
+HEAD = "lm_head."
+EMBEDDING = re.compile(r"(.*\.)?(embed_tokens|wte|word_embeddings|tok_embeddings|embed_in|embeddings?)\.")
+PIECE_NBYTES = 8 << 20
+
+
+def settle_head(
+    path: Path, config: dict, classes: Classes, extents: dict[str, Extent]
+) -> tuple[dict, list[str], list[str]]:
+    """Give a head that lies in the files its due.
+
+    Returns:
+        The config, the tensors that are not to be used, and what a person should know, a sentence each.
+    Raises:
+        ModelError: the files have a head of their own, and mlx-lm's class has no place for one.
+    """
+    head = [name for name in extents if re.search(r"(^|\.)lm_head\.\w+$", name)]
+    if not any(name.endswith("lm_head.weight") for name in head):
+        return config, [], []
+    nested = any(isinstance(config.get(name), dict) for name in NESTED)
+    if config.get("tie_word_embeddings") is False and not nested:
+        return config, [], []
+    parts = [(cls, part) for cls, part in arguments(config, classes) if has(cls, "tie_word_embeddings")]
+    said = next((part["tie_word_embeddings"] for _, part in parts if "tie_word_embeddings" in part), None)
+    if said is None:
+        said = config.get("tie_word_embeddings")
+    has_head, ties_without = _heads_of_class(config, classes, extents, head)
+    if has_head and not ties_without:
+        return config, [], []  # it is used, as mlx-lm uses it
+    if said is None and _is_embedding(extents, head):
+        return config, head, []
+    if said is None and has_head:
+        return config, [], []
+    if said is True:
+        differs = not _is_embedding(extents, head, most=PIECE_NBYTES)
+        note = f"{path}: config.json ties the head to the embedding, so {head[0]}, which differs, is not used"
+        return config, head, [note] if differs else []
+    if not parts:
+        raise ModelError(
+            f"{path} has a head of its own ({head[0]}, which differs from the embedding), and mlx-lm's "
+            f"{config.get('model_type')} has none: it would compute something else. Use a model that mlx-lm reads"
+        )
+    config = copy.deepcopy(config)
+    for _, part in arguments(config, classes):
+        part["tie_word_embeddings"] = False
+    if said is False:
+        return config, [], []
+    note = (
+        f"{path}: config.json does not say whether the head is tied to the embedding, and {head[0]} differs from it: "
+        "used as a head of its own; mlx-lm's own commands would leave it out"
+    )
+    return config, [], [note]
+
+
+def _heads_of_class(config: dict, classes: Classes, extents: dict[str, Extent], head: list[str]) -> tuple[bool, bool]:
+    """Whether mlx-lm's model has a head of its own, and whether it does without one where the files have none."""
+
+    def has_head(model) -> bool:
+        return any(re.search(r"(^|\.)lm_head\.\w+$", name) for name, _ in tree_flatten(model.parameters()))
+
+    with contextlib.suppress(Exception), contextlib.redirect_stdout(io.StringIO()):
+        model_class, args_class = classes(config)
+        model = model_class(args_class.from_dict(copy.deepcopy(config)))
+        before = has_head(model)
+        if before and hasattr(model, "sanitize"):
+            with contextlib.suppress(Exception):
+                weights = {n: mx.zeros(e.shape, getattr(mx, e.dtype)) for n, e in extents.items() if n not in head}
+                model.sanitize(weights)  # Gemma's goes by what is there; nothing is evaluated
+        return before, not has_head(model)
+    return True, False  # what mlx-lm cannot build, it says itself later
+
+
+def _is_embedding(extents: dict[str, Extent], head: list[str], most: int | None = None) -> bool:
+    """Whether the head's tensors are the embedding's, byte by byte (as far as `most`)."""
+    of_head = {name.rpartition(HEAD)[2]: extents[name] for name in head}
+    prefixes = {found[0] for name in extents if (found := EMBEDDING.match(name))}
+    for prefix in prefixes:
+        of_embedding = {key: extents.get(prefix + key) for key in of_head}
+        if all(other is not None and _are_equal(of_head[key], other, most) for key, other in of_embedding.items()):
+            return True
+    return False
+
+
+def _are_equal(a: Extent, b: Extent, most: int | None) -> bool:
+    if (a.stored, a.shape) != (b.stored, b.shape):
+        return False
+    first, second = os.open(a.file, os.O_RDONLY), os.open(b.file, os.O_RDONLY)
+    try:
+        for start in range(0, min(a.nbytes, most or a.nbytes), PIECE_NBYTES):
+            n = min(PIECE_NBYTES, a.nbytes - start)
+            if os.pread(first, n, a.offset + start) != os.pread(second, n, b.offset + start):
+                return False
+            platform.drop_cached(first, a.offset + start, n)
+            platform.drop_cached(second, b.offset + start, n)
+        return True
+    finally:
+        os.close(first)
+        os.close(second)

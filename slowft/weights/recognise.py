@@ -1,0 +1,122 @@
+"""What a file is that is not what its name says: a pointer, an error page, half a download, another format.
+
+Comes in: a file that could not be read as what it should be. Goes out: words for an error message, with how to get
+the real one. Reads the first bytes only.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from ..errors import ModelError, SlowftError
+
+FIRST_NBYTES = 4096
+PARTIAL = (".incomplete", ".part", ".partial", ".tmp", ".aria2", ".crdownload", ".download")  # of an unfinished one
+AGAIN = "Download it again"
+
+
+def recognise(file: Path) -> tuple[str, str] | None:
+    """(What the file is, what to do), or None if nothing is known of it.
+
+    Only for a file that was not read as what its name says: a whole safetensors file may begin with any byte.
+    """
+    try:
+        size = file.stat().st_size
+        with open(file, "rb") as opened:
+            start = opened.read(FIRST_NBYTES)
+    except OSError:
+        return None
+    return recognise_start(start, size)
+
+
+def recognise_start(start: bytes, size: int) -> tuple[str, str] | None:
+    """As `recognise`, of a file's first bytes and its size."""
+    text = start.lstrip(b"\xef\xbb\xbf \t\r\n")
+    if size == 0:
+        return "an empty file: the download did not get it", AGAIN
+    if start.startswith((b"version https://git-lfs", b"version https://hawser", b"# xet version")):
+        return (
+            f"a pointer of git's large-file storage ({size} bytes) in place of the file",
+            "Run git lfs pull in the clone, or download the model with hf download",
+        )
+    if not start.strip(b"\0"):
+        return "filled with zeros: the download did not finish", AGAIN
+    if start.startswith(b"PK"):
+        kind = "a PyTorch file (torch.save)" if b"data.pkl" in start else "a zip archive"
+        return kind, "Get the safetensors file: a renamed one is none"
+    if re.match(rb"\x80[\x02-\x05]", start) and size > 2:
+        return "a Python pickle, such as a PyTorch file", "Get the safetensors file: a renamed one is none"
+    for magic, kind in (
+        (b"GGUF", "a GGUF file"),
+        (b"\x89HDF", "an HDF5 file"),
+        (b"\x93NUMPY", "a NumPy file"),
+        (b"\x1f\x8b", "a gzip archive"),
+        (b"\x28\xb5\x2f\xfd", "a zstd archive"),
+        (b"\xfd7zXZ", "an xz archive"),
+    ):
+        if start.startswith(magic):
+            fix = "Give it the name .gguf, then: slowft prepare" if magic == b"GGUF" else "Get the safetensors file"
+            return kind, fix
+    if start[257:262] == b"ustar":
+        return "a tar archive", "Unpack it"
+    if text.startswith(b"<"):
+        kind = "an XML page" if text.startswith((b"<?xml", b"<Error")) else "an HTML page"
+        return f"{kind} that a server sent in place of the file ({_excerpt(text)})", f"{AGAIN}, logged in if it asks"
+    if text[:1] in (b"{", b"["):
+        return f"JSON that a server sent in place of the file ({_excerpt(text)})", f"{AGAIN}, logged in if it asks"
+    if _is_text(start):
+        return f"text ({_excerpt(text)})", f"{AGAIN}, logged in if it asks"
+    return None
+
+
+def explain(file: Path, wanted: str) -> str | None:
+    """One line for an error: `file` is not `wanted` but what it is, and what to do. None if nothing is known of it."""
+    if (known := recognise(file)) is None:
+        return None
+    return f"{file} is not {wanted} but {known[0]}. {known[1]}"
+
+
+def read_json(file: Path, error: type[SlowftError] = ModelError) -> Any:
+    """The contents of a JSON file.
+
+    Raises:
+        SlowftError: of the kind `error`; the file cannot be read, or is something else under that name.
+    """
+    try:
+        content = file.read_bytes()
+    except OSError as e:
+        dangling = " (a broken link: the download did not finish)" if file.is_symlink() and not file.exists() else ""
+        raise error(f"{file} cannot be read: {e.strerror}{dangling}") from None
+    try:
+        return json.loads(content)
+    except ValueError as e:  # also of bytes that are not text
+        known = recognise(file)
+        if known is not None and not known[0].startswith(("JSON", "text")):
+            raise error(f"{file} is not JSON but {known[0]}. {known[1]}") from None
+        said = str(e) if known is None or not known[0].startswith("text") else f"{e}: it is {known[0]}"
+        raise error(f"{file} is not JSON ({said})") from None
+
+
+def partial_downloads(directory: Path, name: str) -> list[Path]:
+    """What an unfinished download of `name` has left beside it, also where huggingface-hub keeps its own."""
+    beside = [directory / f"{name}{ending}" for ending in PARTIAL]
+    # `hf download --local-dir` keeps them under names that are hashes, so whose they are cannot be told
+    cache = directory / ".cache" / "huggingface" / "download"
+    return [file for file in beside if file.exists()] + sorted(cache.glob("**/*.incomplete"))
+
+
+def _excerpt(text: bytes) -> str:
+    words = re.sub(r"<[^>]*>|\s+", " ", text[:400].decode("utf-8", "replace")).split()
+    shown = " ".join(words)
+    return f'"{shown[:60]}..."' if len(shown) > 60 else f'"{shown}"'
+
+
+def _is_text(start: bytes) -> bool:
+    try:
+        decoded = start.decode("utf-8")
+    except UnicodeDecodeError as e:
+        if e.start < len(start) - 4:  # but for a character that is cut in two
+            return False
+        decoded = start[: e.start].decode("utf-8")
+    return len(decoded) > 3 and all(c.isprintable() or c in "\r\n\t" for c in decoded)
