@@ -40,7 +40,7 @@ class Boundary:
 
     def __init__(self, cache: ActivationCache, cut: CutModel, reader: Reader, path: Path):
         self.cache = cache
-        self._cut, self._reader, self._path = cut, reader, path
+        self._cut, self._reader = cut, reader
         self._config = (path / "config.json").read_text()
         self._identities: tuple = ()
         self._fingerprint = ""
@@ -71,7 +71,9 @@ class Boundary:
         return [_digest(common, np.asarray(batch).astype(np.int64)) for batch in ids]
 
     def _descriptors(self) -> list[int]:
-        return [self._reader.descriptor(str(file)) for file in sorted(self._path.glob("model*.safetensors"))]
+        units = [*(unit for outside in self._cut.outside.values() for unit in outside), *self._cut.blocks]
+        files = {extent.file for unit in units for param in unit.params for extent in param.source.extents}
+        return [self._reader.descriptor(file) for file in sorted(files)]
 
     def _dtypes(self, position: int) -> list[str]:
         """What each parameter below the boundary is computed in."""
