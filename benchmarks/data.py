@@ -25,15 +25,16 @@ LOAD = """
 import sys, time
 import slowft
 from pathlib import Path
-from slowft.data.batches import batch_order, iterate
+from slowft.data.batches import BatchStream, batch_order
 data, model = sys.argv[1:]
 begin = time.perf_counter()
 tokenizer = slowft.load_tokenizer(Path(model), None)
 train, _, _ = slowft.load_data(data, tokenizer, slowft.TrainConfig(mask_prompt=True))
 loaded = time.perf_counter() - begin
 n = min(len(train), 4)
-for _ in zip(range(20_000), iterate(train, batch_order(train, n), 2048, loop=True)):
-    pass
+batches = BatchStream(train, batch_order(train, n), 2048)
+for _ in range(20_000):
+    next(batches)
 print(len(train), round(loaded, 1))
 """
 

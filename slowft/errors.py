@@ -34,5 +34,13 @@ class ConfigError(SlowftError):
     """An option has an impossible value, is unknown, or would have no effect."""
 
 
+class Interrupted(SlowftError):
+    """A run was asked to stop, and did, with a checkpoint to go on from. `signal` is the number of what asked."""
+
+    def __init__(self, message: str, signal: int):
+        super().__init__(message)
+        self.signal = signal
+
+
 class SlowftWarning(UserWarning):
     """Something that will work, but not as well as it could."""

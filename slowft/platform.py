@@ -289,6 +289,34 @@ def sync_file(fd: int) -> None:
 # --- Memory and processor -------------------------------------------------------------------------
 
 
+def be_gentle() -> None:
+    """Let this process give way to others: the lowest priority for computing that still gets some, and for reads.
+
+    macOS: background (`PRIO_DARWIN_BG`), which holds its reads back too. Linux: nice 19, and idle for the drive where
+    its scheduler knows priorities (`ioprio_set`).
+    """
+    if MACOS:
+        PRIO_DARWIN_PROCESS, PRIO_DARWIN_BG = 4, 0x1000
+        ctypes.CDLL(None).setpriority(PRIO_DARWIN_PROCESS, 0, PRIO_DARWIN_BG)
+        return
+    os.nice(19)
+    IOPRIO_WHO_PROCESS, IOPRIO_IDLE = 1, 3 << 13
+    number = {"x86_64": 251, "aarch64": 30}.get(os.uname().machine)
+    if number is not None:
+        ctypes.CDLL(None).syscall(number, IOPRIO_WHO_PROCESS, 0, IOPRIO_IDLE)
+
+
+def read_nothing_ahead(fd: int) -> None:
+    """Reads of this file are small and in no order: what lies beside them is not to be brought along."""
+    if MACOS:
+        import fcntl
+
+        F_RDAHEAD = 45
+        fcntl.fcntl(fd, F_RDAHEAD, 0)
+    else:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+
+
 def fix_malloc_threshold(nbytes: int = 1 << 20) -> bool:
     """Let freed buffers of `nbytes` and more go back to the system at once, so that resident memory is what is live.
 

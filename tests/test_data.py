@@ -19,7 +19,7 @@ from mlx_lm.tuner.trainer import default_loss, iterate_batches
 
 from slowft.cli.main import main
 from slowft.data import datasets, store
-from slowft.data.batches import batch, batch_order, iterate
+from slowft.data.batches import BatchStream, batch, batch_order
 from slowft.data.store import TokenDataset, TokenWriter
 from slowft.data.tokenizer import load_tokenizer
 from slowft.engine.head import loss_mask
@@ -173,7 +173,7 @@ def test_batches_are_those_of_mlx_lm_lora(batch_size):
     np.random.seed(3)
     theirs = [next(batches) for batches in [iterate_batches(Raw(), batch_size, 64, loop=True)] for _ in range(12)]
     np.random.seed(3)
-    ours = iterate(dataset, batch_order(dataset, batch_size), 64, loop=True)
+    ours = BatchStream(dataset, batch_order(dataset, batch_size), 64)
     for batch_, lengths in theirs:
         own, own_lengths = next(ours)
         assert mx.array_equal(batch_, own) and mx.array_equal(lengths, own_lengths)

@@ -160,6 +160,8 @@ def test_checkpoints_are_numbered_and_complete(llama_with_tokenizer, tmp_path):
         "0000006_adapters.safetensors",
         "adapter_config.json",
         "adapters.safetensors",
+        "checkpoints",
+        "status.json",
     ]
     entries = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert entries["lora_parameters"] == {"rank": 8, "scale": 20.0, "dropout": 0.0}

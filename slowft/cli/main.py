@@ -6,7 +6,7 @@ import sys
 import click
 
 from .. import __version__
-from ..errors import ConfigError, SlowftError
+from ..errors import ConfigError, Interrupted, SlowftError
 
 COMMANDS = {
     "finetune": "Train a LoRA adapter with the base model streamed from disk.",
@@ -15,6 +15,7 @@ COMMANDS = {
     "prepare": "Write a model anew so that it streams: experts stacked, quantized if asked for.",
     "verify": "Check a model's files against their checksums.",
     "bench": "Measure steps, reads and others' trainers on this machine.",
+    "status": "Say how a run stands, from the directory of its adapter.",
     "doctor": "Check in half a minute that all of it works on this machine.",
     "demo": "Fine-tune a real small model on real text, from nothing, in minutes.",
 }
@@ -56,6 +57,9 @@ def main() -> None:
     except click.ClickException as e:
         e.show()
         sys.exit(e.exit_code)
+    except Interrupted as e:
+        click.echo(f"\n{e}", err=True)
+        sys.exit(128 + e.signal)
     except SlowftError as e:
         click.echo(f"Error: {e}", err=True)
         sys.exit(2 if isinstance(e, ConfigError) else 1)

@@ -21,7 +21,7 @@ def batch_order(dataset: TokenDataset, batch_size: int, seed: int | None = None)
     keys). With a seed, samples of like length go together, those of equal length in an order drawn from it.
     """
     n = len(dataset) // batch_size
-    order = np.arange(len(dataset))
+    order = np.arange(len(dataset), dtype=np.int32)
     if seed is not None:
         order = np.random.RandomState(seed).permutation(order)
         order = order[np.argsort(dataset.lengths[order], kind="stable")]
@@ -33,15 +33,28 @@ def padded_tokens(length: int, max_seq_length: int) -> int:
     return min(-(-length // PADDING) * PADDING, max_seq_length - 1)
 
 
-def iterate(
-    dataset: TokenDataset, order: np.ndarray, max_seq_length: int, loop: bool = False
-) -> Iterator[tuple[mx.array, mx.array]]:
-    """The batches of `order` in turn, drawn anew for each epoch from NumPy's random state, as mlx-lm draws them."""
-    while True:
-        for i in np.random.permutation(len(order)):
-            yield batch(dataset, order[i], max_seq_length)
-        if not loop:
-            return
+class BatchStream:
+    """The batches of `order` without end, drawn anew for each epoch from NumPy's random state, as mlx-lm draws them.
+
+    Attributes:
+        permutation, at: of this epoch, and how many of it were taken. With them set, it goes on from there.
+    """
+
+    def __init__(self, dataset: TokenDataset, order: np.ndarray, max_seq_length: int):
+        self._dataset, self._order, self._max_tokens = dataset, order, max_seq_length
+        self.permutation, self.at = np.empty(0, np.int64), 0
+
+    def __next__(self) -> tuple[mx.array, mx.array]:
+        if self.at == len(self.permutation):
+            self.permutation, self.at = np.random.permutation(len(self._order)), 0
+        self.at += 1
+        return batch(self._dataset, self._order[self.permutation[self.at - 1]], self._max_tokens)
+
+
+def iterate(dataset: TokenDataset, order: np.ndarray, max_seq_length: int) -> Iterator[tuple[mx.array, mx.array]]:
+    """The batches of `order`, once."""
+    for i in np.random.permutation(len(order)):
+        yield batch(dataset, order[i], max_seq_length)
 
 
 def batch(dataset: TokenDataset, numbers: np.ndarray, max_seq_length: int) -> tuple[mx.array, mx.array]:

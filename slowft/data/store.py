@@ -20,10 +20,13 @@ from pathlib import Path
 
 import numpy as np
 
+from .. import platform
 from ..errors import DataError
 from .files import place
 
 IN_MEMORY_NBYTES = 16 << 20  # of records, above which they go to disk
+DROP_NBYTES = 64 << 20  # written before they leave the file cache
+READ_NBYTES = 1 << 20  # at a time, of all of them
 HEAD = 6  # numbers before the pairs of a record
 INDEX, RECORDS = "index.npz", "records"
 
@@ -70,6 +73,7 @@ class TokenDataset:
         self._files, self.summary = [tuple(file) for file in files], summary
         self._records = records  # or the descriptor of the file that they are in
         if isinstance(records, int):
+            platform.read_nothing_ahead(records)
             weakref.finalize(self, os.close, records)
 
     @property
@@ -99,15 +103,24 @@ class TokenDataset:
         """A hash of the sample's tokens and of what is trained of them."""
         return int(self._record(i)[4:6].copy().view(np.int64)[0])
 
+    def fingerprint(self) -> str:
+        """A hash of all samples, in their order."""
+        found = hashlib.blake2b(self.lengths.tobytes(), digest_size=16)
+        for begin in range(0, int(self._begins[-1]), READ_NBYTES):
+            found.update(self._read(begin, min(begin + READ_NBYTES, int(self._begins[-1]))))
+        return found.hexdigest()
+
     def _record(self, i: int) -> np.ndarray:
-        begin, end = int(self._begins[i]), int(self._begins[i + 1])
+        return np.frombuffer(self._read(int(self._begins[i]), int(self._begins[i + 1])), np.int32)
+
+    def _read(self, begin: int, end: int) -> bytes:
         if isinstance(self._records, int):
             data = os.pread(self._records, end - begin, begin)
             if len(data) < end - begin:
                 raise DataError("a file of tokenised samples was cut while it was in use. Start again")
         else:
             data = self._records[begin:end]
-        return np.frombuffer(data, np.int32)
+        return data
 
 
 # A dataset, or anything else whose items are (tokens, prompt offset).
@@ -133,7 +146,7 @@ class TokenWriter:
         self.records = bytearray()
         self.begins, self.lengths = array("q", [0]), array("i")
         self.summary = Summary()
-        self._directory, self._file = directory, None
+        self._directory, self._file, self._dropped = directory, None, 0
         self._numbers: dict[tuple[str, str], int] = {}
 
     @property
@@ -160,6 +173,9 @@ class TokenWriter:
                 self._to_disk()
         else:
             self._write(lambda: self._file.write(record))
+            if self.begins[-1] - self._dropped > DROP_NBYTES:
+                self._dropped = self.begins[-1]
+                self._write(self._drop)
 
     def finish(self, name: str) -> TokenDataset:
         """The samples as a dataset. `name`: of its files in the directory, where they went to disk."""
@@ -204,6 +220,13 @@ class TokenWriter:
 
         self._write(make)
         self.records = bytearray()
+
+    def _drop(self) -> None:
+        """Let what was written leave the file cache, which counts as the process's memory."""
+        self._file.flush()
+        if not platform.MACOS:  # where nothing is dropped
+            os.fdatasync(self._file.fileno())
+        platform.drop_cached(self._file.fileno(), 0, 0)
 
     def _write(self, write: Callable[[], object]) -> None:
         try:

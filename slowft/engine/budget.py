@@ -18,6 +18,7 @@ from ..planning.job import Chunking, Job
 from ..planning.machine import Machine, known, measured
 from ..planning.measure import Experience, remember
 from ..planning.plan import Plan, Planner
+from ..planning.schedule import Schedule
 from ..planning.shapes import Shapes
 from .randomness import keeping_random_state
 
@@ -40,6 +41,7 @@ class Budget:
         self.directory = directory or platform.cache_directory()
         self.optimizer_copies = 2
         self.plan: Plan | None = None
+        self._cut_like: Schedule | None = None
         self._machine: Machine | None = None
         self._shape = (0, 0, 0)
         self._base_nbytes: int | None = None
@@ -64,6 +66,10 @@ class Budget:
         self._base_nbytes, self._shape, self._experience = None, (0, 0, 0), Experience()
         self._planned_nbytes = planned_nbytes
         self._engine.adapter_changed()
+
+    def cut_like(self, schedule: Schedule) -> None:
+        """From now on cut the work as this schedule does, whatever the ceiling: other cuts give other last bits."""
+        self._cut_like, self._shape = schedule, (0, 0, 0)
 
     @property
     def is_measuring(self) -> bool:
@@ -169,7 +175,7 @@ class Budget:
             return self._job(rows, tokens, micro_batches, chunking)
 
         what = machine or self.machine, self._base_nbytes, rows, tokens, self._held_nbytes, self._experience
-        return Planner(job_of, *what)
+        return Planner(job_of, *what, self._cut_like)
 
     def measure_machine(self) -> None:
         """Measure what no run has measured on this machine yet: for plans of which there is no step to learn from."""

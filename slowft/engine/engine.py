@@ -325,6 +325,23 @@ class Engine:
         mx.eval(found)
         return found
 
+    def first_not_finite(self, micro_batches: Sequence[tuple[mx.array, mx.array]]) -> str | None:
+        """Where the last step's forward pass first put out what is not finite; None: nowhere, or it cannot be told."""
+        if not self.cut.is_chain:
+            return None
+        batches, _ = self._batches([(*pair, True) for pair in micro_batches], together=True)
+        self.step -= 1  # with the dropout that it had
+        try:
+            with uncompiled(), self._step_over(batches, gradients=False):
+                found = step.first_not_finite(*self._loops(batches))
+        finally:
+            self.step += 1
+        if found is None:
+            return None
+        pieces = [-(-batch.shape[0] // (self.schedule.rows or batch.shape[0])) for batch, _ in micro_batches]
+        number = next(i for i in range(len(pieces)) if found[0] < sum(pieces[: i + 1]))
+        return f"micro-batch {number + 1} of {len(pieces)}, {self.chain.visits[found[1]].name}"
+
     def _loops(self, batches: Sequence[Passenger]) -> tuple:
         """What the loops of `step` go by."""
         head_tokens = self.head_chunk_tokens or self.schedule.head_tokens

@@ -4,7 +4,7 @@ import functools
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from ..planning.caching import Caching
 from ..planning.plan import Plan, Planner
 from ..planning.schedule import Schedule
 from ..sizes import parse_nbytes
+from ..weights.fingerprint import of_contents
 from ..weights.reader import Reader
 from ..weights.sources import placeholder
 from .budget import Budget
@@ -30,6 +31,7 @@ from .stats import Stats
 # that fills them (0.137 against 0.015 s for 176 MB).
 CACHE_PER_BLOCK = 0.5
 CACHE_FLOOR_NBYTES = 64 << 20
+CUTS = ("rows", "mlp_tokens", "attention_queries", "head_tokens")  # of a schedule
 
 
 @dataclass(frozen=True)
@@ -175,17 +177,20 @@ class StreamedModel(nn.Module):
         adapters.load_weights(self, self._adapter_parameters(), path)
         return self
 
-    def save_adapter(self, path: str | Path, numbered: int | None = None, config: dict | None = None) -> Path:
+    def save_adapter(
+        self, path: str | Path, numbered: int | None = None, config: dict | None = None, is_current: bool = True
+    ) -> Path:
         """Write the adapter to directory `path`, as `mlx_lm.generate --adapter-path` reads it. Atomic.
 
         Args:
             numbered: also write `0000123_adapters.safetensors`.
             config: further entries for `adapter_config.json`.
+            is_current: False writes the numbered file only.
         """
         if self._adapter is None:
             raise ConfigError("no adapter is attached. Call add_lora first")
         entries = {**(config or {}), **self._adapter.as_config(), "model": str(self.path)}
-        return adapters.save(self._adapter_parameters(), Path(path).expanduser(), entries, numbered)
+        return adapters.save(self._adapter_parameters(), Path(path).expanduser(), entries, numbered, is_current)
 
     def _adapter_parameters(self) -> dict[str, mx.array]:
         """The attached layers' parameters, frozen ones included, and whatever else is trainable."""
@@ -230,6 +235,32 @@ class StreamedModel(nn.Module):
         self.budget.cover(*_shape([(passenger.batch, passenger.lengths) for passenger in passengers]))
         losses = self.engine.losses([(p.batch, p.lengths, p.adapter) for p in passengers])
         return losses[0] if lengths is not None else losses
+
+    def first_not_finite(self, micro_batches: Sequence[tuple[mx.array, mx.array]]) -> str | None:
+        """Where, in the step over these micro-batches that was just taken, a value first was not finite, in words.
+
+        Takes a forward pass. None: in none of the blocks' outputs, or the model is no chain.
+        """
+        return self.engine.first_not_finite(micro_batches)
+
+    @property
+    def cuts(self) -> dict[str, int | None]:
+        """How the work of a step is cut now, which decides the last bits of gradients; None is not at all."""
+        return {name: getattr(self.engine.schedule, name) for name in CUTS}
+
+    def keep_cuts(self, cuts: dict[str, int | None]) -> None:
+        """From now on cut the work like this, as a run did that is to go on to the same bits, whatever the memory.
+
+        A ceiling that is too low for it is refused then, with the least that would do.
+        """
+        schedule = replace(self.engine.schedule, **{name: cuts.get(name) for name in CUTS})
+        self.budget.cut_like(schedule)
+        if self.memory is None:
+            self.engine.follow(schedule)
+
+    def fingerprint(self) -> str:
+        """A digest of the weights' files, by their headers and samples of their contents; a copy has the same."""
+        return of_contents([self.engine.weights.reader.descriptor(file) for file in sorted(self.engine.files)])
 
     def add_adapter(self, name: str, path: str | Path) -> None:
         """Load the adapter saved in directory `path` beside the attached one, for `MicroBatch(adapter=name)`.

@@ -116,6 +116,26 @@ def losses(
     return found
 
 
+def first_not_finite(
+    chain: Chain, batches: Sequence[Passenger], weights: Residency, hidden: HiddenStates, head_tokens: int | None
+) -> tuple[int, int] | None:
+    """(micro-batch, visit) of the first block, in a forward pass of training, that puts out what is not finite."""
+    found: list[tuple[int, int]] = []
+
+    def forward(position: int, batch: Passenger) -> None:
+        output, _ = chain.forward(position, batch, hidden.pop((batch.index, position)), training=True)
+        weights.hand_over(output)
+        if not mx.isfinite(output).all().item():
+            found.append((batch.index, position))
+        hidden.put((batch.index, position + 1), output, may_spill=False)
+
+    embed(chain, batches, hidden, training=True)
+    run_forward(chain, batches, weights, forward)
+    for batch in batches:
+        hidden.pop((batch.index, len(chain.visits)))
+    return found[0] if found else None
+
+
 def loss_and_grads_in_memory(
     chain: Chain,
     batches: Sequence[Passenger],

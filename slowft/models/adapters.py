@@ -288,7 +288,9 @@ def _without_adapter(layer: nn.Module) -> nn.Module:
     return layer["linear"] if "linear" in layer else layer["embedding"]
 
 
-def save(weights: dict[str, mx.array], directory: Path, config: dict, numbered: int | None = None) -> Path:
+def save(
+    weights: dict[str, mx.array], directory: Path, config: dict, numbered: int | None = None, is_current: bool = True
+) -> Path:
     """Write `adapter_config.json` and the adapter's tensors; with `numbered`, also a numbered copy.
 
     All files are written under temporary names and synced before any is renamed, so a reader sees a whole old or
@@ -299,7 +301,7 @@ def save(weights: dict[str, mx.array], directory: Path, config: dict, numbered: 
     """
     if directory.exists() and not directory.is_dir():
         raise AdapterError(f"{directory} is a file. Give a directory to save the adapter to")
-    names = ([] if numbered is None else [f"{numbered:07d}_{WEIGHTS}"]) + [WEIGHTS]
+    names = ([] if numbered is None else [f"{numbered:07d}_{WEIGHTS}"]) + [WEIGHTS] * is_current
     staged = {directory / name: directory / f".{name}.{os.getpid()}.tmp.safetensors" for name in names}
     staged[directory / CONFIG] = directory / f".{CONFIG}.{os.getpid()}.tmp"
     try:

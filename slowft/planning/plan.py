@@ -105,6 +105,7 @@ class Planner:
         rows, tokens: of a micro-batch as it is given.
         held_nbytes: of `base_nbytes`, what is in arrays, which count where MLX is held to a limit.
         experience: what the run's steps have taught; None: nothing yet.
+        cut_like: a schedule by which the work is to be cut, and no other way; None: as little as fits.
 
     Attributes:
         rates: by which seconds are predicted: measured in this run, else remembered, else assumed.
@@ -119,11 +120,12 @@ class Planner:
         tokens: int,
         held_nbytes: int = 0,
         experience: Experience | None = None,
+        cut_like: Schedule | None = None,
     ):
         self.machine, self.job_of = machine, job_of
         self._base, self._held = base_nbytes, held_nbytes
         self._rows, self._tokens = rows, tokens
-        self._taught = experience or Experience()
+        self._taught, self._cut_like = experience or Experience(), cut_like
         self._bounds = Experience()
         self.rates = self._taught.rates.over(machine.rates).over(ASSUMED)
 
@@ -156,6 +158,8 @@ class Planner:
 
         All of them, where they are small, as without a ceiling; else as many as leave room for everything else.
         """
+        if self._cut_like is not None:
+            return schedule
         n_tokens = job.rows * job.tokens
         whole = replace(schedule, head_tokens=None)
         if 4 * n_tokens * job.vocab_size <= LOGITS_NBYTES and self._peak(job, whole, self._bounds) <= memory:
@@ -175,6 +179,8 @@ class Planner:
             chunkings.append(Chunking(rows=rows))
         one_row = 1 if self._rows > 1 else None
         pieces = [Chunking(one_row, n, n) for n in PIECES if n < self._tokens]
+        if (like := self._cut_like) is not None:
+            chunkings, pieces = [Chunking(like.rows, like.mlp_tokens, like.attention_queries)], []
         for chunking in [*chunkings, *pieces]:
             yield (job := self.job_of(chunking)), self._least_of(job)
         for chunking, group_nbytes in itertools.product(chunkings, GROUPS):
@@ -183,10 +189,11 @@ class Planner:
                 yield job, self._least_of(job, group_nbytes)
 
     def _least_of(self, job: Job, group_nbytes: int | None = None) -> Schedule:
-        chunking = job.chunking
+        chunking, least = job.chunking, HEAD_TOKENS[-1]
+        head_tokens = least if job.head_in_chunks and least < job.rows * job.tokens else None
         schedule = Schedule(
             slots=1,
-            head_tokens=HEAD_TOKENS[-1] if job.head_in_chunks and HEAD_TOKENS[-1] < job.rows * job.tokens else None,
+            head_tokens=head_tokens if self._cut_like is None else self._cut_like.head_tokens,
             cache_nbytes=0,
             rows=chunking.rows,
             mlp_tokens=chunking.mlp_tokens,

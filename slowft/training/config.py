@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from .stopping import parse_seconds
 
 OPTIMIZERS = ("adam", "adamw", "muon", "sgd", "adafactor")
 # how many times the trainable parameters each keeps at most
@@ -21,6 +22,12 @@ NEEDLESS = {
     "grad_checkpoint": "slowft always recomputes blocks in the backward pass",
     "clear_cache_threshold": "slowft bounds MLX's cache itself",
 }
+# What may be another when a run goes on: it changes no number that the run computes.
+OPERATIONAL = frozenset(
+    "data memory spill_dir adapter_path activation_cache activation_cache_size dry_run trace report_to project_name "
+    "resume resume_anyway keep_checkpoints max_time gentle model train test test_batches on_nan "
+    "steps_per_report".split()
+)
 # Options that slowft or mlx_lm.lora once had, or that mlx-lm's example once had wrong -> what to do instead.
 REMOVED = {
     "resident_bits": "slowft prepare MODEL --output DIR --quantize stores the base in 4 bits",
@@ -90,7 +97,42 @@ class TrainConfig:
         default=1, metadata={"help": "Micro-batches per optimizer step; each block is read once for all of them."}
     )
     resume_adapter_file: str | None = field(
-        default=None, metadata={"help": "Adapter weights to start from, of the same rank and layers."}
+        default=None,
+        metadata={
+            "help": "Adapter weights to start from, of the same rank and layers; optimizer, step and order of the data "
+            "begin anew."
+        },
+    )
+    resume: bool = field(
+        default=False,
+        metadata={"help": "Go on with the run whose checkpoints are in --adapter-path, as if it had not been stopped."},
+    )
+    resume_anyway: bool = field(
+        default=False, metadata={"help": "With --resume: also if model, data or options have changed."}
+    )
+    keep_checkpoints: int = field(default=1, metadata={"help": "Checkpoints to keep, the newest."})
+    keep: str | None = field(
+        default=None,
+        metadata={"help": "best makes adapters.safetensors that of the lowest validation loss, not of the last step."},
+    )
+    early_stop: int | None = field(
+        default=None, metadata={"help": "Stop when so many validations in turn have not lowered the loss."}
+    )
+    max_time: str | None = field(
+        default=None, metadata={"help": "Stop after this time, such as 8h or 90m, with a checkpoint to go on from."}
+    )
+    max_grad_norm: float | None = field(
+        default=None, metadata={"help": "Scale gradients down whose norm, of all together, is larger."}
+    )
+    on_nan: str = field(
+        default="stop",
+        metadata={
+            "help": "stop or skip the step, when loss or gradients are not finite. The adapter takes none of it."
+        },
+    )
+    gentle: bool = field(
+        default=False,
+        metadata={"help": "Give way to whoever works on this machine: low priority for reads and computing."},
     )
     adapter_path: str = field(default="adapters", metadata={"help": "Directory the adapter is written to."})
     save_every: int = field(default=100, metadata={"help": "Iterations between saved checkpoints."})
@@ -172,6 +214,7 @@ class TrainConfig:
             "steps_per_eval",
             "grad_accumulation_steps",
             "save_every",
+            "keep_checkpoints",
         ):
             self._check(name, int, lambda v: v >= 1, "a whole number of at least 1")
         self._check("max_seq_length", int, lambda v: v >= 2, "a whole number of at least 2")
@@ -186,6 +229,19 @@ class TrainConfig:
                 "fine_tune_type full changes the base weights, which slowft leaves on disk. Use lora or dora"
             )
         self._check("fine_tune_type", str, lambda v: v in ("lora", "dora"), "lora or dora")
+        if self.keep is not None:
+            self._check("keep", str, lambda v: v == "best", "best")
+        if self.early_stop is not None:
+            self._check("early_stop", int, lambda v: v >= 1, "a whole number of at least 1")
+        if self.max_grad_norm is not None:
+            self._check("max_grad_norm", (int, float), lambda v: v > 0 and math.isfinite(v), "a number above 0")
+        if self.max_time is not None:
+            parse_seconds(self.max_time)
+        self._check("on_nan", str, lambda v: v in ("stop", "skip"), "stop or skip")
+        if self.resume_anyway and not self.resume:
+            raise ConfigError("--resume-anyway has no effect without --resume. Give both")
+        if self.resume and self.resume_adapter_file is not None:
+            raise ConfigError("--resume goes on with a run, --resume-adapter-file begins one. Leave one out")
         if self.train_on is not None:
             self._check("train_on", str, lambda v: v == "assistant", "assistant")
             if self.mask_prompt:

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
+from .. import platform
 from ..data.datasets import check_size, load_data
 from ..data.tokenizer import load_tokenizer
 from ..engine.budget import default_memory
@@ -31,6 +32,8 @@ def run(config: TrainConfig, report: Report) -> dict:
     config.build_optimizer()
     if config.train:
         check_writable(Path(config.adapter_path))
+    if config.gentle:
+        platform.be_gentle()
     if config.activation_cache_size is not None:
         parse_nbytes(config.activation_cache_size, "a size to store activations in")
     model = open_model(
@@ -50,11 +53,15 @@ def run(config: TrainConfig, report: Report) -> dict:
         for note in model.adapter_notes:
             report.note(note)
         train, valid, test = _load_data(model, config, report)
+        if config.train:
+            trainer.take_up(train, valid)
         memory = default_memory() if config.memory is None else config.memory
         plan = trainer.plan(train, valid, test, memory=memory, follow=not config.dry_run)
         caching = trainer.cache_activations(plan, train, valid, use=not config.dry_run)
         note = " (half of this machine's memory; --memory sets it)" if config.memory is None else ""
         report.planned(plan, note, caching)
+        if config.train:
+            _say_what_is_replaced(config, report)
         if config.dry_run:
             trainer.note_schedule()
             return {}
@@ -66,6 +73,16 @@ def run(config: TrainConfig, report: Report) -> dict:
         return result
     finally:
         model.close()
+
+
+def _say_what_is_replaced(config: TrainConfig, report: Report) -> None:
+    directory = Path(config.adapter_path).expanduser()
+    if config.resume or not (directory / "adapters.safetensors").exists() or config.dry_run:
+        return
+    report.note(
+        f"{directory} has the adapter of an earlier run, which this one will replace. --adapter-path names another "
+        "directory, --resume goes on with that run"
+    )
 
 
 def _load_adapter_to_test(model, config: TrainConfig, report: Report) -> None:

@@ -28,7 +28,12 @@ def fingerprint(descriptors: Sequence[int]) -> str:
 
     The samples are for file systems that keep no such times (FAT, some network shares).
     """
-    digest = hashlib.sha256(repr(identities(descriptors)).encode())
+    return hashlib.sha256(f"{identities(descriptors)} {of_contents(descriptors)}".encode()).hexdigest()
+
+
+def of_contents(descriptors: Sequence[int]) -> str:
+    """A digest of headers and of samples of the contents: the same for a copy."""
+    digest = hashlib.sha256()
     for fd in descriptors:
         size = os.fstat(fd).st_size
         header_nbytes = int.from_bytes(os.pread(fd, 8, 0), "little")  # of a file beside the model it may be anything

@@ -1,0 +1,150 @@
+"""Everything that a run needs to go on as if it had never been stopped, in one file, in place all at once.
+
+Comes in: arrays (adapter, optimizer, order of the data) and numbers (where the run is). Goes out: a safetensors file in
+`checkpoints/` of the adapter's directory, or what the newest whole one holds. Never leaves a half-written file under a
+checkpoint's name. What lasts, the drive taking it, happens behind the next step; nothing is copied for that.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from .. import platform
+from ..errors import AdapterError
+from ..weights.tensorfile import sync_directory
+
+FORMAT = 1
+DIRECTORY = "checkpoints"
+NAME = re.compile(r"(\d{7,})\.safetensors")
+
+
+@dataclass
+class Checkpoint:
+    """What a file holds. `state` is JSON; `file` is where it was read from."""
+
+    arrays: dict[str, mx.array]
+    state: dict[str, Any]
+    file: Path | None = None
+
+
+class Checkpoints:
+    """The checkpoints of the run that writes its adapter to `directory`; the newest `keep` of them stay."""
+
+    def __init__(self, directory: Path, keep: int):
+        self.directory, self._keep = directory / DIRECTORY, keep
+        self._writer: ThreadPoolExecutor | None = None
+        self._pending: Future | None = None
+        self._own: list[Path] = []
+
+    def write(self, iteration: int, arrays: Mapping[str, mx.array], state: Mapping[str, Any]) -> Path:
+        """Write a checkpoint; `wait` tells when it is on the drive.
+
+        Raises:
+            AdapterError: it cannot be written, or the one before could not. Earlier checkpoints are untouched.
+        """
+        self.wait()
+        file = self.directory / f"{iteration:07d}.safetensors"
+        partial = self.directory / f".{file.name}.{os.getpid()}.tmp.safetensors"
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(state)
+            metadata = {"slowft": text, "format": str(FORMAT), "digest": digest(arrays, text)}
+            mx.save_safetensors(str(partial), dict(arrays), metadata)
+        except (OSError, RuntimeError) as e:
+            partial.unlink(missing_ok=True)
+            raise self._cannot_write(e) from None
+        self._writer = self._writer or ThreadPoolExecutor(1, thread_name_prefix="slowft-checkpoint")
+        self._pending = self._writer.submit(self._put, partial, file)
+        return file
+
+    def wait(self) -> None:
+        """Return when the last checkpoint is on the drive.
+
+        Raises:
+            AdapterError: it could not be written.
+        """
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            try:
+                pending.result()
+            except OSError as e:
+                raise self._cannot_write(e) from None
+
+    def close(self) -> None:
+        """End the thread that writes."""
+        if self._writer is not None:
+            self._writer.shutdown()
+            self._writer = None
+
+    def newest(self) -> tuple[Checkpoint | None, list[str]]:
+        """(the newest checkpoint that is whole, what is wrong with newer ones)."""
+        wrong = []
+        for file in reversed(self._files()):
+            try:
+                return read(file), wrong
+            except AdapterError as e:
+                wrong.append(str(e))
+        return None, wrong
+
+    def _files(self) -> list[Path]:
+        found = [(int(m[1]), f) for f in self.directory.glob("*.safetensors") if (m := NAME.fullmatch(f.name))]
+        return [file for _, file in sorted(found)]
+
+    def _put(self, partial: Path, file: Path) -> None:
+        try:
+            fd = os.open(partial, os.O_RDWR)
+            try:
+                platform.sync_file(fd)
+            finally:
+                os.close(fd)
+            os.replace(partial, file)
+            sync_directory(self.directory)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
+        self._own = [other for other in self._own if other != file] + [file]
+        keep = self._own[-self._keep :]
+        for other in self._files():  # of an earlier run too, which this one does not go on with
+            if other not in keep:
+                other.unlink(missing_ok=True)
+
+    def _cannot_write(self, error: Exception) -> AdapterError:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        return AdapterError(f"a checkpoint cannot be written to {self.directory}: {reason}. Earlier ones are untouched")
+
+
+def read(file: Path) -> Checkpoint:
+    """What the file holds.
+
+    Raises:
+        AdapterError: it is no checkpoint, or not as it was written.
+    """
+    try:
+        arrays, metadata = mx.load(str(file), return_metadata=True)
+        mx.eval(arrays)
+        text = metadata["slowft"]
+        state = json.loads(text)
+    except Exception as e:  # MLX raises several kinds for a damaged file
+        raise AdapterError(f"{file} is not a whole checkpoint ({str(e).splitlines()[0] if str(e) else e!r})") from None
+    if metadata.get("format") != str(FORMAT):
+        raise AdapterError(f"{file} was written by another version of slowft (format {metadata.get('format')})")
+    if metadata.get("digest") != digest(arrays, text):
+        raise AdapterError(f"{file} is damaged: it is not what was written")
+    return Checkpoint(arrays, state, file)
+
+
+def digest(arrays: Mapping[str, mx.array], text: str) -> str:
+    """A hash of everything in a checkpoint."""
+    found = hashlib.blake2b(text.encode(), digest_size=16)
+    for name, array in sorted(arrays.items()):
+        found.update(f"{name} {array.dtype} {array.shape}".encode())
+        found.update(memoryview(array.reshape(-1).view(mx.uint8)) if array.size else b"")
+    return found.hexdigest()

@@ -1,0 +1,79 @@
+"""When a run is asked to end before its last step: by Ctrl-C, by SIGTERM, or by its own time limit.
+
+Comes in: signals and a number of seconds. Goes out: a reason, which the trainer looks for after each step. A second
+signal ends the run at once.
+"""
+
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from ..errors import ConfigError
+
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+class Stop:
+    """Attributes:
+    signal: the number of the signal that asked for it; None: none did.
+    deadline: on `time.monotonic`'s clock; None: no limit.
+    """
+
+    def __init__(self, max_time_s: float | None = None):
+        self.signal: int | None = None
+        self.deadline = None if max_time_s is None else time.monotonic() + max_time_s
+
+    @property
+    def is_asked_for(self) -> bool:
+        return self.signal is not None or (self.deadline is not None and time.monotonic() > self.deadline)
+
+
+@contextmanager
+def listening(stop: Stop, note: Callable[[str], None]) -> Iterator[None]:
+    """While this is entered, the first Ctrl-C or SIGTERM asks to stop, and the second is what it always was.
+
+    In a thread other than the main one, which gets no signals, nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number, frame):
+        stop.signal = number
+        for other, handler in before.items():
+            signal.signal(other, handler)
+        note("Stopping after this step; once more stops now")
+
+    try:
+        for number, handler in before.items():
+            if handler not in (signal.SIG_IGN, None):  # a job that was started in the background stays deaf
+                signal.signal(number, ask)
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None:
+                signal.signal(number, handler)
+
+
+def parse_seconds(duration: str | float, what: str = "--max-time") -> float:
+    """Seconds of a duration such as "8h", "90m" or "1h30m", or a number of seconds.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    text = str(duration).strip().lower()
+    parts = re.findall(r"(\d+(?:\.\d+)?)([smhd])", text)
+    if parts and "".join(f"{n}{unit}" for n, unit in parts) == text:
+        seconds = sum(float(n) * UNITS[unit] for n, unit in parts)
+    else:
+        try:
+            seconds = float(text)
+        except ValueError:
+            seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise ConfigError(f"{what} must be a time such as 8h, 90m or 1h30m, got {duration!r}")
+    return seconds
