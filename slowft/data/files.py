@@ -7,6 +7,7 @@ reason why one cannot be read. Knows nothing of what a sample means, and never h
 import csv
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -180,7 +181,7 @@ def _read(file: Path) -> Iterator[Found]:
     readers |= {".parquet": _parquet} | dict.fromkeys(TEXTS, _document)
     try:
         yield from readers[_suffix(file)](file)
-    except (EOFError, gzip.BadGzipFile) as e:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as e:
         raise DataError(f"{file} is damaged or cut off ({e}). Compress or download it again") from None
     except OSError as e:
         raise DataError(f"{file} cannot be read: {e.strerror or e}") from None
