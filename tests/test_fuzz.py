@@ -10,6 +10,7 @@ import pickle
 import shutil
 import struct
 import sys
+import tracemalloc
 import warnings
 from pathlib import Path
 
@@ -18,9 +19,11 @@ import pytest
 import safetensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from mlx_lm.utils import load_model
 
-from conftest import LLAMA
+from conftest import LLAMA, save_random
 from slowft.convert.verify import write_manifest
+from slowft.data import files
 from slowft.data.tokenizer import load_tokenizer
 from slowft.errors import ModelError, SlowftError, SlowftWarning
 from slowft.training.config import TrainConfig
@@ -204,6 +207,49 @@ def test_bytes_changed_in_a_weight_file_are_read_as_mlx_reads_them_or_refused(we
 def test_the_file_that_is_mutated_is_accepted(weights):
     weights.write_bytes(WHOLE)
     assert check_header(weights) and by_safetensors(weights) is not None
+
+
+@pytest.fixture(scope="module")
+def whole_model(tmp_path_factory) -> tuple[Path, dict, bytes]:
+    """(the tiny Llama, its header, what follows it)."""
+    directory = save_random(tmp_path_factory.mktemp("whole") / "model", LLAMA | {"num_hidden_layers": 1})
+    content = (directory / "model.safetensors").read_bytes()
+    (n,) = struct.unpack("<Q", content[:8])
+    return directory, json.loads(content[8 : 8 + n]), content[8 + n :]
+
+
+ENTRIES = st.sampled_from(["name", "dtype", "shape", "data_offsets", "gone"])
+
+
+@fuzz(100)
+@given(st.integers(0, 100), ENTRIES, st.one_of(ODD, st.lists(ODD, max_size=3), st.sampled_from(["U8", "I32", "BF16"])))
+def test_a_model_with_a_changed_header_is_opened_as_mlx_lm_opens_it_or_refused(whole_model, i, what, value):
+    directory, header, data = whole_model
+    header = json.loads(json.dumps(header))
+    name = list(header)[i % len(header)]
+    if what == "gone":
+        del header[name]
+    elif what == "name":
+        header[str(value)] = header.pop(name)
+    else:
+        header[name][what] = value
+    text = json.dumps(header).encode()
+    (directory / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + data)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SlowftWarning)
+            slowft.open_model(directory).close()
+    except SlowftError as e:
+        one_line(e)
+    else:
+        load_model(directory)
+
+
+def test_a_header_that_claims_what_is_a_hole_takes_no_minutes(weights):
+    """A file of which nothing is on the disk, with as long a header as there may be."""
+    weights.write_bytes(struct.pack("<Q", 100_000_000))
+    os.truncate(weights, 10**12)
+    assert not check_header(weights)
 
 
 # --- Files that an index names, and links -------------------------------------------------------------
@@ -652,3 +698,17 @@ def test_nesting_of_any_depth_is_read_or_refused(sample, of, depth, folder, toke
         file = folder / f"train{suffix}"
         file.write_text(sample % nested(depth, of))
         check_data(file, tokenizer, {"max_seq_length": 64})
+
+
+def test_a_line_without_end_is_not_held_in_memory(folder, tokenizer, monkeypatch):
+    monkeypatch.setattr(files, "MAX_LINE_NBYTES", 1 << 20)
+    good = json.dumps(SAMPLES[0]).encode() + b"\n"
+    (folder / "train.jsonl.gz").write_bytes(gzip.compress(good + b'{"text": "' + b"a" * (50 << 20) + b'"}\n' + good, 1))
+    tracemalloc.start()
+    try:
+        assert check_data(folder / "train.jsonl.gz", tokenizer, {"skip_bad_samples": True, "max_seq_length": 64}) == 2
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
+    with pytest.raises(SlowftError, match="train.jsonl.gz line 2 is longer than 1048576 bytes"):
+        slowft.load_data(folder / "train.jsonl.gz", tokenizer, TrainConfig(max_seq_length=64))

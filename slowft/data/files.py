@@ -20,6 +20,7 @@ NAMES = {"train": ("train",), "valid": ("valid", "validation", "val"), "test": (
 TABLES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".tsv", ".parquet")
 TEXTS = (".txt", ".md")
 SUFFIXES = (*TABLES, *TEXTS)
+MAX_LINE_NBYTES = 64 << 20  # far beyond any --max-seq-length; a few kilobytes of gzip may hold a line of gigabytes
 ROWS_AT_ONCE = 1000  # of a Parquet file
 KNOWN = "Known are " + ", ".join(SUFFIXES)
 
@@ -203,7 +204,13 @@ def _open(file: Path) -> BinaryIO:
 def _lines(file: Path) -> Iterator[Found]:
     """Of JSON lines. Lines end with a newline and nothing else: a text may hold Unicode's other line ends."""
     with _open(file) as lines:
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE_NBYTES), b""), 1):
+            if len(line) == MAX_LINE_NBYTES and not line.endswith(b"\n"):
+                while (rest := lines.readline(MAX_LINE_NBYTES)) and not rest.endswith(b"\n"):
+                    pass
+                reason = f"is longer than {MAX_LINE_NBYTES} bytes. Split it, or give a text of this size as a .txt file"
+                yield Found(str(file), "line", number, reason=reason)
+                continue
             if number == 1:
                 _check_encoding(file, line)
                 line = line.removeprefix(b"\xef\xbb\xbf")
