@@ -197,11 +197,18 @@ def test_a_header_is_read_as_mlx_and_safetensors_read_it_or_refused_in_one_line(
     check_header(weights)
 
 
-@fuzz(600)
+@fuzz(1000)
 @given(st.one_of(mutated(WHOLE, 8), LENGTHS.map(lambda n: struct.pack("<Q", n) + WHOLE[8:]), mutated(WHOLE)))
 def test_bytes_changed_in_a_weight_file_are_read_as_mlx_reads_them_or_refused(weights, content):
     weights.write_bytes(content)
     check_header(weights)
+
+
+@pytest.mark.parametrize("shape", [{}, "", None, 0, True, [True, 6], [2.0, 3], [-2, -3], [0, 2**31], [2**40] * 10**4])
+def test_a_shape_that_is_none_is_refused(shape, weights):
+    header = json.dumps(HEADER | {"c": {"dtype": "BF16", "shape": shape, "data_offsets": [36, 38]}}).encode()
+    weights.write_bytes(struct.pack("<Q", len(header)) + header + CONTENT)
+    assert not check_header(weights)
 
 
 def test_the_file_that_is_mutated_is_accepted(weights):
@@ -342,7 +349,7 @@ def test_an_index_names_files_of_the_model_or_is_refused(indexed, weight_map):
     check_index(indexed)
 
 
-@fuzz(400)
+@fuzz(500)
 @given(mutated(INDEX_TEXT))
 def test_bytes_changed_in_an_index_do_no_harm(indexed, content):
     (indexed / INDEX).write_bytes(content)

@@ -111,8 +111,10 @@ def read_header(path: str | os.PathLike) -> dict[str, Extent]:
         if not _is_name(name):
             raise ModelError(f"{path} has a corrupt header (a tensor's name is {ascii(name[:40])}). Download it again")
         try:
-            stored, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            if not (_is_name(stored) and len(shape) <= MAX_AXES and all(_is_size(n, MAX_LENGTH) for n in shape)):
+            stored, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+            if not (_is_name(stored) and isinstance(shape, list) and len(shape) <= MAX_AXES):
+                raise ValueError
+            if not all(_is_size(n, MAX_LENGTH) for n in shape):
                 raise ValueError
             if not (_is_size(begin, MAX_OFFSET) and _is_size(end, MAX_OFFSET)):
                 raise ValueError
@@ -123,14 +125,14 @@ def read_header(path: str | os.PathLike) -> dict[str, Extent]:
         dtype, itemsize = DTYPES[stored]
         if end - begin != math.prod(shape) * itemsize:
             raise ModelError(
-                f"{path}: tensor {name} {list(shape)} of {stored} needs {math.prod(shape) * itemsize} bytes, "
+                f"{path}: tensor {name} {shape} of {stored} needs {math.prod(shape) * itemsize} bytes, "
                 f"its header gives {end - begin}. Download it again"
             )
         if start + end > size:
             raise ModelError(
                 f"{path} is cut short: tensor {name} ends at byte {start + end}, the file has {size}. Download it again"
             )
-        extents[name] = Extent(name, str(path), start + begin, end - begin, dtype, shape, stored)
+        extents[name] = Extent(name, str(path), start + begin, end - begin, dtype, tuple(shape), stored)
     return extents
 
 
