@@ -3,6 +3,7 @@
 import slowft  # noqa: F401, I001  (before mlx: it loads OpenBLAS)
 
 import contextlib
+import hashlib
 import io
 import json
 import shutil
@@ -716,12 +717,14 @@ def test_a_lora_in_gguf_is_named(tmp_path, command):
 
 
 def hub_cache(directory: Path, model: Path, commits: list[str], main: str | None) -> Path:
+    (directory / "blobs").mkdir(parents=True)
     for commit in commits:
         snapshot = directory / "snapshots" / commit
         snapshot.mkdir(parents=True)
         for file in model.iterdir():
-            (snapshot / file.name).symlink_to(file)
-    (directory / "blobs").mkdir()
+            blob = directory / "blobs" / hashlib.sha256(file.read_bytes()).hexdigest()
+            shutil.copy(file, blob)
+            (snapshot / file.name).symlink_to(blob)
     (directory / "refs").mkdir()
     if main is not None:
         (directory / "refs" / "main").write_text(main)

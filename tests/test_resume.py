@@ -159,7 +159,7 @@ def test_the_work_is_cut_as_it_was_whatever_memory_the_second_half_has(tmp_path)
         "train": rows,
         "valid": None,
         "batch_size": 4,
-        "iters": 4,
+        "iters": 3,
         "lr_schedule": None,
         "grad_accumulation_steps": 1,
     }

@@ -17,6 +17,7 @@ from ..errors import ModelError
 from ..models.building import find_model_weights
 from ..models.directories import snapshot_of_cache
 from ..weights.extents import INDEX, read_header
+from ..weights.inside import check_inside, is_inside
 from ..weights.tensorfile import UNFINISHED, write_file
 from .scan import EXPONENTS, NotFinite, Segment, Sha256, scan
 
@@ -121,14 +122,16 @@ def load(file: Path) -> dict[str, Any]:
     """
     try:
         manifest = json.loads(file.read_bytes())
-        for entry in manifest["files"].values():
+        for name, entry in manifest["files"].items():
+            if not is_inside(name):
+                raise ValueError
             int(entry["nbytes"]), str(entry["sha256"])
             for tensor in entry.get("tensors", {}).values():
                 int(tensor["offset"]), int(tensor["nbytes"]), str(tensor["sha256"])
         return manifest
     except OSError as e:
         raise ModelError(f"{file} cannot be read: {e.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ModelError(f"{file} is damaged: it is not a manifest that slowft prepare wrote") from None
 
 
@@ -149,6 +152,7 @@ def verify(path: str | Path, progress: Progress | None = None) -> Verification:
         kind = "is a file" if directory.exists() else "does not exist"
         raise ModelError(f"{directory} {kind}. Give the directory of a model")
     directory = snapshot_of_cache(directory) or directory
+    check_inside(directory)
     if (directory / JOURNAL).exists() and not (directory / "config.json").exists():
         raise ModelError(f"{directory} is an unfinished slowft prepare. Run the same command again: it goes on")
     if (directory / NAME).exists():

@@ -23,6 +23,7 @@ from .store import TokenDataset, TokenWriter, digest_of
 
 FORMAT = 1  # of what is stored, and how samples become tokens: a change makes stored sets useless
 SHOWN = 20  # bad samples that a report names one by one
+REASON = 500  # characters of why a sample is bad
 STORED_NBYTES = 1 << 20  # of files, below which tokenising them again is as fast as finding them stored
 
 Progress = Callable[[Iterable, str, int], Iterable]  # (items, description, how many) -> the same items
@@ -127,12 +128,13 @@ class _Loading:
         for sample in found:
             try:
                 self._add(sample, renderer, writers, share)
-            except BadSample as e:
+            except (BadSample, RecursionError) as e:
+                why = "is nested too deeply" if isinstance(e, RecursionError) else _printable(str(e))
                 self._n_bad += 1
                 if len(self._bad) < SHOWN:
-                    self._bad.append(f"{sample.place} {e}")
+                    self._bad.append(f"{sample.place} {why}")
                 n_skipped += 1
-                skipped += [f"{sample.place} {e}"] * (len(skipped) < SHOWN)
+                skipped += [f"{sample.place} {why}"] * (len(skipped) < SHOWN)
             except DataError as e:
                 raise DataError(f"{sample.place}: {e}") from None
         if share:
@@ -194,6 +196,12 @@ def _of_one_form(samples: Iterable[Found]) -> Iterator[Found]:
             except BadSample as e:
                 found.reason = str(e)
         yield found
+
+
+def _printable(reason: str) -> str:
+    """On one line of no great length, whatever it quotes of a sample: a report goes to a terminal."""
+    shown = reason if len(reason) <= REASON else f"{reason[: REASON - 4]} ..."
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)
 
 
 def _is_held_back(tokens: list[int], share: float) -> int:

@@ -7,6 +7,7 @@ reason why one cannot be read. Knows nothing of what a sample means, and never h
 import csv
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ TABLES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".tsv", ".parquet")
 TEXTS = (".txt", ".md")
 SUFFIXES = (*TABLES, *TEXTS)
 DROP_EVERY = 100_000  # lines
+MAX_LINE_NBYTES = 64 << 20  # far beyond any --max-seq-length; a few kilobytes of gzip may hold a line of gigabytes
 ROWS_AT_ONCE = 1000  # of a Parquet file
 KNOWN = "Known are " + ", ".join(SUFFIXES)
 
@@ -182,7 +184,7 @@ def _read(file: Path) -> Iterator[Found]:
     readers |= {".parquet": _parquet} | dict.fromkeys(TEXTS, _document)
     try:
         yield from readers[_suffix(file)](file)
-    except (EOFError, gzip.BadGzipFile) as e:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as e:
         raise DataError(f"{file} is damaged or cut off ({e}). Compress or download it again") from None
     except OSError as e:
         raise DataError(f"{file} cannot be read: {e.strerror or e}") from None
@@ -204,7 +206,13 @@ def _open(file: Path) -> BinaryIO:
 def _lines(file: Path) -> Iterator[Found]:
     """Of JSON lines. Lines end with a newline and nothing else: a text may hold Unicode's other line ends."""
     with _open(file) as lines:
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE_NBYTES), b""), 1):
+            if len(line) == MAX_LINE_NBYTES and not line.endswith(b"\n"):
+                while (rest := lines.readline(MAX_LINE_NBYTES)) and not rest.endswith(b"\n"):
+                    pass
+                reason = f"is longer than {MAX_LINE_NBYTES} bytes. Split it, or give a text of this size as a .txt file"
+                yield Found(str(file), "line", number, reason=reason)
+                continue
             if number == 1:
                 _check_encoding(file, line)
                 line = line.removeprefix(b"\xef\xbb\xbf")

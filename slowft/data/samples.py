@@ -100,7 +100,7 @@ def _instruction(sample: dict[str, Any]) -> list[dict[str, Any]]:
     turns = []
     if (system := sample.get("system")) is not None and string(system, "its system").strip():
         turns.append({"role": "system", "content": system})
-    for pair in sample.get("history") or []:
+    for pair in _as_list(sample.get("history") or [], "its history"):
         if not (isinstance(pair, list | tuple) and len(pair) == 2):
             raise BadSample("has a history that is no list of [question, answer]")
         turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
@@ -122,7 +122,7 @@ def _messages(value: Any, key: str) -> list[Any]:
     turns = []
     for i, turn in enumerate(value):
         if isinstance(turn, dict) and "from" in turn and "value" in turn and "role" not in turn:
-            if turn["from"] not in FROM:
+            if not isinstance(turn["from"], str) or turn["from"] not in FROM:
                 raise BadSample(f"has a turn from {turn['from']!r}; known are {', '.join(FROM)}")
             turn = {"role": FROM[turn["from"]], "content": turn["value"]}
         if not isinstance(turn, dict):

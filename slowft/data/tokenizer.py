@@ -18,6 +18,7 @@ from ..errors import ConfigError, DataError, ModelError, SlowftError, SlowftWarn
 from ..models.loading import find_local
 from ..models.outline import explain_hub
 from ..models.tokenizer import NotSentencePieceError, has_sentencepiece_only, write_sentencepiece_tokenizer
+from ..weights.inside import check_inside
 from ..weights.recognise import read_json, recognise
 
 # A tokenizer may have a few ids fewer than the embedding has rows (rows are padded to a round number), or more
@@ -44,12 +45,14 @@ def load_tokenizer(
             "chat_template".
     Raises:
         DataError: no tokenizer, a broken one, one that belongs to another model, or one that wants to run code.
+        ModelError: a file that is not inside the directory.
         ConfigError: `chat_template` is not there, or is no template.
     """
     from mlx_lm.utils import load_config
     from mlx_lm.utils import load_tokenizer as load
 
     template = None if chat_template is None else read_chat_template(Path(chat_template).expanduser())
+    check_inside(model_path)
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "tiktoken.model")
     if not any((model_path / name).exists() for name in names):
         raise DataError(f"{model_path} has no tokenizer (tokenizer.json or tokenizer.model). Download the whole model")

@@ -25,6 +25,7 @@ from mlx.utils import tree_flatten
 
 from ..errors import ModelError
 from ..weights.extents import Extent, Weights, find_weights
+from ..weights.inside import is_inside
 from .config import Classes, pass_on_rope, read_config
 from .quantizers import method_of, quantizer
 from .tying import settle_head
@@ -142,12 +143,17 @@ def find_classes(path: Path, config: dict, trust_remote_code: bool, code: Path |
     if own is None:
         find = inspect.signature(load_model).parameters["get_model_classes"].default
         return lambda config: find(config=config)
+    if not is_inside(own):
+        raise ModelError(
+            f"{path / 'config.json'}: its model_file, {ascii(own)[:100]}, is no file inside the model's directory. Put "
+            "the code there"
+        )
     if not trust_remote_code:
         raise ModelError(
-            f"{path / 'config.json'} wants to run code of its own ({own}, its model_file). Read it, and if you trust "
-            "it: --trust-remote-code"
+            f"{path / 'config.json'} wants to run code of its own ({own}, its model_file). Read it, "
+            "and if you trust it: --trust-remote-code"
         )
-    file = (code or path) / str(own)
+    file = (code or path) / own
     spec = importlib.util.spec_from_file_location("custom_model", file)
     try:
         module = importlib.util.module_from_spec(spec)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ModelError
+from ..weights.inside import is_inside
 
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 MLX_WEIGHTS = "adapters.safetensors"
@@ -64,7 +65,7 @@ def describe_adapter(path: Path) -> Adapter | None:
     config = {}
     try:
         config = json.loads((path / ADAPTER_CONFIG).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         pass
     config = config if isinstance(config, dict) else {}
     if (path / MLX_WEIGHTS).exists() and "peft_type" not in config:
@@ -106,9 +107,9 @@ def snapshot_of_cache(path: Path, marked_by: str = "config.json") -> Path | None
     there = sorted(p for p in snapshots.iterdir() if p.is_dir())
     main = path / "refs" / "main"
     if main.is_file():
-        chosen = snapshots / main.read_text("utf-8", "replace").strip()
-        if (chosen / marked_by).exists():
-            return chosen
+        name = main.read_text("utf-8", "replace").strip()
+        if is_inside(name) and (snapshots / name / marked_by).exists():
+            return snapshots / name
     whole = [p for p in there if (p / marked_by).exists()]
     if len(whole) == 1:
         return whole[0]

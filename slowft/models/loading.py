@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from ..convert import verify as manifest
 from ..errors import ModelError, NeedsPreparing, SlowftWarning
 from ..weights.extents import Extent
+from ..weights.inside import check_inside
 from ..weights.sources import Packed, Param, Plain, Source, locate, placeholder
 from .building import Built, build_lazily
 from .directories import describe_adapter, explain_directory, gguf_is_adapter, snapshot_of_cache
@@ -62,6 +63,7 @@ def find_local(path_or_hub_id: str) -> Path | None:
     path = Path(path_or_hub_id).expanduser()
     if path.is_dir():
         path = snapshot_of_cache(path) or path
+        check_inside(path)
         if not (path / "config.json").exists() and not (path / "config.json").is_symlink():
             if (path / manifest.JOURNAL).exists():
                 raise ModelError(f"{path} is an unfinished slowft prepare. Run the same command again: it goes on")

@@ -23,6 +23,7 @@ from mlx.utils import tree_flatten
 
 from ..errors import ModelError, SlowftWarning
 from ..weights.extents import DTYPES, INDEX, MAX_HEADER_NBYTES, index_model
+from ..weights.inside import is_inside
 from ..weights.recognise import read_json, recognise_start
 from .building import _explain, find_classes, settle_config
 from .config import Classes
@@ -169,7 +170,7 @@ def _fetch(hub_id: str, path: Path) -> None:
         if name in names:
             (path / name).write_bytes(get(name).content)
     config = read_json(path / "config.json")
-    if isinstance(config, dict) and (code := config.get("model_file")) in names:
+    if isinstance(config, dict) and _is_code(code := config.get("model_file")) and code in names:
         (path / code).write_bytes(get(code).content)  # which runs only if it is trusted
     named: set[str] = set()
     if INDEX in names:
@@ -184,6 +185,10 @@ def _fetch(hub_id: str, path: Path) -> None:
         list(pool.map(copy_header, shards))
     for sample in _samples(path, config):
         copy_sample(*sample)
+
+
+def _is_code(name: object) -> bool:
+    return is_inside(name) and name.endswith(".py")
 
 
 def _samples(path: Path, config: dict) -> Iterator[tuple[str, int, int]]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..convert.gguf_file import Gguf
 from ..errors import DataError, ModelError
+from ..weights.recognise import read_json
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of pieces, in SentencePiece and in GGUF
 SPACE = "▁"
@@ -182,10 +183,7 @@ def write_sentencepiece_tokenizer(model_path: Path, directory: Path) -> None:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text("utf-8")) if file.exists() else {}
-    except ValueError as e:
-        raise DataError(f"{file} is not JSON ({e})") from None
+    return read_json(file, DataError) if file.exists() else {}
 
 
 def _content(token: str | dict | None) -> str | None:

@@ -14,8 +14,10 @@ import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..errors import ModelError
+from .inside import check_inside, is_inside
 from .recognise import AGAIN, PARTIAL, explain, partial_downloads, read_json
 
 # What MLX makes of each safetensors type it reads (mlx/io/safetensors.cpp), and its size in bytes.
@@ -37,6 +39,10 @@ DTYPES = {
 }
 
 MAX_HEADER_NBYTES = 100_000_000  # the limit of the safetensors library
+MAX_LENGTH = 2**31 - 1  # of an axis: MLX's shapes are of 32-bit integers
+MAX_OFFSET = 2**63 - 1  # in a file
+MAX_NAME = 500  # characters of a tensor's
+MAX_AXES = 32  # real tensors have at most five; the product of very many lengths would take minutes
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,8 @@ def read_header(path: str | os.PathLike) -> dict[str, Extent]:
     if not path.exists():
         dangling = " (a broken link: the download did not finish)" if path.is_symlink() else ""
         raise ModelError(f"{path} is missing{dangling}. {_fix_of_missing(path)}")
+    if not path.is_file():
+        raise ModelError(f"{path} is a directory, a pipe or a device, not a safetensors file. {AGAIN}")
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
@@ -85,20 +93,30 @@ def read_header(path: str | os.PathLike) -> dict[str, Extent]:
                     f"{path} is cut short: its header alone needs {8 + header_nbytes} bytes, the file has {size}. "
                     "Download it again"
                 )
-            header = json.loads(file.read(header_nbytes))
+            header = _strict_json(file.read(header_nbytes).decode())
     except OSError as e:
         raise ModelError(f"{path} cannot be read: {e.strerror}") from None
+    except RecursionError:
+        raise ModelError(f"{path} has a corrupt header (it is nested too deeply). Download it again") from None
     except ValueError as e:
         raise ModelError(f"{path} has a corrupt header ({e}). Download it again") from None
     if not isinstance(header, dict):
         raise ModelError(f"{path} has a corrupt header (a {type(header).__name__}). Download it again")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
+    if metadata is not None and not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
+        raise ModelError(f"{path} has a corrupt header (__metadata__ is not all text). Download it again")
 
     start, extents = 8 + header_nbytes, {}
     for name, entry in header.items():
+        if not _is_name(name):
+            raise ModelError(f"{path} has a corrupt header (a tensor's name is {ascii(name[:40])}). Download it again")
         try:
-            stored, shape, (begin, end) = str(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
-            if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
+            stored, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+            if not (_is_name(stored) and isinstance(shape, list) and len(shape) <= MAX_AXES):
+                raise ValueError
+            if not all(_is_size(n, MAX_LENGTH) for n in shape):
+                raise ValueError
+            if not (_is_size(begin, MAX_OFFSET) and _is_size(end, MAX_OFFSET)):
                 raise ValueError
         except (TypeError, KeyError, ValueError):
             raise ModelError(f"{path}: the header entry of tensor {name} is malformed. Download it again") from None
@@ -107,15 +125,45 @@ def read_header(path: str | os.PathLike) -> dict[str, Extent]:
         dtype, itemsize = DTYPES[stored]
         if end - begin != math.prod(shape) * itemsize:
             raise ModelError(
-                f"{path}: tensor {name} {list(shape)} of {stored} needs {math.prod(shape) * itemsize} bytes, "
+                f"{path}: tensor {name} {shape} of {stored} needs {math.prod(shape) * itemsize} bytes, "
                 f"its header gives {end - begin}. Download it again"
             )
         if start + end > size:
             raise ModelError(
                 f"{path} is cut short: tensor {name} ends at byte {start + end}, the file has {size}. Download it again"
             )
-        extents[name] = Extent(name, str(path), start + begin, end - begin, dtype, shape, stored)
+        extents[name] = Extent(name, str(path), start + begin, end - begin, dtype, tuple(shape), stored)
     return extents
+
+
+def _strict_json(text: str) -> Any:
+    """JSON as MLX's and safetensors' parsers take it: no key twice, no NaN, no half of a character.
+
+    Raises:
+        ValueError: it is none.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(found := dict(pairs)) < len(pairs):
+            raise ValueError("a key is there twice")
+        return found
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no JSON")
+
+    parsed = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+    if "\\u" in text:
+        json.dumps(parsed, ensure_ascii=False).encode()
+    return parsed
+
+
+def _is_size(n: object, most: int) -> bool:
+    return type(n) is int and 0 <= n <= most  # True is an int
+
+
+def _is_name(name: object) -> bool:
+    """Whether an error can show it, on one line."""
+    return isinstance(name, str) and name.isprintable() and len(name) <= MAX_NAME
 
 
 @dataclass(frozen=True)
@@ -158,9 +206,10 @@ def find_weights(directory: str | os.PathLike, is_whole: IsWhole | None = None) 
         is_whole: asked only where index and names do not tell; None: nobody can say.
     Raises:
         ModelError: no weights, a shard that is needed is missing, files that contradict each other, or a file is cut
-            short or corrupt.
+            short or corrupt, or not inside the directory.
     """
     directory = Path(directory)
+    check_inside(directory)
     own = sorted(directory.glob("model*.safetensors"))
     weight_map, notes = _read_index(directory / INDEX)
     if weight_map:
@@ -182,7 +231,7 @@ def _read_index(file: Path) -> tuple[dict[str, str], list[str]]:
         return {}, []
     try:
         weight_map = dict(read_json(file)["weight_map"].items())
-        if weight_map and all(isinstance(shard, str) and shard for shard in weight_map.values()):
+        if weight_map and all(_is_name(n) and isinstance(shard, str) and shard for n, shard in weight_map.items()):
             return weight_map, []
     except (ModelError, KeyError, TypeError, AttributeError):
         pass
@@ -191,6 +240,11 @@ def _read_index(file: Path) -> tuple[dict[str, str], list[str]]:
 
 def _by_index(directory: Path, own: list[Path], weight_map: dict[str, str], is_whole: IsWhole | None) -> Weights:
     named = sorted(set(weight_map.values()))
+    if outside := [name for name in named if not is_inside(name)]:
+        raise ModelError(
+            f"{directory / INDEX} names {ascii(outside[0][:100])}, which is no file inside the model's directory. "
+            "Download the model again"
+        )
     absent = [name for name in named if not (directory / name).exists()]
     there = [directory / name for name in named if name not in absent and name.endswith(".safetensors")]
     usual = [file for file in there if file in own] or there  # mlx-lm loads no others, where there are such

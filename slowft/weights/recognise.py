@@ -90,6 +90,8 @@ def read_json(file: Path, error: type[SlowftError] = ModelError) -> Any:
         raise error(f"{file} cannot be read: {e.strerror}{dangling}") from None
     try:
         return json.loads(content)
+    except RecursionError:
+        raise error(f"{file} is not JSON that can be read: it is nested too deeply") from None
     except ValueError as e:  # also of bytes that are not text
         known = recognise(file)
         if known is not None and not known[0].startswith(("JSON", "text")):
