@@ -278,9 +278,9 @@ class _Run:
         self._model.seed, self._model.step = c.seed, 0
         np.random.seed(c.seed)
         self._is_taken_up = trainer._taken_up is not None
+        self._window = _Window(self._model)
         if trainer._taken_up is not None:
             self._go_on_from(trainer._taken_up)
-        self._window = _Window(self._model)
 
     def go(self) -> dict[str, Any]:
         """Steps until the last, or until asked to stop."""
@@ -440,7 +440,8 @@ class _Run:
         self._model.step = state["step"]
         self.progress = Progress(**state["progress"])
         self._trainer.trained_tokens, self._began_at = self.progress.trained_tokens, self.progress.iteration
-        self._resumed_window = state["window"]
+        w = self._window
+        w.iterations, w.tokens, w.loss_sum, w.seconds = state["window"]
         self._report.note(f"Going on after iteration {self.progress.iteration}, from {found.file}")
 
     # --- What it says -------------------------------------------------------------------------------
