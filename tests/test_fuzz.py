@@ -763,3 +763,16 @@ def test_a_line_without_end_is_not_held_in_memory(folder, tokenizer, monkeypatch
         tracemalloc.stop()
     with pytest.raises(SlowftError, match="train.jsonl.gz line 2 is longer than 1048576 bytes"):
         slowft.load_data(folder / "train.jsonl.gz", tokenizer, TrainConfig(max_seq_length=64))
+
+
+def test_what_a_parser_reads_and_the_rest_cannot_walk_is_refused(folder, tokenizer, monkeypatch):
+    """Since Python 3.12 the parser of JSON goes deeper than functions may call each other."""
+    arguments: dict = {}
+    for _ in range(5_000):
+        arguments = {"a": arguments}
+    call = {"function": {"name": "f", "arguments": arguments}}
+    sample = {"messages": [USER, {"role": "assistant", "content": "b", "tool_calls": [call]}]}
+    monkeypatch.setattr(files, "_parsed", lambda file, number, line: files.Found(file, "line", number, sample))
+    (folder / "train.jsonl").write_text("{}\n")
+    with pytest.raises(SlowftError, match="train.jsonl line 1 is nested too deeply"):
+        slowft.load_data(folder / "train.jsonl", tokenizer, TrainConfig(max_seq_length=64))
