@@ -584,6 +584,8 @@ def test_output_that_is_no_terminal_is_plain_lines(finetune):
     assert outcome.status == 0 and outcome.err == ""
     assert "\x1b" not in outcome.out and "\r" not in outcome.out
     lines = outcome.out.splitlines()
+    replaced = next(line for line in lines if "the adapter of an earlier run, which this one will replace" in line)
+    lines.remove(replaced)
     assert lines[0].startswith("Plan within ") and "--memory sets it" in lines[0]
     assert lines[1].startswith("  predicted peak ") and lines[2].startswith("  predicted step ")
     kinds = [line.split(":")[-1].split()[0] for line in lines[3:]]

@@ -545,6 +545,8 @@ def test_a_models_own_code_runs_only_if_trusted_and_inside_the_directory(key, fi
 
 
 def test_a_tokenizers_own_code_runs_only_if_trusted(llama_with_tokenizer, tmp_path, monkeypatch):
+    # transformers marks its own class as one with code of its own, for the rest of the process
+    monkeypatch.setattr("transformers.tokenization_utils_tokenizers.TokenizersBackend._auto_class", None)
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     model = tmp_path / "model"
     shutil.copytree(llama_with_tokenizer, model)

@@ -160,6 +160,7 @@ def test_the_work_is_cut_as_it_was_whatever_memory_the_second_half_has(tmp_path)
         "valid": None,
         "batch_size": 4,
         "iters": 3,
+        "save_every": 1,
         "lr_schedule": None,
         "grad_accumulation_steps": 1,
     }
