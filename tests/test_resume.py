@@ -22,8 +22,8 @@ from slowft.errors import AdapterError, ConfigError, Interrupted
 from slowft.reports.base import Report
 from slowft.training import checkpoint as checkpoints
 from slowft.training import status
-from slowft.training import trainer as trainer_module
 from slowft.training.config import TrainConfig
+from slowft.training.fitting import Fit
 from slowft.training.stopping import parse_seconds
 
 
@@ -338,7 +338,7 @@ def test_durations_are_read_as_people_write_them():
 def losing(monkeypatch, losses: list[float]) -> None:
     """Validation losses of the run, in turn."""
     left = iter(losses)
-    monkeypatch.setattr(trainer_module._Run, "_validate", lambda self, before_any_step=False: next(left))
+    monkeypatch.setattr(Fit, "_validate", lambda self, before_any_step=False: next(left))
 
 
 def test_the_best_adapter_is_kept_and_no_better_one_ends_the_run(model_directory, tmp_path, monkeypatch):

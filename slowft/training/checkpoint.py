@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from .. import platform
-from ..errors import AdapterError
+from ..errors import AdapterError, SlowftError
 from ..weights.tensorfile import sync_directory
 
 FORMAT = 1
@@ -148,3 +149,10 @@ def digest(arrays: Mapping[str, mx.array], text: str) -> str:
         found.update(f"{name} {array.dtype} {array.shape}".encode())
         found.update(memoryview(array.reshape(-1).view(mx.uint8)) if array.size else b"")
     return found.hexdigest()
+
+
+def check_finite(model) -> None:
+    """Raises SlowftError if a trainable parameter is not finite: nothing of it is worth saving."""
+    for name, array in tree_flatten(model.trainable_parameters()):
+        if not mx.isfinite(array).all().item():  # the last update's doing: no loss has seen it yet
+            raise SlowftError(f"{name} is no longer finite, so the adapter is not saved. Lower --learning-rate")

@@ -31,6 +31,10 @@ class Stop:
         return self.signal is not None or (self.deadline is not None and time.monotonic() > self.deadline)
 
 
+class StopAsked(Exception):  # noqa: N818  (no error)
+    """Raised out of an evaluation, when a stop is asked for."""
+
+
 @contextmanager
 def listening(stop: Stop, note: Callable[[str], None]) -> Iterator[None]:
     """While this is entered, the first Ctrl-C or SIGTERM asks to stop, and the second is what it always was.
