@@ -25,6 +25,7 @@ from ..errors import DataError
 from .files import place
 
 IN_MEMORY_NBYTES = 16 << 20  # of records, above which they go to disk
+DROP_EVERY = 8192  # reads of records, after which their pages leave it
 DROP_NBYTES = 64 << 20  # written before they leave the file cache
 READ_NBYTES = 1 << 20  # at a time, of all of them
 HEAD = 6  # numbers before the pairs of a record
@@ -71,6 +72,7 @@ class TokenDataset:
     ) -> None:
         self._begins, self.lengths = np.asarray(begins, np.int64), np.asarray(lengths, np.int32)
         self._files, self.summary = [tuple(file) for file in files], summary
+        self._n_reads = 0
         self._records = records  # or the descriptor of the file that they are in
         if isinstance(records, int):
             platform.read_nothing_ahead(records)
@@ -116,6 +118,9 @@ class TokenDataset:
     def _read(self, begin: int, end: int) -> bytes:
         if isinstance(self._records, int):
             data = os.pread(self._records, end - begin, begin)
+            self._n_reads += 1
+            if self._n_reads % DROP_EVERY == 0:
+                platform.drop_cached(self._records, 0, 0)
             if len(data) < end - begin:
                 raise DataError("a file of tokenised samples was cut while it was in use. Start again")
         else:
