@@ -40,7 +40,7 @@ class Boundary:
 
     def __init__(self, cache: ActivationCache, cut: CutModel, reader: Reader, path: Path):
         self.cache = cache
-        self._cut, self._reader = cut, reader
+        self._cut, self._reader, self._files = cut, reader, cut.files
         self._config = (path / "config.json").read_text()
         self._identities: tuple = ()
         self._fingerprint = ""
@@ -71,9 +71,7 @@ class Boundary:
         return [_digest(common, np.asarray(batch).astype(np.int64)) for batch in ids]
 
     def _descriptors(self) -> list[int]:
-        units = [*(unit for outside in self._cut.outside.values() for unit in outside), *self._cut.blocks]
-        files = {extent.file for unit in units for param in unit.params for extent in param.source.extents}
-        return [self._reader.descriptor(file) for file in sorted(files)]
+        return [self._reader.descriptor(file) for file in self._files]
 
     def _dtypes(self, position: int) -> list[str]:
         """What each parameter below the boundary is computed in."""

@@ -125,6 +125,13 @@ class CutModel:
     hidden_nbytes: int = 0
     vocab_size: int = 0
 
+    @property
+    def files(self) -> list[str]:
+        """All files that weights come from, sorted."""
+        units = [*(unit for outside in self.outside.values() for unit in outside), *self.blocks]
+        params = [*(param for unit in units for param in unit.params), *self.resident]
+        return sorted({extent.file for param in params for extent in param.source.extents})
+
 
 # handler(unit, inner, args, kwargs) -> what the call returns; `inner` is the module's own method, bound.
 Handler = Callable[[Unit, Callable, tuple, dict], Any]
