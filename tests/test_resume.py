@@ -256,7 +256,7 @@ def test_a_full_disk_loses_no_earlier_checkpoint(model_directory, tmp_path, monk
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints.platform, "sync_file", full)
+    monkeypatch.setattr(slowft.platform, "sync_file", full)
     with pytest.raises(
         AdapterError, match="checkpoint cannot be .*No space left on device. Earlier ones are untouched"
     ):

@@ -122,7 +122,7 @@ class _Loading:
         notes: list[str] = []
         train_on = getattr(c, "train_on", None)
         renderer = Renderer(self._tokenizer, c.max_seq_length, bool(c.mask_prompt), train_on, notes.append)
-        found, n_skipped, skipped = _of_one_form(source.read()), 0, []
+        found, n_bad, first = _of_one_form(source.read()), self._n_bad, ""
         if self._progress is not None:
             found = self._progress(found, f"Tokenising {name}", source.n_samples)
         for sample in found:
@@ -131,18 +131,18 @@ class _Loading:
             except (BadSample, RecursionError) as e:
                 why = "is nested too deeply" if isinstance(e, RecursionError) else _printable(str(e))
                 self._n_bad += 1
+                first = first or f"{sample.place} {why}"
                 if len(self._bad) < SHOWN:
                     self._bad.append(f"{sample.place} {why}")
-                n_skipped += 1
-                skipped += [f"{sample.place} {why}"] * (len(skipped) < SHOWN)
             except DataError as e:
                 raise DataError(f"{sample.place}: {e}") from None
         if share:
             _keep_one_at_least(writers)
+        n_skipped = self._n_bad - n_bad
         if n_skipped and self._skips:
-            notes.append(f"{n_skipped} bad samples are left out, such as: {skipped[0]}")
+            notes.append(f"{n_skipped} bad samples are left out, such as: {first}")
         for writer in writers:
-            writer.summary.notes, writer.summary.skipped, writer.summary.n_skipped = notes, skipped, n_skipped
+            writer.summary.notes, writer.summary.n_skipped = notes, n_skipped
 
     def _add(self, sample: Found, renderer: Renderer, writers: list[TokenWriter], share: float) -> None:
         if sample.reason:

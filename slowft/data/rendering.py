@@ -321,8 +321,7 @@ class Renderer:
 
     def _n_tokens(self, begin: str, tokens: list[int]) -> int:
         """How many whole tokens of the text lie in its beginning."""
-        own = self._encode(begin)
-        return next((i for i, (a, b) in enumerate(zip(own, tokens)) if a != b), min(len(own), len(tokens)))
+        return _common(tokens, self._encode(begin))
 
     def _say(self, what: str) -> None:
         if what not in self._noted:
@@ -385,8 +384,8 @@ def _end_of(text: str, part: str) -> int:
     return at + len(part) if at >= 0 else len(text)
 
 
-def _common(a: str, b: str) -> int:
-    """Length of the beginning that two texts share."""
-    if a.startswith(b):
+def _common(a: Sequence, b: Sequence) -> int:
+    """Length of the beginning that two texts, or lists of tokens, share."""
+    if a[: len(b)] == b:
         return len(b)
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))

@@ -40,13 +40,12 @@ class Summary:
 
     Attributes:
         n_cut: samples that were longer than they may be.
-        n_skipped: samples that were left out as bad, of which `skipped` says why of the first.
+        n_skipped: samples that were left out as bad.
         notes: what a person should know.
     """
 
     n_cut: int = 0
     n_skipped: int = 0
-    skipped: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 

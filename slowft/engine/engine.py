@@ -320,7 +320,7 @@ class Engine:
                 losses = [self._plain_loss(batch) for batch in batches]
         found, at = [], iter(losses)
         for (batch, _, _), n in zip(micro_batches, ntoks):
-            pieces = [next(at) for _ in range(-(-batch.shape[0] // (self.schedule.rows or batch.shape[0])))]
+            pieces = [next(at) for _ in range(self._n_pieces(batch))]
             found.append((sum(pieces[1:], pieces[0]), n))
         mx.eval(found)
         return found
@@ -338,9 +338,13 @@ class Engine:
             self.step += 1
         if found is None:
             return None
-        pieces = [-(-batch.shape[0] // (self.schedule.rows or batch.shape[0])) for batch, _ in micro_batches]
+        pieces = [self._n_pieces(batch) for batch, _ in micro_batches]
         number = next(i for i in range(len(pieces)) if found[0] < sum(pieces[: i + 1]))
         return f"micro-batch {number + 1} of {len(pieces)}, {self.chain.visits[found[1]].name}"
+
+    def _n_pieces(self, batch: mx.array) -> int:
+        """How many times so many rows as go at once there are in a micro-batch."""
+        return -(-batch.shape[0] // (self.schedule.rows or batch.shape[0]))
 
     def _loops(self, batches: Sequence[Passenger]) -> tuple:
         """What the loops of `step` go by."""

@@ -18,10 +18,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from .. import platform
 from ..errors import AdapterError, ConfigError
 from ..weights.recognise import read_json, recognise
 from ..weights.sources import locate
+from ..weights.tensorfile import sync
 from .directories import NO_PEFT, describe_adapter, explain_no_adapter
 
 DEFAULT_NUM_LAYERS = 16  # mlx_lm.lora's; it fails with it on smaller models, here it means all their blocks
@@ -311,7 +311,7 @@ def save(
                 temporary.write_text(json.dumps(config, indent=4, sort_keys=True) + "\n")
             else:
                 mx.save_safetensors(str(temporary), weights)
-            _sync(temporary)
+            sync(temporary)
         for file, temporary in staged.items():
             os.replace(temporary, file)
     except (OSError, RuntimeError) as e:
@@ -325,11 +325,3 @@ def save(
             if directory.is_dir():
                 temporary.unlink(missing_ok=True)
     return directory / names[0]
-
-
-def _sync(file: Path) -> None:
-    fd = os.open(file, os.O_RDWR)
-    try:
-        platform.sync_file(fd)
-    finally:
-        os.close(fd)

@@ -18,9 +18,8 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from .. import platform
 from ..errors import AdapterError, SlowftError
-from ..weights.tensorfile import sync_directory
+from ..weights.tensorfile import sync, sync_directory
 
 FORMAT = 1
 DIRECTORY = "checkpoints"
@@ -101,11 +100,7 @@ class Checkpoints:
 
     def _put(self, partial: Path, file: Path) -> None:
         try:
-            fd = os.open(partial, os.O_RDWR)
-            try:
-                platform.sync_file(fd)
-            finally:
-                os.close(fd)
+            sync(partial)
             os.replace(partial, file)
             sync_directory(self.directory)
         except OSError:

@@ -77,8 +77,7 @@ class Fit:
         model.train()
         begin = time.perf_counter()
         (loss, n_tokens), gradients = model.loss_and_grads(micro_batches)
-        norm = _norm(gradients)
-        if not (math.isfinite(loss.item()) and math.isfinite(norm)):
+        if not (math.isfinite(loss.item()) and _are_finite(gradients)):
             self._refuse(loss.item(), micro_batches, gradients)
             p.skipped_steps += 1
         else:
@@ -270,9 +269,8 @@ class Progress:
     losses: list[list[float]] = field(default_factory=list)
 
 
-def _norm(gradients) -> float:
-    """Not finite if any gradient is not."""
-    return sum(mx.abs(gradient.astype(mx.float32)).max() for _, gradient in tree_flatten(gradients)).item()
+def _are_finite(gradients) -> bool:
+    return mx.stack([mx.isfinite(gradient).all() for _, gradient in tree_flatten(gradients)]).all().item()
 
 
 def _first_gradient(gradients) -> str | None:

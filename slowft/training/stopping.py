@@ -17,9 +17,11 @@ UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 class Stop:
-    """Attributes:
-    signal: the number of the signal that asked for it; None: none did.
-    deadline: on `time.monotonic`'s clock; None: no limit.
+    """Whether a run is asked to end.
+
+    Attributes:
+        signal: the number of the signal that asked for it; None: none did.
+        deadline: on `time.monotonic`'s clock; None: no limit.
     """
 
     def __init__(self, max_time_s: float | None = None):

@@ -204,6 +204,19 @@ def cannot_write(file: Path, error: OSError, nbytes: int | None = None) -> Slowf
     return SlowftError(f"{file}{size} cannot be written: {error.strerror or error}")
 
 
+def sync(file: Path) -> None:
+    """Have the drive take what was written to a file.
+
+    Raises:
+        OSError: it cannot.
+    """
+    fd = os.open(file, os.O_RDWR)
+    try:
+        platform.sync_file(fd)
+    finally:
+        os.close(fd)
+
+
 def sync_directory(directory: Path) -> None:
     """Make the names of files written there survive a power cut."""
     fd = os.open(directory, os.O_RDONLY)
