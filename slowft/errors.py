@@ -1,5 +1,7 @@
 """The errors a user can cause. Each message is one line: what is wrong, where, and what to do."""
 
+import errno
+
 
 class SlowftError(Exception):
     """Something a user can put right. The command line prints it as one line and exits with status 1."""
@@ -40,6 +42,14 @@ class Interrupted(SlowftError):
     def __init__(self, message: str, signal: int):
         super().__init__(message)
         self.signal = signal
+
+
+def reason_of(error: OSError) -> str:
+    """The operating system's reason, and what to do where that is not plain."""
+    reason = error.strerror or str(error)
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return f"{reason}. Raise the limit (ulimit -n 4096) and start again"
+    return reason
 
 
 class SlowftWarning(UserWarning):

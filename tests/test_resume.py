@@ -258,7 +258,7 @@ def test_a_full_disk_loses_no_earlier_checkpoint(model_directory, tmp_path, monk
 
     monkeypatch.setattr(slowft.platform, "sync_file", full)
     with pytest.raises(
-        AdapterError, match="checkpoint cannot be .*No space left on device. Earlier ones are untouched"
+        AdapterError, match="checkpoint in .*cannot be written: No space left on device.*Earlier ones are untouched"
     ):
         checkpoint = checkpoints.Checkpoints(adapter, 1)
         checkpoint.write(9, {"a": mx.zeros((2,))}, {})

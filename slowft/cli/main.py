@@ -6,7 +6,7 @@ import sys
 import click
 
 from .. import __version__
-from ..errors import ConfigError, Interrupted, SlowftError
+from ..errors import ConfigError, Interrupted, SlowftError, reason_of
 
 COMMANDS = {
     "finetune": "Train a LoRA adapter with the base model streamed from disk.",
@@ -68,4 +68,7 @@ def main() -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.stderr.close()
+        sys.exit(1)
+    except OSError as e:  # a disk or a limit that no room below has words for, such as a folder that cannot be listed
+        click.echo(f"Error: {e.filename or 'a file, or standard output,'} cannot be used: {reason_of(e)}", err=True)
         sys.exit(1)

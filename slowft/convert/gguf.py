@@ -10,7 +10,6 @@ Only Q6_K, in which llama.cpp keeps the output matrix of its Q4_0 files, has gro
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from .. import platform
-from ..errors import ModelError, SlowftError
+from ..errors import ModelError, SlowftError, reason_of
 from ..models.tokenizer import write_gguf_tokenizer
 from ..weights.extents import DTYPES
+from ..weights.requests import RequestError, opened, read_all
 from ..weights.tensorfile import Tensor, TensorFile
 from .gguf_architectures import ROPE_TABLES, Place, make_config, place
 from .gguf_blocks import AFFINE_BITS, GROUP_SIZE, narrow, repack, widen
@@ -254,16 +253,13 @@ def _pieces(tensor: GgufTensor, n_heads: int = 0) -> Iterator[np.ndarray]:
     """The tensor's bytes, uint8 [rows, bytes of a row], some rows at a time."""
     n, row_nbytes = _rows(tensor)
     step = _step(tensor, n_heads)
-    fd = platform.open_uncached(str(tensor.file))
-    try:
+    with opened(tensor.file) as fd:
         for first in range(0, n, step):
             raw = np.empty((min(step, n - first), row_nbytes), np.uint8)
-            view, at = memoryview(raw).cast("B"), tensor.offset + first * row_nbytes
-            while view:
-                if not (got := os.preadv(fd, [view], at)):
-                    raise ModelError(f"{tensor.file} was cut short while it was read")
-                platform.drop_cached(fd, at, got)
-                view, at = view[got:], at + got
+            try:
+                done = read_all(fd, memoryview(raw).cast("B"), tensor.offset + first * row_nbytes)
+            except RequestError as e:
+                raise ModelError(f"{tensor.file}: reading at byte {e.offset} failed: {reason_of(e)}") from None
+            if done < raw.nbytes:
+                raise ModelError(f"{tensor.file} was cut short while it was read")
             yield raw
-    finally:
-        os.close(fd)

@@ -260,7 +260,7 @@ class StreamedModel(nn.Module):
 
     def fingerprint(self) -> str:
         """A digest of the weights' files, by their headers and samples of their contents; a copy has the same."""
-        return of_contents([self.engine.weights.reader.descriptor(file) for file in self.engine.cut.files])
+        return of_contents({file: self.engine.weights.reader.descriptor(file) for file in self.engine.cut.files})
 
     def add_adapter(self, name: str, path: str | Path) -> None:
         """Load the adapter saved in directory `path` beside the attached one, for `MicroBatch(adapter=name)`.

@@ -7,7 +7,6 @@ a directory that `mlx_lm.generate --adapter-path` loads. Never half-writes a fil
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from mlx.utils import tree_unflatten
 from ..errors import AdapterError, ConfigError
 from ..weights.recognise import read_json, recognise
 from ..weights.sources import locate
-from ..weights.tensorfile import sync
+from ..weights.tensorfile import cannot_write, save_arrays, sync
 from .directories import NO_PEFT, describe_adapter, explain_no_adapter
 
 DEFAULT_NUM_LAYERS = 16  # mlx_lm.lora's; it fails with it on smaller models, here it means all their blocks
@@ -310,16 +309,14 @@ def save(
             if file.name == CONFIG:
                 temporary.write_text(json.dumps(config, indent=4, sort_keys=True) + "\n")
             else:
-                mx.save_safetensors(str(temporary), weights)
+                save_arrays(temporary, weights)
             sync(temporary)
         for file, temporary in staged.items():
             os.replace(temporary, file)
-    except (OSError, RuntimeError) as e:
-        reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
-        needed = sum(array.nbytes for array in weights.values())
-        if directory.exists() and (free := shutil.disk_usage(directory).free) < needed:
-            reason = f"its disk is full ({free / 1e6:.1f} MB free, {needed / 1e6:.1f} MB needed a file)"
-        raise AdapterError(f"{directory} cannot be written: {reason}. Earlier adapters there are untouched") from None
+    except OSError as e:
+        nbytes = sum(array.nbytes for array in weights.values())
+        said = cannot_write(directory / names[0], e, nbytes)
+        raise AdapterError(f"{said}. Earlier adapters there are untouched") from None
     finally:
         for temporary in staged.values():
             if directory.is_dir():

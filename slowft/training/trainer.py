@@ -18,7 +18,7 @@ from ..data.batches import batch_order, iterate, padded_tokens
 from ..data.datasets import check_size
 from ..data.store import Samples, TokenDataset, as_datasets
 from ..engine.model import parse_nbytes, usual_activation_cache
-from ..errors import AdapterError, ConfigError, DataError, Interrupted
+from ..errors import AdapterError, ConfigError, DataError, Interrupted, SlowftError, reason_of
 from ..planning.caching import Caching
 from ..reports.base import Report
 from ..weights.activation_cache import ActivationCache
@@ -106,7 +106,7 @@ class Trainer:
         if use and caching.directory is not None:
             try:
                 self.model.cache_activations(caching.directory, c.activation_cache_size)
-            except ConfigError as e:
+            except SlowftError as e:
                 if c.activation_cache is not None:
                     raise
                 caching = replace(caching, directory=None, reason=str(e))
@@ -135,6 +135,8 @@ class Trainer:
         found, wrong = Checkpoints(self.directory, c.keep_checkpoints).newest()
         for what in wrong:
             self.report.note(f"Warning: {what}")
+        if found is None and wrong:
+            raise AdapterError(f"--resume: no checkpoint in {self.directory / DIRECTORY} can be read: {wrong[0]}")
         if found is None:
             raise AdapterError(f"--resume: {self.directory / DIRECTORY} has no checkpoint. Leave --resume out to begin")
         now, then = self.identity(train, valid), found.state["identity"]
@@ -260,4 +262,4 @@ def check_writable(directory: Path) -> None:
         for path in missing:
             path.rmdir()
     except OSError as e:
-        raise AdapterError(f"--adapter-path {directory} cannot be written: {e.strerror}. Choose another") from None
+        raise AdapterError(f"--adapter-path {directory} cannot be written: {reason_of(e)}. Choose another") from None

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import ModelError
+from ..errors import ModelError, reason_of
 from .inside import check_inside, is_inside
 from .recognise import AGAIN, PARTIAL, explain, partial_downloads, read_json
 
@@ -95,7 +95,7 @@ def read_header(path: str | os.PathLike) -> dict[str, Extent]:
                 )
             header = _strict_json(file.read(header_nbytes).decode())
     except OSError as e:
-        raise ModelError(f"{path} cannot be read: {e.strerror}") from None
+        raise ModelError(f"{path} cannot be read: {reason_of(e)}") from None
     except RecursionError:
         raise ModelError(f"{path} has a corrupt header (it is nested too deeply). Download it again") from None
     except ValueError as e:

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..errors import ModelError, SlowftError
+from ..errors import ModelError, SlowftError, reason_of
 
 FIRST_NBYTES = 4096
 PARTIAL = (".incomplete", ".part", ".partial", ".tmp", ".aria2", ".crdownload", ".download")  # of an unfinished one
@@ -87,7 +87,7 @@ def read_json(file: Path, error: type[SlowftError] = ModelError) -> Any:
         content = file.read_bytes()
     except OSError as e:
         dangling = " (a broken link: the download did not finish)" if file.is_symlink() and not file.exists() else ""
-        raise error(f"{file} cannot be read: {e.strerror}{dangling}") from None
+        raise error(f"{file} cannot be read: {reason_of(e)}{dangling}") from None
     try:
         return json.loads(content)
     except RecursionError:
