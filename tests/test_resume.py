@@ -272,13 +272,13 @@ def test_a_full_disk_loses_no_earlier_checkpoint(model_directory, tmp_path, monk
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("where", ["step", "validation"])
+@pytest.mark.parametrize("where", ["step", "validation", "first validation"])
 def test_a_signal_stops_after_the_step_with_a_checkpoint(where, number, whole, model_directory, tmp_path):
     adapter = tmp_path / "adapter"
 
     def before(trainer):
         name = "loss_and_grads" if where == "step" else "loss"
-        real, calls = getattr(trainer.model, name), iter(range(4))
+        real, calls = getattr(trainer.model, name), iter(range(1 if where == "first validation" else 4))
 
         def call(*args):
             if next(calls, None) is None:
@@ -291,6 +291,7 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(where, number, whole, m
         run(model_directory, adapter, before=before, save_every=100)
     assert stopped.value.signal == number and status.read(adapter)["state"] == "stopped"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert (status.read(adapter)["iteration"] == 0) == (where == "first validation")
     run(model_directory, adapter, resume=True, save_every=100)
     assert weights(adapter) == weights(whole[0])
 
@@ -338,7 +339,7 @@ def test_durations_are_read_as_people_write_them():
 def losing(monkeypatch, losses: list[float]) -> None:
     """Validation losses of the run, in turn."""
     left = iter(losses)
-    monkeypatch.setattr(Fit, "_validate", lambda self, before_any_step=False: next(left))
+    monkeypatch.setattr(Fit, "_validate", lambda self: next(left))
 
 
 def test_the_best_adapter_is_kept_and_no_better_one_ends_the_run(model_directory, tmp_path, monkeypatch):

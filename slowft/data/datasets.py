@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from .. import platform
-from ..errors import ConfigError, DataError, SlowftWarning
+from ..errors import ConfigError, DataError, SlowftWarning, reason_of
 from . import store
 from .files import SPLITS, Found, Source, find
 from .rendering import Renderer
@@ -167,8 +167,11 @@ class _Loading:
         key = hashlib.sha256(json.dumps(options, default=str).encode())
         key.update(_fingerprint(self._tokenizer))
         for file in source.files:
-            with open(file, "rb") as data:
-                key.update(hashlib.file_digest(data, "sha256").digest())
+            try:
+                with open(file, "rb") as data:
+                    key.update(hashlib.file_digest(data, "sha256").digest())
+            except OSError as e:
+                raise DataError(f"{file} cannot be read: {reason_of(e)}") from None
         return key.hexdigest()[:32]
 
 

@@ -6,6 +6,7 @@ in float32, without dropout and accumulation, a run ends with the very adapter `
 
 import json
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from ..weights.activation_cache import ActivationCache
 from .checkpoint import DIRECTORY, Checkpoint, Checkpoints, check_finite
 from .config import OPERATIONAL, OPTIMIZER_COPIES, TrainConfig
 from .fitting import Fit
-from .stopping import Stop, StopAsked, listening
+from .stopping import StopAsked, listening
 
 
 class Trainer:
@@ -225,11 +226,13 @@ class Trainer:
         config = {k: v for k, v in asdict(self.config).items() if v is not None}
         return self.model.save_adapter(self.config.adapter_path, numbered, config, is_current)
 
-    def evaluate(self, dataset: Samples, num_batches: int = -1, stop: Stop | None = None) -> float:
+    def evaluate(
+        self, dataset: Samples, num_batches: int = -1, is_to_stop: Callable[[], bool] | None = None
+    ) -> float:
         """Mean loss per token over `num_batches` batches (-1: all), as mlx-lm's `evaluate` counts it.
 
         Args:
-            stop: asked for meanwhile, it raises `StopAsked`.
+            is_to_stop: asked after each batch; if so, `StopAsked` is raised.
         """
         self.model.eval()
         (dataset,) = as_datasets(dataset)
@@ -243,7 +246,7 @@ class Trainer:
                 total += loss.item() * n.item()
                 tokens += n.item()
                 done()
-                if stop is not None and stop.is_asked_for:
+                if is_to_stop is not None and is_to_stop():
                     raise StopAsked
         return total / tokens
 

@@ -163,6 +163,6 @@ class SpillFile:
 
     def _failure(self, doing: str, error: RequestError) -> SlowftError:
         return SlowftError(
-            f"{self._directory}: {doing} activations at byte {error.offset} failed: {reason_of(error)}. To fix it: "
+            f"{self._directory}: {doing} activations at byte {error.offset} of {self.nbytes} failed: {reason_of(error)}. To fix it: "
             f"{REMEDY}"
         )
