@@ -226,9 +226,7 @@ class Trainer:
         config = {k: v for k, v in asdict(self.config).items() if v is not None}
         return self.model.save_adapter(self.config.adapter_path, numbered, config, is_current)
 
-    def evaluate(
-        self, dataset: Samples, num_batches: int = -1, is_to_stop: Callable[[], bool] | None = None
-    ) -> float:
+    def evaluate(self, dataset: Samples, num_batches: int = -1, is_to_stop: Callable[[], bool] | None = None) -> float:
         """Mean loss per token over `num_batches` batches (-1: all), as mlx-lm's `evaluate` counts it.
 
         Args:

@@ -162,7 +162,7 @@ class SpillFile:
         return array
 
     def _failure(self, doing: str, error: RequestError) -> SlowftError:
+        where = f"at byte {error.offset} of {self.nbytes}"
         return SlowftError(
-            f"{self._directory}: {doing} activations at byte {error.offset} of {self.nbytes} failed: {reason_of(error)}. To fix it: "
-            f"{REMEDY}"
+            f"{self._directory}: {doing} activations {where} failed: {reason_of(error)}. To fix it: {REMEDY}"
         )
