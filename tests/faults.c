@@ -2,7 +2,8 @@
  * directory, and has those that a rule names fail with an error, do only a part of what was asked, or take their time.
  *
  * What is watched and which rule holds is set by `faults_watch` and `faults_rule` (by way of ctypes), or from the
- * beginning by FAULTS_DIRECTORY and FAULTS_RULE ("call pattern first last error at_most ns_per_byte").
+ * beginning by FAULTS_DIRECTORY and FAULTS_RULE ("call pattern first last error at_most ns_per_byte", none with
+ * a space in it).
  *
  * Built by tests/faults.py: cc -shared -fPIC -O1 faults.c -ldl -lpthread
  */
@@ -14,6 +15,7 @@
 #include <fnmatch.h>
 #include <limits.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -32,7 +34,7 @@ static char directory[PATH_MAX]; /* empty: nothing is watched */
 static struct {
     char call[32], pattern[PATH_MAX]; /* both as of fnmatch(3); the pattern of a path below the directory */
     long first, last;                 /* of the calls that both name, counted from 1, those that the rule is for */
-    int error;                        /* errno of those calls; 0: they do not fail */
+    int error;                        /* errno of those calls; 0: they do not fail; -n: signal n comes before them */
     long at_most;                     /* bytes that they read or write; 0: all */
     double ns_per_byte;               /* how long they take beside that */
 } rule;
@@ -84,6 +86,7 @@ static int comes(const char *call, const char *path) {
     if (is_meant) is_meant = ++matched >= rule.first && matched <= rule.last;
     hits += is_meant;
     pthread_mutex_unlock(&lock);
+    if (is_meant && rule.error < 0) kill(getpid(), -rule.error);
     return is_meant;
 }
 
@@ -110,7 +113,7 @@ static void take_time(ssize_t nbytes) {
     static __typeof__(&name) real; \
     if (!real) real = (__typeof__(&name))dlsym(RTLD_NEXT, #name)
 #define FAIL(result) \
-    if (rule.error) { \
+    if (rule.error > 0) { \
         errno = rule.error; \
         return result; \
     }
@@ -212,7 +215,7 @@ OF_FILE(ftruncate64, "allocate", COMMA off64_t n, COMMA n)
 #define ALLOCATE(name, offset) \
     int name(int fd, offset at, offset n) { \
         REAL(name); \
-        if (comes_to("allocate", fd) && rule.error) return rule.error; /* not by way of errno */ \
+        if (comes_to("allocate", fd) && rule.error > 0) return rule.error; /* not by way of errno */ \
         return real(fd, at, n); \
     }
 ALLOCATE(posix_fallocate, off_t)

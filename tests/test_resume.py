@@ -10,13 +10,16 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
+import faults
 from conftest import LLAMA, save_random
+from faults import Rule
 from slowft.data.store import TokenDataset
 from slowft.errors import AdapterError, ConfigError, Interrupted
 from slowft.reports.base import Report
@@ -400,22 +403,45 @@ class Begun(Report):
     def begin(self, config, model):
         print("begun", flush=True)
 
-run(sys.argv[2], pathlib.Path(sys.argv[3]), report=Begun(), **json.loads(sys.argv[4]))
+options = json.loads(sys.argv[4])
+if options.pop("spills"):
+    from dataclasses import replace
+    from slowft.engine.engine import Engine
+
+    follow = Engine.follow
+    spilling = {"spilled": 5, "in_memory": False, "keep_head": False}
+    Engine.follow = lambda self, schedule, *more: follow(self, replace(schedule, **spilling), *more)
+run(sys.argv[2], pathlib.Path(sys.argv[3]), report=Begun(), **options)
 """
 KILLS = int(os.environ.get("SLOWFT_KILLS", 15))  # 100 take five minutes
 
 
-def test_killed_at_any_moment_and_resumed_until_done_it_ends_with_the_same_adapter(whole, model_directory, tmp_path):
-    """SIGKILL at moments drawn from a seed, from the first step on; some with another ceiling after the kill."""
+def test_killed_at_any_moment_and_resumed_until_done_it_ends_with_the_same_adapter(
+    whole, model_directory, tmp_path, tmp_path_factory
+):
+    """SIGKILL at moments drawn from a seed, from the first step on; some with another ceiling after the kill.
+
+    On Linux, a third of the runs spill and are killed in the middle of that, and another third have a slow disk.
+    """
+    library = None if slowft.platform.MACOS else faults.build(tmp_path)
+    spilled = Rule("write", "*#*", error=-signal.SIGKILL)  # into a file without a name
+    slow = Rule("[rw]*", ns_per_byte=50)  # 20 MB/s
     rng, adapter, kills, killed_with_a_checkpoint, takes_s = random.Random(0), tmp_path / "adapter", 0, 0, None
+    killed_spilling = 0
     while True:
         has_checkpoint = any((adapter / "checkpoints").glob("[0-9]*.safetensors"))
-        options = {"resume": has_checkpoint, "memory": rng.choice([None, 400_000_000, 800_000_000])}
+        options = {"resume": has_checkpoint, "memory": rng.choice([None, 400_000_000, 800_000_000]), "spills": False}
+        environment, is_timed = None, True
+        if library is not None and takes_s is not None and kills % 3 and kills < KILLS:
+            rule = slow if kills % 3 == 1 else replace(spilled, first=rng.randint(1, 40))
+            environment = faults.environment(library, tmp_path_factory.getbasetemp(), rule)
+            options |= {"memory": options["memory"] or 400_000_000, "spills": True}
+            is_timed = rule is slow
         command = [sys.executable, "-c", RUN, str(Path(__file__).parent), str(model_directory), str(adapter)]
-        process = subprocess.Popen([*command, json.dumps(options)], stdout=-1, stderr=-1, text=True)
+        process = subprocess.Popen([*command, json.dumps(options)], stdout=-1, stderr=-1, text=True, env=environment)
         assert process.stdout.readline() == "begun\n", process.stderr.read()[-2000:]
         begin = time.perf_counter()
-        if kills < KILLS and takes_s is not None:
+        if kills < KILLS and takes_s is not None and is_timed:
             time.sleep(rng.uniform(0, 0.8 * takes_s))
             process.kill()
         _, err = process.communicate(timeout=120)
@@ -423,6 +449,7 @@ def test_killed_at_any_moment_and_resumed_until_done_it_ends_with_the_same_adapt
         if process.returncode == -signal.SIGKILL:
             kills += 1
             killed_with_a_checkpoint += has_checkpoint
+            killed_spilling += not is_timed
             continue
         assert process.returncode == 0, err[-2000:]
         assert weights(adapter) == weights(whole[0])
@@ -431,6 +458,7 @@ def test_killed_at_any_moment_and_resumed_until_done_it_ends_with_the_same_adapt
         for file in (adapter / "checkpoints").iterdir():  # it was done too soon: once more from the beginning
             file.unlink()
     assert killed_with_a_checkpoint >= KILLS / 4
+    assert library is None or killed_spilling >= KILLS / 5
 
 
 def test_status_tells_of_a_run_that_was_killed(tmp_path, capsys, monkeypatch):
