@@ -5,6 +5,7 @@ import slowft  # noqa: F401, I001  (before mlx: it loads OpenBLAS)
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -269,6 +270,44 @@ def test_a_full_disk_loses_no_earlier_checkpoint(model_directory, tmp_path, monk
     with pytest.raises(AdapterError, match="No space left on device"):
         run(model_directory, adapter, resume=True)
     assert {file.name: file.read_bytes() for file in (adapter / "checkpoints").iterdir()} == before
+
+
+def replaced(file: Path, content: bytes) -> None:
+    other = file.with_name("other")
+    other.write_bytes(content)
+    os.replace(other, file)
+
+
+CHANGES = {
+    "another file was put in its place": replaced,
+    "it was written to": lambda file, content: file.write_bytes(content),
+    "bytes and has": lambda file, content: file.write_bytes(content[:-4096]),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_shard_that_changes_while_training_is_named_and_nothing_is_lost(what, whole, model_directory, tmp_path):
+    model, adapter = tmp_path / "model", tmp_path / "adapter"
+    shutil.copytree(model_directory, model)
+    file = model / "model.safetensors"
+    content, steps = file.read_bytes(), iter(range(3))
+
+    def before(trainer):
+        real = trainer.model.loss_and_grads
+
+        def step(*args):
+            if next(steps, None) is None:
+                CHANGES[what](file, content)
+            return real(*args)
+
+        object.__setattr__(trainer.model, "loss_and_grads", step)
+
+    with pytest.raises(slowft.ModelError, match=f"^{file} was changed while it was in use.*{what}.*Open it again$"):
+        run(model, adapter, before=before)
+    assert (adapter / "checkpoints" / "0000006.safetensors").exists()
+    file.write_bytes(content)
+    run(model, adapter, resume=True)
+    assert weights(adapter) == weights(whole[0])
 
 
 # --- Asked to stop ------------------------------------------------------------------------------------
