@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .. import platform
-from ..errors import DataError, reason_of
+from ..errors import DataError, printable, reason_of
 
 SPLITS = ("train", "valid", "test")
 NAMES = {"train": ("train",), "valid": ("valid", "validation", "val"), "test": ("test",)}  # what people call each
@@ -357,7 +357,8 @@ def _parquet(file: Path) -> Iterator[Found]:
                 number += 1
                 yield Found(str(file), "row", number, row)
     except (ValueError, OSError) as e:  # pyarrow's own errors are of these kinds
-        raise DataError(f"{file} is not a Parquet file that can be read: {str(e).splitlines()[0]}") from None
+        said = printable((str(e) or type(e).__name__).splitlines()[0])
+        raise DataError(f"{file} is not a Parquet file that can be read: {said}") from None
 
 
 def _document(file: Path) -> Iterator[Found]:
