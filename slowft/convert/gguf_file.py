@@ -102,7 +102,7 @@ def _read(file: Path) -> Gguf:
 
 
 class _Header:
-    """Walks through the bytes of one file's header. They are read: of a mapped file an error of the disk is a signal."""
+    """Walks through the bytes of one file's header. Read, not mapped: there an error of the disk would be a signal."""
 
     def __init__(self, file: Path, size: int, opened: BinaryIO):
         self._file, self._size, self._opened, self._at = file, size, opened, len(MAGIC)
