@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ModelError, SlowftError, reason_of
+from ..models.config import check_depth
 from ..models.tokenizer import write_gguf_tokenizer
 from ..weights.extents import DTYPES
 from ..weights.requests import RequestError, opened, read_all
@@ -70,6 +71,7 @@ def convert(file: str | Path, directory: Path, progress: Progress | None = None)
         what = "a LoRA adapter" if kind == "adapter" else f"a file of the kind {kind}"
         raise ModelError(f"{file} is {what} in GGUF, not a model. Give the model it belongs to")
     config = make_config(gguf)
+    check_depth(gguf.file, config)
     weights = plan_weights(gguf, config)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise SlowftError(f"{directory} is there already. Name another directory, or delete it")

@@ -17,10 +17,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from ..errors import AdapterError, ConfigError
+from ..errors import AdapterError, ConfigError, ModelError, printable
+from ..weights.extents import read_header
 from ..weights.recognise import read_json, recognise
 from ..weights.sources import locate
-from ..weights.tensorfile import cannot_write, save_arrays, sync
+from ..weights.tensorfile import cannot_write, load_arrays, save_arrays, sync
 from .directories import NO_PEFT, describe_adapter, explain_no_adapter
 
 DEFAULT_NUM_LAYERS = 16  # mlx_lm.lora's; it fails with it on smaller models, here it means all their blocks
@@ -169,7 +170,27 @@ def read_spec(directory: Path) -> AdapterSpec:
         raise AdapterError(f"{config_file} is not an adapter configuration: {e}") from None
     if kind not in ("lora", "dora"):
         raise AdapterError(f"{config_file}: fine_tune_type {kind!r} changes base weights, which stay on disk here")
+    if (file := directory / WEIGHTS).exists():  # a rank that is none of theirs may ask for any amount of memory
+        longest = max((n for e in _read(read_header, file).values() for n in e.shape), default=0)
+        if isinstance(rank := parameters["rank"], int) and rank > longest:
+            raise AdapterError(
+                f"{config_file}: the rank is {rank}, and no tensor in {file} has an axis longer than {longest}"
+            )
     return spec
+
+
+def _read(how: Callable[[Path], Any], file: Path) -> Any:
+    """`how(file)`, of a file of adapter weights.
+
+    Raises:
+        AdapterError: it cannot be read, or is something else.
+    """
+    try:
+        return how(file)
+    except (ModelError, RuntimeError, ValueError) as e:
+        known = recognise(file)
+        said = f"it is {known[0]}. {known[1]}" if known else printable(str(e).splitlines()[0])
+        raise AdapterError(f"{file} is not a readable safetensors file: {said}") from None
 
 
 def load_weights(model: nn.Module, expected: dict[str, mx.array], file: Path) -> None:
@@ -184,13 +205,7 @@ def load_weights(model: nn.Module, expected: dict[str, mx.array], file: Path) ->
         raise AdapterError(f"{file} does not exist")
     if file.suffix.lower() == ".gguf":
         raise AdapterError(f"{file} is an adapter in GGUF, which slowft does not read yet. Give one of mlx-lm's")
-    try:
-        weights = mx.load(str(file), format="safetensors")
-        mx.eval(list(weights.values()))
-    except (RuntimeError, ValueError) as e:
-        known = recognise(file)
-        said = f"it is {known[0]}. {known[1]}" if known else str(e).splitlines()[0]
-        raise AdapterError(f"{file} is not a readable safetensors file: {said}") from None
+    weights, _ = _read(load_arrays, file)
     if (
         peft := next((name for name in weights if ".lora_A" in name or name.startswith("base_model.")), None)
     ) is not None:

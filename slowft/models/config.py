@@ -38,11 +38,11 @@ def read_config(path: Path) -> dict[str, Any]:
     config = read_json(path / "config.json")
     if not isinstance(config, dict):
         raise ModelError(f"{path / 'config.json'} holds a {type(config).__name__}. Give a model's config.json")
-    check_depth(path, config)
+    check_depth(path / "config.json", config)
     return config
 
 
-def check_depth(path: Path, config: dict[str, Any]) -> None:
+def check_depth(file: Path, config: dict[str, Any]) -> None:
     """Refuse more layers than any model has: mlx-lm would make an object of each until memory is full.
 
     Raises:
@@ -52,7 +52,7 @@ def check_depth(path: Path, config: dict[str, Any]) -> None:
         for name, value in part.items() if isinstance(part, dict) else ():
             if LAYERS.search(name) and isinstance(value, int | float) and value > MAX_LAYERS:
                 raise ModelError(
-                    f"{path / 'config.json'}: {ascii(name[:60])} is {str(value)[:20]}, and no model has {MAX_LAYERS} "
+                    f"{file}: {ascii(name[:60])} is {str(value)[:20]}, and no model has {MAX_LAYERS} "
                     "layers. Download it again"
                 )
 

@@ -231,7 +231,7 @@ def _write_outline(path: Path, beside: Path, trust_remote_code: bool) -> None:
     config = load_config(path)
     if not isinstance(config, dict):
         raise ModelError(f"{path / 'config.json'} holds a {type(config).__name__}. Give a model's config.json")
-    check_depth(path, config)
+    check_depth(path / "config.json", config)
     classes = find_classes(path, config, trust_remote_code, code=beside)
     settled, notes = settle_config(path, config, classes)
     for note in notes:

@@ -18,8 +18,8 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from ..errors import AdapterError, SlowftError
-from ..weights.tensorfile import cannot_write, save_arrays, sync, sync_directory
+from ..errors import AdapterError, SlowftError, printable
+from ..weights.tensorfile import cannot_write, load_arrays, save_arrays, sync, sync_directory
 
 FORMAT = 1
 DIRECTORY = "checkpoints"
@@ -126,12 +126,13 @@ def read(file: Path) -> Checkpoint:
         AdapterError: it is no checkpoint, or not as it was written.
     """
     try:
-        arrays, metadata = mx.load(str(file), return_metadata=True)
-        mx.eval(arrays)
+        arrays, metadata = load_arrays(file)
         text = metadata["slowft"]
         state = json.loads(text)
     except Exception as e:  # MLX raises several kinds for a damaged file
-        raise AdapterError(f"{file} is not a whole checkpoint ({str(e).splitlines()[0] if str(e) else e!r})") from None
+        raise AdapterError(
+            f"{file} is not a whole checkpoint ({printable(str(e).splitlines()[0] if str(e) else repr(e))})"
+        ) from None
     if metadata.get("format") != str(FORMAT):
         raise AdapterError(f"{file} was written by another version of slowft (format {metadata.get('format')})")
     if metadata.get("digest") != digest(arrays, text):

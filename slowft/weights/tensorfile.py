@@ -26,7 +26,7 @@ import mlx.core as mx
 from .. import platform
 from ..errors import SlowftError, reason_of
 from ..sizes import size_in_words
-from .extents import DTYPES
+from .extents import DTYPES, read_header
 from .requests import REQUEST_NBYTES, retried, write_all
 
 PAGE_NBYTES = 4096
@@ -214,6 +214,19 @@ def _free(file: Path, error: OSError) -> str:
         return ""
     there = next(path for path in (file, *file.absolute().parents) if path.exists())
     return f" ({size_in_words(shutil.disk_usage(there).free)} free)"
+
+
+def load_arrays(file: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
+    """(arrays, metadata) as `mx.load` reads them, evaluated; it crashes on some headers that contradict themselves.
+
+    Raises:
+        ModelError: what is wrong with the header.
+        RuntimeError: the file cannot be read.
+    """
+    read_header(file)
+    arrays, metadata = mx.load(str(file), format="safetensors", return_metadata=True)
+    mx.eval(arrays)
+    return arrays, metadata
 
 
 def save_arrays(file: Path, arrays: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None) -> None:
