@@ -12,13 +12,14 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..errors import ModelError, SlowftError, reason_of
+from ..errors import ModelError, SlowftError, printable, reason_of
 from ..models.config import check_depth
 from ..models.tokenizer import write_gguf_tokenizer
 from ..weights.extents import DTYPES
@@ -70,9 +71,10 @@ def convert(file: str | Path, directory: Path, progress: Progress | None = None)
     if (kind := gguf.metadata.get("general.type", "model")) != "model":
         what = "a LoRA adapter" if kind == "adapter" else f"a file of the kind {kind}"
         raise ModelError(f"{file} is {what} in GGUF, not a model. Give the model it belongs to")
-    config = make_config(gguf)
-    check_depth(gguf.file, config)
-    weights = plan_weights(gguf, config)
+    with _whole(gguf):
+        config = make_config(gguf)
+        check_depth(gguf.file, config)
+        weights = plan_weights(gguf, config)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise SlowftError(f"{directory} is there already. Name another directory, or delete it")
     temporary = directory.with_name(f".{directory.name}.partial")
@@ -80,7 +82,8 @@ def convert(file: str | Path, directory: Path, progress: Progress | None = None)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         _check_space(temporary, weights)
-        config |= write_gguf_tokenizer(gguf, config["vocab_size"], temporary)
+        with _whole(gguf):
+            config |= write_gguf_tokenizer(gguf, config["vocab_size"], temporary)
         config |= _quantization(weights)
         (temporary / "config.json").write_text(json.dumps(config, indent=4, sort_keys=True) + "\n")
         _write(temporary / "model.safetensors", weights, progress)
@@ -89,6 +92,24 @@ def convert(file: str | Path, directory: Path, progress: Progress | None = None)
         raise SlowftError(f"{directory} cannot be written: {e.strerror or e}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _whole(gguf: Gguf) -> Iterator[None]:
+    """Metadata may be of any kind and tensors of any name: what cannot be made sense of is named as the file's fault.
+
+    Raises:
+        ModelError: that.
+    """
+    try:
+        yield
+    except (SlowftError, OSError):
+        raise
+    except Exception as e:  # a text for a number, no layers, a block without a number
+        said = printable(f"{type(e).__name__}: {e}".splitlines()[0])
+        raise ModelError(
+            f"{gguf.file} is damaged, or of a kind that is not known ({said}). Download it again"
+        ) from None
 
 
 def _check_space(directory: Path, weights: list[Weight]) -> None:

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..errors import ModelError, reason_of
+from ..weights.extents import MAX_NAME
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -124,6 +125,8 @@ class _Header:
         return Gguf(self._file, metadata, tensors)
 
     def _tensor(self, name: str, shape: tuple[int, ...], kind: int, offset: int) -> GgufTensor:
+        if not name.isprintable() or len(name) > MAX_NAME:
+            raise ValueError
         known = KIND_NAMES[kind] if kind < len(KIND_NAMES) else f"type {kind}"
         if known not in KINDS:
             raise ModelError(

@@ -5,7 +5,6 @@ a directory that `mlx_lm.generate --adapter-path` loads. Never half-writes a fil
 """
 
 import json
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -63,7 +62,7 @@ def attach(model: nn.Module, spec: AdapterSpec) -> list[str]:
         raise ConfigError(f"num_layers is {spec.num_layers} but the model has {n_layers} layers. Use -1 for all")
     if not (isinstance(p["rank"], int) and p["rank"] >= 1):
         raise ConfigError(f"LoRA rank must be a whole number of at least 1, got {p['rank']!r}")
-    if not (isinstance(p["scale"], (int, float)) and math.isfinite(p["scale"])):
+    if not (isinstance(p["scale"], (int, float)) and abs(p["scale"]) < 2**31):
         raise ConfigError(f"LoRA scale must be a number, got {p['scale']!r}")
     if not (isinstance(p["dropout"], (int, float)) and 0 <= p["dropout"] < 1):
         raise ConfigError(f"LoRA dropout must be at least 0 and below 1, got {p['dropout']!r}")
