@@ -152,7 +152,7 @@ def undisturbed(disk, faulty) -> tuple[list[str], dict[str, bytes]]:
 
 def test_training_loses_nothing_whatever_call_fails(disk, faulty, undisturbed):
     calls, adapters = undisturbed
-    rules = points(calls, 12)
+    rules = points(calls, 8)
     rules += [Rule("write", "*", n, error=errno.ENOSPC) for n in (3, 40)]  # from there on, of every file
     n_failed = 0
     for rule in rules:
@@ -179,7 +179,7 @@ def test_short_reads_and_writes_are_continued(call, disk, faulty, undisturbed):
 
 def test_out_of_file_handles_is_one_line(disk, faulty, undisturbed):
     """The process's own limit, which counts every file: so many more than it has may be open."""
-    for handles in range(20) if EVERYTHING else (0, 1, 3, 6, 7, 8, 9):
+    for handles in range(20) if EVERYTHING else (0, 3, 7, 9):
         begin(disk)
         outcome = faulty(finetune(disk), handles=handles)
         if outcome.status == 0:
@@ -203,13 +203,13 @@ def test_prepare_loses_nothing_whatever_call_fails(disk, faulty):
     outcome = faulty(prepare(disk))
     assert outcome.status == 0, outcome.err
     expected, n_failed = files_of(disk / "out"), 0
-    for rule in points(outcome.calls, 10):
+    for rule in points(outcome.calls, 5):
         begin(disk)
         n_failed += check(faulty(prepare(disk), rule), rule, disk)
         again = faulty(prepare(disk))
         assert again.status == 0 or "is there already" in again.err, (rule, again.err)
         assert files_of(disk / "out") == expected, rule
-    assert n_failed > 3
+    assert n_failed > 1
 
 
 def test_a_token_store_on_a_full_disk_is_one_line(disk, faulty):

@@ -103,8 +103,10 @@ def _whole(gguf: Gguf) -> Iterator[None]:
     """
     try:
         yield
-    except (SlowftError, OSError):
-        raise
+    except (SlowftError, OSError) as e:
+        if not isinstance(e, ModelError) or str(e).isprintable():
+            raise
+        raise ModelError(printable(str(e))) from None
     except Exception as e:  # a text for a number, no layers, a block without a number
         said = printable(f"{type(e).__name__}: {e}".splitlines()[0])
         raise ModelError(
