@@ -7,7 +7,7 @@ Each block's weights are in place once a loop, for all micro-batches, and are re
 `grad_checkpoint` does). Losses and gradients are those of `nn.value_and_grad` on the whole model, to the last bit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
@@ -114,6 +114,44 @@ def losses(
     run_forward(chain, batches, weights, forward)
     run_head(chain, batches, weights, head)
     return found
+
+
+def decode(
+    chain: Chain,
+    batches: Sequence[Passenger],
+    weights: Residency,
+    hidden: HiddenStates,
+    head_tokens: int,
+    wanted: Sequence[mx.array],
+    take: Callable[[int, int, mx.array], None],
+) -> None:
+    """A forward pass that reads and writes each micro-batch's key-value cache. Each block is read once for all.
+
+    Args:
+        head_tokens: whose logits exist at once.
+        wanted: for each micro-batch, places in its tokens `[B x T]` (flat, int32 `[n]`) whose logits are asked for.
+        take: `take(micro_batch, first, logits)` gets them, `[n, V]`, of the wanted places from `first` on.
+    """
+
+    def forward(position: int, batch: Passenger) -> None:
+        output, _ = chain.forward(position, batch, hidden.pop((batch.index, position)), training=False)
+        caches = [leaf for leaf in batch.side[position].objects if hasattr(leaf, "state")]
+        weights.hand_over(output, [cache.state for cache in caches])
+        hidden.put((batch.index, position + 1), output, may_spill=False)
+
+    def head(batch: Passenger) -> None:
+        last, places = hidden.pop((batch.index, len(chain.visits))), wanted[batch.index]
+        if not chain.gives_tokens_alone(batch, last):
+            logits = chain.logits(batch, last)
+            take(batch.index, 0, logits.reshape(-1, logits.shape[-1])[places])
+            return
+        flat = last.reshape(1, -1, last.shape[-1])
+        for first in range(0, places.size, head_tokens):
+            take(batch.index, first, chain.logits(batch, flat[:, places[first : first + head_tokens]])[0])
+
+    embed(chain, batches, hidden, training=False)
+    run_forward(chain, batches, weights, forward)
+    run_head(chain, batches, weights, head)
 
 
 def first_not_finite(
