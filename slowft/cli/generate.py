@@ -39,6 +39,7 @@ QUOTES = '"""'
 @click.option("--kv-bits", type=click.Choice(["2", "3", "4", "5", "6", "8"]), help="Quantize keys and values.")
 @click.option("--kv-group-size", type=int, default=64, show_default=True, help="Of quantized keys and values.")
 @click.option("--quantized-kv-start", type=int, default=5000, show_default=True, help="Quantize from so many tokens.")
+@click.option("--spill-kv", is_flag=True, help="Keys and values go to disk: for long texts, or more rows at a time.")
 @click.option("--draft-model", metavar="DIR", help="Small model in memory that guesses tokens; changes no answer.")
 @click.option("--draft-lookup", is_flag=True, help="Guess that what was said before is said again; changes no answer.")
 @click.option("--num-draft-tokens", type=int, help="Guessed at most at a time; by default as measured.")
@@ -83,6 +84,8 @@ def generate(
         prompt = "-"
     if prompt == "-":
         prompt = sys.stdin.read()
+    if prompt is not None and not prompt.strip():
+        raise click.UsageError("the prompt is empty. Give some text")
     from ..inference.session import Session, Settings
 
     report = make_report(as_json)

@@ -168,9 +168,9 @@ class Budget:
         if not fits(1):
             needed = enough(planner(1, 1).least().peak_nbytes)
             raise ConfigError(
-                f"memory of {self.memory / 1e9:.2f} GB is too little for a text of {wave.tokens} tokens that is answered "
-                f"with up to {wave.total - wave.tokens}: give at least {needed / 1e9:.2f}GB, or make --max-tokens or the "
-                "prompt smaller"
+                f"memory of {self.memory / 1e9:.2f} GB is too little for a text of {wave.tokens} tokens that is "
+                f"answered with up to {wave.total - wave.tokens}: give at least {needed / 1e9:.2f}GB, or make "
+                "--max-tokens or the prompt smaller"
             )
         rows = _most(wave.rows, fits)
         # Prompts that wait for a later pass cost it a reading; what all of them would take, it costs as memory.

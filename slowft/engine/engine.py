@@ -41,10 +41,11 @@ from .head import loss_mask, usual_chunk
 from .hidden import HiddenStates
 from .kept import KeptOutputs
 from .offloaded import OffloadedExperts
+from .parts import CachedProbe
 from .pieces import Pieces, PieceWork
 from .randomness import dropout_seed, keeping_random_state
+from .spilled_caches import SpilledCaches
 from .stats import Stats
-from .parts import CachedProbe
 from .traced import TracedCall
 from .trees import detach, uncompiled
 
@@ -330,6 +331,7 @@ class Engine:
         self,
         batches: Sequence[tuple[mx.array, list[Any], mx.array, bool | str]],
         take: Callable[[int, int, mx.array], None],
+        spilled: SpilledCaches | None = None,
     ) -> None:
         """A forward pass with key-value caches; see `step.decode`.
 
@@ -346,7 +348,7 @@ class Engine:
         try:
             with self._step_over(passengers, gradients=False):
                 if self.cut.is_chain:
-                    step.decode(self.chain, passengers, self.weights, self.hidden, n_head, wanted, take)
+                    step.decode(self.chain, passengers, self.weights, self.hidden, n_head, wanted, take, spilled)
                 else:
                     for batch, places in zip(passengers, wanted):
                         with self.chain.adapters.using(batch.adapter):

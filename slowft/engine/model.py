@@ -25,6 +25,7 @@ from ..weights.reader import Reader
 from ..weights.sources import placeholder
 from .budget import Budget
 from .engine import Engine
+from .spilled_caches import SpilledCaches
 from .stats import Stats
 
 # Without a plan, MLX keeps freed buffers up to this share of a block's weights: fresh pages cost more than the cast
@@ -240,6 +241,7 @@ class StreamedModel(nn.Module):
         self,
         batches: Sequence[tuple[mx.array, list[Any], mx.array, bool | str]],
         take: Callable[[int, int, mx.array], None],
+        spilled: SpilledCaches | None = None,
     ) -> None:
         """A forward pass over several batches that each have a key-value cache; each block is read once for all.
 
@@ -249,9 +251,10 @@ class StreamedModel(nn.Module):
             batches: (tokens int32 `[B, T]`; mlx-lm's caches, one for each block, which take the tokens in; places
                 `[n]` in the tokens, flat, whose logits are wanted; adapter, as in `MicroBatch`) of each.
             take: `take(batch, first, logits)` is given logits `[m, V]` of the wanted places from `first` on.
+            spilled: knows those caches that are on disk.
         """
         with self._not_training():
-            self.engine.decode(batches, take)
+            self.engine.decode(batches, take, spilled)
 
     def takes(self, tokens: mx.array, cache: list[Any]) -> bool:
         """Whether the model's call goes through with these caches. Only shapes are computed; the caches are spoilt."""

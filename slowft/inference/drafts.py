@@ -1,4 +1,4 @@
-"""Tokens that may come next, so that one reading of the weights can pay for several: guessed here, checked by the model.
+"""Tokens that may come next, so that one reading of the weights pays for several: guessed here, checked by the model.
 
 A draft never changes what is generated: the model chooses its own token at every place, with the random numbers of
 that place, and the draft counts as far as it is the same. (Leviathan et al., arXiv 2211.17192; prompt look-up is

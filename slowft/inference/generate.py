@@ -16,14 +16,16 @@ import mlx.core as mx
 
 from ..engine.budget import Wave
 from ..engine.model import StreamedModel
+from ..engine.spilled_caches import SpilledCaches
 from ..errors import ConfigError
 from ..planning.plan import Plan
-from .drafts import Depth, DraftModel, Drafter, PromptLookup
+from .drafts import Depth, Drafter, DraftModel, PromptLookup
 from .prompts import Asked, Prompt, Template, asked, check
 from .rows import Row
 from .sampling import Chooser, Processor, Sampler, Sampling
 from .waves import KeyValues, Waves
 
+PIECE = 256  # tokens that mlx-lm's caches grow by
 USUAL_WAVE = 32  # rows at a time where there is no ceiling to tell
 
 
@@ -98,6 +100,7 @@ class Generation:
         rows = [
             Row(i, one.id, list(one.tokens), one.max_tokens or max_tokens, adapter) for i, one in enumerate(prompts)
         ]
+        self._spilled: SpilledCaches | None = None
         self.wave, prefilled, self.plan = self._sizes(rows, wave, kept, drafter, draft_tokens)
         self._waves = Waves(
             model,
@@ -108,6 +111,7 @@ class Generation:
             drafter,
             Depth(draft_tokens),
             prefilled,
+            self._spilled,
         )
         for row in rows:
             row.state = Text(tokenizer, self._stop)
@@ -118,20 +122,44 @@ class Generation:
     def _sizes(
         self, rows: Sequence[Row], wave: int | None, kept: KeyValues, drafter: Any, draft_tokens: int | None
     ) -> tuple[int, int, Plan | None]:
-        n = min(len(rows), wave or len(rows))
+        model, n = self._model, min(len(rows), wave or len(rows))
         if not n:
             return 1, 1, None
-        if self._model.memory is None:
-            return min(n, USUAL_WAVE) if wave is None else n, n, None
         longest = max(len(row.prompt) for row in rows)
         total = max(len(row.prompt) + row.limit for row in rows)
-        of_layers = kept_nbytes(self._model, kept, total)
+        if kept.spill_kv and (kept.kv_bits is not None or not model.engine.cut.is_chain):
+            raise ConfigError(
+                "--spill-kv goes neither with --kv-bits nor with a model whose blocks form no chain. Leave one out"
+            )
+        if model.memory is None:
+            n = min(n, wave or USUAL_WAVE)
+            if kept.spill_kv:
+                self._spill(n, total, kept)
+            return n, n, None
         beside = 0
         if isinstance(drafter, DraftModel):
             beside = sum(kept_nbytes(drafter.model, KeyValues(), total))
         tokens = max(longest, (draft_tokens or Depth().most) + 1 if drafter is not None else 1)
-        self._model.budget.measure_anew()  # tokenizer and drafter are in memory now
-        return self._model.budget.cover_decoding(Wave(n, tokens, total, sum(of_layers) + beside, max(of_layers)))
+        model.budget.measure_anew()  # tokenizer and drafter are in memory now
+        of_layers = kept_nbytes(model, kept, total)
+        # what is spilled comes a block at a time, the next one's too
+        in_memory = kept_nbytes(model, kept, PIECE) if kept.spill_kv else of_layers
+        least = Wave(n, tokens, total, sum(in_memory) + beside, max(of_layers))
+        sizes = model.budget.cover_decoding(least)
+        if kept.spill_kv:
+            self._spill(sizes[0], total, kept)
+        return sizes
+
+    def _spill(self, rows: int, tokens: int, kept: KeyValues) -> None:
+        piece = kept_nbytes(self._model, kept, PIECE)
+        grows = [more > nbytes for more, nbytes in zip(kept_nbytes(self._model, kept, 2 * PIECE), piece)]
+        of_token = [nbytes // PIECE if g else 0 for nbytes, g in zip(piece, grows)]
+        self._spilled = SpilledCaches(self._model.budget.directory, rows, tokens, of_token)
+
+    def close(self) -> None:
+        """Give back what rows on disk take. Answers that are not finished are lost."""
+        if self._spilled is not None:
+            self._spilled.close()
 
     @property
     def tokens_per_reading(self) -> float:
@@ -155,8 +183,11 @@ class Generation:
         return self._waves.prompt_tokens
 
     def __iter__(self) -> Iterator[Answer]:
-        while not self._waves.is_done:
-            yield from self.step()
+        try:
+            while not self._waves.is_done:
+                yield from self.step()
+        finally:
+            self.close()
 
     def step(self) -> list[Answer]:
         """One reading of the weights; the answers that it finished."""

@@ -66,8 +66,8 @@ class Results:
             os.fsync(self._out.fileno())
         except OSError as e:
             raise SlowftError(
-                f"{self._file} cannot be written ({len(line)} bytes): {e.strerror}. The {len(self._lines)} answers in it "
-                "are whole; give the same command again to go on"
+                f"{self._file} cannot be written ({len(line)} bytes): {e.strerror}. The {len(self._lines)} answers in "
+                "it are whole; give the same command again to go on"
             ) from None
         self._lines[answer.number] = line
 

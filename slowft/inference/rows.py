@@ -139,7 +139,7 @@ def merged(caches: Sequence[Any]) -> Any:
 
 
 def room_to_cut_back(cache: Any) -> int:
-    """How many of its next tokens a cache can forget: none that a recurrence takes in, nor where a window overwrites."""
+    """How many of its next tokens a cache can forget: none that a recurrence takes in, or that a window overwrites."""
     from mlx_lm.models.cache import BatchKVCache
 
     if hasattr(cache, "filter"):  # of several rows

@@ -15,7 +15,7 @@ from ..engine.budget import default_memory
 from ..engine.model import open_model
 from ..errors import ConfigError
 from ..models.adapters import CONFIG, WEIGHTS
-from .generate import Answer, Generation
+from .generate import Generation
 from .prompts import Asked, Prompt, Template, asked, read
 from .results import Results
 from .sampling import Sampling
@@ -47,6 +47,7 @@ class Settings:
     kv_bits: int | None = None
     kv_group_size: int = 64
     quantized_kv_start: int = 5000
+    spill_kv: bool = False
     draft_model: str | None = None
     draft_lookup: bool = False
     num_draft_tokens: int | None = None
@@ -154,6 +155,7 @@ class Session:
                             results.add(answer.with_number(number))
                             results.done.add(number)
                         tell(run, len(left) - (len(prompts) - len(results.done)))
+                run.close()
                 report.generated(run, time.perf_counter() - begin, file)
             results.finish()
         finally:

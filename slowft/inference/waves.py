@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..engine.model import StreamedModel
+from ..engine.spilled_caches import SpilledCaches
 from ..errors import ConfigError, SlowftError
 from .drafts import Depth, Drafter
 from .rows import Group, MergeTrial, Row, room_to_cut_back
@@ -27,12 +28,14 @@ class KeyValues:
         max_kv_size: tokens that a row remembers at most, in a rotating cache; None: all.
         kv_bits: of quantized keys and values, in groups of `kv_group_size`; None: as they were computed.
         quantized_kv_start: tokens from which a row's are quantized.
+        spill_kv: they go to disk, all but a row's last few hundred tokens, and are read back for each token.
     """
 
     max_kv_size: int | None = None
     kv_bits: int | None = None
     kv_group_size: int = 64
     quantized_kv_start: int = 5000
+    spill_kv: bool = False
 
 
 @dataclass
@@ -59,6 +62,7 @@ class Waves:
         kept: what is done with keys and values.
         drafter, depth: guess tokens, and how many; None: no guessing.
         prefilled: prompts at most that go through in one pass.
+        spilled: takes the rows' keys and values; None: they stay in memory.
 
     Attributes:
         passes: readings of the weights so far; tokens: of answers.
@@ -74,6 +78,7 @@ class Waves:
         drafter: Drafter | None = None,
         depth: Depth | None = None,
         prefilled: int | None = None,
+        spilled: SpilledCaches | None = None,
     ):
         from mlx_lm.models.cache import KVCache
 
@@ -84,7 +89,8 @@ class Waves:
         self._groups: list[Group] = []
         self.passes = self.tokens = self.prompt_tokens = 0
         self._trial: MergeTrial | None = None
-        self._may_merge = size > 1 and self._kept.kv_bits is None
+        self._spilled = spilled
+        self._may_merge = size > 1 and self._kept.kv_bits is None and spilled is None
         fixed = [cache for cache in self._fresh_cache() if not room_to_cut_back(cache)]
         if drafter is not None and fixed:
             kinds = sorted({type(cache).__name__ for cache in fixed})
@@ -137,7 +143,7 @@ class Waves:
                 self._trial.take(number - len(groups), logits)
 
         begin = time.perf_counter()
-        self._model.decode(batches, take)
+        self._model.decode(batches, take, self._spilled)
         if not newcomers:
             n_tokens = sum(tokens.size for tokens, *_ in batches)
             self._depth.passed(time.perf_counter() - begin, self._model.stats.last.wait_s, n_tokens)
@@ -160,7 +166,10 @@ class Waves:
     def _newcomers(self) -> list[Group]:
         """Rows that there is room for. Each prompt goes alone: padded, not all architectures compute the same."""
         n = min(self._size - len(self.rows), len(self._waiting), self._prefilled)
-        return [Group([self._waiting.popleft()], self._fresh_cache()) for _ in range(n)]
+        groups = [Group([self._waiting.popleft()], self._fresh_cache()) for _ in range(n)]
+        for group in groups if self._spilled is not None else ():
+            self._spilled.add(group.cache)
+        return groups
 
     def _trial_batches(self, groups: Sequence[Group]) -> list:
         """What goes along to find out whether rows can be merged."""
@@ -219,6 +228,8 @@ class Waves:
             for row in group.rows:
                 if row.finish_reason is not None and self._drafter is not None:
                     self._drafter.forget(row)
+                if row.finish_reason is not None and self._spilled is not None:
+                    self._spilled.remove(group.cache)
             group.drop_finished()
         self._groups = [group for group in self._groups if group.rows]
 

@@ -11,7 +11,6 @@ from .. import platform
 from .base import Report
 from .plan import three_lines
 
-
 SECONDS_BETWEEN_LINES = 30
 
 
