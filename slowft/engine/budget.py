@@ -175,16 +175,15 @@ class Budget:
         rows = _most(wave.rows, fits)
         # Prompts that wait for a later pass cost it a reading; what all of them would take, it costs as memory.
         prompts = _most(rows, lambda n: n == 1 or n * 2 * self._hidden(wave.tokens) <= memory // 8 and fits(rows, n))
-        plan = planner(rows, prompts).choose(memory)
+        plan = planner(rows, prompts).forward_only(memory)
         self._follow(plan)
         self._shape = (0, 0, 0)  # a step of training is planned anew
         return rows, prompts, plan
 
     def predict_decoding(self, rows: int, plan: Plan) -> Plan:
-        """What a pass that gives each row a token will take, as far as it is known how fast this machine is."""
-        return self.planner(rows, 1, 1, training=False).predict(
-            self._job(rows, 1, 1, Chunking(), training=False), plan.schedule
-        )
+        """What a pass that gives each of so many rows a token takes, under the plan that is followed."""
+        job = self._job(rows, 1, 1, Chunking(), training=False)
+        return self.planner(rows, 1, 1, training=False).predict(job, plan.schedule)
 
     def _hidden(self, tokens: int) -> int:
         return tokens * self._engine.cut.hidden_nbytes

@@ -196,11 +196,16 @@ class Session:
 
 
 def _planned(run: Generation) -> str:
-    plan, rows = run.plan, f"{run.wave} of {run.prompts} rows at a time"
+    """What is kept in memory, and how fast that should be."""
+    plan, text = run.plan, f"{run.wave} of {run.prompts} rows at a time"
     if plan is None:
-        return rows
+        return text
     if plan.is_ordinary:
-        return f"{rows}, all weights stay in memory; peak {plan.peak_nbytes / 1e9:.2f} GB"
-    n = len(plan.job.visits)
-    stays = f"{plan.resident_blocks} of {n} blocks stay in memory"
-    return f"{rows}, {stays}; {plan.read_nbytes / 1e9:.2f} GB a reading, peak {plan.peak_nbytes / 1e9:.2f} GB"
+        text += ", all weights stay in memory"
+    else:
+        text += f", {plan.resident_blocks} of {len(plan.job.blocks)} blocks stay in memory"
+        text += f", {plan.read_nbytes / 1e9:.2f} GB a reading"
+    text += f"; peak {plan.peak_nbytes / 1e9:.2f} of {plan.memory / 1e9:.2f} GB"
+    if run.predicted is not None:
+        text += f", about {run.wave / run.predicted.step_s:.2g} tok/s"
+    return text
