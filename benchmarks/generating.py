@@ -119,8 +119,9 @@ def main() -> None:
             right = f", {found['accepted']} of {found['drafted']} drafted tokens right" if found["drafted"] else ""
             print(
                 f"{name:14} {found['tokens_per_s']:6.2f} tok/s, {found['times']:5.1f} times; "
-                f"{found['tokens_per_pass']:5.1f} tokens a reading, {found['pass_s']:.2f} s each (predicted {found['predicted_pass_s']:.2f}), waiting "
-                f"{found['wait_share']:.0%}; kernel's peak {peak / 1e6:.0f} MB{right}",
+                f"{found['tokens_per_pass']:5.1f} tokens a reading, {found['pass_s']:.2f} s each "
+                f"(predicted {found['predicted_pass_s']:.2f}), waiting {found['wait_share']:.0%}; "
+                f"kernel's peak {peak / 1e6:.0f} MB{right}",
                 flush=True,
             )
     RESULTS.mkdir(exist_ok=True)
