@@ -1,10 +1,11 @@
-"""Tokens a second of generation: waves of rows and drafts against one prompt at a time, reads held to a laptop's balance.
+"""Tokens a second of generation: waves of rows and drafts against one prompt at a time, reads as slow as a laptop's.
 
 python benchmarks/generating.py     # as root: memory and reads are limited by a cgroup; about 3 minutes
 
-Asked: at least 20 times at 32 rows; the prediction within 25%. Writes JSON to benchmarks/results/. Each way is a process
-of its own, told to answer random prompts with so many tokens; the pass that takes in the prompts is not counted. Drafts
-are measured with a text that repeats itself, which is what prompt look-up is for; how often they are right is printed.
+Asked: at least 20 times at 32 rows; the prediction within 25%. Writes JSON to benchmarks/results/. Each way is a
+process of its own, told to answer random prompts with so many tokens; the passes that take in the prompts are not
+counted. Drafts are measured with a text that repeats itself, which is what prompt look-up is for; how often they are
+right is printed.
 """
 
 import slowft  # noqa: F401, I001  (before mlx: it loads OpenBLAS)
