@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from .errors import ModelError as ModelError
     from .errors import SlowftError as SlowftError
     from .errors import SlowftWarning as SlowftWarning
+    from .inference.generate import Answer as Answer
+    from .inference.generate import generate as generate
     from .planning.plan import Plan as Plan
     from .training.config import TrainConfig as TrainConfig
     from .training.trainer import Trainer as Trainer
@@ -41,6 +43,7 @@ _WHERE = {
     "engine.model": ("MicroBatch", "StreamedModel", "open_model"),
     "engine.randomness": ("dropout_seed",),
     "errors": ("AdapterError", "ConfigError", "DataError", "ModelError", "SlowftError", "SlowftWarning"),
+    "inference.generate": ("Answer", "generate"),
     "planning.plan": ("Plan",),
     "training.config": ("TrainConfig",),
     "training.trainer": ("Trainer",),

@@ -11,6 +11,7 @@ from ..errors import ConfigError, Interrupted, SlowftError, reason_of
 COMMANDS = {
     "finetune": "Train a LoRA adapter with the base model streamed from disk.",
     "data": "Show what will be trained on: counts, lengths, samples with trained tokens marked.",
+    "generate": "Answer prompts, many in each reading of the weights.",
     "plan": "Say what a job would take on this machine: memory, reads, seconds.",
     "prepare": "Write a model anew so that it streams: experts stacked, quantized if asked for.",
     "verify": "Check a model's files against their checksums.",

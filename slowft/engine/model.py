@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from ..weights.reader import Reader
 from ..weights.sources import placeholder
 from .budget import Budget
 from .engine import Engine
+from .spilled_caches import SpilledCaches
 from .stats import Stats
 
 # Without a plan, MLX keeps freed buffers up to this share of a block's weights: fresh pages cost more than the cast
@@ -235,6 +236,44 @@ class StreamedModel(nn.Module):
         self.budget.cover(*_shape([(passenger.batch, passenger.lengths) for passenger in passengers]))
         losses = self.engine.losses([(p.batch, p.lengths, p.adapter) for p in passengers])
         return losses[0] if lengths is not None else losses
+
+    def decode(
+        self,
+        batches: Sequence[tuple[mx.array, list[Any], mx.array, bool | str]],
+        take: Callable[[int, int, mx.array], None],
+        spilled: SpilledCaches | None = None,
+    ) -> None:
+        """A forward pass over several batches that each have a key-value cache; each block is read once for all.
+
+        The numbers are those of `model(tokens, cache=cache)` for each of them.
+
+        Args:
+            batches: (tokens int32 `[B, T]`; mlx-lm's caches, one for each block, which take the tokens in; places
+                `[n]` in the tokens, flat, whose logits are wanted; adapter, as in `MicroBatch`) of each.
+            take: `take(batch, first, logits)` is given logits `[m, V]` of the wanted places from `first` on.
+            spilled: knows those caches that are on disk.
+        """
+        with self._not_training():
+            self.engine.decode(batches, take, spilled)
+
+    def takes(self, tokens: mx.array, cache: list[Any]) -> bool:
+        """Whether the model's call goes through with these caches. Only shapes are computed; the caches are spoilt."""
+        try:
+            self.engine.look(tokens, cache)
+        except (ValueError, TypeError, RuntimeError, AttributeError, NotImplementedError):
+            return False
+        return True
+
+    @contextmanager
+    def _not_training(self) -> Iterator[None]:
+        """While this is entered, dropout and the like are as in evaluation."""
+        training = [module for module in self.modules() if module.training]
+        self.eval()
+        try:
+            yield
+        finally:
+            for module in training:
+                module._training = True
 
     def first_not_finite(self, micro_batches: Sequence[tuple[mx.array, mx.array]]) -> str | None:
         """Where, in the step over these micro-batches that was just taken, a value first was not finite, in words.
