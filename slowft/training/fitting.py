@@ -18,6 +18,7 @@ from ..data.batches import BatchStream
 from ..data.store import TokenDataset
 from ..engine.budget import STEPS_TO_LEARN_FROM
 from ..errors import AdapterError, Interrupted, PeerLost, SlowftError
+from ..memory import limits
 from .checkpoint import Checkpoint, Checkpoints, check_finite
 from .machines import checksum
 from .status import Status
@@ -222,16 +223,14 @@ class Fit:
 
     def save_after(self, lost: PeerLost) -> PeerLost:
         """A machine was lost: write what the last whole step left, and say how to go on."""
-        p, how = self.progress, "the same command"
+        p = self.progress
+        limits().restore()  # at its memory limit MLX waits for what is under way: for ever, if that is a sum
         if p.iteration and self._machines.leads(lost.loss):
             self._write_checkpoint(lost)
             self.checkpoints.wait()
-        after = f"after iteration {p.iteration}" if p.iteration else "before the first step"
-        if p.iteration:
-            how += f" with --resume goes on from {self.checkpoints.directory}"
-        else:
-            how += " begins again"
-        return PeerLost(f"{lost}, {after}. With all machines there, {how}", lost.loss)
+        what = self._machines.describe(lost.loss, f" after iteration {p.iteration}")
+        how = f"with --resume goes on from {self.checkpoints.directory}" if p.iteration else "begins again"
+        return PeerLost(f"{what}. With all machines there, the same command {how}", lost.loss)
 
     def _write_checkpoint(self, lost: PeerLost | None = None) -> None:
         check_finite(self._model)

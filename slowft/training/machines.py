@@ -115,7 +115,12 @@ class Machines:
         return [row.tobytes() for row in found.reshape(self.size, -1)]
 
     def _together(self, collective: Callable[..., mx.array], values: np.ndarray) -> np.ndarray:
-        return self._run(lambda: np.array(collective(mx.array(values), group=self._group, stream=mx.cpu)))
+        def take_part() -> np.ndarray:
+            found = collective(mx.array(values), group=self._group, stream=mx.cpu)
+            mx.eval(found)  # lets other threads run meanwhile, which the conversion to NumPy does not
+            return np.array(found)
+
+        return self._run(take_part)
 
     def _run(self, function: Callable[[], T]) -> T:
         """`function()` on MLX's thread.
@@ -140,8 +145,12 @@ class Machines:
         """The error to raise; from now on the process can only end by force: a thread may be inside of MLX for ever."""
         self._peers.lose(loss)
         self._is_stuck = True
+        return PeerLost(self.describe(loss), loss)
+
+    def describe(self, loss: Loss, when: str = "") -> str:
+        """Which machine was lost, when, and why."""
         who = "a machine" if loss.rank is None else _name(loss.rank, self.size)
-        return PeerLost(f"{who} {'failed' if loss.said else 'was lost'}: {loss.why}", loss)
+        return f"{who} {'failed' if loss.said else 'was lost'}{when}: {loss.why}"
 
     def _work(self) -> None:
         while True:

@@ -96,12 +96,12 @@ class Peers:
         selector = selectors.DefaultSelector()
         for rank, connection in self._peers.items():
             selector.register(connection, selectors.EVENT_READ, (rank, bytearray()))
-        while selector.get_map():
+        while selector.get_map():  # until all have gone
             for key, _ in selector.select():
                 rank, text = key.data
                 try:
                     data = key.fileobj.recv(4096)
-                    why = "its connection was closed: the process has ended"
+                    why = "the process has ended"
                 except OSError as e:
                     data, why = b"", f"its connection is lost ({e.strerror})"
                 text += data
@@ -111,8 +111,10 @@ class Peers:
                     self._hear(rank, json.loads(line))
                 if not data:
                     selector.unregister(key.fileobj)
+                    key.fileobj.close()
                     self.lose(Loss(rank, why))
                     self._note(rank, self._left, self._gone)
+        selector.close()
 
     def _hear(self, rank: int, message: dict) -> None:
         if "failed" in message:
