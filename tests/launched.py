@@ -53,6 +53,8 @@ class Group:
         ]
         for process in self.processes:
             process.start()
+        for out in self.out:
+            out.touch()
 
     def finish(self, seconds: float = 60) -> list[tuple[int | None, str]]:
         """(exit status, what was printed) of each; None: it hangs, and is killed."""
@@ -66,7 +68,7 @@ class Group:
 
 def _child(rank: int, hosts: str, out: str, work, args) -> None:
     os.environ |= {"MLX_RANK": str(rank), "MLX_HOSTFILE": hosts}
-    with open(out, "w") as file:
+    with open(out, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.stdout = sys.stderr = open(out, "a", buffering=1)  # noqa: SIM115  (until the process ends)

@@ -15,6 +15,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 from conftest import LLAMA, save_random
 from launched import Group, hosts_file, train
@@ -179,6 +180,27 @@ def test_one_that_never_comes_is_named(monkeypatch):
     listener.close()
     with pytest.raises(PeerLost, match="machine 2, 3 of 3 did not come within"):
         peers.Peers(0, 3, address)
+
+
+# --- Planned -------------------------------------------------------------------------------------------
+
+
+def test_a_plan_of_several_machines_is_that_of_ones_share_and_the_sum(model):
+    """Rows are split, reads are not: each reads all of its own copy."""
+    from slowft.planning.several import LINK_NBYTES_S, shared
+
+    with slowft.open_model(model) as opened:
+        opened.add_lora(num_layers=-1)
+        trainable = sum(array.nbytes for _, array in tree_flatten(opened.trainable_parameters()))
+        nbytes, planner_of = 2 * 10**9, lambda rows: opened.planner(rows, 64)
+        found = [shared(n, 12, nbytes, planner_of, machines.COPIES) for n in (2, 4, 8)]
+        for one, n in zip(found[:2], (2, 4)):
+            alone = opened.plan(12 // n, 64, memory=nbytes - 3 * trainable)
+            assert one.rows == 12 // n and one.read_nbytes == alone.read_nbytes
+            assert one.sum_s == pytest.approx(2 * (n - 1) / n * trainable / LINK_NBYTES_S)
+            assert one.step_s == pytest.approx(alone.step_s + one.sum_s)
+            assert one.peak_nbytes == alone.peak_nbytes + 3 * trainable
+    assert found[2].rows is None and found[2].reason == "a batch of 12 cannot be shared by 8 machines"
 
 
 # --- Alone -----------------------------------------------------------------------------------------------

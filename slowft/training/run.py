@@ -54,6 +54,8 @@ def _run(config: TrainConfig, report: Report) -> dict:
         trust_remote_code=config.trust_remote_code,
     )
     try:
+        if machines.size > 1:
+            report.joined(machines.size, config.batch_size // machines.size)
         told = Reports(report, CallbackReport(_callback(config))) if config.report_to and machines.rank == 0 else report
         trainer = Trainer(model, config, told)
         if config.train:
