@@ -2,9 +2,9 @@
 
 python benchmarks/several.py                     # about 3 minutes; writes JSON to benchmarks/results/
 
-"one core": a process held to one core. "two, a core each": two of them with the same joint batch, which is what a second
-machine does, but for the link (here the loopback) and for memory and disk, which they share. "both cores": one process
-with all that the two had together. The model is random, of the shape that --shape names.
+"one core": a process held to one core. "two, a core each": two of them with the same joint batch, as a second machine
+would be, but for the link (here the loopback) and for memory and disk, which they share. "both cores": one process with
+all that the two had together. The model is random, of the shape that --shape names.
 """
 
 import argparse
@@ -110,8 +110,9 @@ def main() -> None:
     turns: dict[str, list[dict]] = {way: [] for way in WAYS}
     for _ in range(options.turns):
         for way, (n, cores) in WAYS.items():
-            turns[way].append(measured(n, cores, arguments))
-            print(f"{way:18} {turns[way][-1]['step_s']:.3f} s a step, of it {turns[way][-1]['together_s']:.3f} together")
+            turn = measured(n, cores, arguments)
+            turns[way].append(turn)
+            print(f"{way:18} {turn['step_s']:.3f} s a step, of it {turn['together_s']:.3f} together", flush=True)
     medians = {way: statistics.median(turn["step_s"] for turn in found) for way, found in turns.items()}
     ratio = medians["one core"] / medians["two, a core each"]
     print(", ".join(f"{way} {seconds:.3f} s" for way, seconds in medians.items()))

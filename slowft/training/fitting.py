@@ -224,13 +224,15 @@ class Fit:
     def save_after(self, lost: PeerLost) -> PeerLost:
         """A machine was lost: write what the last whole step left, and say how to go on."""
         p = self.progress
-        limits().restore()  # at its memory limit MLX waits for what is under way: for ever, if that is a sum
+        limits().abandon()
         if p.iteration and self._machines.leads(lost.loss):
             self._write_checkpoint(lost)
             self.checkpoints.wait()
         what = self._machines.describe(lost.loss, f" after iteration {p.iteration}")
         how = f"with --resume goes on from {self.checkpoints.directory}" if p.iteration else "begins again"
-        return PeerLost(f"{what}. With all machines there, the same command {how}", lost.loss)
+        said = f"{what}. With all machines there, the same command {how}"
+        self._machines.end_soon(said)
+        return PeerLost(said, lost.loss)
 
     def _write_checkpoint(self, lost: PeerLost | None = None) -> None:
         check_finite(self._model)

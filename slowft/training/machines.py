@@ -28,6 +28,7 @@ from .peers import FAIL_S, JOIN_S, Loss, Peers
 
 T = TypeVar("T")
 SMALL_NBYTES = 512  # of a message that takes one round: its length and its text
+END_S = 10.0  # that a process has to end by itself after a loss
 COPIES = 3  # of the trainable parameters that a sum takes at most: what goes in, MLX's, what comes out
 
 
@@ -107,6 +108,18 @@ class Machines:
         except BaseException as e:
             self.fail(e)
             raise
+
+    def end_soon(self, said: str) -> None:
+        """A machine was lost, and all is written: should anything else wait for MLX, the process ends nevertheless."""
+
+        def end() -> None:
+            if self.speaks:
+                print(f"Error: {said}", file=sys.stderr, flush=True)
+            os._exit(1)
+
+        timer = threading.Timer(END_S, end)
+        timer.daemon = True
+        timer.start()
 
     # --- MLX's thread ---------------------------------------------------------------------------------
 
