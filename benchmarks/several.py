@@ -77,12 +77,14 @@ def work(model: str, rows: int, tokens: int, steps: int, memory: str) -> None:
             print(json.dumps(found | {"together_s": sum(together_s) / (steps + 1), "adapter_nbytes": adapter}))
 
 
-def measured(n: int, cores: int, arguments: list[str]) -> dict:
+def measured(model: str, n: int, cores: int, arguments: list[str]) -> dict:
     """One turn of `n` processes."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--work", *arguments, "--cores", str(cores)]
+    command = [sys.executable, str(Path(__file__).resolve()), "--work", model, *arguments, "--cores", str(cores)]
     if n > 1:
         command = [str(Path(sys.executable).with_name("mlx.launch")), "-n", str(n), "--backend", "ring", *command]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    with tempfile.TemporaryDirectory() as cache:  # what is learnt of one core is not this machine's
+        environment = os.environ | {"XDG_CACHE_HOME": cache}
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment)
     if done.returncode:
         sys.exit(done.stderr[-2000:])
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -91,26 +93,26 @@ def measured(n: int, cores: int, arguments: list[str]) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="llama-135m", choices=sorted(SHAPES))
-    parser.add_argument("--rows", type=int, default=8, help="of the joint batch")
-    parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=4, help="of the joint batch")
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--memory", default="1GB", help="of each process")
-    parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--work", metavar="MODEL", help=argparse.SUPPRESS)
     parser.add_argument("--cores", type=int, default=1, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    model = str(cached(config_of(options.shape)))
-    if options.work:
+    if options.work is not None:
         rank, cores = int(os.environ.get("MLX_RANK", 0)), sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, cores[rank * options.cores :][: options.cores])
-        work(model, options.rows, options.tokens, options.steps, options.memory)
+        work(options.work, options.rows, options.tokens, options.steps, options.memory)
         return
+    model = str(cached(config_of(options.shape)))
     own = {name: str(getattr(options, name)) for name in ("shape", "rows", "tokens", "steps", "memory")}
     arguments = [text for name, value in own.items() for text in (f"--{name}", value)]
     turns: dict[str, list[dict]] = {way: [] for way in WAYS}
     for _ in range(options.turns):
         for way, (n, cores) in WAYS.items():
-            turn = measured(n, cores, arguments)
+            turn = measured(model, n, cores, arguments)
             turns[way].append(turn)
             print(f"{way:18} {turn['step_s']:.3f} s a step, of it {turn['together_s']:.3f} together", flush=True)
     medians = {way: statistics.median(turn["step_s"] for turn in found) for way, found in turns.items()}
