@@ -88,7 +88,7 @@ class TrainConfig:
         },
     )
     num_layers: int = field(default=16, metadata={"help": "Blocks to fine-tune, counted from the last; -1 for all."})
-    batch_size: int = field(default=4, metadata={"help": "Sequences in a micro-batch."})
+    batch_size: int = field(default=4, metadata={"help": "Sequences in a micro-batch, of all machines together."})
     iters: int = field(default=1000, metadata={"help": "Micro-batches to train for."})
     val_batches: int = field(default=25, metadata={"help": "Validation batches, -1 for the whole validation set."})
     learning_rate: float = field(default=1e-5, metadata={"help": "Learning rate of the optimizer."})
