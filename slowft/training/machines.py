@@ -84,6 +84,13 @@ class Machines:
         values = np.frombuffer(padded, np.int32)  # a sum with zeros keeps every bit of an integer
         return self._together(mx.distributed.all_sum, values).tobytes()[:nbytes]
 
+    def in_turn(self, function: Callable[[], object]) -> None:
+        """`function()` on one machine after the other: for what would meet on a disk that they share."""
+        for rank in range(self.size):
+            if rank == self.rank:
+                function()
+            self.gather(None)
+
     def leads(self, loss: Loss | None = None) -> bool:
         """Whether this machine writes files and speaks: the first does, and every one that is left without it."""
         return self.rank == 0 or (loss is not None and loss.rank == 0)

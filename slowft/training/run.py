@@ -41,7 +41,7 @@ def _run(config: TrainConfig, report: Report) -> dict:
     config.build_optimizer()
     rows_of(config, machines)
     if config.train:
-        check_writable(Path(config.adapter_path))
+        machines.in_turn(lambda: check_writable(Path(config.adapter_path)))
     if config.gentle:
         platform.be_gentle()
     if config.activation_cache_size is not None:

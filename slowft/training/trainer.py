@@ -228,7 +228,7 @@ class Trainer:
             raise DataError("the training set is empty or missing. Put samples into train.jsonl")
         check_size(train, c.batch_size, "training")
         check_size(valid if valid is not None else [], c.batch_size, "validation")
-        check_writable(Path(c.adapter_path))
+        self.machines.in_turn(lambda: check_writable(Path(c.adapter_path)))
         optimizer = c.build_optimizer()
         self.attach()
         self.agree(train, valid)
