@@ -15,6 +15,7 @@ import fnmatch
 import hashlib
 import importlib.metadata
 import io
+import math
 import os
 import re
 import tempfile
@@ -38,6 +39,10 @@ MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
 INDEX = "model.safetensors.index.json"
 COPIED = (*manifest.USED, "*.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
 WHOLE_NBYTES = 128 << 20  # what takes less is computed whole, even if it could be done in pieces
+USUAL_NBYTES = 400 << 20  # of a process that converts: what MLX, mlx-lm and pieces take
+PRODUCT_ITEM_NBYTES = 16  # for each element of a weight that is fused whole: it, the product, their sum, the one before
+# Of a product, computed at a time: OpenBLAS takes rows by 12 and by 16, and adds the rest up in another order.
+PRODUCT_ROWS = 48
 WRITTEN_ANEW = ("config.json", INDEX, "hf_quant_config.json", manifest.NAME)
 
 
@@ -58,8 +63,8 @@ class Options:
         """What must be the same for an unfinished output to be gone on with."""
         return dataclasses.asdict(self)
 
-    def change(self, model: nn.Module, config: dict) -> "Change":
-        """Cast and quantize the model, unevaluated.
+    def change(self, model: nn.Module, config: dict, path: Path) -> "Change":
+        """Cast and quantize the model of a directory, unevaluated.
 
         Raises:
             ValueError, TypeError, KeyError: mlx-lm cannot.
@@ -76,7 +81,7 @@ class Options:
         }
         if self.quantize and not quantized:
             raise ConfigError(
-                "--quantize has no effect: the model is quantized already, or has no layer that can be. "
+                f"--quantize has no effect: {path} is quantized already, or has no layer that can be. "
                 "Leave it out, or give the 16-bit model"
             )
         return Change(config, targets, quantized)
@@ -137,6 +142,8 @@ class RowWise:
         arrays: of the layer in the files: its weight, and if it is quantized scales and perhaps biases.
         compute: (the same as arrays, some entries of the first axis and rows of the second; which ones) -> the result
             there, unevaluated. Of a matrix the first are all: `slice(None)`.
+        is_product: rows are products of matrices, of which BLAS computes other last bits if there are other rows beside
+            them. They are computed all at once, of experts one by one, where the ceiling allows it: `Conversion.cut`.
         held_nbytes: memory besides those, at most, while any row is computed: of the adapter.
         parts: of each array, as a `Job` has them; filled in by `Conversion`.
     """
@@ -145,7 +152,9 @@ class RowWise:
     dtype: mx.Dtype
     arrays: dict[str, mx.array]
     compute: Callable[[dict[str, mx.array], slice, slice], mx.array]
+    is_product: bool = False
     held_nbytes: int = 0
+    is_whole: bool = False
     parts: dict[str, list["Extent | mx.array"]] = field(default_factory=dict)
 
 
@@ -217,7 +226,7 @@ class Changes(Protocol):
 
     def identity(self) -> dict: ...
 
-    def change(self, model: nn.Module, config: dict) -> Change: ...
+    def change(self, model: nn.Module, config: dict, path: Path) -> Change: ...
 
 
 class Conversion:
@@ -246,7 +255,7 @@ class Conversion:
         self.keeps_vision = "vision_tower" in getattr(model, "model", {})  # as mlx_lm.utils.save asks
         dense = dict(tree_flatten(model.parameters()))
         try:
-            change = options.change(model, self.config)
+            change = options.change(model, self.config, path)
         except (ValueError, TypeError, KeyError) as e:
             raise ModelError(f"{path}: mlx-lm cannot convert this model: {str(e).splitlines()[0]}") from None
         self.config = change.config
@@ -261,6 +270,8 @@ class Conversion:
         }
         jobs = self._jobs(built, dense, outputs, change)
         self.files = _files(model, tensors, jobs)
+        self._products = {name: rows for name, rows in change.row_wise.items() if rows.is_product}
+        self._cut: list[str] = []
         for file in self.files:
             self.index["weight_map"] |= {t.name: file.name for t in file.tensors}
         self.index["weight_map"] = dict(sorted(self.index["weight_map"].items()))
@@ -336,6 +347,21 @@ class Conversion:
             self.computed_nbytes = max(self.computed_nbytes, needed)
         self.computed_from = sorted({self._extents[name].file for name in whole} | {str(file) for file in change.reads})
 
+    def cut(self, limit: int) -> None:
+        """Say which products are computed some rows at a time, by a ceiling in bytes and by nothing else.
+
+        An unfinished output is gone on with by the same cuts only, so that its bytes are the same.
+        """
+        room = max(limit - USUAL_NBYTES, 0) // 2
+        for name, rows in self._products.items():
+            nbytes = math.prod(rows.shape[-2:]) * PRODUCT_ITEM_NBYTES
+            rows.is_whole = nbytes <= room
+            if not rows.is_whole:
+                self._cut.append(name)
+                nbytes = PRODUCT_ROWS * rows.shape[-1] * PRODUCT_ITEM_NBYTES
+            self.computed_nbytes = max(self.computed_nbytes, nbytes + rows.held_nbytes)
+        self._products = {}
+
     @property
     def nbytes(self) -> int:
         return sum(file.nbytes for file in self.files)
@@ -359,6 +385,7 @@ class Conversion:
             "source": str(self.path.resolve()),
             "source files": hashlib.sha256(repr(stats).encode()).hexdigest(),
             "options": self.options.identity(),
+            "--memory": hashlib.sha256(repr(sorted(self._cut)).encode()).hexdigest(),
             "versions": versions(),
             "layout": layout.hexdigest(),
         }

@@ -5,8 +5,9 @@ its weights, equal to what `mlx_lm.fuse` writes tensor by tensor, bit by bit. Wr
 each block, checksums, resumable. The arithmetic is that of mlx-lm's own layers (`fuse` of LoRALinear, DoRALinear and so
 on), on some of their rows at a time.
 
-Bits are those of one and the same MLX and BLAS. On Linux slowft loads OpenBLAS, and `mlx_lm.fuse` by itself does not:
-its products differ in the last bits of float32 there, of which few survive the rounding to 16 bits.
+Bits are those of one and the same BLAS, and of products that are computed whole, which `--memory` may have no room for
+(16 bytes for each element of the largest weight). Others differ in the last bits of float32 on a CPU, of which few
+survive the rounding to 16 bits. On Linux slowft loads OpenBLAS, and `mlx_lm.fuse` by itself does not.
 """
 
 import copy
@@ -92,7 +93,7 @@ class Fusion:
         adapter = {"file": str(file.resolve()), "nbytes": stat.st_size, "changed": stat.st_mtime_ns}
         return {"adapter": adapter | self.adapter.spec.as_config(), "dequantize": self.dequantize}
 
-    def change(self, model: nn.Module, config: dict) -> Change:
+    def change(self, model: nn.Module, config: dict, path: Path) -> Change:
         """Do as `mlx_lm.fuse` does, unevaluated."""
         from mlx_lm.utils import dequantize_model
 
@@ -107,7 +108,12 @@ class Fusion:
             base = _base(layer)
             fused = layer.fuse(dequantize=True).weight
             row_wise[f"{name}.weight"] = RowWise(
-                fused.shape, fused.dtype, _arrays(base), _fusing(layer), 2 * sum(a.nbytes for a in _own(layer).values())
+                fused.shape,
+                fused.dtype,
+                _arrays(base),
+                _fusing(layer),
+                is_product=True,
+                held_nbytes=2 * sum(array.nbytes for array in _own(layer).values()),
             )
             if hasattr(base, "bits") and not self.dequantize:
                 quantized.append(name)

@@ -27,7 +27,7 @@ from ..weights.extents import Extent
 from ..weights.reader import ByteRange, Reader
 from ..weights.tensorfile import ITEM_NBYTES, UNFINISHED, TensorFile, header, sync_directory, write_file
 from . import verify as manifest
-from .conversion import INDEX, Computed, Conversion, File, Job, Options, RowWise, versions
+from .conversion import INDEX, PRODUCT_ROWS, Computed, Conversion, File, Job, Options, RowWise, versions
 from .scan import EXPONENTS
 
 # Of a tensor, in the dtype of its file, read and worked on at a time. Larger pieces are no faster.
@@ -107,6 +107,7 @@ def write_model(
     Raises:
         ConfigError, ModelError, SlowftError: as `prepare` does.
     """
+    conversion.cut(limit)
     piece_nbytes = _piece_nbytes(conversion, limit)
     with _Output(output, conversion, note) as out:
         out.go_on(progress)
@@ -244,7 +245,7 @@ class _Worker:
                 for start in range(0, n, step):
                     yield _Piece(job, self._start_read(part, start, min(step, n - start)), part.file)
             elif isinstance(part, RowWise):
-                yield from self._row_wise_pieces(job, part)
+                yield from self._row_wise_pieces(job, part, step)
             elif isinstance(part, Computed):
                 for entries in self._entries(part):
                     yield from self._computed_pieces(job, part.compute(entries), step, part.extent.file)
@@ -260,15 +261,19 @@ class _Worker:
             n = min(step, n_entries - start)
             yield self._start_read(extent, start * per_entry, n * per_entry)().reshape(n, *extent.shape[1:])
 
-    def _row_wise_pieces(self, job: Job, part: RowWise) -> Iterator[_Piece]:
-        """Some rows after the other; of experts, several or some rows of one."""
+    def _row_wise_pieces(self, job: Job, part: RowWise, n_items: int) -> Iterator[_Piece]:
+        """Some rows after the other; of experts, several or some rows of one. In pieces of `n_items` if it is whole."""
         n_entries, n_rows = part.shape[:-1] if len(part.shape) == 3 else (1, part.shape[0])
         held = {
             key: [p if isinstance(p, Extent) else self._whole(job, p) for p in ps] for key, ps in part.parts.items()
         }
         wanted = max(self.piece_nbytes // (part.shape[-1] * COMPUTED_ITEM_NBYTES), 1)  # rows at a time
         per_piece = max(wanted // n_rows, 1)
-        step = n_rows if per_piece > 1 else _even(n_rows, wanted)
+        step = n_rows
+        if part.is_whole:
+            per_piece = 1
+        elif wanted < n_rows:
+            step = max(wanted // PRODUCT_ROWS, 1) * PRODUCT_ROWS
         for entry in range(0, n_entries, per_piece):
             for row in range(0, n_rows, step):
                 entries = slice(entry, min(entry + per_piece, n_entries))
@@ -285,7 +290,10 @@ class _Worker:
                     self._evaluate(job, array)
                     return array
 
-                yield _Piece(job, load, "the model")
+                if part.is_whole:
+                    yield from self._computed_pieces(job, load(), n_items, "the model")
+                else:
+                    yield _Piece(job, load, "the model")
 
     def _whole(self, job: Job, array: mx.array) -> mx.array:
         self._evaluate(job, array)
@@ -370,15 +378,6 @@ class _Worker:
             )
         kind = "NaN" if mx.isnan(array).any().item() else "infinity"
         return ModelError(f"{piece.source}: tensor {job.name} holds {kind}: the file is damaged. Download it again")
-
-
-def _even(n: int, wanted: int) -> int:
-    """About `wanted` of `n` rows at a time, no piece much smaller than the others.
-
-    Of a product of matrices as small as one row BLAS computes another way, whose last bits differ.
-    """
-    n_pieces = -(-n // wanted)
-    return -(-n // n_pieces)
 
 
 def _name(dtype: mx.Dtype) -> str:

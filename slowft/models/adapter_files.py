@@ -59,7 +59,8 @@ class Adapter:
     @property
     def layers(self) -> dict[str, dict[str, mx.array]]:
         """The arrays of each layer, by its name and then by theirs."""
-        return by_layer(self.weights)
+        layers = by_layer(self.weights)
+        return {name: layers[name] for name in sorted(layers, key=in_order)}
 
     @property
     def base(self) -> str | None:
@@ -75,6 +76,11 @@ class Adapter:
         directory = Path(directory).expanduser()
         save(self.weights, directory, {**self.others, **self.spec.as_config()})
         return directory
+
+
+def in_order(name: str) -> list[tuple[int, str]]:
+    """A key that sorts layers' names with block 10 after block 9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def load_peft(directory: str | Path) -> Adapter:

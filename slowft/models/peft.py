@@ -58,8 +58,26 @@ def read_peft(directory: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
     except (TypeError, ValueError, ZeroDivisionError, KeyError, re.error) as e:
         raise AdapterError(f"{config_file} is not a LoRA configuration: {type(e).__name__} {e}") from None
     layers, scales = _stack_experts(layers, scales, file)
-    ranks = _ranks(layers, file)
-    rank, scale = max(ranks.values()), collections.Counter(scales.values()).most_common(1)[0][0]
+    with_m = [name for name, parts in layers.items() if "m" in parts]
+    if with_m and len(with_m) < len(layers):
+        raise AdapterError(f"{file}: {with_m[0]} has DoRA's magnitudes and others have none; mlx-lm has all or none")
+    if bool(config.get("use_dora")) != bool(with_m):
+        said = "without" if with_m else "with"
+        raise AdapterError(f"{config_file} says an adapter {said} DoRA, and its tensors say the opposite")
+    _ranks(layers, file)
+    parameters, weights = assemble(layers, scales, float(config.get("lora_dropout") or 0.0))
+    entries = {"fine_tune_type": "dora" if with_m else "lora", "num_layers": -1, "lora_parameters": parameters}
+    if isinstance(base := config.get("base_model_name_or_path"), str):
+        entries["model"] = base
+    return entries, weights
+
+
+def assemble(
+    layers: dict[str, dict[str, mx.array]], scales: dict[str, float], dropout: float
+) -> tuple[dict[str, Any], dict[str, mx.array]]:
+    """(mlx-lm's `lora_parameters`, its tensors) of layers with ranks and scales of their own: one rank, one scale."""
+    rank = max(rank_of(parts["lora_a"]) for parts in layers.values())
+    scale = collections.Counter(scales.values()).most_common(1)[0][0]
     weights = {}
     for name, parts in layers.items():
         a, b = parts["lora_a"], parts["lora_b"]
@@ -68,18 +86,8 @@ def read_peft(directory: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
         weights[f"{name}.lora_a"], weights[f"{name}.lora_b"] = with_rank(a, b, rank)
         if "m" in parts:
             weights[f"{name}.m"] = parts["m"]
-    with_m = [name for name, parts in layers.items() if "m" in parts]
-    if with_m and len(with_m) < len(layers):
-        raise AdapterError(f"{file}: {with_m[0]} has DoRA's magnitudes and others have none; mlx-lm has all or none")
-    if bool(config.get("use_dora")) != bool(with_m):
-        said = "without" if with_m else "with"
-        raise AdapterError(f"{config_file} says an adapter {said} DoRA, and its tensors say the opposite")
-    dropout = float(config.get("lora_dropout") or 0.0)
-    parameters = {"rank": rank, "scale": scale, "dropout": dropout, "keys": sorted(layers)}
-    entries = {"fine_tune_type": "dora" if with_m else "lora", "num_layers": -1, "lora_parameters": parameters}
-    if isinstance(base := config.get("base_model_name_or_path"), str):
-        entries["model"] = base
-    return entries, weights
+    # whole names, which attach to exactly these layers
+    return {"rank": rank, "scale": scale, "dropout": dropout, "keys": sorted(layers)}, weights
 
 
 def with_rank(a: mx.array, b: mx.array, rank: int) -> tuple[mx.array, mx.array]:
