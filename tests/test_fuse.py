@@ -6,22 +6,15 @@ import contextlib
 import io
 import json
 import shutil
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import mlx.core as mx
 import mlx_lm.fuse
-import numpy as np
 import pytest
-from conftest import LLAMA, attach_in_memory, in_memory, must_run, random_batch, randomise, save_random
+from conftest import LLAMA, attach_in_memory, save_random
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
-from slowft.bench import cgroup
-from slowft.cli.main import main
-from slowft.convert import prepare as preparing
-from slowft.errors import AdapterError, ConfigError, ModelError, SlowftError
 from test_prepare import assert_same_tensors, experts_apart, as_published, mixtral, small, small_pieces, tokenizer_files  # noqa: F401
 
 TIED = LLAMA | {"num_hidden_layers": 2, "tie_word_embeddings": True, "torch_dtype": "bfloat16"}

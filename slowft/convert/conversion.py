@@ -57,7 +57,7 @@ class Options:
     quant_predicate: str | None = None
     dtype: str | None = None
 
-    command = "prepare"
+    command, doing = "prepare", "preparing"
 
     def identity(self) -> dict:
         """What must be the same for an unfinished output to be gone on with."""
@@ -220,9 +220,10 @@ class File:
 
 
 class Changes(Protocol):
-    """What a conversion does to a model: `Options`, or `fuse.Fusion`. `command` is the one that asks for it."""
+    """What a conversion does to a model: `Options`, or `fuse.Fusion`. `command` asks for it, `doing` is the word."""
 
     command: str
+    doing: str
 
     def identity(self) -> dict: ...
 

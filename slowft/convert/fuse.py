@@ -85,7 +85,7 @@ class Fusion:
 
     adapter: Adapter
     dequantize: bool
-    command = "fuse"
+    command, doing = "fuse", "fusing"
 
     def identity(self) -> dict:
         file = self.adapter.file

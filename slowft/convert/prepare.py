@@ -175,10 +175,10 @@ def _piece_nbytes(conversion: Conversion, limit: int) -> int:
     piece = min(PIECE_NBYTES, (limit - held) // PIECES_IN_MEMORY)
     if piece < LEAST_PIECE_NBYTES:
         least = -(-(held + PIECES_IN_MEMORY * LEAST_PIECE_NBYTES) // 10_000_000) * 10_000_000
-        command = conversion.options.command
+        doing = conversion.options.doing
         why = f", {conversion.computed_nbytes / 1e9:.2f} GB of it for the largest that has to be computed at once"
         raise ConfigError(
-            f"--memory {limit / 1e9:.2f}GB is too little: {command} of {conversion.path} takes {least / 1e9:.2f}GB"
+            f"--memory {limit / 1e9:.2f}GB is too little: {doing} {conversion.path} takes {least / 1e9:.2f}GB"
             f"{why if conversion.computed_nbytes > FLOOR_NBYTES else ''}. Use --memory {least / 1e9:.2f}GB or more"
         )
     return piece // 4096 * 4096

@@ -1,0 +1,216 @@
+"""Adapters of PEFT and llama.cpp give the same logits here and there; sums and norms are those of the full products."""
+
+import slowft  # noqa: F401, I001  (before mlx: it loads OpenBLAS)
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from conftest import must_run, save_random
+from interop import CASES, TOKENS, VOCAB
+from mlx_lm.tuner.utils import load_adapters
+from mlx_lm.utils import load_model
+from slowft.convert import adapters
+from slowft.convert.gguf_adapter import export_gguf, import_gguf
+from slowft.errors import AdapterError
+from slowft.models.adapter_files import read_adapter
+from test_fuse import adapter_of
+from test_gguf import BASE, random_model, write
+
+HERE = Path(__file__).parent
+LLAMA_CPP = {
+    "llama": ({"model_type": "llama"}, ["self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj", "lm_head"]),
+    "qwen2": ({"model_type": "qwen2"}, ["self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "model.embed_tokens"]),
+    "mixtral": (
+        {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+        ["self_attn.k_proj", "block_sparse_moe.switch_mlp.up_proj", "block_sparse_moe.switch_mlp.down_proj"],
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    """Has the interpreter that has PEFT, transformers and llama.cpp do a task, all of them in one process."""
+    python = os.environ.get("SLOWFT_INTEROP", str(HERE.parent / ".venv-interop/bin/python"))
+    if not Path(python).exists():
+        must_run("scripts/setup interop")
+    log = tmp_path_factory.mktemp("others") / "log"
+    with open(log, "w") as said:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": said, "text": True}
+        process = subprocess.Popen([python, HERE / "interop.py"], **pipes)
+
+    def do(task: str, path: Path) -> None:
+        process.stdin.write(f"{task} {path}\n")
+        process.stdin.flush()
+        while (line := process.stdout.readline().strip()) != "done":  # libraries print as well
+            assert line or process.poll() is None, log.read_text()[-2000:]
+
+    yield do
+    process.stdin.close()
+    process.wait(60)
+    process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def by_peft(tmp_path_factory, others) -> Path:
+    directory = tmp_path_factory.mktemp("peft")
+    others("peft", directory)
+    return directory
+
+
+def logits_with(model: Path, adapter: Path | None) -> mx.array:
+    """By mlx-lm in memory, as anybody loads an adapter."""
+    loaded, _ = load_model(model)
+    if adapter is not None:
+        load_adapters(loaded, str(adapter))
+    loaded.eval()
+    return loaded(mx.array([TOKENS]))[0]
+
+
+def difference(a: mx.array, b: mx.array) -> float:
+    worst = mx.abs(a - b).max().item()
+    return worst if worst == worst else float("inf")
+
+
+# --- PEFT -------------------------------------------------------------------------------------------
+
+
+def test_adapters_of_peft_give_its_logits(by_peft, tmp_path):
+    """The directory as --adapter-path, and imported for mlx-lm."""
+    expected = mx.load(str(by_peft / "logits.safetensors"))
+    for name, (kind, arguments) in CASES.items():
+        base, adapter = by_peft / kind, by_peft / name
+        assert difference(expected[name], expected[kind]) > 0.1  # the adapter does something
+        imported = slowft.load_peft(adapter).save(tmp_path / name)
+        assert difference(logits_with(base, imported), expected[name]) < 1e-4, name
+        with slowft.open_model(base, adapter_path=adapter, compute_dtype="float32") as model:
+            assert difference(model(mx.array([TOKENS]))[0], expected[name]) < 1e-4, name
+            model.save_adapter(tmp_path / f"{name}-saved")
+        assert difference(logits_with(base, tmp_path / f"{name}-saved"), expected[name]) < 1e-4, name
+        assert read_adapter(imported).spec.fine_tune_type == ("dora" if arguments.get("use_dora") else "lora")
+
+
+def test_adapters_for_peft_give_the_same_logits_in_it(by_peft, others):
+    """Imported and exported again; and one that mlx-lm's names and ranks made."""
+    expected = dict(mx.load(str(by_peft / "logits.safetensors")))
+    for name in CASES:
+        adapters.export_peft(slowft.load_peft(by_peft / name), by_peft / "ours" / name)
+    others("loaded", by_peft)
+    for name, logits in mx.load(str(by_peft / "loaded.safetensors")).items():
+        assert difference(logits, expected[name]) < 1e-4, name
+
+
+def test_a_peft_adapter_is_fused_as_the_imported_one_is(by_peft, tmp_path):
+    base, adapter = by_peft / "llama", by_peft / "patterns"
+    expected = mx.load(str(by_peft / "logits.safetensors"))["patterns"]
+    fused = slowft.fuse(base, adapter, tmp_path / "fused")
+    assert difference(logits_with(fused, None), expected) < 1e-4
+
+
+def peft_directory(directory: Path, tensors: dict, **config) -> Path:
+    directory.mkdir()
+    named = {f"base_model.model.{name}": array for name, array in tensors.items()}
+    mx.save_safetensors(str(directory / "adapter_model.safetensors"), named)
+    (directory / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4} | config))
+    return directory
+
+
+Q = "model.layers.0.self_attn.q_proj"
+PAIR = {f"{Q}.lora_A.weight": mx.ones((2, 8)), f"{Q}.lora_B.weight": mx.ones((6, 2))}
+
+
+def test_experts_apart_become_one_layer(tmp_path):
+    """Mixtral's w1 of experts 0 and 2, of two ranks and scales."""
+    mx.random.seed(0)
+    experts = {0: 2, 2: 3}
+    name = "model.layers.1.block_sparse_moe.experts.{}.w1"
+    tensors, products = {}, {}
+    for e, rank in experts.items():
+        a, b = mx.random.normal((rank, 8)), mx.random.normal((6, rank))
+        tensors |= {f"{name.format(e)}.lora_A.weight": a, f"{name.format(e)}.lora_B.weight": b}
+        products[e] = (4 / rank) * (b @ a)
+    adapter = slowft.load_peft(peft_directory(tmp_path / "a", tensors, rank_pattern={"experts.2.w1": 3}))
+    (layer,) = adapter.layers
+    assert layer == "model.layers.1.block_sparse_moe.switch_mlp.gate_proj"
+    a, b = (adapter.weights[f"{layer}.lora_{part}"] for part in "ab")
+    assert (a.shape, b.shape) == ((3, 3, 8), (3, 6, 3))
+    for e in range(3):
+        expected = products.get(e, mx.zeros((6, 8)))
+        assert mx.allclose(adapter.spec.parameters["scale"] * (b[e] @ a[e]), expected, atol=1e-5), e
+
+
+REFUSED = {
+    "another kind": ({}, {"peft_type": "IA3"}, "peft_type 'IA3'"),
+    "biases": ({}, {"bias": "all"}, "'bias' 'all' has no equal"),
+    "whole modules": ({}, {"modules_to_save": ["lm_head"]}, "modules_to_save"),
+    "changed base": ({}, {"init_lora_weights": "pissa"}, "'init_lora_weights' 'pissa'"),
+    "something new": ({}, {"use_frobnication": True}, "'use_frobnication' True"),
+    "a tensor of another kind": ({"model.norm.weight": mx.ones(3)}, {}, "model.norm.weight is no part of LoRA"),
+    "half a layer": ({"x.lora_A.weight": mx.ones((2, 8))}, {}, "x lacks lora_B"),
+    "DoRA without magnitudes": ({}, {"use_dora": True}, "tensors say the opposite"),
+    "no alpha": ({}, {"lora_alpha": None}, "not a LoRA configuration"),
+    "a pattern that is none": ({}, {"alpha_pattern": {"(": 3}}, "not a LoRA configuration"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_mlx_lm_cannot_express_is_refused_by_name(case, tmp_path):
+    tensors, config, message = REFUSED[case]
+    directory = peft_directory(tmp_path / "a", PAIR | tensors, **config)
+    with pytest.raises(AdapterError) as raised:
+        slowft.load_peft(directory)
+    assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_pickle_is_never_read(tmp_path):
+    directory = peft_directory(tmp_path / "a", PAIR)
+    (directory / "adapter_model.safetensors").rename(directory / "adapter_model.bin")
+    with pytest.raises(AdapterError, match="pickled.*safe_serialization"):
+        slowft.load_peft(directory)
+
+
+def test_an_embedding_that_is_the_head_too_is_refused(tmp_path):
+    """PEFT adapts the embedding alone, mlx-lm the head with it."""
+    model = save_random(tmp_path / "m", BASE | {"model_type": "llama", "tie_word_embeddings": True})
+    e = "model.embed_tokens.lora_embedding"
+    tensors = {f"{e}_A": mx.ones((2, VOCAB)), f"{e}_B": mx.ones((64, 2))}
+    adapter = peft_directory(tmp_path / "a", tensors)
+    with pytest.raises(AdapterError, match="is the model's head as well"):
+        slowft.open_model(model, adapter_path=adapter)
+    with pytest.raises(AdapterError, match="is the model's head as well"):
+        slowft.fuse(model, adapter, tmp_path / "fused")
+    assert not (tmp_path / "fused").exists()
+
+
+# --- llama.cpp --------------------------------------------------------------------------------------
+
+
+def test_adapters_for_llama_cpp_give_the_same_probabilities_in_it(others, tmp_path):
+    runs, expected = [], []
+    for name, (config, keys) in LLAMA_CPP.items():
+        config = BASE | config
+        model, weights = random_model(config)
+        directory = save_random(tmp_path / name, config)
+        mx.save_safetensors(str(directory / "model.safetensors"), {k: mx.array(w) for k, w in weights.items()})
+        file = write(tmp_path / f"{name}.gguf", "llama" if name == "mixtral" else name, config, weights)
+        adapter = adapter_of(directory, tmp_path / f"{name}-adapter", rank=3, scale=2.5, keys=keys)
+        exported = export_gguf(read_adapter(adapter), config, tmp_path / f"{name}-lora.gguf")
+        runs += [[str(file), None], [str(file), str(exported)]]
+        expected += [logits_with(directory, None)[-1], logits_with(directory, adapter)[-1]]
+        back = import_gguf(exported, config)
+        original = read_adapter(adapter).weights
+        assert back.weights.keys() == original.keys()
+        assert all(mx.array_equal(back.weights[key], original[key]) for key in original)
+        assert back.spec.parameters["scale"] == pytest.approx(2.5, rel=1e-6)
+    job = {"tokens": TOKENS, "vocab": VOCAB, "runs": runs, "output": str(tmp_path / "said.json")}
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    others("llama", tmp_path / "job.json")
+    for run, logits, said in zip(runs, expected, json.loads((tmp_path / "said.json").read_text())):
+        ours = logits - mx.logsumexp(logits)
+        assert len(said) == VOCAB
+        theirs = mx.array([said[str(i)] for i in range(VOCAB)])
+        assert difference(ours, theirs) < 2e-3, run
+    assert all(difference(a, b) > 0.1 for a, b in zip(expected[::2], expected[1::2]))
