@@ -8,14 +8,16 @@ import subprocess
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from conftest import must_run, save_random
 from interop import CASES, TOKENS, VOCAB
 from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load_model
+from slowft.cli.main import main
 from slowft.convert import adapters
 from slowft.convert.gguf_adapter import export_gguf, import_gguf
-from slowft.errors import AdapterError
+from slowft.errors import AdapterError, ConfigError, ModelError
 from slowft.models.adapter_files import read_adapter
 from test_fuse import adapter_of
 from test_gguf import BASE, random_model, write
@@ -214,3 +216,156 @@ def test_adapters_for_llama_cpp_give_the_same_probabilities_in_it(others, tmp_pa
         theirs = mx.array([said[str(i)] for i in range(VOCAB)])
         assert difference(ours, theirs) < 2e-3, run
     assert all(difference(a, b) > 0.1 for a, b in zip(expected[::2], expected[1::2]))
+
+
+def test_what_has_no_equal_in_llama_cpp_is_refused_by_name(tmp_path):
+    config = BASE | {"model_type": "llama"}
+    model = save_random(tmp_path / "m", config)
+    dora = adapter_of(model, tmp_path / "dora", use_dora=True)
+    plain = adapter_of(model, tmp_path / "plain", keys=["self_attn.q_proj", "model.embed_tokens"])
+    for adapter, changes, message in (
+        (dora, {}, "is DoRA, which llama.cpp does not have"),
+        (plain, {"model_type": "mamba2"}, "adapters of mamba2 models"),
+        (plain, {"tie_word_embeddings": True}, "is the model's head as well"),
+        (plain, {"model_type": "exaone"}, "no layer like model"),
+    ):
+        with pytest.raises((AdapterError, ModelError), match=message):
+            export_gguf(read_adapter(adapter), config | changes, tmp_path / "lora.gguf")
+    file = export_gguf(read_adapter(plain), config, tmp_path / "lora.gguf")
+    with pytest.raises(AdapterError, match="is for llama models, and the model is qwen2"):
+        import_gguf(file, config | {"model_type": "qwen2"})
+    with pytest.raises(AdapterError, match="there already"):
+        export_gguf(read_adapter(plain), config, file)
+
+
+# --- Sums, norms, differences -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> list[Path]:
+    """Two adapters of one model with experts: of other ranks, scales and layers."""
+    directory = tmp_path_factory.mktemp("pair")
+    model = save_random(directory / "m", BASE | LLAMA_CPP["mixtral"][0])
+    keys = LLAMA_CPP["mixtral"][1]
+    found = [adapter_of(model, directory / "a", rank=3, scale=2.0, keys=keys)]
+    found.append(adapter_of(model, directory / "b", rank=5, scale=0.7, keys=[*keys, "self_attn.v_proj"]))
+    weights = mx.load(str(found[1] / "adapters.safetensors"))  # other values than the first one's
+    mx.save_safetensors(str(found[1] / "adapters.safetensors"), {n: mx.sin(9 * a) for n, a in weights.items()})
+    return found
+
+
+def products(directory: Path) -> dict[str, np.ndarray]:
+    """What the adapter adds to each layer, in full: float64 [..., in, out]."""
+    adapter, found = read_adapter(directory), {}
+    for name, parts in adapter.layers.items():
+        a, b = (np.array(parts[key], np.float64) for key in ("lora_a", "lora_b"))
+        found[name] = adapter.spec.parameters["scale"] * (a @ b if a.ndim == 2 else a.swapaxes(1, 2) @ b.swapaxes(1, 2))
+    return found
+
+
+def summed(pair: list[Path]) -> dict[str, np.ndarray]:
+    first, second = map(products, pair)
+    return {name: 0.6 * first.get(name, 0) - 1.5 * second[name] for name in second}
+
+
+def test_a_merged_adapter_is_the_weighted_sum(pair, tmp_path):
+    merged = products(adapters.merge([read_adapter(d) for d in pair], [0.6, -1.5], tmp_path / "merged"))
+    expected = summed(pair)
+    assert merged.keys() == expected.keys()
+    for name in expected:
+        np.testing.assert_allclose(merged[name], expected[name], atol=1e-5)
+    assert read_adapter(tmp_path / "merged").spec.parameters["rank"] == 8
+    (model, _), directory = load_model(pair[0].parent / "m"), str(tmp_path / "merged")
+    load_adapters(model, directory)  # mlx-lm takes it
+
+
+def test_merged_at_a_rank_it_is_the_closest_of_that_rank(pair, tmp_path):
+    """As near to the sum as the singular values left out say (Eckart and Young)."""
+    merged = products(adapters.merge([read_adapter(d) for d in pair], [0.6, -1.5], tmp_path / "merged", rank=2))
+    for name, full in summed(pair).items():
+        left_out = np.sqrt((np.linalg.svd(full, compute_uv=False)[..., 2:] ** 2).sum())
+        assert np.linalg.norm(merged[name] - full) == pytest.approx(left_out, rel=1e-4)
+        assert np.linalg.matrix_rank(merged[name], tol=1e-4).max() == 2
+
+
+def test_norms_and_differences_are_those_of_the_full_products(pair):
+    first, second = map(products, pair)
+    described = adapters.describe(read_adapter(pair[0]))
+    for name, layer in described.layers.items():
+        assert layer["norm"] == pytest.approx(np.linalg.norm(first[name]), rel=1e-6)
+    found = adapters.diff(*map(read_adapter, pair))
+    assert found["only_in_first"] == [] and {n.rpartition(".")[2] for n in found["only_in_second"]} == {"v_proj"}
+    for name, layer in found["layers"].items():
+        a, b = first[name].ravel(), second[name].ravel()
+        assert layer["difference"] == pytest.approx(np.linalg.norm(a - b), rel=1e-6)
+        assert layer["cosine"] == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b), abs=1e-6)
+    a, b = (np.concatenate([p.get(n, 0 * second[n]).ravel() for n in second]) for p in (first, second))
+    assert found["total"]["difference"] == pytest.approx(np.linalg.norm(a - b), rel=1e-6)
+
+
+def test_impossible_sums_are_refused_and_nothing_is_overwritten(pair, tmp_path):
+    model = save_random(tmp_path / "m", BASE | {"model_type": "llama", "hidden_size": 32})
+    other = adapter_of(model, tmp_path / "other", keys=["self_attn.k_proj"])
+    dora = adapter_of(model, tmp_path / "dora", keys=["self_attn.k_proj"], use_dora=True)
+    for directories, weights, kind, message in (
+        ([pair[0], other], [1, 1], AdapterError, r"k_proj is \[.*\] in one adapter and"),
+        ([pair[0], dora], [1, 1], AdapterError, "is DoRA, whose magnitudes do not add up"),
+        (pair, [1], ConfigError, "2 adapters need as many weights, got 1"),
+        (pair, [1, float("nan")], ConfigError, "weights must be numbers"),
+    ):
+        with pytest.raises(kind, match=message):
+            adapters.merge([read_adapter(d) for d in directories], weights, tmp_path / "out")
+    with pytest.raises(ConfigError, match="too little: merging .* takes"):
+        adapters.merge([read_adapter(d) for d in pair], [1, 1], tmp_path / "out", memory="20MB")
+    with pytest.raises(AdapterError, match="there already"):
+        adapters.merge([read_adapter(d) for d in pair], [1, 1], pair[0])
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_commands(pair, by_peft, tmp_path, monkeypatch, capsys):
+    def said(*words) -> str:
+        monkeypatch.setattr("sys.argv", ["slowft", "adapter", *map(str, words)])
+        main()
+        return capsys.readouterr().out
+
+    told = json.loads(said("info", pair[0], "--json"))
+    assert (told["rank"], told["scale"], told["kind"]) == (3, 2.0, "lora")
+    assert "LoRA (mlx-lm), rank 3, scale 2, 6 layers" in said("info", pair[0])
+    assert json.loads(said("diff", *pair, "--json"))["settings"]["lora_parameters"][0]["rank"] == 3
+    assert "only in" in said("diff", *pair)
+    said("merge", *pair, "--weights", "0.6,-1.5", "--output", tmp_path / "merged")
+    np.testing.assert_allclose(
+        *(next(iter(p.values())) for p in (products(tmp_path / "merged"), summed(pair))), atol=1e-5
+    )
+    said("import", by_peft / "patterns", "--model", by_peft / "llama", "--output", tmp_path / "imported")
+    said(
+        "export",
+        tmp_path / "imported",
+        "--format",
+        "gguf",
+        "--model",
+        by_peft / "llama",
+        "--output",
+        tmp_path / "l.gguf",
+    )
+    said("import", tmp_path / "l.gguf", "--model", by_peft / "llama", "--output", tmp_path / "again")
+    said("export", tmp_path / "again", "--format", "peft", "--output", tmp_path / "peft")
+    for a, b in zip(products(by_peft / "patterns").values(), products(tmp_path / "peft").values()):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_layers_are_renamed_where_only_what_is_before_the_blocks_differs(tmp_path):
+    config = {"model_type": "gpt2", "n_ctx": 64, "n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 64}
+    model = save_random(tmp_path / "m", config | {"layer_norm_epsilon": 1e-5, "vocab_size": VOCAB})
+    names = "transformer.h.1.attn.c_attn", "vision_tower.h.1.attn.c_attn"
+    found = [
+        slowft.load_peft(
+            peft_directory(
+                tmp_path / n[0], {f"{n}.lora_A.weight": mx.ones((2, 64)), f"{n}.lora_B.weight": mx.ones((192, 2))}
+            )
+        )
+        for n in names
+    ]
+    assert list(adapters.renamed(found[0], str(model)).layers) == ["model.h.1.attn.c_attn"]
+    with pytest.raises(AdapterError, match="vision_tower.h.1.attn.c_attn is no layer of"):
+        adapters.renamed(found[1], str(model))

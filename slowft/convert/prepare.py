@@ -194,6 +194,7 @@ class _Piece:
     job: Job
     load: Callable[[], mx.array]
     source: str
+    is_product: bool = False
 
 
 class _Worker:
@@ -291,9 +292,9 @@ class _Worker:
                     return array
 
                 if part.is_whole:
-                    yield from self._computed_pieces(job, load(), n_items, "the model")
+                    yield from self._computed_pieces(job, load(), n_items, "the model", is_product=True)
                 else:
-                    yield _Piece(job, load, "the model")
+                    yield _Piece(job, load, "the model", part.is_product)
 
     def _whole(self, job: Job, array: mx.array) -> mx.array:
         self._evaluate(job, array)
@@ -322,13 +323,15 @@ class _Worker:
         for file in self._computed_from:
             platform.drop_cached_file(file)
 
-    def _computed_pieces(self, job: Job, array: mx.array, step: int, source: str) -> Iterator[_Piece]:
+    def _computed_pieces(
+        self, job: Job, array: mx.array, step: int, source: str, is_product: bool = False
+    ) -> Iterator[_Piece]:
         flat = array.reshape(-1)
         del array
         self._evaluate(job, flat)
         for start in range(0, flat.size, step):
             piece = flat[start : start + step]
-            yield _Piece(job, lambda piece=piece: piece, source)
+            yield _Piece(job, lambda piece=piece: piece, source, is_product)
 
     def _start_read(self, extent: Extent, start: int, n: int) -> Callable[[], mx.array]:
         item = ITEM_NBYTES[extent.dtype]
@@ -377,6 +380,11 @@ class _Worker:
                 f"Use --dtype {_name(array.dtype)}"
             )
         kind = "NaN" if mx.isnan(array).any().item() else "infinity"
+        if piece.is_product:
+            return ModelError(
+                f"tensor {job.name} becomes {kind} with the adapter: one of the two is damaged. "
+                "Check the model (slowft verify) and use an earlier adapter"
+            )
         return ModelError(f"{piece.source}: tensor {job.name} holds {kind}: the file is damaged. Download it again")
 
 
