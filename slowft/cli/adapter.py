@@ -144,7 +144,7 @@ def import_(path, kind, model, output, memory):
 
         if model is None:
             raise ConfigError("an adapter in GGUF does not say which model it belongs to. Give --model")
-        found = import_gguf(path, adapters.config_of(model), model)
+        found = import_gguf(path, adapters.config_of(model), model, memory)
     else:
         found = adapters.read(path)
         if kind is not None and (kind == "peft") != found.is_peft:

@@ -395,17 +395,22 @@ def _evaluate(arrays: list[mx.array], file: Path | None) -> None:
 
 def check_memory(adapters: Sequence[Adapter], memory: str | int | None, doing: str, rank: int | None = None) -> None:
     """Raises ConfigError if the largest layer and its factors in float64 do not fit."""
-    platform.fix_malloc_threshold()
-    limit = platform.memory_limit() // 2 if memory is None else parse_nbytes(memory)
     sizes: dict[str, int] = {}
     for adapter in adapters:
         for name, parts in adapter.layers.items():
             sizes[name] = sizes.get(name, 0) + sum(array.size * 8 for array in parts.values())
-    held = platform.memory_in_use() + FLOOR_NBYTES + COPIES * max(sizes.values(), default=0)
+    check_room_for(COPIES * max(sizes.values(), default=0), memory, f"{doing} {adapters[0].file}")
+
+
+def check_room_for(nbytes: int, memory: str | int | None, doing: str) -> None:
+    """Raises ConfigError if so many bytes more do not fit under a ceiling; names the least that would do."""
+    platform.fix_malloc_threshold()
+    limit = platform.memory_limit() // 2 if memory is None else parse_nbytes(memory)
+    held = platform.memory_in_use() + FLOOR_NBYTES + nbytes
     if held > limit:
         least = -(-held // 10_000_000) * 10_000_000
         raise ConfigError(
-            f"--memory {limit / 1e9:.2f}GB is too little: {doing} {adapters[0].file} takes {least / 1e9:.2f}GB. "
+            f"--memory {limit / 1e9:.2f}GB is too little: {doing} takes {least / 1e9:.2f}GB. "
             f"Use --memory {least / 1e9:.2f}GB or more"
         )
 

@@ -19,12 +19,14 @@ from ..errors import AdapterError, ModelError
 from ..models.adapter_files import Adapter, AdapterSpec
 from ..models.peft import assemble, by_layer, rank_of
 from ..weights.tensorfile import UNFINISHED, cannot_write, sync, sync_directory
+from .adapters import check_room_for
 from .gguf_architectures import ARCHITECTURES, NAMES, Architecture
 from .gguf_blocks import widen
 from .gguf_file import MAGIC, STRING, Gguf, GgufTensor, read_gguf
 
 ALIGNMENT = 32
 F32, FLOAT_VALUE, VERSION = 0, 6, 3  # llama.cpp's numbers: of a kind of tensor, of a kind of value, of the format
+READ_COPIES = 5  # of a file's bytes: 16 bits as 32, as NumPy has them and as MLX does, in another order
 # mlx-lm's models that several of llama.cpp's metadata lead to
 ALSO = {
     "llama": "llama",
@@ -80,7 +82,9 @@ def export_gguf(adapter: Adapter, config: dict[str, Any], output: str | Path) ->
     return output
 
 
-def import_gguf(file: str | Path, config: dict[str, Any], base: str | None = None) -> Adapter:
+def import_gguf(
+    file: str | Path, config: dict[str, Any], base: str | None = None, memory: str | int | None = None
+) -> Adapter:
     """A LoRA adapter that llama.cpp's tools wrote, as mlx-lm has it.
 
     Args:
@@ -88,6 +92,7 @@ def import_gguf(file: str | Path, config: dict[str, Any], base: str | None = Non
     Raises:
         AdapterError: no adapter, of another architecture, or with tensors that mlx-lm's adapters cannot express.
         ModelError: not a whole GGUF file, or of an unknown architecture.
+        ConfigError: too little memory for the whole adapter, which is read at once; names the least.
     """
     gguf = read_gguf(Path(file).expanduser())
     kind, method = gguf.metadata.get("general.type"), gguf.metadata.get("adapter.type")
@@ -98,6 +103,7 @@ def import_gguf(file: str | Path, config: dict[str, Any], base: str | None = Non
     name, architecture = _architecture(config)
     if (own := gguf.metadata.get("general.architecture")) != name:
         raise AdapterError(f"{file} is for {own} models, and the model is {config.get('model_type')} ({name})")
+    check_room_for(READ_COPIES * sum(t.nbytes for t in gguf.tensors.values()), memory, f"importing {file}")
     alpha = float(gguf.metadata.get("adapter.lora.alpha", 0.0))
     layers: dict[str, dict[str, mx.array]] = {}
     for tensor in gguf.tensors.values():
