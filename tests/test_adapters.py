@@ -91,6 +91,10 @@ def test_adapters_of_peft_give_its_logits(by_peft, tmp_path):
         with slowft.open_model(base, adapter_path=adapter, compute_dtype="float32") as model:
             assert difference(model(mx.array([TOKENS]))[0], expected[name]) < 1e-4, name
             model.save_adapter(tmp_path / f"{name}-saved")
+            model.add_adapter("same", adapter)
+            rows = mx.array([TOKENS]), mx.array([[0, len(TOKENS)]])
+            first, second = model.loss([slowft.MicroBatch(*rows), slowft.MicroBatch(*rows, adapter="same")])
+            assert first[0].item() == second[0].item()
         assert difference(logits_with(base, tmp_path / f"{name}-saved"), expected[name]) < 1e-4, name
         assert read_adapter(imported).spec.fine_tune_type == ("dora" if arguments.get("use_dora") else "lora")
 

@@ -25,6 +25,7 @@ from slowft.convert import prepare as preparing
 from slowft.errors import AdapterError, ConfigError, ModelError, SlowftError
 from test_prepare import (  # noqa: F401  (some are fixtures)
     assert_same_tensors,
+    gpt2,
     mixtral,
     small,
     small_pieces,
@@ -64,10 +65,15 @@ def fuse_by_mlx_lm(monkeypatch, model: Path, adapter: Path, output: Path, *more:
 
 
 @pytest.fixture(scope="session")
-def bases(tmp_path_factory, small, mixtral, tokenizer_files) -> dict[str, Path]:  # noqa: F811
+def bases(tmp_path_factory, small, mixtral, gpt2, tokenizer_files) -> dict[str, Path]:  # noqa: F811
     """Small models of several kinds, each with a tokenizer."""
     directory = tmp_path_factory.mktemp("bases")
-    found = {"dense": small, "tied": save_random(directory / "tied", TIED, mx.bfloat16), "experts": mixtral}
+    found = {
+        "dense": small,
+        "tied": save_random(directory / "tied", TIED, mx.bfloat16),
+        "experts": mixtral,
+        "transposed": gpt2,
+    }
     for name in ("tied",):
         for file in tokenizer_files:
             shutil.copy(file, found[name])
@@ -85,6 +91,7 @@ CASES = {
     "an embedding that is the head": ("tied", {"keys": ["model.embed_tokens", "self_attn.v_proj"]}, ()),
     "DoRA on an embedding": ("tied", {"keys": ["model.embed_tokens"], "use_dora": True}, ()),
     "experts": ("experts", {"keys": EXPERTS}, ()),
+    "weights that are transposed as they are read": ("transposed", {"keys": ["attn.c_attn", "mlp.c_proj"]}, ()),
     "quantized": ("packed", {"num_layers": 4, "keys": ATTENTION}, ()),
     "quantized, DoRA": ("packed", {"num_layers": 4, "keys": ATTENTION, "use_dora": True}, ()),
     "quantized, dequantized": ("packed", {"num_layers": 4, "keys": ATTENTION}, ("--dequantize",)),
@@ -108,6 +115,15 @@ def test_fused_equals_mlx_lm_fuse_bit_by_bit(case, bases, tmp_path, monkeypatch,
     assert not slowft.verify(fused).faults
 
 
+@pytest.mark.parametrize("case", ["DoRA on some blocks", "quantized experts"])
+def test_fused_on_a_mac_equals_mlx_lm_fuse_there(case, mac, bases, tmp_path, monkeypatch):
+    """In the double of one."""
+    base, lora, _ = CASES[case]
+    adapter = adapter_of(bases[base], tmp_path / "adapter", **lora)
+    expected = fuse_by_mlx_lm(monkeypatch, bases[base], adapter, tmp_path / "expected")
+    assert_same_tensors(slowft.fuse(bases[base], adapter, tmp_path / "fused"), expected)
+
+
 @pytest.fixture(scope="module")
 def tuned(small, tmp_path_factory) -> tuple[Path, Path]:  # noqa: F811
     """A model, and an adapter of some of its blocks."""
@@ -125,8 +141,8 @@ def test_products_that_are_cut_differ_in_last_bits_only(bases, tmp_path, small_p
         adapter = adapter_of(model, tmp_path / f"{base}-adapter", **lora)
         whole = slowft.fuse(model, adapter, tmp_path / f"{base}-whole", dequantize=True)
         with monkeypatch.context() as patch:
-            patch.setattr(conversion, "PRODUCT_ITEM_NBYTES", 1 << 40)
-            patch.setattr(conversion, "PRODUCT_ROWS", 0)
+            patch.setattr(conversion, "USUAL_NBYTES", 1 << 60)
+            patch.setattr(conversion, "CUT_NBYTES", 1 << 10)
             cut = slowft.fuse(model, adapter, tmp_path / f"{base}-cut", dequantize=True)
         for name, array in tensors(cut).items():
             expected = tensors(whole)[name]

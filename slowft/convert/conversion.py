@@ -15,7 +15,6 @@ import fnmatch
 import hashlib
 import importlib.metadata
 import io
-import math
 import os
 import re
 import tempfile
@@ -41,8 +40,9 @@ COPIED = (*manifest.USED, "*.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
 WHOLE_NBYTES = 128 << 20  # what takes less is computed whole, even if it could be done in pieces
 USUAL_NBYTES = 400 << 20  # of a process that converts: what MLX, mlx-lm and pieces take
 PRODUCT_ITEM_NBYTES = 16  # for each element of a weight that is fused whole: it, the product, their sum, the one before
-# Of a product, computed at a time: OpenBLAS takes rows by 12 and by 16, and adds the rest up in another order.
-PRODUCT_ROWS = 48
+# Of a product that is not computed whole, at a time: whole multiples of rows, since OpenBLAS takes them by 12 and by 16
+# and adds the rest up in another order.
+CUT_ROWS, CUT_NBYTES = 48, 16 << 20
 WRITTEN_ANEW = ("config.json", INDEX, "hf_quant_config.json", manifest.NAME)
 
 
@@ -144,6 +144,7 @@ class RowWise:
             there, unevaluated. Of a matrix the first are all: `slice(None)`.
         is_product: rows are products of matrices, of which BLAS computes other last bits if there are other rows beside
             them. They are computed all at once, of experts one by one, where the ceiling allows it: `Conversion.cut`.
+        product_rows: of a product, computed at a time.
         held_nbytes: memory besides those, at most, while any row is computed: of the adapter.
         parts: of each array, as a `Job` has them; filled in by `Conversion`.
     """
@@ -154,7 +155,7 @@ class RowWise:
     compute: Callable[[dict[str, mx.array], slice, slice], mx.array]
     is_product: bool = False
     held_nbytes: int = 0
-    is_whole: bool = False
+    product_rows: int = 0
     parts: dict[str, list["Extent | mx.array"]] = field(default_factory=dict)
 
 
@@ -355,12 +356,14 @@ class Conversion:
         """
         room = max(limit - USUAL_NBYTES, 0) // 2
         for name, rows in self._products.items():
-            nbytes = math.prod(rows.shape[-2:]) * PRODUCT_ITEM_NBYTES
-            rows.is_whole = nbytes <= room
-            if not rows.is_whole:
+            n_rows, n_columns = rows.shape[-2:]
+            rows.product_rows = n_rows
+            if n_rows * n_columns * PRODUCT_ITEM_NBYTES > room:
+                wanted = CUT_NBYTES // (n_columns * PRODUCT_ITEM_NBYTES)
+                rows.product_rows = min(max(wanted // CUT_ROWS, 1) * CUT_ROWS, n_rows)
                 self._cut.append(name)
-                nbytes = PRODUCT_ROWS * rows.shape[-1] * PRODUCT_ITEM_NBYTES
-            self.computed_nbytes = max(self.computed_nbytes, nbytes + rows.held_nbytes)
+            nbytes = rows.product_rows * n_columns * PRODUCT_ITEM_NBYTES + rows.held_nbytes
+            self.computed_nbytes = max(self.computed_nbytes, nbytes)
         self._products = {}
 
     @property

@@ -26,7 +26,6 @@ from .gguf_file import MAGIC, STRING, Gguf, GgufTensor, read_gguf
 
 ALIGNMENT = 32
 F32, FLOAT_VALUE, VERSION = 0, 6, 3  # llama.cpp's numbers: of a kind of tensor, of a kind of value, of the format
-READ_COPIES = 5  # of a file's bytes: 16 bits as 32, as NumPy has them and as MLX does, in another order
 # mlx-lm's models that several of llama.cpp's metadata lead to
 ALSO = {
     "llama": "llama",
@@ -103,7 +102,8 @@ def import_gguf(
     name, architecture = _architecture(config)
     if (own := gguf.metadata.get("general.architecture")) != name:
         raise AdapterError(f"{file} is for {own} models, and the model is {config.get('model_type')} ({name})")
-    check_room_for(READ_COPIES * sum(t.nbytes for t in gguf.tensors.values()), memory, f"importing {file}")
+    sizes = [4 * math.prod(t.shape) for t in gguf.tensors.values()]  # all in float32, the largest in some copies
+    check_room_for(sum(sizes) + 4 * max(sizes, default=0), memory, f"importing {file}")
     alpha = float(gguf.metadata.get("adapter.lora.alpha", 0.0))
     layers: dict[str, dict[str, mx.array]] = {}
     for tensor in gguf.tensors.values():

@@ -27,7 +27,7 @@ from ..weights.extents import Extent
 from ..weights.reader import ByteRange, Reader
 from ..weights.tensorfile import ITEM_NBYTES, UNFINISHED, TensorFile, header, sync_directory, write_file
 from . import verify as manifest
-from .conversion import INDEX, PRODUCT_ROWS, Computed, Conversion, File, Job, Options, RowWise, versions
+from .conversion import INDEX, Computed, Conversion, File, Job, Options, RowWise, versions
 from .scan import EXPONENTS
 
 # Of a tensor, in the dtype of its file, read and worked on at a time. Larger pieces are no faster.
@@ -263,18 +263,17 @@ class _Worker:
             yield self._start_read(extent, start * per_entry, n * per_entry)().reshape(n, *extent.shape[1:])
 
     def _row_wise_pieces(self, job: Job, part: RowWise, n_items: int) -> Iterator[_Piece]:
-        """Some rows after the other; of experts, several or some rows of one. In pieces of `n_items` if it is whole."""
+        """Some rows after the other; of experts, several or some rows of one.
+
+        Of a product as many rows as `Conversion.cut` says; what is more than a piece then goes on `n_items` at a time.
+        """
         n_entries, n_rows = part.shape[:-1] if len(part.shape) == 3 else (1, part.shape[0])
         held = {
             key: [p if isinstance(p, Extent) else self._whole(job, p) for p in ps] for key, ps in part.parts.items()
         }
         wanted = max(self.piece_nbytes // (part.shape[-1] * COMPUTED_ITEM_NBYTES), 1)  # rows at a time
+        step = part.product_rows or min(wanted, n_rows)
         per_piece = max(wanted // n_rows, 1)
-        step = n_rows
-        if part.is_whole:
-            per_piece = 1
-        elif wanted < n_rows:
-            step = max(wanted // PRODUCT_ROWS, 1) * PRODUCT_ROWS
         for entry in range(0, n_entries, per_piece):
             for row in range(0, n_rows, step):
                 entries = slice(entry, min(entry + per_piece, n_entries))
@@ -291,8 +290,8 @@ class _Worker:
                     self._evaluate(job, array)
                     return array
 
-                if part.is_whole:
-                    yield from self._computed_pieces(job, load(), n_items, "the model", is_product=True)
+                if (entries.stop - entries.start) * (rows.stop - rows.start) > wanted:
+                    yield from self._computed_pieces(job, load(), n_items, "the model", part.is_product)
                 else:
                     yield _Piece(job, load, "the model", part.is_product)
 

@@ -32,9 +32,9 @@ def explain_directory(path: Path) -> str:
     """One line on a directory without config.json: what it is, and what to give instead."""
     if (adapter := describe_adapter(path)) is not None:
         base = f"its base model, {adapter.base}" if adapter.base else "the base model that it was trained on"
-        fix = "or merge the two (PEFT's merge_and_unload) and give the result"
+        fix = f"and {path} to --adapter-path, or make a model of the two: slowft fuse"
         if not adapter.is_peft:
-            fix = f"and {path / MLX_WEIGHTS} to --resume-adapter-file"
+            fix = f"and {path / MLX_WEIGHTS} to --resume-adapter-file; slowft fuse makes a model of the two"
         return f"{path} is {adapter}, not a model. Give {base}, {fix}"
     names = sorted(p.name for p in path.iterdir())
     inner = [p for p in sorted(path.iterdir()) if p.name.startswith("models--")]
