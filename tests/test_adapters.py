@@ -158,7 +158,15 @@ REFUSED = {
     "half a layer": ({"x.lora_A.weight": mx.ones((2, 8))}, {}, "x lacks lora_B"),
     "DoRA without magnitudes": ({}, {"use_dora": True}, "tensors say the opposite"),
     "no alpha": ({}, {"lora_alpha": None}, "not a LoRA configuration"),
-    "a pattern that is none": ({}, {"alpha_pattern": {"(": 3}}, "not a LoRA configuration"),
+    "patterns that are none": ({}, {"alpha_pattern": ["q_proj"]}, "not a LoRA configuration"),
+    "a dropout that is none": ({}, {"lora_dropout": "some"}, "not a LoRA configuration"),
+    "an expert's number": (
+        {f"m.experts.99999999.w1.lora_{p}.weight": mx.ones(s) for p, s in (("A", (2, 8)), ("B", (8, 2)))},
+        {},
+        "a number that no expert has",
+    ),
+    "two ranks": ({f"{Q}.lora_A.weight": mx.ones((3, 8))}, {}, "[8, 3] and [2, 6], which have no product"),
+    "a pattern that does not parse": ({}, {"alpha_pattern": {"(": 3}}, "not a LoRA configuration"),
 }
 
 
@@ -373,3 +381,25 @@ def test_layers_are_renamed_where_only_what_is_before_the_blocks_differs(tmp_pat
     assert list(adapters.renamed(found[0], str(model)).layers) == ["model.h.1.attn.c_attn"]
     with pytest.raises(AdapterError, match="vision_tower.h.1.attn.c_attn is no layer of"):
         adapters.renamed(found[1], str(model))
+
+
+def test_a_damaged_adapter_is_refused_in_one_line(tmp_path):
+    model = save_random(tmp_path / "m", BASE | {"model_type": "llama"})
+    for i, (config, weights, message) in enumerate(
+        (
+            ({"lora_parameters": {"rank": 2, "scale": "much"}}, {}, "scale must be a number, got 'much'"),
+            ({"lora_parameters": 3}, {}, "is not an adapter configuration"),
+            ({}, {"model.layers.0.self_attn.q_proj.lora_a": mx.ones(4)}, "which have no product"),
+            ({}, {"model.layers.0.self_attn.q_proj.bias": mx.ones(4)}, "has lora_a and lora_b"),
+        )
+    ):
+        directory = adapter_of(model, tmp_path / str(i), rank=2, keys=["self_attn.q_proj"])
+        file = directory / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | config))
+        tensors = mx.load(str(directory / "adapters.safetensors"))
+        mx.save_safetensors(str(directory / "adapters.safetensors"), tensors | weights)
+        with pytest.raises(AdapterError) as raised:
+            adapters.describe(adapters.read(directory))
+        assert message in str(raised.value) and "\n" not in str(raised.value), str(raised.value)
+    with pytest.raises(AdapterError, match="slowft adapter import"):
+        adapters.read(tmp_path / "lora.gguf")

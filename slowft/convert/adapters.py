@@ -356,7 +356,10 @@ def export_peft(
 
 def read(path: str | Path) -> Adapter:
     """The adapter in a directory, mlx-lm's or PEFT's. Raises AdapterError."""
-    return read_adapter(Path(path).expanduser())
+    path = Path(path).expanduser()
+    if path.suffix.lower() == ".gguf":
+        raise AdapterError(f"{path} is in GGUF. Once: slowft adapter import {path} --model MODEL --output DIR")
+    return read_adapter(path)
 
 
 def refuse_occupied(output: Path) -> None:

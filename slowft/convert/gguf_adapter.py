@@ -17,7 +17,7 @@ import numpy as np
 
 from ..errors import AdapterError, ModelError
 from ..models.adapter_files import Adapter, AdapterSpec
-from ..models.peft import assemble, by_layer, rank_of
+from ..models.peft import assemble, by_layer, rank_of, ranks_of
 from ..weights.tensorfile import UNFINISHED, cannot_write, sync, sync_directory
 from .adapters import check_room_for
 from .gguf_architectures import ARCHITECTURES, NAMES, Architecture
@@ -104,7 +104,9 @@ def import_gguf(
         raise AdapterError(f"{file} is for {own} models, and the model is {config.get('model_type')} ({name})")
     sizes = [4 * math.prod(t.shape) for t in gguf.tensors.values()]  # all in float32, the largest in some copies
     check_room_for(sum(sizes) + 4 * max(sizes, default=0), memory, f"importing {file}")
-    alpha = float(gguf.metadata.get("adapter.lora.alpha", 0.0))
+    alpha = gguf.metadata.get("adapter.lora.alpha", 0.0)
+    if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+        raise AdapterError(f"{file}: adapter.lora.alpha is {ascii(alpha)[:50]}, no number")
     layers: dict[str, dict[str, mx.array]] = {}
     for tensor in gguf.tensors.values():
         base_name, _, part = tensor.name.rpartition(".")
@@ -118,10 +120,9 @@ def import_gguf(
         if array.ndim == 2 and not (base_name == "token_embd.weight" and part == "lora_a"):
             array = array.T
         layers.setdefault(_layer_of(base_name, architecture, gguf), {})[part] = array
-    for layer, parts in layers.items():
-        if len(parts) < 2:
-            raise AdapterError(f"{file}: {layer} lacks one of lora_a and lora_b")
-    scales = {layer: alpha / rank_of(parts["lora_a"]) if alpha else 1.0 for layer, parts in layers.items()}
+    if not layers:
+        raise AdapterError(f"{file} holds no tensors")
+    scales = {layer: alpha / rank if alpha else 1.0 for layer, rank in ranks_of(layers, Path(file)).items()}
     parameters, weights = assemble(layers, scales, 0.0)
     others = {"model": base} if base else {}
     return Adapter(AdapterSpec("lora", -1, parameters), weights, others, Path(file))
@@ -164,16 +165,21 @@ def _layer_of(tensor: str, architecture: Architecture, gguf: Gguf) -> str:
 def _heads(tensor: str, architecture: Architecture, config: dict[str, Any]) -> int | None:
     """Of a tensor whose rows llama.cpp has in another order, head by head."""
     keys = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
-    part = tensor.split(".")[-2]
+    part = tensor.removesuffix(".weight").rpartition(".")[2]
     if not architecture.permuted or part not in keys:
         return None
-    return int(config.get(keys[part]) or config["num_attention_heads"])
+    n_heads = config.get(keys[part]) or config.get("num_attention_heads")
+    if not isinstance(n_heads, int) or n_heads < 1:
+        raise ModelError(
+            f"the model's config.json says {ascii(n_heads)[:50]} for {keys[part]}, which is no number of heads"
+        )
+    return n_heads
 
 
 def _interleaved(b: mx.array, n_heads: int, back: bool = False) -> mx.array:
     """`lora_b` [out, r] with the two halves of each head's rows interleaved, or back: llama.cpp's rotary embedding."""
-    rows, rank = b.shape
-    if rows % (2 * n_heads):
+    rows, rank = b.shape[0], b.shape[-1]
+    if b.ndim != 2 or rows % (2 * n_heads):
         raise AdapterError(f"{rows} rows are no {n_heads} heads: the adapter is of another model")
     shape = (n_heads, rows // n_heads // 2, 2, rank) if back else (n_heads, 2, rows // n_heads // 2, rank)
     return b.reshape(shape).swapaxes(1, 2).reshape(rows, rank)

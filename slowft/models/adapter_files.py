@@ -5,6 +5,7 @@ that `mlx_lm.generate --adapter-path` loads. Never half-writes a file.
 """
 
 import json
+import math
 import os
 import shutil
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from ..weights.tensorfile import sync
 from .directories import ADAPTER_CONFIG as CONFIG
 from .directories import MLX_WEIGHTS as WEIGHTS
 from .directories import PEFT_WEIGHTS, describe_adapter, explain_no_adapter
-from .peft import by_layer, read_peft
+from .peft import by_layer, ranks_of, read_peft
 
 
 @dataclass(frozen=True)
@@ -105,9 +106,15 @@ def read_adapter(directory: Path) -> Adapter:
     entries, is_peft = _read_entries(directory)
     spec = _spec(entries, directory / CONFIG)
     weights, file = read_weights(directory / WEIGHTS, lazily=True)
-    for name, parts in by_layer(weights).items():
-        if not {"lora_a", "lora_b"} <= parts.keys() <= {"lora_a", "lora_b", "m"}:
+    layers = by_layer(weights)
+    for name, parts in layers.items():
+        if not parts.keys() <= {"lora_a", "lora_b", "m"}:
             raise AdapterError(f"{file}: {name} has {', '.join(parts)}; a layer of an adapter has lora_a and lora_b")
+    if not ranks_of(layers, file):
+        raise AdapterError(f"{file} holds no tensors")
+    scale = spec.parameters["scale"]
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        raise AdapterError(f"{directory / CONFIG}: scale must be a number, got {ascii(scale)[:50]}")
     others = {k: v for k, v in entries.items() if k not in spec.as_config()}
     return Adapter(spec, weights, others, file, is_peft)
 

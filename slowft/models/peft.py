@@ -25,6 +25,7 @@ from .directories import ADAPTER_CONFIG, PEFT_WEIGHTS
 PREFIX = "base_model.model."
 EXPERT = re.compile(r"(.*)\.experts\.(\d+)\.(\w+)")
 EXPERTS_NAMES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}  # Mixtral's
+MAX_EXPERTS = 4096  # of a layer; real ones have up to 512
 EMBEDDING = re.compile(r"(?:^|\.)(?:\w*embed\w*|wte|wpe)$")
 # Settings of PEFT's that are used here, or change nothing about what the tensors mean.
 HARMLESS = frozenset(
@@ -54,8 +55,9 @@ def read_peft(directory: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
     file = directory / PEFT_WEIGHTS[0]
     layers = _layers(_read(file, directory), file)
     try:
-        scales = {name: _scale(config, name, rank) for name, rank in _ranks(layers, file).items()}
-    except (TypeError, ValueError, ZeroDivisionError, KeyError, re.error) as e:
+        scales = {name: _scale(config, name, rank) for name, rank in ranks_of(layers, file).items()}
+        dropout = float(config.get("lora_dropout") or 0.0)
+    except (TypeError, ValueError, AttributeError, OverflowError, re.error) as e:
         raise AdapterError(f"{config_file} is not a LoRA configuration: {type(e).__name__} {e}") from None
     layers, scales = _stack_experts(layers, scales, file)
     with_m = [name for name, parts in layers.items() if "m" in parts]
@@ -64,8 +66,8 @@ def read_peft(directory: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
     if bool(config.get("use_dora")) != bool(with_m):
         said = "without" if with_m else "with"
         raise AdapterError(f"{config_file} says an adapter {said} DoRA, and its tensors say the opposite")
-    _ranks(layers, file)
-    parameters, weights = assemble(layers, scales, float(config.get("lora_dropout") or 0.0))
+    ranks_of(layers, file)
+    parameters, weights = assemble(layers, scales, dropout)
     entries = {"fine_tune_type": "dora" if with_m else "lora", "num_layers": -1, "lora_parameters": parameters}
     if isinstance(base := config.get("base_model_name_or_path"), str):
         entries["model"] = base
@@ -98,6 +100,25 @@ def with_rank(a: mx.array, b: mx.array, rank: int) -> tuple[mx.array, mx.array]:
     if a.ndim == 3:  # experts: [E, r, in], [E, out, r]
         return mx.pad(a, ((0, 0), (0, missing), (0, 0))), mx.pad(b, ((0, 0), (0, 0), (0, missing)))
     return mx.pad(a, ((0, 0), (0, missing))), mx.pad(b, ((0, missing), (0, 0)))
+
+
+def ranks_of(layers: dict[str, dict[str, mx.array]], file: Path | None) -> dict[str, int]:
+    """The rank of each layer.
+
+    Raises:
+        AdapterError: a factor is missing, or the two do not fit together.
+    """
+    ranks = {}
+    for name, parts in layers.items():
+        if not {"lora_a", "lora_b"} <= parts.keys():
+            raise AdapterError(f"{file}: {name} lacks {'lora_B' if 'lora_a' in parts else 'lora_A'}")
+        a, b = parts["lora_a"], parts["lora_b"]
+        fits = a.ndim == b.ndim == 2 and a.shape[1] == b.shape[0]
+        fits |= a.ndim == b.ndim == 3 and (a.shape[0], a.shape[1]) == (b.shape[0], b.shape[2])
+        if not fits or not a.size or not b.size:
+            raise AdapterError(f"{file}: {name} has factors {list(a.shape)} and {list(b.shape)}, which have no product")
+        ranks[name] = rank_of(a)
+    return ranks
 
 
 def rank_of(a: mx.array) -> int:
@@ -170,18 +191,6 @@ def _layers(tensors: dict[str, mx.array], file: Path) -> dict[str, dict[str, mx.
     return layers
 
 
-def _ranks(layers: dict[str, dict[str, mx.array]], file: Path) -> dict[str, int]:
-    ranks = {}
-    for name, parts in layers.items():
-        if not {"lora_a", "lora_b"} <= parts.keys():
-            raise AdapterError(f"{file}: {name} lacks {'lora_B' if 'lora_a' in parts else 'lora_A'}")
-        a, b = parts["lora_a"], parts["lora_b"]
-        if a.shape[1] != b.shape[2 if b.ndim == 3 else 0]:
-            raise AdapterError(f"{file}: {name} has two ranks, {a.shape[1]} and {b.shape[2 if b.ndim == 3 else 0]}")
-        ranks[name] = rank_of(a)
-    return ranks
-
-
 def _scale(config: dict, name: str, rank: int) -> float:
     """What PEFT multiplies a layer's product by: alpha over the rank or its root, with its patterns."""
     alpha = config.get("lora_alpha", 8)
@@ -204,6 +213,8 @@ def _stack_experts(layers, scales: dict[str, float], file: Path):
             groups.setdefault(f"{match[1]}.switch_mlp.{kind}", {})[int(match[2])] = name
     layers, scales = dict(layers), dict(scales)
     for stacked, members in groups.items():
+        if max(members) >= MAX_EXPERTS:
+            raise AdapterError(f"{file}: {members[max(members)]} has a number that no expert has")
         parts = {e: layers.pop(name) for e, name in members.items()}
         of_each = {e: scales.pop(name) for e, name in members.items()}
         if any("m" in p for p in parts.values()):
