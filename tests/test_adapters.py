@@ -103,7 +103,7 @@ def test_adapters_for_peft_give_the_same_logits_in_it(by_peft, others):
     """Imported and exported again; and one that mlx-lm's names and ranks made."""
     expected = dict(mx.load(str(by_peft / "logits.safetensors")))
     for name in CASES:
-        adapters.export_peft(slowft.load_peft(by_peft / name), by_peft / "ours" / name)
+        adapters.export_peft(slowft.load_peft(by_peft / name), by_peft / "ours" / name, str(by_peft / CASES[name][0]))
     others("loaded", by_peft)
     for name, logits in mx.load(str(by_peft / "loaded.safetensors")).items():
         assert difference(logits, expected[name]) < 1e-4, name
@@ -197,6 +197,11 @@ def test_an_embedding_that_is_the_head_too_is_refused(tmp_path):
     with pytest.raises(AdapterError, match="is the model's head as well"):
         slowft.fuse(model, adapter, tmp_path / "fused")
     assert not (tmp_path / "fused").exists()
+    ours = adapter_of(model, tmp_path / "ours", keys=["model.embed_tokens"])
+    with pytest.raises(AdapterError, match="is the model's head as well"):
+        adapters.export_peft(read_adapter(ours), tmp_path / "peft", str(model))
+    with pytest.raises(ConfigError, match="Give --model"):
+        adapters.export_peft(read_adapter(ours), tmp_path / "peft")
 
 
 # --- llama.cpp --------------------------------------------------------------------------------------

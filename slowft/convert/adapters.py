@@ -17,13 +17,14 @@ import mlx.core as mx
 import numpy as np
 
 from .. import platform
-from ..errors import AdapterError, ConfigError
+from ..errors import AdapterError, ConfigError, ModelError
 from ..models.adapter_files import CONFIG, WEIGHTS, Adapter, AdapterSpec, read_adapter
+from ..models.adapters import HEADS
 from ..models.building import build_lazily
 from ..models.config import read_config
 from ..models.directories import PEFT_WEIGHTS
 from ..models.loading import resolve
-from ..models.peft import rank_of, to_peft, with_rank
+from ..models.peft import EMBEDDING, rank_of, to_peft, with_rank
 from ..sizes import parse_nbytes
 from ..weights.tensorfile import Tensor, TensorFile, cannot_write, write_file
 
@@ -327,28 +328,57 @@ def export_peft(
     adapter: Adapter,
     output: str | Path,
     base: str | None = None,
-    embeddings: set[str] | None = None,
     memory: str | int | None = None,
 ) -> Path:
     """Write an adapter as PEFT's `PeftModel.from_pretrained` reads it.
 
     Args:
         base: the base model, for whoever reads the configuration; None: what the adapter itself names.
-        embeddings: names of the layers that are embeddings; None: go by the names.
     Raises:
-        AdapterError: experts, which PEFT has in another way, or `output` is in the way.
+        AdapterError: experts, which PEFT has in another way, an embedding that is the head as well, or `output` is in
+            the way.
         ConfigError: too little memory; names the least.
+        ModelError: an embedding has LoRA, and there is no base model to see whether it is the head.
     """
     output = Path(output).expanduser()
     refuse_occupied(output)
     check_memory([adapter], memory, "exporting")
+    base = base or adapter.base
+    if embeddings := [name for name in adapter.layers if EMBEDDING.search(name)]:
+        if base is None:
+            raise ConfigError(
+                f"{adapter.file} does not name its base model, whose head may be {embeddings[0]}. Give --model"
+            )
+        if is_tied(config_of(base)):
+            raise AdapterError(
+                f"{embeddings[0]} is the model's head as well: PEFT adapts the embedding alone, mlx-lm both"
+            )
     entries = {**adapter.others, **adapter.spec.as_config()}
-    config, tensors = to_peft(entries, adapter.weights, embeddings, base)
+    config, tensors = to_peft(entries, adapter.weights, base)
     adapter.weights = {}
     shapes = {name: array.shape for name, array in tensors.items()}
     dtypes = {name: _dtype(array) for name, array in tensors.items()}
     _write(output, PEFT_WEIGHTS[0], shapes, _take(tensors), {CONFIG: config}, dtypes, {"format": "pt"})
     return output
+
+
+def is_tied(config: dict[str, Any]) -> bool:
+    """Whether the embedding is the head as well: it has no layer of its own, or the configuration says so.
+
+    Raises:
+        ModelError: mlx-lm has no such model.
+    """
+    from mlx_lm.utils import _get_classes
+
+    try:
+        model_class, args_class = _get_classes(config)
+        arguments = args_class.from_dict(config)
+        names = [name for name, _ in model_class(arguments).named_modules()]  # lazy: no weight is made
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        raise ModelError(f"mlx-lm cannot read the base model's config.json: {str(e).splitlines()[0]}") from None
+    usual = getattr(arguments, "tie_word_embeddings", True)
+    has_head = any(name.rpartition(".")[2] in HEADS for name in names)
+    return not has_head or bool(config.get("tie_word_embeddings", usual))
 
 
 # --- Files ------------------------------------------------------------------------------------------

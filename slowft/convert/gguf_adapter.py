@@ -19,7 +19,7 @@ from ..errors import AdapterError, ModelError
 from ..models.adapter_files import Adapter, AdapterSpec
 from ..models.peft import assemble, by_layer, rank_of, ranks_of
 from ..weights.tensorfile import UNFINISHED, cannot_write, sync, sync_directory
-from .adapters import check_room_for
+from .adapters import check_room_for, is_tied
 from .gguf_architectures import ARCHITECTURES, NAMES, Architecture
 from .gguf_blocks import widen
 from .gguf_file import MAGIC, STRING, Gguf, GgufTensor, read_gguf
@@ -149,7 +149,7 @@ def _tensor_of(layer: str, architecture: Architecture, config: dict[str, Any]) -
         block, rest = f"blk.{match[1]}.", match[2]
     if rest not in parts:
         raise AdapterError(f"llama.cpp's {config['model_type']} has no layer like {layer}")
-    if parts[rest] == "token_embd" and config.get("tie_word_embeddings", False):
+    if parts[rest] == "token_embd" and is_tied(config):
         raise AdapterError(f"{layer} is the model's head as well: llama.cpp adapts the embedding alone, mlx-lm both")
     return f"{block}{parts[rest]}.weight"
 

@@ -241,13 +241,12 @@ def _stack_experts(layers, scales: dict[str, float], file: Path):
 
 
 def to_peft(
-    entries: dict[str, Any], weights: dict[str, mx.array], embeddings: set[str] | None = None, base: str | None = None
+    entries: dict[str, Any], weights: dict[str, mx.array], base: str | None = None
 ) -> tuple[dict[str, Any], dict[str, mx.array]]:
     """(PEFT's `adapter_config.json`, its tensors) of an mlx-lm adapter.
 
     Args:
         entries: of mlx-lm's `adapter_config.json`.
-        embeddings: names of the layers that are embeddings; None: go by the names.
         base: name or directory of the base model.
     Raises:
         AdapterError: experts' layers, which PEFT has in another way.
@@ -261,7 +260,7 @@ def to_peft(
                 f"{name} is an adapter of {a.shape[0]} experts at once, and transformers has their weights laid out "
                 "otherwise: PEFT cannot express it. Train without the experts' layers (--keys), or fuse (slowft fuse)"
             )
-        is_embedding = name in embeddings if embeddings is not None else EMBEDDING.search(name) is not None
+        is_embedding = EMBEDDING.search(name) is not None
         suffixes = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A.weight", "lora_B.weight")
         for suffix, array in zip(suffixes, (a, b)):
             tensors[f"{PREFIX}{name}.{suffix}"] = mx.contiguous(array.T)
