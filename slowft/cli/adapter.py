@@ -124,13 +124,11 @@ def merge(directories, weights, rank, output, memory):
 @adapter.command("import", short_help="Another program's adapter to mlx-lm's format.")
 @click.argument("path")
 @click.option("--format", "kind", type=FORMATS, help="Of PATH [default: what it is].")
-@options.base_model
+@click.option("--model", help=f"{options.MODEL_HELP}: layers get the names that it has for them. Needed for gguf.")
 @options.output
 @options.memory
 def import_(path, kind, model, output, memory):
     """Write the adapter at PATH (a PEFT directory, or llama.cpp's GGUF file) as mlx-lm's and slowft's own.
-
-    Of GGUF, --model says which model it belongs to.
 
     Example:
 

@@ -2,7 +2,7 @@
 
 import click
 
-MODEL_HELP = "Base model: a directory that mlx-lm loads, or a hub id."
+MODEL_HELP = "Base model: a directory that mlx-lm loads, or a hub id"
 
 
 def adapter_path(command):
@@ -12,12 +12,12 @@ def adapter_path(command):
 
 
 def model(command):
-    return click.option("--model", required=True, help=MODEL_HELP)(command)
+    return click.option("--model", required=True, help=f"{MODEL_HELP}.")(command)
 
 
 def base_model(command):
     """Of commands that need no more than its configuration, if that."""
-    return click.option("--model", help=f"{MODEL_HELP} [default: the one the adapter names].")(command)
+    return click.option("--model", help=f"{MODEL_HELP} [default: what the adapter names].")(command)
 
 
 def output(command):
