@@ -15,6 +15,7 @@ _mlx_was_imported_first = "mlx.core" in sys.modules
 _platform.preload_blas()
 
 if TYPE_CHECKING:
+    from .convert.fuse import fuse as fuse
     from .convert.prepare import prepare as prepare
     from .convert.verify import verify as verify
     from .data.datasets import load_data as load_data
@@ -31,11 +32,13 @@ if TYPE_CHECKING:
     from .errors import SlowftWarning as SlowftWarning
     from .inference.generate import Answer as Answer
     from .inference.generate import generate as generate
+    from .models.adapter_files import load_peft as load_peft
     from .planning.plan import Plan as Plan
     from .training.config import TrainConfig as TrainConfig
     from .training.trainer import Trainer as Trainer
 
 _WHERE = {
+    "convert.fuse": ("fuse",),
     "convert.prepare": ("prepare",),
     "convert.verify": ("verify",),
     "data.datasets": ("load_data",),
@@ -44,6 +47,7 @@ _WHERE = {
     "engine.randomness": ("dropout_seed",),
     "errors": ("AdapterError", "ConfigError", "DataError", "ModelError", "SlowftError", "SlowftWarning"),
     "inference.generate": ("Answer", "generate"),
+    "models.adapter_files": ("load_peft",),
     "planning.plan": ("Plan",),
     "training.config": ("TrainConfig",),
     "training.trainer": ("Trainer",),
