@@ -259,11 +259,14 @@ class Planner:
         """What to say where there is no plan."""
         job, least = self.job_of(Chunking()), self.least()
         needed = enough(least.peak_nbytes)
-        message = (
-            f"memory of {memory / 1e9:.2f} GB is too little for steps of {job.micro_batches} x {self._rows} x "
-            f"{self._tokens} tokens on this model: give at least {needed / 1e9:.2f}GB, or make "
-            "--batch-size or --max-seq-length smaller"
-        )
+        message = f"memory of {memory / 1e9:.2f} GB is too little for "
+        if job.micro_batches * self._rows * self._tokens == 1:
+            message += f"this model, whatever is done with it: give at least {needed / 1e9:.2f}GB"
+        else:
+            message += (
+                f"steps of {job.micro_batches} x {self._rows} x {self._tokens} tokens on this model: give at least "
+                f"{needed / 1e9:.2f}GB, or make --batch-size or --max-seq-length smaller"
+            )
         largest = max(least.job.visits, key=lambda visit: visit.stored_nbytes)
         saved = least.schedule.slots * largest.quantizing_saves_nbytes
         if not largest.layers and enough(least.peak_nbytes - saved) <= memory:
