@@ -100,9 +100,9 @@ def several_lines(several: Sequence[Shared]) -> list[str]:
     known = [one for one in several if one.rows]
     lines = []
     if known:
-        steps = ", ".join(f"{one.machines} {duration(one.step_s)}" for one in known)
+        steps = ", ".join(f"{duration(one.step_s)} by {one.machines}" for one in known)
         link = f"{duration(known[-1].sum_s)} of it to sum gradients, at an assumed {LINK_NBYTES_S * 8e-9:g} Gbit/s"
-        lines.append(f"  the same step shared by machines like this one: {steps} ({link})")
+        lines.append(f"  the same step, shared by machines like this one: {steps} ({link})")
     return lines + [f"  {one.reason}" for one in several if one.reason]
 
 
