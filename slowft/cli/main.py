@@ -11,6 +11,7 @@ from ..errors import ConfigError, Interrupted, SlowftError
 COMMANDS = {
     "finetune": "Train a LoRA adapter with the base model streamed from disk.",
     "data": "Show what will be trained on: counts, lengths, samples with trained tokens marked.",
+    "score": "Score texts, answers or marks: log-probabilities of base and adapters in one pass.",
     "plan": "Say what a job would take on this machine: memory, reads, seconds.",
     "prepare": "Write a model anew so that it streams: experts stacked, quantized if asked for.",
     "verify": "Check a model's files against their checksums.",

@@ -5,6 +5,8 @@ names the least memory that would do, before anything is read.
 """
 
 import warnings
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -25,6 +27,9 @@ from .randomness import keeping_random_state
 WARM_UP_NBYTES = 16 << 20  # what libraries take once they are used: OpenBLAS's buffers, threads' stacks, page tables
 # that are planned anew: the first step finds no buffers in memory, so its seconds say less than the second's
 STEPS_TO_LEARN_FROM = 2
+# Of an evaluation without a ceiling: hidden states of one pass may take this share of half the machine's memory. Of
+# each micro-batch there are a block's input, its output, and the first block's input.
+UNBOUNDED_SHARE, HIDDEN_ARRAYS = 0.25, 3
 
 
 class Budget:
@@ -49,6 +54,7 @@ class Budget:
         self._planned_nbytes = 0
         self._steps_measured = 0  # of the shape that is planned for
         self._has_warned = False
+        self._passes_shape: tuple[tuple, int] = ((), 0)  # of the evaluation that is planned for, and what goes at once
         self._jobs: dict[tuple, Job] = {}
         self._experience = Experience()
 
@@ -64,6 +70,7 @@ class Budget:
             planned_nbytes: so many bytes it did not take on, but would to train.
         """
         self._base_nbytes, self._shape, self._experience = None, (0, 0, 0), Experience()
+        self._passes_shape = (), 0
         self._planned_nbytes = planned_nbytes
         self._engine.adapter_changed()
 
@@ -108,6 +115,43 @@ class Budget:
         self._engine.peaks_known.clear()
         return plan
 
+    def cover_passes(self, rows: int, tokens: int, micro_batches: int, adapters: Collection[bool | str]) -> int:
+        """How many of these micro-batches an evaluation takes through the model at once; a plan for it is followed.
+
+        As many as their hidden states have room for: where a model does not fit, each pass saved saves more reading
+        than blocks that stay would. But where everything fits in memory with fewer at a time, it is read once.
+
+        Args:
+            adapters: that the micro-batches ask for.
+        Raises:
+            ConfigError: the ceiling is too low even for one; names the least memory that would do.
+        """
+        if self.memory is None:
+            hidden_nbytes = HIDDEN_ARRAYS * rows * tokens * self._engine.cut.hidden_nbytes
+            return min(micro_batches, max(1, int(UNBOUNDED_SHARE * default_memory()) // hidden_nbytes))
+        shape = rows, tokens, micro_batches, frozenset(adapters), self.memory, self._cut_like
+        if shape == self._passes_shape[0]:
+            return self._passes_shape[1]
+        usable = self._usable(self.memory)
+
+        def planner(n: int) -> Planner:
+            return self.planner(rows, tokens, n, adapters=adapters)
+
+        one = planner(1).chunked(usable)
+        if one is None:
+            raise ConfigError(planner(1).too_little(self.memory))
+
+        def fits(n: int) -> bool:
+            found = planner(n).chunked(usable)
+            return found is not None and found[0].chunking == one[0].chunking
+
+        at_once = _most(fits, micro_batches)
+        if at_once < micro_batches and planner(1).choose(usable).is_ordinary:
+            at_once = _most(lambda n: planner(n).choose(usable).is_ordinary, at_once)
+        self._follow(planner(at_once).choose(usable))
+        self._shape, self._passes_shape = (0, 0, 0), (shape, at_once)
+        return at_once
+
     def make(self, memory: int | None, rows: int, tokens: int, micro_batches: int) -> Plan:
         """The plan for steps of this shape within `memory` bytes, by what is known so far; it is not followed.
 
@@ -128,7 +172,7 @@ class Budget:
         is_largest = (rows, tokens, micro_batches) == self._shape
         job = self.plan.job if is_largest else self._job(rows, tokens, micro_batches, self.plan.job.chunking)
         is_news = self._experience.learn(job, schedule, step)
-        over = step.peak_nbytes - self.memory
+        over = self._over(step.peak_nbytes)
         if step.peak_nbytes > self.plan.peak_nbytes:  # there is more in the process than anybody counted
             self._base_nbytes += step.peak_nbytes - self.plan.peak_nbytes
             is_news = True
@@ -143,14 +187,28 @@ class Budget:
                 self._follow(plan)
         elif is_largest:  # a smaller one leaves more room than the next will
             self._engine.reuse_more(self.plan.peak_nbytes - self.plan.parts["slack"] - step.peak_nbytes)
+
+    def after_pass(self) -> None:
+        """Learn from the peak of an evaluation's pass that was just made."""
+        peak_nbytes = self._engine.stats.last.peak_memory
+        if self.plan is None or self.memory is None or peak_nbytes <= self.plan.peak_nbytes:
+            return
+        self._base_nbytes += peak_nbytes - self.plan.peak_nbytes
+        self._passes_shape = (), 0
+        self._over(peak_nbytes)
+
+    def _over(self, peak_nbytes: int) -> int:
+        """By how much a step was over the ceiling, in bytes; below 0: under it. Warns of it once."""
+        over = peak_nbytes - self.memory
         if over > 0 and not self._has_warned:
             self._has_warned = True
             warnings.warn(
-                f"a step took {step.peak_nbytes / 1e9:.2f} GB, more than the memory of {self.memory / 1e9:.2f} GB it "
+                f"a step took {peak_nbytes / 1e9:.2f} GB, more than the memory of {self.memory / 1e9:.2f} GB it "
                 "was given. Less is kept in memory from now on. If this goes on, make batches or sequences smaller",
                 SlowftWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
+        return over
 
     def caching(self, plan: Plan, first_steps: float, later_steps: float) -> tuple[Plan | None, bool]:
         """(the plan of steps that begin at stored activations, whether it pays to store them).
@@ -163,8 +221,19 @@ class Budget:
         later = from_boundary(planner, plan)
         return later, later is not None and pays(planner, plan, later, first_steps, later_steps)
 
-    def planner(self, rows: int, tokens: int, micro_batches: int, machine: Machine | None = None) -> Planner:
-        """Plans for steps over `micro_batches` of `[rows, tokens]`."""
+    def planner(
+        self,
+        rows: int,
+        tokens: int,
+        micro_batches: int,
+        machine: Machine | None = None,
+        adapters: Collection[bool | str] = (True,),
+    ) -> Planner:
+        """Plans for steps over `micro_batches` of `[rows, tokens]`.
+
+        Args:
+            adapters: that they ask for; the one that makes blocks compute the most is planned for.
+        """
         if self._base_nbytes is None:  # before the first step: nothing of it is in memory yet
             limits().give_back()
             platform.release_freed_memory()
@@ -172,7 +241,8 @@ class Budget:
             self._held_nbytes = mx.get_active_memory()
 
         def job_of(chunking: Chunking) -> Job:
-            return self._job(rows, tokens, micro_batches, chunking)
+            jobs = [self._job(rows, tokens, micro_batches, chunking, adapter) for adapter in adapters]
+            return max(jobs, key=lambda job: max(visit.forward_nbytes for visit in job.visits))
 
         what = machine or self.machine, self._base_nbytes, rows, tokens, self._held_nbytes, self._experience
         return Planner(job_of, *what, self._cut_like)
@@ -190,6 +260,7 @@ class Budget:
         return self._machine
 
     def _follow(self, plan: Plan) -> None:
+        self._passes_shape = (), 0
         self._engine.follow(plan.schedule, self.directory)
         self.plan = plan
 
@@ -197,14 +268,34 @@ class Budget:
         """Of the memory that was given, what there is: more (on macOS: than Metal recommends) would be paged."""
         return min(memory, self.machine.memory_nbytes)
 
-    def _job(self, rows: int, tokens: int, micro_batches: int, chunking: Chunking) -> Job:
+    def _job(self, rows: int, tokens: int, micro_batches: int, chunking: Chunking, adapter: bool | str = True) -> Job:
+        """Steps with the adapter that is attached, or evaluations with one that was added by name."""
         engine = self._engine
-        shape = rows, tokens, micro_batches, chunking, self.optimizer_copies
-        key = (*shape, engine.head_may_be_cut, len(trainable_entries(engine.model)))
+        shape = rows, tokens, 1, chunking, self.optimizer_copies
+        is_added = isinstance(adapter, str)
+        key = (*shape, engine.head_may_be_cut, len(trainable_entries(engine.model)), adapter if is_added else True)
         if key not in self._jobs:
-            with keeping_random_state():
-                self._jobs[key] = Shapes(engine).job(*shape)
-        return self._jobs[key]
+            with keeping_random_state(), engine.chain.adapters.using(adapter if is_added else True):
+                if is_added:
+                    engine.adapter_changed()
+                try:
+                    self._jobs[key] = Shapes(engine).job(*shape)
+                finally:
+                    if is_added:
+                        engine.adapter_changed()
+        job = self._jobs[key]
+        return replace(job, micro_batches=job.micro_batches * micro_batches)
+
+
+def _most(fits: Callable[[int], bool], limit: int) -> int:
+    """The largest number up to `limit` that fits, if 1 does and whatever is less than one that fits."""
+    if fits(limit):
+        return limit
+    low, high = 1, limit  # the first fits, the second does not
+    while low + 1 < high:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 def default_memory() -> int:
