@@ -127,8 +127,8 @@ class Budget:
             ConfigError: the ceiling is too low even for one; names the least memory that would do.
         """
         if self.memory is None:
-            hidden_nbytes = HIDDEN_ARRAYS * rows * tokens * self._engine.cut.hidden_nbytes
-            return min(micro_batches, max(1, int(UNBOUNDED_SHARE * default_memory()) // hidden_nbytes))
+            hidden_nbytes = HIDDEN_ARRAYS * rows * tokens * self._engine.cut.hidden_nbytes  # 0: of no chain
+            return min(micro_batches, max(1, int(UNBOUNDED_SHARE * default_memory()) // max(hidden_nbytes, 1)))
         shape = rows, tokens, micro_batches, frozenset(adapters), self.memory, self._cut_like
         if shape == self._passes_shape[0]:
             return self._passes_shape[1]

@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from .cores import by_rows
 
-_logsumexp = by_rows(lambda logits: mx.logsumexp(logits, axis=-1))
+_log_softmax = by_rows(nn.log_softmax)
 _argmax = by_rows(lambda logits: mx.argmax(logits, axis=-1))
 
 
@@ -57,7 +58,7 @@ def log_probabilities(
     top_k: int,
     token_ids: Sequence[int],
 ) -> LogProbabilities:
-    """Log-probabilities at the targets in `mask`, computed as mlx-lm's evaluations do: in float32, logits - logsumexp.
+    """Log-probabilities at the targets in `mask`, as mlx-lm's evaluate.py computes them: log_softmax in float32.
 
     Args:
         logits_of: of numbers among all `B * T` targets, their logits `[n, V]`, unevaluated.
@@ -71,12 +72,12 @@ def log_probabilities(
     for start in range(0, len(counted), step):
         chunk = counted[start : start + step]
         logits = logits_of(chunk).astype(mx.float32)
-        total = _logsumexp(logits)[:, None]
+        each = _log_softmax(logits)
         wanted = flat[mx.array(chunk)][:, None]
         k = min(top_k, logits.shape[-1])
-        ids = _top(logits, k) if k else mx.zeros((len(chunk), 0), mx.uint32)
+        ids = _top(each, k) if k else mx.zeros((len(chunk), 0), mx.uint32)
         at = [wanted, ids, mx.broadcast_to(asked, (len(chunk), len(token_ids)))]
-        values = [mx.take_along_axis(logits, indices, axis=-1) - total for indices in at]
+        values = [mx.take_along_axis(each, indices, axis=-1) for indices in at]
         is_greedy = _argmax(logits) == wanted[:, 0]
         mx.eval(values, ids, is_greedy)  # so that the next chunk's logits take the place of these
         target, top, of_tokens = (np.array(value) for value in values)
@@ -103,6 +104,6 @@ def of_whole_logits(
     return log_probabilities(logits_of, targets, mask, None, top_k, token_ids)
 
 
-def _top(logits: mx.array, k: int) -> mx.array:
-    """Ids of the k largest logits of each row, in no order."""
-    return by_rows(lambda part: mx.argpartition(part, kth=-k, axis=-1)[:, -k:])(logits)
+def _top(values: mx.array, k: int) -> mx.array:
+    """Ids of the k largest of each row, in no order."""
+    return by_rows(lambda part: mx.argpartition(part, kth=-k, axis=-1)[:, -k:])(values)
