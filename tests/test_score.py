@@ -132,7 +132,7 @@ def test_no_micro_batch_is_larger_than_that_of_the_longest_row():
     assert sorted(number for batch in batches for number in batch) == list(range(300))
     padded = [len(batch) * 32 * math.ceil((max(lengths[i] for i in batch) - 1) / 32) for batch in batches]
     assert max(padded) <= BATCH_TOKENS and padded[0] > BATCH_TOKENS / 2
-    assert batches_of([5000, 3]) == [[0, 1]] or batches_of([5000, 3]) == [[0], [1]]
+    assert batches_of([3, 5000, 4]) == [[1], [2, 0]]
 
 
 # --- Texts, questions and marks, by the command ---------------------------------------------------------
@@ -192,7 +192,6 @@ def test_command_scores_base_and_adapters(score, trained, model_in_memory):  # n
     assert samples[2]["where"].endswith("asked.jsonl line 3")
     table = score.command.bare("score", "--model", score.command.model, "--data", score.command.data)
     assert table.status == 0 and "perplexity" in table.out and "samples a reading" in table.out
-    assert "a test set" not in table.out and f"{base['tokens']:,}" not in table.out.splitlines()[0]
 
 
 @pytest.mark.parametrize("plain", [True, False])
@@ -217,17 +216,22 @@ def test_multiple_choice_and_exact_match_equal_plain_formulas(plain, score, mode
         by_length.append(int(np.argmax([s / len(c) for s, c in zip(sums, choices)])) == right)
     scores = total["scores"]["base"]
     assert (scores["acc"], scores["acc_norm"]) == (np.mean(chosen), np.mean(by_length))
-    # what greedy decoding writes is an exact match, and nothing else is
-    prompt = tokenizer.encode("Once upon a time")
-    written = list(prompt)
-    for _ in range(3):
-        written.append(int(mx.argmax(model(mx.array([written]))[0, -1]).item()))
-    answer = tokenizer.decode(written[len(prompt) :])
-    if plain and tokenizer.encode("Once upon a time" + answer) == written and answer[:1] == " ":
-        assert (
-            score([{"prompt": "Once upon a time", "answer": answer[1:]}], "--plain")[1]["scores"]["base"]["exact"] == 1
-        )
-    assert score([{"prompt": "Once upon a time", "answer": "no"}], "--plain")[1]["scores"]["base"]["exact"] == 0
+
+
+def test_exact_match_is_what_greedy_decoding_begins_with(score, model_in_memory):
+    model, tokenizer = model_in_memory
+
+    def first_of(question: str) -> str:
+        chat = [{"role": "user", "content": question}]
+        text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        return tokenizer.decode([int(mx.argmax(model(mx.array([tokenizer.encode(text)]))[0, -1]).item())])
+
+    written = {f"Question {i}": first_of(f"Question {i}") for i in range(30)}
+    question, answer = next(item for item in written.items() if item[1].isalnum() and item[1].isascii())
+    lines = [{"question": question, "answer": a} for a in (answer, chr(ord(answer) ^ 1), f"{answer}~~~~")]
+    samples, total = score(lines)
+    assert [sample["scores"]["base"]["exact"] for sample in samples] == [True, False, False]
+    assert total["kind"] == "answers" and total["scores"]["base"]["exact"] == pytest.approx(1 / 3)
 
 
 def test_judge_gives_the_expected_mark(score, model_in_memory):

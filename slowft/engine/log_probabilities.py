@@ -13,6 +13,9 @@ import numpy as np
 
 from .cores import by_rows
 
+WHOLE_PIECES = 4  # in which logits that all exist are looked at, so that what is made of them takes less than they do
+TOP_SHARE = 3  # of the tokens that are computed at once, one in so many where a partition of all logits is made too
+
 _log_softmax = by_rows(nn.log_softmax)
 _argmax = by_rows(lambda logits: mx.argmax(logits, axis=-1))
 
@@ -54,7 +57,7 @@ def log_probabilities(
     logits_of: Callable[[np.ndarray], mx.array],
     targets: mx.array,
     mask: mx.array,
-    chunk_tokens: int | None,
+    chunk_tokens: int,
     top_k: int,
     token_ids: Sequence[int],
 ) -> LogProbabilities:
@@ -63,12 +66,12 @@ def log_probabilities(
     Args:
         logits_of: of numbers among all `B * T` targets, their logits `[n, V]`, unevaluated.
         targets, mask: `[B, T]`.
-        chunk_tokens: the most tokens whose logits are computed at once; None for all.
+        chunk_tokens: the most tokens whose logits are asked for at once.
     """
     is_counted = np.asarray(mask)
     counted, flat, asked = np.flatnonzero(is_counted), targets.reshape(-1), mx.array(list(token_ids), mx.int32)
     found: list[list[np.ndarray]] = []
-    step = chunk_tokens or max(len(counted), 1)
+    step = max(1, chunk_tokens // TOP_SHARE) if top_k else chunk_tokens
     for start in range(0, len(counted), step):
         chunk = counted[start : start + step]
         logits = logits_of(chunk).astype(mx.float32)
@@ -99,9 +102,9 @@ def of_whole_logits(
     flat = logits.reshape(-1, logits.shape[-1])
 
     def logits_of(numbers: np.ndarray) -> mx.array:
-        return flat if len(numbers) == len(flat) else flat[mx.array(numbers)]
+        return flat[mx.array(numbers)]
 
-    return log_probabilities(logits_of, targets, mask, None, top_k, token_ids)
+    return log_probabilities(logits_of, targets, mask, -(-len(flat) // WHOLE_PIECES), top_k, token_ids)
 
 
 def _top(values: mx.array, k: int) -> mx.array:
