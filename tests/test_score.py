@@ -74,10 +74,10 @@ def test_log_probabilities_equal_mlx_lm_in_memory(name, tmp_path):
 
 
 def test_several_adapters_equal_separate_passes_and_are_one_reading(llama, tmp_path):
-    for i, rank in enumerate((2, 4)):
+    for i, keys in enumerate((None, ["mlp.up_proj", "lm_head"])):
         with slowft.open_model(llama) as model:
             mx.random.seed(i)
-            randomise(model.add_lora(num_layers=-1, rank=rank, scale=1.0 + i))
+            randomise(model.add_lora(num_layers=-1, rank=2 + i, scale=1.0 + i, keys=keys))
             model.save_adapter(tmp_path / f"tuned{i}")
     numbers = np.random.default_rng(0)
     texts = [(numbers.integers(0, 256, n).tolist(), n // 4) for n in (9, 70, 40, 3, 64)]
@@ -91,10 +91,13 @@ def test_several_adapters_equal_separate_passes_and_are_one_reading(llama, tmp_p
         assert alone < first <= model.nbytes_on_disk - rows + 3 * rows
     assert list(together) == ["base", "tuned0", "tuned1"]
     assert len({score.mean for score in together.values()}) == 3
-    for name, path in ((None, None), ("tuned0", adapters[0])):
+    for name, path in (("base", None), *zip(("tuned0", "tuned1"), adapters)):
         with slowft.open_model(llama, adapter_path=path) as model:
             own = slowft.score(model, texts)["base" if path is None else "adapter"]
-        for sample, expected in zip(together[name or "base"].samples, own.samples):
+            tokens, n_prompt = texts[1]
+            loss, n = model.loss(mx.array([tokens]), mx.array([[n_prompt, len(tokens) - 1]]))
+        assert own.samples[1].mean == pytest.approx(-loss.item(), rel=1e-5) and own.samples[1].tokens == n.item()
+        for sample, expected in zip(together[name].samples, own.samples):
             assert (sample.log_probabilities == expected.log_probabilities).all()
     assert [sample.tokens for sample in together["base"].samples] == [7, 53, 30, 2, 48]
 
