@@ -13,6 +13,7 @@ import pytest
 
 from architectures import ARCHITECTURES
 from conftest import LLAMA, random_batch, randomise, save_random
+from slowft import platform
 from slowft.inference.passes import BATCH_TOKENS, batches_of
 from test_cli import finetune, trained, write_lines  # noqa: F401  (fixtures)
 from test_gradients import pair
@@ -300,3 +301,14 @@ def test_long_texts_are_cut_with_a_note(score, llama_with_tokenizer):
             assert slowft.score(model, ["x" * 100], max_seq_length=40)["base"].tokens == 39
         with pytest.raises(slowft.DataError, match="text 2 is empty"):
             slowft.score(model, ["a", ""])
+
+
+def test_a_pass_takes_as_many_micro_batches_as_fit_and_no_more(llama):
+    memory = platform.memory_in_use() + 150_000_000
+    with slowft.open_model(llama, memory=memory) as model:
+        at_once = model.budget.cover_passes(64, 32, 10**6, (False,))
+        plan = model.followed_plan
+        assert 10 < at_once < 10**6 and plan.peak_nbytes <= memory
+        assert 64 * 32 * LLAMA["hidden_size"] * 4 * at_once > 0.2 * (memory - plan.parts["process"])
+        twice = model.planner(64, 32, 2 * at_once)
+        assert twice.least().peak_nbytes > memory

@@ -4,6 +4,7 @@ Comes in: shapes of steps, and what each step measured. Goes out: a `Plan` that 
 names the least memory that would do, before anything is read.
 """
 
+import functools
 import warnings
 from collections.abc import Callable, Collection
 from dataclasses import replace
@@ -19,7 +20,7 @@ from ..planning.caching import from_boundary, pays
 from ..planning.job import Chunking, Job
 from ..planning.machine import Machine, known, measured
 from ..planning.measure import Experience, remember
-from ..planning.plan import Plan, Planner
+from ..planning.plan import FASTER, Plan, Planner
 from ..planning.schedule import Schedule
 from ..planning.shapes import Shapes
 from .randomness import keeping_random_state
@@ -119,7 +120,8 @@ class Budget:
         """How many of these micro-batches an evaluation takes through the model at once; a plan for it is followed.
 
         As many as their hidden states have room for: where a model does not fit, each pass saved saves more reading
-        than blocks that stay would. But where everything fits in memory with fewer at a time, it is read once.
+        than blocks that stay would. But where fewer at a time leave room for what then need not be read, as predicted,
+        it is fewer.
 
         Args:
             adapters: that the micro-batches ask for.
@@ -134,21 +136,20 @@ class Budget:
             return self._passes_shape[1]
         usable = self._usable(self.memory)
 
-        def planner(n: int) -> Planner:
-            return self.planner(rows, tokens, n, adapters=adapters)
+        def planner(n: int, cut_like: Schedule | None = None) -> Planner:
+            return self.planner(rows, tokens, n, adapters=adapters, cut_like=cut_like)
 
         one = planner(1).chunked(usable)
         if one is None:
             raise ConfigError(planner(1).too_little(self.memory))
-
-        def fits(n: int) -> bool:
-            found = planner(n).chunked(usable)
-            return found is not None and found[0].chunking == one[0].chunking
-
-        at_once = _most(fits, micro_batches)
-        if at_once < micro_batches and planner(1).choose(usable).is_ordinary:
-            at_once = _most(lambda n: planner(n).choose(usable).is_ordinary, at_once)
-        self._follow(planner(at_once).choose(usable))
+        planner = functools.partial(planner, cut_like=one[1])  # so that last bits depend on no prediction
+        most = _most(lambda n: planner(n).chunked(usable) is not None, micro_batches)
+        at_once, plan = most, planner(most).choose(usable)
+        for n in [most >> i for i in range(1, most.bit_length() if most < micro_batches else 1)]:
+            other = planner(n).choose(usable)
+            if other.step_s / n < FASTER * plan.step_s / at_once:
+                at_once, plan = n, other
+        self._follow(plan)
         self._shape, self._passes_shape = (0, 0, 0), (shape, at_once)
         return at_once
 
@@ -228,11 +229,13 @@ class Budget:
         micro_batches: int,
         machine: Machine | None = None,
         adapters: Collection[bool | str] = (True,),
+        cut_like: Schedule | None = None,
     ) -> Planner:
         """Plans for steps over `micro_batches` of `[rows, tokens]`.
 
         Args:
             adapters: that they ask for; the one that makes blocks compute the most is planned for.
+            cut_like: a schedule by which the work is to be cut, unless `cut_like` was called.
         """
         if self._base_nbytes is None:  # before the first step: nothing of it is in memory yet
             limits().give_back()
@@ -245,7 +248,7 @@ class Budget:
             return max(jobs, key=lambda job: max(visit.forward_nbytes for visit in job.visits))
 
         what = machine or self.machine, self._base_nbytes, rows, tokens, self._held_nbytes, self._experience
-        return Planner(job_of, *what, self._cut_like)
+        return Planner(job_of, *what, self._cut_like or cut_like)
 
     def measure_machine(self) -> None:
         """Measure what no run has measured on this machine yet: for plans of which there is no step to learn from."""

@@ -5,6 +5,7 @@ memory. Models whose blocks form a chain go through `step`; others, and whatever
 `traced`. Decides which blocks are expected when, and follows schedules.
 """
 
+import functools
 import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -348,17 +349,25 @@ class Engine:
         micro_batches: Sequence[tuple[mx.array, mx.array, bool | str]],
         top_k: int,
         token_ids: Sequence[int],
-        on_visit: Callable[[], object],
+        on_visit: Callable[[int], object],
     ) -> list[LogProbabilities]:
-        """Of each (batch, lengths, adapter): blocks are read once for all; those of no chain, once for each."""
+        """Of each (batch, lengths, adapter): blocks are read once for all; those of no chain, once for each.
+
+        Args:
+            on_visit: called with how many more times a block was computed for a micro-batch.
+        """
         batches, _ = self._batches(micro_batches, together=False)
         self.stats.begin_step()
         try:
             with self._step_over(batches, gradients=False):
                 if self.cut.is_chain:
-                    found = step.log_probabilities(*self._loops(batches), top_k, token_ids, on_visit)
+                    visited = functools.partial(on_visit, len(micro_batches))
+                    found = step.log_probabilities(*self._loops(batches), top_k, token_ids, visited)
                 else:
-                    found = [self._plain_log_probabilities(batch, top_k, token_ids) for batch in batches]
+                    found = []
+                    for batch in batches:
+                        found.append(self._plain_log_probabilities(batch, top_k, token_ids))
+                        on_visit(len(self.cut.order))
         finally:
             self.stats.end_step(Measurements())
         at = iter(found)

@@ -253,7 +253,7 @@ class StreamedModel(nn.Module):
                 are targets; the token at 0 is none.
             top_k: ask also for the most probable tokens, so many.
             token_ids: ask also for the log-probabilities of these tokens.
-            on_visit: called with the number of micro-batches that another block was computed for.
+            on_visit: called with how many more times a block was computed for a micro-batch.
         Raises:
             ConfigError: no adapter has such a name, or the memory is too little; names the least that would do.
         """
@@ -267,8 +267,7 @@ class StreamedModel(nn.Module):
         while start < len(passengers):
             at_once = self.budget.cover_passes(rows, tokens, len(passengers), adapters)
             given = [(p.batch, p.lengths, p.adapter) for p in passengers[start : start + at_once]]
-            visited = functools.partial(on_visit, len(given))
-            found = self.engine.log_probabilities(given, top_k, token_ids, visited)
+            found = self.engine.log_probabilities(given, top_k, token_ids, on_visit)
             self.budget.after_pass()
             yield from found
             start += at_once

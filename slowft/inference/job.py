@@ -83,7 +83,7 @@ class ScoreJob:
 
     @property
     def n_visits(self) -> int:
-        """How many times `run` calls `on_visit` for one micro-batch, in all."""
+        """The sum of what `run` calls `on_visit` with."""
         return n_visits(self.model, self._rows, list(self._variants))
 
     def run(self, on_visit: Callable[[int], object] = lambda n: None) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def log_probabilities(
 
 
 def n_visits(model: StreamedModel, rows: Sequence[Row], adapters: Sequence[bool | str]) -> int:
-    """How often a block is computed for a micro-batch in `log_probabilities`, which it tells `on_visit`."""
+    """How often a block is computed for a micro-batch in `log_probabilities`: the sum of what it tells `on_visit`."""
     return len(batches_of([len(row.tokens) for row in rows])) * len(adapters) * len(model.engine.cut.order)
 
 

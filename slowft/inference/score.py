@@ -132,7 +132,7 @@ def score(
         mask_prompt, train_on: count the last answer only, or "assistant", every answer, as in training.
         max_seq_length: longer texts are cut, with a warning; None cuts nothing.
         top_k: keep also the most probable tokens at each place, in `found.top_ids` and `found.top` of each sample.
-        on_visit: called with the number of micro-batches that another block was computed for.
+        on_visit: called with how many more times a block was computed for a micro-batch.
     Returns:
         A `Score` by name, "base" first.
     Raises:
