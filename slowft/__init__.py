@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from .errors import ModelError as ModelError
     from .errors import SlowftError as SlowftError
     from .errors import SlowftWarning as SlowftWarning
+    from .inference.generate import Answer as Answer
+    from .inference.generate import generate as generate
     from .inference.score import Score as Score
     from .inference.score import score as score
     from .planning.plan import Plan as Plan
@@ -43,6 +45,7 @@ _WHERE = {
     "engine.model": ("MicroBatch", "StreamedModel", "open_model"),
     "engine.randomness": ("dropout_seed",),
     "errors": ("AdapterError", "ConfigError", "DataError", "ModelError", "SlowftError", "SlowftWarning"),
+    "inference.generate": ("Answer", "generate"),
     "inference.score": ("Score", "score"),
     "planning.plan": ("Plan",),
     "training.config": ("TrainConfig",),

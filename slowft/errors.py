@@ -1,5 +1,9 @@
 """The errors a user can cause. Each message is one line: what is wrong, where, and what to do."""
 
+import errno
+
+QUOTED = 500  # characters, at most, of what others say or a file holds
+
 
 class SlowftError(Exception):
     """Something a user can put right. The command line prints it as one line and exits with status 1."""
@@ -40,6 +44,20 @@ class Interrupted(SlowftError):
     def __init__(self, message: str, signal: int):
         super().__init__(message)
         self.signal = signal
+
+
+def reason_of(error: OSError) -> str:
+    """The operating system's reason, and what to do where that is not plain."""
+    reason = error.strerror or str(error)
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return f"{reason}. Raise the limit (ulimit -n 4096) and start again"
+    return reason
+
+
+def printable(quoted: str) -> str:
+    """On one line of no great length, whatever it is of a file or from another program: it goes to a terminal."""
+    shown = quoted if len(quoted) <= QUOTED else f"{quoted[: QUOTED - 4]} ..."
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)
 
 
 class SlowftWarning(UserWarning):

@@ -1,4 +1,4 @@
-"""Numbers of bytes as users write them. Comes in: "8GB". Goes out: 8000000000."""
+"""Numbers of bytes as users write and read them. Comes in: "8GB". Goes out: 8000000000; and the other way."""
 
 import re
 
@@ -16,3 +16,10 @@ def parse_nbytes(size: str | int, what: str = "an amount of memory to work in") 
     if not nbytes or nbytes < 1e6:
         raise ConfigError(f"{size!r} is not {what}. Write it like 8GB or 700MB")
     return round(nbytes)
+
+
+def size_in_words(nbytes: int) -> str:
+    """As a person reads it: "312 bytes", "4.1 MB", "25.30 GB"."""
+    if nbytes < 1e5:
+        return f"{nbytes} bytes"
+    return f"{nbytes / 1e6:,.1f} MB" if nbytes < 1e10 else f"{nbytes / 1e9:,.2f} GB"

@@ -32,7 +32,7 @@ from slowft import platform
 from slowft.data.store import TokenDataset
 from slowft.engine import boundary, budget
 from slowft.engine.model import StreamedModel
-from slowft.errors import ConfigError, SlowftWarning
+from slowft.errors import ConfigError, SlowftError, SlowftWarning
 from slowft.planning.schedule import Schedule
 from slowft.weights import activation_cache
 from slowft.weights.activation_cache import ActivationCache
@@ -512,7 +512,7 @@ def test_training_more_blocks_later_stores_no_more(llama, tmp_path):
 
 def test_a_directory_that_cannot_be_used(llama, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="cannot be used.*Choose another"):
+    with pytest.raises(SlowftError, match="cannot be used.*Choose another"):
         opened(llama, tmp_path / "file" / "store")
     with pytest.raises(ConfigError, match="in memory. Choose a directory on a disk"):
         opened(llama, tmp_path.parent / f"{tmp_path.name}-memory")

@@ -23,6 +23,7 @@ doc_to_target: {target}
 """
 CHOICES = "doc_to_choice: '{{choices}}'\nmetric_list:\n  - metric: acc\n  - metric: acc_norm"
 ROLLING = "metric_list:\n  - metric: word_perplexity\n  - metric: byte_perplexity"
+GENERATE = "generation_kwargs:\n  until: ['e']\n  max_gen_toks: 6\nmetric_list:\n  - metric: exact_match"
 DOCS = [
     {"question": "Two and two make", "choices": ["three", "four", "a hundred and one"], "right": 1},
     {"question": "A cat is an", "choices": ["animal", "idea"], "right": 0},
@@ -33,11 +34,12 @@ DOCS = [
 
 @pytest.fixture
 def tasks(tmp_path):
-    """A folder of two tasks on a local file."""
+    """A folder of three tasks on a local file."""
     file = tmp_path / "docs.jsonl"
     file.write_text("".join(json.dumps(doc) + "\n" for doc in DOCS))
     kinds = {
         "choices": ("multiple_choice", "'{{question}}'", "'{{right}}'", CHOICES),
+        "generate": ("generate_until", "'{{question}}'", "'{{choices[0]}}'", GENERATE),
         "rolling": ("loglikelihood_rolling", "''", "'{{question}}'", ROLLING),
     }
     for name, (kind, text, target, more) in kinds.items():
@@ -58,11 +60,12 @@ def test_numbers_are_those_of_mlx_lms_model_class(tasks, llama_with_tokenizer, t
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     found = []
     for model in (MLXLM(str(llama_with_tokenizer)), SlowftLM(str(llama_with_tokenizer), memory="1GB")):
-        names = ["small_choices", "small_rolling"]
+        names = ["small_choices", "small_rolling", "small_generate"]
         done = lm_eval.simple_evaluate(model=model, tasks=names, task_manager=tasks, bootstrap_iters=0)
-        each = [doc["filtered_resps"] for doc in done["samples"]["small_choices"]]
-        found.append((done["results"], each))
-    (expected, of_mlx_lm), (results, of_slowft) = found
+        of_tasks = [[doc["filtered_resps"] for doc in done["samples"][name]] for name in names[::2]]
+        found.append((done["results"], *of_tasks))
+    (expected, of_mlx_lm, texts_of_mlx_lm), (results, of_slowft, texts) = found
+    assert texts == texts_of_mlx_lm and len({text for (text,) in texts}) > 1
     assert len(of_slowft) == len(DOCS)
     for theirs, ours in zip(of_mlx_lm, of_slowft):
         for (total, is_greedy), (expected_total, was_greedy) in zip(ours, theirs):

@@ -338,3 +338,16 @@ def test_the_command_trains(mac, llama_with_tokenizer, tmp_path):
     attach_in_memory(whole, num_layers=16, rank=8, scale=20.0)
     names = set(dict(tree_flatten(whole.trainable_parameters())))
     assert names >= set(mx.load(str(tmp_path / "adapter" / "adapters.safetensors")))
+
+
+@pytest.mark.parametrize("directory", KINDS, indirect=True)
+def test_generates_on_a_mac_what_mlx_lm_does(mac, directory):
+    """In the model's own dtype, alone and in a wave: until, in 16 bits, rounding tells tokens apart."""
+    from test_generate import LIMITS, PROMPTS, generated, of_mlx_lm, waves
+
+    whole = load_model(directory)[0]
+    with slowft.open_model(directory, memory="2GB") as model:
+        expected = of_mlx_lm(whole, PROMPTS[:3], LIMITS[:3])
+        for size in (1, 3):
+            answers = generated(waves(model, size), PROMPTS[:3], LIMITS[:3])
+            assert [answer[0] for answer in answers] == [answer[0] for answer in expected]

@@ -220,7 +220,7 @@ def test_room_that_the_disk_does_not_grant_is_found_too(error, tmp_path, monkeyp
     monkeypatch.setattr(platform, "preallocate", full)
     before = open_descriptors()
     message = refusal(SpillFile, tmp_path, 5 * 10**6)
-    assert "need 5 MB" in message and " MB free" in message and "--spill-dir" in message
+    assert "need 5.0 MB" in message and "B free" in message and "--spill-dir" in message
     assert open_descriptors() == before and list(tmp_path.iterdir()) == []
 
 

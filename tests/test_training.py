@@ -176,10 +176,9 @@ def test_a_failed_save_keeps_the_earlier_adapter(llama_with_tokenizer, tmp_path,
     before = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
     model.seed = trainer.config.seed = 7  # so that the configuration to be written is another one
 
-    def disk_full(path, arrays, *args):
-        with open(path, "wb") as file:
-            file.write(b"half")
-        raise RuntimeError("[save_safetensors] No space left on device")
+    def disk_full(file, arrays, *args):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(mx, "save_safetensors", disk_full)
     with pytest.raises(slowft.SlowftError, match="No space left"):

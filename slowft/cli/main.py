@@ -6,11 +6,12 @@ import sys
 import click
 
 from .. import __version__
-from ..errors import ConfigError, Interrupted, SlowftError
+from ..errors import ConfigError, Interrupted, SlowftError, reason_of
 
 COMMANDS = {
     "finetune": "Train a LoRA adapter with the base model streamed from disk.",
     "data": "Show what will be trained on: counts, lengths, samples with trained tokens marked.",
+    "generate": "Answer prompts, many in each reading of the weights.",
     "score": "Score texts, answers or marks: log-probabilities of base and adapters in one pass.",
     "plan": "Say what a job would take on this machine: memory, reads, seconds.",
     "prepare": "Write a model anew so that it streams: experts stacked, quantized if asked for.",
@@ -69,4 +70,7 @@ def main() -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.stderr.close()
+        sys.exit(1)
+    except OSError as e:  # a disk or a limit that no room below has words for, such as a folder that cannot be listed
+        click.echo(f"Error: {e.filename or 'a file, or standard output,'} cannot be used: {reason_of(e)}", err=True)
         sys.exit(1)

@@ -10,19 +10,20 @@ Only Q6_K, in which llama.cpp keeps the output matrix of its Q4_0 files, has gro
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .. import platform
-from ..errors import ModelError, SlowftError
+from ..errors import ModelError, SlowftError, printable, reason_of
+from ..models.config import check_depth
 from ..models.tokenizer import write_gguf_tokenizer
 from ..weights.extents import DTYPES
+from ..weights.requests import RequestError, opened, read_all
 from ..weights.tensorfile import Tensor, TensorFile
 from .gguf_architectures import ROPE_TABLES, Place, make_config, place
 from .gguf_blocks import AFFINE_BITS, GROUP_SIZE, narrow, repack, widen
@@ -70,8 +71,10 @@ def convert(file: str | Path, directory: Path, progress: Progress | None = None)
     if (kind := gguf.metadata.get("general.type", "model")) != "model":
         what = "a LoRA adapter" if kind == "adapter" else f"a file of the kind {kind}"
         raise ModelError(f"{file} is {what} in GGUF, not a model. Give the model it belongs to")
-    config = make_config(gguf)
-    weights = plan_weights(gguf, config)
+    with _whole(gguf):
+        config = make_config(gguf)
+        check_depth(gguf.file, config)
+        weights = plan_weights(gguf, config)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise SlowftError(f"{directory} is there already. Name another directory, or delete it")
     temporary = directory.with_name(f".{directory.name}.partial")
@@ -79,7 +82,8 @@ def convert(file: str | Path, directory: Path, progress: Progress | None = None)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         _check_space(temporary, weights)
-        config |= write_gguf_tokenizer(gguf, config["vocab_size"], temporary)
+        with _whole(gguf):
+            config |= write_gguf_tokenizer(gguf, config["vocab_size"], temporary)
         config |= _quantization(weights)
         (temporary / "config.json").write_text(json.dumps(config, indent=4, sort_keys=True) + "\n")
         _write(temporary / "model.safetensors", weights, progress)
@@ -88,6 +92,26 @@ def convert(file: str | Path, directory: Path, progress: Progress | None = None)
         raise SlowftError(f"{directory} cannot be written: {e.strerror or e}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _whole(gguf: Gguf) -> Iterator[None]:
+    """Metadata may be of any kind and tensors of any name: what cannot be made sense of is named as the file's fault.
+
+    Raises:
+        ModelError: that.
+    """
+    try:
+        yield
+    except (SlowftError, OSError) as e:
+        if not isinstance(e, ModelError) or str(e).isprintable():
+            raise
+        raise ModelError(printable(str(e))) from None
+    except Exception as e:  # a text for a number, no layers, a block without a number
+        said = printable(f"{type(e).__name__}: {e}".splitlines()[0])
+        raise ModelError(
+            f"{gguf.file} is damaged, or of a kind that is not known ({said}). Download it again"
+        ) from None
 
 
 def _check_space(directory: Path, weights: list[Weight]) -> None:
@@ -254,16 +278,13 @@ def _pieces(tensor: GgufTensor, n_heads: int = 0) -> Iterator[np.ndarray]:
     """The tensor's bytes, uint8 [rows, bytes of a row], some rows at a time."""
     n, row_nbytes = _rows(tensor)
     step = _step(tensor, n_heads)
-    fd = platform.open_uncached(str(tensor.file))
-    try:
+    with opened(tensor.file) as fd:
         for first in range(0, n, step):
             raw = np.empty((min(step, n - first), row_nbytes), np.uint8)
-            view, at = memoryview(raw).cast("B"), tensor.offset + first * row_nbytes
-            while view:
-                if not (got := os.preadv(fd, [view], at)):
-                    raise ModelError(f"{tensor.file} was cut short while it was read")
-                platform.drop_cached(fd, at, got)
-                view, at = view[got:], at + got
+            try:
+                done = read_all(fd, memoryview(raw).cast("B"), tensor.offset + first * row_nbytes)
+            except RequestError as e:
+                raise ModelError(f"{tensor.file}: reading at byte {e.offset} failed: {reason_of(e)}") from None
+            if done < raw.nbytes:
+                raise ModelError(f"{tensor.file} was cut short while it was read")
             yield raw
-    finally:
-        os.close(fd)

@@ -5,19 +5,20 @@ models. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 import math
-import mmap
 import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from ..errors import ModelError
+from ..errors import ModelError, reason_of
+from ..weights.extents import MAX_NAME
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
+MAX_HEADER_NBYTES = 500_000_000  # real ones, vocabulary included, have some 50 MB
 ARRAY, STRING, BOOL = 9, 8, 7  # of the kinds of metadata values
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", BOOL: "?", 10: "Q", 11: "q", 12: "d"}
 
@@ -94,19 +95,18 @@ def _read(file: Path) -> Gguf:
         with open(file, "rb") as f:
             if f.read(4) != MAGIC:
                 raise ModelError(f"{file} is not a GGUF file: it does not begin with GGUF")
-            with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as header:
-                return _Header(file, size, header).read()
+            return _Header(file, size, f).read()
     except OSError as e:
-        raise ModelError(f"{file} cannot be read: {e.strerror}") from None
-    except (struct.error, ValueError, IndexError, OverflowError, MemoryError):
+        raise ModelError(f"{file} cannot be read: {reason_of(e)}") from None
+    except (struct.error, ValueError, IndexError, OverflowError, MemoryError, RecursionError):
         raise ModelError(f"{file} is damaged, or cut short in its header. Download it again") from None
 
 
 class _Header:
-    """Walks through the bytes of one file's header."""
+    """Walks through the bytes of one file's header. Read, not mapped: there an error of the disk would be a signal."""
 
-    def __init__(self, file: Path, size: int, header: mmap.mmap):
-        self._file, self._size, self._bytes, self._at = file, size, header, len(MAGIC)
+    def __init__(self, file: Path, size: int, opened: BinaryIO):
+        self._file, self._size, self._opened, self._at = file, size, opened, len(MAGIC)
 
     def read(self) -> Gguf:
         version = self._scalar("I")
@@ -125,6 +125,8 @@ class _Header:
         return Gguf(self._file, metadata, tensors)
 
     def _tensor(self, name: str, shape: tuple[int, ...], kind: int, offset: int) -> GgufTensor:
+        if not name.isprintable() or len(name) > MAX_NAME:
+            raise ValueError
         known = KIND_NAMES[kind] if kind < len(KIND_NAMES) else f"type {kind}"
         if known not in KINDS:
             raise ModelError(
@@ -143,16 +145,21 @@ class _Header:
         return GgufTensor(name, known, shape, self._file, offset, nbytes)
 
     def _scalar(self, code: str):
-        (value,) = struct.unpack_from(f"<{code}", self._bytes, self._at)
-        self._at += struct.calcsize(f"<{code}")
+        (value,) = struct.unpack(f"<{code}", self._take(struct.calcsize(f"<{code}")))
         return value
 
-    def _string(self) -> str:
-        n = self._scalar("Q")
-        if n > self._size - self._at:
+    def _take(self, nbytes: int) -> bytes:
+        """The next bytes."""
+        if nbytes > min(self._size, MAX_HEADER_NBYTES) - self._at:
             raise ValueError
-        self._at += n
-        return self._bytes[self._at - n : self._at].decode("utf-8", "replace")
+        self._at += nbytes
+        data = self._opened.read(nbytes)
+        if len(data) < nbytes:
+            raise ValueError
+        return data
+
+    def _string(self) -> str:
+        return self._take(self._scalar("Q")).decode("utf-8", "replace")
 
     def _value(self, kind: int) -> Any:
         if kind == STRING:
@@ -160,13 +167,10 @@ class _Header:
         if kind != ARRAY:
             return self._scalar(SCALARS[kind]) if kind in SCALARS else self._unknown()
         kind, n = self._scalar("I"), self._scalar("Q")
-        if n > self._size - self._at:
-            raise ValueError
         if kind in (STRING, ARRAY):
             return [self._value(kind) for _ in range(n)]
         dtype = np.dtype(f"<{SCALARS[kind]}") if kind in SCALARS else self._unknown()
-        self._at += n * dtype.itemsize
-        return np.frombuffer(self._bytes[self._at - n * dtype.itemsize : self._at], dtype)
+        return np.frombuffer(self._take(n * dtype.itemsize), dtype)
 
     def _unknown(self):
         raise ValueError

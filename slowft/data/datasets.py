@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from .. import platform
-from ..errors import ConfigError, DataError, SlowftWarning
+from ..errors import ConfigError, DataError, SlowftWarning, printable, reason_of
 from . import store
 from .files import SPLITS, Found, Source, find
 from .rendering import Renderer
@@ -23,7 +23,6 @@ from .store import TokenDataset, TokenWriter, digest_of
 
 FORMAT = 1  # of what is stored, and how samples become tokens: a change makes stored sets useless
 SHOWN = 20  # bad samples that a report names one by one
-REASON = 500  # characters of why a sample is bad
 STORED_NBYTES = 1 << 20  # of files, below which tokenising them again is as fast as finding them stored
 
 Progress = Callable[[Iterable, str, int], Iterable]  # (items, description, how many) -> the same items
@@ -129,7 +128,7 @@ class _Loading:
             try:
                 self._add(sample, renderer, writers, share)
             except (BadSample, RecursionError) as e:
-                why = "is nested too deeply" if isinstance(e, RecursionError) else _printable(str(e))
+                why = "is nested too deeply" if isinstance(e, RecursionError) else printable(str(e))
                 self._n_bad += 1
                 first = first or f"{sample.place} {why}"
                 if len(self._bad) < SHOWN:
@@ -167,8 +166,11 @@ class _Loading:
         key = hashlib.sha256(json.dumps(options, default=str).encode())
         key.update(_fingerprint(self._tokenizer))
         for file in source.files:
-            with open(file, "rb") as data:
-                key.update(hashlib.file_digest(data, "sha256").digest())
+            try:
+                with open(file, "rb") as data:
+                    key.update(hashlib.file_digest(data, "sha256").digest())
+            except OSError as e:
+                raise DataError(f"{file} cannot be read: {reason_of(e)}") from None
         return key.hexdigest()[:32]
 
 
@@ -196,12 +198,6 @@ def _of_one_form(samples: Iterable[Found]) -> Iterator[Found]:
             except BadSample as e:
                 found.reason = str(e)
         yield found
-
-
-def _printable(reason: str) -> str:
-    """On one line of no great length, whatever it quotes of a sample: a report goes to a terminal."""
-    shown = reason if len(reason) <= REASON else f"{reason[: REASON - 4]} ..."
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)
 
 
 def _is_held_back(tokens: list[int], share: float) -> int:

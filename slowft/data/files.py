@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .. import platform
-from ..errors import DataError
+from ..errors import DataError, printable, reason_of
 
 SPLITS = ("train", "valid", "test")
 NAMES = {"train": ("train",), "valid": ("valid", "validation", "val"), "test": ("test",)}  # what people call each
@@ -187,16 +187,20 @@ def _read(file: Path) -> Iterator[Found]:
     except (EOFError, gzip.BadGzipFile, zlib.error) as e:
         raise DataError(f"{file} is damaged or cut off ({e}). Compress or download it again") from None
     except OSError as e:
-        raise DataError(f"{file} cannot be read: {e.strerror or e}") from None
+        raise DataError(f"{file} cannot be read: {reason_of(e)}") from None
 
 
 def _n_samples(file: Path) -> int:
     if _suffix(file) in TEXTS:
         return 1
-    with open(file, "rb") as data:
-        start = data.read(1 << 20)
+    try:
+        with open(file, "rb") as data:
+            start = data.read(1 << 20)
+        nbytes = file.stat().st_size
+    except OSError:  # whoever reads it says so
+        return 1
     lines = max(start.count(b"\n"), 1)
-    return lines if len(start) < 1 << 20 else round(file.stat().st_size * lines / len(start))
+    return lines if len(start) < 1 << 20 else round(nbytes * lines / len(start))
 
 
 def _open(file: Path) -> BinaryIO:
@@ -353,7 +357,8 @@ def _parquet(file: Path) -> Iterator[Found]:
                 number += 1
                 yield Found(str(file), "row", number, row)
     except (ValueError, OSError) as e:  # pyarrow's own errors are of these kinds
-        raise DataError(f"{file} is not a Parquet file that can be read: {str(e).splitlines()[0]}") from None
+        said = printable((str(e) or type(e).__name__).splitlines()[0])
+        raise DataError(f"{file} is not a Parquet file that can be read: {said}") from None
 
 
 def _document(file: Path) -> Iterator[Found]:

@@ -15,13 +15,16 @@ import tempfile
 import weakref
 from array import array
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from .. import platform
-from ..errors import DataError
+from ..errors import DataError, reason_of
+from ..sizes import size_in_words
+from ..weights.requests import read_bytes
 from .files import place
 
 IN_MEMORY_NBYTES = 16 << 20  # of records, above which they go to disk
@@ -67,15 +70,17 @@ class TokenDataset:
         self._take(bytes(writer.records), writer.begins, writer.lengths, writer.files, Summary(n_cut))
 
     def _take(
-        self, records: "bytes | int", begins, lengths, files: Sequence[tuple[str, str]], summary: Summary
+        self, records: "bytes | Path", begins, lengths, files: Sequence[tuple[str, str]], summary: Summary
     ) -> None:
+        """`records`: themselves, or the file that they are in."""
         self._begins, self.lengths = np.asarray(begins, np.int64), np.asarray(lengths, np.int32)
         self._files, self.summary = [tuple(file) for file in files], summary
         self._n_reads = 0
-        self._records = records  # or the descriptor of the file that they are in
-        if isinstance(records, int):
-            platform.read_nothing_ahead(records)
-            weakref.finalize(self, os.close, records)
+        self._name = str(records) if isinstance(records, Path) else ""
+        self._records = records if isinstance(records, bytes) else os.open(records, os.O_RDONLY)  # or its descriptor
+        if isinstance(self._records, int):
+            platform.read_nothing_ahead(self._records)
+            weakref.finalize(self, os.close, self._records)
 
     @property
     def n_cut(self) -> int:
@@ -116,12 +121,12 @@ class TokenDataset:
 
     def _read(self, begin: int, end: int) -> bytes:
         if isinstance(self._records, int):
-            data = os.pread(self._records, end - begin, begin)
+            data = read_bytes(self._name, self._records, end - begin, begin, DataError)
             self._n_reads += 1
             if self._n_reads % DROP_EVERY == 0:
                 platform.drop_cached(self._records, 0, 0)
             if len(data) < end - begin:
-                raise DataError("a file of tokenised samples was cut while it was in use. Start again")
+                raise DataError(f"{self._name} (tokenised samples) was cut while it was in use. Start again")
         else:
             data = self._records[begin:end]
         return data
@@ -205,13 +210,14 @@ class TokenWriter:
             partial.unlink(missing_ok=True)
             raise
         self._file.close()
-        dataset._take(os.open(records, os.O_RDONLY), *arrays, self.files, self.summary)
+        self._write(lambda: dataset._take(records, *arrays, self.files, self.summary))
         return dataset
 
     def abandon(self) -> None:
         """Delete what was written."""
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # what is left of it cannot be written, and need not be
+                self._file.close()
             Path(self._file.name).unlink(missing_ok=True)
 
     def _to_disk(self) -> None:
@@ -237,8 +243,8 @@ class TokenWriter:
             write()
         except OSError as e:
             raise DataError(
-                f"tokenised samples cannot be written to {self._directory}: {e.strerror or e}. Free some of that disk, "
-                "or set XDG_CACHE_HOME to a directory on another"
+                f"tokenised samples ({size_in_words(self.begins[-1])} so far) cannot be written to {self._directory}: "
+                f"{reason_of(e)}. Free some of that disk, or set XDG_CACHE_HOME to a directory on another"
             ) from None
 
 
@@ -256,7 +262,7 @@ def load(directory: Path, name: str) -> TokenDataset | None:
         if records.stat().st_size != begins[-1]:
             return None
         dataset = TokenDataset.__new__(TokenDataset)
-        dataset._take(os.open(records, os.O_RDONLY), begins, lengths, meta["files"], Summary(**meta["summary"]))
+        dataset._take(records, begins, lengths, meta["files"], Summary(**meta["summary"]))
         return dataset
     except (OSError, ValueError, KeyError, TypeError):
         return None

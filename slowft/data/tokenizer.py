@@ -62,6 +62,7 @@ def load_tokenizer(
         with _with_tokenizer_json(model_path) as directory, contextlib.redirect_stdout(io.StringIO()):
             tokenizer = load(directory, {"trust_remote_code": trust_remote_code}, eos_token_ids=ending)
         vocabulary = tokenizer.get_vocab()
+        tokenizer.encode("a b"), tokenizer.all_special_ids, tokenizer.eos_token_id  # some fail when they are used
     except SlowftError:
         raise
     except Exception as e:  # transformers raises many kinds, all of which mean: not a usable tokenizer

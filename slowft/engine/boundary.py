@@ -19,6 +19,7 @@ from ..version import __version__
 from ..weights.activation_cache import ActivationCache
 from ..weights.fingerprint import fingerprint, identities
 from ..weights.reader import Reader
+from ..weights.recognise import read_json
 from .trees import is_compiling
 
 NUMERICS = 1  # goes up with any change of ours that changes a bit of a forward pass
@@ -41,7 +42,7 @@ class Boundary:
     def __init__(self, cache: ActivationCache, cut: CutModel, reader: Reader, path: Path):
         self.cache = cache
         self._cut, self._reader, self._files = cut, reader, cut.files
-        self._config = (path / "config.json").read_text()
+        self._config = json.dumps(read_json(path / "config.json"))
         self._identities: tuple = ()
         self._fingerprint = ""
         self._keys: list[str] = []
@@ -53,7 +54,7 @@ class Boundary:
 
     def keep(self, micro_batch: int, hidden: mx.array) -> None:
         """Store a hidden state of this step, unless the files have changed since its `find`."""
-        if self._identities == identities(self._descriptors()):
+        if self._identities == identities(self._open_files()):
             self.cache.write(self._keys[micro_batch], hidden)
 
     def keys(self, position: int, cuts: tuple, ids: Sequence[mx.array]) -> list[str]:
@@ -64,14 +65,14 @@ class Boundary:
             cuts: how much of a block's work is done at once.
             ids: `[B, T]` of each micro-batch, padding included.
         """
-        now = identities(self._descriptors())
+        now = identities(self._open_files())
         if now != self._identities:
-            self._identities, self._fingerprint = now, fingerprint(self._descriptors())
+            self._identities, self._fingerprint = now, fingerprint(self._open_files())
         common = [self._fingerprint, self._config, _numerics(), self._dtypes(position), cuts]
         return [_digest(common, np.asarray(batch).astype(np.int64)) for batch in ids]
 
-    def _descriptors(self) -> list[int]:
-        return [self._reader.descriptor(file) for file in self._files]
+    def _open_files(self) -> dict[str, int]:
+        return {file: self._reader.descriptor(file) for file in self._files}
 
     def _dtypes(self, position: int) -> list[str]:
         """What each parameter below the boundary is computed in."""

@@ -7,7 +7,7 @@ names the least memory that would do, before anything is read.
 import functools
 import warnings
 from collections.abc import Callable, Collection
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -20,7 +20,7 @@ from ..planning.caching import from_boundary, pays
 from ..planning.job import Chunking, Job
 from ..planning.machine import Machine, known, measured
 from ..planning.measure import Experience, remember
-from ..planning.plan import FASTER, Plan, Planner
+from ..planning.plan import FASTER, Plan, Planner, enough
 from ..planning.schedule import Schedule
 from ..planning.shapes import Shapes
 from .randomness import keeping_random_state
@@ -31,6 +31,28 @@ STEPS_TO_LEARN_FROM = 2
 # Of an evaluation without a ceiling: hidden states of one pass may take this share of half the machine's memory. Of
 # each micro-batch there are a block's input, its output, and the first block's input.
 UNBOUNDED_SHARE, HIDDEN_ARRAYS = 0.25, 3
+
+
+@dataclass(frozen=True)
+class Wave:
+    """Rows that are to be generated.
+
+    Attributes:
+        rows: that there are; tokens: of the longest prompt (or draft); total: with its answer.
+        row_nbytes: of a row's keys and values when it is finished; layer_nbytes: of its largest layer's.
+        other_nbytes: of what is in memory beside them, such as a model for drafts.
+    """
+
+    rows: int
+    tokens: int
+    total: int
+    row_nbytes: int
+    layer_nbytes: int
+    other_nbytes: int = 0
+
+    def nbytes(self, rows: int) -> int:
+        """Of so many rows; of one layer there are three, when it grows or rows come and go."""
+        return rows * (self.row_nbytes + 2 * self.layer_nbytes) + self.other_nbytes
 
 
 class Budget:
@@ -137,13 +159,13 @@ class Budget:
         usable = self._usable(self.memory)
 
         def planner(n: int, cut_like: Schedule | None = None) -> Planner:
-            return self.planner(rows, tokens, n, adapters=adapters, cut_like=cut_like)
+            return self.planner(rows, tokens, n, training=False, adapters=adapters, cut_like=cut_like)
 
         one = planner(1).chunked(usable)
         if one is None:
             raise ConfigError(planner(1).too_little(self.memory))
         planner = functools.partial(planner, cut_like=one[1])  # so that last bits depend on no prediction
-        most = _most(lambda n: planner(n).chunked(usable) is not None, micro_batches)
+        most = _most(micro_batches, lambda n: planner(n).chunked(usable) is not None)
         at_once, plan = most, planner(most).choose(usable)
         for n in [most >> i for i in range(1, most.bit_length() if most < micro_batches else 1)]:
             other = planner(n).choose(usable)
@@ -164,6 +186,50 @@ class Budget:
         if plan is None:
             raise ConfigError(planner.too_little(memory))
         return plan
+
+    def cover_decoding(self, wave: Wave) -> tuple[int, int, Plan | None]:
+        """Follow a plan under which so many rows can be generated together as there is room for.
+
+        The more rows, the more tokens a second: each reading is paid by all of them. So memory goes to their keys and
+        values first, and to blocks that stay only when every row has its place.
+
+        Returns:
+            (rows at a time, of them those whose prompts go through in one pass, the plan; None without a ceiling)
+        Raises:
+            ConfigError: there is not enough for one; names the least memory that would do.
+        """
+        if self.memory is None:
+            return wave.rows, wave.rows, None
+        memory = self._usable(self.memory)
+
+        def planner(rows: int, prompts: int) -> Planner:
+            return self.planner(1, wave.tokens, prompts, training=False, beside_nbytes=wave.nbytes(rows))
+
+        def fits(rows: int, prompts: int = 1) -> bool:
+            return planner(rows, prompts).chunked(memory) is not None
+
+        if not fits(1):
+            needed = enough(planner(1, 1).least().peak_nbytes)
+            raise ConfigError(
+                f"memory of {self.memory / 1e9:.2f} GB is too little for a text of {wave.tokens} tokens that is "
+                f"answered with up to {wave.total - wave.tokens}: give at least {needed / 1e9:.2f}GB, or make "
+                "--max-tokens or the prompt smaller"
+            )
+        rows = _most(wave.rows, fits)
+        # Prompts that wait for a later pass cost it a reading; what all of them would take, it costs as memory.
+        prompts = _most(rows, lambda n: n == 1 or n * 2 * self._hidden(wave.tokens) <= memory // 8 and fits(rows, n))
+        plan = planner(rows, prompts).forward_only(memory)
+        self._follow(plan)
+        self._shape = (0, 0, 0)  # a step of training is planned anew
+        return rows, prompts, plan
+
+    def predict_decoding(self, rows: int, plan: Plan) -> Plan:
+        """What a pass that gives each of so many rows a token takes, under the plan that is followed."""
+        job = self._job(rows, 1, 1, Chunking(), training=False)
+        return self.planner(rows, 1, 1, training=False).predict(job, plan.schedule)
+
+    def _hidden(self, tokens: int) -> int:
+        return tokens * self._engine.cut.hidden_nbytes
 
     def after_step(self, rows: int, tokens: int, micro_batches: int) -> None:
         """Learn from what the engine measured in a step of this shape, and keep what that leaves room for."""
@@ -228,12 +294,16 @@ class Budget:
         tokens: int,
         micro_batches: int,
         machine: Machine | None = None,
+        training: bool = True,
+        beside_nbytes: int = 0,
         adapters: Collection[bool | str] = (True,),
         cut_like: Schedule | None = None,
     ) -> Planner:
         """Plans for steps over `micro_batches` of `[rows, tokens]`.
 
         Args:
+            training: False for forward passes.
+            beside_nbytes: are in memory besides.
             adapters: that they ask for; the one that makes blocks compute the most is planned for.
             cut_like: a schedule by which the work is to be cut, unless `cut_like` was called.
         """
@@ -244,11 +314,12 @@ class Budget:
             self._held_nbytes = mx.get_active_memory()
 
         def job_of(chunking: Chunking) -> Job:
-            jobs = [self._job(rows, tokens, micro_batches, chunking, adapter) for adapter in adapters]
+            jobs = [self._job(rows, tokens, micro_batches, chunking, training, adapter) for adapter in adapters]
             return max(jobs, key=lambda job: max(visit.forward_nbytes for visit in job.visits))
 
-        what = machine or self.machine, self._base_nbytes, rows, tokens, self._held_nbytes, self._experience
-        return Planner(job_of, *what, self._cut_like or cut_like)
+        base = self._base_nbytes + beside_nbytes
+        what = machine or self.machine, base, rows, tokens, self._held_nbytes + beside_nbytes, self._experience
+        return Planner(job_of, *what, (self._cut_like if training else None) or cut_like)
 
     def measure_machine(self) -> None:
         """Measure what no run has measured on this machine yet: for plans of which there is no step to learn from."""
@@ -271,18 +342,26 @@ class Budget:
         """Of the memory that was given, what there is: more (on macOS: than Metal recommends) would be paged."""
         return min(memory, self.machine.memory_nbytes)
 
-    def _job(self, rows: int, tokens: int, micro_batches: int, chunking: Chunking, adapter: bool | str = True) -> Job:
-        """Steps with the adapter that is attached, or evaluations with one that was added by name."""
+    def _job(
+        self,
+        rows: int,
+        tokens: int,
+        micro_batches: int,
+        chunking: Chunking,
+        training: bool = True,
+        adapter: bool | str = True,
+    ) -> Job:
+        """Steps with the adapter that is attached, or forward passes with one that was added by name."""
         engine = self._engine
         shape = rows, tokens, 1, chunking, self.optimizer_copies
         is_added = isinstance(adapter, str)
-        key = (*shape, engine.head_may_be_cut, len(trainable_entries(engine.model)), adapter if is_added else True)
+        key = (*shape, training, engine.head_may_be_cut, len(trainable_entries(engine.model)), is_added and adapter)
         if key not in self._jobs:
             with keeping_random_state(), engine.chain.adapters.using(adapter if is_added else True):
                 if is_added:
                     engine.adapter_changed()
                 try:
-                    self._jobs[key] = Shapes(engine).job(*shape)
+                    self._jobs[key] = Shapes(engine, training).job(*shape)
                 finally:
                     if is_added:
                         engine.adapter_changed()
@@ -290,14 +369,12 @@ class Budget:
         return replace(job, micro_batches=job.micro_batches * micro_batches)
 
 
-def _most(fits: Callable[[int], bool], limit: int) -> int:
-    """The largest number up to `limit` that fits, if 1 does and whatever is less than one that fits."""
-    if fits(limit):
-        return limit
-    low, high = 1, limit  # the first fits, the second does not
-    while low + 1 < high:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+def _most(limit: int, fits: Callable[[int], bool]) -> int:
+    """The largest number up to `limit` that fits. One does."""
+    low, high = 1, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
     return low
 
 

@@ -41,16 +41,18 @@ class Passenger:
         adapter: True, with the adapter that is trained; False, without any; a name, with that one.
         first: the first visit that it takes part in. Above 0 the hidden state that goes in there is stored.
         side: what each visit's block is called with, from `Chain.embed`.
+        cache: mlx-lm's caches of what its rows said before, one for each block; targets and mask are None then.
     """
 
     index: int
     tokens: mx.array
-    targets: mx.array
-    mask: mx.array
-    total: mx.array
+    targets: mx.array | None = None
+    mask: mx.array | None = None
+    total: mx.array | None = None
     adapter: bool | str = True
     first: int = 0
     side: list[Arguments] = field(default_factory=list)
+    cache: list[Any] | None = None
 
 
 @dataclass
@@ -127,10 +129,13 @@ class Chain:
         """What goes into the first block `[B, T, D]`. Notes what every block is called with in `batch.side`."""
         answers = (self._look_up, self._multiply) if batch.first == 0 else (_unread, _unread)
         part = EmbedPart(self._cut, *answers)
+        with_cache = {} if batch.cache is None else {"cache": batch.cache}
 
         def call() -> list[mx.array]:
             with self._answering(part):
-                self._model(batch.tokens)  # what follows the last block is built lazily and never evaluated
+                self._model(
+                    batch.tokens, **with_cache
+                )  # what follows the last block is built lazily and never evaluated
             return [part.calls[0].arrays[0]]
 
         with self.adapters.using(batch.adapter):
@@ -185,6 +190,18 @@ class Chain:
         if self.passes_on(position):
             return gradients[0], gradients[1:]
         return None, gradients
+
+    def logits(self, batch: Passenger, hidden: mx.array) -> mx.array:
+        """Logits `[B, n, V]` of some tokens of a micro-batch, of whose last block's output `[B, n, D]` is given."""
+        with self._cutting(len(self.visits), batch), self.adapters.using(batch.adapter):
+            return self._head(hidden, *hidden.shape[:2])
+
+    def gives_tokens_alone(self, batch: Passenger, hidden: mx.array) -> bool:
+        """Whether the head may be computed for some of the tokens. Its weights have to be in place."""
+        if self._head_in_chunks is None and hidden.shape[0] * hidden.shape[1] > 1:
+            with self.adapters.using(batch.adapter):
+                self._head_in_chunks = treats_tokens_alike(self._head, hidden)
+        return self._head_in_chunks is not False
 
     def loss(self, batch: Passenger, hidden: mx.array, chunk_tokens: int | None) -> mx.array:
         """Loss of what the last block put out."""

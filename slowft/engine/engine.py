@@ -38,13 +38,15 @@ from . import cores, step
 from .block import BlockFunction
 from .boundary import Boundary, why_not
 from .chain import Chain, Passenger, plain_loss
-from .head import loss_mask
+from .head import loss_mask, usual_chunk
 from .hidden import HiddenStates
 from .kept import KeptOutputs
 from .log_probabilities import LogProbabilities, of_whole_logits
 from .offloaded import OffloadedExperts
+from .parts import CachedProbe
 from .pieces import Pieces, PieceWork
 from .randomness import dropout_seed, keeping_random_state
+from .spilled_caches import SpilledCaches
 from .stats import Stats
 from .traced import TracedCall
 from .trees import detach, uncompiled
@@ -327,6 +329,43 @@ class Engine:
         mx.eval(found)
         return found
 
+    def decode(
+        self,
+        batches: Sequence[tuple[mx.array, list[Any], mx.array, bool | str]],
+        take: Callable[[int, int, mx.array], None],
+        spilled: SpilledCaches | None = None,
+    ) -> None:
+        """A forward pass with key-value caches; see `step.decode`.
+
+        Args:
+            batches: (tokens `[B, T]`, caches, wanted places `[n]`, adapter) of each.
+        """
+        passengers = [
+            Passenger(i, tokens, adapter=adapter, cache=cache) for i, (tokens, cache, _, adapter) in enumerate(batches)
+        ]
+        wanted = [places for _, _, places, _ in batches]
+        mx.eval([batch.tokens for batch in passengers], wanted)
+        n_head = self.head_chunk_tokens or self.schedule.head_tokens or usual_chunk(self.cut.vocab_size)
+        self.stats.begin_step()
+        try:
+            with self._step_over(passengers, gradients=False):
+                if self.cut.is_chain:
+                    step.decode(self.chain, passengers, self.weights, self.hidden, n_head, wanted, take, spilled)
+                else:
+                    for batch, places in zip(passengers, wanted):
+                        with self.chain.adapters.using(batch.adapter):
+                            logits = self._plain_logits(batch.tokens, batch.cache)
+                        take(batch.index, 0, logits.reshape(-1, logits.shape[-1])[places])
+        finally:
+            self.stats.end_step(Measurements())
+
+    def _plain_logits(self, tokens: mx.array, cache: list[Any]) -> mx.array:
+        """By the model's own call, logits whole."""
+        self._position = -1
+        logits = self.model(tokens, cache=cache)
+        mx.eval(logits, [c.state for c in cache])
+        return logits
+
     def first_not_finite(self, micro_batches: Sequence[tuple[mx.array, mx.array]]) -> str | None:
         """Where the last step's forward pass first put out what is not finite; None: nowhere, or it cannot be told."""
         if not self.cut.is_chain:
@@ -585,10 +624,14 @@ class Engine:
         self._routed_to = {layer: c.n_routed / tokens.size for layer, c in calls.items()}
         return logits
 
-    def look(self) -> None:
-        """Have every block called on a few tokens, unevaluated."""
+    def look(self, tokens: mx.array | None = None, cache: list[Any] | None = None) -> None:
+        """Have every block called on a few tokens (or on these, with a key-value cache), unevaluated."""
         with keeping_random_state():
-            self.probe(Probe(self.cut, 0.25))
+            if cache is None:
+                self.probe(Probe(self.cut, 0.25))
+                return
+            with self.running_part(CachedProbe()):
+                self.model(tokens, cache=cache)
 
     def make_resident(self, params: Sequence[Param]) -> None:
         for param in params:

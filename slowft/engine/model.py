@@ -26,6 +26,7 @@ from ..weights.sources import placeholder
 from .budget import Budget
 from .engine import Engine
 from .log_probabilities import LogProbabilities
+from .spilled_caches import SpilledCaches
 from .stats import Stats
 
 # Without a plan, MLX keeps freed buffers up to this share of a block's weights: fresh pages cost more than the cast
@@ -277,6 +278,44 @@ class StreamedModel(nn.Module):
             if adapter not in self.engine.chain.adapters.names:
                 raise ConfigError(f"no adapter is named {adapter!r}. Load one with add_adapter")
 
+    def decode(
+        self,
+        batches: Sequence[tuple[mx.array, list[Any], mx.array, bool | str]],
+        take: Callable[[int, int, mx.array], None],
+        spilled: SpilledCaches | None = None,
+    ) -> None:
+        """A forward pass over several batches that each have a key-value cache; each block is read once for all.
+
+        The numbers are those of `model(tokens, cache=cache)` for each of them.
+
+        Args:
+            batches: (tokens int32 `[B, T]`; mlx-lm's caches, one for each block, which take the tokens in; places
+                `[n]` in the tokens, flat, whose logits are wanted; adapter, as in `MicroBatch`) of each.
+            take: `take(batch, first, logits)` is given logits `[m, V]` of the wanted places from `first` on.
+            spilled: knows those caches that are on disk.
+        """
+        with self._not_training():
+            self.engine.decode(batches, take, spilled)
+
+    def takes(self, tokens: mx.array, cache: list[Any]) -> bool:
+        """Whether the model's call goes through with these caches. Only shapes are computed; the caches are spoilt."""
+        try:
+            self.engine.look(tokens, cache)
+        except (ValueError, TypeError, RuntimeError, AttributeError, NotImplementedError):
+            return False
+        return True
+
+    @contextmanager
+    def _not_training(self) -> Iterator[None]:
+        """While this is entered, dropout and the like are as in evaluation."""
+        training = [module for module in self.modules() if module.training]
+        self.eval()
+        try:
+            yield
+        finally:
+            for module in training:
+                module._training = True
+
     def first_not_finite(self, micro_batches: Sequence[tuple[mx.array, mx.array]]) -> str | None:
         """Where, in the step over these micro-batches that was just taken, a value first was not finite, in words.
 
@@ -301,7 +340,7 @@ class StreamedModel(nn.Module):
 
     def fingerprint(self) -> str:
         """A digest of the weights' files, by their headers and samples of their contents; a copy has the same."""
-        return of_contents([self.engine.weights.reader.descriptor(file) for file in self.engine.cut.files])
+        return of_contents({file: self.engine.weights.reader.descriptor(file) for file in self.engine.cut.files})
 
     def add_adapter(self, name: str, path: str | Path) -> None:
         """Load the adapter saved in directory `path` beside the attached one, for `MicroBatch(adapter=name)`.

@@ -11,7 +11,7 @@ import mlx.core as mx
 from mlx.utils import tree_map
 
 from ..models.calls import Arguments
-from ..models.seams import CutModel, Unit
+from ..models.seams import CutModel, Unit, inner_call
 
 
 class EmbedPart:
@@ -54,6 +54,19 @@ class HeadPart:
 
     def on_matmul(self, unit: Unit, inner: Callable, args: tuple, kwargs: dict) -> Any:
         return inner(*args, **kwargs)
+
+
+class CachedProbe:
+    """Runs every unit on placeholders, for shapes: of what blocks put out, and of what they leave in their caches."""
+
+    def on_block(self, unit: Unit, inner: Callable, args: tuple, kwargs: dict) -> Any:
+        return inner_call(unit)(*args, **kwargs)
+
+    def on_rows(self, unit: Unit, inner: Callable, args: tuple, kwargs: dict) -> Any:
+        return unevaluated_zeros(inner(*args, **kwargs))
+
+    def on_matmul(self, unit: Unit, inner: Callable, args: tuple, kwargs: dict) -> Any:
+        return unevaluated_zeros(inner(*args, **kwargs))
 
 
 def alias(tree: Any) -> Any:

@@ -17,6 +17,7 @@ from ..weights.residency import Residency
 from .chain import Chain, Kept, Passenger
 from .hidden import HiddenStates
 from .log_probabilities import LogProbabilities
+from .spilled_caches import SpilledCaches
 
 
 class Gradients:
@@ -115,6 +116,58 @@ def losses(
     run_forward(chain, batches, weights, forward)
     run_head(chain, batches, weights, head)
     return found
+
+
+def decode(
+    chain: Chain,
+    batches: Sequence[Passenger],
+    weights: Residency,
+    hidden: HiddenStates,
+    head_tokens: int,
+    wanted: Sequence[mx.array],
+    take: Callable[[int, int, mx.array], None],
+    spilled: SpilledCaches | None = None,
+) -> None:
+    """A forward pass that reads and writes each micro-batch's key-value cache. Each block is read once for all.
+
+    Args:
+        head_tokens: whose logits exist at once.
+        wanted: for each micro-batch, places in its tokens `[B x T]` (flat, int32 `[n]`) whose logits are asked for.
+        take: `take(micro_batch, first, logits)` gets them, `[n, V]`, of the wanted places from `first` on.
+        spilled: knows those caches that are on disk.
+    """
+
+    def caches(position: int, batch: Passenger) -> list:
+        return [leaf for leaf in batch.side[position].objects if hasattr(leaf, "state")]
+
+    def forward(position: int, batch: Passenger) -> None:
+        of_batch = caches(position, batch)
+        if spilled is not None:
+            if batch is batches[0] and position + 1 < len(chain.visits):
+                spilled.ahead([cache for other in batches for cache in caches(position + 1, other)])
+            for cache in of_batch:
+                spilled.bring(cache)
+        output, _ = chain.forward(position, batch, hidden.pop((batch.index, position)), training=False)
+        weights.hand_over(output, [cache.state for cache in of_batch])
+        if spilled is not None:
+            mx.eval(output)
+            for cache in of_batch:
+                spilled.put_away(cache)
+        hidden.put((batch.index, position + 1), output, may_spill=False)
+
+    def head(batch: Passenger) -> None:
+        last, places = hidden.pop((batch.index, len(chain.visits))), wanted[batch.index]
+        if not chain.gives_tokens_alone(batch, last):
+            logits = chain.logits(batch, last)
+            take(batch.index, 0, logits.reshape(-1, logits.shape[-1])[places])
+            return
+        flat = last.reshape(1, -1, last.shape[-1])
+        for first in range(0, places.size, head_tokens):
+            take(batch.index, first, chain.logits(batch, flat[:, places[first : first + head_tokens]])[0])
+
+    embed(chain, batches, hidden, training=False)
+    run_forward(chain, batches, weights, forward)
+    run_head(chain, batches, weights, head)
 
 
 def first_not_finite(

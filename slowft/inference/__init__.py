@@ -1,1 +1,1 @@
-"""What a model is used for once it is trained, within the same memory as training: scoring of texts, generation."""
+"""Uses an opened model: generates and scores text, for as many rows in each reading of the weights as there can be."""

@@ -14,7 +14,10 @@ from lm_eval.api.registry import register_model
 from ..data.tokenizer import load_tokenizer
 from ..engine.budget import default_memory
 from ..engine.model import open_model
+from .generate import generate
 from .passes import Row, log_probabilities
+
+MAX_TOKENS = 256  # of an answer where the task says nothing: as in lm_eval's class for transformers
 
 
 @register_model("slowft")
@@ -102,9 +105,28 @@ class SlowftLM(TemplateLM):
         return totals
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        """Greedily, or as the task says, until one of its stop texts."""
-        # MERGE: `slowft.generate(model, prompts, *, tokenizer, max_tokens, temp, stop, seed)` is built beside this.
-        raise NotImplementedError("slowft generates nothing for lm_eval yet: choose tasks that score given answers")
+        """Greedily, or as the task says, until one of its stop texts; all prompts of one setting together."""
+        results = [""] * len(requests)
+        alike: dict[tuple, list[int]] = {}
+        for i, request in enumerate(requests):
+            asked = request.args[1]
+            until = asked.get("until") or []
+            temp = asked.get("temperature", 0.0) if asked.get("do_sample") else 0.0
+            stop = (until,) if isinstance(until, str) else tuple(until)
+            alike.setdefault((asked.get("max_gen_toks", MAX_TOKENS), stop, temp), []).append(i)
+        for (max_tokens, stop, temp), numbers in alike.items():
+            prompts = [self._prompt(requests[i].args[0], max_tokens) for i in numbers]
+            options = {"max_tokens": max_tokens, "stop": [text for text in stop if text], "temp": temp}
+            answers = generate(self._model, prompts, tokenizer=self.tokenizer, adapter=self._adapter, **options)
+            for answer in answers:
+                results[numbers[answer.number]] = answer.text
+                self.cache_hook.add_partial("generate_until", requests[numbers[answer.number]].args, answer.text)
+        return results
+
+    def _prompt(self, text: str, max_tokens: int) -> list[int]:
+        """As much of the prompt's end as leaves room for the answer."""
+        tokens = self.tok_encode(text)
+        return tokens if self._max_length is None else tokens[-max(self._max_length - max_tokens, 1) :]
 
     def _row(self, tokens: list[int], n_prompt: int) -> Row:
         """The answer after as much of the prompt's end as there is room for."""

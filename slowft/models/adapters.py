@@ -5,9 +5,7 @@ a directory that `mlx_lm.generate --adapter-path` loads. Never half-writes a fil
 """
 
 import json
-import math
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,10 +16,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from ..errors import AdapterError, ConfigError
+from ..errors import AdapterError, ConfigError, ModelError, printable
+from ..weights.extents import read_header
 from ..weights.recognise import read_json, recognise
 from ..weights.sources import locate
-from ..weights.tensorfile import sync
+from ..weights.tensorfile import cannot_write, load_arrays, save_arrays, sync
 from .directories import NO_PEFT, describe_adapter, explain_no_adapter
 
 DEFAULT_NUM_LAYERS = 16  # mlx_lm.lora's; it fails with it on smaller models, here it means all their blocks
@@ -63,7 +62,7 @@ def attach(model: nn.Module, spec: AdapterSpec) -> list[str]:
         raise ConfigError(f"num_layers is {spec.num_layers} but the model has {n_layers} layers. Use -1 for all")
     if not (isinstance(p["rank"], int) and p["rank"] >= 1):
         raise ConfigError(f"LoRA rank must be a whole number of at least 1, got {p['rank']!r}")
-    if not (isinstance(p["scale"], (int, float)) and math.isfinite(p["scale"])):
+    if not (isinstance(p["scale"], (int, float)) and abs(p["scale"]) < 2**31):
         raise ConfigError(f"LoRA scale must be a number, got {p['scale']!r}")
     if not (isinstance(p["dropout"], (int, float)) and 0 <= p["dropout"] < 1):
         raise ConfigError(f"LoRA dropout must be at least 0 and below 1, got {p['dropout']!r}")
@@ -170,7 +169,27 @@ def read_spec(directory: Path) -> AdapterSpec:
         raise AdapterError(f"{config_file} is not an adapter configuration: {e}") from None
     if kind not in ("lora", "dora"):
         raise AdapterError(f"{config_file}: fine_tune_type {kind!r} changes base weights, which stay on disk here")
+    if (file := directory / WEIGHTS).exists():  # a rank that is none of theirs may ask for any amount of memory
+        longest = max((n for e in _read(read_header, file).values() for n in e.shape), default=0)
+        if isinstance(rank := parameters["rank"], int) and rank > longest:
+            raise AdapterError(
+                f"{config_file}: the rank is {rank}, and no tensor in {file} has an axis longer than {longest}"
+            )
     return spec
+
+
+def _read(how: Callable[[Path], Any], file: Path) -> Any:
+    """`how(file)`, of a file of adapter weights.
+
+    Raises:
+        AdapterError: it cannot be read, or is something else.
+    """
+    try:
+        return how(file)
+    except (ModelError, RuntimeError, ValueError) as e:
+        known = recognise(file)
+        said = f"it is {known[0]}. {known[1]}" if known else printable(str(e).splitlines()[0])
+        raise AdapterError(f"{file} is not a readable safetensors file: {said}") from None
 
 
 def load_weights(model: nn.Module, expected: dict[str, mx.array], file: Path) -> None:
@@ -185,13 +204,7 @@ def load_weights(model: nn.Module, expected: dict[str, mx.array], file: Path) ->
         raise AdapterError(f"{file} does not exist")
     if file.suffix.lower() == ".gguf":
         raise AdapterError(f"{file} is an adapter in GGUF, which slowft does not read yet. Give one of mlx-lm's")
-    try:
-        weights = mx.load(str(file), format="safetensors")
-        mx.eval(list(weights.values()))
-    except (RuntimeError, ValueError) as e:
-        known = recognise(file)
-        said = f"it is {known[0]}. {known[1]}" if known else str(e).splitlines()[0]
-        raise AdapterError(f"{file} is not a readable safetensors file: {said}") from None
+    weights, _ = _read(load_arrays, file)
     if (
         peft := next((name for name in weights if ".lora_A" in name or name.startswith("base_model.")), None)
     ) is not None:
@@ -311,16 +324,14 @@ def save(
             if file.name == CONFIG:
                 temporary.write_text(json.dumps(config, indent=4, sort_keys=True) + "\n")
             else:
-                mx.save_safetensors(str(temporary), weights)
+                save_arrays(temporary, weights)
             sync(temporary)
         for file, temporary in staged.items():
             os.replace(temporary, file)
-    except (OSError, RuntimeError) as e:
-        reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
-        needed = sum(array.nbytes for array in weights.values())
-        if directory.exists() and (free := shutil.disk_usage(directory).free) < needed:
-            reason = f"its disk is full ({free / 1e6:.1f} MB free, {needed / 1e6:.1f} MB needed a file)"
-        raise AdapterError(f"{directory} cannot be written: {reason}. Earlier adapters there are untouched") from None
+    except OSError as e:
+        nbytes = sum(array.nbytes for array in weights.values())
+        said = cannot_write(directory / names[0], e, nbytes)
+        raise AdapterError(f"{said}. Earlier adapters there are untouched") from None
     finally:
         for temporary in staged.values():
             if directory.is_dir():

@@ -23,7 +23,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..errors import ModelError
+from ..errors import ModelError, printable
 from ..weights.extents import Extent, Weights, find_weights
 from ..weights.inside import is_inside
 from .config import Classes, pass_on_rope, read_config
@@ -327,7 +327,8 @@ def _first_line(error: Exception) -> str:
 def _explain(error: Exception, path: Path) -> str:
     from mlx_lm import __version__ as mlx_lm_version
 
-    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
+    said = str(error).strip().splitlines()
+    lines = [printable(line.strip()) for line in said if line.strip()] or [type(error).__name__]
     reason = lines[0]
     if isinstance(error, KeyError) and reason.strip("'\"") == "model_type":
         return f"{path / 'config.json'} names no model_type"

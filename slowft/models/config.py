@@ -20,6 +20,8 @@ from ..weights.recognise import read_json
 
 Classes = Callable[[dict], tuple[type[nn.Module], type]]  # a config -> mlx-lm's classes of the model and its arguments
 NESTED = ("text_config", "llm_config", "language_config", "thinker_config")
+MAX_LAYERS = 2_000  # the deepest published have 126
+LAYERS = re.compile(r"layers?$")
 # Names in mlx-lm's classes for what transformers 5 keeps in rope_parameters.
 BASE = ("rope_theta", "rotary_emb_base", "rope_freq_constant", "rope_embedding_base")
 LOCAL_BASE = ("rope_local_base_freq", "rope_local_theta", "swa_rope_theta")
@@ -36,7 +38,23 @@ def read_config(path: Path) -> dict[str, Any]:
     config = read_json(path / "config.json")
     if not isinstance(config, dict):
         raise ModelError(f"{path / 'config.json'} holds a {type(config).__name__}. Give a model's config.json")
+    check_depth(path / "config.json", config)
     return config
+
+
+def check_depth(file: Path, config: dict[str, Any]) -> None:
+    """Refuse more layers than any model has: mlx-lm would make an object of each until memory is full.
+
+    Raises:
+        ModelError: names the setting.
+    """
+    for part in (config, *(config.get(name) for name in NESTED)):
+        for name, value in part.items() if isinstance(part, dict) else ():
+            if LAYERS.search(name) and isinstance(value, int | float) and value > MAX_LAYERS:
+                raise ModelError(
+                    f"{file}: {ascii(name[:60])} is {str(value)[:20]}, and no model has {MAX_LAYERS} "
+                    "layers. Download it again"
+                )
 
 
 @contextlib.contextmanager

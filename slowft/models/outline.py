@@ -26,7 +26,7 @@ from ..weights.extents import DTYPES, INDEX, MAX_HEADER_NBYTES, index_model
 from ..weights.inside import is_inside
 from ..weights.recognise import read_json, recognise_start
 from .building import _explain, find_classes, settle_config
-from .config import Classes
+from .config import Classes, check_depth
 from .tying import EMBEDDING
 
 STORED = {dtype: stored for stored, (dtype, _) in reversed(DTYPES.items())}  # MLX dtype -> safetensors type
@@ -231,6 +231,7 @@ def _write_outline(path: Path, beside: Path, trust_remote_code: bool) -> None:
     config = load_config(path)
     if not isinstance(config, dict):
         raise ModelError(f"{path / 'config.json'} holds a {type(config).__name__}. Give a model's config.json")
+    check_depth(path / "config.json", config)
     classes = find_classes(path, config, trust_remote_code, code=beside)
     settled, notes = settle_config(path, config, classes)
     for note in notes:

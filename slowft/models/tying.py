@@ -8,7 +8,6 @@ other default. So the tensors themselves are compared: a head equal to the embed
 import contextlib
 import copy
 import io
-import os
 import re
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from mlx.utils import tree_flatten
 from .. import platform
 from ..errors import ModelError
 from ..weights.extents import Extent
+from ..weights.requests import opened, read_bytes
 from .config import NESTED, Classes, arguments, has
 
 HEAD = "lm_head."
@@ -105,15 +105,12 @@ def _is_embedding(extents: dict[str, Extent], head: list[str], most: int | None 
 def _are_equal(a: Extent, b: Extent, most: int | None) -> bool:
     if (a.stored, a.shape) != (b.stored, b.shape):
         return False
-    first, second = os.open(a.file, os.O_RDONLY), os.open(b.file, os.O_RDONLY)
-    try:
+    with opened(a.file) as first, opened(b.file) as second:
         for start in range(0, min(a.nbytes, most or a.nbytes), PIECE_NBYTES):
             n = min(PIECE_NBYTES, a.nbytes - start)
-            if os.pread(first, n, a.offset + start) != os.pread(second, n, b.offset + start):
+            pieces = [read_bytes(e.file, fd, n, e.offset + start, ModelError) for e, fd in ((a, first), (b, second))]
+            if pieces[0] != pieces[1]:
                 return False
             platform.drop_cached(first, a.offset + start, n)
             platform.drop_cached(second, b.offset + start, n)
         return True
-    finally:
-        os.close(first)
-        os.close(second)

@@ -232,6 +232,25 @@ class Planner:
         nbytes = best.peak_nbytes if memory is None else memory
         return replace(self._with_limits(job, best.schedule, nbytes, self._taught), memory=memory)
 
+    def forward_only(self, memory: int) -> Plan | None:
+        """The plan for passes that nothing comes back from, of which many follow each other; None if there is none.
+
+        They read every block that does not stay, so all the room is for blocks.
+        """
+        if (found := self.chunked(memory)) is None:
+            return None
+        job, least = found
+        if (everything := self._everything(job, least, memory)) is not None:
+            return replace(everything, memory=memory)
+        schedule = self._with_slots(job, replace(least, spilled=0), memory, self._taught)
+        with_head = replace(schedule, keep_head=True)
+        if self._peak(job, with_head, self._taught) <= memory:
+            schedule = with_head
+        room = (memory - self._peak(job, schedule, self._taught)) / (1 + SLACK_SHARE)
+        room -= min(FREED_SHARE * room, self._workspace(job, self._taught))
+        schedule = self._with_blocks(job, schedule, room)
+        return replace(self._with_limits(job, schedule, memory, self._taught), memory=memory)
+
     def most(self) -> Plan:
         """The plan that keeps everything, however much it takes."""
         return self.choose(None)

@@ -192,14 +192,16 @@ class Shapes:
 
     Args:
         engine: an `Engine`; of it the model, where it is cut, and how calls of layers are intercepted are used.
+        training: False for forward passes: nothing comes back, and no graph is kept.
     """
 
-    def __init__(self, engine: Any):
-        self._engine, self._model = engine, engine.model
+    def __init__(self, engine: Any, training: bool = True):
+        self._engine, self._model, self._training = engine, engine.model, training
         self._cut: CutModel = engine.cut
-        self._trained = {unit.index: unit.trainable() for unit in self._cut.blocks}
+        self._trained = {unit.index: unit.trainable() if training else [] for unit in self._cut.blocks}
         in_blocks = {(id(owner), key) for entries in self._trained.values() for _, owner, key in entries}
-        self._trains_outside = any((id(o), k) not in in_blocks for _, o, k in trainable_entries(self._model))
+        outside = [entry for entry in trainable_entries(self._model) if (id(entry[1]), entry[2]) not in in_blocks]
+        self._trains_outside = training and bool(outside)
 
     def job(self, rows: int, tokens: int, micro_batches: int, chunking: Chunking, optimizer_copies: int) -> Job:
         """A step over `micro_batches` of `[rows, tokens]` under `chunking`.
@@ -223,6 +225,8 @@ class Shapes:
             key = kind, arguments.signature(), comes_back, of_input
             if key not in seen:
                 seen[key] = self._look(unit, arguments, chunking, rows * tokens, comes_back, of_input)
+                if not self._training:  # a block after the other: of all together, no more than of the largest
+                    seen[key][0]["graph_nbytes"] = seen[key][0]["forward_nbytes"] // len(cut.order) + 1
             work, outputs, layers = seen[key]
             visits.append(
                 Visit(
@@ -241,7 +245,9 @@ class Shapes:
             )
             hidden, *others = arguments.arrays
             side |= {id(array): array.nbytes for array in others}
-        trainable = sum(array.nbytes for _, array in tree_flatten(self._model.trainable_parameters()))
+        trainable = 0
+        if self._training:
+            trainable = sum(array.nbytes for _, array in tree_flatten(self._model.trainable_parameters()))
         head_values = sum(unit.module["weight"].shape[0] * _width(unit.module) for unit in cut.head)
         return Job(
             chunking=chunking,
@@ -254,7 +260,7 @@ class Shapes:
             vocab_size=logits.shape[-1],
             # logits, what cross-entropy makes of them, their cotangent; and a soft cap or scale
             logits_arrays=4 if logits.shape[-1] in noted.widths else 3,
-            head_flops=2 * 2 * rows * tokens * head_values,
+            head_flops=(4 if self._training else 2) * rows * tokens * head_values,
             head_stored_nbytes=sum(unit.nbytes for unit in cut.head),
             head_compute_nbytes=sum(unit.compute_nbytes for unit in cut.head),
             head_in_chunks=self._engine.head_may_be_cut,

@@ -45,6 +45,14 @@ class Report:
         """The same items, their number shown as they are taken."""
         return items
 
+    @contextmanager
+    def generating(self, n_prompts: int) -> Iterator[Callable[[Any, int], None]]:
+        """Around a generation; `tell(generation, prompts answered)` is called after every reading of the weights."""
+        yield lambda generation, answered: None
+
+    def generated(self, generation, seconds: float, file: Path) -> None:
+        """All prompts are answered, and the answers in `file`."""
+
 
 class Reports(Report):
     """Tells several reports the same."""
@@ -90,6 +98,13 @@ class Reports(Report):
 
     def evaluating(self, n_batches):
         return self._first.evaluating(n_batches)
+
+    def generating(self, n_prompts):
+        return self._first.generating(n_prompts)
+
+    def generated(self, generation, seconds, file):
+        for report in self._all:
+            report.generated(generation, seconds, file)
 
     def progress(self, items, description, total):
         return self._first.progress(items, description, total)

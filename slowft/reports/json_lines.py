@@ -9,7 +9,7 @@ from .plan import as_dict
 
 
 class JsonReport(Report):
-    """Events: plan, begin, train, valid, test, saved, note.
+    """Events: plan, begin, train, valid, test, saved, note, generated.
 
     Keys are mlx-lm's, sizes in GB (in the plan, where a key ends in nbytes, in bytes), times in seconds; NaN is null.
     """
@@ -41,6 +41,20 @@ class JsonReport(Report):
 
     def note(self, text):
         self._write("note", text=text)
+
+    def generated(self, generation, seconds, file):
+        self._write(
+            "generated",
+            file=str(file),
+            answers=generation.prompts,
+            tokens=generation.tokens,
+            readings=generation.passes,
+            tokens_per_reading=generation.tokens_per_reading,
+            tokens_per_sec=generation.tokens / max(generation.seconds, 1e-9),
+            seconds=seconds,
+            drafted=generation.drafted,
+            accepted=generation.accepted,
+        )
 
 
 class CallbackReport(Report):

@@ -11,6 +11,8 @@ from .. import platform
 from .base import Report
 from .plan import three_lines
 
+SECONDS_BETWEEN_LINES = 30
+
 
 def describe_run(config, model) -> str:
     """One line on what is about to be trained."""
@@ -32,6 +34,13 @@ def train_line(info: dict[str, Any]) -> str:
 
 def validation_line(info: dict[str, Any]) -> str:
     return f"Iter {info['iteration']}: valid loss {info['val_loss']:.3f} ({info['val_time']:.1f} s)"
+
+
+def generation_state(generation) -> str:
+    """How fast a generation is."""
+    speed = generation.tokens / max(generation.seconds, 1e-9)
+    drafts = f", {100 * generation.accepted / generation.drafted:.0f}% of drafts right" if generation.drafted else ""
+    return f"{speed:.3g} tok/s, {generation.tokens_per_reading:.3g} tokens per reading of the weights{drafts}"
 
 
 class LineReport(Report):
@@ -69,6 +78,21 @@ class LineReport(Report):
 
     def note(self, text):
         self._print(text)
+
+    @contextmanager
+    def generating(self, n_prompts):
+        told = time.monotonic()
+
+        def tell(generation, answered):
+            nonlocal told
+            if time.monotonic() - told >= SECONDS_BETWEEN_LINES:
+                told = time.monotonic()
+                self._print(f"{answered} of {n_prompts} answered: {generation_state(generation)}")
+
+        yield tell
+
+    def generated(self, generation, seconds, file):
+        self._print(f"{generation.prompts} answers in {file}: {generation_state(generation)}, {_duration(seconds)}")
 
 
 class BarReport(LineReport):
@@ -129,6 +153,23 @@ class BarReport(LineReport):
         ) as bar:
             task = bar.add_task("", total=n_batches)
             yield lambda: bar.advance(task)
+
+    @contextmanager
+    def generating(self, n_prompts):
+        with Progress(
+            TextColumn("Generating"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[state]}"),
+            TimeElapsedColumn(),
+            TextColumn("gone,"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=self._console,
+            transient=True,
+        ) as bar:
+            task = bar.add_task("", total=n_prompts, state="")
+            yield lambda generation, answered: bar.update(task, completed=answered, state=generation_state(generation))
 
     def progress(self, items, description, total):
         with Progress(

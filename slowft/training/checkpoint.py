@@ -18,8 +18,8 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from ..errors import AdapterError, SlowftError
-from ..weights.tensorfile import sync, sync_directory
+from ..errors import AdapterError, SlowftError, printable
+from ..weights.tensorfile import cannot_write, load_arrays, save_arrays, sync, sync_directory
 
 FORMAT = 1
 DIRECTORY = "checkpoints"
@@ -42,6 +42,7 @@ class Checkpoints:
         self.directory, self._keep = directory / DIRECTORY, keep
         self._writer: ThreadPoolExecutor | None = None
         self._pending: Future | None = None
+        self._nbytes = 0  # of the last one's arrays
         self._own: list[Path] = []
 
     def write(self, iteration: int, arrays: Mapping[str, mx.array], state: Mapping[str, Any]) -> Path:
@@ -53,12 +54,13 @@ class Checkpoints:
         self.wait()
         file = self.directory / f"{iteration:07d}.safetensors"
         partial = self.directory / f".{file.name}.{os.getpid()}.tmp.safetensors"
+        self._nbytes = sum(array.nbytes for array in arrays.values())
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             text = json.dumps(state)
             metadata = {"slowft": text, "format": str(FORMAT), "digest": digest(arrays, text)}
-            mx.save_safetensors(str(partial), dict(arrays), metadata)
-        except (OSError, RuntimeError) as e:
+            save_arrays(partial, arrays, metadata)
+        except OSError as e:
             partial.unlink(missing_ok=True)
             raise self._cannot_write(e) from None
         self._writer = self._writer or ThreadPoolExecutor(1, thread_name_prefix="slowft-checkpoint")
@@ -112,9 +114,9 @@ class Checkpoints:
             if other not in keep:
                 other.unlink(missing_ok=True)
 
-    def _cannot_write(self, error: Exception) -> AdapterError:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        return AdapterError(f"a checkpoint cannot be written to {self.directory}: {reason}. Earlier ones are untouched")
+    def _cannot_write(self, error: OSError) -> AdapterError:
+        said = cannot_write(self.directory, error, self._nbytes)
+        return AdapterError(f"a checkpoint in {said}. Earlier ones are untouched")
 
 
 def read(file: Path) -> Checkpoint:
@@ -124,12 +126,13 @@ def read(file: Path) -> Checkpoint:
         AdapterError: it is no checkpoint, or not as it was written.
     """
     try:
-        arrays, metadata = mx.load(str(file), return_metadata=True)
-        mx.eval(arrays)
+        arrays, metadata = load_arrays(file)
         text = metadata["slowft"]
         state = json.loads(text)
     except Exception as e:  # MLX raises several kinds for a damaged file
-        raise AdapterError(f"{file} is not a whole checkpoint ({str(e).splitlines()[0] if str(e) else e!r})") from None
+        raise AdapterError(
+            f"{file} is not a whole checkpoint ({printable(str(e).splitlines()[0] if str(e) else repr(e))})"
+        ) from None
     if metadata.get("format") != str(FORMAT):
         raise AdapterError(f"{file} was written by another version of slowft (format {metadata.get('format')})")
     if metadata.get("digest") != digest(arrays, text):

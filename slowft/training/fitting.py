@@ -55,9 +55,15 @@ class Fit:
         is_over = self._is_taken_up and self._after_step()
         while p.iteration < c.iters and not is_over:
             n = min(c.grad_accumulation_steps, c.iters - p.iteration)
+            if p.iteration == 0:
+                self._note_order()
             micro_batches = [next(self._batches) for _ in range(n)]
             if p.iteration == 0 and self._valid is not None:
-                p.valid_loss_before = p.valid_loss = self._validate(before_any_step=True)
+                try:
+                    p.valid_loss_before = p.valid_loss = self._validate()
+                except StopAsked:
+                    self._stop()
+                    break
                 self._window = _Window(self._model)
             self._step(micro_batches)
             is_over = self._after_step()
@@ -96,8 +102,7 @@ class Fit:
     def _after_step(self) -> bool:
         """What is due after a step: a checkpoint, reports, validation, adapters. Returns whether the run is over."""
         c, p = self._config, self.progress
-        self._random_state = np.random.get_state()
-        self._order = self._batches.permutation, self._batches.at
+        self._note_order()
         is_last = p.iteration == c.iters
         if not self._is_taken_up and (self._due(c.save_every) or is_last):
             self._write_checkpoint()
@@ -131,16 +136,30 @@ class Fit:
             return True
         return False
 
+    def _note_order(self) -> None:
+        """Where the data and NumPy's random numbers are: a checkpoint is of this moment."""
+        self._random_state = np.random.get_state()
+        self._order = self._batches.permutation, self._batches.at
+
     def _due(self, every: int) -> bool:
         return self.progress.iteration // every > self.progress.previous // every
 
-    def _validate(self, before_any_step: bool = False) -> float:
+    def _validate(self) -> float:
+        """The loss on the validation set.
+
+        Raises:
+            StopAsked: meanwhile. Before the first step only a signal is heard: a run whose time is over by then would
+                come no further however often it is resumed.
+        """
         begin, c = time.perf_counter(), self._config
-        loss = self._trainer.evaluate(self._valid, c.val_batches, None if before_any_step else self.stop)
+        loss = self._trainer.evaluate(self._valid, c.val_batches, self._is_to_stop)
         self._report.validated(
             {"iteration": self.progress.iteration, "val_loss": loss, "val_time": time.perf_counter() - begin}
         )
         return loss
+
+    def _is_to_stop(self) -> bool:
+        return self.stop.is_asked_for if self.progress.iteration else self.stop.signal is not None
 
     def _stop(self) -> bool:
         p = self.progress

@@ -37,8 +37,11 @@ class Status:
         partial = self._file.with_name(f".{FILE}.{os.getpid()}.tmp")
         with suppress(OSError):
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(entries, indent=1))
-            os.replace(partial, self._file)
+            try:
+                partial.write_text(json.dumps(entries, indent=1))
+                os.replace(partial, self._file)
+            finally:
+                partial.unlink(missing_ok=True)
 
 
 def read(directory: Path) -> dict[str, Any]:

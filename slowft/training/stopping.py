@@ -52,7 +52,7 @@ def listening(stop: Stop, note: Callable[[str], None]) -> Iterator[None]:
         stop.signal = number
         for other, handler in before.items():
             signal.signal(other, handler)
-        note("Stopping after this step; once more stops now")
+        note("Stopping after this step or batch; once more stops now")
 
     try:
         for number, handler in before.items():

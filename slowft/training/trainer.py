@@ -6,6 +6,7 @@ in float32, without dropout and accumulation, a run ends with the very adapter `
 
 import json
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,14 @@ from ..data.batches import batch_order, iterate, padded_tokens
 from ..data.datasets import check_size
 from ..data.store import Samples, TokenDataset, as_datasets
 from ..engine.model import parse_nbytes, usual_activation_cache
-from ..errors import AdapterError, ConfigError, DataError, Interrupted
+from ..errors import AdapterError, ConfigError, DataError, Interrupted, SlowftError, reason_of
 from ..planning.caching import Caching
 from ..reports.base import Report
 from ..weights.activation_cache import ActivationCache
 from .checkpoint import DIRECTORY, Checkpoint, Checkpoints, check_finite
 from .config import OPERATIONAL, OPTIMIZER_COPIES, TrainConfig
 from .fitting import Fit
-from .stopping import Stop, StopAsked, listening
+from .stopping import StopAsked, listening
 
 
 class Trainer:
@@ -106,7 +107,7 @@ class Trainer:
         if use and caching.directory is not None:
             try:
                 self.model.cache_activations(caching.directory, c.activation_cache_size)
-            except ConfigError as e:
+            except SlowftError as e:
                 if c.activation_cache is not None:
                     raise
                 caching = replace(caching, directory=None, reason=str(e))
@@ -135,6 +136,8 @@ class Trainer:
         found, wrong = Checkpoints(self.directory, c.keep_checkpoints).newest()
         for what in wrong:
             self.report.note(f"Warning: {what}")
+        if found is None and wrong:
+            raise AdapterError(f"--resume: no checkpoint in {self.directory / DIRECTORY} can be read: {wrong[0]}")
         if found is None:
             raise AdapterError(f"--resume: {self.directory / DIRECTORY} has no checkpoint. Leave --resume out to begin")
         now, then = self.identity(train, valid), found.state["identity"]
@@ -223,11 +226,11 @@ class Trainer:
         config = {k: v for k, v in asdict(self.config).items() if v is not None}
         return self.model.save_adapter(self.config.adapter_path, numbered, config, is_current)
 
-    def evaluate(self, dataset: Samples, num_batches: int = -1, stop: Stop | None = None) -> float:
+    def evaluate(self, dataset: Samples, num_batches: int = -1, is_to_stop: Callable[[], bool] | None = None) -> float:
         """Mean loss per token over `num_batches` batches (-1: all), as mlx-lm's `evaluate` counts it.
 
         Args:
-            stop: asked for meanwhile, it raises `StopAsked`.
+            is_to_stop: asked after each batch; if so, `StopAsked` is raised.
         """
         self.model.eval()
         (dataset,) = as_datasets(dataset)
@@ -241,7 +244,7 @@ class Trainer:
                 total += loss.item() * n.item()
                 tokens += n.item()
                 done()
-                if stop is not None and stop.is_asked_for:
+                if is_to_stop is not None and is_to_stop():
                     raise StopAsked
         return total / tokens
 
@@ -260,4 +263,4 @@ def check_writable(directory: Path) -> None:
         for path in missing:
             path.rmdir()
     except OSError as e:
-        raise AdapterError(f"--adapter-path {directory} cannot be written: {e.strerror}. Choose another") from None
+        raise AdapterError(f"--adapter-path {directory} cannot be written: {reason_of(e)}. Choose another") from None

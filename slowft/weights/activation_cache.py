@@ -18,7 +18,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from .. import platform
-from ..errors import ConfigError
+from ..errors import ConfigError, SlowftError, reason_of
 from .requests import read_all, write_all
 
 SUFFIX = ".activation"
@@ -44,7 +44,8 @@ class ActivationCache:
         limit_nbytes: None for a quarter of what is free on the disk, files of earlier runs included.
 
     Raises:
-        ConfigError: the directory cannot be used, or is in memory.
+        ConfigError: the directory is in memory.
+        SlowftError: it cannot be used.
     """
 
     def __init__(self, directory: Path, limit_nbytes: int | None = None):
@@ -54,9 +55,13 @@ class ActivationCache:
         self.problem: str | None = None
         self._used: set[str] = set()
         self._pending: Future | None = None
-        self._sizes = self._open()  # file name -> bytes, the longest unused first
+        try:
+            self._sizes = self._open()  # file name -> bytes, the longest unused first
+            self.limit_nbytes = limit_nbytes if limit_nbytes is not None else self.usual_limit(directory)
+        except OSError as e:
+            said = f"--activation-cache {directory} cannot be used: {reason_of(e)}"
+            raise SlowftError(f"{said}. Choose another") from None
         self.nbytes = sum(self._sizes.values())
-        self.limit_nbytes = limit_nbytes if limit_nbytes is not None else self.usual_limit(directory)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="slowft-activation-cache")
 
     @staticmethod
@@ -102,17 +107,12 @@ class ActivationCache:
         self._thread.shutdown()
 
     def _open(self) -> dict[str, int]:
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.directory):
-                pass
-            for path in self.directory.glob(f"*{SUFFIX}.tmp"):
-                if time.time() - path.stat().st_mtime > ABANDONED_S:
-                    path.unlink()
-        except OSError as e:
-            raise ConfigError(
-                f"--activation-cache {self.directory} cannot be used: {e.strerror}. Choose another"
-            ) from None
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=self.directory):
+            pass
+        for path in self.directory.glob(f"*{SUFFIX}.tmp"):
+            if time.time() - path.stat().st_mtime > ABANDONED_S:
+                path.unlink()
         if platform.is_memory_filesystem(self.directory):
             raise ConfigError(
                 f"--activation-cache {self.directory} is in memory. Choose a directory on a disk, such as "

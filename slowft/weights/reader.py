@@ -27,7 +27,7 @@ from itertools import groupby
 import numpy as np
 
 from .. import platform, tracing
-from ..errors import ModelError
+from ..errors import ModelError, reason_of
 from .buffers import LARGE_NBYTES
 from .requests import retried
 
@@ -286,7 +286,7 @@ class Reader:
                     self._files[name] = file = _File(name, fd, None, _State.of(os.fstat(fd)))
                     file.direct_fd = platform.open_direct(name)
                 except OSError as e:
-                    raise ModelError(f"{name} cannot be opened: {e.strerror}") from None
+                    raise ModelError(f"{name} cannot be opened: {reason_of(e)}") from None
                 file.state = self._expected.get(name, file.state)
             return self._files[name]
 
@@ -298,7 +298,7 @@ class Reader:
         try:
             return _State.of(os.stat(name))
         except OSError as e:
-            raise ModelError(f"{name} cannot be read: {e.strerror}") from None
+            raise ModelError(f"{name} cannot be read: {reason_of(e)}") from None
 
     def _check_unchanged(self, file: _File, offset: int) -> None:
         """Raises ModelError if what was just read at `offset` may not be what was there at first.

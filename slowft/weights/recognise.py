@@ -9,11 +9,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..errors import ModelError, SlowftError
+from ..errors import ModelError, SlowftError, reason_of
 
 FIRST_NBYTES = 4096
 PARTIAL = (".incomplete", ".part", ".partial", ".tmp", ".aria2", ".crdownload", ".download")  # of an unfinished one
 AGAIN = "Download it again"
+# Far beyond what real files have: as Python's objects, JSON of nothing but brackets takes 27 times its bytes.
+MAX_JSON_NBYTES = 20_000_000
+MAX_NBYTES = {"tokenizer.json": 200_000_000, "model.safetensors.index.json": 50_000_000}
 
 
 def recognise(file: Path) -> tuple[str, str] | None:
@@ -84,12 +87,15 @@ def read_json(file: Path, error: type[SlowftError] = ModelError) -> Any:
         SlowftError: of the kind `error`; the file cannot be read, or is something else under that name.
     """
     try:
+        most = MAX_NBYTES.get(file.name, MAX_JSON_NBYTES)
+        if (nbytes := file.stat().st_size) > most:
+            raise error(f"{file} is not JSON that can be read: it has {nbytes} bytes, no such file has {most}")
         content = file.read_bytes()
     except OSError as e:
         dangling = " (a broken link: the download did not finish)" if file.is_symlink() and not file.exists() else ""
-        raise error(f"{file} cannot be read: {e.strerror}{dangling}") from None
+        raise error(f"{file} cannot be read: {reason_of(e)}{dangling}") from None
     try:
-        return json.loads(content)
+        return json.loads(content.decode("utf-8"))  # of bytes it would take half characters, which mlx-lm refuses
     except RecursionError:
         raise error(f"{file} is not JSON that can be read: it is nested too deeply") from None
     except ValueError as e:  # also of bytes that are not text

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from .. import platform, tracing
-from ..errors import SlowftError
+from ..errors import SlowftError, reason_of
+from ..sizes import size_in_words
 from .requests import RequestError, read_all, write_all
 
 REMEDY = "another --spill-dir, more --memory, or fewer tokens at a time (--batch-size, --max-seq-length)"
@@ -115,12 +116,13 @@ class SpillFile:
         except OSError as e:
             if e.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise SlowftError(
-                    f"{self._directory}: no file can be made there for activations: {e.strerror}. To fix it: another "
+                    f"{self._directory}: no file can be made there for activations: {reason_of(e)}. To fix it: another "
                     "--spill-dir"
                 ) from None
+        there = next(d for d in (self._directory, *self._directory.absolute().parents) if d.exists())
         raise SlowftError(
-            f"{self._directory} has {free / 1e6:,.0f} MB free, and activations need {self.nbytes / 1e6:,.0f} MB there. "
-            f"To fix it: {REMEDY}"
+            f"{self._directory} has {size_in_words(shutil.disk_usage(there).free)} free, and activations need "
+            f"{size_in_words(self.nbytes)} there. To fix it: {REMEDY}"
         )
 
     def _check(self, offset: int, nbytes: int) -> None:
@@ -160,7 +162,7 @@ class SpillFile:
         return array
 
     def _failure(self, doing: str, error: RequestError) -> SlowftError:
+        where = f"at byte {error.offset} of {self.nbytes}"
         return SlowftError(
-            f"{self._directory}: {doing} activations at byte {error.offset} failed: {error.strerror}. To fix it: "
-            f"{REMEDY}"
+            f"{self._directory}: {doing} activations {where} failed: {reason_of(error)}. To fix it: {REMEDY}"
         )

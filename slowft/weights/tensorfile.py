@@ -13,16 +13,20 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import struct
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import mlx.core as mx
+
 from .. import platform
-from ..errors import SlowftError
-from .extents import DTYPES
+from ..errors import SlowftError, reason_of
+from ..sizes import size_in_words
+from .extents import DTYPES, read_header
 from .requests import REQUEST_NBYTES, retried, write_all
 
 PAGE_NBYTES = 4096
@@ -95,7 +99,7 @@ class TensorFile:
         try:
             self._fd = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
         except OSError as e:
-            raise cannot_write(file, e) from None
+            raise cannot_write(file, e, self.nbytes) from None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="slowft-write")
         self._hasher = ThreadPoolExecutor(1, thread_name_prefix="slowft-hash")
         try:
@@ -139,7 +143,7 @@ class TensorFile:
             os.replace(self._partial, self._file)
             sync_directory(self._file.parent)
         except OSError as e:
-            raise cannot_write(self._file, e) from None
+            raise cannot_write(self._file, e, self.nbytes) from None
         return {
             "nbytes": self.nbytes,
             "sha256": self._file_hash.hexdigest(),
@@ -199,9 +203,40 @@ class TensorFile:
 
 
 def cannot_write(file: Path, error: OSError, nbytes: int | None = None) -> SlowftError:
-    """What to tell a user whose disk is full, read-only or gone."""
-    size = "" if nbytes is None else f" ({nbytes / 1e6:,.1f} MB)"
-    return SlowftError(f"{file}{size} cannot be written: {error.strerror or error}")
+    """What to tell a user whose disk is full, read-only or gone. `nbytes`: of the whole file."""
+    size = "" if nbytes is None else f" ({size_in_words(nbytes)})"
+    return SlowftError(f"{file}{size} cannot be written: {reason_of(error)}{_free(file, error)}")
+
+
+def _free(file: Path, error: OSError) -> str:
+    """What the disk has left, if that is what is wrong."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return ""
+    there = next(path for path in (file, *file.absolute().parents) if path.exists())
+    return f" ({size_in_words(shutil.disk_usage(there).free)} free)"
+
+
+def load_arrays(file: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
+    """(arrays, metadata) as `mx.load` reads them, evaluated; it crashes on some headers that contradict themselves.
+
+    Raises:
+        ModelError: what is wrong with the header.
+        RuntimeError: the file cannot be read.
+    """
+    read_header(file)
+    arrays, metadata = mx.load(str(file), format="safetensors", return_metadata=True)
+    mx.eval(arrays)
+    return arrays, metadata
+
+
+def save_arrays(file: Path, arrays: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None) -> None:
+    """Write arrays as `mx.save_safetensors` does, which by itself does not say why it cannot.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with open(file, "wb") as out:
+        mx.save_safetensors(out, dict(arrays), dict(metadata or {}))
 
 
 def sync(file: Path) -> None:

@@ -1,0 +1,383 @@
+"""Generates answers to prompts with an opened model, many in each reading of its weights.
+
+    for answer in slowft.generate(model, ["What is a heisenbug?", "Define: bogon."], max_tokens=100, temp=0.7):
+        print(answer.id, answer.text)
+
+Comes in: an opened model, prompts. Goes out: answers as they are finished, and pieces of text as they are known.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+
+from ..engine.budget import Wave
+from ..engine.model import StreamedModel
+from ..engine.spilled_caches import SpilledCaches
+from ..errors import ConfigError
+from ..planning.plan import Plan
+from .drafts import Depth, Drafter, DraftModel, PromptLookup
+from .prompts import Asked, Prompt, Template, asked, check
+from .rows import Row
+from .sampling import Chooser, Processor, Sampler, Sampling
+from .waves import KeyValues, Waves
+
+PIECE = 256  # tokens that mlx-lm's caches grow by
+USUAL_WAVE = 32  # rows at a time where there is no ceiling to tell
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was generated for one prompt.
+
+    Attributes:
+        id: the prompt's; number: its place among all.
+        text: the answer, its end token and whatever follows a stop text left out.
+        tokens: ids, the end token included; logprobs: of each, natural, before sampling cut anything off.
+        finish_reason: "stop" or "length".
+        prompt_tokens: of the prompt.
+    """
+
+    id: Any
+    number: int
+    text: str
+    tokens: list[int]
+    logprobs: list[float]
+    finish_reason: str
+    prompt_tokens: int
+
+    def with_number(self, number: int) -> "Answer":
+        return replace(self, number=number)
+
+
+class Generation:
+    """A run over some prompts: iterate over it for answers, in the order in which they are finished.
+
+    Attributes:
+        wave: rows at a time; plan: that is followed, None without a ceiling.
+        predicted: what a pass over the whole wave takes, None where nothing is known of this machine.
+        prompts: how many there are.
+        passes: readings of the weights so far; tokens: of answers; prompt_tokens: that were taken in.
+        drafted, accepted: tokens that were guessed, and of them those that came true.
+        seconds: of all passes.
+    """
+
+    def __init__(
+        self,
+        model: StreamedModel,
+        prompts: Sequence[Asked],
+        tokenizer: Any,
+        max_tokens: int = 256,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+        wave: int | None = None,
+        kept: KeyValues | None = None,
+        drafter: Drafter | str | Any = None,
+        draft_tokens: int | None = None,
+        sampler: Sampler | None = None,
+        logits_processors: Sequence[Processor] = (),
+        adapter: bool | str = True,
+        on_text: Callable[[Asked, str], None] | None = None,
+    ):
+        if max_tokens < 1:
+            raise ConfigError(f"--max-tokens must be 1 or more, got {max_tokens}")
+        if wave is not None and wave < 1:
+            raise ConfigError(f"--wave must be 1 or more, got {wave}")
+        check(prompts, model.embedding_rows)
+        sampling, kept = sampling or Sampling(), kept or KeyValues()
+        self._model, self._tokenizer, self._stop, self._on_text = model, tokenizer, list(stop), on_text
+        self._prompts = list(prompts)
+        is_greedy = sampler is None and sampling.is_greedy
+        processors = [*sampling.processors(), *logits_processors]
+        chooser = Chooser(sampler or sampling.sampler(tokenizer), processors, sampling.seed, is_greedy)
+        if drafter == "lookup":
+            drafter = PromptLookup()
+        elif drafter is not None and not hasattr(drafter, "draft"):
+            check_same_vocabulary(model, drafter)
+            drafter = DraftModel(drafter, chooser)
+        rows = [
+            Row(i, one.id, list(one.tokens), one.max_tokens or max_tokens, adapter) for i, one in enumerate(prompts)
+        ]
+        self._spilled: SpilledCaches | None = None
+        self.wave, prefilled, self.plan = self._sizes(rows, wave, kept, drafter, draft_tokens)
+        self.predicted = None if self.plan is None else model.budget.predict_decoding(self.wave, self.plan)
+        if self.predicted is not None and self.predicted.is_for_assumed_machine:
+            self.predicted = None
+        self._waves = Waves(
+            model,
+            self.wave,
+            chooser,
+            tokenizer.eos_token_ids,
+            kept,
+            drafter,
+            Depth(draft_tokens),
+            prefilled,
+            self._spilled,
+        )
+        for row in rows:
+            row.state = Text(tokenizer, self._stop)
+            self._waves.add(row)
+        self.drafted = self.accepted = 0
+        self.seconds = 0.0
+
+    def _sizes(
+        self, rows: Sequence[Row], wave: int | None, kept: KeyValues, drafter: Any, draft_tokens: int | None
+    ) -> tuple[int, int, Plan | None]:
+        model, n = self._model, min(len(rows), wave or len(rows))
+        if not n:
+            return 1, 1, None
+        longest = max(len(row.prompt) for row in rows)
+        total = max(len(row.prompt) + row.limit for row in rows)
+        if kept.spill_kv and (kept.kv_bits is not None or not model.engine.cut.is_chain):
+            raise ConfigError(
+                "--spill-kv goes neither with --kv-bits nor with a model whose blocks form no chain. Leave one out"
+            )
+        if model.memory is None:
+            n = min(n, wave or USUAL_WAVE)
+            if kept.spill_kv:
+                self._spill(n, total, kept)
+            return n, n, None
+        beside = 0
+        if isinstance(drafter, DraftModel):
+            beside = sum(kept_nbytes(drafter.model, KeyValues(), total))
+        tokens = max(longest, (draft_tokens or Depth().most) + 1 if drafter is not None else 1)
+        model.budget.measure_anew()  # tokenizer and drafter are in memory now
+        of_layers = kept_nbytes(model, kept, total)
+        # what is spilled comes a block at a time, the next one's too
+        in_memory = kept_nbytes(model, kept, PIECE) if kept.spill_kv else of_layers
+        least = Wave(n, tokens, total, sum(in_memory) + beside, max(of_layers))
+        sizes = model.budget.cover_decoding(least)
+        if kept.spill_kv:
+            self._spill(sizes[0], total, kept)
+        return sizes
+
+    def _spill(self, rows: int, tokens: int, kept: KeyValues) -> None:
+        piece = kept_nbytes(self._model, kept, PIECE)
+        grows = [more > nbytes for more, nbytes in zip(kept_nbytes(self._model, kept, 2 * PIECE), piece)]
+        of_token = [nbytes // PIECE if g else 0 for nbytes, g in zip(piece, grows)]
+        self._spilled = SpilledCaches(self._model.budget.directory, rows, tokens, of_token)
+
+    def close(self) -> None:
+        """Give back what rows on disk take. Answers that are not finished are lost."""
+        if self._spilled is not None:
+            self._spilled.close()
+
+    @property
+    def tokens_per_reading(self) -> float:
+        """Of answers, for each reading of the weights so far."""
+        return self.tokens / self.passes if self.passes else 0.0
+
+    @property
+    def prompts(self) -> int:
+        return len(self._prompts)
+
+    @property
+    def passes(self) -> int:
+        return self._waves.passes
+
+    @property
+    def tokens(self) -> int:
+        return self._waves.tokens
+
+    @property
+    def prompt_tokens(self) -> int:
+        return self._waves.prompt_tokens
+
+    def __iter__(self) -> Iterator[Answer]:
+        try:
+            while not self._waves.is_done:
+                yield from self.step()
+        finally:
+            self.close()
+
+    def step(self) -> list[Answer]:
+        """One reading of the weights; the answers that it finished."""
+        begin = time.perf_counter()
+        finished = []
+        for step in self._waves.step():
+            row, text = step.row, step.row.state
+            self.drafted += step.drafted
+            self.accepted += max(len(step.tokens) - 1, 0) if step.drafted else 0
+            segment = text.add(step.tokens, step.logprobs, self._tokenizer.eos_token_ids)
+            if text.is_stopped and row.finish_reason is None:
+                self._waves.remove(row)
+            if text.is_stopped:
+                row.finish_reason = "stop"
+            if row.finish_reason is not None:
+                segment += text.finish()
+            if segment and self._on_text is not None:
+                self._on_text(self._prompts[row.number], segment)
+            if row.finish_reason is not None:
+                finished.append(
+                    Answer(
+                        row.id, row.number, text.text, text.tokens, text.logprobs, row.finish_reason, len(row.prompt)
+                    )
+                )
+        self.seconds += time.perf_counter() - begin
+        return finished
+
+
+class Text:
+    """The text of an answer, as far as it cannot change any more.
+
+    Attributes:
+        text: what was given out. is_stopped: a stop text came, and was left out with all that followed.
+        tokens, logprobs: that the text is made of.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str]):
+        self._detokenizer, self._stop = tokenizer.detokenizer, [text for text in stop if text]
+        self._pending = ""
+        self.text = ""
+        self.is_stopped = False
+        self.tokens: list[int] = []
+        self.logprobs: list[float] = []
+
+    def add(self, tokens: Sequence[int], logprobs: Sequence[float], ends: Iterable[int]) -> str:
+        """More tokens; what is known of the text now that was not before."""
+        for token, logprob in zip(tokens, logprobs):
+            if self.is_stopped:
+                break
+            self.tokens.append(token)
+            self.logprobs.append(logprob)
+            if token in ends:
+                break
+            self._detokenizer.add_token(token)
+            self._take(self._detokenizer.last_segment)
+        return self._give(self._held_back())
+
+    def finish(self) -> str:
+        """No tokens follow; the rest of the text."""
+        if not self.is_stopped:
+            self._detokenizer.finalize()
+            self._take(self._detokenizer.last_segment)
+        return self._give(0)
+
+    def _take(self, segment: str) -> None:
+        self._pending += segment
+        found = [at for at in (self._pending.find(text) for text in self._stop) if at >= 0]
+        if found:
+            self._pending, self.is_stopped = self._pending[: min(found)], True
+
+    def _held_back(self) -> int:
+        """Characters at the end that may be the beginning of a stop text."""
+        longest = max(map(len, self._stop), default=1)
+        for n in range(min(longest - 1, len(self._pending)), 0, -1):
+            if any(text.startswith(self._pending[-n:]) for text in self._stop):
+                return n
+        return 0
+
+    def _give(self, n_held_back: int) -> str:
+        n = len(self._pending) - (0 if self.is_stopped else n_held_back)
+        given, self._pending = self._pending[:n], self._pending[n:]
+        self.text += given
+        return given
+
+
+def generate(
+    model: StreamedModel,
+    prompts: Iterable[Prompt],
+    *,
+    tokenizer: Any = None,
+    max_tokens: int = 256,
+    stop: Sequence[str] = (),
+    wave: int | None = None,
+    draft: Any = None,
+    draft_tokens: int | None = None,
+    sampler: Sampler | None = None,
+    logits_processors: Sequence[Processor] = (),
+    adapter: bool | str = True,
+    template: Template | None = None,
+    kept: KeyValues | None = None,
+    on_text: Callable[[Asked, str], None] | None = None,
+    **sampling,
+) -> Generation:
+    """Answers to prompts, as an iterator that gives each `Answer` when it is finished.
+
+    Args:
+        prompts: texts to go on with as they are, conversations (lists of messages) for the chat template, or lists of
+            token ids.
+        tokenizer: mlx-lm's; None: the model's own.
+        stop: texts that end an answer, and are left out of it.
+        wave: rows at a time; None: as many as the model's memory lets.
+        draft: "lookup", or mlx-lm's small model of the same vocabulary in memory: guesses tokens, which never changes
+            what is generated. draft_tokens: at most so many at a time.
+        sampler: mlx-lm's, of log-probabilities `[n, V]`; logits_processors: of tokens `[n]` and logits `[1, V]`.
+        adapter: as in `MicroBatch`.
+        template: how texts become messages; by default they do not.
+        kept: what is done with keys and values.
+        on_text: is told pieces of text as they are known.
+        sampling: fields of `Sampling`: temp, top_p, min_p, top_k, repetition_penalty, seed and so on.
+    Raises:
+        ConfigError: an impossible setting, or too little memory for one prompt (names the least that would do).
+    """
+    if tokenizer is None:
+        from ..data.tokenizer import load_tokenizer
+
+        tokenizer = load_tokenizer(model.path, model.embedding_rows)
+    found = asked(prompts, tokenizer, template or Template(ignore_chat_template=True))
+    try:
+        how = Sampling(**sampling)
+    except TypeError as e:
+        raise ConfigError(f"generate: {str(e).replace('Sampling.__init__() ', '')}") from None
+    return Generation(
+        model,
+        found,
+        tokenizer,
+        max_tokens,
+        how,
+        stop,
+        wave,
+        kept,
+        draft,
+        draft_tokens,
+        sampler,
+        logits_processors,
+        adapter,
+        on_text,
+    )
+
+
+def kept_nbytes(model: Any, kept: KeyValues, tokens: int) -> list[int]:
+    """Bytes that one row of so many tokens keeps, for each block. Nothing of a streamed model is read or computed."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    caches = make_prompt_cache(model, kept.max_kv_size)
+    few = mx.zeros((1, 8), mx.int32)
+    if isinstance(model, StreamedModel):
+        model.engine.look(few, caches)
+    else:
+        mx.eval(model(few, cache=caches))
+    return [_nbytes(cache, kept, tokens) for cache in caches]
+
+
+def _nbytes(cache: Any, kept: KeyValues, tokens: int) -> int:
+    if hasattr(cache, "caches"):  # several in one
+        return sum(_nbytes(c, kept, tokens) for c in cache.caches)
+    keys, values = getattr(cache, "keys", None), getattr(cache, "values", None)
+    if not isinstance(keys, mx.array) or keys.ndim != 4:
+        return cache.nbytes
+    window = getattr(cache, "max_size", None)
+    step = getattr(cache, "step", 256)
+    n = math.ceil(tokens / step) * step
+    if window is not None:
+        n = min(n, window + step)
+    of_token = (keys.nbytes + values.nbytes) / keys.shape[2]
+    if kept.kv_bits is None or window is not None:
+        return int(n * of_token)
+    size = keys.dtype.size
+    quantized = of_token / size * (kept.kv_bits / 8 + 2 * size / kept.kv_group_size)
+    plain = min(n, kept.quantized_kv_start + step) if kept.quantized_kv_start else 0
+    return int(max(n * quantized, plain * of_token) if n > kept.quantized_kv_start else n * of_token)
+
+
+def check_same_vocabulary(model: StreamedModel, small: Any) -> None:
+    """Raises ConfigError if a small model may guess token ids that the large one does not know."""
+    n, rows = small(mx.zeros((1, 1), mx.int32)).shape[-1], model.embedding_rows
+    if rows is not None and n > rows:
+        raise ConfigError(
+            f"the model for drafts has {n} token ids, the model {rows}. Give a smaller one of the same family"
+        )

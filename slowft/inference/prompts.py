@@ -1,0 +1,141 @@
+"""What to answer: texts, conversations and files of them become token ids.
+
+As `mlx_lm.generate` does: a prompt is a user's message to the chat template, if the model has one, and plain text
+otherwise.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..data.files import SUFFIXES, Source
+from ..errors import ConfigError, DataError
+
+Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One prompt.
+
+    Attributes:
+        id: the user's name for it, or its number; prompt: as it was given.
+        tokens: int ids, the chat template's included.
+        max_tokens: of its answer; None: as for all.
+    """
+
+    id: Any
+    prompt: Prompt
+    tokens: list[int]
+    max_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Template:
+    """How prompts become conversations. Names and meanings are `mlx_lm.generate`'s.
+
+    Attributes:
+        system_prompt: that goes before each; prefill_response: with which each answer begins.
+        ignore_chat_template: prompts are texts to go on with, as they are.
+        chat_template_config: variables for the template.
+    """
+
+    system_prompt: str | None = None
+    prefill_response: str | None = None
+    ignore_chat_template: bool = False
+    chat_template_config: dict[str, Any] = field(default_factory=dict)
+
+    def tokens(self, tokenizer: Any, prompt: Prompt) -> list[int]:
+        """Ids of a text (a user's message), of messages, or the very ids that are given.
+
+        Raises:
+            DataError: messages, but no chat template, or one that does not take them.
+        """
+        if not isinstance(prompt, str) and all(isinstance(token, int) for token in prompt):
+            return list(prompt)
+        plain = self.ignore_chat_template or not tokenizer.has_chat_template
+        if isinstance(prompt, str):
+            if plain:
+                text = "".join(part for part in (self.system_prompt, prompt, self.prefill_response) if part)
+                return encode(tokenizer, text)
+            messages = [{"role": "user", "content": prompt}]
+        else:
+            messages = list(prompt)
+            if plain:
+                why = "--ignore-chat-template was given" if self.ignore_chat_template else "the model has none"
+                raise DataError(f"messages need a chat template, and {why}. Give texts as prompts")
+        if self.system_prompt is not None and messages[0].get("role") != "system":
+            messages = [{"role": "system", "content": self.system_prompt}, *messages]
+        if self.prefill_response is not None:
+            messages = [*messages, {"role": "assistant", "content": self.prefill_response}]
+        begun = bool(messages) and messages[-1].get("role") == "assistant"  # an answer to go on with
+        try:
+            text = tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                continue_final_message=begun,
+                add_generation_prompt=not begun,
+                **self.chat_template_config,
+            )
+        except Exception as e:
+            reason = next(iter(str(e).splitlines()), type(e).__name__)
+            raise DataError(f"the model's chat template does not take these messages: {reason}") from None
+        return tokenizer.encode(text, add_special_tokens=False)
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a plain text, with the tokenizer's begin token unless the text begins with it."""
+    begins = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    return tokenizer.encode(text, add_special_tokens=not begins)
+
+
+def asked(prompts: Iterable[Prompt], tokenizer: Any, template: Template) -> list[Asked]:
+    """Prompts under their numbers."""
+    return [Asked(i, prompt, template.tokens(tokenizer, prompt)) for i, prompt in enumerate(prompts)]
+
+
+def read(file: Path, tokenizer: Any, template: Template) -> list[Asked]:
+    """Prompts of a file: lines of {"prompt": ...} or {"messages": [...]}, perhaps with "id" and "max_tokens".
+
+    Raises:
+        DataError: it cannot be read, a line is not of that form (named with its number), or an id is there twice.
+    """
+    if not file.is_file():
+        raise DataError(f'{file} is not there. Give a file with lines of {{"prompt": ...}} or {{"messages": [...]}}')
+    if not file.name.lower().removesuffix(".gz").endswith(tuple(SUFFIXES)):
+        raise DataError(f"{file} is of no kind that slowft reads. Give lines of JSON: prompts.jsonl")
+    found, places = [], {}
+    for line in Source([file]).read():
+        if line.reason:
+            raise DataError(f"{line.place} {line.reason}")
+        sample = line.sample
+        prompt = sample.get("prompt", sample.get("messages"))
+        if not isinstance(prompt, (str, list)) or not prompt:
+            raise DataError(f'{line.place} has neither a "prompt" nor "messages". Give it one of them')
+        if isinstance(prompt, list) and not all(isinstance(message, dict) for message in prompt):
+            raise DataError(f'{line.place}: "messages" must be a list of {{"role": ..., "content": ...}}')
+        name, limit = sample.get("id", len(found)), sample.get("max_tokens")
+        if limit is not None and (not isinstance(limit, int) or limit < 1):
+            raise DataError(f'{line.place}: "max_tokens" must be a number of 1 or more, got {limit!r}')
+        if (key := repr(name)) in places:
+            raise DataError(f"{line.place} has the id {name!r}, as {places[key]} has. Give each its own")
+        places[key] = line.place
+        try:
+            found.append(Asked(name, prompt, template.tokens(tokenizer, prompt), limit))
+        except DataError as e:
+            raise DataError(f"{line.place}: {e}") from None
+        if not found[-1].tokens:
+            raise DataError(f"{line.place} has an empty prompt. Remove it")
+    if not found:
+        raise DataError(f"{file} holds no prompts")
+    return found
+
+
+def check(prompts: Sequence[Asked], embedding_rows: int | None) -> None:
+    """Raises ConfigError for a prompt that has no tokens, or ids that the model does not know."""
+    for one in prompts:
+        if not one.tokens:
+            raise ConfigError("a prompt is empty. Give some text")
+        if embedding_rows is not None and not 0 <= min(one.tokens) <= max(one.tokens) < embedding_rows:
+            raise DataError(f"prompt {one.id!r} has a token id outside of the model's {embedding_rows} ids")

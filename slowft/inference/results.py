@@ -1,0 +1,128 @@
+"""A file of answers, a JSON object a line, that a run which was stopped goes on with.
+
+Answers are appended, and synced to the disk, as they are finished. When all are there, they are put in the order of
+the prompts. Never changes a file of answers to something else.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, SlowftError
+from .generate import Answer
+from .prompts import Asked
+
+SAME = ("sampler", "model", "adapter")  # of a row: what another run must have too to go on with the file
+
+
+class Results:
+    """The answers of one run, in `file`.
+
+    Args:
+        about: what is the same in all rows: "sampler", "model" and "adapter" (fingerprints).
+
+    Attributes:
+        done: numbers of the prompts that were answered before.
+
+    Raises:
+        ConfigError: the file holds answers of another run.
+        SlowftError: it cannot be read or written.
+    """
+
+    def __init__(self, file: Path, prompts: Sequence[Asked], about: dict[str, Any]):
+        self._file, self._prompts, self._about = file, list(prompts), about
+        self._numbers = {json.dumps(one.id): i for i, one in enumerate(prompts)}
+        self._lines: dict[int, bytes] = {}
+        whole = self._read()
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            self._out = open(file, "r+b" if whole else "w+b", buffering=0)
+            self._out.truncate(whole)  # a line that a kill cut off
+            self._out.seek(whole)
+        except OSError as e:
+            raise SlowftError(f"{file} cannot be written: {e.strerror}") from None
+        self.done = set(self._lines)
+
+    def add(self, answer: Answer) -> None:
+        """Append an answer."""
+        one = self._prompts[answer.number]
+        row = {
+            "id": one.id,
+            "prompt": one.prompt,
+            "text": answer.text,
+            "finish_reason": answer.finish_reason,
+            "prompt_tokens": answer.prompt_tokens,
+            "tokens": len(answer.tokens),
+            "mean_logprob": round(sum(answer.logprobs) / len(answer.logprobs), 6) if answer.logprobs else None,
+            **self._about,
+        }
+        line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+        try:
+            view = memoryview(line)
+            while view:
+                view = view[self._out.write(view) :]
+            os.fsync(self._out.fileno())
+        except OSError as e:
+            raise SlowftError(
+                f"{self._file} cannot be written ({len(line)} bytes): {e.strerror}. The {len(self._lines)} answers in "
+                "it are whole; give the same command again to go on"
+            ) from None
+        self._lines[answer.number] = line
+
+    def finish(self) -> None:
+        """All answers are there: put them in order."""
+        numbers = list(self._lines)
+        self._out.close()
+        if numbers == sorted(numbers):
+            return
+        temporary = self._file.with_name(f".{self._file.name}.{os.getpid()}.tmp")
+        try:
+            with open(temporary, "wb") as out:
+                out.writelines(self._lines[number] for number in sorted(numbers))
+                out.flush()
+                os.fsync(out.fileno())
+            os.replace(temporary, self._file)
+        except OSError as e:
+            raise SlowftError(f"{temporary} cannot be written: {e.strerror}. {self._file} has all answers") from None
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        self._out.close()
+
+    def _read(self) -> int:
+        """Take up the answers that are there; bytes of them."""
+        try:
+            content = self._file.read_bytes() if self._file.exists() else b""
+        except OSError as e:
+            raise SlowftError(f"{self._file} cannot be read: {e.strerror}") from None
+        whole = content.rfind(b"\n") + 1
+        for n, line in enumerate(content[:whole].splitlines(keepends=True), 1):
+            number = self._number(line, n)
+            self._lines[number] = line
+        return whole
+
+    def _number(self, line: bytes, n: int) -> int:
+        """Of the prompt that a line answers."""
+        another = "Give another --output, or move it away"
+        try:
+            row = json.loads(line)
+            number = self._numbers.get(json.dumps(row["id"]))
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError(f"{self._file} line {n} is no answer of slowft generate. {another}") from None
+        if number is None or row.get("prompt") != _plain(self._prompts[number].prompt):
+            raise ConfigError(f"{self._file} line {n} answers a prompt that is not among those given. {another}")
+        for name in SAME:
+            if row.get(name) != _plain(self._about.get(name)):
+                raise ConfigError(
+                    f"{self._file} line {n} was generated with another {name}: {row.get(name)}, now "
+                    f"{self._about.get(name)}. {another}"
+                )
+        return number
+
+
+def _plain(value: Any) -> Any:
+    """As it comes out of a JSON file."""
+    return json.loads(json.dumps(value))

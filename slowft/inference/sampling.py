@@ -1,0 +1,135 @@
+"""The next token of a row from its logits: mlx-lm's processors and samplers, with random numbers that belong to places.
+
+A row's token at a place is drawn with a seed made of the run's seed, the row's id and the place, so that it does not
+depend on which rows are generated together, on memory, on drafts, or on a run having been stopped.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from ..errors import ConfigError
+
+Sampler = Callable[[mx.array], mx.array]
+Processor = Callable[[mx.array, mx.array], mx.array]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen. Names and meanings are `mlx_lm.generate`'s.
+
+    Attributes:
+        temp: 0 takes the likeliest token.
+        top_p, min_p, top_k: 0 leaves them out. xtc_probability, xtc_threshold: as in `mlx_lm.sample_utils`.
+        repetition_penalty, presence_penalty, frequency_penalty: over the last `repetition_context_size` tokens.
+        seed: of random numbers.
+    """
+
+    temp: float = 0.0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    top_k: int = 0
+    min_tokens_to_keep: int = 1
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.0
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_context_size: int = 20
+    seed: int = 0
+
+    def __post_init__(self):
+        limits = {"temp": (0, None), "top_p": (0, 1), "min_p": (0, 1), "top_k": (0, None), "xtc_probability": (0, 1)}
+        for name, (low, high) in limits.items():
+            value = getattr(self, name)
+            if value < low or high is not None and value > high:
+                between = f"from {low} to {high}" if high is not None else f"{low} or more"
+                raise ConfigError(f"--{name.replace('_', '-')} must be {between}, got {value}")
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temp == 0
+
+    def sampler(self, tokenizer: Any = None) -> Sampler:
+        """mlx-lm's, of log-probabilities `[n, V]`."""
+        from mlx_lm.sample_utils import make_sampler
+
+        special = []
+        if self.xtc_probability and tokenizer is not None:
+            special = [*tokenizer.encode("\n"), *tokenizer.eos_token_ids]
+        return make_sampler(
+            self.temp,
+            self.top_p,
+            self.min_p,
+            self.min_tokens_to_keep,
+            top_k=self.top_k,
+            xtc_probability=self.xtc_probability,
+            xtc_threshold=self.xtc_threshold,
+            xtc_special_tokens=special,
+        )
+
+    def processors(self) -> list[Processor]:
+        """mlx-lm's, of tokens `[n]` so far and logits `[1, V]`."""
+        from mlx_lm.sample_utils import make_logits_processors
+
+        n = self.repetition_context_size
+        return make_logits_processors(
+            None, self.repetition_penalty, n, self.presence_penalty, n, self.frequency_penalty, n
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """What is not left out, for a row of a file."""
+        usual = asdict(Sampling())
+        return {name: value for name, value in asdict(self).items() if value != usual[name] or name in ("temp", "seed")}
+
+
+def place_seed(seed: int, row: Any, place: int) -> int:
+    """The seed of the random numbers for one token of a row's answer.
+
+    A hash, so that neighbouring seeds, rows and places get unrelated ones.
+    """
+    digest = hashlib.blake2b(f"{seed}\0{row!r}\0{place}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+class Chooser:
+    """Chooses tokens.
+
+    Args:
+        processors: of logits; each is given the row's tokens so far, prompt included.
+        is_greedy: the sampler draws no random numbers, and takes many rows at once.
+    """
+
+    def __init__(self, sampler: Sampler, processors: Sequence[Processor], seed: int, is_greedy: bool):
+        self._sampler, self._processors, self._seed, self._is_greedy = sampler, list(processors), seed, is_greedy
+
+    def choose(self, logits: mx.array, rows: Sequence[tuple[Any, int, Sequence[int]]]) -> tuple[list[int], list[float]]:
+        """(a token for each row of the logits `[n, V]`, its log-probability before sampling cuts anything off).
+
+        Args:
+            rows: (id, place in the answer, tokens before it) of each.
+        """
+        if self._processors:
+            parts = []
+            for i, (_, _, tokens) in enumerate(rows):
+                context, part = mx.array(tokens), logits[i : i + 1]
+                for processor in self._processors:
+                    part = processor(context, part)
+                parts.append(part)
+            logits = mx.concatenate(parts)
+        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        if self._is_greedy:
+            chosen = self._sampler(logprobs)
+        else:
+            drawn = []
+            for i, (row, place, _) in enumerate(rows):
+                mx.random.seed(place_seed(self._seed, row, place))
+                drawn.append(self._sampler(logprobs[i : i + 1]))
+                mx.eval(drawn[-1])
+            chosen = mx.concatenate(drawn)
+        of_chosen = mx.take_along_axis(logprobs, chosen[:, None], axis=-1)[:, 0].astype(mx.float32)
+        mx.eval(chosen, of_chosen)
+        return chosen.tolist(), of_chosen.tolist()

@@ -1,0 +1,211 @@
+"""A model that was opened to generate with, as `slowft generate` does: settings in, answers out.
+
+Between the command and `generate`: opens model, tokenizer, adapter and draft model, and goes on with files of answers.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ..data.tokenizer import load_tokenizer
+from ..engine.budget import default_memory
+from ..engine.model import open_model
+from ..errors import ConfigError
+from ..models.adapters import CONFIG, WEIGHTS
+from .generate import Generation
+from .prompts import Asked, Prompt, Template, asked, read
+from .results import Results
+from .sampling import Sampling
+from .waves import KeyValues
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to generate; names and meanings are `mlx_lm.generate`'s where that has them."""
+
+    max_tokens: int = 256
+    temp: float = 0.0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    top_k: int = 0
+    min_tokens_to_keep: int = 1
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.0
+    repetition_penalty: float | None = None
+    repetition_context_size: int = 20
+    seed: int = 0
+    stop: Sequence[str] = ()
+    extra_eos_token: Sequence[str] = ()
+    system_prompt: str | None = None
+    prefill_response: str | None = None
+    ignore_chat_template: bool = False
+    chat_template_config: dict[str, Any] = field(default_factory=dict)
+    max_kv_size: int | None = None
+    kv_bits: int | None = None
+    kv_group_size: int = 64
+    quantized_kv_start: int = 5000
+    spill_kv: bool = False
+    draft_model: str | None = None
+    draft_lookup: bool = False
+    num_draft_tokens: int | None = None
+    wave: int | None = None
+
+    def part(self, kind: type) -> Any:
+        """Those that are `kind`'s."""
+        return kind(**{f.name: getattr(self, f.name) for f in fields(kind) if hasattr(self, f.name)})
+
+
+class Session:
+    """An opened model with all that generating needs. A context manager.
+
+    Args:
+        model: directory or hub id. memory: a ceiling; None: half of the machine's.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        settings: Settings,
+        adapter_path: str | None = None,
+        memory: str | int | None = None,
+        compute_dtype: str | None = None,
+        trust_remote_code: bool = False,
+        chat_template: str | None = None,
+    ):
+        self.settings = settings
+        self._sampling, self._kept = settings.part(Sampling), settings.part(KeyValues)
+        self._template = settings.part(Template)
+        memory = default_memory() if memory is None else memory
+        self.model = open_model(
+            model, memory, adapter_path, compute_dtype=compute_dtype, trust_remote_code=trust_remote_code
+        )
+        try:
+            self._adapter_path = None if adapter_path is None else Path(adapter_path).expanduser()
+            code = trust_remote_code, chat_template
+            self.tokenizer = load_tokenizer(self.model.path, self.model.embedding_rows, *code)
+            for token in settings.extra_eos_token:
+                self.tokenizer.add_eos_token(token)
+            self._draft = "lookup" if settings.draft_lookup else None
+            if settings.draft_model is not None:
+                self._draft = self._load_draft(settings.draft_model, trust_remote_code)
+        except BaseException:
+            self.model.close()
+            raise
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.model.close()
+
+    def asked(self, prompt: Prompt) -> Asked:
+        """One prompt, as it goes to the model."""
+        return asked([prompt], self.tokenizer, self._template)[0]
+
+    def read(self, file: Path) -> list[Asked]:
+        """Prompts of a file."""
+        return read(file, self.tokenizer, self._template)
+
+    def with_question(self, messages: Sequence[dict], question: str) -> list[dict]:
+        """A conversation that goes on with a question."""
+        if not self.tokenizer.has_chat_template or self._template.ignore_chat_template:
+            raise ConfigError("a conversation needs a chat template, and there is none. Give a --prompt")
+        return [*messages, {"role": "user", "content": question}]
+
+    def answers(self, prompts: Sequence[Asked], on_text: Callable[[Asked, str], None] | None = None) -> Generation:
+        """Answers, as they are finished."""
+        s = self.settings
+        return Generation(
+            self.model,
+            prompts,
+            self.tokenizer,
+            s.max_tokens,
+            self._sampling,
+            s.stop,
+            s.wave,
+            self._kept,
+            self._draft,
+            s.num_draft_tokens,
+            on_text=on_text,
+        )
+
+    def answer_into(self, file: Path, prompts: Sequence[Asked], report) -> None:
+        """Answer all prompts that `file` does not answer yet, and append them to it.
+
+        Raises:
+            ConfigError: the file holds answers of another run.
+        """
+        results = Results(file, prompts, self._about())
+        try:
+            left = [one for i, one in enumerate(prompts) if i not in results.done]
+            numbers = [i for i in range(len(prompts)) if i not in results.done]
+            if results.done:
+                report.note(f"{file} has {len(results.done)} of {len(prompts)} answers; going on with the others")
+            if left:
+                run = self.answers(left)
+                report.note(_planned(run))
+                begin = time.perf_counter()
+                with report.generating(len(left)) as tell:
+                    while len(results.done) < len(prompts):
+                        for answer in run.step():
+                            number = numbers[answer.number]
+                            results.add(answer.with_number(number))
+                            results.done.add(number)
+                        tell(run, len(left) - (len(prompts) - len(results.done)))
+                run.close()
+                report.generated(run, time.perf_counter() - begin, file)
+            results.finish()
+        finally:
+            results.close()
+
+    def _about(self) -> dict[str, Any]:
+        """What a row says of how it was generated."""
+        s = self.settings
+        texts = {"max_tokens": s.max_tokens, "stop": list(s.stop), "extra_eos_token": list(s.extra_eos_token)}
+        template = self._template
+        texts |= {f.name: getattr(template, f.name) for f in fields(template)}
+        kept = {name: value for name, value in vars(self._kept).items() if value != getattr(KeyValues(), name)}
+        sampler = self._sampling.as_dict() | kept | {name: value for name, value in texts.items() if value}
+        adapter = None
+        if self._adapter_path is not None:
+            digest = hashlib.blake2b(digest_size=16)
+            for name in (CONFIG, WEIGHTS):
+                digest.update((self._adapter_path / name).read_bytes())
+            adapter = digest.hexdigest()
+        return {"sampler": sampler, "seed": s.seed, "model": self.model.fingerprint(), "adapter": adapter}
+
+    def _load_draft(self, path: str, trust_remote_code: bool) -> Any:
+        """mlx-lm's model in memory, of the same vocabulary."""
+        import mlx_lm
+
+        from ..models.loading import resolve
+
+        directory = resolve(path)
+        model, tokenizer = mlx_lm.load(str(directory), tokenizer_config={"trust_remote_code": trust_remote_code})
+        ours, theirs = self.tokenizer.get_vocab(), tokenizer.get_vocab()
+        if ours != theirs:
+            other = next(token for token in (*ours, *theirs) if ours.get(token) != theirs.get(token))
+            raise ConfigError(
+                f"{path} has another vocabulary than the model: {other!r} is {theirs.get(other)} there and "
+                f"{ours.get(other)} here. Give a model of the same family for drafts"
+            )
+        return model
+
+
+def _planned(run: Generation) -> str:
+    """What is kept in memory, and how fast that should be."""
+    plan, text = run.plan, f"{run.wave} of {run.prompts} rows at a time"
+    if plan is None:
+        return text
+    if plan.is_ordinary:
+        text += ", all weights stay in memory"
+    else:
+        text += f", {plan.resident_blocks} of {len(plan.job.blocks)} blocks stay in memory"
+        text += f", {plan.read_nbytes / 1e9:.2f} GB a reading"
+    text += f"; peak {plan.peak_nbytes / 1e9:.2f} of {plan.memory / 1e9:.2f} GB"
+    if run.predicted is not None:
+        text += f", about {run.wave / run.predicted.step_s:.2g} tok/s"
+    return text

@@ -1,0 +1,352 @@
+"""Generation: the tokens of mlx-lm in memory, whatever is generated together, guessed, spilled or stopped."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from mlx_lm.generate import generate_step
+from mlx_lm.sample_utils import make_logits_processors, make_sampler
+from mlx_lm.utils import load_model
+from test_quantized import save_quantized
+
+import matrix
+import slowft
+from conftest import LLAMA, in_memory, must_run, save_random
+from slowft.bench import cgroup
+from slowft.cli.main import slowft as command
+from slowft.inference.drafts import Depth, PromptLookup, continuation
+from slowft.inference.generate import Text
+from slowft.inference.rows import Row
+from slowft.inference.sampling import Chooser, Sampling
+from slowft.inference.waves import KeyValues, Waves
+
+# tied, sliding window, mixture of experts, hybrid, recurrent, latent attention; masks that take one row; no chain;
+# caches of rows together that say something else; a head that takes all tokens
+ARCHITECTURES = [
+    "llama",
+    "gemma3_text",
+    "mixtral",
+    "qwen3_next",
+    "mamba",
+    "deepseek_v3",
+    "gemma2",
+    "afm7",
+    "minimax_m3_vl",
+    "phi3small",
+]
+PROMPTS = [np.random.default_rng(0).integers(1, 90, n).tolist() for n in (3, 9, 5, 17, 2)]
+LIMITS = [6, 4, 9, 5, 7]
+GREEDY = Sampling()
+
+
+def waves(model, size: int, sampling: Sampling = GREEDY, **options) -> Waves:
+    chooser = Chooser(sampling.sampler(), sampling.processors(), sampling.seed, sampling.is_greedy)
+    return Waves(model, size, chooser, options.pop("ends", ()), **options)
+
+
+def generated(of: Waves, prompts=PROMPTS, limits=LIMITS) -> list[list[int]]:
+    rows = [Row(i, i, list(prompt), limit) for i, (prompt, limit) in enumerate(zip(prompts, limits))]
+    for row in rows:
+        of.add(row)
+    for _ in of:
+        pass
+    return [row.answer for row in rows]
+
+
+def of_mlx_lm(model, prompts=PROMPTS, limits=LIMITS, **options) -> list[list[int]]:
+    model.eval()
+    return [
+        [token for token, _ in generate_step(mx.array(prompt), model, max_tokens=limit, **options)]
+        for prompt, limit in zip(prompts, limits)
+    ]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """(directory, the model in memory, opened)."""
+    path = save_random(tmp_path_factory.mktemp("tiny"), LLAMA | {"num_hidden_layers": 3})
+    with slowft.open_model(path) as model:
+        yield path, in_memory(path), model
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_greedy_tokens_are_mlx_lms_in_memory_whatever_the_wave_and_the_drafts(name, tmp_path):
+    path = matrix.save(tmp_path / "m", name)
+    expected = of_mlx_lm(in_memory(path))
+    with slowft.open_model(path) as model:
+        assert generated(waves(model, 1)) == expected
+        together = waves(model, 3)
+        assert generated(together) == expected
+        assert together.passes < sum(LIMITS) / 2
+        if name in ("llama", "mixtral", "gemma2", "afm7", "deepseek_v3"):
+            assert generated(waves(model, 3, drafter=PromptLookup())) == expected
+        elif name in ("mamba", "qwen3_next"):
+            with pytest.raises(slowft.ConfigError, match="cannot forget tokens again"):
+                waves(model, 3, drafter=PromptLookup())
+
+
+def test_quantized_weights_and_keys_give_mlx_lms_tokens(tmp_path):
+    shape = LLAMA | {"hidden_size": 128, "head_dim": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+    path = save_quantized(tmp_path / "m", shape)
+    with slowft.open_model(path, compute_dtype="native") as model:
+        native = load_model(path)[0]
+        assert generated(waves(model, 2)) == of_mlx_lm(native)
+        kept = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 4}
+        assert generated(waves(model, 3, kept=KeyValues(**kept))) == of_mlx_lm(native, **kept)
+
+
+def test_processors_and_a_rotating_cache_are_mlx_lms(tiny):
+    _, reference, model = tiny
+    expected = of_mlx_lm(reference, logits_processors=make_logits_processors(repetition_penalty=1.7))
+    assert expected != of_mlx_lm(reference)
+    assert generated(waves(model, 3, Sampling(repetition_penalty=1.7))) == expected
+    expected = of_mlx_lm(reference, max_kv_size=8)
+    assert generated(waves(model, 1, kept=KeyValues(max_kv_size=8))) == expected
+
+
+def test_sampled_tokens_do_not_depend_on_waves_drafts_or_other_rows(tiny):
+    _, reference, model = tiny
+    sampling = Sampling(temp=0.9, top_p=0.95, seed=7)
+    alone = generated(waves(model, 1, sampling))
+    assert generated(waves(model, 4, sampling)) == alone
+    assert generated(waves(model, 2, sampling, drafter=PromptLookup())) == alone
+    assert generated(waves(model, 1, Sampling(temp=0.9, top_p=0.95, seed=8))) != alone
+    last = Row(4, 4, list(PROMPTS[4]), LIMITS[4])
+    only = waves(model, 1, sampling)
+    only.add(last)
+    for _ in only:
+        pass
+    assert last.answer == alone[4]
+
+
+def test_sampling_has_mlx_lms_distribution():
+    """Chi-square over 4,000 rows' first token against what mlx-lm's own sampler drew, and against the formula."""
+    logits = mx.array(np.random.default_rng(1).normal(0, 1.5, 12)[None].astype(np.float32))
+    how = Sampling(temp=0.8, top_p=0.9, seed=3)
+    chooser = Chooser(how.sampler(), [], how.seed, False)
+    n = 4000
+    ours = np.bincount([chooser.choose(logits, [(i, 0, [])])[0][0] for i in range(n)], minlength=12)
+    mx.random.seed(0)
+    logprobs = mx.repeat(logits - mx.logsumexp(logits), 20 * n, 0)
+    theirs = np.bincount(np.array(make_sampler(0.8, 0.9)(logprobs)), minlength=12) / 20
+    assert ((ours > 0) == (theirs > 0)).all()
+    there = theirs > 0
+    chi_square = ((ours - theirs)[there] ** 2 / theirs[there]).sum()
+    assert chi_square < 27.9 * 1.05  # 0.1% of 9 degrees of freedom, and the reference's own noise
+
+
+def test_a_draft_model_changes_no_token_and_saves_passes(tiny):
+    path, reference, model = tiny
+    from slowft.inference.drafts import DraftModel
+
+    for sampling in (GREEDY, Sampling(temp=0.7, seed=5)):
+        chooser = Chooser(sampling.sampler(), [], sampling.seed, sampling.is_greedy)
+        plain = waves(model, 2, sampling)
+        expected = generated(plain)
+        drafted = waves(model, 2, sampling, drafter=DraftModel(reference, chooser), depth=Depth(4))
+        assert generated(drafted) == expected
+        assert drafted.passes < 0.6 * plain.passes  # the same model guesses right
+
+
+def test_rows_on_disk_give_the_same_tokens(tiny, tmp_path):
+    """Over the first piece of 256 tokens that is written, and over drafts that are forgotten again around it."""
+    _, reference, model = tiny
+    prompts = [np.random.default_rng(i).integers(1, 250, n).tolist() for i, n in enumerate((250, 520, 255, 3))]
+    limits = [12, 8, 6, 5]
+    expected = of_mlx_lm(reference, prompts, limits)
+    model.budget.directory = tmp_path
+    for options in ({}, {"draft": "lookup"}):
+        kept = KeyValues(spill_kv=True)
+        run = slowft.generate(model, prompts, tokenizer=NoTokenizer(), max_tokens=12, kept=kept, wave=3, **options)
+        answers = sorted(run, key=lambda answer: answer.number)
+        assert [a.tokens[:n] for a, n in zip(answers, limits)] == expected
+        spilled = run._spilled
+        of_token = 3 * 2 * 2 * 16 * 4  # blocks, keys and values, heads, width, float32
+        assert spilled.bytes_written >= (256 + 512 + 256) * of_token
+        assert spilled.bytes_read > spilled.bytes_written
+
+
+class NoTokenizer:
+    """Token ids as text."""
+
+    eos_token_ids = ()
+
+    class Detokenizer:
+        last_segment = ""
+
+        def add_token(self, token):
+            self.last_segment = f"{token} "
+
+        def finalize(self):
+            self.last_segment = ""
+
+    @property
+    def detokenizer(self):
+        return self.Detokenizer()
+
+
+def test_a_wave_reads_the_weights_once_a_pass(tmp_path):
+    path = save_random(tmp_path / "m", LLAMA | {"num_hidden_layers": 8})
+    with slowft.open_model(path) as model:
+        one = model.nbytes_on_disk
+        of = waves(model, 5)
+        rows = [Row(i, i, list(prompt), 6) for i, prompt in enumerate(PROMPTS)]
+        for row in rows:
+            of.add(row)
+        of.step(), of.step(), of.step()
+        before = model.stats.total.bytes_read
+        of.step()
+        assert model.stats.total.bytes_read - before <= one
+        assert all(len(row.answer) == 4 for row in rows)
+
+
+def test_prompt_lookup_goes_on_as_the_text_did_before():
+    assert continuation([1, 2, 3, 9, 1, 2, 3], 2) == [9, 1]
+    assert continuation([5, 6, 7, 5], 8) == [6, 7, 5]
+    assert continuation([1, 2, 3], 4) == []
+
+
+def test_a_stop_text_ends_the_answer_and_is_left_out():
+    text = Text(NoTokenizer(), ["4 5"])
+    assert text.add([1, 2], [0.0, 0.0], ()) == "1 2 "
+    assert text.add([4], [0.0], ()) == ""  # it may be the beginning of a stop text
+    assert text.add([6], [0.0], ()) == "4 6 "
+    assert text.add([4, 5], [0.0, 0.0], ()) + text.finish() == ""
+    assert text.is_stopped and text.text == "1 2 4 6 "
+
+
+# --- The command ----------------------------------------------------------------------------------------
+
+
+def run(*arguments, **options):
+    return CliRunner().invoke(command, ["generate", *map(str, arguments)], catch_exceptions=False, **options)
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    texts = ["one two three", "of the words that were", "a", "to be or not", "she said that it was"]
+    file.write_text("".join(json.dumps({"id": f"p{i}", "prompt": text}) + "\n" for i, text in enumerate(texts)))
+    return file
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(llama_with_tokenizer, prompts, tmp_path):
+    model, whole, killed = llama_with_tokenizer, tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
+    how = ("--model", model, "--prompts", prompts, "-m", "12", "--temp", "0.8", "--seed", "4", "--memory", "1GB")
+    done = run(*how, "--output", whole)
+    assert done.exit_code == 0, done.output
+    rows = [json.loads(line) for line in whole.read_text().splitlines()]
+    assert [row["id"] for row in rows] == [f"p{i}" for i in range(5)]
+    assert {row["finish_reason"] for row in rows} <= {"stop", "length"}
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    arguments = [sys.executable, "-m", "slowft", "generate", *map(str, how), "--output", str(killed), "--wave", "2"]
+    process = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 60
+    while time.monotonic() < until and process.poll() is None:
+        if killed.exists() and killed.read_bytes().count(b"\n") >= 1:
+            process.send_signal(signal.SIGKILL)
+    process.wait()
+    content = killed.read_bytes()
+    killed.write_bytes(content + b'{"id": "p4", "prom')  # a line that was cut off
+    again = run(*how, "--output", killed, "--wave", "3")
+    assert again.exit_code == 0, again.output
+    assert killed.read_bytes() == whole.read_bytes()
+    assert run(*how, "--output", killed).exit_code == 0  # nothing is left to do
+    assert killed.read_bytes() == whole.read_bytes()
+
+
+def test_answers_of_another_run_are_not_touched(llama_with_tokenizer, prompts, tmp_path):
+    out = tmp_path / "out.jsonl"
+    how = ("--model", llama_with_tokenizer, "--prompts", prompts, "--output", out, "-m", "2")
+    assert run(*how).exit_code == 0
+    before = out.read_bytes()
+    for change, what in ((("--temp", "0.5"), "another sampler"), (("--system-prompt", "Be brief."), "another sampler")):
+        with pytest.raises(slowft.ConfigError, match=what):
+            run(*how, *change)
+    others = tmp_path / "others.jsonl"
+    others.write_text('{"id": "p0", "prompt": "something else"}\n')
+    with pytest.raises(slowft.ConfigError, match="line 1 answers a prompt that is not among those given"):
+        run("--model", llama_with_tokenizer, "--prompts", others, "--output", out, "-m", "2")
+    assert out.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ('{"prompt": "a"}\n{"question": "b"}\n', 'line 2 has neither a "prompt" nor "messages"'),
+        ('{"prompt": "a"}\n{"prompt": ', "line 2"),
+        ('{"id": 1, "prompt": "a"}\n{"id": 1, "prompt": "b"}\n', "line 2 has the id 1, as"),
+        ('{"prompt": ["a"]}\n', '"messages" must be a list'),
+        ('{"prompt": "a", "max_tokens": 0}\n', '"max_tokens" must be a number of 1 or more'),
+        ("", "holds no prompts"),
+    ],
+)
+def test_a_prompt_that_cannot_be_answered_is_named_by_its_line(llama_with_tokenizer, tmp_path, content, message):
+    file = tmp_path / "p.jsonl"
+    file.write_text(content)
+    with pytest.raises(slowft.DataError) as error:
+        run("--model", llama_with_tokenizer, "--prompts", file, "--output", tmp_path / "out.jsonl")
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_one_prompt_is_answered_on_standard_output(llama_with_tokenizer):
+    plain = run("--model", llama_with_tokenizer, "-p", "of the words", "-m", "6")
+    assert plain.exit_code == 0, plain.output
+    piped = run("--model", llama_with_tokenizer, "-m", "6", input="of the words")
+    assert piped.output == plain.output
+    as_json = run("--model", llama_with_tokenizer, "-p", "of the words", "-m", "6", "--json")
+    assert json.loads(as_json.output)["text"].rstrip() == plain.output.rstrip()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("-p", "a", "--temp", "-1"), "--temp must be 0 or more"),
+        (("-p", "a", "--top-p", "1.5"), "--top-p must be from 0 to 1"),
+        (("-p", "a", "-m", "0"), "--max-tokens must be 1 or more"),
+        (("-p", "a", "--memory", "100MB"), "give at least"),
+    ],
+)
+def test_impossible_settings_are_refused(llama_with_tokenizer, arguments, message):
+    with pytest.raises(slowft.ConfigError, match=message):
+        run("--model", llama_with_tokenizer, *arguments)
+
+
+# --- Memory ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spills", [False, True])
+def test_a_model_larger_than_its_memory_generates_within_it(tmp_path, spills):
+    if why := cgroup.why_unavailable():
+        must_run(why)
+    shape = LLAMA | {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "num_key_value_heads": 2}
+    path = save_random(tmp_path / "m", shape | {"num_hidden_layers": 26, "vocab_size": 300}, mx.bfloat16, shards=True)
+    code = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import slowft
+from test_generate import NoTokenizer, KeyValues
+import numpy as np
+memory = int(sys.argv[1])
+model = slowft.open_model({str(path)!r}, memory=memory)
+prompts = [np.random.default_rng(i).integers(1, 250, 20 + {300 * spills} * (i == 3)).tolist() for i in range(24)]
+run = slowft.generate(model, prompts, tokenizer=NoTokenizer(), max_tokens=5, kept=KeyValues(spill_kv={spills}))
+print(run.wave, len(list(run)), model.nbytes_on_disk, run.plan.peak_nbytes)
+"""
+    memory = 290_000_000
+    done, peak = cgroup.run([sys.executable, "-c", code, str(memory)], memory)
+    assert done.returncode == 0, done.stderr[-2000:]
+    wave, n, nbytes, planned = map(int, done.stdout.split())
+    assert n == 24 and 4 < wave <= 24
+    assert 2 * nbytes > memory  # in float32, as it is computed with, it does not fit
+    assert peak <= memory
+    assert planned <= memory
