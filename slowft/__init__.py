@@ -15,6 +15,7 @@ _mlx_was_imported_first = "mlx.core" in sys.modules
 _platform.preload_blas()
 
 if TYPE_CHECKING:
+    from .convert.fuse import fuse as fuse
     from .convert.prepare import prepare as prepare
     from .convert.verify import verify as verify
     from .data.datasets import load_data as load_data
@@ -33,11 +34,13 @@ if TYPE_CHECKING:
     from .inference.generate import generate as generate
     from .inference.score import Score as Score
     from .inference.score import score as score
+    from .models.adapter_files import load_peft as load_peft
     from .planning.plan import Plan as Plan
     from .training.config import TrainConfig as TrainConfig
     from .training.trainer import Trainer as Trainer
 
 _WHERE = {
+    "convert.fuse": ("fuse",),
     "convert.prepare": ("prepare",),
     "convert.verify": ("verify",),
     "data.datasets": ("load_data",),
@@ -47,6 +50,7 @@ _WHERE = {
     "errors": ("AdapterError", "ConfigError", "DataError", "ModelError", "SlowftError", "SlowftWarning"),
     "inference.generate": ("Answer", "generate"),
     "inference.score": ("Score", "score"),
+    "models.adapter_files": ("load_peft",),
     "planning.plan": ("Plan",),
     "training.config": ("TrainConfig",),
     "training.trainer": ("Trainer",),

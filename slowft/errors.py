@@ -60,5 +60,13 @@ def printable(quoted: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)
 
 
+class PeerLost(SlowftError):  # noqa: N818  (what happened, not whose error it is)
+    """A machine that trains with this one was lost, or never came. `loss` says which and why, where that is known."""
+
+    def __init__(self, message: str, loss=None):
+        super().__init__(message)
+        self.loss = loss
+
+
 class SlowftWarning(UserWarning):
     """Something that will work, but not as well as it could."""

@@ -23,6 +23,7 @@ class CpuLimits:
 
     def __init__(self):
         self._found: tuple[int, int] | None = None  # (memory, cache) before slowft set either
+        self._is_abandoned = False
 
     @property
     def found_cache_nbytes(self) -> int:
@@ -60,7 +61,8 @@ class CpuLimits:
 
     def give_back(self) -> None:
         """Give all freed buffers that MLX keeps back to the system."""
-        mx.clear_cache()
+        if not self._is_abandoned:
+            mx.clear_cache()
 
     def wire(self, resident_nbytes: int) -> None:
         """From now on, so many bytes of weights stay in memory between steps; the system is to leave them there.
@@ -75,6 +77,14 @@ class CpuLimits:
             mx.set_memory_limit(memory_nbytes)
             mx.set_cache_limit(cache_nbytes)
             self._found = None
+
+    def abandon(self) -> None:
+        """MLX has begun what will never end, a sum with a machine that is lost: from now on nothing waits for it.
+
+        Giving back freed buffers does, and allocating beyond the memory limit. The process is about to end.
+        """
+        mx.set_memory_limit(UNLIMITED_NBYTES)
+        self._found, self._is_abandoned = None, True
 
     @contextmanager
     def keeping_freed(self, nbytes: int) -> Iterator[None]:
@@ -126,8 +136,9 @@ class MetalLimits(CpuLimits):
         self._set_memory_limit()
 
     def give_back(self) -> None:
-        mx.synchronize()  # else what the last command buffers used is freed after this
-        mx.clear_cache()
+        if not self._is_abandoned:
+            mx.synchronize()  # else what the last command buffers used is freed after this
+        super().give_back()
 
     def wire(self, resident_nbytes: int) -> None:
         """Have the weights that stay wired, or macOS may compress them between two uses.

@@ -9,6 +9,7 @@ import ctypes.util
 import errno
 import mmap
 import os
+import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -304,6 +305,14 @@ def be_gentle() -> None:
     number = {"x86_64": 251, "aarch64": 30}.get(os.uname().machine)
     if number is not None:
         ctypes.CDLL(None).syscall(number, IOPRIO_WHO_PROCESS, 0, IOPRIO_IDLE)
+
+
+def keep_alive(connection: socket.socket) -> None:
+    """Have the system ask now and then whether the other side is still there: an error comes after 30 s of silence."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    idle = socket.TCP_KEEPALIVE if MACOS else socket.TCP_KEEPIDLE
+    for name, value in ((idle, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 4)):
+        connection.setsockopt(socket.IPPROTO_TCP, name, value)
 
 
 def read_nothing_ahead(fd: int) -> None:

@@ -683,11 +683,13 @@ def test_a_peft_adapter_given_as_model_names_its_base(has_config, tmp_path):
     assert "is a PEFT adapter (LORA), not a model" in message and "org/base" in message
 
 
-def test_a_peft_adapter_given_as_adapter_is_named(llama, tmp_path):
+def test_an_adapter_that_cannot_be_read_is_named(llama, tmp_path):
     adapter = peft_adapter(tmp_path / "adapter")
-    assert "is a PEFT adapter (LORA)" in refusal(llama, adapter_path=adapter)
+    assert "q_proj lacks lora_B" in refusal(llama, adapter_path=adapter)
+    (adapter / "adapter_config.json").unlink()
+    assert f"{adapter} lacks adapter_config.json" in refusal(llama, adapter_path=adapter)
     model = slowft.open_model(llama).add_lora(num_layers=2)
-    with pytest.raises(AdapterError, match="adapter_model.safetensors is a PEFT adapter"):
+    with pytest.raises(AdapterError, match="lacks adapter_config.json"):
         model.load_adapter(adapter / "adapter_model.safetensors")
     (tmp_path / "lora.gguf").write_bytes(b"GGUF")
     with pytest.raises(AdapterError, match="an adapter in GGUF"):

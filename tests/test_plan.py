@@ -504,7 +504,8 @@ def test_large_models_are_planned_from_their_config_alone(name, dtype, slowft_):
     result = planned(slowft_, "--config", CONFIGS / f"{name}.json", "--memory", "100GB", "--tokens", 1_000_000, *job)
     assert nbytes_read_by_this_process() - read < 30_000_000  # code, configs, headers
     assert platform.peak_memory() - in_use < 500_000_000  # a block of the least of them takes 980 MB
-    assert result.keys() == {"machine", "model", "files", "notes", "plan", "table", "run"}
+    assert result.keys() == {"machine", "model", "files", "notes", "plan", "table", "several", "run"}
+    assert [one["reason"] is None for one in result["several"]["machines"]] == [False] * 3  # one row is not shared
     assert result["machine"]["rates"]["forward"] == 1e11
     assert result["model"]["nbytes_on_disk"] > 60e9
     plan, of_job = result["plan"], result["plan"]["job"]

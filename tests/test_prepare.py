@@ -477,7 +477,7 @@ def test_a_directory_that_is_somebody_elses_is_refused_and_untouched(small, tmp_
     with pytest.raises(SlowftError, match="is not empty and not slowft's"):
         slowft.prepare(small, output)
     assert [f.name for f in output.iterdir()] == ["thesis.txt"]
-    with pytest.raises(SlowftError, match="holds a prepared model already"):
+    with pytest.raises(SlowftError, match="holds a finished model already"):
         slowft.prepare(small, slowft.prepare(small, tmp_path / "p"))
     with pytest.raises(SlowftError, match="is not empty"):
         slowft.prepare(small, small)

@@ -7,7 +7,8 @@ from dataclasses import fields
 
 import click
 
-from ..errors import SlowftWarning
+from ..errors import Interrupted, SlowftError, SlowftWarning
+from ..reports.base import Report
 from ..training.config import NEEDLESS, OPTIMIZERS, TrainConfig, load_config
 
 _HELP = {f.name: f.metadata.get("help", "") for f in fields(TrainConfig)}
@@ -85,6 +86,8 @@ def finetune(config, grad_checkpoint, clear_cache_threshold, as_json, **options)
     trained on, and docs/data.md says what is read and how. The adapter goes to --adapter-path, where mlx_lm.generate
     --adapter-path finds it.
 
+    Started by mlx.launch on several machines, each takes its share of every batch's rows (README, "Several Macs").
+
     Example:
 
         slowft finetune --model Qwen/Qwen3-0.6B --data my-data --iters 200
@@ -97,14 +100,20 @@ def finetune(config, grad_checkpoint, clear_cache_threshold, as_json, **options)
         raise click.UsageError("no model given. Use --model with a directory or a hub id such as Qwen/Qwen3-0.6B")
     if settings.data is None and settings.hf_dataset is None:
         raise click.UsageError("no data given. Use --data with a folder that holds train.jsonl")
-    report = make_report(as_json)
+    from ..training.machines import of_launch
     from ..training.run import run
 
+    machines = of_launch()
+    report = make_report(as_json) if machines.rank == 0 else Report()
     for note in notes:
         report.note(note)
     try:
         with warnings_noted(report):
             run(settings, report)
+    except SlowftError as e:
+        if machines.speaks:
+            raise
+        sys.exit(128 + e.signal if isinstance(e, Interrupted) else 1)
     finally:
         report.end()
 

@@ -8,12 +8,20 @@ import click
 from .. import __version__
 from ..errors import ConfigError, Interrupted, SlowftError, reason_of
 
+GROUPS = {
+    "Train": "finetune data plan status",
+    "Use what was trained": "generate fuse adapter",
+    "Prepare models": "prepare verify",
+    "Try this machine": "bench doctor demo",
+}
 COMMANDS = {
     "finetune": "Train a LoRA adapter with the base model streamed from disk.",
     "data": "Show what will be trained on: counts, lengths, samples with trained tokens marked.",
     "generate": "Answer prompts, many in each reading of the weights.",
     "score": "Score texts, answers or marks: log-probabilities of base and adapters in one pass.",
     "plan": "Say what a job would take on this machine: memory, reads, seconds.",
+    "fuse": "Add an adapter to its base model, and write a model of its own.",
+    "adapter": "Look at adapters, compare and sum them, carry them to and from PEFT and llama.cpp.",
     "prepare": "Write a model anew so that it streams: experts stacked, quantized if asked for.",
     "verify": "Check a model's files against their checksums.",
     "bench": "Measure steps, reads and others' trainers on this machine.",
@@ -35,8 +43,9 @@ class Commands(click.Group):
         return getattr(importlib.import_module(f"slowft.cli.{name}"), name)
 
     def format_commands(self, ctx, formatter):
-        with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
+        for title, names in GROUPS.items():
+            with formatter.section(title):
+                formatter.write_dl([(name, COMMANDS[name]) for name in names.split()])
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -12,7 +12,18 @@ from types import SimpleNamespace
 import click
 
 from ..errors import ConfigError, NeedsPreparing
-from ..reports.plan import as_dict, choices, describe_job, describe_machine, duration, later_step, size, three_lines
+from ..planning.several import LINK_NBYTES_S
+from ..reports.plan import (
+    as_dict,
+    choices,
+    describe_job,
+    describe_machine,
+    duration,
+    later_step,
+    several_lines,
+    size,
+    three_lines,
+)
 from ..training.config import OPTIMIZER_COPIES, OPTIMIZERS
 from .finetune import warnings_noted
 
@@ -58,7 +69,9 @@ def plan(model, config_file, memory, tokens, epochs, trust_remote_code, as_json,
     from ..models.loading import prepare_command
     from ..models.outline import outline_of_config
     from ..planning.caching import from_boundary, pays
+    from ..planning.several import MACHINES, shared
     from ..sizes import parse_nbytes
+    from ..training.machines import COPIES
 
     nbytes = default_memory() if memory is None else parse_nbytes(memory)
     files = {"in_place": True}
@@ -76,19 +89,18 @@ def plan(model, config_file, memory, tokens, epochs, trust_remote_code, as_json,
         try:
             use_dora = job["fine_tune_type"] == "dora"
             opened.expect_lora(job["num_layers"], rank=job["rank"], use_dora=use_dora)
-            planner = opened.planner(
-                job["batch_size"],
-                job["max_seq_length"] - 1,
-                job["grad_accumulation_steps"],
-                OPTIMIZER_COPIES[job["optimizer"]],
-                measure=True,
-            )
+            of_step = job["max_seq_length"] - 1, job["grad_accumulation_steps"], OPTIMIZER_COPIES[job["optimizer"]]
+            planner = opened.planner(job["batch_size"], *of_step, measure=True)
             chosen = planner.choose(nbytes)
             if chosen is None and memory is not None and not as_json:
                 raise ConfigError(planner.too_little(nbytes))
             later = from_boundary(planner, chosen or planner.least())
             least = planner.least()
             table = [least, *(planner.choose(int(least.peak_nbytes * scale)) for scale in (1.5, 2.0)), planner.most()]
+            several = [
+                shared(n, job["batch_size"], nbytes, lambda rows: opened.planner(rows, *of_step), COPIES)
+                for n in MACHINES
+            ]
             notes += opened.adapter_notes
             about = f"{getattr(opened, 'model_type', 'model')}, {size(opened.nbytes_on_disk)} on disk"
             sizes = {"nbytes_on_disk": opened.nbytes_on_disk, "embedding_nbytes": opened.embedding_nbytes}
@@ -101,9 +113,9 @@ def plan(model, config_file, memory, tokens, epochs, trust_remote_code, as_json,
         if later is None or not pays(planner, chosen or least, later, min(data.epochs, 1), data.epochs - 1):
             later = None
     if as_json:
-        _print_json(planner.machine, chosen, table, sizes, files, notes, data, later)
+        _print_json(planner.machine, chosen, table, several, sizes, files, notes, data, later)
     else:
-        _print(planner.machine, chosen, table, about, sizes["embedding_nbytes"], files, notes, data, later)
+        _print(planner.machine, chosen, table, several, about, sizes["embedding_nbytes"], files, notes, data, later)
 
 
 def _start_quickly() -> None:
@@ -140,7 +152,7 @@ def _directory(model: str | None, config_file: str | None, trust_remote_code: bo
             yield directory
 
 
-def _print_json(machine, chosen, table, sizes: dict, files: dict, notes, data: Data | None, later) -> None:
+def _print_json(machine, chosen, table, several, sizes: dict, files: dict, notes, data: Data | None, later) -> None:
     result = {
         "machine": asdict(machine),
         "model": sizes,
@@ -148,13 +160,16 @@ def _print_json(machine, chosen, table, sizes: dict, files: dict, notes, data: D
         "notes": notes,
         "plan": None if chosen is None else as_dict(chosen),
         "table": [as_dict(plan) for plan in table],
+        "several": {"link_nbytes_per_s": LINK_NBYTES_S, "machines": [asdict(one) for one in several]},
     }
     if data and chosen:
         result["run"] = _run(chosen, data, later)
     click.echo(json.dumps(result))
 
 
-def _print(machine, chosen, table, about, embedding_nbytes, files: dict, notes, data: Data | None, later) -> None:
+def _print(
+    machine, chosen, table, several, about, embedding_nbytes, files: dict, notes, data: Data | None, later
+) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -191,6 +206,8 @@ def _print(machine, chosen, table, about, embedding_nbytes, files: dict, notes, 
         )
         if later is not None:
             click.echo(f"  activations of the lower blocks are stored: from the second epoch {later_step(later)}")
+    for line in several_lines(several):
+        click.echo(line)
     rows = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("budget", "peak", "read/step", "written/step", "step", "bound by"):
         rows.add_column(column, justify="right", no_wrap=True)

@@ -1,11 +1,12 @@
 """What a model directory becomes when it is written anew: which tensors, made of what, in which files.
 
-Comes in: a directory that mlx-lm loads, and how to quantize it. Goes out: a `Conversion`. Found out by mlx-lm's own
-code on arrays that are never evaluated (`loading`); reads headers only, writes nothing.
+Comes in: a directory that mlx-lm loads, and how to change it (`Options` to quantize it, `fuse` to fuse an adapter into
+it). Goes out: a `Conversion`. Found out by mlx-lm's own code on arrays that are never evaluated (`loading`); reads
+headers only, writes nothing.
 
 A tensor lies in a file as it is, or is joined of several that do (experts to stack), or is computed by `sanitize`
 (transposed, split, unpacked). The first two can be made in pieces, the last expert by expert if it is of experts; else
-MLX computes it whole.
+MLX computes it whole. What an adapter or dequantizing makes of such tensors is computed some rows at a time.
 """
 
 import contextlib
@@ -18,8 +19,9 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -36,6 +38,11 @@ MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
 INDEX = "model.safetensors.index.json"
 COPIED = (*manifest.USED, "*.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
 WHOLE_NBYTES = 128 << 20  # what takes less is computed whole, even if it could be done in pieces
+USUAL_NBYTES = 400 << 20  # of a process that converts: what MLX, mlx-lm and pieces take
+PRODUCT_ITEM_NBYTES = 16  # for each element of a weight that is fused whole: it, the product, their sum, the one before
+# Of a product that is not computed whole, at a time: whole multiples of rows, since OpenBLAS takes them by 12 and by 16
+# and adds the rest up in another order.
+CUT_ROWS, CUT_NBYTES = 48, 16 << 20
 WRITTEN_ANEW = ("config.json", INDEX, "hf_quant_config.json", manifest.NAME)
 
 
@@ -49,6 +56,35 @@ class Options:
     mode: str = "affine"
     quant_predicate: str | None = None
     dtype: str | None = None
+
+    command, doing = "prepare", "preparing"
+
+    def identity(self) -> dict:
+        """What must be the same for an unfinished output to be gone on with."""
+        return dataclasses.asdict(self)
+
+    def change(self, model: nn.Module, config: dict, path: Path) -> "Change":
+        """Cast and quantize the model of a directory, unevaluated.
+
+        Raises:
+            ValueError, TypeError, KeyError: mlx-lm cannot.
+        """
+        _cast(model, config, self)
+        targets = {name: array.dtype for name, array in tree_flatten(model.parameters())}
+        before = dict(model.named_modules())
+        if self.quantize:
+            config = _quantize(model, config, self)
+        quantized = {
+            name: layer
+            for name, layer in model.named_modules()
+            if type(layer) in _row_quantized() and before.get(name) is not layer and layer.get("global_scale") is None
+        }
+        if self.quantize and not quantized:
+            raise ConfigError(
+                f"--quantize has no effect: {path} is quantized already, or has no layer that can be. "
+                "Leave it out, or give the 16-bit model"
+            )
+        return Change(config, targets, quantized)
 
     def check(self) -> None:
         from mlx_lm.convert import MODEL_CONVERSION_DTYPES, QUANT_RECIPES
@@ -97,7 +133,52 @@ class Computed:
     entry_nbytes: int
 
 
-Part = Extent | Computed | mx.array
+@dataclass
+class RowWise:
+    """A weight whose rows are computed from the same rows of a layer's arrays: dequantized, with an adapter's product.
+
+    Attributes:
+        shape: of the result, `[rows, columns]` or of experts `[E, rows, columns]`.
+        arrays: of the layer in the files: its weight, and if it is quantized scales and perhaps biases.
+        compute: (the same as arrays, some entries of the first axis and rows of the second; which ones) -> the result
+            there, unevaluated. Of a matrix the first are all: `slice(None)`.
+        is_product: rows are products of matrices, of which BLAS computes other last bits if there are other rows beside
+            them. They are computed all at once, of experts one by one, where the ceiling allows it: `Conversion.cut`.
+        product_rows: of a product, computed at a time.
+        held_nbytes: memory besides those, at most, while any row is computed: of the adapter.
+        parts: of each array, as a `Job` has them; filled in by `Conversion`.
+    """
+
+    shape: tuple[int, ...]
+    dtype: mx.Dtype
+    arrays: dict[str, mx.array]
+    compute: Callable[[dict[str, mx.array], slice, slice], mx.array]
+    is_product: bool = False
+    held_nbytes: int = 0
+    product_rows: int = 0
+    parts: dict[str, list["Extent | mx.array"]] = field(default_factory=dict)
+
+
+Part = Extent | Computed | RowWise | mx.array
+
+
+@dataclass
+class Change:
+    """What was done to a model, unevaluated, beside the model itself.
+
+    Attributes:
+        config: of the result.
+        targets: dtypes that parameters are cast to, by name.
+        quantized: layers that were quantized, by name.
+        row_wise: how weights are computed that are, by name.
+        reads: files besides the model's that MLX reads meanwhile.
+    """
+
+    config: dict
+    targets: dict[str, mx.Dtype]
+    quantized: dict[str, nn.Module]
+    row_wise: dict[str, RowWise] = field(default_factory=dict)
+    reads: tuple[Path, ...] = ()
 
 
 @dataclass
@@ -139,6 +220,17 @@ class File:
         return sum(t.nbytes for t in self.tensors)
 
 
+class Changes(Protocol):
+    """What a conversion does to a model: `Options`, or `fuse.Fusion`. `command` asks for it, `doing` is the word."""
+
+    command: str
+    doing: str
+
+    def identity(self) -> dict: ...
+
+    def change(self, model: nn.Module, config: dict, path: Path) -> Change: ...
+
+
 class Conversion:
     """Everything that can be known before a weight is read.
 
@@ -155,7 +247,7 @@ class Conversion:
         computed_nbytes: memory that the largest of those takes, at most.
     """
 
-    def __init__(self, path: Path, options: Options, trust_remote_code: bool = False):
+    def __init__(self, path: Path, options: Changes, trust_remote_code: bool = False):
         from mlx_lm.utils import get_total_parameters
 
         self.path, self.options = path, options
@@ -165,24 +257,11 @@ class Conversion:
         self.keeps_vision = "vision_tower" in getattr(model, "model", {})  # as mlx_lm.utils.save asks
         dense = dict(tree_flatten(model.parameters()))
         try:
-            _cast(model, self.config, options)
-            targets = {name: array.dtype for name, array in tree_flatten(model.parameters())}
-            layers = dict(model.named_modules())
-            if options.quantize:
-                self.config = _quantize(model, self.config, options)
+            change = options.change(model, self.config, path)
         except (ValueError, TypeError, KeyError) as e:
             raise ModelError(f"{path}: mlx-lm cannot convert this model: {str(e).splitlines()[0]}") from None
+        self.config = change.config
         outputs = dict(tree_flatten(model.parameters()))
-        quantized = {
-            name: layer
-            for name, layer in model.named_modules()
-            if type(layer) in _row_quantized() and layers.get(name) is not layer and layer.get("global_scale") is None
-        }
-        if options.quantize and not quantized:
-            raise ConfigError(
-                f"--quantize has no effect: {path} is quantized already, or has no layer that can be. "
-                "Leave it out, or give the 16-bit model"
-            )
         tensors = {name: Tensor(name, str(a.dtype).removeprefix("mlx.core."), a.shape) for name, a in outputs.items()}
         self.index = {
             "metadata": {
@@ -191,8 +270,10 @@ class Conversion:
             },
             "weight_map": {},
         }
-        jobs = self._jobs(built, dense, targets, outputs, quantized)
+        jobs = self._jobs(built, dense, outputs, change)
         self.files = _files(model, tensors, jobs)
+        self._products = {name: rows for name, rows in change.row_wise.items() if rows.is_product}
+        self._cut: list[str] = []
         for file in self.files:
             self.index["weight_map"] |= {t.name: file.name for t in file.tensors}
         self.index["weight_map"] = dict(sorted(self.index["weight_map"].items()))
@@ -201,7 +282,7 @@ class Conversion:
         built.joins.clear()
         model.update(tree_map(lambda _: mx.array(0), model.parameters()))
 
-    def _jobs(self, built: Built, dense, targets, outputs, quantized) -> list[Job]:
+    def _jobs(self, built: Built, dense, outputs, change: Change) -> list[Job]:
         source_of = {id(array): self._extents[name] for name, array in built.raw.items() if name in self._extents}
 
         def parts(array: mx.array) -> list[Part]:
@@ -211,33 +292,49 @@ class Conversion:
                 return [part for joined in built.joins[id(array)][1] for part in parts(joined)]
             return [array]
 
-        jobs, made = [], set()
-        for layer_name, layer in quantized.items():
+        for rows in change.row_wise.values():
+            rows.parts = {key: parts(array) for key, array in rows.arrays.items()}
+            rows.arrays.clear()
+        jobs, made, targets = [], set(), change.targets
+        for layer_name, layer in change.quantized.items():
             name = f"{layer_name}.weight"
             names = [n for n in (name, f"{layer_name}.scales", f"{layer_name}.biases") if n in outputs]
             made.update(names)
-            array = dense[name]
             quantization = layer.group_size, layer.bits, layer.mode
-            jobs.append(Job(name, parts(array), array.shape, array.dtype, targets[name], names, quantization))
+            array = change.row_wise.get(name)
+            pieces = parts(dense[name]) if array is None else [array]
+            array = dense[name] if array is None else array
+            jobs.append(Job(name, pieces, array.shape, array.dtype, targets[name], names, quantization))
         for name, array in outputs.items():
             if name in made:
                 continue
-            if name in dense and dense[name].shape == array.shape and targets[name] == array.dtype:
+            if (rows := change.row_wise.get(name)) is not None:
+                jobs.append(Job(name, [rows], rows.shape, rows.dtype, targets[name], [name]))
+            elif name in dense and dense[name].shape == array.shape and targets[name] == array.dtype:
                 array = dense[name]
                 jobs.append(Job(name, parts(array), array.shape, array.dtype, targets[name], [name]))
             else:  # a layer that quantizes itself in a way of its own
                 jobs.append(Job(name, [array], array.shape, array.dtype, array.dtype, [name]))
-        self._note_computed(jobs, built)
+        self._note_computed(jobs, built, change)
         return jobs
 
-    def _note_computed(self, jobs: list[Job], built: Built) -> None:
+    def _note_computed(self, jobs: list[Job], built: Built, change: Change) -> None:
         """Find out from what the lazy arrays among the jobs' parts are computed, and which of them in pieces."""
         computed = [(job, i) for job in jobs for i, part in enumerate(job.parts) if isinstance(part, mx.array)]
         raw = {name: array for name, array in built.raw.items() if name in self._extents}
         inputs = _inputs([job.parts[i] for job, i in computed], raw)
+        of_rows = [  # arrays that are held whole while rows are computed from them
+            [array for parts in rows.parts.values() for array in parts if isinstance(array, mx.array)]
+            for rows in change.row_wise.values()
+        ]
+        inputs_of_rows = [set().union(*_inputs(arrays, raw)) for arrays in of_rows]
         entries = _Entries(built.sanitize, self._extents)
         whole: set[str] = set()
         self.computed_nbytes = 0
+        for rows, arrays, names in zip(change.row_wise.values(), of_rows, inputs_of_rows):
+            needed = sum(self._extents[name].nbytes for name in names) + 3 * sum(array.nbytes for array in arrays)
+            self.computed_nbytes = max(self.computed_nbytes, needed + rows.held_nbytes)
+            whole |= names
         for (job, i), names in zip(computed, inputs):
             array = job.parts[i]
             # what it is computed from, and some copies of it: in between, and joined end to end
@@ -250,7 +347,24 @@ class Conversion:
                     names = set()
             whole |= names
             self.computed_nbytes = max(self.computed_nbytes, needed)
-        self.computed_from = sorted({self._extents[name].file for name in whole})
+        self.computed_from = sorted({self._extents[name].file for name in whole} | {str(file) for file in change.reads})
+
+    def cut(self, limit: int) -> None:
+        """Say which products are computed some rows at a time, by a ceiling in bytes and by nothing else.
+
+        An unfinished output is gone on with by the same cuts only, so that its bytes are the same.
+        """
+        room = max(limit - USUAL_NBYTES, 0) // 2
+        for name, rows in self._products.items():
+            n_rows, n_columns = rows.shape[-2:]
+            rows.product_rows = n_rows
+            if n_rows * n_columns * PRODUCT_ITEM_NBYTES > room:
+                wanted = CUT_NBYTES // (n_columns * PRODUCT_ITEM_NBYTES)
+                rows.product_rows = min(max(wanted // CUT_ROWS, 1) * CUT_ROWS, n_rows)
+                self._cut.append(name)
+            nbytes = rows.product_rows * n_columns * PRODUCT_ITEM_NBYTES + rows.held_nbytes
+            self.computed_nbytes = max(self.computed_nbytes, nbytes)
+        self._products = {}
 
     @property
     def nbytes(self) -> int:
@@ -274,7 +388,8 @@ class Conversion:
         return {
             "source": str(self.path.resolve()),
             "source files": hashlib.sha256(repr(stats).encode()).hexdigest(),
-            "options": dataclasses.asdict(self.options),
+            "options": self.options.identity(),
+            "--memory": hashlib.sha256(repr(sorted(self._cut)).encode()).hexdigest(),
             "versions": versions(),
             "layout": layout.hexdigest(),
         }

@@ -7,6 +7,7 @@ Reads each weight once and never holds more than some pieces of tensors. A kille
 
 import fcntl
 import json
+import math
 import os
 import shutil
 import warnings
@@ -26,7 +27,7 @@ from ..weights.extents import Extent
 from ..weights.reader import ByteRange, Reader
 from ..weights.tensorfile import ITEM_NBYTES, UNFINISHED, TensorFile, header, sync_directory, write_file
 from . import verify as manifest
-from .conversion import INDEX, Computed, Conversion, File, Job, Options, versions
+from .conversion import INDEX, Computed, Conversion, File, Job, Options, RowWise, versions
 from .scan import EXPONENTS
 
 # Of a tensor, in the dtype of its file, read and worked on at a time. Larger pieces are no faster.
@@ -37,6 +38,8 @@ PIECES_IN_MEMORY = 10
 # The same where MLX has no primitive and compares every weight with each of the 16 values: 19 bytes for each byte of
 # 2 MB, 2.3 of 0.5 MB, and a little faster (0.037 GB/s a core).
 SLOW_MODES, SLOW_PIECE_NBYTES = ("mxfp4", "nvfp4"), 1 << 19
+# Of an element that is computed: an adapter's product is float32, whatever the weight is.
+COMPUTED_ITEM_NBYTES = 4
 FLOOR_NBYTES = 32 << 20  # besides those and what the process holds at the start: threads, buffers of the reader
 
 
@@ -81,13 +84,30 @@ def prepare(
     platform.fix_malloc_threshold()
     limit = platform.memory_limit() // 2 if memory is None else parse_nbytes(memory)
     output = Path(output).expanduser()
-    _refuse_unusable(output)
+    refuse_unusable(output)
     path = resolve(str(path_or_hub_id))
     if output.resolve() == path.resolve():
         raise ConfigError(f"--output {output} is the model itself. Give another directory")
     conversion = Conversion(path, options, trust_remote_code)
     for text in conversion.notes:
         warnings.warn(text, SlowftWarning, stacklevel=2)
+    write_model(conversion, output, limit, progress, note)
+    return output
+
+
+def write_model(
+    conversion: Conversion,
+    output: Path,
+    limit: int,
+    progress: manifest.Progress | None,
+    note: Callable[[str], None],
+) -> None:
+    """Write what a conversion makes of a model within `limit` bytes of memory, or go on with writing it.
+
+    Raises:
+        ConfigError, ModelError, SlowftError: as `prepare` does.
+    """
+    conversion.cut(limit)
     piece_nbytes = _piece_nbytes(conversion, limit)
     with _Output(output, conversion, note) as out:
         out.go_on(progress)
@@ -111,7 +131,6 @@ def prepare(
             finally:
                 worker.close()
         out.complete()
-    return output
 
 
 def prepare_gguf(file: str | Path, output: str | Path, *, progress: manifest.Progress | None = None, **options) -> Path:
@@ -134,7 +153,7 @@ def prepare_gguf(file: str | Path, output: str | Path, *, progress: manifest.Pro
         )
     if not file.is_file():
         raise ModelError(f"{file} does not exist. Give a .gguf file, a model directory or a hub id")
-    _refuse_unusable(output)
+    refuse_unusable(output)
     needed, free = file.stat().st_size, _free_nbytes(_existing(output))
     if free < needed:
         raise SlowftError(_no_room(output, needed, free))
@@ -156,9 +175,10 @@ def _piece_nbytes(conversion: Conversion, limit: int) -> int:
     piece = min(PIECE_NBYTES, (limit - held) // PIECES_IN_MEMORY)
     if piece < LEAST_PIECE_NBYTES:
         least = -(-(held + PIECES_IN_MEMORY * LEAST_PIECE_NBYTES) // 10_000_000) * 10_000_000
+        doing = conversion.options.doing
         why = f", {conversion.computed_nbytes / 1e9:.2f} GB of it for the largest that has to be computed at once"
         raise ConfigError(
-            f"--memory {limit / 1e9:.2f}GB is too little: preparing {conversion.path} takes {least / 1e9:.2f}GB"
+            f"--memory {limit / 1e9:.2f}GB is too little: {doing} {conversion.path} takes {least / 1e9:.2f}GB"
             f"{why if conversion.computed_nbytes > FLOOR_NBYTES else ''}. Use --memory {least / 1e9:.2f}GB or more"
         )
     return piece // 4096 * 4096
@@ -174,6 +194,7 @@ class _Piece:
     job: Job
     load: Callable[[], mx.array]
     source: str
+    is_product: bool = False
 
 
 class _Worker:
@@ -224,6 +245,8 @@ class _Worker:
                 n = part.nbytes // ITEM_NBYTES[part.dtype]
                 for start in range(0, n, step):
                     yield _Piece(job, self._start_read(part, start, min(step, n - start)), part.file)
+            elif isinstance(part, RowWise):
+                yield from self._row_wise_pieces(job, part, step)
             elif isinstance(part, Computed):
                 for entries in self._entries(part):
                     yield from self._computed_pieces(job, part.compute(entries), step, part.extent.file)
@@ -239,18 +262,75 @@ class _Worker:
             n = min(step, n_entries - start)
             yield self._start_read(extent, start * per_entry, n * per_entry)().reshape(n, *extent.shape[1:])
 
-    def _computed_pieces(self, job: Job, array: mx.array, step: int, source: str) -> Iterator[_Piece]:
-        flat = array.reshape(-1)
-        del array
+    def _row_wise_pieces(self, job: Job, part: RowWise, n_items: int) -> Iterator[_Piece]:
+        """Some rows after the other; of experts, several or some rows of one.
+
+        Of a product as many rows as `Conversion.cut` says; what is more than a piece then goes on `n_items` at a time.
+        """
+        n_entries, n_rows = part.shape[:-1] if len(part.shape) == 3 else (1, part.shape[0])
+        held = {
+            key: [p if isinstance(p, Extent) else self._whole(job, p) for p in ps] for key, ps in part.parts.items()
+        }
+        wanted = max(self.piece_nbytes // (part.shape[-1] * COMPUTED_ITEM_NBYTES), 1)  # rows at a time
+        step = part.product_rows or min(wanted, n_rows)
+        per_piece = max(wanted // n_rows, 1)
+        for entry in range(0, n_entries, per_piece):
+            for row in range(0, n_rows, step):
+                entries = slice(entry, min(entry + per_piece, n_entries))
+                rows = slice(row, min(row + step, n_rows))
+                first, n = entry * n_rows + row, (entries.stop - entries.start) * (rows.stop - rows.start)
+                reads = {key: self._start_rows(parts, first, n) for key, parts in held.items()}
+
+                def load(reads=reads, entries=entries, rows=rows) -> mx.array:
+                    arrays = {key: read() for key, read in reads.items()}
+                    if len(part.shape) == 3:
+                        shape = entries.stop - entries.start, rows.stop - rows.start, -1
+                        arrays = {key: array.reshape(shape) for key, array in arrays.items()}
+                    array = part.compute(arrays, entries if len(part.shape) == 3 else slice(None), rows).reshape(-1)
+                    self._evaluate(job, array)
+                    return array
+
+                if (entries.stop - entries.start) * (rows.stop - rows.start) > wanted:
+                    yield from self._computed_pieces(job, load(), n_items, "the model", part.is_product)
+                else:
+                    yield _Piece(job, load, "the model", part.is_product)
+
+    def _whole(self, job: Job, array: mx.array) -> mx.array:
+        self._evaluate(job, array)
+        return array
+
+    def _start_rows(self, parts: Sequence[Extent | mx.array], first: int, n: int) -> Callable[[], mx.array]:
+        """Read `n` rows from `first` on of an array whose parts are these, end to end. Goes out: `[n, columns]`."""
+        reads: list[Callable[[], mx.array]] = []
+        for part in parts:
+            n_columns = part.shape[-1]
+            n_rows = math.prod(part.shape[:-1])
+            begin, end = max(first, 0), min(first + n, n_rows)
+            if begin < end and isinstance(part, Extent):
+                reads.append(self._start_read(part, begin * n_columns, (end - begin) * n_columns))
+            elif begin < end:
+                rows = part.reshape(n_rows, n_columns)[begin:end]
+                reads.append(lambda rows=rows: rows)
+            first -= n_rows
+        return lambda: mx.concatenate([read().reshape(-1, n_columns) for read in reads])
+
+    def _evaluate(self, job: Job, array: mx.array) -> None:
         try:
-            mx.eval(flat)
+            mx.eval(array)
         except (RuntimeError, ValueError) as e:
             raise ModelError(f"tensor {job.name} cannot be computed: {str(e).splitlines()[0]}") from None
         for file in self._computed_from:
             platform.drop_cached_file(file)
+
+    def _computed_pieces(
+        self, job: Job, array: mx.array, step: int, source: str, is_product: bool = False
+    ) -> Iterator[_Piece]:
+        flat = array.reshape(-1)
+        del array
+        self._evaluate(job, flat)
         for start in range(0, flat.size, step):
             piece = flat[start : start + step]
-            yield _Piece(job, lambda piece=piece: piece, source)
+            yield _Piece(job, lambda piece=piece: piece, source, is_product)
 
     def _start_read(self, extent: Extent, start: int, n: int) -> Callable[[], mx.array]:
         item = ITEM_NBYTES[extent.dtype]
@@ -299,6 +379,11 @@ class _Worker:
                 f"Use --dtype {_name(array.dtype)}"
             )
         kind = "NaN" if mx.isnan(array).any().item() else "infinity"
+        if piece.is_product:
+            return ModelError(
+                f"tensor {job.name} becomes {kind} with the adapter: one of the two is damaged. "
+                "Check the model (slowft verify) and use an earlier adapter"
+            )
         return ModelError(f"{piece.source}: tensor {job.name} holds {kind}: the file is damaged. Download it again")
 
 
@@ -322,17 +407,17 @@ def _largest_exponent(values: mx.array) -> mx.array | None:
 # --- The output directory ---------------------------------------------------------------------------
 
 
-def _refuse_unusable(output: Path) -> None:
+def refuse_unusable(output: Path) -> None:
     """Raises SlowftError if `output` is there and is neither empty nor an unfinished run."""
     if not output.exists():
         return
     if not output.is_dir():
-        raise SlowftError(f"{output} is a file. Give a directory for the prepared model")
+        raise SlowftError(f"{output} is a file. Give a directory for the model to be written")
     names = set(os.listdir(output))
     if names and manifest.JOURNAL not in names:
         if manifest.NAME in names:
             raise SlowftError(
-                f"{output} holds a prepared model already. Check it (slowft verify {output}) or use another --output"
+                f"{output} holds a finished model already. Check it (slowft verify {output}) or use another --output"
             )
         raise SlowftError(f"{output} is not empty and not slowft's. Give another --output")
 
@@ -350,7 +435,7 @@ class _Output:
     def __init__(self, directory: Path, conversion: Conversion, note: Callable[[str], None]):
         self._directory, self._conversion, self._note = directory, conversion, note
         self.done: dict[str, dict] = {}
-        self._identity = conversion.identity()
+        self._identity, self._command = conversion.identity(), conversion.options.command
         self._copied = conversion.copied()
 
     def __enter__(self) -> "_Output":
@@ -366,7 +451,9 @@ class _Output:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             os.close(self._fd)
-            raise SlowftError(f"another slowft prepare is writing to {self._directory}. Let it finish") from None
+            raise SlowftError(
+                f"another slowft {self._command} is writing to {self._directory}. Let it finish"
+            ) from None
         return self
 
     def __exit__(self, *exception) -> None:
@@ -374,7 +461,7 @@ class _Output:
 
     def go_on(self, progress: manifest.Progress | None) -> None:
         """Keep what an earlier run finished, if it was one of this very job and its files are as it left them."""
-        _refuse_unusable(self._directory)
+        refuse_unusable(self._directory)
         journal = self._directory / manifest.JOURNAL
         if not journal.exists():
             return
@@ -386,7 +473,7 @@ class _Output:
         differing = [key for key, value in self._identity.items() if identity.get(key) != value]
         if differing:
             raise SlowftError(
-                f"{self._directory} holds an unfinished slowft prepare of another job (other {differing[0]}). "
+                f"{self._directory} holds an unfinished slowft {self._command} of another job (other {differing[0]}). "
                 "Delete it, or give another --output"
             )
         faults = {fault.file for fault in manifest.verify_entries(self._directory, files, progress)}

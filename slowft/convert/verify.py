@@ -154,7 +154,7 @@ def verify(path: str | Path, progress: Progress | None = None) -> Verification:
     directory = snapshot_of_cache(directory) or directory
     check_inside(directory)
     if (directory / JOURNAL).exists() and not (directory / "config.json").exists():
-        raise ModelError(f"{directory} is an unfinished slowft prepare. Run the same command again: it goes on")
+        raise ModelError(f"{directory} is an unfinished slowft prepare or fuse. Run the same command again: it goes on")
     if (directory / NAME).exists():
         manifest = load(directory / NAME)
         found = Verification(directory, "manifest")

@@ -14,7 +14,9 @@ from ..data.tokenizer import load_tokenizer
 from ..engine.budget import default_memory
 from ..engine.model import open_model
 from ..errors import ConfigError
-from ..models.adapters import CONFIG, WEIGHTS
+from ..models.directories import ADAPTER_CONFIG as CONFIG
+from ..models.directories import MLX_WEIGHTS as WEIGHTS
+from ..models.directories import PEFT_WEIGHTS
 from .generate import Generation
 from .prompts import Asked, Prompt, Template, asked, read
 from .results import Results
@@ -172,8 +174,9 @@ class Session:
         adapter = None
         if self._adapter_path is not None:
             digest = hashlib.blake2b(digest_size=16)
-            for name in (CONFIG, WEIGHTS):
-                digest.update((self._adapter_path / name).read_bytes())
+            for name in (CONFIG, WEIGHTS, PEFT_WEIGHTS[0]):
+                if (file := self._adapter_path / name).exists():
+                    digest.update(file.read_bytes())
             adapter = digest.hexdigest()
         return {"sampler": sampler, "seed": s.seed, "model": self.model.fingerprint(), "adapter": adapter}
 

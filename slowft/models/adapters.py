@@ -1,14 +1,12 @@
-"""LoRA and DoRA adapters as mlx-lm defines them: attach, load, save.
+"""LoRA and DoRA adapters as mlx-lm defines them, in a model: attach, load, switch between them.
 
-Comes in: an opened model whose weights are placeholders. Goes out: the same model with trainable layers, or
-a directory that `mlx_lm.generate --adapter-path` loads. Never half-writes a file.
+Comes in: an opened model whose weights are placeholders. Goes out: the same model with trainable layers. Which files
+an adapter has is known to `adapter_files` alone.
 """
 
-import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,31 +14,14 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from ..errors import AdapterError, ConfigError, ModelError, printable
-from ..weights.extents import read_header
-from ..weights.recognise import read_json, recognise
+from ..errors import AdapterError, ConfigError
 from ..weights.sources import locate
-from ..weights.tensorfile import cannot_write, load_arrays, save_arrays, sync
-from .directories import NO_PEFT, describe_adapter, explain_no_adapter
+from .adapter_files import WEIGHTS, AdapterSpec, read_spec, read_weights, save
+from .directories import PEFT_WEIGHTS
 
+__all__ = ["WEIGHTS", "AdapterSpec", "AdapterSwitch", "attach", "load_weights", "read_spec", "save"]
 DEFAULT_NUM_LAYERS = 16  # mlx_lm.lora's; it fails with it on smaller models, here it means all their blocks
-WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
-
-
-@dataclass(frozen=True)
-class AdapterSpec:
-    """What was attached: `fine_tune_type` is "lora" or "dora", `parameters` mlx-lm's `lora_parameters`."""
-
-    fine_tune_type: str
-    num_layers: int
-    parameters: dict[str, Any]
-
-    def as_config(self) -> dict:
-        return {
-            "fine_tune_type": self.fine_tune_type,
-            "num_layers": self.num_layers,
-            "lora_parameters": dict(self.parameters),
-        }
+HEADS = ("lm_head", "output", "embed_out", "head", "ff_out", "output_layer")  # names of a layer of its own for it
 
 
 def attach(model: nn.Module, spec: AdapterSpec) -> list[str]:
@@ -150,65 +131,30 @@ def _kinds_of_experts() -> tuple[type, ...]:
     return SwitchLinear, QuantizedSwitchLinear
 
 
-def read_spec(directory: Path) -> AdapterSpec:
-    """What the adapter in `directory` was trained with.
-
-    Raises:
-        AdapterError: not an adapter directory, or not one of LoRA or DoRA.
-    """
-    config_file = directory / CONFIG
-    adapter = describe_adapter(directory)
-    if adapter is None or adapter.is_peft or not config_file.exists():
-        raise AdapterError(explain_no_adapter(directory, f"{CONFIG} and {WEIGHTS}"))
-    try:
-        config = read_json(config_file, AdapterError)
-        kind = config.get("fine_tune_type", "lora")
-        parameters = {"rank": None, "scale": None, "dropout": 0.0, **config["lora_parameters"]}
-        spec = AdapterSpec(kind, int(config["num_layers"]), parameters)
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise AdapterError(f"{config_file} is not an adapter configuration: {e}") from None
-    if kind not in ("lora", "dora"):
-        raise AdapterError(f"{config_file}: fine_tune_type {kind!r} changes base weights, which stay on disk here")
-    if (file := directory / WEIGHTS).exists():  # a rank that is none of theirs may ask for any amount of memory
-        longest = max((n for e in _read(read_header, file).values() for n in e.shape), default=0)
-        if isinstance(rank := parameters["rank"], int) and rank > longest:
-            raise AdapterError(
-                f"{config_file}: the rank is {rank}, and no tensor in {file} has an axis longer than {longest}"
-            )
-    return spec
-
-
-def _read(how: Callable[[Path], Any], file: Path) -> Any:
-    """`how(file)`, of a file of adapter weights.
-
-    Raises:
-        AdapterError: it cannot be read, or is something else.
-    """
-    try:
-        return how(file)
-    except (ModelError, RuntimeError, ValueError) as e:
-        known = recognise(file)
-        said = f"it is {known[0]}. {known[1]}" if known else printable(str(e).splitlines()[0])
-        raise AdapterError(f"{file} is not a readable safetensors file: {said}") from None
-
-
 def load_weights(model: nn.Module, expected: dict[str, mx.array], file: Path) -> None:
-    """Load adapter tensors into the attached layers.
+    """Load adapter tensors, mlx-lm's or PEFT's, into the attached layers of a streamed model.
 
     Args:
         expected: the attached adapter's parameters, by name.
+        file: of a PEFT directory, mlx-lm's name will do.
     Raises:
         AdapterError: unreadable file, or tensors that do not belong to the model; names one and both shapes.
+        ConfigError: DoRA outside the blocks, where the weights that its norms are of are not at hand.
     """
-    if not file.exists():
-        raise AdapterError(f"{file} does not exist")
-    if file.suffix.lower() == ".gguf":
-        raise AdapterError(f"{file} is an adapter in GGUF, which slowft does not read yet. Give one of mlx-lm's")
-    weights, _ = _read(load_arrays, file)
-    if (
-        peft := next((name for name in weights if ".lora_A" in name or name.startswith("base_model.")), None)
-    ) is not None:
-        raise AdapterError(f"{file} is a PEFT adapter (it has {peft}). {NO_PEFT}")
+    weights, file = read_weights(file)
+    in_blocks = {id(module) for block in model.layers for module in block.modules()}
+    for name, module in model.named_modules():
+        if f"{name}.m" in expected and id(module) not in in_blocks:
+            raise ConfigError(f"{file} has DoRA on {name}, outside the blocks, which cannot be streamed. Fuse it first")
+    put_weights(model, expected, weights, file)
+
+
+def put_weights(model: nn.Module, expected: dict[str, mx.array], weights: dict[str, mx.array], file: Path) -> None:
+    """Put an adapter's tensors, evaluated or not, into the attached layers.
+
+    Raises:
+        AdapterError: they do not belong to the model; names one and both shapes.
+    """
     for name, array in weights.items():
         if name not in expected:
             raise AdapterError(f"{file}: {name} is no adapter parameter of this model. Was it trained on another one?")
@@ -220,7 +166,20 @@ def load_weights(model: nn.Module, expected: dict[str, mx.array], file: Path) ->
     missing = sorted(set(expected) - set(weights))
     if missing:
         raise AdapterError(f"{file} lacks {missing[0]} (and {len(missing) - 1} more) of the attached adapter")
+    if file.name in PEFT_WEIGHTS:
+        refuse_tied_embeddings(model, file)
     model.load_weights(list(weights.items()), strict=False)
+
+
+def refuse_tied_embeddings(model: nn.Module, file: Path) -> None:
+    """Raises AdapterError if an embedding that is the head as well has LoRA: PEFT adapts the one, mlx-lm both."""
+    modules = dict(model.named_modules())
+    tied = [name for name, m in modules.items() if hasattr(m, "lora_a") and "embedding" in m]
+    if tied and not any(name.rpartition(".")[2] in HEADS for name in modules):
+        raise AdapterError(
+            f"{file}: {tied[0]} is the model's head as well, of which PEFT adapts the embedding alone and mlx-lm both. "
+            "Merge the adapter into its base model with PEFT (merge_and_unload) and give the result as --model"
+        )
 
 
 class AdapterSwitch:
@@ -300,40 +259,3 @@ class AdapterSwitch:
 
 def _without_adapter(layer: nn.Module) -> nn.Module:
     return layer["linear"] if "linear" in layer else layer["embedding"]
-
-
-def save(
-    weights: dict[str, mx.array], directory: Path, config: dict, numbered: int | None = None, is_current: bool = True
-) -> Path:
-    """Write `adapter_config.json` and the adapter's tensors; with `numbered`, also a numbered copy.
-
-    All files are written under temporary names and synced before any is renamed, so a reader sees a whole old or
-    new file, and a failure leaves every earlier one as it was.
-
-    Raises:
-        AdapterError: the directory cannot be written, or its disk is full.
-    """
-    if directory.exists() and not directory.is_dir():
-        raise AdapterError(f"{directory} is a file. Give a directory to save the adapter to")
-    names = ([] if numbered is None else [f"{numbered:07d}_{WEIGHTS}"]) + [WEIGHTS] * is_current
-    staged = {directory / name: directory / f".{name}.{os.getpid()}.tmp.safetensors" for name in names}
-    staged[directory / CONFIG] = directory / f".{CONFIG}.{os.getpid()}.tmp"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        for file, temporary in staged.items():
-            if file.name == CONFIG:
-                temporary.write_text(json.dumps(config, indent=4, sort_keys=True) + "\n")
-            else:
-                save_arrays(temporary, weights)
-            sync(temporary)
-        for file, temporary in staged.items():
-            os.replace(temporary, file)
-    except OSError as e:
-        nbytes = sum(array.nbytes for array in weights.values())
-        said = cannot_write(directory / names[0], e, nbytes)
-        raise AdapterError(f"{said}. Earlier adapters there are untouched") from None
-    finally:
-        for temporary in staged.values():
-            if directory.is_dir():
-                temporary.unlink(missing_ok=True)
-    return directory / names[0]

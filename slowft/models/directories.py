@@ -14,7 +14,6 @@ from ..weights.inside import is_inside
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 MLX_WEIGHTS = "adapters.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
-NO_PEFT = "slowft does not read PEFT's yet: merge it into its base model (PEFT's merge_and_unload) and give the result"
 
 
 @dataclass(frozen=True)
@@ -33,9 +32,9 @@ def explain_directory(path: Path) -> str:
     """One line on a directory without config.json: what it is, and what to give instead."""
     if (adapter := describe_adapter(path)) is not None:
         base = f"its base model, {adapter.base}" if adapter.base else "the base model that it was trained on"
-        fix = "or merge the two (PEFT's merge_and_unload) and give the result"
+        fix = f"and {path} to --adapter-path, or make a model of the two: slowft fuse"
         if not adapter.is_peft:
-            fix = f"and {path / MLX_WEIGHTS} to --resume-adapter-file"
+            fix = f"and {path / MLX_WEIGHTS} to --resume-adapter-file; slowft fuse makes a model of the two"
         return f"{path} is {adapter}, not a model. Give {base}, {fix}"
     names = sorted(p.name for p in path.iterdir())
     inner = [p for p in sorted(path.iterdir()) if p.name.startswith("models--")]
@@ -76,11 +75,9 @@ def describe_adapter(path: Path) -> Adapter | None:
 
 
 def explain_no_adapter(path: Path, needed: str) -> str:
-    """One line on a directory given for an mlx-lm adapter that is none."""
-    if (adapter := describe_adapter(path)) is not None and adapter.is_peft:
-        return f"{path} is {adapter}. {NO_PEFT}"
+    """One line on a directory given for an adapter that is none."""
     if gguf := sorted(file.name for file in path.glob("*.gguf")):
-        return f"{path} holds {gguf[0]}, and slowft reads no adapters in GGUF yet. Give one of mlx-lm's ({needed})"
+        return f"{path} holds {gguf[0]}. Once: slowft adapter import {path / gguf[0]} --model MODEL --output DIR"
     try:
         inner = snapshot_of_cache(path, marked_by=ADAPTER_CONFIG)
     except ModelError:

@@ -66,7 +66,9 @@ def find_local(path_or_hub_id: str) -> Path | None:
         check_inside(path)
         if not (path / "config.json").exists() and not (path / "config.json").is_symlink():
             if (path / manifest.JOURNAL).exists():
-                raise ModelError(f"{path} is an unfinished slowft prepare. Run the same command again: it goes on")
+                raise ModelError(
+                    f"{path} is an unfinished slowft prepare or fuse. Run the same command again: it goes on"
+                )
             raise ModelError(explain_directory(path))
         if describe_adapter(path) is not None and not any(path.glob("*.safetensors.index.json")):
             own = [file for file in path.glob("*.safetensors") if not file.name.startswith("adapter")]

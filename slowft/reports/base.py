@@ -12,6 +12,9 @@ class Report:
     def begin(self, config, model) -> None:
         """Before the first step; the adapter is attached."""
 
+    def joined(self, machines: int, rows: int) -> None:
+        """Several machines train together, each with `rows` of a micro-batch; memory is the first's."""
+
     def planned(self, plan, note: str = "", caching=None) -> None:
         """What the run keeps in memory and is predicted to take; `note` says where its ceiling comes from."""
 
@@ -63,6 +66,10 @@ class Reports(Report):
     def begin(self, config, model):
         for report in self._all:
             report.begin(config, model)
+
+    def joined(self, machines, rows):
+        for report in self._all:
+            report.joined(machines, rows)
 
     def planned(self, plan, note="", caching=None):
         for report in self._all:

@@ -9,7 +9,7 @@ from .plan import as_dict
 
 
 class JsonReport(Report):
-    """Events: plan, begin, train, valid, test, saved, note, generated.
+    """Events: machines (if they are several), plan, begin, train, valid, test, saved, note, generated.
 
     Keys are mlx-lm's, sizes in GB (in the plan, where a key ends in nbytes, in bytes), times in seconds; NaN is null.
     """
@@ -23,6 +23,9 @@ class JsonReport(Report):
 
     def begin(self, config, model):
         self._write("begin", model=str(model.path), blocks=len(model.layers), iters=config.iters)
+
+    def joined(self, machines, rows):
+        self._write("machines", machines=machines, rows=rows)
 
     def planned(self, plan, note="", caching=None):
         self._write("plan", **as_dict(plan, caching))

@@ -3,12 +3,14 @@
 Comes in: `Plan`s, the machine they were made for. Goes out: text or plain values. Sizes are powers of ten.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from ..planning.caching import Caching
 from ..planning.machine import Machine
 from ..planning.plan import Plan, enough
+from ..planning.several import LINK_NBYTES_S, Shared
 
 
 def size(nbytes: float) -> str:
@@ -91,6 +93,17 @@ def three_lines(plan: Plan, note: str = "", caching: Caching | None = None) -> l
 def later_step(later: Plan) -> str:
     seconds = "" if later.is_for_assumed_machine else f"{duration(later.step_s)} and "
     return f"{seconds}{size(later.read_nbytes)} read a step"
+
+
+def several_lines(several: Sequence[Shared]) -> list[str]:
+    """What more machines would take for the same step."""
+    known = [one for one in several if one.rows]
+    lines = []
+    if known:
+        steps = ", ".join(f"{one.machines} {duration(one.step_s)}" for one in known)
+        link = f"{duration(known[-1].sum_s)} of it to sum gradients, at an assumed {LINK_NBYTES_S * 8e-9:g} Gbit/s"
+        lines.append(f"  the same step shared by machines like this one: {steps} ({link})")
+    return lines + [f"  {one.reason}" for one in several if one.reason]
 
 
 def describe_machine(machine: Machine) -> str:

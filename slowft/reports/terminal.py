@@ -47,7 +47,7 @@ class LineReport(Report):
     """One plain line per report, for files and pipes."""
 
     def __init__(self, out=None):
-        self._out = out
+        self._out, self._machines = out, 1
 
     def _print(self, line: str) -> None:
         print(line, file=self._out, flush=True)
@@ -55,6 +55,13 @@ class LineReport(Report):
     def begin(self, config, model):
         self._iters, self._done, self._begin = config.iters, 0, time.perf_counter()
         self._print(describe_run(config, model))
+
+    def joined(self, machines, rows):
+        self._machines = machines
+        self._print(
+            f"{machines} machines, each with {rows} of a batch's {machines * rows} rows; memory, reads and plan are of "
+            "the first"
+        )
 
     def planned(self, plan, note="", caching=None):
         for line in three_lines(plan, note, caching):
@@ -127,7 +134,7 @@ class BarReport(LineReport):
         super().advance(iterations, loss, model)
         last = model.stats.last
         share = last.wait_s / max(last.wait_s + last.compute_s, 1e-9)
-        speed = model.tokens_of_last_step / max(last.wait_s + last.compute_s, 1e-9)
+        speed = self._machines * model.tokens_of_last_step / max(last.wait_s + last.compute_s, 1e-9)
         state = (
             f"loss {loss:.3f}  {speed:.0f} tok/s  {last.bytes_read / 1e9:.2f} GB/step  {100 * share:.0f}% wait  "
             f"{platform.memory_in_use() / 1e9:.2f} GB"

@@ -6,6 +6,7 @@ checkpoint's name. What lasts, the drive taking it, happens behind the next step
 """
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -28,11 +29,12 @@ NAME = re.compile(r"(\d{7,})\.safetensors")
 
 @dataclass
 class Checkpoint:
-    """What a file holds. `state` is JSON; `file` is where it was read from."""
+    """What a file holds. `state` is JSON; `file` is where it was read from, `digest` of all that is in it."""
 
     arrays: dict[str, mx.array]
     state: dict[str, Any]
     file: Path | None = None
+    digest: str | None = None
 
 
 class Checkpoints:
@@ -45,9 +47,13 @@ class Checkpoints:
         self._nbytes = 0  # of the last one's arrays
         self._own: list[Path] = []
 
-    def write(self, iteration: int, arrays: Mapping[str, mx.array], state: Mapping[str, Any]) -> Path:
+    def write(
+        self, iteration: int, arrays: Mapping[str, mx.array], state: Mapping[str, Any], only_adds: bool = False
+    ) -> Path:
         """Write a checkpoint; `wait` tells when it is on the drive.
 
+        Args:
+            only_adds: older ones stay: other processes write theirs now, of this step or the one before.
         Raises:
             AdapterError: it cannot be written, or the one before could not. Earlier checkpoints are untouched.
         """
@@ -64,7 +70,7 @@ class Checkpoints:
             partial.unlink(missing_ok=True)
             raise self._cannot_write(e) from None
         self._writer = self._writer or ThreadPoolExecutor(1, thread_name_prefix="slowft-checkpoint")
-        self._pending = self._writer.submit(self._put, partial, file)
+        self._pending = self._writer.submit(self._put, partial, file, only_adds)
         return file
 
     def wait(self) -> None:
@@ -100,7 +106,7 @@ class Checkpoints:
         found = [(int(m[1]), f) for f in self.directory.glob("*.safetensors") if (m := NAME.fullmatch(f.name))]
         return [file for _, file in sorted(found)]
 
-    def _put(self, partial: Path, file: Path) -> None:
+    def _put(self, partial: Path, file: Path, only_adds: bool) -> None:
         try:
             sync(partial)
             os.replace(partial, file)
@@ -110,7 +116,7 @@ class Checkpoints:
             raise
         self._own = [other for other in self._own if other != file] + [file]
         keep = self._own[-self._keep :]
-        for other in self._files():  # of an earlier run too, which this one does not go on with
+        for other in [] if only_adds else self._files():  # of an earlier run too, which this one does not go on with
             if other not in keep:
                 other.unlink(missing_ok=True)
 
@@ -125,8 +131,21 @@ def read(file: Path) -> Checkpoint:
     Raises:
         AdapterError: it is no checkpoint, or not as it was written.
     """
+    return _read(str(file), file)
+
+
+def parse(data: bytes, file: Path) -> Checkpoint:
+    """What `file` of another machine holds, given its bytes. Raises as `read` does."""
+    return _read(io.BytesIO(data), file)
+
+
+def _read(source: str | io.BytesIO, file: Path) -> Checkpoint:
     try:
-        arrays, metadata = load_arrays(file)
+        if isinstance(source, str):
+            arrays, metadata = load_arrays(file)
+        else:
+            arrays, metadata = mx.load(source, format="safetensors", return_metadata=True)
+            mx.eval(arrays)
         text = metadata["slowft"]
         state = json.loads(text)
     except Exception as e:  # MLX raises several kinds for a damaged file
@@ -137,7 +156,7 @@ def read(file: Path) -> Checkpoint:
         raise AdapterError(f"{file} was written by another version of slowft (format {metadata.get('format')})")
     if metadata.get("digest") != digest(arrays, text):
         raise AdapterError(f"{file} is damaged: it is not what was written")
-    return Checkpoint(arrays, state, file)
+    return Checkpoint(arrays, state, file, metadata["digest"])
 
 
 def digest(arrays: Mapping[str, mx.array], text: str) -> str:

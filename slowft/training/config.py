@@ -28,6 +28,11 @@ OPERATIONAL = frozenset(
     "resume resume_anyway keep_checkpoints max_time gentle model train test test_batches on_nan "
     "steps_per_report".split()
 )
+# What each of several machines may have its own of.
+MACHINES_OWN = frozenset(
+    "model data spill_dir adapter_path resume_adapter_file activation_cache activation_cache_size memory trace "
+    "report_to project_name max_time gentle".split()
+)
 # Options that slowft or mlx_lm.lora once had, or that mlx-lm's example once had wrong -> what to do instead.
 REMOVED = {
     "resident_bits": "slowft prepare MODEL --output DIR --quantize stores the base in 4 bits",
@@ -83,7 +88,7 @@ class TrainConfig:
         },
     )
     num_layers: int = field(default=16, metadata={"help": "Blocks to fine-tune, counted from the last; -1 for all."})
-    batch_size: int = field(default=4, metadata={"help": "Sequences in a micro-batch."})
+    batch_size: int = field(default=4, metadata={"help": "Sequences in a micro-batch, of all machines together."})
     iters: int = field(default=1000, metadata={"help": "Micro-batches to train for."})
     val_batches: int = field(default=25, metadata={"help": "Validation batches, -1 for the whole validation set."})
     learning_rate: float = field(default=1e-5, metadata={"help": "Learning rate of the optimizer."})

@@ -17,8 +17,10 @@ from .. import platform
 from ..data.batches import BatchStream
 from ..data.store import TokenDataset
 from ..engine.budget import STEPS_TO_LEARN_FROM
-from ..errors import AdapterError, Interrupted, SlowftError
+from ..errors import AdapterError, Interrupted, PeerLost, SlowftError
+from ..memory import limits
 from .checkpoint import Checkpoint, Checkpoints, check_finite
+from .machines import checksum
 from .status import Status
 from .stopping import Stop, StopAsked, parse_seconds
 
@@ -34,6 +36,7 @@ class Fit:
         c = trainer.config
         self._trainer, self._optimizer, self._valid = trainer, optimizer, valid
         self._config, self._model, self._report = c, trainer.model, trainer.report
+        self._machines = trainer.machines
         self._identity = trainer.identity(train, valid)
         self._batches = BatchStream(train, trainer.order(train), c.max_seq_length)
         self._step_s: list[float] = []
@@ -42,9 +45,10 @@ class Fit:
         self._status = Status(trainer.directory)
         self._begin_s, self._began_at = time.perf_counter(), 0
         self.progress = Progress()
-        self._model.seed, self._model.step = c.seed, 0
+        self._model.seed, self._model.step = c.seed + (self._machines.rank << 32), 0  # dropout of each row is its own
         np.random.seed(c.seed)
         self._is_taken_up = trainer.taken_up is not None
+        self._cuts = [self._model.cuts]
         self._window = _Window(self._model)
         if trainer.taken_up is not None:
             self._go_on_from(trainer.taken_up)
@@ -71,6 +75,7 @@ class Fit:
             if c.keep != "best" or p.best_iteration is None:
                 self._report.saved(self._trainer.save())
             self.checkpoints.wait()
+            self._machines.gather(None)  # what is saved is saved, for all of them
         self._say_how_it_went()
         self.status("finished" if p.stopped is None else "stopped")
         if self.stop.signal is not None and p.stopped is not None:
@@ -83,21 +88,57 @@ class Fit:
         model.train()
         begin = time.perf_counter()
         (loss, n_tokens), gradients = model.loss_and_grads(micro_batches)
-        if not (math.isfinite(loss.item()) and _are_finite(gradients)):
-            self._refuse(loss.item(), micro_batches, gradients)
+        loss, n_tokens, are_finite = self._agree(loss.item(), n_tokens.item(), gradients)
+        if not are_finite:
+            self._refuse(loss, micro_batches, gradients)
             p.skipped_steps += 1
         else:
+            gradients = self._joint(gradients)
             if c.max_grad_norm is not None:
                 gradients, _ = clip_grad_norm(gradients, c.max_grad_norm)
             self._optimizer.update(model, gradients)
             mx.eval(model.trainable_parameters(), self._optimizer.state)
-            p.trained_tokens += n_tokens.item()
-            p.losses.append([p.iteration + n, loss.item(), n_tokens.item()])
-            self._window.add(n, loss.item(), n_tokens.item(), time.perf_counter() - begin)
+            p.trained_tokens += n_tokens
+            p.losses.append([p.iteration + n, loss, n_tokens])
+            self._window.add(n, loss, n_tokens, time.perf_counter() - begin)
         self._trainer.trained_tokens = p.trained_tokens
         p.previous, p.iteration = p.iteration, p.iteration + n
         self._step_s.append(time.perf_counter() - begin)
-        self._report.advance(n, loss.item(), model)
+        self._report.advance(n, loss, model)
+
+    def _agree(self, loss: float, n_tokens: int, gradients) -> tuple[float, int, bool]:
+        """(loss, tokens, whether all is finite) of the machines' rows together, of which these are this one's.
+
+        Raises:
+            SlowftError: their adapters are not the same any more.
+        """
+        if self._machines.size == 1:
+            return loss, n_tokens, math.isfinite(loss) and _are_finite(gradients)
+        is_finite = n_tokens == 0 or (math.isfinite(loss) and _are_finite(gradients))
+        own = loss if n_tokens else 0.0, n_tokens, is_finite, checksum(self._model), self._model.cuts
+        losses, tokens, finite, checksums, cuts = zip(*self._machines.gather(own))
+        if len(set(checksums)) > 1:
+            raise SlowftError(
+                f"the machines' adapters are not the same before iteration {self.progress.iteration + 1} (checksums "
+                f"{', '.join(f'{sum_:08x}' for sum_ in checksums)}). Go on from the last checkpoint with --resume"
+            )
+        self._cuts, total = list(cuts), sum(tokens)
+        self._weight = n_tokens / total if total else math.nan
+        joint = sum(loss * n for loss, n in zip(losses, tokens)) / total if total else math.nan
+        return joint, total, all(finite) and math.isfinite(joint)
+
+    def _joint(self, gradients):
+        """The gradients of all machines' rows together: each machine's weighs as many tokens as it was taken over."""
+        if self._machines.size == 1:
+            return gradients
+        names, own = zip(*tree_flatten(gradients))
+        weighted = [gradient.astype(mx.float32).reshape(-1) * self._weight for gradient in own]
+        if not self._weight:  # of no tokens, a gradient is no number
+            weighted = [mx.zeros_like(gradient) for gradient in weighted]
+        joint = self._machines.sum(mx.concatenate(weighted))
+        ends = np.cumsum([gradient.size for gradient in own]).tolist()
+        parts = [part.reshape(one.shape).astype(one.dtype) for part, one in zip(mx.split(joint, ends[:-1]), own)]
+        return tree_unflatten(list(zip(names, parts)))
 
     def _after_step(self) -> bool:
         """What is due after a step: a checkpoint, reports, validation, adapters. Returns whether the run is over."""
@@ -107,7 +148,7 @@ class Fit:
         if not self._is_taken_up and (self._due(c.save_every) or is_last):
             self._write_checkpoint()
         self._is_taken_up = False
-        if self.stop.is_asked_for and not is_last:
+        if self.stop.take(self._machines.gather(self.stop.asks)) and not is_last:
             return self._stop()
         if (self._due(c.steps_per_report) or is_last) and self._window.tokens:
             info = self._window.summary(p.iteration, self._optimizer.learning_rate.item(), p.trained_tokens)
@@ -139,7 +180,7 @@ class Fit:
     def _note_order(self) -> None:
         """Where the data and NumPy's random numbers are: a checkpoint is of this moment."""
         self._random_state = np.random.get_state()
-        self._order = self._batches.permutation, self._batches.at
+        self._order, self._at_step = (self._batches.permutation, self._batches.at), self._model.step
 
     def _due(self, every: int) -> bool:
         return self.progress.iteration // every > self.progress.previous // every
@@ -152,19 +193,17 @@ class Fit:
                 come no further however often it is resumed.
         """
         begin, c = time.perf_counter(), self._config
-        loss = self._trainer.evaluate(self._valid, c.val_batches, self._is_to_stop)
+        loss = self._trainer.evaluate(self._valid, c.val_batches, self.stop, only_signals=not self.progress.iteration)
         self._report.validated(
             {"iteration": self.progress.iteration, "val_loss": loss, "val_time": time.perf_counter() - begin}
         )
         return loss
 
-    def _is_to_stop(self) -> bool:
-        return self.stop.is_asked_for if self.progress.iteration else self.stop.signal is not None
-
     def _stop(self) -> bool:
         p = self.progress
         self._write_checkpoint()
         self.checkpoints.wait()
+        self._machines.gather(None)  # it is written, whoever ends first
         why = f"--max-time {self._config.max_time} is over" if self.stop.signal is None else "Interrupted"
         p.stopped = f"{why} after iteration {p.iteration}. To go on: the same command with --resume"
         if self.stop.signal is None:
@@ -174,7 +213,10 @@ class Fit:
     def _refuse(self, loss: float, micro_batches, gradients) -> None:
         """Loss or gradients are not finite: say where, and raise unless such steps are skipped."""
         p, c = self.progress, self._config
-        where = self._model.first_not_finite(micro_batches) or _first_gradient(gradients)
+        where = self._machines.gather(self._where_not_finite(loss, micro_batches, gradients))
+        if self._machines.size > 1:
+            where = [f"{place} on machine {rank + 1}" for rank, place in enumerate(where) if place]
+        where = next(filter(None, where), None)
         what = f"the loss is {loss}" if not math.isfinite(loss) else "gradients are not finite"
         said = f"{what} at iteration {p.iteration + 1}" + (f", first in {where}" if where else "")
         if c.on_nan == "skip":
@@ -187,10 +229,31 @@ class Fit:
             )
         raise SlowftError(f"{said}; nothing was saved since the last checkpoint. {helps}")
 
+    def _where_not_finite(self, loss: float, micro_batches, gradients) -> str | None:
+        """A forward pass over this machine's rows tells, unless they are finite while another machine's are not."""
+        if self._machines.size > 1 and _are_finite(gradients):
+            return None
+        return self._model.first_not_finite(micro_batches) or _first_gradient(gradients)
+
     # --- Checkpoints --------------------------------------------------------------------------------
 
-    def _write_checkpoint(self) -> None:
+    def save_after(self, lost: PeerLost) -> PeerLost:
+        """A machine was lost: write what the last whole step left, and say how to go on."""
+        p = self.progress
+        limits().abandon()
+        if p.iteration and self._machines.leads(lost.loss):
+            self._write_checkpoint(lost)
+            self.checkpoints.wait()
+        what = self._machines.describe(lost.loss, f" after iteration {p.iteration}")
+        how = f"with --resume goes on from {self.checkpoints.directory}" if p.iteration else "begins again"
+        said = f"{what}. With all machines there, the same command {how}"
+        self._machines.end_soon(said)
+        return PeerLost(said, lost.loss)
+
+    def _write_checkpoint(self, lost: PeerLost | None = None) -> None:
         check_finite(self._model)
+        if not self._machines.leads(None if lost is None else lost.loss):
+            return
         permutation, at = self._order
         _, keys, position, has_gauss, gauss = self._random_state
         arrays = {f"adapter.{name}": array for name, array in tree_flatten(self._model.trainable_parameters())}
@@ -200,13 +263,13 @@ class Fit:
         state = {
             "identity": self._identity,
             "progress": asdict(self.progress),
-            "cuts": self._model.cuts,
-            "step": self._model.step,
+            "cuts": self._cuts if self._machines.size > 1 else self._model.cuts,
+            "step": self._at_step,
             "at": at,
             "random": [position, has_gauss, gauss],
             "window": window,
         }
-        self.checkpoints.write(self.progress.iteration, arrays, state)
+        self.checkpoints.write(self.progress.iteration, arrays, state, only_adds=self._machines.rank > 0)
 
     def _go_on_from(self, found: Checkpoint) -> None:
         arrays, state = found.arrays, found.state
@@ -223,6 +286,8 @@ class Fit:
         np.random.set_state(("MT19937", np.array(arrays["random"]), position, has_gauss, gauss))
         self._batches.permutation, self._batches.at = np.array(arrays["permutation"]), state["at"]
         self._model.step = state["step"]
+        if isinstance(state["cuts"], list):
+            self._cuts = state["cuts"]
         self.progress = Progress(**state["progress"])
         self._trainer.trained_tokens, self._began_at = self.progress.trained_tokens, self.progress.iteration
         w = self._window
@@ -231,8 +296,10 @@ class Fit:
 
     # --- What it says -------------------------------------------------------------------------------
 
-    def status(self, state: str, **fields: Any) -> None:
+    def status(self, state: str, lost: PeerLost | None = None, **fields: Any) -> None:
         """Write the run's status beside its adapter."""
+        if not self._machines.leads(None if lost is None else lost.loss):
+            return
         p, c, total = self.progress, self._config, self._model.stats.total
         done, seconds = p.iteration - self._began_at, time.perf_counter() - self._begin_s
         left = seconds / done * (c.iters - p.iteration) if done else None
@@ -240,6 +307,7 @@ class Fit:
             state,
             iteration=p.iteration,
             iters=c.iters,
+            machines=self._machines.size,
             train_loss=p.train_loss,
             valid_loss=p.valid_loss,
             best_iteration=p.best_iteration,

@@ -17,7 +17,8 @@ from ..errors import AdapterError, ConfigError, DataError, SlowftError
 from ..reports.base import Report, Reports
 from ..reports.json_lines import CallbackReport
 from .config import TrainConfig
-from .trainer import Trainer, check_writable
+from .machines import of_launch
+from .trainer import Trainer, check_writable, rows_of
 
 
 def run(config: TrainConfig, report: Report) -> dict:
@@ -28,10 +29,19 @@ def run(config: TrainConfig, report: Report) -> dict:
     Raises:
         SlowftError: whatever the user can put right, as one line.
     """
+    with of_launch().failing():
+        return _run(config, report)
+
+
+def _run(config: TrainConfig, report: Report) -> dict:
+    machines = of_launch()
+    if machines.rank:
+        report = Report()
     config.check()
     config.build_optimizer()
+    rows_of(config, machines)
     if config.train:
-        check_writable(Path(config.adapter_path))
+        machines.in_turn(lambda: check_writable(Path(config.adapter_path)))
     if config.gentle:
         platform.be_gentle()
     if config.activation_cache_size is not None:
@@ -44,7 +54,9 @@ def run(config: TrainConfig, report: Report) -> dict:
         trust_remote_code=config.trust_remote_code,
     )
     try:
-        told = Reports(report, CallbackReport(_callback(config))) if config.report_to else report
+        if machines.size > 1:
+            report.joined(machines.size, config.batch_size // machines.size)
+        told = Reports(report, CallbackReport(_callback(config))) if config.report_to and machines.rank == 0 else report
         trainer = Trainer(model, config, told)
         if config.train:
             trainer.attach()
@@ -53,6 +65,7 @@ def run(config: TrainConfig, report: Report) -> dict:
         for note in model.adapter_notes:
             report.note(note)
         train, valid, test = _load_data(model, config, report)
+        trainer.agree(train, valid, test)
         if config.train:
             trainer.take_up(train, valid)
         memory = default_memory() if config.memory is None else config.memory
@@ -65,7 +78,7 @@ def run(config: TrainConfig, report: Report) -> dict:
         if config.dry_run:
             trainer.note_schedule()
             return {}
-        with model.trace(config.trace) if config.trace else nullcontext():
+        with model.trace(config.trace) if config.trace and machines.rank == 0 else nullcontext():
             result = trainer.fit(train, valid) if config.train else {}
             if config.test:
                 result |= _test(trainer, test)

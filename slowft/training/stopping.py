@@ -8,10 +8,10 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 
-from ..errors import ConfigError
+from ..errors import ConfigError, PeerLost
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -22,15 +22,25 @@ class Stop:
     Attributes:
         signal: the number of the signal that asked for it; None: none did.
         deadline: on `time.monotonic`'s clock; None: no limit.
+        is_over: whether a machine's time was over when they last agreed.
     """
 
     def __init__(self, max_time_s: float | None = None):
         self.signal: int | None = None
+        self.is_over = False
         self.deadline = None if max_time_s is None else time.monotonic() + max_time_s
 
     @property
-    def is_asked_for(self) -> bool:
-        return self.signal is not None or (self.deadline is not None and time.monotonic() > self.deadline)
+    def asks(self) -> tuple[int | None, bool]:
+        """(the signal, whether the time is over) as this machine knows; `take` has what all of them know."""
+        return self.signal, self.is_over or (self.deadline is not None and time.monotonic() > self.deadline)
+
+    def take(self, asks: Iterable[tuple[int | None, bool]]) -> bool:
+        """One that is asked to end asks all: returns whether to end now. `asks` are the machines', by rank."""
+        for number, is_over in asks:
+            self.signal = self.signal or number
+            self.is_over = self.is_over or is_over
+        return self.signal is not None or self.is_over
 
 
 class StopAsked(Exception):  # noqa: N818  (no error)
@@ -38,27 +48,36 @@ class StopAsked(Exception):  # noqa: N818  (no error)
 
 
 @contextmanager
-def listening(stop: Stop, note: Callable[[str], None]) -> Iterator[None]:
+def listening(stop: Stop, note: Callable[[str], None], is_launched: bool = False) -> Iterator[None]:
     """While this is entered, the first Ctrl-C or SIGTERM asks to stop, and the second is what it always was.
+
+    A hangup asks too, of a process that `mlx.launch` started: so it ends those elsewhere, and sends SIGTERM then.
+    After a machine was lost SIGTERM has nothing to say: those that are left end anyway, and write a checkpoint first.
 
     In a thread other than the main one, which gets no signals, nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if is_launched else []))
+    before = {number: signal.getsignal(number) for number in numbers}
 
     def ask(number, frame):
         stop.signal = number
-        for other, handler in before.items():
-            signal.signal(other, handler)
-        note("Stopping after this step or batch; once more stops now")
+        if number != signal.SIGHUP:
+            for other, handler in before.items():
+                signal.signal(other, handler)
+        with suppress(OSError):  # after a hangup nobody may be there to read it
+            note("Stopping after this step or batch; once more stops now")
 
     try:
         for number, handler in before.items():
             if handler not in (signal.SIG_IGN, None):  # a job that was started in the background stays deaf
                 signal.signal(number, ask)
         yield
+    except PeerLost:
+        before |= {number: signal.SIG_IGN for number in numbers if number != signal.SIGINT}
+        raise
     finally:
         for number, handler in before.items():
             if handler is not None:

@@ -6,7 +6,6 @@ in float32, without dropout and accumulation, a run ends with the very adapter `
 
 import json
 import tempfile
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,15 @@ from ..data.batches import batch_order, iterate, padded_tokens
 from ..data.datasets import check_size
 from ..data.store import Samples, TokenDataset, as_datasets
 from ..engine.model import parse_nbytes, usual_activation_cache
-from ..errors import AdapterError, ConfigError, DataError, Interrupted, SlowftError, reason_of
+from ..errors import AdapterError, ConfigError, DataError, Interrupted, PeerLost, SlowftError, reason_of
 from ..planning.caching import Caching
 from ..reports.base import Report
 from ..weights.activation_cache import ActivationCache
-from .checkpoint import DIRECTORY, Checkpoint, Checkpoints, check_finite
-from .config import OPERATIONAL, OPTIMIZER_COPIES, TrainConfig
+from .checkpoint import DIRECTORY, Checkpoint, Checkpoints, check_finite, parse
+from .config import MACHINES_OWN, OPERATIONAL, OPTIMIZER_COPIES, TrainConfig
 from .fitting import Fit
-from .stopping import StopAsked, listening
+from .machines import COPIES, Machines, checksum, of_launch
+from .stopping import Stop, StopAsked, listening
 
 
 class Trainer:
@@ -37,13 +37,19 @@ class Trainer:
     Args:
         model: from `slowft.open_model`; an adapter is attached as `config` says unless it has one.
         config: a `TrainConfig`.
-        report: is told what happens; by default nothing is shown.
+        report: is told what happens; by default nothing is shown. Of several machines only the first's is told.
+
+    Attributes:
+        machines: that train together, each its rows of every batch.
     """
 
     def __init__(self, model, config: TrainConfig | None = None, report: Report | None = None):
         self.model, self.config = model, config or TrainConfig()
         self.config.check()
-        self.report = report or Report()
+        self.machines = of_launch()
+        self.rows = rows_of(self.config, self.machines)
+        self.report = report if report is not None and self.machines.rank == 0 else Report()
+        self._have_agreed = False
         self.trained_tokens = 0
         self.caching: Caching | None = None
         self.taken_up: Checkpoint | None = None
@@ -68,9 +74,9 @@ class Trainer:
         c, datasets = self.config, as_datasets(*datasets)
         longest = max((int(data.lengths.max()) for data in datasets if data is not None and len(data)), default=1)
         tokens = padded_tokens(longest, c.max_seq_length)
-        copies = OPTIMIZER_COPIES[c.optimizer.lower()]
+        copies = OPTIMIZER_COPIES[c.optimizer.lower()] + (COPIES if self.machines.size > 1 else 0)
         return self.model.plan(
-            c.batch_size, tokens, min(c.grad_accumulation_steps, c.iters), memory, copies, follow=follow
+            self.rows, tokens, min(c.grad_accumulation_steps, c.iters), memory, copies, follow=follow
         )
 
     def cache_activations(self, plan, *datasets: Samples | None, use: bool = True) -> Caching:
@@ -120,7 +126,34 @@ class Trainer:
             return 0
         c = self.config
         longest = dataset.lengths[self.order(dataset)].max(axis=1)
-        return sum(c.batch_size * padded_tokens(int(length), c.max_seq_length) for length in longest)
+        return sum(self.rows * padded_tokens(int(length), c.max_seq_length) for length in longest)
+
+    def agree(self, *datasets: Samples | None) -> None:
+        """Make sure that all machines are about to do the same: model, data, options, adapter to begin with.
+
+        Raises:
+            ConfigError: one is not; names it, and what differs from the first.
+        """
+        if self.machines.size == 1 or self._have_agreed:
+            return
+        self._have_agreed = True
+        data = [None if d is None or not len(d) else d.fingerprint() for d in as_datasets(*datasets)]
+        options = {name: value for name, value in asdict(self.config).items() if name not in MACHINES_OWN}
+        own = {"model": self.model.fingerprint(), "data": data, "adapter": checksum(self.model), **options}
+        first, *others = self.machines.gather(json.loads(json.dumps(own)))
+        for rank, other in enumerate(others, 1):
+            differ = [name for name in first if other.get(name) != first[name]]
+            if "adapter" in differ and len(differ) > 1:  # it follows from the others
+                differ.remove("adapter")
+            if differ:
+                shown = [
+                    name + (f" ({first[name]!r}, there {other.get(name)!r})" if name in options else "")
+                    for name in differ
+                ]
+                raise ConfigError(
+                    f"machine {rank + 1} of {self.machines.size} has another {', another '.join(shown)} than the "
+                    "first. All need copies of the same files, and the same command"
+                )
 
     def take_up(self, train: Samples, valid: Samples | None = None) -> None:
         """With `resume`: find the checkpoint to go on from, and have the model cut its work as that run did.
@@ -133,16 +166,18 @@ class Trainer:
         if not c.resume or self.taken_up is not None:
             return
         train, valid = as_datasets(train, valid)
-        found, wrong = Checkpoints(self.directory, c.keep_checkpoints).newest()
+        found, wrong = self._newest(now := self.identity(train, valid))
         for what in wrong:
             self.report.note(f"Warning: {what}")
         if found is None and wrong:
             raise AdapterError(f"--resume: no checkpoint in {self.directory / DIRECTORY} can be read: {wrong[0]}")
         if found is None:
             raise AdapterError(f"--resume: {self.directory / DIRECTORY} has no checkpoint. Leave --resume out to begin")
-        now, then = self.identity(train, valid), found.state["identity"]
+        then = {"machines": 1} | found.state["identity"]
         changed = [name for name in ("model", "data") if now[name] != then[name]]
         options = {name: (then["options"].get(name), value) for name, value in now["options"].items()}
+        if now["machines"] != then["machines"]:
+            changed.append(f"number of machines ({then['machines']}, now {now['machines']})")
         changed += [f"{name} ({old!r}, now {new!r})" for name, (old, new) in options.items() if old != new]
         if changed and not c.resume_anyway:
             raise ConfigError(
@@ -151,8 +186,30 @@ class Trainer:
             )
         if now["software"] != then["software"]:
             self.report.note("Warning: MLX, mlx-lm or the BLAS are not those of the run so far: last bits may differ")
-        self.model.keep_cuts(found.state["cuts"])
+        cuts = found.state["cuts"]
+        if isinstance(cuts, list):  # of each machine
+            cuts = cuts[self.machines.rank if self.machines.rank < len(cuts) else 0]
+        self.model.keep_cuts(cuts)
         self.taken_up = found
+
+    def _newest(self, identity: dict[str, Any]) -> tuple[Checkpoint | None, list[str]]:
+        """As `Checkpoints.newest`, over all machines: when the first is lost, another has the newest, and sends it."""
+        found, wrong = Checkpoints(self.directory, self.config.keep_checkpoints).newest()
+        own = None
+        if found is not None:
+            own = [found.state["identity"] == identity, found.state["progress"]["iteration"], found.digest]
+        every = self.machines.gather(own)
+        there = [rank for rank, one in enumerate(every) if one is not None]
+        if not there:
+            return None, wrong
+        source = max(there, key=lambda rank: (*every[rank][:2], -rank))  # of another run none, if one is of this
+        if all(one is not None and one[2] == every[source][2] for one in every):
+            return found, wrong
+        data = self.machines.send(source, found.file.read_bytes() if source == self.machines.rank else None)
+        if source == self.machines.rank:
+            return found, wrong
+        iteration = every[source][1]
+        return parse(data, Path(f"the checkpoint of iteration {iteration} of machine {source + 1}")), wrong
 
     def fit(self, train: Samples, valid: Samples | None = None) -> dict[str, Any]:
         """Train for `config.iters` micro-batches; evaluate before, between and after; save as configured.
@@ -173,9 +230,10 @@ class Trainer:
             raise DataError("the training set is empty or missing. Put samples into train.jsonl")
         check_size(train, c.batch_size, "training")
         check_size(valid if valid is not None else [], c.batch_size, "validation")
-        check_writable(Path(c.adapter_path))
+        self.machines.in_turn(lambda: check_writable(Path(c.adapter_path)))
         optimizer = c.build_optimizer()
         self.attach()
+        self.agree(train, valid)
         self.take_up(train, valid)
         plan = self.plan(train, valid) if model.memory is not None else None
         if self.caching is None:
@@ -184,10 +242,14 @@ class Trainer:
         self.note_schedule()
         self.report.begin(c, model)
         try:
-            with listening(run.stop, self.report.note):
-                result = run.go()
+            with self.machines.failing(), listening(run.stop, self.report.note, self.machines.size > 1):
+                try:
+                    result = run.go()
+                except PeerLost as e:
+                    raise run.save_after(e) from None
         except BaseException as e:
-            run.status("stopped" if isinstance(e, KeyboardInterrupt | Interrupted) else "failed", error=str(e))
+            stopped = "stopped" if isinstance(e, KeyboardInterrupt | Interrupted) else "failed"
+            run.status(stopped, e if isinstance(e, PeerLost) else None, error=str(e))
             raise
         finally:
             run.checkpoints.close()
@@ -206,6 +268,7 @@ class Trainer:
         data = [train.fingerprint(), None if valid is None or not len(valid) else valid.fingerprint()]
         software = [mx.__version__, mlx_lm.__version__, platform.blas_description(), str(mx.default_device())]
         identity = {"model": self.model.fingerprint(), "data": data, "options": options, "software": software}
+        identity["machines"] = self.machines.size
         return json.loads(json.dumps(identity))  # as a checkpoint has it: lists for tuples
 
     def note_schedule(self) -> None:
@@ -214,7 +277,7 @@ class Trainer:
             self.report.note(note)
 
     def save(self, numbered: int | None = None, is_current: bool = True) -> Path:
-        """Write the adapter with this run's configuration; returns the (numbered) file.
+        """Write the adapter with this run's configuration, on the first machine; returns the (numbered) file.
 
         Args:
             is_current: False leaves adapters.safetensors as it is.
@@ -223,14 +286,19 @@ class Trainer:
             SlowftError: the adapter is not finite, or cannot be written; what was saved before stays as it is.
         """
         check_finite(self.model)
+        if self.machines.rank:
+            return self.directory
         config = {k: v for k, v in asdict(self.config).items() if v is not None}
         return self.model.save_adapter(self.config.adapter_path, numbered, config, is_current)
 
-    def evaluate(self, dataset: Samples, num_batches: int = -1, is_to_stop: Callable[[], bool] | None = None) -> float:
+    def evaluate(
+        self, dataset: Samples, num_batches: int = -1, stop: Stop | None = None, only_signals: bool = False
+    ) -> float:
         """Mean loss per token over `num_batches` batches (-1: all), as mlx-lm's `evaluate` counts it.
 
         Args:
-            is_to_stop: asked after each batch; if so, `StopAsked` is raised.
+            stop: looked at after each batch, on all machines; where one asks to end, `StopAsked` is raised.
+            only_signals: its time limit is not heard.
         """
         self.model.eval()
         (dataset,) = as_datasets(dataset)
@@ -241,15 +309,35 @@ class Trainer:
         with self.report.evaluating(n_batches) as done:
             for _, (batch, lengths) in zip(range(n_batches), batches):
                 loss, n = self.model.loss(batch, lengths)
-                total += loss.item() * n.item()
-                tokens += n.item()
+                own = loss.item() * n.item() if n.item() or self.machines.size == 1 else 0.0
+                asked = stop.asks if stop is not None else (None, False)
+                asked = (asked[0], asked[1] and not only_signals)
+                losses, numbers, asks = zip(*self.machines.gather((own, n.item(), asked)))
+                total, tokens = total + sum(losses), tokens + sum(numbers)
                 done()
-                if is_to_stop is not None and is_to_stop():
+                if stop is not None and stop.take(asks):
                     raise StopAsked
         return total / tokens
 
     def order(self, dataset: TokenDataset) -> np.ndarray:
-        return batch_order(dataset, self.config.batch_size, self.config.seed if self.config.group_by_length else None)
+        """The samples of each batch, `[n, rows]`, that this machine has: of several machines each takes every n-th."""
+        order = batch_order(dataset, self.config.batch_size, self.config.seed if self.config.group_by_length else None)
+        return order[:, self.machines.rank :: self.machines.size]
+
+
+def rows_of(config: TrainConfig, machines: Machines) -> int:
+    """Of a batch, the rows that one machine takes.
+
+    Raises:
+        ConfigError: they cannot be shared evenly.
+    """
+    rows, n = divmod(config.batch_size, machines.size)
+    if n:
+        raise ConfigError(
+            f"--batch-size {config.batch_size}, of all machines together, cannot be shared by {machines.size}. Choose "
+            f"{(rows + 1) * machines.size}" + (f" or {rows * machines.size}" if rows else "")
+        )
+    return rows
 
 
 def check_writable(directory: Path) -> None:

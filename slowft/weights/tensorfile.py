@@ -58,9 +58,9 @@ def _item_nbytes(tensor: Tensor) -> int:
     return ITEM_NBYTES[tensor.dtype]
 
 
-def header(tensors: Iterable[Tensor]) -> bytes:
+def header(tensors: Iterable[Tensor], metadata: dict[str, str] | None = None) -> bytes:
     """The start of the file that holds these, in this order, up to the data: whole pages."""
-    entries: dict[str, dict] = {"__metadata__": {"format": "mlx"}}
+    entries: dict[str, dict] = {"__metadata__": metadata or {"format": "mlx"}}
     end = 0
     for t in tensors:
         begin, end = end, end + t.nbytes
@@ -75,15 +75,22 @@ class TensorFile:
 
     Args:
         max_pending_nbytes: of data given to `write` and not written yet.
+        metadata: of the file; None: what mlx-lm writes.
 
     Raises:
         SlowftError: it cannot be made, or its disk has no room for it.
     """
 
-    def __init__(self, file: Path, tensors: Iterable[Tensor], max_pending_nbytes: int):
+    def __init__(
+        self,
+        file: Path,
+        tensors: Iterable[Tensor],
+        max_pending_nbytes: int,
+        metadata: dict[str, str] | None = None,
+    ):
         self._file, self._partial = file, file.with_name(file.name + UNFINISHED)
         self._tensors = arrange(tensors)
-        start = header(self._tensors)
+        start = header(self._tensors, metadata)
         self._begin: dict[str, int] = {}
         self.nbytes = len(start)
         for t in self._tensors:

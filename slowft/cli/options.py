@@ -1,0 +1,39 @@
+"""Options that several commands have, each said once."""
+
+import click
+
+MODEL_HELP = "Base model: a directory that mlx-lm loads, or a hub id"
+
+
+def adapter_path(command):
+    return click.option(
+        "--adapter-path", default="adapters", show_default=True, help="Directory of an adapter: mlx-lm's or PEFT's."
+    )(command)
+
+
+def model(command):
+    return click.option("--model", required=True, help=f"{MODEL_HELP}.")(command)
+
+
+def base_model(command):
+    """Of commands that need no more than its configuration, if that."""
+    return click.option("--model", help=f"{MODEL_HELP} [default: what the adapter names].")(command)
+
+
+def output(command):
+    return click.option("--output", required=True, help="Directory to write (of gguf: a file), not there yet.")(command)
+
+
+def memory(command):
+    text = "Ceiling for the whole process, such as 2GB [default: half of this machine's]."
+    return click.option("--memory", help=text)(command)
+
+
+def trust_remote_code(command):
+    return click.option("--trust-remote-code", is_flag=True, help="Let the model run code of its own.")(command)
+
+
+def as_json(command):
+    return click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output, nothing else.")(
+        command
+    )

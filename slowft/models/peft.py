@@ -1,0 +1,302 @@
+"""PEFT's LoRA and DoRA adapters <-> mlx-lm's: names, transposes, scale and alpha, ranks of each layer.
+
+Comes in: a directory that PEFT saved, or an adapter of mlx-lm's as arrays. Goes out: the other one, as arrays that are
+not evaluated and entries of `adapter_config.json`. Writes no file, runs no pickle, and refuses by name what has no
+exact equal on the other side.
+
+PEFT has `lora_A.weight` [r, in] and `lora_B.weight` [out, r], mlx-lm `lora_a` [in, r] and `lora_b` [r, out]; an
+embedding of V rows `lora_embedding_A` [r, V] and `lora_embedding_B` [D, r], here `lora_a` [V, r] and `lora_b` [r, D].
+mlx-lm has one rank and one scale for all layers, so layers of a smaller rank get zeros behind, and those of another
+scale have it multiplied into `lora_b`: the product is the same, and rows of zeros on both sides are never trained.
+"""
+
+import collections
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ..errors import AdapterError, ModelError, printable
+from ..weights.extents import read_header
+from ..weights.recognise import read_json, recognise
+from .directories import ADAPTER_CONFIG, PEFT_WEIGHTS
+
+PREFIX = "base_model.model."
+EXPERT = re.compile(r"(.*)\.experts\.(\d+)\.(\w+)")
+EXPERTS_NAMES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}  # Mixtral's
+MAX_EXPERTS = 4096  # of a layer; real ones have up to 512
+EMBEDDING = re.compile(r"(?:^|\.)(?:\w*embed\w*|wte|wpe)$")
+# Settings of PEFT's that are used here, or change nothing about what the tensors mean.
+HARMLESS = frozenset(
+    "peft_type peft_version task_type auto_mapping base_model_name_or_path revision inference_mode r lora_alpha "
+    "lora_dropout use_rslora use_dora rank_pattern alpha_pattern target_modules exclude_modules layers_to_transform "
+    "layers_pattern fan_in_fan_out megatron_config megatron_core qalora_group_size ensure_weight_tying runtime_config "
+    "ephemeral_gpu_offload loftq_config eva_config corda_config lora_ga_config".split()
+)
+# Ways to begin training that leave the base model's weights alone; the others' adapters go with changed weights.
+HARMLESS_BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
+NOTHING: tuple = (None, False, [], {}, "none")
+
+
+def read_peft(directory: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
+    """(Entries of mlx-lm's `adapter_config.json`, its tensors, unevaluated float32) of a directory that PEFT saved.
+
+    Raises:
+        AdapterError: damaged, pickled, or something that mlx-lm's adapters cannot express; names it.
+    """
+    config_file = directory / ADAPTER_CONFIG
+    if not config_file.exists():
+        raise AdapterError(f"{directory} lacks {ADAPTER_CONFIG}, which says how PEFT scales the adapter")
+    config = read_json(config_file, AdapterError)
+    if not isinstance(config, dict):
+        raise AdapterError(f"{config_file} is not an adapter configuration: it holds no object")
+    _refuse_unequal(config, config_file)
+    file = directory / PEFT_WEIGHTS[0]
+    layers = _layers(_read(file, directory), file)
+    try:
+        scales = {name: _scale(config, name, rank) for name, rank in ranks_of(layers, file).items()}
+        dropout = float(config.get("lora_dropout") or 0.0)
+    except (TypeError, ValueError, AttributeError, OverflowError, re.error) as e:
+        raise AdapterError(f"{config_file} is not a LoRA configuration: {type(e).__name__} {e}") from None
+    layers, scales = _stack_experts(layers, scales, file)
+    with_m = [name for name, parts in layers.items() if "m" in parts]
+    if with_m and len(with_m) < len(layers):
+        raise AdapterError(f"{file}: {with_m[0]} has DoRA's magnitudes and others have none; mlx-lm has all or none")
+    if bool(config.get("use_dora")) != bool(with_m):
+        said = "without" if with_m else "with"
+        raise AdapterError(f"{config_file} says an adapter {said} DoRA, and its tensors say the opposite")
+    ranks_of(layers, file)
+    parameters, weights = assemble(layers, scales, dropout)
+    entries = {"fine_tune_type": "dora" if with_m else "lora", "num_layers": -1, "lora_parameters": parameters}
+    if isinstance(base := config.get("base_model_name_or_path"), str):
+        entries["model"] = base
+    return entries, weights
+
+
+def assemble(
+    layers: dict[str, dict[str, mx.array]], scales: dict[str, float], dropout: float
+) -> tuple[dict[str, Any], dict[str, mx.array]]:
+    """(mlx-lm's `lora_parameters`, its tensors) of layers with ranks and scales of their own: one rank, one scale."""
+    rank = max(rank_of(parts["lora_a"]) for parts in layers.values())
+    scale = collections.Counter(scales.values()).most_common(1)[0][0]
+    weights = {}
+    for name, parts in layers.items():
+        a, b = parts["lora_a"], parts["lora_b"]
+        if scales[name] != scale:
+            b = b * (scales[name] / scale)
+        weights[f"{name}.lora_a"], weights[f"{name}.lora_b"] = with_rank(a, b, rank)
+        if "m" in parts:
+            weights[f"{name}.m"] = parts["m"]
+    # whole names, which attach to exactly these layers
+    return {"rank": rank, "scale": scale, "dropout": dropout, "keys": sorted(layers)}, weights
+
+
+def with_rank(a: mx.array, b: mx.array, rank: int) -> tuple[mx.array, mx.array]:
+    """`lora_a` and `lora_b` with zeros behind their rank: the same product."""
+    missing = rank - rank_of(a)
+    if not missing:
+        return a, b
+    if a.ndim == 3:  # experts: [E, r, in], [E, out, r]
+        return mx.pad(a, ((0, 0), (0, missing), (0, 0))), mx.pad(b, ((0, 0), (0, 0), (0, missing)))
+    return mx.pad(a, ((0, 0), (0, missing))), mx.pad(b, ((0, missing), (0, 0)))
+
+
+def ranks_of(layers: dict[str, dict[str, mx.array]], file: Path | None) -> dict[str, int]:
+    """The rank of each layer.
+
+    Raises:
+        AdapterError: a factor is missing, or the two do not fit together.
+    """
+    ranks = {}
+    for name, parts in layers.items():
+        if not {"lora_a", "lora_b"} <= parts.keys():
+            raise AdapterError(f"{file}: {name} lacks {'lora_B' if 'lora_a' in parts else 'lora_A'}")
+        a, b = parts["lora_a"], parts["lora_b"]
+        fits = a.ndim == b.ndim == 2 and a.shape[1] == b.shape[0]
+        fits |= a.ndim == b.ndim == 3 and (a.shape[0], a.shape[1]) == (b.shape[0], b.shape[2])
+        if not fits or not a.size or not b.size:
+            raise AdapterError(f"{file}: {name} has factors {list(a.shape)} and {list(b.shape)}, which have no product")
+        ranks[name] = rank_of(a)
+    return ranks
+
+
+def rank_of(a: mx.array) -> int:
+    """Of `lora_a`: `[in, r]`, or of experts `[E, r, in]`."""
+    return a.shape[1]
+
+
+# --- From PEFT --------------------------------------------------------------------------------------
+
+
+def _refuse_unequal(config: dict, file: Path) -> None:
+    kind = config.get("peft_type", "LORA")
+    if kind != "LORA":
+        raise AdapterError(
+            f"{file}: peft_type {ascii(kind)[:50]} is no LoRA. Of PEFT's adapters LoRA and DoRA can be read"
+        )
+    for key, value in config.items():  # what a newer PEFT has added is refused as well, if it is in use
+        if key in HARMLESS or value in (HARMLESS_BEGINNINGS if key == "init_lora_weights" else NOTHING):
+            continue
+        raise AdapterError(
+            f"{file}: {ascii(key)[:50]} {ascii(value)[:80]} has no equal in mlx-lm. Merge the adapter into "
+            "its base model (PEFT's merge_and_unload) and give the result as --model"
+        )
+
+
+def _read(file: Path, directory: Path) -> dict[str, mx.array]:
+    if not file.exists():
+        if (directory / PEFT_WEIGHTS[1]).exists():
+            raise AdapterError(
+                f"{directory / PEFT_WEIGHTS[1]} is pickled, and reading it could run any code. Save the adapter anew "
+                "with PEFT's save_pretrained(..., safe_serialization=True)"
+            )
+        raise AdapterError(f"{file} does not exist")
+    try:
+        read_header(file)  # MLX crashes on some that contradict themselves
+        return mx.load(str(file), format="safetensors")
+    except (ModelError, RuntimeError, ValueError) as e:
+        known = recognise(file)
+        said = f"it is {known[0]}. {known[1]}" if known else printable(str(e).splitlines()[0])
+        raise AdapterError(f"{file} is not a readable safetensors file: {said}") from None
+
+
+def _layers(tensors: dict[str, mx.array], file: Path) -> dict[str, dict[str, mx.array]]:
+    """Each adapted layer's arrays as mlx-lm lays them out, float32 (as PEFT computes with them), by its name."""
+    kinds = {
+        ".lora_A.weight": ("lora_a", True),
+        ".lora_B.weight": ("lora_b", True),
+        ".lora_embedding_A": ("lora_a", True),
+        ".lora_embedding_B": ("lora_b", True),
+        ".lora_magnitude_vector": ("m", False),
+        ".lora_magnitude_vector.weight": ("m", False),
+    }
+    layers: dict[str, dict[str, mx.array]] = {}
+    for name, array in tensors.items():
+        if name.endswith(".base_layer.weight"):  # PEFT adds the frozen weight of a head or an embedding
+            continue
+        suffix = next((suffix for suffix in kinds if name.endswith(suffix)), None)
+        if suffix is None:
+            raise AdapterError(
+                f"{file}: tensor {name} is no part of LoRA or DoRA, and mlx-lm's adapters have no place for it"
+            )
+        part, is_matrix = kinds[suffix]
+        if array.ndim != (2 if is_matrix else 1):
+            raise AdapterError(
+                f"{file}: tensor {name} is {list(array.shape)}, not of {2 if is_matrix else 1} dimensions"
+            )
+        layer = name.removesuffix(suffix).removeprefix(PREFIX)
+        layers.setdefault(layer, {})[part] = (array.T if is_matrix else array).astype(mx.float32)
+    if not layers:
+        raise AdapterError(f"{file} holds no tensors")
+    return layers
+
+
+def _scale(config: dict, name: str, rank: int) -> float:
+    """What PEFT multiplies a layer's product by: alpha over the rank or its root, with its patterns."""
+    alpha = config.get("lora_alpha", 8)
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            alpha = value
+            break
+    scale = float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    if not math.isfinite(scale):
+        raise ValueError(f"lora_alpha {alpha}")
+    return scale
+
+
+def _stack_experts(layers, scales: dict[str, float], file: Path):
+    """Experts with layers of their own, as Mixtral's, are one layer here: `lora_a` [E, r, in], `lora_b` [E, out, r]."""
+    groups: dict[str, dict[int, str]] = {}
+    for name in layers:
+        if (match := EXPERT.fullmatch(name)) is not None:
+            kind = EXPERTS_NAMES.get(match[3], match[3])
+            groups.setdefault(f"{match[1]}.switch_mlp.{kind}", {})[int(match[2])] = name
+    layers, scales = dict(layers), dict(scales)
+    for stacked, members in groups.items():
+        if max(members) >= MAX_EXPERTS:
+            raise AdapterError(f"{file}: {members[max(members)]} has a number that no expert has")
+        parts = {e: layers.pop(name) for e, name in members.items()}
+        of_each = {e: scales.pop(name) for e, name in members.items()}
+        if any("m" in p for p in parts.values()):
+            raise AdapterError(f"{file}: {members[min(members)]} is DoRA of an expert, which mlx-lm does not have")
+        rank, scale = max(rank_of(p["lora_a"]) for p in parts.values()), of_each[min(of_each)]
+        first = parts[min(parts)]
+        shapes = (first["lora_a"].shape[0], rank), (rank, first["lora_b"].shape[1])
+        stack_a, stack_b = [], []
+        for e in range(max(members) + 1):  # an expert without an adapter has one of zeros
+            if e in parts:
+                a, b = with_rank(parts[e]["lora_a"], parts[e]["lora_b"], rank)
+                if (a.shape, b.shape) != shapes:
+                    raise AdapterError(f"{file}: {members[e]} is of another shape than {members[min(members)]}")
+                b = b * (of_each[e] / scale) if of_each[e] != scale else b
+            else:
+                a, b = (mx.zeros(shape) for shape in shapes)
+            stack_a.append(a.T)
+            stack_b.append(b.T)
+        layers[stacked], scales[stacked] = {"lora_a": mx.stack(stack_a), "lora_b": mx.stack(stack_b)}, scale
+    return layers, scales
+
+
+# --- To PEFT ----------------------------------------------------------------------------------------
+
+
+def to_peft(
+    entries: dict[str, Any], weights: dict[str, mx.array], base: str | None = None
+) -> tuple[dict[str, Any], dict[str, mx.array]]:
+    """(PEFT's `adapter_config.json`, its tensors) of an mlx-lm adapter.
+
+    Args:
+        entries: of mlx-lm's `adapter_config.json`.
+        base: name or directory of the base model.
+    Raises:
+        AdapterError: experts' layers, which PEFT has in another way.
+    """
+    layers = by_layer(weights)
+    tensors, ranks = {}, {}
+    for name, parts in layers.items():
+        a, b = parts["lora_a"], parts["lora_b"]
+        if a.ndim == 3:
+            raise AdapterError(
+                f"{name} is an adapter of {a.shape[0]} experts at once, and transformers has their weights laid out "
+                "otherwise: PEFT cannot express it. Train without the experts' layers (--keys), or fuse (slowft fuse)"
+            )
+        is_embedding = EMBEDDING.search(name) is not None
+        suffixes = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A.weight", "lora_B.weight")
+        for suffix, array in zip(suffixes, (a, b)):
+            tensors[f"{PREFIX}{name}.{suffix}"] = mx.contiguous(array.T)
+        if "m" in parts:
+            tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = parts["m"]
+        ranks[name] = rank_of(a)
+    parameters = entries["lora_parameters"]
+    rank = max(ranks.values())
+    scale = float(parameters["scale"])
+    others = {re.escape(name): r for name, r in ranks.items() if r != rank}
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base or entries.get("model"),
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": scale * rank,
+        "lora_dropout": float(parameters.get("dropout") or 0.0),
+        "use_dora": entries["fine_tune_type"] == "dora",
+        "use_rslora": False,
+        "target_modules": sorted(layers),  # whole names: exactly these layers
+        "rank_pattern": others,
+        "alpha_pattern": {name: scale * r for name, r in others.items()},
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "modules_to_save": None,
+    }
+    return config, tensors
+
+
+def by_layer(weights: dict[str, mx.array]) -> dict[str, dict[str, mx.array]]:
+    """An adapter's arrays (`lora_a`, `lora_b`, of DoRA `m`) by the name of their layer."""
+    layers: dict[str, dict[str, mx.array]] = {}
+    for name, array in weights.items():
+        layer, _, part = name.rpartition(".")
+        layers.setdefault(layer, {})[part] = array
+    return layers
