@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from .errors import SlowftWarning as SlowftWarning
     from .inference.generate import Answer as Answer
     from .inference.generate import generate as generate
+    from .inference.score import Score as Score
+    from .inference.score import score as score
     from .models.adapter_files import load_peft as load_peft
     from .planning.plan import Plan as Plan
     from .training.config import TrainConfig as TrainConfig
@@ -47,6 +49,7 @@ _WHERE = {
     "engine.randomness": ("dropout_seed",),
     "errors": ("AdapterError", "ConfigError", "DataError", "ModelError", "SlowftError", "SlowftWarning"),
     "inference.generate": ("Answer", "generate"),
+    "inference.score": ("Score", "score"),
     "models.adapter_files": ("load_peft",),
     "planning.plan": ("Plan",),
     "training.config": ("TrainConfig",),

@@ -25,10 +25,10 @@ from conftest import (
 LORA = {"num_layers": -1, "rank": 4, "scale": 2.0}
 
 
-def pair(directory, **lora):
+def pair(directory, compute_dtype="float32", **lora):
     """(in memory, streamed) with the same random adapters, both computing in float32."""
     lora = LORA | lora
-    whole, streamed = in_memory(directory, **lora), slowft.open_model(directory, compute_dtype="float32")
+    whole, streamed = in_memory(directory, **lora), slowft.open_model(directory, compute_dtype=compute_dtype)
     streamed.add_lora(**lora)
     randomise(whole, streamed)
     whole.train()

@@ -248,6 +248,19 @@ def test_an_evaluation_is_that_of_mlx_lm_outside_of_a_trace(directory, mac):
     assert streamed.loss(batch, lengths)[0].item() == expected.item() != training.item()
 
 
+@pytest.mark.parametrize("directory", KINDS, indirect=True)
+def test_scores_are_those_of_mlx_lm(directory, mac):
+    whole, streamed = pair(directory)
+    batch, lengths = random_batch(128)
+    whole.eval(), streamed.eval()
+    (found,) = streamed.log_probabilities([slowft.MicroBatch(batch, lengths)], top_k=2)
+    log_p = nn.log_softmax(whole(batch[:, :-1]).astype(mx.float32))
+    expected = mx.take_along_axis(log_p, batch[:, 1:, None], axis=-1)[..., 0]
+    for i, (row, (first, last)) in enumerate(zip(found.rows(), lengths.tolist())):
+        assert row.target.tolist() == expected[i, max(first, 1) - 1 : last].tolist()
+        assert row.top[:, 0].tolist() == log_p[i, max(first, 1) - 1 : last].max(axis=-1).tolist()
+
+
 def test_micro_batches_equal_their_sum_in_memory(llama, mac):
     whole, streamed = pair(llama)
     batches = [random_batch(256, seed=seed) for seed in (3, 4)]

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 import slowft
@@ -192,10 +193,9 @@ def cached_share(file: Path) -> float:
     return share
 
 
-def test_trains_in_less_memory_than_the_model_takes(tmp_path):
-    """A model of over 400 MB, in a cgroup that allows less than its size, page cache and swap included."""
-    if reason := cgroup.why_unavailable():
-        must_run(reason)
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> Path:
+    """A model of over 400 MB."""
     config = SHAPE | {
         "hidden_size": 1024,
         "intermediate_size": 2816,
@@ -203,16 +203,46 @@ def test_trains_in_less_memory_than_the_model_takes(tmp_path):
         "num_key_value_heads": 16,
         "num_hidden_layers": 20,
     }
-    directory = save_random(tmp_path / "m", config, mx.bfloat16, shards=True)
+    directory = save_random(tmp_path_factory.mktemp("large") / "m", config, mx.bfloat16, shards=True)
     mx.clear_cache()
+    return directory
+
+
+def test_trains_in_less_memory_than_the_model_takes(large):
+    """In a cgroup that allows less than the model's size, page cache and swap included."""
+    if reason := cgroup.why_unavailable():
+        must_run(reason)
     limit = 400_000_000
-    done, peak = cgroup.run([sys.executable, "-c", STEP, str(directory), "1"], limit)
+    done, peak = cgroup.run([sys.executable, "-c", STEP, str(large), "1"], limit)
     assert done.returncode == 0, f"killed under {limit} bytes (peak {peak}): {done.stderr[-2000:]}"
     measured = json.loads(done.stdout)
     assert measured["nbytes"] > 400_000_000
     assert peak <= limit
-    free = measure(directory, steps=1)
+    free = measure(large, steps=1)
     assert measured["losses"] == free["losses"]
+
+
+SCORE = """
+import json, sys
+import slowft
+import numpy as np
+texts = [(row, 0) for row in np.random.default_rng(0).integers(0, 256, (4, 33)).tolist()]
+model = slowft.open_model(sys.argv[1], memory=int(sys.argv[2]))
+print(json.dumps([sample.total for sample in slowft.score(model, texts)["base"].samples]))
+"""
+
+
+def test_scores_in_half_the_memory_that_the_model_takes(large):
+    if reason := cgroup.why_unavailable():
+        must_run(reason)
+    limit = 240_000_000
+    done, peak = cgroup.run([sys.executable, "-c", SCORE, str(large), str(limit)], limit)
+    assert done.returncode == 0 and 0 < peak <= limit, f"under {limit} bytes (peak {peak}): {done.stderr[-2000:]}"
+    rows = mx.array(np.random.default_rng(0).integers(0, 256, (4, 33)))
+    with slowft.open_model(large) as model:
+        assert model.nbytes_on_disk > 2 * limit
+        loss, n = model.loss(rows, mx.array([[1, 32]] * 4))
+    assert sum(json.loads(done.stdout)) == pytest.approx(-loss.item() * n.item(), rel=1e-5)
 
 
 def test_peak_memory_is_the_operating_systems(tmp_path):

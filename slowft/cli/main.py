@@ -18,6 +18,7 @@ COMMANDS = {
     "finetune": "Train a LoRA adapter with the base model streamed from disk.",
     "data": "Show what will be trained on: counts, lengths, samples with trained tokens marked.",
     "generate": "Answer prompts, many in each reading of the weights.",
+    "score": "Score texts, answers or marks: log-probabilities of base and adapters in one pass.",
     "plan": "Say what a job would take on this machine: memory, reads, seconds.",
     "fuse": "Add an adapter to its base model, and write a model of its own.",
     "adapter": "Look at adapters, compare and sum them, carry them to and from PEFT and llama.cpp.",

@@ -4,9 +4,10 @@ Comes in: shapes of steps, and what each step measured. Goes out: a `Plan` that 
 names the least memory that would do, before anything is read.
 """
 
+import functools
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -19,7 +20,7 @@ from ..planning.caching import from_boundary, pays
 from ..planning.job import Chunking, Job
 from ..planning.machine import Machine, known, measured
 from ..planning.measure import Experience, remember
-from ..planning.plan import Plan, Planner, enough
+from ..planning.plan import FASTER, Plan, Planner, enough
 from ..planning.schedule import Schedule
 from ..planning.shapes import Shapes
 from .randomness import keeping_random_state
@@ -27,6 +28,9 @@ from .randomness import keeping_random_state
 WARM_UP_NBYTES = 16 << 20  # what libraries take once they are used: OpenBLAS's buffers, threads' stacks, page tables
 # that are planned anew: the first step finds no buffers in memory, so its seconds say less than the second's
 STEPS_TO_LEARN_FROM = 2
+# Of an evaluation without a ceiling: hidden states of one pass may take this share of half the machine's memory. Of
+# each micro-batch there are a block's input, its output, and the first block's input.
+UNBOUNDED_SHARE, HIDDEN_ARRAYS = 0.25, 3
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ class Budget:
         self._planned_nbytes = 0
         self._steps_measured = 0  # of the shape that is planned for
         self._has_warned = False
+        self._passes_shape: tuple[tuple, int] = ((), 0)  # of the evaluation that is planned for, and what goes at once
         self._jobs: dict[tuple, Job] = {}
         self._experience = Experience()
 
@@ -88,6 +93,7 @@ class Budget:
             planned_nbytes: so many bytes it did not take on, but would to train.
         """
         self._base_nbytes, self._shape, self._experience = None, (0, 0, 0), Experience()
+        self._passes_shape = (), 0
         self._planned_nbytes = planned_nbytes
         self._engine.adapter_changed()
 
@@ -131,6 +137,43 @@ class Budget:
         self._shape, self._steps_measured = shape, 0
         self._engine.peaks_known.clear()
         return plan
+
+    def cover_passes(self, rows: int, tokens: int, micro_batches: int, adapters: Collection[bool | str]) -> int:
+        """How many of these micro-batches an evaluation takes through the model at once; a plan for it is followed.
+
+        As many as their hidden states have room for: where a model does not fit, each pass saved saves more reading
+        than blocks that stay would. But where fewer at a time leave room for what then need not be read, as predicted,
+        it is fewer.
+
+        Args:
+            adapters: that the micro-batches ask for.
+        Raises:
+            ConfigError: the ceiling is too low even for one; names the least memory that would do.
+        """
+        if self.memory is None:
+            hidden_nbytes = HIDDEN_ARRAYS * rows * tokens * self._engine.cut.hidden_nbytes  # 0: of no chain
+            return min(micro_batches, max(1, int(UNBOUNDED_SHARE * default_memory()) // max(hidden_nbytes, 1)))
+        shape = rows, tokens, micro_batches, frozenset(adapters), self.memory, self._cut_like
+        if shape == self._passes_shape[0]:
+            return self._passes_shape[1]
+        usable = self._usable(self.memory)
+
+        def planner(n: int, cut_like: Schedule | None = None) -> Planner:
+            return self.planner(rows, tokens, n, training=False, adapters=adapters, cut_like=cut_like)
+
+        one = planner(1).chunked(usable)
+        if one is None:
+            raise ConfigError(planner(1).too_little(self.memory))
+        planner = functools.partial(planner, cut_like=one[1])  # so that last bits depend on no prediction
+        most = _most(micro_batches, lambda n: planner(n).chunked(usable) is not None)
+        at_once, plan = most, planner(most).choose(usable)
+        for n in [most >> i for i in range(1, most.bit_length() if most < micro_batches else 1)]:
+            other = planner(n).choose(usable)
+            if other.step_s / n < FASTER * plan.step_s / at_once:
+                at_once, plan = n, other
+        self._follow(plan)
+        self._shape, self._passes_shape = (0, 0, 0), (shape, at_once)
+        return at_once
 
     def make(self, memory: int | None, rows: int, tokens: int, micro_batches: int) -> Plan:
         """The plan for steps of this shape within `memory` bytes, by what is known so far; it is not followed.
@@ -196,7 +239,7 @@ class Budget:
         is_largest = (rows, tokens, micro_batches) == self._shape
         job = self.plan.job if is_largest else self._job(rows, tokens, micro_batches, self.plan.job.chunking)
         is_news = self._experience.learn(job, schedule, step)
-        over = step.peak_nbytes - self.memory
+        over = self._over(step.peak_nbytes)
         if step.peak_nbytes > self.plan.peak_nbytes:  # there is more in the process than anybody counted
             self._base_nbytes += step.peak_nbytes - self.plan.peak_nbytes
             is_news = True
@@ -211,14 +254,28 @@ class Budget:
                 self._follow(plan)
         elif is_largest:  # a smaller one leaves more room than the next will
             self._engine.reuse_more(self.plan.peak_nbytes - self.plan.parts["slack"] - step.peak_nbytes)
+
+    def after_pass(self) -> None:
+        """Learn from the peak of an evaluation's pass that was just made."""
+        peak_nbytes = self._engine.stats.last.peak_memory
+        if self.plan is None or self.memory is None or peak_nbytes <= self.plan.peak_nbytes:
+            return
+        self._base_nbytes += peak_nbytes - self.plan.peak_nbytes
+        self._passes_shape = (), 0
+        self._over(peak_nbytes)
+
+    def _over(self, peak_nbytes: int) -> int:
+        """By how much a step was over the ceiling, in bytes; below 0: under it. Warns of it once."""
+        over = peak_nbytes - self.memory
         if over > 0 and not self._has_warned:
             self._has_warned = True
             warnings.warn(
-                f"a step took {step.peak_nbytes / 1e9:.2f} GB, more than the memory of {self.memory / 1e9:.2f} GB it "
+                f"a step took {peak_nbytes / 1e9:.2f} GB, more than the memory of {self.memory / 1e9:.2f} GB it "
                 "was given. Less is kept in memory from now on. If this goes on, make batches or sequences smaller",
                 SlowftWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
+        return over
 
     def caching(self, plan: Plan, first_steps: float, later_steps: float) -> tuple[Plan | None, bool]:
         """(the plan of steps that begin at stored activations, whether it pays to store them).
@@ -239,12 +296,16 @@ class Budget:
         machine: Machine | None = None,
         training: bool = True,
         beside_nbytes: int = 0,
+        adapters: Collection[bool | str] = (True,),
+        cut_like: Schedule | None = None,
     ) -> Planner:
         """Plans for steps over `micro_batches` of `[rows, tokens]`.
 
         Args:
             training: False for forward passes.
             beside_nbytes: are in memory besides.
+            adapters: that they ask for; the one that makes blocks compute the most is planned for.
+            cut_like: a schedule by which the work is to be cut, unless `cut_like` was called.
         """
         if self._base_nbytes is None:  # before the first step: nothing of it is in memory yet
             limits().give_back()
@@ -253,11 +314,12 @@ class Budget:
             self._held_nbytes = mx.get_active_memory()
 
         def job_of(chunking: Chunking) -> Job:
-            return self._job(rows, tokens, micro_batches, chunking, training)
+            jobs = [self._job(rows, tokens, micro_batches, chunking, training, adapter) for adapter in adapters]
+            return max(jobs, key=lambda job: max(visit.forward_nbytes for visit in job.visits))
 
         base = self._base_nbytes + beside_nbytes
         what = machine or self.machine, base, rows, tokens, self._held_nbytes + beside_nbytes, self._experience
-        return Planner(job_of, *what, self._cut_like if training else None)
+        return Planner(job_of, *what, (self._cut_like if training else None) or cut_like)
 
     def measure_machine(self) -> None:
         """Measure what no run has measured on this machine yet: for plans of which there is no step to learn from."""
@@ -272,6 +334,7 @@ class Budget:
         return self._machine
 
     def _follow(self, plan: Plan) -> None:
+        self._passes_shape = (), 0
         self._engine.follow(plan.schedule, self.directory)
         self.plan = plan
 
@@ -279,14 +342,31 @@ class Budget:
         """Of the memory that was given, what there is: more (on macOS: than Metal recommends) would be paged."""
         return min(memory, self.machine.memory_nbytes)
 
-    def _job(self, rows: int, tokens: int, micro_batches: int, chunking: Chunking, training: bool = True) -> Job:
+    def _job(
+        self,
+        rows: int,
+        tokens: int,
+        micro_batches: int,
+        chunking: Chunking,
+        training: bool = True,
+        adapter: bool | str = True,
+    ) -> Job:
+        """Steps with the adapter that is attached, or forward passes with one that was added by name."""
         engine = self._engine
-        shape = rows, tokens, micro_batches, chunking, self.optimizer_copies
-        key = (*shape, training, engine.head_may_be_cut, len(trainable_entries(engine.model)))
+        shape = rows, tokens, 1, chunking, self.optimizer_copies
+        is_added = isinstance(adapter, str)
+        key = (*shape, training, engine.head_may_be_cut, len(trainable_entries(engine.model)), is_added and adapter)
         if key not in self._jobs:
-            with keeping_random_state():
-                self._jobs[key] = Shapes(engine, training).job(*shape)
-        return self._jobs[key]
+            with keeping_random_state(), engine.chain.adapters.using(adapter if is_added else True):
+                if is_added:
+                    engine.adapter_changed()
+                try:
+                    self._jobs[key] = Shapes(engine, training).job(*shape)
+                finally:
+                    if is_added:
+                        engine.adapter_changed()
+        job = self._jobs[key]
+        return replace(job, micro_batches=job.micro_batches * micro_batches)
 
 
 def _most(limit: int, fits: Callable[[int], bool]) -> int:

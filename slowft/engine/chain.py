@@ -11,6 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from ..models.adapters import AdapterSwitch
 from ..models.calls import Arguments
@@ -19,6 +20,7 @@ from . import cores
 from .block import BlockFunction
 from .head import Blocks, HeadLoss, token_loss, treats_tokens_alike, usual_chunk
 from .kept import KeptOutputs, LayerOutputs
+from .log_probabilities import LogProbabilities, log_probabilities, of_whole_logits
 from .offloaded import OffloadedExperts
 from .parts import EmbedPart, HeadPart, unevaluated_zeros
 from .pieces import Pieces, PieceWork
@@ -206,6 +208,22 @@ class Chain:
         head = self._head_loss(batch, hidden, chunk_tokens)
         with self._cutting(len(self.visits), batch), self.adapters.using(batch.adapter):
             return head.loss(hidden, [owner[key] for _, owner, key in self.outside])
+
+    def log_probabilities(
+        self, batch: Passenger, hidden: mx.array, chunk_tokens: int | None, top_k: int, token_ids: Sequence[int]
+    ) -> LogProbabilities:
+        """Of the targets that count, by what the last block put out."""
+        chunk = self._chunk(hidden, chunk_tokens)
+        with self._cutting(len(self.visits), batch), self.adapters.using(batch.adapter):
+            if chunk is None:
+                whole = self._head(hidden, *batch.tokens.shape)
+                return of_whole_logits(whole, batch.targets, batch.mask, top_k, token_ids)
+            flat = hidden.reshape(-1, hidden.shape[-1])
+
+            def logits_of(numbers: np.ndarray) -> mx.array:
+                return self._head(flat[mx.array(numbers)][None], 1, len(numbers))[0]
+
+            return log_probabilities(logits_of, batch.targets, batch.mask, chunk, top_k, token_ids)
 
     def loss_and_cotangent(
         self, batch: Passenger, hidden: mx.array, chunk_tokens: int | None

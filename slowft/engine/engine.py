@@ -5,6 +5,7 @@ memory. Models whose blocks form a chain go through `step`; others, and whatever
 `traced`. Decides which blocks are expected when, and follows schedules.
 """
 
+import functools
 import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -40,6 +41,7 @@ from .chain import Chain, Passenger, plain_loss
 from .head import loss_mask, usual_chunk
 from .hidden import HiddenStates
 from .kept import KeptOutputs
+from .log_probabilities import LogProbabilities, of_whole_logits
 from .offloaded import OffloadedExperts
 from .parts import CachedProbe
 from .pieces import Pieces, PieceWork
@@ -380,6 +382,46 @@ class Engine:
         pieces = [self._n_pieces(batch) for batch, _ in micro_batches]
         number = next(i for i in range(len(pieces)) if found[0] < sum(pieces[: i + 1]))
         return f"micro-batch {number + 1} of {len(pieces)}, {self.chain.visits[found[1]].name}"
+
+    def log_probabilities(
+        self,
+        micro_batches: Sequence[tuple[mx.array, mx.array, bool | str]],
+        top_k: int,
+        token_ids: Sequence[int],
+        on_visit: Callable[[int], object],
+    ) -> list[LogProbabilities]:
+        """Of each (batch, lengths, adapter): blocks are read once for all; those of no chain, once for each.
+
+        Args:
+            on_visit: called with how many more times a block was computed for a micro-batch.
+        """
+        batches, _ = self._batches(micro_batches, together=False)
+        self.stats.begin_step()
+        try:
+            with self._step_over(batches, gradients=False):
+                if self.cut.is_chain:
+                    visited = functools.partial(on_visit, len(micro_batches))
+                    found = step.log_probabilities(*self._loops(batches), top_k, token_ids, visited)
+                else:
+                    found = []
+                    for batch in batches:
+                        found.append(self._plain_log_probabilities(batch, top_k, token_ids))
+                        on_visit(len(self.cut.order))
+        finally:
+            self.stats.end_step(Measurements())
+        at = iter(found)
+        return [
+            LogProbabilities.joined([next(at) for _ in range(self._n_pieces(batch))]) for batch, _, _ in micro_batches
+        ]
+
+    def _plain_log_probabilities(self, batch: Passenger, top_k: int, token_ids: Sequence[int]) -> LogProbabilities:
+        """By the model's own call, logits whole."""
+        at_step, self._position = self.step, -1
+        try:
+            with self.chain.adapters.using(batch.adapter):
+                return of_whole_logits(self.model(batch.tokens), batch.targets, batch.mask, top_k, token_ids)
+        finally:
+            self.step = at_step
 
     def _n_pieces(self, batch: mx.array) -> int:
         """How many times so many rows as go at once there are in a micro-batch."""

@@ -25,6 +25,7 @@ from ..weights.reader import Reader
 from ..weights.sources import placeholder
 from .budget import Budget
 from .engine import Engine
+from .log_probabilities import LogProbabilities
 from .spilled_caches import SpilledCaches
 from .stats import Stats
 
@@ -230,12 +231,52 @@ class StreamedModel(nn.Module):
             ConfigError: no adapter has such a name.
         """
         passengers = _passengers(batch, lengths)
-        for adapter in {passenger.adapter for passenger in passengers} - {True, False}:
-            if adapter not in self.engine.chain.adapters.names:
-                raise ConfigError(f"no adapter is named {adapter!r}. Load one with add_adapter")
+        self._check_adapters(passengers)
         self.budget.cover(*_shape([(passenger.batch, passenger.lengths) for passenger in passengers]))
         losses = self.engine.losses([(p.batch, p.lengths, p.adapter) for p in passengers])
         return losses[0] if lengths is not None else losses
+
+    def log_probabilities(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        top_k: int = 0,
+        token_ids: Sequence[int] = (),
+        on_visit: Callable[[int], object] = lambda n: None,
+    ) -> Iterator[LogProbabilities]:
+        """Log-probabilities at the targets that count, of one micro-batch after the other, as they are iterated over.
+
+        As many micro-batches go through the model together as memory has room for, whatever adapters they ask for;
+        each block is read once for all of them. What a pass found is handed out before the next one begins.
+        Micro-batches whose longest comes first need no more memory later.
+
+        Args:
+            micro_batches: of each row `(first, last)` in `lengths`, tokens number `first` to `last`, counted from 0,
+                are targets; the token at 0 is none.
+            top_k: ask also for the most probable tokens, so many.
+            token_ids: ask also for the log-probabilities of these tokens.
+            on_visit: called with how many more times a block was computed for a micro-batch.
+        Raises:
+            ConfigError: no adapter has such a name, or the memory is too little; names the least that would do.
+        """
+        passengers = _passengers(list(micro_batches), None)
+        self._check_adapters(passengers)
+        tokens = max(passenger.batch.shape[1] for passenger in passengers) - 1
+        # No micro-batch takes more than this shape: its attention's scores grow with the square of the tokens
+        rows = max(-(-passenger.batch.shape[0] * (passenger.batch.shape[1] - 1) // tokens) for passenger in passengers)
+        adapters = {passenger.adapter for passenger in passengers}
+        start = 0
+        while start < len(passengers):
+            at_once = self.budget.cover_passes(rows, tokens, len(passengers), adapters)
+            given = [(p.batch, p.lengths, p.adapter) for p in passengers[start : start + at_once]]
+            found = self.engine.log_probabilities(given, top_k, token_ids, on_visit)
+            self.budget.after_pass()
+            yield from found
+            start += at_once
+
+    def _check_adapters(self, passengers: Sequence[MicroBatch]) -> None:
+        for adapter in {passenger.adapter for passenger in passengers} - {True, False}:
+            if adapter not in self.engine.chain.adapters.names:
+                raise ConfigError(f"no adapter is named {adapter!r}. Load one with add_adapter")
 
     def decode(
         self,

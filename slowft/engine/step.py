@@ -16,6 +16,7 @@ from ..planning.schedule import Schedule
 from ..weights.residency import Residency
 from .chain import Chain, Kept, Passenger
 from .hidden import HiddenStates
+from .log_probabilities import LogProbabilities
 from .spilled_caches import SpilledCaches
 
 
@@ -187,6 +188,40 @@ def first_not_finite(
     for batch in batches:
         hidden.pop((batch.index, len(chain.visits)))
     return found[0] if found else None
+
+
+def log_probabilities(
+    chain: Chain,
+    batches: Sequence[Passenger],
+    weights: Residency,
+    hidden: HiddenStates,
+    head_tokens: int | None,
+    top_k: int,
+    token_ids: Sequence[int],
+    on_visit: Callable[[], object],
+) -> list[LogProbabilities]:
+    """Of each micro-batch's targets, with the adapter that it asks for. Each block is read once for all of them.
+
+    Args:
+        on_visit: called after each block has served all micro-batches.
+    """
+    found: list[LogProbabilities] = []
+
+    def forward(position: int, batch: Passenger) -> None:
+        output, _ = chain.forward(position, batch, hidden.pop((batch.index, position)), training=False)
+        weights.hand_over(output)
+        hidden.put((batch.index, position + 1), output, may_spill=False)
+        if batch is batches[-1]:
+            on_visit()
+
+    def head(batch: Passenger) -> None:
+        last = hidden.pop((batch.index, len(chain.visits)))
+        found.append(chain.log_probabilities(batch, last, head_tokens, top_k, token_ids))
+
+    embed(chain, batches, hidden, training=False)
+    run_forward(chain, batches, weights, forward)
+    run_head(chain, batches, weights, head)
+    return found
 
 
 def loss_and_grads_in_memory(

@@ -216,6 +216,7 @@ class AdapterSwitch:
             finally:
                 for path, layer in attached.items():
                     layer.train(False)
+                    layer.freeze()
                     self._put(path, _without_adapter(layer))
         self._named[name] = attached
 

@@ -1,0 +1,158 @@
+"""`slowft score`: log-probabilities and perplexity of texts, right answers, a judge's marks; base against adapters."""
+
+import json
+import math
+import time
+from contextlib import contextmanager
+
+import click
+
+from .finetune import make_report, option, warnings_noted
+
+SPLITS = ("test", "valid", "train")  # of a folder, the first that is there
+
+
+@click.command()
+@option("model")
+@option("data")
+@click.option(
+    "--adapter-path",
+    "adapters",
+    multiple=True,
+    metavar="[NAME=]DIR",
+    help="Score with this adapter too; may be given several times. NAME is the directory's unless given.",
+)
+@click.option(
+    "--split", type=click.Choice(SPLITS), help="Which set of a folder; unless given, test, else valid, else train."
+)
+@option("mask_prompt", is_flag=True)
+@option("train_on", type=click.Choice(["assistant"]))
+@click.option("--judge", metavar="FROM-TO", help="Samples ask for a mark: give its expected value, such as 0-9 or 1-5.")
+@click.option("--plain", is_flag=True, help="Write prompts of questions as they are, not by the chat template.")
+@option("max_seq_length", type=int)
+@option("skip_bad_samples", is_flag=True)
+@option("memory")
+@option("compute_dtype", type=click.Choice(["float32", "float16", "bfloat16", "native"]))
+@option("trust_remote_code", is_flag=True)
+@option("chat_template", metavar="FILE")
+@click.option("--json", "as_json", is_flag=True, help="Each sample, then the scores, as JSON lines, nothing else.")
+def score(adapters, split, judge, plain, as_json, **options):
+    """Score texts: perplexity and log-probabilities, of the base model and of adapters, in one pass over the weights.
+
+    DATA is what `slowft finetune --data` takes. Tokens that training would count are scored (with --mask-prompt, those
+    of the last answer), but for the padding token that mlx-lm counts after each sample.
+
+    Lines of {"question": ..., "choices": [...], "answer": number or text} are multiple choice: accuracy by the answers'
+    log-probabilities, and by those a character. Lines of {"question": ..., "answer": ...} are exact match: whether
+    greedy decoding would begin with the answer. With --judge, lines of {"prompt": ...} or {"messages": ...} ask for a
+    mark, which is the mean of the marks by their probabilities: nothing is generated, nothing is parsed.
+
+    Example:
+
+        slowft score --model Qwen/Qwen3-0.6B --data my-data --adapter-path adapters --memory 2GB
+    """
+    from ..training.config import load_config
+
+    settings, _ = load_config(None, options)
+    if settings.model is None:
+        raise click.UsageError("no model given. Use --model with a directory or a hub id such as Qwen/Qwen3-0.6B")
+    if settings.data is None:
+        raise click.UsageError("no data given. Use --data with a file, or with a folder that holds test.jsonl")
+    from ..inference.job import ScoreJob
+
+    report = make_report(as_json)
+    with warnings_noted(report):
+        job = ScoreJob(settings, _named(adapters), split, judge, plain, report)
+        try:
+            begin = time.perf_counter()
+            with _bar(report, job.n_visits) as on_visit:
+                result = job.run(on_visit)
+            work = job.work() | {"seconds": time.perf_counter() - begin}
+            if as_json:
+                for sample in job.samples(result):
+                    _print_json("sample", sample)
+                _print_json("score", {"kind": job.kind, "scores": job.summary(result)} | work)
+            else:
+                _print_table(job.kind, job.summary(result), work)
+        finally:
+            job.close()
+
+
+def _named(adapters: tuple[str, ...]) -> dict[str, str]:
+    """The directories by name, as [NAME=]DIR says."""
+    from pathlib import Path
+
+    from ..errors import ConfigError
+
+    named: dict[str, str] = {}
+    for given in adapters:
+        name, equals, directory = given.partition("=")
+        if not equals or "/" in name:  # a path may have an equals sign in it
+            name, directory = Path(given).expanduser().resolve().name, given
+        if not name or not directory:
+            raise ConfigError(f"--adapter-path {given}: give DIR or NAME=DIR")
+        if name in named:
+            raise ConfigError(f"two adapters are named {name}. Name them: --adapter-path NAME=DIR")
+        named[name] = directory
+    return named
+
+
+@contextmanager
+def _bar(report, total: int):
+    """A bar of the blocks that are still to be computed, once that has taken two seconds."""
+    begin, done, bar, advance = time.perf_counter(), 0, None, None
+
+    def on_visit(n: int) -> None:
+        nonlocal done, bar, advance
+        done += n
+        if bar is None and time.perf_counter() - begin > 2:
+            bar = report.evaluating(total)
+            advance, n = bar.__enter__(), done
+        for _ in range(n if advance else 0):
+            advance()
+
+    try:
+        yield on_visit
+    finally:
+        if bar is not None:
+            bar.__exit__(None, None, None)
+
+
+def _print_json(event: str, fields: dict) -> None:
+    click.echo(json.dumps({"event": event} | _finite(fields)))
+
+
+def _finite(value):
+    """The same with null for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+COLUMNS = {
+    "texts": ("perplexity", "±", "log-probability", "±", "tokens", "exact"),
+    "choices": ("accuracy", "±", "by length", "±", "exact", "±"),
+    "answers": ("exact", "±", "log-probability"),
+    "marks": ("mean mark", "±", "on marks"),
+}
+KEYS = {
+    "texts": ("perplexity", "perplexity_stderr", "log_probability", "log_probability_stderr", "tokens", "exact"),
+    "choices": ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "exact", "exact_stderr"),
+    "answers": ("exact", "exact_stderr", "log_probability"),
+    "marks": ("mark", "mark_stderr", "share"),
+}
+
+
+def _print_table(kind: str, summary: dict[str, dict[str, float]], work: dict[str, float]) -> None:
+    width = max(len(name) for name in summary) + 2
+    click.echo(" " * width + "".join(f"{column:>17}" for column in COLUMNS[kind]))
+    for name, values in summary.items():
+        cells = [values[key] for key in KEYS[kind]]
+        click.echo(f"{name:<{width}}" + "".join(f"{c:>17,}" if isinstance(c, int) else f"{c:>17.4f}" for c in cells))
+    click.echo(
+        f"{work['samples']:,} samples in {work['seconds']:.1f} s; {work['read_gb']:.2f} GB read, which is the model "
+        f"{work['readings']:.2f} times, {work['samples'] / max(work['readings'], 1e-9):,.0f} samples a reading; peak "
+        f"memory {work['peak_memory']:.2f} GB"
+    )

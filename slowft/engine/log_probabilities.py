@@ -1,0 +1,112 @@
+"""From logits to the log-probabilities that are asked for: of targets, of the most probable tokens, of given tokens.
+
+Comes in: a function that gives logits of some targets, and which of them count. Goes out: NumPy arrays. Logits exist
+a chunk of tokens at a time, and only of tokens that count.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from .cores import by_rows
+
+WHOLE_PIECES = 4  # in which logits that all exist are looked at, so that what is made of them takes less than they do
+TOP_SHARE = 3  # of the tokens that are computed at once, one in so many where a partition of all logits is made too
+
+_log_softmax = by_rows(nn.log_softmax)
+_argmax = by_rows(lambda logits: mx.argmax(logits, axis=-1))
+
+
+@dataclass(frozen=True)
+class LogProbabilities:
+    """What a model holds for probable at the targets that count, row after row; NumPy arrays.
+
+    Attributes:
+        per_row: int64 `[B]`, how many targets of each row count; n is their sum.
+        target: float32 `[n]`, log-probability of each target.
+        is_greedy: bool `[n]`, whether it is the most probable token.
+        top_ids, top: int32 and float32 `[n, k]`, the k most probable tokens, the most probable first.
+        of_tokens: float32 `[n, m]`, of the m token ids that were asked for.
+    """
+
+    per_row: np.ndarray
+    target: np.ndarray
+    is_greedy: np.ndarray
+    top_ids: np.ndarray
+    top: np.ndarray
+    of_tokens: np.ndarray
+
+    def rows(self) -> "list[LogProbabilities]":
+        """Each row's own."""
+        ends = np.cumsum(self.per_row)[:-1]
+        parts = zip(self.per_row.reshape(-1, 1), *(np.split(array, ends) for array in self._arrays()[1:]))
+        return [LogProbabilities(*part) for part in parts]
+
+    @classmethod
+    def joined(cls, parts: "Sequence[LogProbabilities]") -> "LogProbabilities":
+        return cls(*(np.concatenate(arrays) for arrays in zip(*(part._arrays() for part in parts))))
+
+    def _arrays(self) -> list[np.ndarray]:
+        return [getattr(self, field.name) for field in fields(self)]
+
+
+def log_probabilities(
+    logits_of: Callable[[np.ndarray], mx.array],
+    targets: mx.array,
+    mask: mx.array,
+    chunk_tokens: int,
+    top_k: int,
+    token_ids: Sequence[int],
+) -> LogProbabilities:
+    """Log-probabilities at the targets in `mask`, as mlx-lm's evaluate.py computes them: log_softmax in float32.
+
+    Args:
+        logits_of: of numbers among all `B * T` targets, their logits `[n, V]`, unevaluated.
+        targets, mask: `[B, T]`.
+        chunk_tokens: the most tokens whose logits are asked for at once.
+    """
+    is_counted = np.asarray(mask)
+    counted, flat, asked = np.flatnonzero(is_counted), targets.reshape(-1), mx.array(list(token_ids), mx.int32)
+    found: list[list[np.ndarray]] = []
+    step = max(1, chunk_tokens // TOP_SHARE) if top_k else chunk_tokens
+    for start in range(0, len(counted), step):
+        chunk = counted[start : start + step]
+        logits = logits_of(chunk).astype(mx.float32)
+        each = _log_softmax(logits)
+        wanted = flat[mx.array(chunk)][:, None]
+        k = min(top_k, logits.shape[-1])
+        ids = _top(each, k) if k else mx.zeros((len(chunk), 0), mx.uint32)
+        at = [wanted, ids, mx.broadcast_to(asked, (len(chunk), len(token_ids)))]
+        values = [mx.take_along_axis(each, indices, axis=-1) for indices in at]
+        is_greedy = _argmax(logits) == wanted[:, 0]
+        mx.eval(values, ids, is_greedy)  # so that the next chunk's logits take the place of these
+        target, top, of_tokens = (np.array(value) for value in values)
+        ids, is_greedy = np.array(ids).astype(np.int32), np.array(is_greedy)
+        order = np.lexsort((ids, -top))
+        top, ids = np.take_along_axis(top, order, -1), np.take_along_axis(ids, order, -1)
+        found.append([target[:, 0], is_greedy, ids, top, of_tokens])
+    if not found:
+        empty = np.zeros((0, top_k), np.int32), np.zeros((0, top_k), np.float32)
+        of_none = np.zeros((0, len(token_ids)), np.float32)
+        found = [[np.zeros(0, np.float32), np.zeros(0, bool), *empty, of_none]]
+    return LogProbabilities(is_counted.sum(axis=1), *(np.concatenate(parts) for parts in zip(*found)))
+
+
+def of_whole_logits(
+    logits: mx.array, targets: mx.array, mask: mx.array, top_k: int, token_ids: Sequence[int]
+) -> LogProbabilities:
+    """`log_probabilities` of logits `[B, T, V]` that all exist."""
+    flat = logits.reshape(-1, logits.shape[-1])
+
+    def logits_of(numbers: np.ndarray) -> mx.array:
+        return flat[mx.array(numbers)]
+
+    return log_probabilities(logits_of, targets, mask, -(-len(flat) // WHOLE_PIECES), top_k, token_ids)
+
+
+def _top(values: mx.array, k: int) -> mx.array:
+    """Ids of the k largest of each row, in no order."""
+    return by_rows(lambda part: mx.argpartition(part, kth=-k, axis=-1)[:, -k:])(values)

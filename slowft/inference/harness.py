@@ -1,0 +1,148 @@
+"""The model class for lm-evaluation-harness (`pip install 'slowft[lm-eval]'`), registered as `slowft` once imported.
+
+    python -m slowft.inference.harness --model slowft --model_args model=DIR,memory=2GB --tasks hellaswag
+
+is lm_eval's own command line, which finds no models outside of its package, with this module imported first. All
+requests of a task are scored together: each block is read once for as many as memory has room for.
+"""
+
+from typing import Any
+
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+
+from ..data.tokenizer import load_tokenizer
+from ..engine.budget import default_memory
+from ..engine.model import open_model
+from .generate import generate
+from .passes import Row, log_probabilities
+
+MAX_TOKENS = 256  # of an answer where the task says nothing: as in lm_eval's class for transformers
+
+
+@register_model("slowft")
+class SlowftLM(TemplateLM):
+    """A model that streams from disk.
+
+    Args:
+        model: a directory or hub id.
+        memory: a ceiling such as "2GB"; None: half of the machine's memory.
+        adapter_path: directory of an adapter.
+        max_length: tokens of a prompt and its answer; of longer ones the beginning is left out. None: no limit.
+        batch_size, max_batch_size, device: of lm_eval's command line, of no use here.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        memory: str | int | None = None,
+        adapter_path: str | None = None,
+        compute_dtype: str | None = None,
+        max_length: int | None = None,
+        trust_remote_code: bool = False,
+        batch_size: Any = None,
+        max_batch_size: Any = None,
+        device: Any = None,
+    ):
+        super().__init__()
+        memory = default_memory() if memory is None else memory
+        self._model = open_model(
+            model, memory, adapter_path, compute_dtype=compute_dtype, trust_remote_code=trust_remote_code
+        )
+        self.tokenizer = load_tokenizer(self._model.path, self._model.embedding_rows, trust_remote_code)
+        self._adapter, self._max_length = adapter_path is not None, max_length
+        self._model.budget.measure_anew()  # with the tokenizer in memory
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        begin = self.tokenizer.bos_token_id
+        return self.eot_token_id if begin is None else begin
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self._model.path).replace("/", "__")
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        return self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
+        """A text that begins with the begin token, as chat templates write it, gets no other."""
+        if add_special_tokens is None:
+            add_special_tokens = not (self.tokenizer.bos_token and string.startswith(self.tokenizer.bos_token))
+        return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens))
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **_) -> list[tuple[float, bool]]:
+        rows = [self._row([*context, *answer], len(context)) for _, context, answer in requests]
+        results = self._scores(rows)
+        for (pair, _, _), result in zip(requests, results):
+            self.cache_hook.add_partial("loglikelihood", pair, result)
+        return results
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+        """Each text whole, in one row; its first token is given, as in mlx-lm: the begin token where there is one.
+
+        With `max_length`, rows of so many tokens, each of which begins with the last token of the one before.
+        """
+        rows, texts = [], []
+        for i, request in enumerate(requests):
+            tokens = self.tok_encode(request.args[0])
+            step = (self._max_length or len(tokens) + 1) - 1
+            for start in range(0, max(len(tokens) - 1, 1), step):
+                rows.append(Row.answer(tokens[start : start + step + 1], 1))
+                texts.append(i)
+        totals = [0.0] * len(requests)
+        for i, (total, _) in zip(texts, self._scores(rows)):
+            totals[i] += total
+        return totals
+
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        """Greedily, or as the task says, until one of its stop texts; all prompts of one setting together."""
+        results = [""] * len(requests)
+        alike: dict[tuple, list[int]] = {}
+        for i, request in enumerate(requests):
+            asked = request.args[1]
+            until = asked.get("until") or []
+            temp = asked.get("temperature", 0.0) if asked.get("do_sample") else 0.0
+            stop = (until,) if isinstance(until, str) else tuple(until)
+            alike.setdefault((asked.get("max_gen_toks", MAX_TOKENS), stop, temp), []).append(i)
+        for (max_tokens, stop, temp), numbers in alike.items():
+            prompts = [self._prompt(requests[i].args[0], max_tokens) for i in numbers]
+            options = {"max_tokens": max_tokens, "stop": [text for text in stop if text], "temp": temp}
+            answers = generate(self._model, prompts, tokenizer=self.tokenizer, adapter=self._adapter, **options)
+            for answer in answers:
+                results[numbers[answer.number]] = answer.text
+                self.cache_hook.add_partial("generate_until", requests[numbers[answer.number]].args, answer.text)
+        return results
+
+    def _prompt(self, text: str, max_tokens: int) -> list[int]:
+        """As much of the prompt's end as leaves room for the answer."""
+        tokens = self.tok_encode(text)
+        return tokens if self._max_length is None else tokens[-max(self._max_length - max_tokens, 1) :]
+
+    def _row(self, tokens: list[int], n_prompt: int) -> Row:
+        """The answer after as much of the prompt's end as there is room for."""
+        over = 0 if self._max_length is None else min(max(len(tokens) - self._max_length, 0), n_prompt - 1)
+        return Row.answer(tokens[over:], n_prompt - over)
+
+    def _scores(self, rows: list[Row]) -> list[tuple[float, bool]]:
+        """(log-probability, whether greedy decoding gives it) of each row's answer; an empty one is certain."""
+        results = [(0.0, True)] * len(rows)
+        numbers = [i for i, row in enumerate(rows) if row.n_counted]
+        for i, _, found in log_probabilities(self._model, [rows[i] for i in numbers], [self._adapter]):
+            results[numbers[i]] = float(found.target.sum()), bool(found.is_greedy.all())
+        return results
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()

@@ -1,0 +1,224 @@
+"""What `slowft score` does behind its options: open, read the samples, see what they are, score, sum up.
+
+Comes in: a `TrainConfig` of the options that training has too, adapters, what kind of scoring is asked for. Goes out:
+plain values by sample and by adapter. Whatever can be found wrong is looked for in the order of its cost.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from ..data.datasets import load_data
+from ..data.files import SPLITS, Source, find
+from ..data.tokenizer import load_tokenizer
+from ..engine.budget import default_memory
+from ..engine.model import open_model
+from ..errors import ConfigError, DataError
+from . import questions, score
+from .passes import Row, n_visits
+
+SPLIT_ORDER = ("test", "valid", "train")
+
+
+class ScoreJob:
+    """One scoring. `kind` is "texts", "choices", "answers" or "marks".
+
+    Args:
+        settings: a `TrainConfig`: `model`, `data`, `memory` and what samples are read and rendered by.
+        adapters: directories by name.
+        split: of a folder; None: test, else valid, else train.
+        judge: marks such as "1-5", if samples ask for one.
+        plain: prompts of questions are not written by the chat template.
+        report: is told notes, and of tokenising.
+    """
+
+    def __init__(
+        self, settings: Any, adapters: Mapping[str, str], split: str | None, judge: str | None, plain: bool, report: Any
+    ):
+        self._marks = None if judge is None else questions.parse_marks(judge)
+        sources, notes = find(settings.data, settings)
+        self._split, source = _of_split(settings.data, sources, split)
+        first = next(iter(source.read()), None)
+        if first is None:
+            raise DataError(f"{settings.data} has no samples in its {self._split} set. Write one a line")
+        is_question = questions.is_question(first.sample)
+        self.kind = "marks" if self._marks else "texts"
+        if is_question and not self._marks:
+            self.kind = "choices" if "choices" in first.sample else "answers"
+        _refuse_needless(self.kind, settings, plain)
+        memory = default_memory() if settings.memory is None else settings.memory
+        self.model = open_model(
+            settings.model,
+            memory,
+            compute_dtype=settings.compute_dtype,
+            trust_remote_code=settings.trust_remote_code,
+        )
+        try:
+            self._variants = score.load_variants(self.model, adapters)
+            tokenizer = load_tokenizer(
+                self.model.path, self.model.embedding_rows, settings.trust_remote_code, settings.chat_template
+            )
+            for note in notes:
+                report.note(note)
+            if self.kind == "texts":
+                self._rows, self._places = _texts(settings, tokenizer, self._split, self.model, report)
+            else:
+                prompts = questions.Prompts(tokenizer, False if plain else None)
+                self._read_questions(source, prompts, settings.max_seq_length)
+            self.model.budget.measure_anew()  # with tokenizer and samples in memory
+        except BaseException:
+            self.model.close()
+            raise
+        self._n_read = self.model.stats.total.bytes_read
+
+    def _read_questions(self, source: Source, prompts: questions.Prompts, max_tokens: int) -> None:
+        if self.kind == "marks":
+            read = questions.to_judge(source.read(), prompts, self._marks, max_tokens)
+            self._rows, self._places, self._mark_ids = read
+            return
+        self._questions = questions.questions(_of_one_kind(source, self.kind), prompts, max_tokens)
+        self._places = [question.where for question in self._questions]
+        self._rows: list[Row] = list(itertools.chain.from_iterable(question.rows for question in self._questions))
+
+    @property
+    def n_visits(self) -> int:
+        """The sum of what `run` calls `on_visit` with."""
+        return n_visits(self.model, self._rows, list(self._variants))
+
+    def run(self, on_visit: Callable[[int], object] = lambda n: None) -> dict[str, Any]:
+        """Scores of all samples, by the adapter's name."""
+        if self.kind == "texts":
+            return score.score_rows(self.model, self._rows, self._places, self._variants, on_visit=on_visit)
+        if self.kind == "marks":
+            what = self._rows, self._places, self._marks, self._mark_ids
+            return questions.judge(self.model, *what, self._variants, on_visit)
+        return questions.choose(self.model, self._questions, self._variants, on_visit)
+
+    def samples(self, result: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Of each sample, where it came from and its scores by the adapter's name."""
+        for i, place in enumerate(self._places):
+            of_sample = {
+                name: _of_sample(self.kind, (found.samples if self.kind == "texts" else found)[i])
+                for name, found in result.items()
+            }
+            yield {"where": place, "scores": of_sample}
+
+    def summary(self, result: dict[str, Any]) -> dict[str, dict[str, float]]:
+        """Of all samples, by the adapter's name."""
+        return {name: _SUMMARIES[self.kind](found) for name, found in result.items()}
+
+    def work(self) -> dict[str, float]:
+        """What it took: samples, bytes read, how many times the model's size that is, peak memory."""
+        total = self.model.stats.total
+        n_read = total.bytes_read - self._n_read
+        return {
+            "samples": len(self._places),
+            "read_gb": n_read / 1e9,
+            "readings": n_read / self.model.nbytes_on_disk,
+            "peak_memory": self.model.stats.total.peak_memory / 1e9,
+        }
+
+    def close(self) -> None:
+        self.model.close()
+
+
+def _of_split(data: Any, sources: dict[str, Source], split: str | None) -> tuple[str, Source]:
+    found = split or next((name for name in SPLIT_ORDER if sources[name]), SPLITS[0])
+    if not sources[found]:
+        there = ", ".join(name for name in SPLITS if sources[name]) or "nothing"
+        raise ConfigError(f"{data} has no {found} set: there is {there}. Leave out --split {found}")
+    return found, sources[found]
+
+
+def _refuse_needless(kind: str, settings: Any, plain: bool) -> None:
+    """Options without effect on this kind of samples."""
+    if kind == "texts" and plain:
+        raise ConfigError("--plain has no effect on texts: it is about the prompts of questions. Leave it out")
+    given = {"--mask-prompt": settings.mask_prompt, "--train-on": settings.train_on}
+    given["--skip-bad-samples"] = settings.skip_bad_samples
+    for name, value in given.items():
+        if value and kind != "texts":
+            raise ConfigError(f"{name} has no effect on {kind}: only what answers a prompt is scored. Leave it out")
+
+
+def _texts(settings: Any, tokenizer: Any, split: str, model: Any, report: Any) -> tuple[list[Row], list[str]]:
+    loaded = load_data(settings.data, tokenizer, settings, [split], model.embedding_rows, report.progress)
+    dataset = dict(zip(SPLITS, loaded))[split]
+    if not len(dataset):
+        raise DataError(f"{settings.data} has no {split} samples")
+    if dataset.n_cut:
+        report.note(
+            f"Warning: {dataset.n_cut} of {len(dataset)} {split} samples are cut to {settings.max_seq_length} tokens"
+        )
+    return score.rows_of(dataset)
+
+
+def _of_one_kind(source: Source, kind: str) -> Iterator:
+    """The samples; one of another kind than the first is bad."""
+    for found in source.read():
+        if not found.reason and ("choices" in found.sample) != (kind == "choices"):
+            found.reason = f"has {'no ' if kind == 'choices' else ''}choices, unlike the first sample"
+        yield found
+
+
+# --- Plain values -------------------------------------------------------------------------------------
+
+
+def _of_sample(kind: str, found: Any) -> dict[str, Any]:
+    if kind == "texts":
+        return {
+            "tokens": found.tokens,
+            "log_probability": found.total,
+            "perplexity": found.perplexity,
+            "exact": found.is_exact,
+            "log_probabilities": [round(float(value), 6) for value in found.log_probabilities],
+        }
+    if kind == "marks":
+        return {"mark": found.value, "share": found.share, "probabilities": found.probabilities}
+    of_answer = {"exact": found.is_exact, "log_probabilities": found.totals}
+    if kind == "answers":
+        return of_answer
+    chosen = {"chosen": found.chosen, "chosen_by_length": found.chosen_by_length}
+    return chosen | {"acc": found.is_right, "acc_norm": found.is_right_by_length} | of_answer
+
+
+def _of_texts(found: score.Score) -> dict[str, float]:
+    return {
+        "perplexity": found.perplexity,
+        "perplexity_stderr": found.perplexity_error,
+        "log_probability": found.mean,
+        "log_probability_stderr": found.standard_error,
+        "tokens": found.tokens,
+        "samples": len(found.samples),
+        "exact": found.exact,
+    }
+
+
+def _of_choices(found: list[questions.QuestionScore]) -> dict[str, float]:
+    shares = {"acc": [q.is_right for q in found], "acc_norm": [q.is_right_by_length for q in found]}
+    shares["exact"] = [q.is_exact for q in found]
+    result: dict[str, float] = {}
+    for name, values in shares.items():
+        result[name], result[f"{name}_stderr"] = questions.share(values)
+    return result | {"samples": len(found)}
+
+
+def _of_answers(found: list[questions.QuestionScore]) -> dict[str, float]:
+    exact, error = questions.share([q.is_exact for q in found])
+    mean = sum(q.totals[0] for q in found) / len(found)
+    return {"exact": exact, "exact_stderr": error, "log_probability": mean, "samples": len(found)}
+
+
+def _of_marks(found: list[questions.Mark]) -> dict[str, float]:
+    n, mean = len(found), sum(mark.value for mark in found) / len(found)
+    variance = sum((mark.value - mean) ** 2 for mark in found) / (n - 1) if n > 1 else math.nan
+    return {
+        "mark": mean,
+        "mark_stderr": math.sqrt(variance / n),
+        "share": sum(mark.share for mark in found) / n,
+        "samples": n,
+    }
+
+
+_SUMMARIES = {"texts": _of_texts, "choices": _of_choices, "answers": _of_answers, "marks": _of_marks}

@@ -1,0 +1,108 @@
+"""Rows of tokens through an opened model, as many at a time as memory has room for, with several adapters in one pass.
+
+Comes in: rows, each with the tokens that count in it. Goes out: log-probabilities of each row with each adapter, as
+passes find them. Knows nothing of texts.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from ..data.batches import PADDING
+from ..engine.log_probabilities import LogProbabilities
+from ..engine.model import MicroBatch, StreamedModel
+
+# Tokens of a micro-batch: with so many, products of matrices run at full speed, while hidden states of other
+# micro-batches, not the computation of this one, take most of the memory.
+BATCH_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Row:
+    """Tokens, and pairs (first, last) of those that count, numbered from 0; the token at 0 has no probability."""
+
+    tokens: Sequence[int]
+    pairs: Sequence[tuple[int, int]]
+
+    @classmethod
+    def answer(cls, tokens: Sequence[int], n_prompt: int) -> "Row":
+        """In which all tokens count but the first `n_prompt`."""
+        return cls(tokens, [(n_prompt, len(tokens) - 1)])
+
+    @property
+    def n_counted(self) -> int:
+        n = len(self.tokens)
+        return sum(max(0, min(last, n - 1) - max(first, 1) + 1) for first, last in self.pairs)
+
+
+def log_probabilities(
+    model: StreamedModel,
+    rows: Sequence[Row],
+    adapters: Sequence[bool | str] = (False,),
+    top_k: int = 0,
+    token_ids: Sequence[int] = (),
+    on_visit: Callable[[int], object] = lambda n: None,
+) -> Iterator[tuple[int, bool | str, LogProbabilities]]:
+    """(number of a row, adapter, its log-probabilities) of every row with every adapter, the longest rows first.
+
+    Args:
+        rows: each has at least one token that counts.
+        adapters: False, none; True, the attached one; names of those that were added.
+        top_k, token_ids, on_visit: see `StreamedModel.log_probabilities`.
+    """
+    together = batches_of([len(row.tokens) for row in rows])
+    micro_batches = []
+    for numbers in together:
+        batch = _padded([rows[number] for number in numbers])
+        micro_batches += [MicroBatch(*batch, adapter) for adapter in adapters]
+    was_training = model.training
+    model.eval()  # no dropout, whatever the model was doing before
+    try:
+        found = model.log_probabilities(micro_batches, top_k, token_ids, on_visit) if micro_batches else iter(())
+        for numbers in together:
+            for adapter in adapters:
+                for number, of_row in zip(numbers, next(found).rows()):
+                    yield number, adapter, of_row
+    finally:
+        model.train(was_training)
+
+
+def n_visits(model: StreamedModel, rows: Sequence[Row], adapters: Sequence[bool | str]) -> int:
+    """How often a block is computed for a micro-batch in `log_probabilities`: the sum of what it tells `on_visit`."""
+    return len(batches_of([len(row.tokens) for row in rows])) * len(adapters) * len(model.engine.cut.order)
+
+
+def batches_of(lengths: Sequence[int]) -> list[list[int]]:
+    """Which rows go together, of like length, the longest first.
+
+    No micro-batch has more tokens, padding included, than that of the longest row.
+    """
+    order = np.argsort(-np.asarray(lengths, np.int64), kind="stable").tolist()
+    batches: list[list[int]] = []
+    limit = 0
+    while order:
+        tokens = _targets(lengths[order[0]])
+        limit = limit or max(tokens, BATCH_TOKENS // tokens * tokens)
+        n = limit // tokens
+        batches.append(order[:n])
+        order = order[n:]
+    return batches
+
+
+def _targets(n_tokens: int) -> int:
+    """Targets in a row of a batch whose longest row has so many tokens: few widths, so that buffers are used again."""
+    return max(1, -(-(n_tokens - 1) // PADDING)) * PADDING
+
+
+def _padded(rows: Sequence[Row]) -> tuple[mx.array, mx.array]:
+    """(token ids `[B, T+1]`, lengths `[B, 2n]`); pairs that a row has not count nothing."""
+    ids = np.zeros((len(rows), _targets(max(len(row.tokens) for row in rows)) + 1), np.int32)
+    lengths = np.tile(np.array([1, 0], np.int32), (len(rows), max(len(row.pairs) for row in rows)))
+    for i, row in enumerate(rows):
+        n = len(row.tokens)
+        ids[i, :n] = row.tokens
+        within = [(max(first, 1), min(last, n - 1)) for first, last in row.pairs]
+        lengths[i, : 2 * len(within)] = np.array(within, np.int32).reshape(-1)
+    return mx.array(ids), mx.array(lengths)
