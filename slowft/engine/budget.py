@@ -134,7 +134,7 @@ class Budget:
         if self._experience.knows(plan.job):
             plan = planner.choose(self._usable(self.memory))
         self._follow(plan)
-        self._shape, self._steps_measured = shape, 0
+        self._shape, self._passes_shape, self._steps_measured = shape, ((), 0), 0
         self._engine.peaks_known.clear()
         return plan
 
@@ -220,7 +220,7 @@ class Budget:
         prompts = _most(rows, lambda n: n == 1 or n * 2 * self._hidden(wave.tokens) <= memory // 8 and fits(rows, n))
         plan = planner(rows, prompts).forward_only(memory)
         self._follow(plan)
-        self._shape = (0, 0, 0)  # a step of training is planned anew
+        self._shape, self._passes_shape = (0, 0, 0), ((), 0)  # training and evaluation are planned anew
         return rows, prompts, plan
 
     def predict_decoding(self, rows: int, plan: Plan) -> Plan:
