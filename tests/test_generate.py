@@ -324,8 +324,8 @@ def test_impossible_settings_are_refused(llama_with_tokenizer, arguments, messag
 # --- Memory ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spills", [False, True])
-def test_a_model_larger_than_its_memory_generates_within_it(tmp_path, spills):
+def test_a_model_larger_than_its_memory_generates_within_it(tmp_path):
+    """Rows' keys and values first in memory, then, of longer texts, on disk."""
     if why := cgroup.why_unavailable():
         must_run(why)
     shape = LLAMA | {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "num_key_value_heads": 2}
@@ -338,15 +338,17 @@ from test_generate import NoTokenizer, KeyValues
 import numpy as np
 memory = int(sys.argv[1])
 model = slowft.open_model({str(path)!r}, memory=memory)
-prompts = [np.random.default_rng(i).integers(1, 250, 20 + {300 * spills} * (i == 3)).tolist() for i in range(24)]
-run = slowft.generate(model, prompts, tokenizer=NoTokenizer(), max_tokens=5, kept=KeyValues(spill_kv={spills}))
-print(run.wave, len(list(run)), model.nbytes_on_disk, run.plan.peak_nbytes)
+for spills in (False, True):
+    prompts = [np.random.default_rng(i).integers(1, 250, 20 + 300 * spills * (i == 3)).tolist() for i in range(16)]
+    run = slowft.generate(model, prompts, tokenizer=NoTokenizer(), max_tokens=4, kept=KeyValues(spill_kv=spills))
+    print(run.wave, len(list(run)), model.nbytes_on_disk, run.plan.peak_nbytes)
 """
     memory = 290_000_000
     done, peak = cgroup.run([sys.executable, "-c", code, str(memory)], memory)
     assert done.returncode == 0, done.stderr[-2000:]
-    wave, n, nbytes, planned = map(int, done.stdout.split())
-    assert n == 24 and 4 < wave <= 24
-    assert 2 * nbytes > memory  # in float32, as it is computed with, it does not fit
+    for line in done.stdout.splitlines():
+        wave, n, nbytes, planned = map(int, line.split())
+        assert n == 16 and 4 < wave <= 16
+        assert 2 * nbytes > memory  # in float32, as it is computed with, it does not fit
+        assert planned <= memory
     assert peak <= memory
-    assert planned <= memory
