@@ -143,6 +143,29 @@ def test_sampling_has_mlx_lms_distribution():
     assert chi_square < 27.9 * 1.05  # 0.1% of 9 degrees of freedom, and the reference's own noise
 
 
+class Four(Depth):
+    """Whatever was measured."""
+
+    def choose(self, n_rows):
+        return 4
+
+
+def test_as_many_tokens_are_guessed_as_make_the_most_of_a_reading():
+    """By the formula: a pass takes as long as reading, or as computing its tokens; acceptance is measured."""
+    depth = Depth()
+    assert depth.choose(1) == 4  # nothing is known yet
+    depth.passed(1.0, 0.9, 1)  # 0.1 s a token, hidden in a second of reading
+    for _ in range(100):
+        depth.checked(9, 10)
+    assert abs(depth.acceptance - 0.9) < 0.02
+    tokens = {k: (1 - depth.acceptance ** (k + 1)) / (1 - depth.acceptance) for k in (0, 1, 2, 4, 8, 16)}
+    best = max(tokens, key=lambda k: tokens[k] / max(1.0, 0.1 * (k + 1)))
+    assert depth.choose(1) == best == 8
+    assert depth.choose(32) == 0  # thirty-two rows fill the reading without any draft
+    depth.drafted(5.0, 1)  # five seconds for one token
+    assert depth.choose(1) == 0
+
+
 def test_a_draft_model_changes_no_token_and_saves_passes(tiny):
     path, reference, model = tiny
     from slowft.inference.drafts import DraftModel
@@ -151,7 +174,7 @@ def test_a_draft_model_changes_no_token_and_saves_passes(tiny):
         chooser = Chooser(sampling.sampler(), [], sampling.seed, sampling.is_greedy)
         plain = waves(model, 2, sampling)
         expected = generated(plain)
-        drafted = waves(model, 2, sampling, drafter=DraftModel(reference, chooser), depth=Depth(4))
+        drafted = waves(model, 2, sampling, drafter=DraftModel(reference, chooser), depth=Four())
         assert generated(drafted) == expected
         assert drafted.passes < 0.6 * plain.passes  # the same model guesses right
 
