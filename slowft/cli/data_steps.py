@@ -64,7 +64,7 @@ def make(recipe, output, memory, example, as_json):
         wanted = replace(wanted, memory=memory)
     report = make_report(as_json)
     with warnings_noted(report):
-        counts = make(wanted, report, file)
+        counts = make(wanted, report)
     folder, rows = wanted.path(wanted.output), counts[-1].about["rows"]
     if as_json:
         steps = {one.name: one.as_dict() | {"was_done": one.was_done} for one in counts}
@@ -101,7 +101,7 @@ def dedup(files, output, left_out, on, threshold, words, as_json):
 
     with _step("dedup", files, output, left_out, as_json) as do:
         options = {"on": on, "threshold": threshold, "words": words}
-        do(lambda reading: filters.without_duplicates(reading, on, threshold, words), options)
+        do(lambda reading, seen: filters.without_duplicates(reading, on, threshold, words, seen), options)
 
 
 @click.command()
@@ -142,7 +142,7 @@ def check(files, output, left_out, against, words, answers_are_json, as_json, **
     given = listed | {"json": rules.json, "words": words}
     given["files"] = [steps.digest(Path(name)) for name in own if Path(name).is_file()]
 
-    def found(reading):
+    def found(reading, _):
         if not others:
             return filters.by_rules(reading(), rules, Path())
         texts = contamination.Texts(rows.read(others), words)
@@ -240,6 +240,7 @@ def convert(files, output, to, as_json):
 @contextmanager
 def _step(name: str, files, output: str, left_out: str | None, as_json: bool, others=()):
     """A step over files, which the function that this gives does."""
+    from ..reports.base import late
     from ..synthesis import rows, steps
 
     report, file = make_report(as_json), Path(output).expanduser()
@@ -250,7 +251,8 @@ def _step(name: str, files, output: str, left_out: str | None, as_json: bool, ot
         def work(counts, outs):
             total = sum(rows.count(file) for file in inputs if file.is_file())
             kept, *rest = outs
-            steps.sift(found(lambda: rows.read(inputs)), counts, kept, rest[0] if rest else None, report, total)
+            reading = found(lambda: rows.read(inputs), lambda listed: late(report, listed, "Comparing", total))
+            steps.sift(reading, counts, kept, rest[0] if rest else None, report, total)
 
         counts = steps.run(name, _manifest(file), [*inputs, *others], outputs, options, work)
         _tell(counts, report, as_json)

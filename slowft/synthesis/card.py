@@ -42,7 +42,7 @@ WHAT_STEPS_DO = {
 }
 
 
-def text(recipe: Recipe, counts: Sequence[Counts], files: dict[str, Path], recipe_file: Path | None) -> str:
+def text(recipe: Recipe, counts: Sequence[Counts], files: dict[str, Path]) -> str:
     """Args: files: by split, and by preferences/split."""
     name = recipe.card.name or recipe.path(recipe.output).name
     parts = [header(recipe, files), f"# {name}\n"]
@@ -54,9 +54,8 @@ def text(recipe: Recipe, counts: Sequence[Counts], files: dict[str, Path], recip
     parts.append("## Steps\n\n" + table(counts))
     parts.append("## Models\n\n" + models(recipe))
     parts.append("## Prompts\n\n" + prompts(recipe))
+    parts.append("## Settings\n\n" + settings(recipe))
     parts.append("## Examples\n\n" + examples(recipe, files["train"]))
-    if recipe_file is not None:
-        parts.append("## Recipe\n\n" + fenced(recipe_file.read_text("utf-8"), "yaml"))
     return "\n".join(parts)
 
 
@@ -138,15 +137,29 @@ def prompts(recipe: Recipe) -> str:
         parts.append(fenced(recipe.judge.prompt))
         if recipe.judge.pairs:
             parts.append(fenced(recipe.judge.pair_prompt))
-    parts.append("### Sampling\n")
-    for title, settings in (("Questions", recipe.questions), ("Answers", recipe.answers)):
-        usual = {f.name: f.default for f in fields(settings)}
+    return "\n".join(parts)
+
+
+def settings(recipe: Recipe) -> str:
+    """How was generated and left out, as in the recipe; of files, the names alone."""
+    parts = []
+    for title, how in (("Questions", recipe.questions), ("Answers", recipe.answers)):
+        usual = {f.name: f.default for f in fields(how)}
         given = {
-            name: v
-            for name, v in asdict(settings).items()
-            if v and (v != usual[name] or name in ("temp", "max_tokens"))
+            name: v for name, v in asdict(how).items() if v and (v != usual[name] or name in ("temp", "max_tokens"))
         }
-        parts.append(f"{title}: `{json.dumps(given | {'seed': settings.seed}, ensure_ascii=False)}`\n")
+        parts.append(f"{title}: `{json.dumps(given | {'seed': how.seed}, ensure_ascii=False)}`\n")
+    parts.append(f"Random seed: {recipe.seed}\n")
+    for title, given in (
+        ("Rules", recipe.rules),
+        ("Duplicates", recipe.duplicates),
+        ("Contamination", recipe.contamination),
+        ("Split", recipe.split),
+    ):
+        shown = {name: value for name, value in asdict(given).items() if value not in (None, [])}
+        if "files" in shown:
+            shown["files"] = [Path(file).name for file in shown["files"]]
+        parts.append(f"{title}: `{json.dumps(shown, ensure_ascii=False)}`\n")
     return "\n".join(parts)
 
 

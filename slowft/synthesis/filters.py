@@ -20,9 +20,20 @@ def by_rules(rows: Iterable[Row], rules: Rules, folder: Path) -> Found:
     return ((row, {}, why) for row, why in checked(rows, rules, folder))
 
 
-def without_duplicates(reading: Reading, on: str, threshold: float, words: int) -> Found:
-    """Args: on: "question", "answer" or "both", what of a row is compared."""
-    found = duplicates.find((compared(row, on) for row in reading()), threshold, words)
+def without_duplicates(
+    reading: Reading,
+    on: str,
+    threshold: float,
+    words: int,
+    watched: Callable[[Iterable[Row]], Iterable[Row]] = lambda rows: rows,
+) -> Found:
+    """Rows, but for those that say what an earlier one said.
+
+    Args:
+        on: "question", "answer" or "both", what of a row is compared.
+        watched: gives the same rows, and shows how far the comparison is.
+    """
+    found = duplicates.find((compared(row, on) for row in watched(reading())), threshold, words)
     originals = {duplicate.of for duplicate in found.values()}
     names: dict[int, Any] = {}
     for i, row in enumerate(reading()):

@@ -4,6 +4,7 @@ The generation is `slowft generate`'s: what is finished is in a file of its form
 with it.
 """
 
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
@@ -11,9 +12,10 @@ from typing import Any
 
 from ..errors import DataError
 from ..inference.prompts import Asked, Prompt
+from ..inference.results import SAME
 from ..inference.session import Session, Settings
 from .recipe import Recipe
-from .rows import OF_ANSWER, Row, lines, said, with_answer
+from .rows import OF_ANSWER, Row, lines, said, whole_lines, with_answer, written
 from .rules import Rules, checked
 from .seeds import filled
 
@@ -55,7 +57,7 @@ def write_questions(recipe: Recipe, rows: list[Row], into: Path, report: Any) ->
                 asked.append(_asked(session, row["id"], row["ask"]))
         if ends:
             session.settings = replace(session.settings, stop=[*session.settings.stop, *sorted(ends)])
-        session.answer_into(into, asked, report)
+        _answer_into(session, into, asked, report)
 
 
 def user_opening(tokenizer: Any, system: str = "") -> tuple[str, str]:
@@ -106,7 +108,7 @@ def write_answers(recipe: Recipe, rows: Iterable[Row], into: Path, report: Any) 
         asked = [
             _asked(session, name, _question(row)) for row in rows for name in answer_ids(row, recipe.answers.count)
         ]
-        session.answer_into(into, asked, report)
+        _answer_into(session, into, asked, report)
 
 
 def answer_ids(row: Row, count: int) -> list[str]:
@@ -139,6 +141,32 @@ def _told(row: Row) -> str | None:
     if "answer_prompt" not in row:
         return None
     return filled(row["answer_prompt"], question=row["messages"][-1]["content"], **row["put_in"])
+
+
+def _answer_into(session: Session, into: Path, asked: list[Asked], report: Any) -> None:
+    """Answer what is not answered yet. Answers that another recipe wanted are kept beside, in case that comes back."""
+    wanted = {json.dumps(one.id): one.prompt for one in asked}
+    about = json.loads(json.dumps({key: value for key, value in session.about().items() if key in SAME}))
+    beside = into.with_name(into.name.replace(".jsonl", ".unused.jsonl"))
+    used, unused, n_new = {}, [], 0
+    for file in (into, beside):
+        for line in whole_lines(file):
+            row = json.loads(line)
+            name = json.dumps(row["id"])
+            fits = name in wanted and row["prompt"] == wanted[name] and about.items() <= row.items()
+            if fits and name not in used:
+                used[name] = line
+                n_new += file is beside
+            else:
+                unused.append(line)
+                n_new += file is into
+    if n_new:
+        with written(beside, into, optional=[beside]) as (out_beside, out):
+            for line in unused:
+                out_beside.line(line)
+            for line in used.values():
+                out.line(line)
+    session.answer_into(into, asked, report)
 
 
 def _asked(session: Session, name: str, prompt: Prompt) -> Asked:

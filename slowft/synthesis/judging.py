@@ -22,6 +22,8 @@ from .recipe import Judge, Recipe
 from .rows import Row, answer_of, prompt_of, said
 from .seeds import filled
 
+LEAST_SHARE = 0.5  # of probability on marks, below which the judge did not understand what it is asked for
+
 
 def judge(recipe: Recipe, rows: Iterable[Row], report: Report) -> list[questions.Mark]:
     """Marks of what `asked` asks of the rows, in its order."""
@@ -39,7 +41,14 @@ def judge(recipe: Recipe, rows: Iterable[Row], report: Report) -> list[questions
         tokens, places, ids = questions.to_judge(prompts, questions.Prompts(tokenizer), marks, sys.maxsize)
         model.budget.measure_anew()  # with tokenizer and rows in memory
         with late_bar(report, n_visits(model, tokens, [False])) as on_visit:
-            return questions.judge(model, tokens, places, marks, ids, {BASE: False}, on_visit)[BASE]
+            found = questions.judge(model, tokens, places, marks, ids, {BASE: False}, on_visit)[BASE]
+        share = sum(mark.share for mark in found) / len(found)
+        if share < LEAST_SHARE:
+            report.note(
+                f"Warning: the judge would reply with a mark in only {100 * share:.0f}% of cases. Say in its prompt "
+                "that it shall reply with one number and nothing else"
+            )
+        return found
     finally:
         model.close()
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import DataError
 from ..models.loading import find_local
-from ..reports.base import Report
+from ..reports.base import Report, late
 from . import card, contamination, filters, generating, judging, seeds, steps
 from .convert import as_messages, as_preference
 from .recipe import Recipe
@@ -22,16 +22,14 @@ from .split import SPLITS
 PREFERENCES = "preferences"  # folder of prompt/chosen/rejected
 
 
-def make(recipe: Recipe, report: Report, file: Path | None = None) -> list[steps.Counts]:
+def make(recipe: Recipe, report: Report) -> list[steps.Counts]:
     """Make the data set, or what is missing of it.
 
-    Args:
-        file: the recipe's own, a copy of which goes beside the data.
     Raises:
         ConfigError, DataError: what the recipe says cannot be; names what.
         SlowftError: something cannot be read or written, or an own rule failed.
     """
-    return _Making(recipe, report).run(file)
+    return _Making(recipe, report).run()
 
 
 class _Making:
@@ -41,7 +39,7 @@ class _Making:
         self._folder = self._output / "steps"
         self._done: list[steps.Counts] = []
 
-    def run(self, recipe_file: Path | None) -> list[steps.Counts]:
+    def run(self) -> list[steps.Counts]:
         r = self._recipe
         rows = self._seeds()
         if any(seed.kind == "template" or (seed.kind != "requests" and seed.writes == "question") for seed in r.seeds):
@@ -62,7 +60,7 @@ class _Making:
             options = {"quotas": [[*topic, n] for topic, n in quotas.items()]}
             rows = self._sift("quotas", rows, options, lambda read: filters.within_quotas(read, quotas))
         files = self._split(rows)
-        self._card(files, recipe_file)
+        self._card(files)
         return self._done
 
     # --- Steps --------------------------------------------------------------------------------------
@@ -70,9 +68,11 @@ class _Making:
     def _seeds(self) -> Path:
         r = self._recipe
         inputs = [r.path(seed.file) for seed in r.seeds if seed.file]
-        for seed in r.seeds:
-            if seed.folder:
-                inputs += sorted(file for file in r.path(seed.folder).rglob("*") if file.is_file())
+        folders = [r.path(seed.folder) for seed in r.seeds if seed.folder]
+        listed = [(folder, file) for folder in folders for file in sorted(folder.rglob("*")) if file.is_file()]
+        inputs += [file for _, file in listed]
+        options = {"seeds": [asdict(seed) for seed in r.seeds], "seed": r.seed}
+        options["documents"] = [file.relative_to(folder).as_posix() for folder, file in listed]
 
         def work(counts: steps.Counts, outs: list[Out]) -> None:
             for row in seeds.rows(r):
@@ -80,7 +80,7 @@ class _Making:
                 counts.went_out += 1
             counts.came_in = counts.went_out
 
-        return self._step("seeds", inputs, {"seeds": [asdict(seed) for seed in r.seeds], "seed": r.seed}, work)
+        return self._step("seeds", inputs, options, work)
 
     def _questions(self, rows: Path) -> Path:
         r, generated = self._recipe, self._folder / "questions.generated.jsonl"
@@ -123,7 +123,13 @@ class _Making:
             f"{on} duplicates",
             rows,
             {"on": on, "threshold": how.threshold, "words": how.words},
-            lambda reading: filters.without_duplicates(reading, on, how.threshold, how.words),
+            lambda reading: filters.without_duplicates(
+                reading,
+                on,
+                how.threshold,
+                how.words,
+                lambda listed: late(self._report, listed, "Comparing", count(rows)),
+            ),
         )
 
     def _contamination(self, rows: Path) -> Path:
@@ -176,15 +182,16 @@ class _Making:
         self._run("split", [rows], options, work, outputs, [*pairs.values()])
         return {name: file for name, file in (files | pairs).items() if file.exists()}
 
-    def _card(self, files: dict[str, Path], recipe_file: Path | None) -> None:
+    def _card(self, files: dict[str, Path]) -> None:
         r, counts = self._recipe, list(self._done)
-        inputs = list(files.values()) + ([recipe_file] if recipe_file else [])
-        options = {"card": asdict(r.card), "counts": [[c.name, c.as_dict()] for c in counts]}
+        used = [r.model] + ([r.judge.model or r.model] if r.judge is not None else [])
+        options = {"licences": [card.licence(r.model_path(name)) for name in used]}
+        options |= {"card": asdict(r.card), "counts": [[c.name, c.as_dict()] for c in counts]}
 
         def work(counts_of_card: steps.Counts, outs: list[Out]) -> None:
-            outs[0].text(card.text(r, counts, files, recipe_file))
+            outs[0].text(card.text(r, counts, files))
 
-        self._run("card", inputs, options, work, [self._output / "README.md"], is_told=False)
+        self._run("card", list(files.values()), options, work, [self._output / "README.md"], is_told=False)
 
     # --- Underneath ---------------------------------------------------------------------------------
 

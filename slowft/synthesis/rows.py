@@ -136,6 +136,13 @@ def lines(file: Path) -> Iterator[Row]:
             yield json.loads(line)
 
 
+def whole_lines(file: Path) -> Iterator[bytes]:
+    """Lines of a file, if it is there; not one at its end that was cut off."""
+    if file.exists():
+        with open(file, "rb") as content:
+            yield from (line for line in content if line.endswith(b"\n"))
+
+
 def count(file: Path) -> int:
     """Lines of a file."""
     with open(file, "rb") as content:
@@ -150,6 +157,9 @@ class Out:
 
     def row(self, row: Row) -> None:
         self._file.write((json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass"))
+
+    def line(self, line: bytes) -> None:
+        self._file.write(line)
 
     def text(self, text: str) -> None:
         self._file.write(text.encode())
