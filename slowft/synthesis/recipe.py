@@ -4,6 +4,7 @@
 """
 
 import difflib
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -311,9 +312,10 @@ class _Reader:
             if hasattr(made, "check"):
                 made.check()
         except ConfigError as e:
-            words = str(e).replace("--", "").replace("top-", "top_").replace("min-", "min_").split()
+            said = re.sub(r"--([a-z-]+)", lambda option: option[1].replace("-", "_"), str(e))  # of a command's option
+            words = said.split()
             culprit = next((found[w.strip(",.:")][1] for w in words if w.strip(",.:") in found), node)
-            raise self._wrong(culprit, f"{name + ': ' if name else ''}{e}") from None
+            raise self._wrong(culprit, f"{name + ': ' if name else ''}{said}") from None
         return made
 
     def _check_kind(self, found: dict, node: yaml.Node, name: str) -> str:

@@ -19,8 +19,9 @@ from ..errors import DataError, SlowftError, printable, reason_of
 
 Row = dict[str, Any]
 
-# Of a row of `slowft generate`: what its history keeps.
-OF_ANSWER = ("model", "adapter", "sampler", "seed", "finish_reason", "tokens", "mean_logprob")
+# Of a row of `slowft generate`: what its history keeps. Not `mean_logprob`, whose last digit depends on which rows were
+# generated together, so that a run that was stopped would not end in the same files.
+OF_ANSWER = ("model", "adapter", "sampler", "seed", "finish_reason", "tokens")
 SAMPLE_KEYS = {"prompt", "completion", "text", "messages", "conversations", "system", "instruction", "input", "output"}
 END_OF_THOUGHT = "</think>"
 
@@ -71,7 +72,8 @@ def row_of(found: Found) -> Row:
         if "sampler" in sample:
             history = [*history, {"step": "answer"} | {key: rest.pop(key) for key in OF_ANSWER if key in rest}]
             row["finish_reason"] = sample.get("finish_reason")
-            rest.pop("prompt_tokens", None)
+            for key in ("prompt_tokens", "mean_logprob"):
+                rest.pop(key, None)
     elif isinstance(sample.get("text"), str):
         row["text"] = sample["text"]
     else:
@@ -172,7 +174,7 @@ def written(*files: Path, optional: Sequence[Path] = ()) -> Iterator[list[Out]]:
     Args:
         optional: those that are removed if they would be empty.
     """
-    partial = [file.with_name(f".{file.name}.{os.getpid()}.tmp") for file in files]
+    partial = [file.with_name(f".{file.name}.tmp") for file in files]  # one that a kill left is written anew
     opened: list[BinaryIO] = []
     try:
         for file, temporary in zip(files, partial):
