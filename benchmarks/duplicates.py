@@ -49,13 +49,14 @@ def by_datasketch(file: Path) -> None:
     """Keeps a row unless one that was kept is found with it; prints as the command does."""
     from datasketch import MinHash, MinHashLSH
 
+    from slowft.synthesis.duplicates import padded
     from slowft.synthesis.shingles import normalised
 
     begin = time.perf_counter()
     index, n, left_out = MinHashLSH(threshold=0.8, num_perm=120), 0, []
     for line in open(file):
         row = json.loads(line)
-        words = normalised(row["prompt"] + "\n" + row["completion"]).split()
+        words = padded(normalised(row["prompt"] + "\n" + row["completion"]), 3).split(" ")
         minhash = MinHash(num_perm=120)
         runs = {" ".join(words[i : i + 3]) for i in range(max(1, len(words) - 2))}
         minhash.update_batch([run.encode() for run in runs])

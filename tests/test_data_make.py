@@ -243,9 +243,9 @@ def test_a_killed_run_goes_on_to_the_same_files(made, tmp_path, llama_with_token
 
 
 def runs_of(text: str, n: int) -> set[tuple[str, ...]]:
-    """The independent reading: plain words of a text without signs, as tuples."""
-    listed = re.findall(r"[^\W_]+", text.lower())
-    return {tuple(listed[i : i + n]) for i in range(max(1, len(listed) - n + 1))}
+    """The independent reading: plain words of a text without signs, and where it begins and ends, as tuples."""
+    listed = [*"^" * (n - 1), *re.findall(r"[^\W_]+", text.lower()), *"$" * (n - 1)]
+    return {tuple(listed[i : i + n]) for i in range(len(listed) - n + 1)}
 
 
 def jaccard(a: set, b: set) -> float:
@@ -296,7 +296,7 @@ def test_minhash_estimates_likeness_without_bias(texts):
         random.integers(0, 2**63, n, np.uint64) * np.uint64(2) + np.uint64(1),
         random.integers(0, 2**64, n, np.uint64),
     )
-    least = duplicates.minhashes(*shingles.hashes([shingles.normalised(t) for t in texts[:80]], 3), factors, addends)
+    least = duplicates.minhashes(*shingles.hashes([duplicates.padded(t, 3) for t in texts[:80]], 3), factors, addends)
     pairs = [(i, j) for i in range(80) for j in range(i) if 0.2 < jaccard(sets[i], sets[j]) < 1]
     exact = np.array([jaccard(sets[i], sets[j]) for i, j in pairs])
     errors = np.array([(least[i] == least[j]).mean() for i, j in pairs]) - exact
@@ -319,6 +319,41 @@ def test_the_same_words_are_exact_duplicates_whatever_their_case_signs_and_width
     assert all(d.is_exact and d.likeness == 1 for d in found.values())
 
 
+def test_a_word_or_a_sign_that_differs_makes_another_short_question():
+    asked = [f"What do people who write programs all day mean by the word {word}?" for word in ("foo", "bar")]
+    asked += [
+        "What is C?",
+        "What is C++?",
+        "What is C#?",
+        "3 + 4",
+        "3 - 4",
+        "3-4?",
+        "3 * 4",
+        "3 < 4",
+        "-4",
+        "4",
+        "👍 ok",
+        "ok",
+    ]
+    asked += [
+        "a well-known fact",
+        "a well known fact",
+        "f(x) = y",
+        "f x = y",
+        "snake_case",
+        "snake case",
+        "a ≤ b",
+        "a b",
+    ]
+    found = duplicates.find(asked, 0.8)
+    assert {asked[i]: asked[d.of] for i, d in found.items()} == {
+        "3-4?": "3 - 4",
+        "a well known fact": "a well-known fact",
+        "f x = y": "f(x) = y",
+        "snake case": "snake_case",
+    }
+
+
 def test_hashes_of_runs_are_equal_where_runs_are_and_differ_where_they_do():
     listed = ["a b c d e", "x", "b c d", "", "c d e f", "a b c d e"]
     values, starts = shingles.hashes(listed, 3)
@@ -338,7 +373,7 @@ def test_scripts_without_spaces_have_a_word_a_character():
             "今天天气很好我们去公园里散步看花听鸟叫然后回家吃饭睡觉",
             "今天天气很好我们去公园里散步看花听鸟叫然后回家吃饭睡了",
         ],
-        0.8,
+        0.7,
     )
     assert list(near) == [1] and not near[1].is_exact
     assert shingles.words("हिन्दी में") == ["हिन्दी", "में"]
@@ -359,9 +394,9 @@ import json, re, sys
 from datasketch import MinHash
 found, kept = [], []
 for i, text in enumerate(json.load(sys.stdin)):
-    words = re.findall("[a-z0-9]+", text.lower())
+    words = ["^", "^", *re.findall("[a-z0-9]+", text.lower()), "$", "$"]
     minhash = MinHash(num_perm=512)
-    minhash.update_batch([" ".join(words[j : j + 3]).encode() for j in range(max(1, len(words) - 2))])
+    minhash.update_batch([" ".join(words[j : j + 3]).encode() for j in range(len(words) - 2)])
     likeness = max([minhash.jaccard(other) for other in kept], default=0)
     found.append(likeness)
     if likeness < 0.8:

@@ -47,10 +47,10 @@ def find(texts: Iterable[str], threshold: float = 0.8, n_words: int = 3) -> dict
     factors = generator.integers(0, 2**63, PERMUTATIONS, np.uint64) * np.uint64(2) + np.uint64(1)
     addends = generator.integers(0, 2**64, PERMUTATIONS, np.uint64)
     digests, least, keys = [], [], []
-    for batch in batches(normalised(text) for text in texts):
+    for batch in batches(normalised(text, with_signs=True) for text in texts):
         digests.append(np.array([_digest(text) for text in batch], np.uint64))
         if threshold < 1:
-            of_batch = minhashes(*hashes(batch, n_words), factors, addends)
+            of_batch = minhashes(*hashes([padded(text, n_words) for text in batch], n_words), factors, addends)
             keys.append(_band_keys(of_batch, rows))
             least.append(of_batch.astype(np.uint16))  # two differ in their low bits but for 1 in 65,536
     if not digests:
@@ -72,6 +72,14 @@ def rows_of_band(threshold: float) -> int:
         if PERMUTATIONS % rows == 0 and (1 - threshold**rows) ** (PERMUTATIONS // rows) <= MISSED
     ]
     return max(fits, default=1)
+
+
+def padded(text: str, n_words: int) -> str:
+    """With words before and after that no text has, so that its first and last word are in as many runs as the others.
+
+    Else "What do you mean by A?" and "by B?" would be more alike than "What does A mean for you?" and "does B mean".
+    """
+    return "\2 " * (n_words - 1) + text + " \3" * (n_words - 1)
 
 
 def minhashes(values: np.ndarray, starts: np.ndarray, factors: np.ndarray, addends: np.ndarray) -> np.ndarray:

@@ -17,18 +17,31 @@ BATCH_NBYTES = 1 << 17  # of text at a time: what is computed from it stays in a
 # Han, Kana, Hangul; Thai, Lao, Tibetan, Burmese, Khmer
 _NO_SPACES = re.compile("[\u0e00-\u0eff\u0f00-\u109f\u1780-\u17ff\u3005-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff]")
 # marks that belong to letters (accents, Arabic and Indic vowels) are no ends of words
-_BETWEEN_WORDS = re.compile("[^\\w\u0300-\u036f\u064b-\u065f\u0900-\u0dff]+|_+")
+_IN_WORDS = "\\w\u0300-\u036f\u064b-\u065f\u0900-\u0dff"
+_BETWEEN_WORDS = re.compile(f"[^{_IN_WORDS}]+|_+")
+# what prose is full of; other signs make a difference in questions on code and numbers: C and C++, 3 + 4 and 3 - 4
+_PROSE = re.compile("[\\s_.,;:!?'\"`()\\[\\]{}\u00ab\u00bb\u2010-\u203a\u3000-\u3003\u3008-\u3011\u30fb]+|-(?! ?[\\d])")
+_SIGN = re.compile(f"[^{_IN_WORDS}\\s]")
 
 _BASE = 0x9E3779B97F4A7C15  # odd
 _random = np.random.default_rng(0x5107F7)
 _TABLE = _random.integers(1, 2**64, 256, np.uint64)
 
 
-def normalised(text: str) -> str:
-    """Words and single spaces; of a text without words (signs, emoji), the text."""
+def normalised(text: str, with_signs: bool = False) -> str:
+    """Words and single spaces; of a text without words, the text.
+
+    Args:
+        with_signs: signs that are not those of prose are words too.
+    """
     plain = unicodedata.normalize("NFKC", text).casefold()
     if _NO_SPACES.search(plain):
         plain = _NO_SPACES.sub(r" \g<0> ", plain)
+    if with_signs:
+        plain = _PROSE.sub(" ", plain)
+        if _SIGN.search(plain):
+            plain = " ".join(_SIGN.sub(r" \g<0> ", plain).split())
+        return plain.strip() or " ".join(text.split())
     return _BETWEEN_WORDS.sub(" ", plain).strip() or " ".join(text.split())
 
 
