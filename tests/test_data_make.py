@@ -21,7 +21,7 @@ import slowft
 from conftest import must_run
 from slowft.cli.main import slowft as command
 from slowft.inference.questions import Mark
-from slowft.synthesis import contamination, duplicates, filters, judging, rules, seeds, shingles
+from slowft.synthesis import card, contamination, duplicates, filters, judging, rules, seeds, shingles
 from slowft.synthesis.generating import user_opening, with_questions
 from slowft.synthesis.recipe import EXAMPLE, Answers, Judge, Recipe, Seed, load
 from slowft.synthesis.rows import lines, row_of, whole_lines
@@ -222,6 +222,7 @@ def test_a_killed_run_goes_on_to_the_same_files(made, tmp_path, llama_with_token
     while time.monotonic() < until and process.poll() is None:
         if answers.exists() and answers.read_bytes().count(b"\n") >= 1:
             process.send_signal(signal.SIGKILL)
+        time.sleep(0.005)
     process.wait()
     n = answers.read_bytes().count(b"\n")
     assert process.returncode == -signal.SIGKILL and not (recipe.parent / "out/train.jsonl").exists()
@@ -745,6 +746,21 @@ def test_the_opening_of_a_chat_template_is_what_stands_before_a_users_words(llam
     assert user_opening(tokenizer, "Be odd.") == ("<s>system: Be odd.</s><s>user: ", "</s>")
 
 
+def test_licences_are_what_models_own_pages_say(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text("{}")
+    assert card.licence(str(tmp_path)) is None
+    (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: odd-1.0\n---\n# A model\n")
+    assert card.licence(str(tmp_path)) == "odd-1.0"
+    (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\ntags: [a]\n---\n")
+    asked = []
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *of: asked.append(of) or str(tmp_path / "README.md"))
+    assert card.licence("some/model") == "apache-2.0" and asked == [("some/model", "README.md")]
+
+
+def test_a_page_shows_rows_as_they_are_whatever_is_in_them():
+    assert card.fenced("a\n```\nb") == "````text\na\n```\nb\n````\n"
+
+
 def test_the_example_recipe_has_every_field_and_is_one():
     recipe = load(EXAMPLE)
     assert {seed.kind for seed in recipe.seeds} == {"topics", "documents", "requests", "examples", "template"}
@@ -812,6 +828,11 @@ def test_steps_alone_take_rows_of_any_form_and_are_not_done_again(tmp_path):
     converted = run("convert", file, "--output", tmp_path / "m.jsonl")
     assert "convert: 5 of 5 rows" in converted.output
     assert [("messages" in row) for row in lines(tmp_path / "m.jsonl")] == [True] * 4 + [False]
+    with pytest.raises(slowft.DataError, match="no rows are left to train on"):
+        other = tmp_path / "other.jsonl"
+        other.write_text("".join(json.dumps(chat("Why?", "one two " * 9, topic=topic)) + "\n" for topic in "ab"))
+        run("split", other, "--output", tmp_path / "e", "--valid", 0.5, "--test", 0, "--by", "topic")
+    assert not list((tmp_path / "e").glob("*"))
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "a", "completion": "b"}\n{"promt": "a"}\n')
     with pytest.raises(slowft.DataError, match="bad.jsonl line 2 has the keys promt"):

@@ -176,6 +176,7 @@ def split(files, output, left_out, valid, test, by, seed, words, as_json):
 
         slowft data split rows.jsonl --output my-data --valid 0.1 --by document
     """
+    from ..errors import DataError
     from ..synthesis import filters, rows, steps
     from ..synthesis.convert import as_messages
     from ..synthesis.split import SPLITS
@@ -199,9 +200,15 @@ def split(files, output, left_out, valid, test, by, seed, words, as_json):
             if left_out:
                 outs[-1].row(rows.noted(row, {"step": "split", "split": name, "left_out": why}))
         counts.about = {"rows": sizes}
+        if not sizes["train"]:
+            raise DataError(
+                f"no rows are left to train on. {counts.sentence()}. Give more, or lower --valid and --test"
+            )
 
     options = {"valid": valid, "test": test, "by": by, "seed": seed, "words": words}
-    _tell(steps.run("split", folder / "split.manifest.json", inputs, outputs, options, work), report, as_json)
+    optional = [file for name, file in zip(used, outputs) if name != "train"]
+    counts = steps.run("split", folder / "split.manifest.json", inputs, outputs, options, work, optional)
+    _tell(counts, report, as_json)
 
 
 @click.command()

@@ -96,16 +96,14 @@ def models(recipe: Recipe) -> str:
     for what, name in listed:
         path = recipe.model_path(name)
         shown = Path(name).name if find_local(path) is not None and Path(path).exists() else name
-        rows.append(f"| {shown} | {what} | {licence(path) or 'its files name none'} |")
+        rows.append(f"| {shown} | {what} | {licence(path) or 'its page names none'} |")
     return "\n".join(rows) + "\n\nWhat a model's licence says of its output holds for this data set.\n"
 
 
 def licence(path: str) -> str | None:
-    """Of a model that is on this machine: what its own page says."""
-    directory = find_local(path)
-    if directory is None or not (directory / "README.md").is_file():
-        return None
-    found = re.match(r"---\n(.*?)\n---\n", (directory / "README.md").read_text("utf-8", "replace"), re.DOTALL)
+    """What a model's own page says, in its directory or on the hub."""
+    file = page_of(path)
+    found = re.match(r"---\n(.*?)\n---\n", file.read_text("utf-8", "replace"), re.DOTALL) if file is not None else None
     try:
         about = yaml.safe_load(found[1]) if found else None
     except yaml.YAMLError:
@@ -115,12 +113,28 @@ def licence(path: str) -> str | None:
     return str(about.get("license_name") or about["license"])
 
 
+def page_of(path: str) -> Path | None:
+    """A model's README.md, if there is one."""
+    directory = find_local(path)
+    if directory is not None:
+        file = directory / "README.md"
+        return file if file.is_file() else None
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(path, "README.md"))
+    except Exception:  # the library raises many kinds, all of which mean: not to be had
+        return None
+
+
 def prompts(recipe: Recipe) -> str:
     parts = []
     for seed in recipe.seeds:
         what = f"### {seed.name}\n\nSeeds of kind {seed.kind}"
         if seed.topics:
             what += ": " + ", ".join(f"{topic} ({quota})" for topic, quota in seed.topics.items())
+        elif seed.folder or seed.file:
+            what += f": {Path(seed.folder or seed.file).name}"
         parts.append(what + ".\n")
         if seed.kind == "template":
             parts.append("The model wrote in the user's place, after its chat template's opening (2406.08464).\n")

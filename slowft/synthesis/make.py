@@ -177,9 +177,14 @@ class _Making:
                     out_of[f"{PREFERENCES}/{split}"].row(preference)
                     sizes[f"{PREFERENCES}/{split}"] += 1
             counts.about = {"rows": {name: n for name, n in sizes.items() if n}}
+            if not sizes["train"]:
+                raise DataError(
+                    f"no rows are left to train on. {counts.sentence()}. Make more, or lower valid and test"
+                )
 
         outputs = [*files.values(), *pairs.values(), left_out]
-        self._run("split", [rows], options, work, outputs, [*pairs.values()])
+        optional = [file for name, file in (files | pairs).items() if name != "train"]
+        self._run("split", [rows], options, work, outputs, optional)
         return {name: file for name, file in (files | pairs).items() if file.exists()}
 
     def _card(self, files: dict[str, Path]) -> None:
