@@ -177,6 +177,7 @@ def split(files, output, left_out, valid, test, by, seed, words, as_json):
         slowft data split rows.jsonl --output my-data --valid 0.1 --by document
     """
     from ..errors import DataError
+    from ..reports.base import late
     from ..synthesis import filters, rows, steps
     from ..synthesis.convert import as_messages
     from ..synthesis.split import SPLITS
@@ -189,7 +190,13 @@ def split(files, output, left_out, valid, test, by, seed, words, as_json):
 
     def work(counts, outs):
         out_of, sizes = dict(zip(used, outs)), dict.fromkeys(used, 0)
-        for row, name, why in filters.into_splits(lambda: rows.read(inputs), valid, test, seed, by, words):
+        total = sum(rows.count(file) for file in inputs if file.is_file())
+        reading = filters.into_splits(
+            lambda: rows.read(inputs),
+            *(valid, test, seed, by, words),
+            watched=lambda listed: late(report, listed, "Comparing", total),
+        )
+        for row, name, why in late(report, reading, "Split", total):
             counts.came_in += 1
             if why is None:
                 counts.went_out += 1

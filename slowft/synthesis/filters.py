@@ -12,6 +12,7 @@ from .split import assign, counted, group_of
 
 Found = Iterator[tuple[Row, dict[str, Any], str | None]]
 Reading = Callable[[], Iterable[Row]]  # the same rows, anew each time
+Watched = Callable[[Iterable[Row]], Iterable[Row]]  # gives the same rows, and shows how far a first look at them is
 
 SHORT_WORDS = 10  # an answer of fewer is compared together with its question: many questions are answered by "Yes."
 
@@ -25,13 +26,12 @@ def without_duplicates(
     on: str,
     threshold: float,
     words: int,
-    watched: Callable[[Iterable[Row]], Iterable[Row]] = lambda rows: rows,
+    watched: Watched = lambda rows: rows,
 ) -> Found:
     """Rows, but for those that say what an earlier one said.
 
     Args:
         on: "question", "answer" or "both", what of a row is compared.
-        watched: gives the same rows, and shows how far the comparison is.
     """
     found = duplicates.find((compared(row, on) for row in watched(reading())), threshold, words)
     originals = {duplicate.of for duplicate in found.values()}
@@ -84,12 +84,13 @@ def into_splits(
     key: str | None = None,
     words: int = contamination.NGRAM,
     without: Iterable[str] = (),
+    watched: Watched = lambda rows: rows,
 ) -> Iterator[tuple[Row, str, str | None]]:
     """(row, its split, why it is left out). What train shares with valid or test, and valid with test, is left out."""
-    splits = assign(counted(group_of(row, key) for row in reading()), valid, test, seed)
+    splits = assign(counted(group_of(row, key) for row in watched(reading())), valid, test, seed)
 
     def of(split: str) -> Iterator[Row]:
-        return (row for row in reading() if splits[group_of(row, key)] == split)
+        return (row for row in watched(reading()) if splits[group_of(row, key)] == split)
 
     of_test = contamination.Texts(of("test"), words, without)
     of_valid = contamination.Texts(of("valid"), words, without)

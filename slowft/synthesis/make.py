@@ -128,7 +128,7 @@ class _Making:
                 on,
                 how.threshold,
                 how.words,
-                lambda listed: late(self._report, listed, "Comparing", count(rows)),
+                self._watching(count(rows)),
             ),
         )
 
@@ -160,9 +160,9 @@ class _Making:
             sizes = dict.fromkeys([*files, *pairs], 0)
             shares = r.split.valid, r.split.test
             found = filters.into_splits(
-                lambda: lines(rows), *shares, r.seed, words=r.contamination.words, without=parts
+                lambda: lines(rows), *shares, r.seed, None, r.contamination.words, parts, self._watching(count(rows))
             )
-            for row, split, why in found:
+            for row, split, why in late(self._report, found, "Split", count(rows)):
                 counts.came_in += 1
                 if why is not None:
                     counts.leave_out(why)
@@ -230,6 +230,9 @@ class _Making:
         self._report.note(counts.sentence())
         if not counts.went_out:
             raise DataError(f"nothing is left to go on with. {counts.sentence()}. See {outputs[-1]}")
+
+    def _watching(self, total: int) -> filters.Watched:
+        return lambda listed: late(self._report, listed, "Comparing", total)
 
     def _of_model(self, name: str) -> dict[str, Any]:
         """What of a model tells that it is another: its name, configuration, and the sizes of its files."""
