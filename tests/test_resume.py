@@ -449,6 +449,7 @@ if options.pop("spills"):
 
     follow = Engine.follow
     spilling = {"spilled": 5, "in_memory": False, "keep_head": False}
+    slowft.training.fitting.JOURNALLED_STEP_S, slowft.training.fitting.JOURNALLED_NBYTES_PER_S = -1.0, 1e12
     Engine.follow = lambda self, schedule, *more: follow(self, replace(schedule, **spilling), *more)
 run(sys.argv[2], pathlib.Path(sys.argv[3]), report=Begun(), **options)
 """
@@ -460,7 +461,8 @@ def test_killed_at_any_moment_and_resumed_until_done_it_ends_with_the_same_adapt
 ):
     """SIGKILL at moments drawn from a seed, from the first step on; some with another ceiling after the kill.
 
-    On Linux, a third of the runs spill and are killed in the middle of that, and another third have a slow disk.
+    On Linux, a third of the runs spill and are killed in the middle of that, or of writing a finished block. Another
+    third, which spill and journal their steps too, have a slow disk.
     """
     library = None if slowft.platform.MACOS else faults.build(tmp_path)
     spilled = Rule("write", "*#*", error=-signal.SIGKILL)  # into a file without a name
@@ -472,7 +474,8 @@ def test_killed_at_any_moment_and_resumed_until_done_it_ends_with_the_same_adapt
         options = {"resume": has_checkpoint, "memory": rng.choice([None, 400_000_000, 800_000_000]), "spills": False}
         environment, is_timed = None, True
         if library is not None and takes_s is not None and kills % 3 and kills < KILLS:
-            rule = slow if kills % 3 == 1 else replace(spilled, first=rng.randint(1, 40))
+            written = spilled if kills % 2 else replace(spilled, pattern="*/journal/*")
+            rule = slow if kills % 3 == 1 else replace(written, first=rng.randint(1, 40))
             environment = faults.environment(library, tmp_path_factory.getbasetemp(), rule)
             options |= {"memory": options["memory"] or 400_000_000, "spills": True}
             is_timed = rule is slow

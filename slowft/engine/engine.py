@@ -29,6 +29,7 @@ from ..planning.measure import BACKWARD, FORWARD, Measurements
 from ..planning.schedule import Schedule
 from ..planning.shapes import signature
 from ..weights.activation_cache import ActivationCache
+from ..weights.journal import Journal
 from ..weights.reader import Reader
 from ..weights.residency import Residency
 from ..weights.reuse import Reuse
@@ -40,6 +41,7 @@ from .boundary import Boundary, why_not
 from .chain import Chain, Passenger, plain_loss
 from .head import loss_mask, usual_chunk
 from .hidden import HiddenStates
+from .journal import StepJournal
 from .kept import KeptOutputs
 from .log_probabilities import LogProbabilities, of_whole_logits
 from .offloaded import OffloadedExperts
@@ -49,7 +51,7 @@ from .randomness import dropout_seed, keeping_random_state
 from .spilled_caches import SpilledCaches
 from .stats import Stats
 from .traced import TracedCall
-from .trees import detach, uncompiled
+from .trees import detach, is_compiling, uncompiled
 
 
 class Engine:
@@ -87,6 +89,7 @@ class Engine:
         self._stored: Boundary | None = None
         self._boundary = 0  # the visit whose input is stored on disk between steps; 0 for none
         self._has_warned = False
+        self._journal: StepJournal | None = None
         self._routed_to: dict[Layer, float] = {}  # experts of each layer that a token goes to
         self._kinds: dict[Unit, str] = {}
         self.peaks_known: set[tuple[str, str]] = set()
@@ -236,10 +239,11 @@ class Engine:
         self.chain.look_at_trainable()
         self._expects_backward = backward
         self._find_boundary(batches)
+        start, done = self._find_finished(batches) if backward and batches else (0, None)
         lent = self.schedule.lent_nbytes if backward else ()
         visits = list(itertools.zip_longest(order, lent, fillvalue=0))
-        forward = visits[min((batch.first for batch in batches), default=0) :]
-        of_backward = visits[self.chain.lowest_trained :][::-1] if backward else ()
+        forward = visits[max(start, min((batch.first for batch in batches), default=0)) :]
+        of_backward = visits[self.chain.lowest_trained : done][::-1] if backward else ()
         offloaded = self._offloaded(tokens, len(batches) or 1, backward)
         self.weights.expect(forward, of_backward, offloaded)
 
@@ -302,8 +306,10 @@ class Engine:
                     losses, gradients = step.loss_and_grads_in_memory(*self._loops(batches), self._boundary)
                 else:
                     chain, *rest, head_tokens = self._loops(batches)
-                    losses, gradients = step.loss_and_grads(chain, *rest, self.schedule, head_tokens)
+                    losses, gradients = step.loss_and_grads(chain, *rest, self.schedule, head_tokens, self._journal)
         finally:
+            if self._journal is not None:
+                self._journal.finish()
             self.stats.end_step(self.measurements)
         self.step += 1
         self.tokens_of_last_step = ntoks[0].item()
@@ -613,6 +619,34 @@ class Engine:
         if self._stored is not None and self._stored.cache.problem is not None and not self._has_warned:
             self._has_warned = True
             warnings.warn(self._stored.cache.problem, SlowftWarning, stacklevel=5)
+
+    # --- The journal ----------------------------------------------------------------------------------
+
+    def journal_steps(
+        self, journal: Journal | None, identity: str = "", after_block: Callable[[], None] = lambda: None
+    ) -> None:
+        """From now on finished blocks of a step are written to `journal`, and a step goes on from what is there.
+
+        Args:
+            identity, after_block: see `StepJournal`.
+        """
+        is_gpu = mx.default_device() != mx.Device(mx.cpu)
+        self._journal = None if journal is None else StepJournal(journal, identity, after_block, lags=is_gpu)
+        self.stats.journal = journal or self.stats.journal
+
+    @property
+    def blocks_found(self) -> int:
+        """How many visits of blocks, there and back, the last step found finished."""
+        return 0 if self._journal is None else self._journal.blocks_found
+
+    def _find_finished(self, batches: Sequence[Passenger]) -> tuple[int, int | None]:
+        """Put in place what the journal has of this step. Returns where the way there begins, and that back."""
+        if self._journal is None or self.schedule.in_memory or not self.cut.is_chain:
+            return 0, None
+        facts = [str(self.cuts), self.head_chunk_tokens or self.schedule.head_tokens, is_compiling()]
+        in_memory = [a for owner, key, a in array_entries(self.model) if (id(owner), key) not in self._on_disk]
+        self._journal.begin(self.chain, batches, self.hidden, facts, in_memory)
+        return self._journal.start, self._journal.below
 
     # --- Opening and closing ------------------------------------------------------------------------
 

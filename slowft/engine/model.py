@@ -215,7 +215,8 @@ class StreamedModel(nn.Module):
         micro_batches = _micro_batches(batch, lengths)
         self.budget.cover(*_shape(micro_batches))
         result = self.engine.loss_and_grads(micro_batches, measure=self.budget.is_measuring)
-        self.budget.after_step(*_shape(micro_batches))
+        if not self.engine.blocks_found:  # part of a step tells nothing of a whole one
+            self.budget.after_step(*_shape(micro_batches))
         return result
 
     def loss(self, batch, lengths: mx.array | None = None):

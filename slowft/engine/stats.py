@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from .. import platform
 from ..planning.measure import Measurements
 from ..weights.activation_cache import ActivationCache
+from ..weights.journal import Journal
 
 
 @dataclass
@@ -14,7 +15,7 @@ class StepStats:
 
     Attributes:
         bytes_read: from the weight files, embedding rows included, of spilled block inputs, and of stored activations.
-        bytes_written: of spilled block inputs and stored activations.
+        bytes_written: of spilled block inputs, stored activations and journalled blocks.
         from_cache: micro-batches that began at their stored activations.
         wait_s: seconds the computation waited for reads and writes.
         compute_s: seconds spent computing (and casting) in blocks and head.
@@ -35,6 +36,7 @@ class Stats:
     Attributes:
         last: the last `loss_and_grads`.
         cache: where activations are stored, if they are.
+        journal: where finished blocks are, if they are.
         from_cache: micro-batches so far that began there.
     """
 
@@ -42,6 +44,7 @@ class Stats:
         self._reader, self._residency, self._activations = reader, residency, activations
         self._peak_memory = 0
         self.cache: ActivationCache | None = None
+        self.journal: Journal | None = None
         self.from_cache = 0
         self.last = StepStats()
 
@@ -56,6 +59,8 @@ class Stats:
         if self.cache is not None:
             read, written = read + self.cache.bytes_read, written + self.cache.bytes_written
             held_up, waited = held_up + self.cache.write_wait_s, waited + self.cache.read_wait_s
+        if self.journal is not None:
+            written, held_up = written + self.journal.bytes_written, held_up + self.journal.wait_s
         computed = self._residency.compute_s - held_up
         return StepStats(read, written, self.from_cache, waited + held_up, computed, peak)
 

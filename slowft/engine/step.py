@@ -16,6 +16,7 @@ from ..planning.schedule import Schedule
 from ..weights.residency import Residency
 from .chain import Chain, Kept, Passenger
 from .hidden import HiddenStates
+from .journal import StepJournal
 from .log_probabilities import LogProbabilities
 from .spilled_caches import SpilledCaches
 
@@ -41,15 +42,21 @@ def loss_and_grads(
     hidden: HiddenStates,
     schedule: Schedule,
     head_tokens: int | None,
+    journal: StepJournal | None = None,
 ) -> tuple[list[mx.array], dict[str, mx.array]]:
     """(loss of each micro-batch, gradients by name, summed over them).
 
     Args:
         head_tokens: whose logits exist at once; None for the usual number.
+        journal: has what is finished of this step already, and is told what else is.
     """
     lowest, losses, gradients = chain.lowest_trained, [], Gradients()
     kept: dict[tuple[int, int], Kept] = {}
     cotangents: dict[int, mx.array] = {}
+    start, done = 0, len(chain.visits) + 1
+    if journal is not None:
+        start, done, losses, cotangents = journal.start, journal.below, journal.losses, journal.cotangents
+        gradients.by_name = journal.gradients
 
     def forward(position: int, batch: Passenger) -> None:
         keep = schedule.kept[position] if position < len(schedule.kept) and position >= lowest else ()
@@ -63,6 +70,8 @@ def loss_and_grads(
         else:
             hidden.discard(key)
         hidden.put((batch.index, position + 1), output, may_spill=position + 1 >= lowest)
+        if journal is not None:
+            journal.passed(position, batch, output)
 
     def head(batch: Passenger) -> None:
         key = batch.index, len(chain.visits)
@@ -73,6 +82,8 @@ def loss_and_grads(
         losses.append(loss)
         if cotangent is not None:
             cotangents[batch.index] = cotangent
+        if journal is not None:
+            journal.came_back(len(chain.visits), batch, cotangent, losses, gradients.by_name)
 
     def backward(position: int, batch: Passenger) -> None:
         key = batch.index, position
@@ -83,11 +94,14 @@ def loss_and_grads(
         weights.hand_over([] if below is None else below, sums)
         if below is not None:
             cotangents[batch.index] = below
+        if journal is not None:
+            journal.came_back(position, batch, below, losses, gradients.by_name)
 
-    embed(chain, batches, hidden, training=True)
-    run_forward(chain, batches, weights, forward)
-    run_head(chain, batches, weights, head)
-    for position, block in reversed(list(enumerate(chain.visits))[lowest:]):
+    embed(chain, batches, hidden, training=True, start=start)
+    run_forward(chain, batches, weights, forward, start)
+    if done > len(chain.visits):
+        run_head(chain, batches, weights, head)
+    for position, block in reversed(list(enumerate(chain.visits))[lowest:done]):
         with weights.in_place(block):
             for batch in batches:
                 with weights.computing(block.name, chain.kind_of(block), BACKWARD, batch.index):
@@ -245,7 +259,7 @@ def loss_and_grads_in_memory(
         hidden.put((batch.index, position + 1), output, may_spill=False)
 
     embed(chain, batches, hidden, training=True)
-    run_forward(chain, batches, weights, forward, first)
+    run_forward(chain, batches, weights, forward, end=first)
     with weights.everything_in_place():
         for batch in batches:
             with weights.computing(GRAPH, GRAPH, FORWARD, batch.index, is_head=True):
@@ -261,11 +275,15 @@ def loss_and_grads_in_memory(
     return losses, gradients.by_name
 
 
-def embed(chain: Chain, batches: Sequence[Passenger], hidden: HiddenStates, training: bool) -> None:
-    """The first block's input, of the micro-batches that begin there; and what all blocks are called with."""
+def embed(chain: Chain, batches: Sequence[Passenger], hidden: HiddenStates, training: bool, start: int = 0) -> None:
+    """The first block's input, of the micro-batches that begin there; and what all blocks are called with.
+
+    Args:
+        start: the forward pass begins at this visit.
+    """
     for batch in batches:
         first = chain.embed(batch, training)
-        if batch.first == 0:
+        if batch.first == 0 and (start == 0 or chain.lowest_trained == 0):
             hidden.put((batch.index, 0), first, may_spill=False)
 
 
@@ -275,10 +293,10 @@ def add_embed_gradients(chain: Chain, batch: Passenger, cotangent: mx.array, gra
 
 
 def run_forward(
-    chain: Chain, batches: Sequence[Passenger], weights: Residency, forward, end: int | None = None
+    chain: Chain, batches: Sequence[Passenger], weights: Residency, forward, start: int = 0, end: int | None = None
 ) -> None:
-    """`forward(position, batch)` of every block (up to the visit `end`) for every micro-batch that takes part in it."""
-    first = min(batch.first for batch in batches)
+    """`forward(position, batch)` of every block (from the visit `start` to `end`) for all batches that take part."""
+    first = max(start, min(batch.first for batch in batches))
     for position, block in list(enumerate(chain.visits))[first:end]:
         with weights.in_place(block):
             for batch in batches:

@@ -3,6 +3,7 @@
 Comes in: a trainer, an optimizer, the data. Goes out: what `Trainer.fit` returns. Every step is in `Fit.go`.
 """
 
+import json
 import math
 import time
 from dataclasses import asdict, dataclass, field
@@ -17,12 +18,18 @@ from .. import platform
 from ..data.batches import BatchStream
 from ..data.store import TokenDataset
 from ..engine.budget import STEPS_TO_LEARN_FROM
-from ..errors import AdapterError, Interrupted, PeerLost, SlowftError
+from ..errors import AdapterError, Interrupted, ModelError, PeerLost, SlowftError
 from ..memory import limits
+from ..weights.journal import Journal
 from .checkpoint import Checkpoint, Checkpoints, check_finite
 from .machines import checksum
 from .status import Status
 from .stopping import Stop, StopAsked, parse_seconds
+
+# Finished blocks of a step are journalled where it takes longer than this, and where that writes no more than so many
+# bytes a second: 40 MB are 3.5 TB a day, and a laptop's SSD is good for some hundreds of TB.
+JOURNALLED_STEP_S = 120.0
+JOURNALLED_NBYTES_PER_S = 40e6
 
 
 class Fit:
@@ -42,6 +49,8 @@ class Fit:
         self._step_s: list[float] = []
         self.stop = Stop(None if c.max_time is None else parse_seconds(c.max_time))
         self.checkpoints = Checkpoints(trainer.directory, c.keep_checkpoints)
+        self.journal = Journal(self.checkpoints.directory / "journal")
+        self._is_journalling = False
         self._status = Status(trainer.directory)
         self._begin_s, self._began_at = time.perf_counter(), 0
         self.progress = Progress()
@@ -61,6 +70,9 @@ class Fit:
             n = min(c.grad_accumulation_steps, c.iters - p.iteration)
             if p.iteration == 0:
                 self._note_order()
+                if not self._is_journalling and self._takes_long():
+                    self._is_journalling = True
+                    self._write_checkpoint()
             micro_batches = [next(self._batches) for _ in range(n)]
             if p.iteration == 0 and self._valid is not None:
                 try:
@@ -69,12 +81,17 @@ class Fit:
                     self._stop()
                     break
                 self._window = _Window(self._model)
-            self._step(micro_batches)
+            try:
+                self._step(micro_batches)
+            except StopAsked:
+                self._stop(in_step=True)
+                break
             is_over = self._after_step()
         if p.stopped is None:
             if c.keep != "best" or p.best_iteration is None:
                 self._report.saved(self._trainer.save())
             self.checkpoints.wait()
+            self.journal.clear()
             self._machines.gather(None)  # what is saved is saved, for all of them
         self._say_how_it_went()
         self.status("finished" if p.stopped is None else "stopped")
@@ -87,7 +104,7 @@ class Fit:
         c, model, p, n = self._config, self._model, self.progress, len(micro_batches)
         model.train()
         begin = time.perf_counter()
-        (loss, n_tokens), gradients = model.loss_and_grads(micro_batches)
+        (loss, n_tokens), gradients = self._loss_and_grads(micro_batches)
         loss, n_tokens, are_finite = self._agree(loss.item(), n_tokens.item(), gradients)
         if not are_finite:
             self._refuse(loss, micro_batches, gradients)
@@ -105,6 +122,46 @@ class Fit:
         p.previous, p.iteration = p.iteration, p.iteration + n
         self._step_s.append(time.perf_counter() - begin)
         self._report.advance(n, loss, model)
+
+    def _loss_and_grads(self, micro_batches: list[tuple[mx.array, mx.array]]):
+        """Those of a step, which may go on where it was broken off.
+
+        Raises:
+            StopAsked: after a block of a step that is journalled.
+        """
+        engine = self._model.engine
+        if not self._is_journalling:
+            engine.journal_steps(None)
+            return self._model.loss_and_grads(micro_batches)
+        self.checkpoints.wait()  # only then may the journal of the step before go
+        had_problem = self.journal.problem
+        engine.journal_steps(self.journal, json.dumps(self._identity), self._stop_if_asked)
+        try:
+            result = self._model.loss_and_grads(micro_batches)
+        except ModelError:  # what was computed of files that were changed meanwhile is worth nothing
+            self.journal.clear()
+            raise
+        if self.journal.problem != had_problem:
+            self._report.note(f"Warning: {self.journal.problem}")
+        if engine.blocks_found:
+            self._report.note(f"Of this step, {engine.blocks_found} visits of blocks were finished before")
+        return result
+
+    def _takes_long(self) -> bool:
+        """Whether finished blocks of the next step are journalled, or were by the run that this one goes on with."""
+        engine, plan = self._model.engine, self._model.followed_plan
+        if self._machines.size > 1 or not engine.cut.is_chain or engine.schedule.in_memory:
+            return False
+        if plan is None or (self._is_taken_up and self.journal.is_there):
+            return plan is not None
+        job, seconds = plan.job, plan.step_s
+        n_arrays = job.micro_batches * (2 * len(job.visits) - job.lowest_trained)
+        nbytes = n_arrays * job.hidden_nbytes + job.trainable_nbytes
+        return seconds > JOURNALLED_STEP_S and nbytes <= JOURNALLED_NBYTES_PER_S * seconds
+
+    def _stop_if_asked(self) -> None:
+        if self.stop.take([self.stop.asks]):
+            raise StopAsked
 
     def _agree(self, loss: float, n_tokens: int, gradients) -> tuple[float, int, bool]:
         """(loss, tokens, whether all is finite) of the machines' rows together, of which these are this one's.
@@ -145,8 +202,12 @@ class Fit:
         c, p = self._config, self.progress
         self._note_order()
         is_last = p.iteration == c.iters
-        if not self._is_taken_up and (self._due(c.save_every) or is_last):
+        self._is_journalling = self._takes_long()
+        if not self._is_taken_up and (self._due(c.save_every) or is_last or self._is_journalling):
             self._write_checkpoint()
+        if not self._is_journalling and self.journal.is_there:
+            self.checkpoints.wait()
+            self.journal.clear()
         self._is_taken_up = False
         if self.stop.take(self._machines.gather(self.stop.asks)) and not is_last:
             return self._stop()
@@ -199,13 +260,18 @@ class Fit:
         )
         return loss
 
-    def _stop(self) -> bool:
+    def _stop(self, in_step: bool = False) -> bool:
+        """Write what the last whole step left. After `in_step` that is done, and the journal has blocks of the next."""
         p = self.progress
-        self._write_checkpoint()
+        if not in_step:
+            self._write_checkpoint()
         self.checkpoints.wait()
+        if not in_step and p.iteration > self._began_at:  # else an earlier run's blocks of the next step may be there
+            self.journal.clear()
         self._machines.gather(None)  # it is written, whoever ends first
         why = f"--max-time {self._config.max_time} is over" if self.stop.signal is None else "Interrupted"
-        p.stopped = f"{why} after iteration {p.iteration}. To go on: the same command with --resume"
+        part = " and some blocks of the next step" if in_step else ""
+        p.stopped = f"{why} after iteration {p.iteration}{part}. To go on: the same command with --resume"
         if self.stop.signal is None:
             self._report.note(p.stopped)
         return True
@@ -213,6 +279,7 @@ class Fit:
     def _refuse(self, loss: float, micro_batches, gradients) -> None:
         """Loss or gradients are not finite: say where, and raise unless such steps are skipped."""
         p, c = self.progress, self._config
+        self.journal.clear()
         where = self._machines.gather(self._where_not_finite(loss, micro_batches, gradients))
         if self._machines.size > 1:
             where = [f"{place} on machine {rank + 1}" for rank, place in enumerate(where) if place]

@@ -68,7 +68,7 @@ def listening(stop: Stop, note: Callable[[str], None], is_launched: bool = False
             for other, handler in before.items():
                 signal.signal(other, handler)
         with suppress(OSError):  # after a hangup nobody may be there to read it
-            note("Stopping after this step or batch; once more stops now")
+            note("Stopping after this step, batch or journalled block; once more stops now")
 
     try:
         for number, handler in before.items():

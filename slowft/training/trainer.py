@@ -253,6 +253,7 @@ class Trainer:
             raise
         finally:
             run.checkpoints.close()
+            run.journal.close()
         self.report.end()
         return result
 
