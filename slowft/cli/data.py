@@ -1,5 +1,6 @@
-"""`slowft data`: what will be trained on, before anybody pays for it."""
+"""`slowft data`: what will be trained on, before anybody pays for it; and the steps that make data (`data_steps`)."""
 
+import importlib
 import json
 import sys
 from dataclasses import replace
@@ -12,7 +13,39 @@ SHOWN_CHARACTERS = 600  # of a sample
 BAR = 40
 
 
-@click.command()
+STEPS = {
+    "make": "Make a data set by a recipe: a large model writes, the rest is left out.",
+    "dedup": "Leave out rows that say what an earlier one said.",
+    "check": "Leave out rows by rules, and those that share words with a test set.",
+    "split": "Share rows out to train, valid and test, by document or topic.",
+    "convert": "Write rows as conversations, or as prompt, chosen and rejected.",
+}
+
+
+class Show(click.Command):
+    """The command of no name: its help tells of the others too."""
+
+    def format_epilog(self, ctx, formatter):
+        with formatter.section("Steps that make data (slowft data STEP --help; a folder of such a name is ./make)"):
+            formatter.write_dl(list(STEPS.items()))
+
+
+class Data(click.Group):
+    """`slowft data STEP ...` does a step; `slowft data` with anything else shows what is there."""
+
+    def make_context(self, info_name, args, parent=None, **extra):
+        if not args or args[0] not in STEPS:
+            return show.make_context(info_name, args, parent, **extra)
+        return super().make_context(info_name, args, parent, **extra)
+
+    def list_commands(self, ctx):
+        return list(STEPS)
+
+    def get_command(self, ctx, name):
+        return getattr(importlib.import_module("slowft.cli.data_steps"), name) if name in STEPS else None
+
+
+@click.command(cls=Show)
 @click.argument("data")
 @option("model")
 @option("max_seq_length", type=int)
@@ -27,7 +60,7 @@ BAR = 40
 @click.option("-c", "--config", metavar="FILE.yaml", help="YAML file of options, as for finetune.")
 @click.option("--samples", default=3, show_default=True, type=click.IntRange(0), help="Samples to show of each set.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output, nothing else.")
-def data(data, config, samples, as_json, **options):
+def show(data, config, samples, as_json, **options):
     """Show what will be trained on: counts, lengths, and the first samples, trained and masked tokens apart.
 
     DATA is what `slowft finetune --data` takes. The model's tokenizer is loaded, its weights are not opened.
@@ -68,6 +101,9 @@ def data(data, config, samples, as_json, **options):
         for i in range(min(samples, len(dataset))):
             click.echo(f"\n{click.style(f'{name}: {dataset.where(i)}', bold=True)}, {dataset.lengths[i]} tokens")
             click.echo(_shown(dataset, i, tokenizer))
+
+
+data = Data("data")
 
 
 def _print(name: str, dataset, counts) -> None:

@@ -16,7 +16,7 @@ GROUPS = {
 }
 COMMANDS = {
     "finetune": "Train a LoRA adapter with the base model streamed from disk.",
-    "data": "Show what will be trained on: counts, lengths, samples with trained tokens marked.",
+    "data": "Show what will be trained on; make data with a large model, clean it, split it.",
     "generate": "Answer prompts, many in each reading of the weights.",
     "score": "Score texts, answers or marks: log-probabilities of base and adapters in one pass.",
     "plan": "Say what a job would take on this machine: memory, reads, seconds.",

@@ -3,7 +3,6 @@
 import json
 import math
 import time
-from contextlib import contextmanager
 
 import click
 
@@ -59,13 +58,14 @@ def score(adapters, split, judge, plain, as_json, **options):
     if settings.data is None:
         raise click.UsageError("no data given. Use --data with a file, or with a folder that holds test.jsonl")
     from ..inference.job import ScoreJob
+    from ..reports.base import late_bar
 
     report = make_report(as_json)
     with warnings_noted(report):
         job = ScoreJob(settings, _named(adapters), split, judge, plain, report)
         try:
             begin = time.perf_counter()
-            with _bar(report, job.n_visits) as on_visit:
+            with late_bar(report, job.n_visits) as on_visit:
                 result = job.run(on_visit)
             work = job.work() | {"seconds": time.perf_counter() - begin}
             if as_json:
@@ -95,27 +95,6 @@ def _named(adapters: tuple[str, ...]) -> dict[str, str]:
             raise ConfigError(f"two adapters are named {name}. Name them: --adapter-path NAME=DIR")
         named[name] = directory
     return named
-
-
-@contextmanager
-def _bar(report, total: int):
-    """A bar of the blocks that are still to be computed, once that has taken two seconds."""
-    begin, done, bar, advance = time.perf_counter(), 0, None, None
-
-    def on_visit(n: int) -> None:
-        nonlocal done, bar, advance
-        done += n
-        if bar is None and time.perf_counter() - begin > 2:
-            bar = report.evaluating(total)
-            advance, n = bar.__enter__(), done
-        for _ in range(n if advance else 0):
-            advance()
-
-    try:
-        yield on_visit
-    finally:
-        if bar is not None:
-            bar.__exit__(None, None, None)
 
 
 def _print_json(event: str, fields: dict) -> None:

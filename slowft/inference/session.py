@@ -140,7 +140,7 @@ class Session:
         Raises:
             ConfigError: the file holds answers of another run.
         """
-        results = Results(file, prompts, self._about())
+        results = Results(file, prompts, self.about())
         try:
             left = [one for i, one in enumerate(prompts) if i not in results.done]
             numbers = [i for i in range(len(prompts)) if i not in results.done]
@@ -163,7 +163,7 @@ class Session:
         finally:
             results.close()
 
-    def _about(self) -> dict[str, Any]:
+    def about(self) -> dict[str, Any]:
         """What a row says of how it was generated."""
         s = self.settings
         texts = {"max_tokens": s.max_tokens, "stop": list(s.stop), "extra_eos_token": list(s.extra_eos_token)}

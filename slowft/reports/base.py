@@ -1,9 +1,12 @@
 """What a report is told, and when. This one shows nothing."""
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+BAR_AFTER_S = 2  # what is done sooner needs no bar
 
 
 class Report:
@@ -115,3 +118,33 @@ class Reports(Report):
 
     def progress(self, items, description, total):
         return self._first.progress(items, description, total)
+
+
+def late(report: Report, items: Iterable, description: str, total: int) -> Iterator:
+    """The same items, their number shown once they have taken two seconds."""
+    begin, left = time.monotonic(), iter(items)
+    for n, item in enumerate(left, 1):
+        yield item
+        if time.monotonic() - begin > BAR_AFTER_S:
+            yield from report.progress(left, description, max(total - n, 0))
+
+
+@contextmanager
+def late_bar(report: Report, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar of the blocks that are still to be computed, once that has taken two seconds."""
+    begin, done, bar, advance = time.perf_counter(), 0, None, None
+
+    def on_visit(n: int) -> None:
+        nonlocal done, bar, advance
+        done += n
+        if bar is None and time.perf_counter() - begin > BAR_AFTER_S:
+            bar = report.evaluating(total)
+            advance, n = bar.__enter__(), done
+        for _ in range(n if advance else 0):
+            advance()
+
+    try:
+        yield on_visit
+    finally:
+        if bar is not None:
+            bar.__exit__(None, None, None)

@@ -1,0 +1,113 @@
+"""Marks for answers by a model, as `slowft score --judge` gives them: expected values over digits, in one pass for
+all rows.
+
+This is the one place that calls `score`. Two answers to a question are judged in both orders, since judges like the
+first (2306.05685): that the first is better is the probability of 1 against 2.
+"""
+
+import itertools
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from ..data.files import Found
+from ..data.tokenizer import load_tokenizer
+from ..engine.budget import default_memory
+from ..engine.model import open_model
+from ..inference import questions
+from ..inference.passes import n_visits
+from ..inference.score import BASE
+from ..reports.base import Report, late_bar
+from .recipe import Judge, Recipe
+from .rows import Row, answer_of, prompt_of, said
+from .seeds import filled
+
+LEAST_SHARE = 0.5  # of probability on marks, below which the judge did not understand what it is asked for
+
+
+def judge(recipe: Recipe, rows: Iterable[Row], report: Report) -> list[questions.Mark]:
+    """Marks of what `asked` asks of the rows, in its order."""
+    how = recipe.judge
+    model = open_model(
+        recipe.model_path(how.model or recipe.model),
+        default_memory() if recipe.memory is None else recipe.memory,
+        compute_dtype=recipe.compute_dtype,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+    try:
+        tokenizer = load_tokenizer(model.path, model.embedding_rows, recipe.trust_remote_code)
+        marks = questions.parse_marks(how.marks)
+        prompts = (Found("judged answers", "number", i + 1, {"prompt": p}) for i, p in enumerate(asked(rows, how)))
+        tokens, places, ids = questions.to_judge(prompts, questions.Prompts(tokenizer), marks, sys.maxsize)
+        model.budget.measure_anew()  # with tokenizer and rows in memory
+        with late_bar(report, n_visits(model, tokens, [False])) as on_visit:
+            found = questions.judge(model, tokens, places, marks, ids, {BASE: False}, on_visit)[BASE]
+        share = sum(mark.share for mark in found) / len(found)
+        if share < LEAST_SHARE:
+            report.note(
+                f"Warning: the judge would reply with a mark in only {100 * share:.0f}% of cases. Say in its prompt "
+                "that it shall reply with one number and nothing else"
+            )
+        return found
+    finally:
+        model.close()
+
+
+def asked(rows: Iterable[Row], how: Judge) -> Iterator[str]:
+    """For the answers to each question: what asks for a mark of each, then for each pair of them in both orders."""
+    marks = questions.parse_marks(how.marks)
+    for answers in by_question(rows):
+        question = prompt_of(answers[0])
+        texts = [said(answer_of(row)) for row in answers]
+        for text in texts:
+            yield filled(how.prompt, question=question, answer=text, low=marks[0], high=marks[-1])
+        for first, second in itertools.permutations(texts, 2) if how.pairs else ():
+            yield filled(how.pair_prompt, question=question, first=first, second=second)
+
+
+def by_question(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """Answers to one question follow each other."""
+    for _, answers in itertools.groupby(rows, key=lambda row: row.get("question_id", row["id"])):
+        yield list(answers)
+
+
+def judged(
+    rows: Iterable[Row], marks: Iterable[questions.Mark], how: Judge
+) -> Iterator[tuple[Row, dict[str, Any], str | None]]:
+    """(row with its mark, what its history says, why it is left out) of rows."""
+    found = iter(marks)
+    for answers in by_question(rows):
+        of_each = [next(found) for _ in answers]
+        numbers = range(len(answers))
+        better = {}  # (i, j) -> probability that i is better than j
+        for i, j in itertools.permutations(numbers, 2) if how.pairs else ():
+            digits = next(found).probabilities
+            first = digits[1] / max(digits[1] + digits[2], 1e-300)
+            better[i, j] = better.get((i, j), 0.0) + first / 2
+            better[j, i] = better.get((j, i), 0.0) + (1 - first) / 2
+        values = [mark.value for mark in of_each]
+        if better:  # against all others
+            values = [sum(better[i, j] for j in numbers if j != i) for i in numbers]
+        best, worst = max(numbers, key=lambda i: (values[i], -i)), min(numbers, key=lambda i: (values[i], -i))
+        for i, (row, mark) in enumerate(zip(answers, of_each)):
+            row = row | {"mark": round(mark.value, 4)}
+            entry = {
+                "mark": row["mark"],
+                "marks": how.marks,
+                "on_marks": round(mark.share, 4),
+                "threshold": how.threshold,
+            }
+            why = None
+            if mark.value < how.threshold:
+                why = "mark below the threshold"
+            elif how.keep == "best" and i != best:
+                why = "not the best answer"
+            if better and i == best != worst and better[best, worst] > 0.5:
+                other = answers[worst]
+                row["rejected"] = {
+                    "id": other["id"],
+                    "content": answer_of(other),
+                    "mark": round(of_each[worst].value, 4),
+                }
+                entry["preferred_to"], entry["preference"] = other["id"], round(better[best, worst], 4)
+            yield row, entry, why
