@@ -14,6 +14,7 @@ from .rows import Row
 from .sampling import Chooser
 
 LONGEST_MATCH = 3  # tokens that prompt look-up compares
+CHUNK = 64  # tokens of a prompt that a drafter takes in at a time
 DEPTHS = (1, 2, 4, 8, 16, 32, 64)
 USUAL_ACCEPTANCE = 0.6  # of a draft's token, before any was checked
 
@@ -77,6 +78,10 @@ class DraftModel:
             if n <= 0:
                 continue
             cache, seen = self._caches.get(row.number) or (make_prompt_cache(self.model), 0)
+            while (ahead := len(tokens) - seen) > 1:  # a prompt: whose logits nobody wants
+                self.model(mx.array([tokens[seen : seen + min(ahead - 1, CHUNK)]]), cache=cache)
+                mx.eval([c.state for c in cache])
+                seen += min(ahead - 1, CHUNK)
             while len(row.draft) < n:
                 logits = self.model(mx.array([tokens[seen:]]), cache=cache)[:, -1]
                 seen = len(tokens)

@@ -12,9 +12,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..engine.model import StreamedModel
 from ..engine.spilled_caches import SpilledCaches
 from ..errors import ConfigError, SlowftError
+from .decoder import Decoder
 from .drafts import Depth, Drafter
 from .rows import Group, MergeTrial, Row, room_to_cut_back
 from .sampling import Chooser
@@ -70,7 +70,7 @@ class Waves:
 
     def __init__(
         self,
-        model: StreamedModel,
+        model: Decoder,
         size: int,
         chooser: Chooser,
         ends: Iterable[int],
@@ -91,9 +91,8 @@ class Waves:
         self._trial: MergeTrial | None = None
         self._spilled = spilled
         self._may_merge = size > 1 and self._kept.kv_bits is None and spilled is None
-        fixed = [cache for cache in self._fresh_cache() if not room_to_cut_back(cache)]
-        if drafter is not None and fixed:
-            kinds = sorted({type(cache).__name__ for cache in fixed})
+        if drafter is not None and not can_forget(fresh := self._fresh_cache()):
+            kinds = sorted({type(cache).__name__ for cache in fresh if not room_to_cut_back(cache)})
             raise ConfigError(
                 f"drafts cannot be used with this model: what it keeps of a text ({', '.join(kinds)}) cannot forget "
                 "tokens again. Leave --draft-model and --draft-lookup out"
@@ -181,9 +180,7 @@ class Waves:
         return self._trial.batches()
 
     def _fresh_cache(self) -> list[Any]:
-        from mlx_lm.models.cache import make_prompt_cache
-
-        return make_prompt_cache(self._model, self._kept.max_kv_size)
+        return self._model.new_cache(self._kept.max_kv_size)
 
     def _guess(self) -> None:
         if self._drafter is None or not self._groups:
@@ -251,6 +248,11 @@ class Waves:
             if others:
                 first.join(others)
         self._groups = [groups[0] for groups in by_adapter.values()]
+
+
+def can_forget(caches: Iterable[Any]) -> bool:
+    """Whether all of a row's caches can forget tokens again, so that drafts can be checked."""
+    return all(room_to_cut_back(cache) for cache in caches)
 
 
 def _asked(group: Group) -> list[tuple[Any, int, list[int]]]:

@@ -265,6 +265,10 @@ class AdapterSwitch:
         """Of the adapters that were added."""
         return list(self._named)
 
+    def layers(self, name: str) -> dict[str, nn.Module]:
+        """Name of a layer in the model -> that layer with the adapter that was added under `name` around it."""
+        return dict(self._named[name])
+
     @contextmanager
     def using(self, adapter: bool | str, root: str = "") -> Iterator[None]:
         """While this is entered, layers have this adapter: True, the one that is attached; False, none; or a name.

@@ -1,0 +1,470 @@
+"""A large model that behaves as if it had been fine-tuned as a small one was, at decoding, without any training.
+
+    log p(x) = log p_large(x) + sum_i w_i (log p_small,tuned_i(x) - log p_small,base(x)) - log Z
+
+at every token, over the vocabulary, in float32 (Mitchell et al., arXiv 2310.12962). Read the other way, a mixture of
+small models, sum_i w_i log p_small,tuned_i + (1 - sum_i w_i) log p_small,base, is scaled up by p_large / p_small,base.
+
+Comes in: two models of one vocabulary, and what the second learnt. Goes out: an object that is generated and scored
+with as a streamed model is. The larger of the two streams and the other one is in memory, whichever is which: a small
+base with the deltas of a large one (down-scaling) is the same sum.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..data.tokenizer import load_tokenizer
+from ..engine.budget import Budget
+from ..engine.in_memory import ModelInMemory, load_in_memory
+from ..engine.model import StreamedModel, compute_dtype_of, open_model
+from ..engine.spilled_caches import SpilledCaches
+from ..engine.stats import Stats
+from ..errors import ConfigError
+from ..models.adapters import CONFIG, WEIGHTS
+from ..models.loading import resolve
+from ..sizes import parse_nbytes
+from .variants import CHUNK, LOGITS_NBYTES, Variants
+
+
+@dataclass(frozen=True)
+class Term:
+    """One of the log-probabilities that are added up.
+
+    Attributes:
+        weight: in the sum. of_mixture: in the mixture of small models.
+        adapter: of a streamed model: False or a name; None: the one that the row asks for.
+    """
+
+    weight: float
+    of_mixture: float
+    adapter: bool | str | None = None
+
+
+class Emulated:
+    """Two models and deltas, generated with as one model. Made by `emulate`.
+
+    `emulated(tokens, cache=None)` gives log-probabilities `[B, T, V]` in float32, by mlx-lm's call signature.
+
+    Args:
+        streamed: the larger model, with the terms that it gives.
+        in_memory: variants of models in memory, each with the terms that they give.
+        vocab_size: token ids that all of them know.
+        nucleus: outside of the mixture's tokens that have this probability together, the large model has no say;
+            None: it has everywhere.
+        path: of the tokenizer and chat template that the tuned model was tuned with.
+        about: what makes it say what it says, for a row of a file of answers.
+    """
+
+    def __init__(
+        self,
+        streamed: StreamedModel,
+        of_streamed: Sequence[Term],
+        in_memory: Sequence[tuple[Variants, Sequence[Term]]],
+        vocab_size: int,
+        nucleus: float | None,
+        path: Path,
+        fingerprint: str,
+        about: dict[str, Any],
+        is_up: bool,
+    ):
+        self.streamed, self.path, self.about, self.is_up_scaling = streamed, path, about, is_up
+        self._terms, self._in_memory = tuple(of_streamed), tuple(in_memory)
+        self._vocab_size, self._nucleus, self._fingerprint = vocab_size, nucleus, fingerprint
+        self._sizes = [len(streamed.new_cache())] * len(of_streamed) + [len(v.make_cache()) for v, _ in in_memory]
+        self._drafter = Mixture(self._drafting(), vocab_size)
+
+    # --- What mlx-lm calls ---------------------------------------------------------------------------
+
+    def __call__(self, tokens: mx.array, cache: list[Any] | None = None) -> mx.array:
+        """Log-probabilities float32 `[B, T, V]`."""
+        found: list[mx.array] = []
+        cache = self.new_cache() if cache is None else cache
+        batch = tokens.astype(mx.int32), cache, mx.arange(tokens.size), True
+        self.decode([batch], lambda _, first, logits: found.append(logits))
+        return mx.concatenate(found).reshape(*tokens.shape, -1)
+
+    def make_cache(self) -> list[Any]:
+        """One list with the caches of all models."""
+        return self.new_cache()
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The streamed model's."""
+        return self.streamed.layers
+
+    # --- What generating asks for (`Decoder`) --------------------------------------------------------
+
+    @property
+    def embedding_rows(self) -> int:
+        return self._vocab_size
+
+    @property
+    def memory(self) -> int | None:
+        return self.streamed.memory
+
+    @property
+    def budget(self) -> Budget:
+        return self.streamed.budget
+
+    @property
+    def stats(self) -> Stats:
+        return self.streamed.stats
+
+    @property
+    def can_spill(self) -> bool:
+        return self.streamed.can_spill
+
+    def new_cache(self, max_kv_size: int | None = None) -> list[Any]:
+        """Of a new row: the streamed model's for each of its terms, then those of models in memory."""
+        streamed = [cache for _ in self._terms for cache in self.streamed.new_cache(max_kv_size)]
+        return streamed + [cache for variants, _ in self._in_memory for cache in variants.make_cache(max_kv_size)]
+
+    def streamed_caches(self, caches: Sequence[Any]) -> Sequence[Any]:
+        return caches[: sum(self._sizes[: len(self._terms)])]
+
+    def beside_nbytes(self, rows: int, drafted: int, tokens: int) -> int:
+        logits = 4 * self._vocab_size
+        # The sums wait for the streamed model. What is added to them copies them once.
+        n = rows * (drafted + 1) * logits * (2 + (self._nucleus is not None))
+        computing = [variants.workspace_nbytes(rows, drafted + 1, tokens) for variants, _ in self._in_memory]
+        drafting = [variants.workspace_nbytes(1, 1, tokens) for variants in self._drafter.variants]
+        return n + max(computing + drafting)
+
+    def drafter_model(self) -> "Mixture":
+        return self._drafter
+
+    def decode(
+        self,
+        batches: Sequence[tuple[mx.array, list[Any], mx.array, bool | str]],
+        take: Callable[[int, int, mx.array], None],
+        spilled: SpilledCaches | None = None,
+    ) -> None:
+        """As `StreamedModel.decode`; what models in memory say is computed first, then the weights are read once."""
+        sums, passengers, whose = [], [], []
+        for number, (tokens, cache, places, adapter) in enumerate(batches):
+            parts = self._parts(cache)
+            sums.append(self._of_models_in_memory(tokens, parts[len(self._terms) :], places.tolist()))
+            for term, part in zip(self._terms, parts):
+                passengers.append((tokens, part, places, adapter if term.adapter is None else term.adapter))
+                whose.append((number, term))
+
+        def take_term(passenger: int, first: int, logits: mx.array) -> None:
+            number, term = whose[passenger]
+            sums[number].add(term, first, logits)
+            if term is self._terms[-1]:
+                take(number, first, sums[number].pop(first))
+
+        self.streamed.decode(passengers, take_term, spilled)
+
+    def look(self, tokens: mx.array, cache: list[Any]) -> None:
+        parts = self._parts(cache)
+        for part in parts[: len(self._terms)]:
+            self.streamed.look(tokens, part)
+        for (variants, _), part in zip(self._in_memory, parts[len(self._terms) :]):
+            variants(tokens, part)
+
+    def takes(self, tokens: mx.array, cache: list[Any]) -> bool:
+        parts = self._parts(cache)
+        return all(self.streamed.takes(tokens, part) for part in parts[: len(self._terms)]) and all(
+            variants.takes(tokens, part) for (variants, _), part in zip(self._in_memory, parts[len(self._terms) :])
+        )
+
+    def fingerprint(self) -> str:
+        """Of the model whose knowledge is used; what is added to it is in `about`."""
+        return self._fingerprint
+
+    def __enter__(self) -> "Emulated":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the streamed model's threads and close its files."""
+        self.streamed.close()
+
+    # --- Underneath -----------------------------------------------------------------------------------
+
+    def _parts(self, cache: list[Any]) -> list[list[Any]]:
+        """A row's caches, by the model that they belong to."""
+        parts, at = [], 0
+        for size in self._sizes:
+            parts.append(cache[at : at + size])
+            at += size
+        return parts
+
+    def _of_models_in_memory(self, tokens: mx.array, parts: list[list[Any]], places: list[int]) -> "Sums":
+        sums = Sums(len(places), self._vocab_size, self._nucleus)
+        for (variants, terms), cache in zip(self._in_memory, parts):
+            for wanted, logits in variants.logits(tokens, cache, places):
+                for term, of_variant in zip(terms, logits):
+                    sums.add_places(term, wanted, of_variant)
+        return sums
+
+    def _drafting(self) -> list[tuple[Variants, list[float]]]:
+        """Of what is in memory, what guesses best: the mixture of small models, or the small base itself."""
+        found = []
+        for variants, terms in self._in_memory:
+            weights = [term.of_mixture if self.is_up_scaling else term.weight for term in terms]
+            which = [i for i, weight in enumerate(weights) if weight]
+            if which:
+                part = variants if len(which) == len(terms) else variants.only(which)
+                found.append((part, [weights[i] for i in which]))
+        return found
+
+
+class Mixture:
+    """Models in memory whose log-probabilities are added up; has mlx-lm's call."""
+
+    def __init__(self, parts: Sequence[tuple[Variants, Sequence[float]]], vocab_size: int):
+        self._parts, self._vocab_size = tuple(parts), vocab_size
+
+    def make_cache(self) -> list[Any]:
+        return [cache for variants, _ in self._parts for cache in variants.make_cache()]
+
+    @property
+    def variants(self) -> list[Variants]:
+        return [variants for variants, _ in self._parts]
+
+    def __call__(self, tokens: mx.array, cache: list[Any] | None = None) -> mx.array:
+        """Logits `[B, T, V]`, unevaluated."""
+        cache = self.make_cache() if cache is None else cache
+        total, at = 0.0, 0
+        for variants, weights in self._parts:
+            part = cache[at : at + variants.n_caches]
+            at += variants.n_caches
+            for weight, logits in zip(weights, variants(tokens, part)):
+                total = total + weight * logprobs(logits, self._vocab_size)
+        return total
+
+
+class Sums:
+    """Adds up terms for the wanted places of one batch.
+
+    Args:
+        n: places. nucleus: as in `Emulated`.
+    """
+
+    def __init__(self, n: int, vocab_size: int, nucleus: float | None):
+        self._vocab_size, self._nucleus = vocab_size, nucleus
+        self._total = mx.zeros((n, vocab_size), mx.float32)
+        self._mixture = None if nucleus is None else mx.zeros((n, vocab_size), mx.float32)
+
+    def add(self, term: Term, first: int, logits: mx.array) -> None:
+        """Of the places from `first` on."""
+        self.add_places(term, slice(first, first + logits.shape[0]), logits)
+
+    def add_places(self, term: Term, places: Any, logits: mx.array) -> None:
+        """Logits `[m, V]` of these places."""
+        found = logprobs(logits, self._vocab_size)
+        places = places if isinstance(places, slice) else mx.array(places, mx.int32)
+        self._total[places] = self._total[places] + term.weight * found
+        if self._mixture is not None:
+            self._mixture[places] = self._mixture[places] + term.of_mixture * found
+        mx.eval(self._total, [] if self._mixture is None else self._mixture)
+        self._last = logits.shape[0]
+
+    def pop(self, first: int) -> mx.array:
+        """Log-probabilities `[m, V]` of the places that were added last; they begin at `first`."""
+        part = slice(first, first + self._last)
+        total = self._total[part]
+        if self._mixture is not None:
+            mixture = logprobs(self._mixture[part])
+            total = mx.where(in_nucleus(mixture, self._nucleus), total, mixture)
+        return logprobs(total)
+
+
+def logprobs(logits: mx.array, vocab_size: int | None = None) -> mx.array:
+    """Natural, of the first `vocab_size` tokens, in float32."""
+    logits = logits[..., :vocab_size].astype(mx.float32)
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+
+def in_nucleus(of_tokens: mx.array, p: float) -> mx.array:
+    """Which tokens are among the likeliest that have a probability of `p` together, of log-probabilities `[m, V]`."""
+    falling = -mx.sort(-of_tokens, axis=-1)
+    likelier = mx.cumsum(mx.exp(falling), axis=-1) - mx.exp(falling)
+    least = mx.where(likelier < p, falling, mx.inf).min(axis=-1, keepdims=True)
+    return of_tokens >= least
+
+
+def parse_delta(text: str) -> tuple[str, float]:
+    """ADAPTER or ADAPTER:WEIGHT.
+
+    Raises:
+        ConfigError: the weight is no number.
+    """
+    path, colon, weight = text.rpartition(":")
+    if not colon or Path(text).expanduser().exists():
+        return text, 1.0
+    try:
+        return path, float(weight)
+    except ValueError:
+        raise ConfigError(f"--delta {text}: {weight!r} is no number. Give such as {path or 'adapters'}:0.5") from None
+
+
+def emulate(
+    large: StreamedModel | str | Path,
+    small: str | Path,
+    deltas: Sequence[tuple[str | Path, float]],
+    *,
+    memory: str | int | None = None,
+    adapter_path: str | Path | None = None,
+    nucleus: float | None = None,
+    compute_dtype: str | None = None,
+    trust_remote_code: bool = False,
+) -> Emulated:
+    """A model with the knowledge of `large` that behaves as `small` learnt to.
+
+    Args:
+        large: directory or hub id, or an opened model, which then is the one that streams.
+        small: directory or hub id of the base that was tuned. It may be the larger one: then it streams.
+        deltas: (adapter of `small`, or a whole tuned model's directory; its weight) of each. A weight of 0.5 is half of
+            what was learnt, a negative one its opposite; several add up.
+        memory: as in `open_model`; for both models together. An opened model has its own.
+        adapter_path: of `large` itself.
+        nucleus: as in `Emulated`: the paper's conservative filter of what the large model adds.
+    Raises:
+        ConfigError: models of different vocabularies (names the first difference), or too little memory for the one
+            that is not streamed.
+        AdapterError: a delta that belongs to another model.
+    """
+    if not deltas:
+        raise ConfigError(f"nothing is to be added of what {small} learnt. Give an adapter: --delta ADAPTER")
+    for path, weight in deltas:
+        if not math.isfinite(weight):
+            raise ConfigError(f"the weight of delta {path} must be a number, got {weight}")
+    if nucleus is not None and not 0 < nucleus <= 1:
+        raise ConfigError(f"--delta-top-p must be above 0 and at most 1, got {nucleus}")
+    small_path = resolve(str(small))
+    is_opened = isinstance(large, StreamedModel)
+    large_path = large.path if is_opened else resolve(str(large))
+    tuned = [_tuned(path) for path, _ in deltas]
+    weights = [float(weight) for _, weight in deltas]
+    tokenizer_path = next((path for path, is_adapter in tuned if not is_adapter), small_path)
+    check_same_vocabulary(large_path, [small_path, *(path for path, is_adapter in tuned if not is_adapter)])
+    is_up = is_opened or _nbytes(small_path) <= _nbytes(large_path)
+    dtype = compute_dtype_of(compute_dtype)
+    how = {"compute_dtype": compute_dtype, "trust_remote_code": trust_remote_code}
+    names = [f"delta {i}" for i in range(len(tuned))]
+    base = Term(-sum(weights), 1 - sum(weights), adapter=False)
+    of_tuned = [Term(weight, weight, name) for weight, name in zip(weights, names)]
+    adapters = [i for i, (_, is_adapter) in enumerate(tuned) if is_adapter]
+
+    if is_up:
+        streamed = large if is_opened else open_model(large_path, memory, adapter_path, **how)
+    else:
+        whole = [path for path, is_adapter in tuned if not is_adapter]
+        if whole:
+            raise ConfigError(
+                f"{whole[0]} is a whole model, and {small_path} is larger than {large_path}: of the larger one, give "
+                "adapters"
+            )
+        streamed = open_model(small_path, memory, **how)
+    try:
+
+        def load(path: Path) -> ModelInMemory:
+            return load_in_memory(path, dtype, trust_remote_code, lambda n: _check_fits(streamed, path, n))
+
+        if is_up:
+            of_streamed = [Term(1.0, 0.0)]
+            model = load(small_path)
+            for i in adapters:
+                model.add_adapter(names[i], tuned[i][0])
+            terms = [base, *(of_tuned[i] for i in adapters)]
+            in_memory = [(Variants(model, [term.adapter for term in terms]), terms)]
+            for (path, is_adapter), term in zip(tuned, of_tuned):
+                if not is_adapter:
+                    in_memory.append((Variants(load(path), [False]), [term]))
+            large_print, small_print = streamed.fingerprint(), model.fingerprint()
+        else:
+            of_streamed = [base, *of_tuned]
+            for (path, _), name in zip(tuned, names):
+                streamed.add_adapter(name, path)
+            model = load(large_path)
+            if adapter_path is not None:
+                model.add_adapter("own", adapter_path)
+            in_memory = [(Variants(model, [False if adapter_path is None else "own"]), [Term(1.0, 0.0)])]
+            large_print, small_print = model.fingerprint(), streamed.fingerprint()
+        whole_prints = {term.adapter: v.model.fingerprint() for v, (term, *_) in in_memory[1:]}
+        about = {
+            "small": small_print,
+            "deltas": [
+                [digest_of_adapter(path) if is_adapter else whole_prints[name], weight]
+                for (path, is_adapter), name, weight in zip(tuned, names, weights)
+            ],
+        }
+        if nucleus is not None:
+            about["top_p"] = nucleus
+        vocab_size = min(streamed.engine.cut.vocab_size, *(v.model.vocab_size for v, _ in in_memory), 1 << 60)
+        found = Emulated(
+            streamed, of_streamed, in_memory, vocab_size, nucleus, tokenizer_path, large_print, about, is_up
+        )
+        streamed.budget.measure_anew()  # the other model is in memory now
+    except BaseException:
+        if not is_opened:
+            streamed.close()
+        raise
+    return found
+
+
+def digest_of_adapter(directory: Path) -> str:
+    """Of an adapter's files."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in (CONFIG, WEIGHTS):
+        digest.update((directory / name).read_bytes())
+    return digest.hexdigest()
+
+
+def _tuned(path: str | Path) -> tuple[Path, bool]:
+    """(directory of what was tuned, whether it is an adapter)."""
+    directory = Path(path).expanduser()
+    if (directory / CONFIG).exists() and not (directory / "config.json").exists():
+        return directory, True
+    return resolve(str(path)), False
+
+
+def _nbytes(directory: Path) -> int:
+    return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+
+
+def _check_fits(streamed: StreamedModel, path: Path, nbytes: int) -> None:
+    """Raises ConfigError if a model has no room in memory beside the least that the streamed one needs."""
+    needed = streamed.budget.needed_beside(nbytes)
+    if needed is not None:
+        raise ConfigError(
+            f"memory of {streamed.memory / 1e9:.2f} GB is too little: {path} stays in memory, which takes "
+            f"{nbytes / 1e9:.2f} GB, and the other model streams beside it. Give at least {needed / 1e9:.2f}GB"
+        )
+
+
+def check_same_vocabulary(path: Path, others: Sequence[Path]) -> None:
+    """Raises ConfigError if another model's tokenizer has another text for an id; names the first such id.
+
+    How many rows the embeddings are padded to does not matter.
+    """
+    ours = _texts(path)
+    for other in others:
+        theirs = _texts(other)
+        if ours is None or theirs is None or ours == theirs:
+            continue
+        first = min(i for i in ours.keys() | theirs.keys() if ours.get(i) != theirs.get(i))
+        said = {i: "nothing" if texts.get(first) is None else repr(texts[first]) for i, texts in enumerate((ours, theirs))}
+        raise ConfigError(
+            f"{other} has another vocabulary than {path}: id {first} is {said[1]} there and {said[0]} here. Behaviour "
+            "can only be carried over between models of one vocabulary"
+        )
+
+
+def _texts(path: Path) -> dict[int, str] | None:
+    """Id -> text. None: the directory has no tokenizer."""
+    if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "tiktoken.model")):
+        return None
+    return {i: text for text, i in load_tokenizer(path, None).get_vocab().items()}
