@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from .errors import ModelError as ModelError
     from .errors import SlowftError as SlowftError
     from .errors import SlowftWarning as SlowftWarning
+    from .inference.emulate import Emulated as Emulated
+    from .inference.emulate import emulate as emulate
     from .inference.generate import Answer as Answer
     from .inference.generate import generate as generate
     from .planning.plan import Plan as Plan
@@ -43,6 +45,7 @@ _WHERE = {
     "engine.model": ("MicroBatch", "StreamedModel", "open_model"),
     "engine.randomness": ("dropout_seed",),
     "errors": ("AdapterError", "ConfigError", "DataError", "ModelError", "SlowftError", "SlowftWarning"),
+    "inference.emulate": ("Emulated", "emulate"),
     "inference.generate": ("Answer", "generate"),
     "planning.plan": ("Plan",),
     "training.config": ("TrainConfig",),

@@ -143,7 +143,8 @@ def test_sampling_has_mlx_lms_distribution():
     assert chi_square < 27.9 * 1.05  # 0.1% of 9 degrees of freedom, and the reference's own noise
 
 
-def test_a_draft_model_changes_no_token_and_saves_passes(tiny):
+def test_a_draft_model_changes_no_token_and_saves_passes(tiny, monkeypatch):
+    monkeypatch.setattr(Depth, "choose", lambda self, rows: self.most)  # whatever else this machine is busy with
     path, reference, model = tiny
     from slowft.inference.drafts import DraftModel
 

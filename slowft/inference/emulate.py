@@ -10,7 +10,6 @@ with as a streamed model is. The larger of the two streams and the other one is 
 base with the deltas of a large one (down-scaling) is the same sum.
 """
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,10 +26,9 @@ from ..engine.model import StreamedModel, compute_dtype_of, open_model
 from ..engine.spilled_caches import SpilledCaches
 from ..engine.stats import Stats
 from ..errors import ConfigError
-from ..models.adapters import CONFIG, WEIGHTS
+from ..models.adapters import CONFIG, digest
 from ..models.loading import resolve
-from ..sizes import parse_nbytes
-from .variants import CHUNK, LOGITS_NBYTES, Variants
+from .variants import Variants
 
 
 @dataclass(frozen=True)
@@ -349,7 +347,7 @@ def emulate(
     tuned = [_tuned(path) for path, _ in deltas]
     weights = [float(weight) for _, weight in deltas]
     tokenizer_path = next((path for path, is_adapter in tuned if not is_adapter), small_path)
-    check_same_vocabulary(large_path, [small_path, *(path for path, is_adapter in tuned if not is_adapter)])
+    are_known = check_same_vocabulary(large_path, [small_path, *(path for path, is_adapter in tuned if not is_adapter)])
     is_up = is_opened or _nbytes(small_path) <= _nbytes(large_path)
     dtype = compute_dtype_of(compute_dtype)
     how = {"compute_dtype": compute_dtype, "trust_remote_code": trust_remote_code}
@@ -397,15 +395,20 @@ def emulate(
         about = {
             "small": small_print,
             "deltas": [
-                [digest_of_adapter(path) if is_adapter else whole_prints[name], weight]
+                [digest(path) if is_adapter else whole_prints[name], weight]
                 for (path, is_adapter), name, weight in zip(tuned, names, weights)
             ],
         }
         if nucleus is not None:
             about["top_p"] = nucleus
-        vocab_size = min(streamed.engine.cut.vocab_size, *(v.model.vocab_size for v, _ in in_memory), 1 << 60)
+        sizes = [streamed.engine.cut.vocab_size, *(v.model.vocab_size for v, _ in in_memory)]
+        if not are_known and len(set(sizes)) > 1:
+            raise ConfigError(
+                f"{large_path} and {small_path} give logits of {' and '.join(map(str, sizes))} tokens, and not all "
+                "have a tokenizer to compare. Put tokenizer.json beside the weights"
+            )
         found = Emulated(
-            streamed, of_streamed, in_memory, vocab_size, nucleus, tokenizer_path, large_print, about, is_up
+            streamed, of_streamed, in_memory, min(sizes), nucleus, tokenizer_path, large_print, about, is_up
         )
         streamed.budget.measure_anew()  # the other model is in memory now
     except BaseException:
@@ -413,14 +416,6 @@ def emulate(
             streamed.close()
         raise
     return found
-
-
-def digest_of_adapter(directory: Path) -> str:
-    """Of an adapter's files."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name in (CONFIG, WEIGHTS):
-        digest.update((directory / name).read_bytes())
-    return digest.hexdigest()
 
 
 def _tuned(path: str | Path) -> tuple[Path, bool]:
@@ -445,26 +440,30 @@ def _check_fits(streamed: StreamedModel, path: Path, nbytes: int) -> None:
         )
 
 
-def check_same_vocabulary(path: Path, others: Sequence[Path]) -> None:
-    """Raises ConfigError if another model's tokenizer has another text for an id; names the first such id.
+def check_same_vocabulary(path: Path, others: Sequence[Path]) -> bool:
+    """Whether all have a tokenizer; then they are the same. How many rows embeddings are padded to does not matter.
 
-    How many rows the embeddings are padded to does not matter.
+    Raises:
+        ConfigError: another model's tokenizer has another text for an id; names the first such id.
     """
-    ours = _texts(path)
+    ours, are_known = _texts(path), True
     for other in others:
         theirs = _texts(other)
+        are_known = are_known and ours is not None and theirs is not None
         if ours is None or theirs is None or ours == theirs:
             continue
         first = min(i for i in ours.keys() | theirs.keys() if ours.get(i) != theirs.get(i))
-        said = {i: "nothing" if texts.get(first) is None else repr(texts[first]) for i, texts in enumerate((ours, theirs))}
+        here, there = ("nothing" if first not in texts else repr(texts[first]) for texts in (ours, theirs))
         raise ConfigError(
-            f"{other} has another vocabulary than {path}: id {first} is {said[1]} there and {said[0]} here. Behaviour "
-            "can only be carried over between models of one vocabulary"
+            f"{other} has another vocabulary than {path}: id {first} is {there} there and {here} here. Behaviour can "
+            "only be carried over between models of one vocabulary"
         )
+    return are_known
 
 
 def _texts(path: Path) -> dict[int, str] | None:
     """Id -> text. None: the directory has no tokenizer."""
-    if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "tiktoken.model")):
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tiktoken.model")
+    if not any((path / name).exists() for name in names):
         return None
     return {i: text for text, i in load_tokenizer(path, None).get_vocab().items()}

@@ -179,6 +179,11 @@ class Generation:
         return self.tokens / self.passes if self.passes else 0.0
 
     @property
+    def gain(self) -> float | None:
+        """How many times as fast drafts made it, as measured; None: not known."""
+        return self._waves.gain
+
+    @property
     def prompts(self) -> int:
         return len(self._prompts)
 

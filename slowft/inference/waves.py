@@ -112,6 +112,11 @@ class Waves:
         return [row for group in self._groups for row in group.rows]
 
     @property
+    def gain(self) -> float | None:
+        """How many times as fast drafts make it, as measured; None: not known."""
+        return self._depth.gain
+
+    @property
     def is_done(self) -> bool:
         return not self._waiting and not self._groups
 
@@ -125,7 +130,9 @@ class Waves:
     def step(self) -> list[Step]:
         """One pass over the weights: the next token, or tokens, of every row."""
         newcomers = self._newcomers()
+        begin = time.perf_counter()
         self._guess()
+        drafting_s = time.perf_counter() - begin
         groups = [*self._groups, *newcomers]
         batches, asked = [], [_asked(group) for group in groups]
         chosen: list[list[tuple[int, float]]] = [[] for _ in groups]
@@ -143,14 +150,18 @@ class Waves:
 
         begin = time.perf_counter()
         self._model.decode(batches, take, self._spilled)
+        seconds = time.perf_counter() - begin
         if not newcomers:
             n_tokens = sum(tokens.size for tokens, *_ in batches)
-            self._depth.passed(time.perf_counter() - begin, self._model.stats.last.wait_s, n_tokens)
+            self._depth.passed(seconds, self._model.stats.last.wait_s, n_tokens)
         if self._trial is not None:
             self._trial.after_pass()
         self.passes += 1
         self.prompt_tokens += sum(len(group.rows[0].prompt) for group in newcomers)
         steps = [step for group, found in zip(groups, chosen) for step in self._take_over(group, found)]
+        if self._drafter is not None and not newcomers:
+            n_tokens, is_drafted = sum(len(step.tokens) for step in steps), any(step.drafted for step in steps)
+            self._depth.gave(n_tokens / len(steps), drafting_s + seconds, is_drafted)
         self._groups += newcomers
         self._drop_finished()
         self._settle()

@@ -4,6 +4,7 @@ Comes in: an opened model whose weights are placeholders. Goes out: the same mod
 a directory that `mlx_lm.generate --adapter-path` loads. Never half-writes a file.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -176,6 +177,14 @@ def read_spec(directory: Path) -> AdapterSpec:
                 f"{config_file}: the rank is {rank}, and no tensor in {file} has an axis longer than {longest}"
             )
     return spec
+
+
+def digest(directory: Path) -> str:
+    """Of the files of the adapter in `directory`."""
+    found = hashlib.blake2b(digest_size=16)
+    for name in (CONFIG, WEIGHTS):
+        found.update((directory / name).read_bytes())
+    return found.hexdigest()
 
 
 def _read(how: Callable[[Path], Any], file: Path) -> Any:
