@@ -37,6 +37,7 @@ class Wave:
         rows: that there are; tokens: of the longest prompt (or draft); total: with its answer.
         row_nbytes: of a row's keys and values when it is finished; layer_nbytes: of its largest layer's.
         other_nbytes: of what is in memory beside them for so many rows.
+        passengers: micro-batches that a row is in a pass.
     """
 
     rows: int
@@ -45,6 +46,7 @@ class Wave:
     row_nbytes: int
     layer_nbytes: int
     other_nbytes: Callable[[int], int] = lambda rows: 0
+    passengers: int = 1
 
     def nbytes(self, rows: int) -> int:
         """Of so many rows; of one layer there are three, when it grows or rows come and go."""
@@ -160,7 +162,8 @@ class Budget:
         memory = self._usable(self.memory)
 
         def planner(rows: int, prompts: int) -> Planner:
-            return self.planner(1, wave.tokens, prompts, training=False, beside_nbytes=wave.nbytes(rows))
+            micro_batches = prompts * wave.passengers
+            return self.planner(1, wave.tokens, micro_batches, training=False, beside_nbytes=wave.nbytes(rows))
 
         def fits(rows: int, prompts: int = 1) -> bool:
             return planner(rows, prompts).chunked(memory) is not None

@@ -273,6 +273,11 @@ class StreamedModel(nn.Module):
         return make_prompt_cache(self, max_kv_size)
 
     @property
+    def passengers_of_row(self) -> int:
+        """How many times a row goes through in one reading."""
+        return 1
+
+    @property
     def can_spill(self) -> bool:
         """Whether caches can be on disk: blocks must take turns."""
         return self.engine.cut.is_chain

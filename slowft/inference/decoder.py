@@ -35,6 +35,10 @@ class Decoder(Protocol):
         """What was read, waited for and computed."""
 
     @property
+    def passengers_of_row(self) -> int:
+        """How many times a row goes through in one reading."""
+
+    @property
     def can_spill(self) -> bool:
         """Whether its caches can be on disk."""
 

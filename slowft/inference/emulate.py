@@ -45,6 +45,9 @@ class Term:
     adapter: bool | str | None = None
 
 
+OF_LARGE = Term(1.0, 0.0)  # the model that behaves as another one learnt to, with the adapter that a row asks for
+
+
 class Emulated:
     """Two models and deltas, generated with as one model. Made by `emulate`.
 
@@ -114,6 +117,10 @@ class Emulated:
     @property
     def stats(self) -> Stats:
         return self.streamed.stats
+
+    @property
+    def passengers_of_row(self) -> int:
+        return len(self._terms)
 
     @property
     def can_spill(self) -> bool:
@@ -341,72 +348,50 @@ def emulate(
             raise ConfigError(f"the weight of delta {path} must be a number, got {weight}")
     if nucleus is not None and not 0 < nucleus <= 1:
         raise ConfigError(f"--delta-top-p must be above 0 and at most 1, got {nucleus}")
-    small_path = resolve(str(small))
-    is_opened = isinstance(large, StreamedModel)
+    learnt = [Delta.of(f"delta {i}", path, float(weight)) for i, (path, weight) in enumerate(deltas)]
+    whole = [delta for delta in learnt if not delta.is_adapter]
+    small_path, is_opened = resolve(str(small)), isinstance(large, StreamedModel)
     large_path = large.path if is_opened else resolve(str(large))
-    tuned = [_tuned(path) for path, _ in deltas]
-    weights = [float(weight) for _, weight in deltas]
-    tokenizer_path = next((path for path, is_adapter in tuned if not is_adapter), small_path)
-    are_known = check_same_vocabulary(large_path, [small_path, *(path for path, is_adapter in tuned if not is_adapter)])
+    have_tokenizers = check_same_vocabulary(large_path, [small_path, *(delta.path for delta in whole)])
     is_up = is_opened or _nbytes(small_path) <= _nbytes(large_path)
-    dtype = compute_dtype_of(compute_dtype)
+    if whole and not is_up:
+        raise ConfigError(
+            f"{whole[0].path} is a whole model, and {small_path} is larger than {large_path}: of the larger one, give "
+            "adapters"
+        )
     how = {"compute_dtype": compute_dtype, "trust_remote_code": trust_remote_code}
-    names = [f"delta {i}" for i in range(len(tuned))]
-    base = Term(-sum(weights), 1 - sum(weights), adapter=False)
-    of_tuned = [Term(weight, weight, name) for weight, name in zip(weights, names)]
-    adapters = [i for i, (_, is_adapter) in enumerate(tuned) if is_adapter]
-
     if is_up:
         streamed = large if is_opened else open_model(large_path, memory, adapter_path, **how)
     else:
-        whole = [path for path, is_adapter in tuned if not is_adapter]
-        if whole:
-            raise ConfigError(
-                f"{whole[0]} is a whole model, and {small_path} is larger than {large_path}: of the larger one, give "
-                "adapters"
-            )
         streamed = open_model(small_path, memory, **how)
+
+    def load(path: Path) -> ModelInMemory:
+        dtype = compute_dtype_of(compute_dtype)
+        return load_in_memory(path, dtype, trust_remote_code, lambda nbytes: _check_fits(streamed, path, nbytes))
+
     try:
-
-        def load(path: Path) -> ModelInMemory:
-            return load_in_memory(path, dtype, trust_remote_code, lambda n: _check_fits(streamed, path, n))
-
         if is_up:
-            of_streamed = [Term(1.0, 0.0)]
-            model = load(small_path)
-            for i in adapters:
-                model.add_adapter(names[i], tuned[i][0])
-            terms = [base, *(of_tuned[i] for i in adapters)]
-            in_memory = [(Variants(model, [term.adapter for term in terms]), terms)]
-            for (path, is_adapter), term in zip(tuned, of_tuned):
-                if not is_adapter:
-                    in_memory.append((Variants(load(path), [False]), [term]))
-            large_print, small_print = streamed.fingerprint(), model.fingerprint()
+            of_streamed, in_memory = [OF_LARGE], _deltas_in_memory(load(small_path), learnt, load)
         else:
-            of_streamed = [base, *of_tuned]
-            for (path, _), name in zip(tuned, names):
-                streamed.add_adapter(name, path)
-            model = load(large_path)
-            if adapter_path is not None:
-                model.add_adapter("own", adapter_path)
-            in_memory = [(Variants(model, [False if adapter_path is None else "own"]), [Term(1.0, 0.0)])]
-            large_print, small_print = model.fingerprint(), streamed.fingerprint()
-        whole_prints = {term.adapter: v.model.fingerprint() for v, (term, *_) in in_memory[1:]}
-        about = {
-            "small": small_print,
-            "deltas": [
-                [digest(path) if is_adapter else whole_prints[name], weight]
-                for (path, is_adapter), name, weight in zip(tuned, names, weights)
-            ],
-        }
-        if nucleus is not None:
-            about["top_p"] = nucleus
-        sizes = [streamed.engine.cut.vocab_size, *(v.model.vocab_size for v, _ in in_memory)]
-        if not are_known and len(set(sizes)) > 1:
+            of_streamed, in_memory = (
+                _deltas_streamed(streamed, learnt),
+                [_base_in_memory(load(large_path), adapter_path)],
+            )
+        models = [streamed, *(variants.model for variants, _ in in_memory)]
+        sizes = [streamed.engine.cut.vocab_size, *(model.vocab_size for model in models[1:])]
+        if not have_tokenizers and len(set(sizes)) > 1:
             raise ConfigError(
                 f"{large_path} and {small_path} give logits of {' and '.join(map(str, sizes))} tokens, and not all "
                 "have a tokenizer to compare. Put tokenizer.json beside the weights"
             )
+        prints = [model.fingerprint() for model in models]
+        of_whole = dict(zip([delta.name for delta in whole], prints[2:]))
+        about: dict[str, Any] = {"small": prints[1 if is_up else 0]}
+        about["deltas"] = [[of_whole.get(delta.name) or digest(delta.path), delta.weight] for delta in learnt]
+        if nucleus is not None:
+            about["top_p"] = nucleus
+        tokenizer_path = whole[0].path if whole else small_path
+        large_print = prints[0 if is_up else 1]
         found = Emulated(
             streamed, of_streamed, in_memory, min(sizes), nucleus, tokenizer_path, large_print, about, is_up
         )
@@ -418,12 +403,54 @@ def emulate(
     return found
 
 
-def _tuned(path: str | Path) -> tuple[Path, bool]:
-    """(directory of what was tuned, whether it is an adapter)."""
-    directory = Path(path).expanduser()
-    if (directory / CONFIG).exists() and not (directory / "config.json").exists():
-        return directory, True
-    return resolve(str(path)), False
+@dataclass(frozen=True)
+class Delta:
+    """What was learnt: a directory with an adapter or with a whole tuned model, and its weight."""
+
+    name: str
+    path: Path
+    weight: float
+    is_adapter: bool
+
+    @staticmethod
+    def of(name: str, path: str | Path, weight: float) -> "Delta":
+        directory = Path(path).expanduser()
+        is_adapter = (directory / CONFIG).exists() and not (directory / "config.json").exists()
+        return Delta(name, directory if is_adapter else resolve(str(path)), weight, is_adapter)
+
+    @property
+    def term(self) -> Term:
+        return Term(self.weight, self.weight, self.name)
+
+
+def _base_term(deltas: Sequence[Delta]) -> Term:
+    """Of the base that was tuned."""
+    total = sum(delta.weight for delta in deltas)
+    return Term(-total, 1 - total, adapter=False)
+
+
+def _deltas_in_memory(
+    small: ModelInMemory, deltas: Sequence[Delta], load: Callable[[Path], ModelInMemory]
+) -> list[tuple[Variants, list[Term]]]:
+    """The base with its adapters, one model; and each whole tuned model."""
+    adapters = [delta for delta in deltas if delta.is_adapter]
+    for delta in adapters:
+        small.add_adapter(delta.name, delta.path)
+    terms = [_base_term(deltas), *(delta.term for delta in adapters)]
+    found = [(Variants(small, [term.adapter for term in terms]), terms)]
+    return found + [(Variants(load(d.path), [False]), [d.term]) for d in deltas if not d.is_adapter]
+
+
+def _deltas_streamed(large: StreamedModel, deltas: Sequence[Delta]) -> list[Term]:
+    for delta in deltas:
+        large.add_adapter(delta.name, delta.path)
+    return [_base_term(deltas), *(delta.term for delta in deltas)]
+
+
+def _base_in_memory(base: ModelInMemory, adapter_path: str | Path | None) -> tuple[Variants, list[Term]]:
+    if adapter_path is not None:
+        base.add_adapter("own", adapter_path)
+    return Variants(base, [False if adapter_path is None else "own"]), [OF_LARGE]
 
 
 def _nbytes(directory: Path) -> int:
