@@ -22,7 +22,7 @@ from slowft.bench import cgroup
 from slowft.cli.main import slowft as command
 from slowft.inference.emulate import parse_delta
 
-PROMPTS = [np.random.default_rng(i).integers(3, 250, n).tolist() for i, n in enumerate((3, 9, 150, 5))]
+PROMPTS = [np.random.default_rng(i).integers(3, 250, n).tolist() for i, n in enumerate((3, 9, 70, 5))]
 TOKENS = mx.array([PROMPTS[1], PROMPTS[2][:9]])
 LORA = {"num_layers": -1, "rank": 4, "scale": 20.0}
 
@@ -147,7 +147,7 @@ def test_a_small_base_gets_the_delta_of_a_large_model_that_streams(models, tmp_p
     with slowft.emulate(models.small, models.large, [(models.of_large, 0.8)], memory="1GB") as down:
         assert down.streamed.path == models.large and not down.is_up_scaling
         assert_close(down(TOKENS), normalised(base + 0.8 * (tuned - large)))
-        assert generated(down) == generated(down, draft_tokens=0)
+        assert generated(down, PROMPTS[:2]) == generated(down, PROMPTS[:2], draft_tokens=0, wave=1)
         down(TOKENS)
         reads = down.stats.last.bytes_read
         down.streamed(TOKENS)
@@ -183,7 +183,7 @@ def test_dora_is_computed_apart(models, tmp_path):
 
 
 def run_of(model, prompts=PROMPTS, **how) -> tuple[slowft.inference.generate.Generation, list[list[int]]]:
-    run = slowft.generate(model, prompts, tokenizer=NoTokenizer(), max_tokens=how.pop("max_tokens", 10), **how)
+    run = slowft.generate(model, prompts, tokenizer=NoTokenizer(), max_tokens=how.pop("max_tokens", 8), **how)
     return run, [answer.tokens for answer in sorted(run, key=lambda answer: answer.number)]
 
 
@@ -199,13 +199,13 @@ def test_guesses_of_the_tuned_small_model_change_no_token_and_save_readings(emul
     alone, answers = run_of(emulated, wave=1, draft_tokens=4, **sampling)
     assert answers == expected
     assert alone.passes <= 0.6 * plain.passes and alone.accepted == plain.passes - alone.passes
-    for how in ({"wave": 3}, {"wave": 4, "draft_tokens": 3}, {"wave": 4, "draft_tokens": 0}, {"draft": "lookup"}):
+    for how in ({"wave": 3}, {"wave": 4, "draft_tokens": 0}, {"draft": "lookup"})[: 3 if sampling else 1]:
         assert generated(emulated, **how, **sampling) == expected
 
 
 def test_mlx_lm_generates_the_same(emulated):
     for prompt, expected in zip(PROMPTS[:2], generated(emulated)):
-        steps = generate_step(mx.array(prompt), emulated, max_tokens=10, sampler=make_sampler(0.0))
+        steps = generate_step(mx.array(prompt), emulated, max_tokens=8, sampler=make_sampler(0.0))
         assert [int(token) for token, _ in steps] == expected
 
 
@@ -311,7 +311,7 @@ def test_models_larger_than_their_memory_are_generated_with_within_it(tmp_path):
     if why := cgroup.why_unavailable():
         must_run(why)
     shape = LLAMA | {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "num_key_value_heads": 2}
-    large = save_random(tmp_path / "large", shape | {"num_hidden_layers": 26}, mx.bfloat16, shards=True)
+    large = save_random(tmp_path / "large", shape | {"num_hidden_layers": 22}, mx.bfloat16, shards=True)
     small = save_random(tmp_path / "small", LLAMA | {"hidden_size": 256, "num_attention_heads": 8})
     adapter = save_adapter(small, tmp_path / "adapter", 3)
     code = f"""
@@ -325,7 +325,7 @@ prompts = [np.random.default_rng(i).integers(1, 250, 20).tolist() for i in range
 run = slowft.generate(model, prompts, tokenizer=NoTokenizer(), max_tokens=3, draft_tokens=2)
 print(run.wave, len(list(run)), model.streamed.nbytes_on_disk, run.plan.peak_nbytes, run.drafted)
 """
-    memory = 290_000_000
+    memory = 240_000_000
     done, peak = cgroup.run([sys.executable, "-c", code, str(memory)], memory)
     assert done.returncode == 0, done.stderr[-2000:]
     wave, n, nbytes, planned, drafted = map(int, done.stdout.split())
@@ -343,4 +343,4 @@ def test_on_a_mac_models_are_computed_in_their_own_dtype(mac, tmp_path):
         expected = normalised(np.array(tuned_in_memory(small, adapter)(TOKENS).astype(mx.float32)).astype(np.float64))
         got = np.array(itself(TOKENS))
         assert np.abs(got - expected).max() < 0.05 * np.abs(expected).max()
-        assert len(generated(itself, PROMPTS[:2])[1]) == 10
+        assert len(generated(itself, PROMPTS[:2])[1]) == 8
