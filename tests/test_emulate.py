@@ -171,6 +171,14 @@ def test_other_architectures_are_computed_together_only_where_that_is_the_same(n
         assert generated(itself, prompts, wave=2) == generated(itself, prompts, draft_tokens=0, wave=1)
 
 
+def test_rows_of_one_batch_that_say_something_else_are_computed_apart(models, monkeypatch):
+    wrong = slowft.inference.variants.LinearOfRows.__call__
+    monkeypatch.setattr(slowft.inference.variants.LinearOfRows, "__call__", lambda self, x: 1.1 * wrong(self, x))
+    with slowft.emulate(models.small, models.small, [(models.first, 1.0)]) as itself:
+        assert not itself._in_memory[0][0].is_together
+        assert_close(itself(TOKENS), models.logprobs(models.small, models.first))
+
+
 def test_dora_is_computed_apart(models, tmp_path):
     adapter = save_adapter(models.small, tmp_path / "dora", 3, use_dora=True)
     with slowft.emulate(models.small, models.small, [(adapter, 1.0)]) as itself:
@@ -200,7 +208,8 @@ def test_guesses_of_the_tuned_small_model_change_no_token_and_save_readings(emul
     assert answers == expected
     assert alone.passes <= 0.6 * plain.passes and alone.accepted == plain.passes - alone.passes
     for how in ({"wave": 3}, {"wave": 4, "draft_tokens": 0}, {"draft": "lookup"})[: 3 if sampling else 1]:
-        assert generated(emulated, **how, **sampling) == expected
+        run, answers = run_of(emulated, **how, **sampling)
+        assert answers == expected and run._waves._trial.verdict  # rows were merged
 
 
 def test_mlx_lm_generates_the_same(emulated):
