@@ -82,6 +82,7 @@ class Models:
 
 
 def normalised(logits: np.ndarray) -> np.ndarray:
+    logits = logits - logits.max(-1, keepdims=True)
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
@@ -97,7 +98,9 @@ def emulated(models):
 
 
 def assert_close(got: mx.array, expected: np.ndarray, within: float = 2e-5) -> None:
-    assert np.abs(np.array(got) - expected).max() < within
+    said = np.isfinite(expected)
+    assert np.abs(np.array(got) - expected)[said].max() < within
+    assert (np.array(got)[~said] < -1000).all()
 
 
 # --- The formula ----------------------------------------------------------------------------------------
@@ -158,14 +161,22 @@ def test_a_small_base_gets_the_delta_of_a_large_model_that_streams(models, tmp_p
 
 
 @pytest.mark.parametrize(
-    "name, is_together", [("qwen3", True), ("gemma3_text", False), ("mixtral", False), ("qwen3_next", False)]
+    "name, is_together",
+    [
+        ("qwen3", True),
+        ("gemma3_text", False),
+        ("mixtral", False),
+        ("qwen3_next", False),
+        ("phi3small", False),
+        ("afm7", False),
+    ],
 )
 def test_other_architectures_are_computed_together_only_where_that_is_the_same(name, is_together, tmp_path):
     small = matrix.save(tmp_path / "small", name)
     adapter, tokens = save_adapter(small, tmp_path / "adapter", 3), TOKENS % 90
     expected = normalised(np.array(tuned_in_memory(small, adapter)(tokens)).astype(np.float64))
     with slowft.emulate(small, small, [(adapter, 1.0)]) as itself:
-        assert itself._in_memory[0][0].is_together == is_together
+        assert itself._in_memory[0][0].is_together == (name == "qwen3")
         assert_close(itself(tokens), expected, 1e-4)
         prompts = [[token % 90 for token in prompt] for prompt in PROMPTS[:2]]
         assert generated(itself, prompts, wave=2) == generated(itself, prompts, draft_tokens=0, wave=1)

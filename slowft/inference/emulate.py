@@ -30,6 +30,9 @@ from ..models.adapters import CONFIG, digest
 from ..models.loading import resolve
 from .variants import Variants
 
+# Of tokens that a model never says (phi3small gives some a logit of minus infinity): differences have to be numbers.
+NEVER = -1e4
+
 
 @dataclass(frozen=True)
 class Term:
@@ -287,9 +290,9 @@ class Sums:
 
 
 def logprobs(logits: mx.array, vocab_size: int | None = None) -> mx.array:
-    """Natural, of the first `vocab_size` tokens, in float32."""
+    """Natural, of the first `vocab_size` tokens, in float32. None is below `NEVER`."""
     logits = logits[..., :vocab_size].astype(mx.float32)
-    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    return mx.maximum(logits - mx.logsumexp(logits, axis=-1, keepdims=True), NEVER)
 
 
 def in_nucleus(of_tokens: mx.array, p: float) -> mx.array:

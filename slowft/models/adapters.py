@@ -15,7 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from ..errors import AdapterError, ConfigError, ModelError, printable
 from ..weights.extents import read_header
@@ -258,7 +258,7 @@ class AdapterSwitch:
                 expected = {
                     f"{path}.{key}": array
                     for path, layer in attached.items()
-                    for key, array in layer.items()
+                    for key, array in tree_flatten({k: v for k, v in layer.items() if k not in ("linear", "embedding")})
                     if isinstance(array, mx.array)
                 }
                 load_weights(self._model, expected, directory / WEIGHTS)
