@@ -51,8 +51,25 @@ def write(directory: Path, layers: int, of_small: int, apart: float) -> Path:
             values *= 6  # as sure of a token as language models are
         weights[name] = mx.array(values.astype(np.float32)).astype(mx.bfloat16)
         mx.eval(weights[name])
-    mx.save_safetensors(str(directory / "model.safetensors"), weights, {"format": "mlx"})
+    save_in_order(directory / "model.safetensors", weights)
     return directory
+
+
+def save_in_order(file: Path, weights: dict[str, mx.array]) -> None:
+    """Tensors in the order of the model, from a whole page on.
+
+    `mx.save_safetensors` scatters a block's tensors, and begins at any byte: then Linux reads ahead of what is asked
+    for, and the drive gives twice as many bytes as are counted (1,081 MB for 541 MB).
+    """
+    header, at = {}, 0
+    for name, array in weights.items():
+        header[name] = {"dtype": "BF16", "shape": array.shape, "data_offsets": [at, at := at + array.nbytes]}
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % 4096)
+    with open(file, "wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for array in weights.values():
+            out.write(memoryview(array.reshape(-1).view(mx.uint8)))
 
 
 def write_adapter(model: Path, directory: Path) -> Path:
