@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from .errors import ModelError as ModelError
     from .errors import SlowftError as SlowftError
     from .errors import SlowftWarning as SlowftWarning
+    from .inference.emulate import Emulated as Emulated
+    from .inference.emulate import emulate as emulate
     from .inference.generate import Answer as Answer
     from .inference.generate import generate as generate
     from .inference.score import Score as Score
@@ -48,6 +50,7 @@ _WHERE = {
     "engine.model": ("MicroBatch", "StreamedModel", "open_model"),
     "engine.randomness": ("dropout_seed",),
     "errors": ("AdapterError", "ConfigError", "DataError", "ModelError", "SlowftError", "SlowftWarning"),
+    "inference.emulate": ("Emulated", "emulate"),
     "inference.generate": ("Answer", "generate"),
     "inference.score": ("Score", "score"),
     "models.adapter_files": ("load_peft",),

@@ -202,7 +202,7 @@ def test_quantized_base_stays_packed_on_a_gpu(bits, mode, group_size, tmp_path, 
     """What a GPU does (no compute dtype: files' own, packed weights multiplied as they are), on the CPU backend."""
     dense = save_random(tmp_path / "dense", LLAMA, mx.bfloat16)
     packed = save_quantized(tmp_path / "packed", dense, bits, mode, group_size)
-    monkeypatch.setattr("slowft.engine.model._compute_dtype", lambda name: None)
+    monkeypatch.setattr("slowft.engine.model.compute_dtype_of", lambda name: None)
     whole, _ = load_model(packed)
     whole.freeze()
     attach_in_memory(whole, **LORA)

@@ -109,7 +109,7 @@ def test_gradients_equal_on_quantized_bases(bits, mode, group_size, dtype, tmp_p
     dense = save_random(tmp_path / "dense", LLAMA)
     packed = save_quantized(tmp_path / "packed", dense, bits, mode, group_size)
     if dtype == "files":
-        monkeypatch.setattr(engine_model, "_compute_dtype", lambda name: None)
+        monkeypatch.setattr(engine_model, "compute_dtype_of", lambda name: None)
         whole = in_memory(packed, **LORA)
     streamed = slowft.open_model(packed).add_lora(**LORA)
     batch, lengths = random_batch(256)

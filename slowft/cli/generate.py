@@ -14,6 +14,9 @@ QUOTES = '"""'
 @click.command()
 @click.option("--model", help="Model directory or hub id.")
 @click.option("--adapter-path", metavar="DIR", help="Adapter to generate with.")
+@click.option("--emulate", metavar="SMALL", help="Base model whose fine-tuning --model is to behave by; see --delta.")
+@click.option("--delta", multiple=True, metavar="ADAPTER[:WEIGHT]", help="What SMALL learnt; several add up.")
+@click.option("--delta-top-p", type=float, help="Outside of this share of what SMALL would say, --model has no say.")
 @click.option("-p", "--prompt", help="What to answer; - reads standard input.")
 @click.option("--prompts", metavar="FILE.jsonl", help='Lines of {"prompt": ...} or {"messages": [...]}, perhaps "id".')
 @click.option("--output", metavar="OUT.jsonl", help="Where answers to --prompts go, one a line as they are finished.")
@@ -42,7 +45,7 @@ QUOTES = '"""'
 @click.option("--spill-kv", is_flag=True, help="Keys and values go to disk: for long texts, or more rows at a time.")
 @click.option("--draft-model", metavar="DIR", help="Small model in memory that guesses tokens; changes no answer.")
 @click.option("--draft-lookup", is_flag=True, help="Guess that what was said before is said again; changes no answer.")
-@click.option("--num-draft-tokens", type=int, help="Guessed at most at a time; by default as measured.")
+@click.option("--num-draft-tokens", type=int, help="Guessed at most at a time, 0 for none; by default as measured.")
 @click.option("--wave", type=int, help="Rows at a time; by default as many as --memory lets.")
 @click.option("--memory", metavar="SIZE", help="Ceiling for the whole process. [default: half of the machine's]")
 @click.option(
@@ -71,6 +74,10 @@ def generate(
     Example:
 
         slowft generate --model Qwen/Qwen3-0.6B --prompt "What is a heisenbug?" --max-tokens 100
+
+    --emulate has the model behave as a small one was fine-tuned to, without any training of its own:
+
+        slowft generate --model Qwen/Qwen3-32B --emulate Qwen/Qwen3-0.6B --delta adapters --prompt "What is a bogon?"
     """
     if model is None:
         raise click.UsageError("no model given. Use --model with a directory or a hub id such as Qwen/Qwen3-0.6B")

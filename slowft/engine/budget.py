@@ -40,7 +40,8 @@ class Wave:
     Attributes:
         rows: that there are; tokens: of the longest prompt (or draft); total: with its answer.
         row_nbytes: of a row's keys and values when it is finished; layer_nbytes: of its largest layer's.
-        other_nbytes: of what is in memory beside them, such as a model for drafts.
+        other_nbytes: of what is in memory beside them for so many rows.
+        passengers: micro-batches that a row is in a pass.
     """
 
     rows: int
@@ -48,11 +49,12 @@ class Wave:
     total: int
     row_nbytes: int
     layer_nbytes: int
-    other_nbytes: int = 0
+    other_nbytes: Callable[[int], int] = lambda rows: 0
+    passengers: int = 1
 
     def nbytes(self, rows: int) -> int:
         """Of so many rows; of one layer there are three, when it grows or rows come and go."""
-        return rows * (self.row_nbytes + 2 * self.layer_nbytes) + self.other_nbytes
+        return rows * (self.row_nbytes + 2 * self.layer_nbytes) + self.other_nbytes(rows)
 
 
 class Budget:
@@ -203,7 +205,8 @@ class Budget:
         memory = self._usable(self.memory)
 
         def planner(rows: int, prompts: int) -> Planner:
-            return self.planner(1, wave.tokens, prompts, training=False, beside_nbytes=wave.nbytes(rows))
+            micro_batches = prompts * wave.passengers
+            return self.planner(1, wave.tokens, micro_batches, training=False, beside_nbytes=wave.nbytes(rows))
 
         def fits(rows: int, prompts: int = 1) -> bool:
             return planner(rows, prompts).chunked(memory) is not None
@@ -222,6 +225,13 @@ class Budget:
         self._follow(plan)
         self._shape, self._passes_shape = (0, 0, 0), ((), 0)  # training and evaluation are planned anew
         return rows, prompts, plan
+
+    def needed_beside(self, nbytes: int) -> int | None:
+        """The least memory for one token at a time if so many bytes more were in it; None: there is enough."""
+        if self.memory is None:
+            return None
+        planner = self.planner(1, 1, 1, training=False, beside_nbytes=nbytes)
+        return None if planner.chunked(self._usable(self.memory)) is not None else enough(planner.least().peak_nbytes)
 
     def predict_decoding(self, rows: int, plan: Plan) -> Plan:
         """What a pass that gives each of so many rows a token takes, under the plan that is followed."""

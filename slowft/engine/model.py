@@ -306,6 +306,39 @@ class StreamedModel(nn.Module):
             return False
         return True
 
+    # --- The rest of what generating asks for (`inference/decoder.py`) --------------------------------
+
+    def new_cache(self, max_kv_size: int | None = None) -> list[Any]:
+        """mlx-lm's caches of a new row, one for each block."""
+        from mlx_lm.models.cache import make_prompt_cache
+
+        return make_prompt_cache(self, max_kv_size)
+
+    @property
+    def passengers_of_row(self) -> int:
+        """How many times a row goes through in one reading."""
+        return 1
+
+    @property
+    def can_spill(self) -> bool:
+        """Whether caches can be on disk: blocks must take turns."""
+        return self.engine.cut.is_chain
+
+    def streamed_caches(self, caches: Sequence[Any]) -> Sequence[Any]:
+        """Of what goes by the list of a row's caches, the part of blocks that are streamed: all."""
+        return caches
+
+    def look(self, tokens: mx.array, cache: list[Any]) -> None:
+        """Give the caches the shapes that they have after these tokens. Nothing is read or computed."""
+        self.engine.look(tokens, cache)
+
+    def beside_nbytes(self, rows: int, drafted: int, tokens: int) -> int:
+        """What a pass takes that the budget does not know of: nothing."""
+        return 0
+
+    def drafter_model(self) -> None:
+        """A model in memory that guesses well what this one says: there is none."""
+
     @contextmanager
     def _not_training(self) -> Iterator[None]:
         """While this is entered, dropout and the like are as in evaluation."""
@@ -544,7 +577,7 @@ def open_model(
     platform.fix_malloc_threshold()
     _warn_of_slow_blas()
     memory_nbytes = None if memory is None else parse_nbytes(memory)
-    dtype = _compute_dtype(compute_dtype)
+    dtype = compute_dtype_of(compute_dtype)
     skeleton = loading.load_skeleton(loading.resolve(str(path_or_hub_id)), StreamedModel, dtype, trust_remote_code)
     model = skeleton.model
     cut = seams.find_units(model, skeleton.params)
@@ -615,7 +648,8 @@ def _warn_of_slow_blas() -> None:
         warnings.warn(slow, SlowftWarning, stacklevel=3)
 
 
-def _compute_dtype(name: str | None) -> mx.Dtype | None:
+def compute_dtype_of(name: str | None) -> mx.Dtype | None:
+    """The dtype that `open_model` computes in where it is given this name; None: the files' own."""
     if name == "native":
         return None
     if name is None:

@@ -14,6 +14,8 @@ from .rows import Row
 from .sampling import Chooser
 
 LONGEST_MATCH = 3  # tokens that prompt look-up compares
+CHUNK = 64  # tokens of a prompt that a drafter takes in at a time
+PLAIN_AFTER = 16  # passes with drafts, one goes without any: what it takes says what drafts gain
 DEPTHS = (1, 2, 4, 8, 16, 32, 64)
 USUAL_ACCEPTANCE = 0.6  # of a draft's token, before any was checked
 
@@ -77,6 +79,10 @@ class DraftModel:
             if n <= 0:
                 continue
             cache, seen = self._caches.get(row.number) or (make_prompt_cache(self.model), 0)
+            while (ahead := len(tokens) - seen) > 1:  # a prompt: whose logits nobody wants
+                self.model(mx.array([tokens[seen : seen + min(ahead - 1, CHUNK)]]), cache=cache)
+                mx.eval([c.state for c in cache])
+                seen += min(ahead - 1, CHUNK)
             while len(row.draft) < n:
                 logits = self.model(mx.array([tokens[seen:]]), cache=cache)[:, -1]
                 seen = len(tokens)
@@ -114,6 +120,23 @@ class Depth:
         self._right, self._checked = USUAL_ACCEPTANCE * 4, 4.0
         self._draft_s = self._drafted = 0.0
         self._read_s, self._token_s = 0.0, 0.0
+        self._drafted_passes = self._plain_passes = 0
+        self._tokens_of_row = self._drafted_s = self._plain_s = 0.0
+
+    @property
+    def gain(self) -> float | None:
+        """How many times as fast drafts made it, by passes with and without them; None: not known yet."""
+        if not self._plain_passes or not self._drafted_passes:
+            return None
+        return self._tokens_of_row / self._drafted_s * self._plain_s / self._plain_passes
+
+    def gave(self, tokens_of_row: float, seconds: float, is_drafted: bool) -> None:
+        """A pass, with the drafting before it, took so long and gave a row so many tokens on average."""
+        if is_drafted:
+            self._drafted_passes += 1
+            self._tokens_of_row, self._drafted_s = self._tokens_of_row + tokens_of_row, self._drafted_s + seconds
+        else:
+            self._plain_passes, self._plain_s = self._plain_passes + 1, self._plain_s + seconds
 
     @property
     def acceptance(self) -> float:
@@ -135,7 +158,9 @@ class Depth:
             self._read_s = seconds if waited_s > 0.05 * seconds else self._read_s
 
     def choose(self, n_rows: int) -> int:
-        """Tokens to guess for each of so many rows; 0: guessing does not pay."""
+        """Tokens to guess for each of so many rows; 0: guessing does not pay, or what it gains is to be measured."""
+        if self._drafted_passes >= PLAIN_AFTER and not self._plain_passes:
+            return 0
         a, per_draft = min(self.acceptance, 0.99), self._draft_s / self._drafted if self._drafted else 0.0
 
         def tokens_per_s(k: int) -> float:

@@ -15,16 +15,17 @@ from typing import Any
 import mlx.core as mx
 
 from ..engine.budget import Wave
-from ..engine.model import StreamedModel
 from ..engine.spilled_caches import SpilledCaches
 from ..errors import ConfigError
 from ..planning.plan import Plan
+from .decoder import Decoder
 from .drafts import Depth, Drafter, DraftModel, PromptLookup
 from .prompts import Asked, Prompt, Template, asked, check
 from .rows import Row
 from .sampling import Chooser, Processor, Sampler, Sampling
-from .waves import KeyValues, Waves
+from .waves import KeyValues, Waves, can_forget
 
+OWN_DRAFT = 16  # tokens that a model's own drafter guesses at most: if nine in ten are right, eight come true
 PIECE = 256  # tokens that mlx-lm's caches grow by
 USUAL_WAVE = 32  # rows at a time where there is no ceiling to tell
 
@@ -67,7 +68,7 @@ class Generation:
 
     def __init__(
         self,
-        model: StreamedModel,
+        model: Decoder,
         prompts: Sequence[Asked],
         tokenizer: Any,
         max_tokens: int = 256,
@@ -93,7 +94,12 @@ class Generation:
         is_greedy = sampler is None and sampling.is_greedy
         processors = [*sampling.processors(), *logits_processors]
         chooser = Chooser(sampler or sampling.sampler(tokenizer), processors, sampling.seed, is_greedy)
-        if drafter == "lookup":
+        if drafter is None and draft_tokens != 0 and can_forget(model.new_cache(kept.max_kv_size)):
+            drafter = model.drafter_model()
+            draft_tokens = draft_tokens or OWN_DRAFT
+        if draft_tokens == 0:
+            drafter = None
+        elif drafter == "lookup":
             drafter = PromptLookup()
         elif drafter is not None and not hasattr(drafter, "draft"):
             check_same_vocabulary(model, drafter)
@@ -131,7 +137,7 @@ class Generation:
             return 1, 1, None
         longest = max(len(row.prompt) for row in rows)
         total = max(len(row.prompt) + row.limit for row in rows)
-        if kept.spill_kv and (kept.kv_bits is not None or not model.engine.cut.is_chain):
+        if kept.spill_kv and (kept.kv_bits is not None or not model.can_spill):
             raise ConfigError(
                 "--spill-kv goes neither with --kv-bits nor with a model whose blocks form no chain. Leave one out"
             )
@@ -140,23 +146,35 @@ class Generation:
             if kept.spill_kv:
                 self._spill(n, total, kept)
             return n, n, None
-        beside = 0
+        beside, most = 0, (draft_tokens or Depth().most) if drafter is not None else 0
         if isinstance(drafter, DraftModel):
             beside = sum(kept_nbytes(drafter.model, KeyValues(), total))
-        tokens = max(longest, (draft_tokens or Depth().most) + 1 if drafter is not None else 1)
+        tokens = max(longest, most + 1)
         model.budget.measure_anew()  # tokenizer and drafter are in memory now
         of_layers = kept_nbytes(model, kept, total)
         # what is spilled comes a block at a time, the next one's too
-        in_memory = kept_nbytes(model, kept, PIECE) if kept.spill_kv else of_layers
-        least = Wave(n, tokens, total, sum(in_memory) + beside, max(of_layers))
+        in_memory = list(of_layers)
+        if kept.spill_kv:
+            pieces = model.streamed_caches(kept_nbytes(model, kept, PIECE))
+            in_memory[: len(pieces)] = pieces
+        row_nbytes = sum(in_memory) + beside
+        least = Wave(
+            n,
+            tokens,
+            total,
+            row_nbytes,
+            max(of_layers),
+            lambda n: model.beside_nbytes(n, most, total),
+            model.passengers_of_row,
+        )
         sizes = model.budget.cover_decoding(least)
         if kept.spill_kv:
             self._spill(sizes[0], total, kept)
         return sizes
 
     def _spill(self, rows: int, tokens: int, kept: KeyValues) -> None:
-        piece = kept_nbytes(self._model, kept, PIECE)
-        grows = [more > nbytes for more, nbytes in zip(kept_nbytes(self._model, kept, 2 * PIECE), piece)]
+        piece, two = (self._model.streamed_caches(kept_nbytes(self._model, kept, n * PIECE)) for n in (1, 2))
+        grows = [more > nbytes for more, nbytes in zip(two, piece)]
         of_token = [nbytes // PIECE if g else 0 for nbytes, g in zip(piece, grows)]
         self._spilled = SpilledCaches(self._model.budget.directory, rows, tokens, of_token)
 
@@ -169,6 +187,11 @@ class Generation:
     def tokens_per_reading(self) -> float:
         """Of answers, for each reading of the weights so far."""
         return self.tokens / self.passes if self.passes else 0.0
+
+    @property
+    def gain(self) -> float | None:
+        """How many times as fast drafts made it, as measured; None: not known."""
+        return self._waves.gain
 
     @property
     def prompts(self) -> int:
@@ -278,7 +301,7 @@ class Text:
 
 
 def generate(
-    model: StreamedModel,
+    model: Decoder,
     prompts: Iterable[Prompt],
     *,
     tokenizer: Any = None,
@@ -304,7 +327,8 @@ def generate(
         stop: texts that end an answer, and are left out of it.
         wave: rows at a time; None: as many as the model's memory lets.
         draft: "lookup", or mlx-lm's small model of the same vocabulary in memory: guesses tokens, which never changes
-            what is generated. draft_tokens: at most so many at a time.
+            what is generated. None: what is in memory of an emulated model guesses. draft_tokens: at most so many at a
+            time; 0 for none.
         sampler: mlx-lm's, of log-probabilities `[n, V]`; logits_processors: of tokens `[n]` and logits `[1, V]`.
         adapter: as in `MicroBatch`.
         template: how texts become messages; by default they do not.
@@ -343,13 +367,14 @@ def generate(
 
 def kept_nbytes(model: Any, kept: KeyValues, tokens: int) -> list[int]:
     """Bytes that one row of so many tokens keeps, for each block. Nothing of a streamed model is read or computed."""
-    from mlx_lm.models.cache import make_prompt_cache
-
-    caches = make_prompt_cache(model, kept.max_kv_size)
     few = mx.zeros((1, 8), mx.int32)
-    if isinstance(model, StreamedModel):
-        model.engine.look(few, caches)
-    else:
+    if hasattr(model, "look"):
+        caches = model.new_cache(kept.max_kv_size)
+        model.look(few, caches)
+    else:  # of mlx-lm, in memory
+        from mlx_lm.models.cache import make_prompt_cache
+
+        caches = make_prompt_cache(model, kept.max_kv_size)
         mx.eval(model(few, cache=caches))
     return [_nbytes(cache, kept, tokens) for cache in caches]
 
@@ -374,7 +399,7 @@ def _nbytes(cache: Any, kept: KeyValues, tokens: int) -> int:
     return int(max(n * quantized, plain * of_token) if n > kept.quantized_kv_start else n * of_token)
 
 
-def check_same_vocabulary(model: StreamedModel, small: Any) -> None:
+def check_same_vocabulary(model: Decoder, small: Any) -> None:
     """Raises ConfigError if a small model may guess token ids that the large one does not know."""
     n, rows = small(mx.zeros((1, 1), mx.int32)).shape[-1], model.embedding_rows
     if rows is not None and n > rows:

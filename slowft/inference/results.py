@@ -14,14 +14,14 @@ from ..errors import ConfigError, SlowftError
 from .generate import Answer
 from .prompts import Asked
 
-SAME = ("sampler", "model", "adapter")  # of a row: what another run must have too to go on with the file
+SAME = ("sampler", "model", "adapter", "emulated")  # of a row: what another run must have too to go on with the file
 
 
 class Results:
     """The answers of one run, in `file`.
 
     Args:
-        about: what is the same in all rows: "sampler", "model" and "adapter" (fingerprints).
+        about: what is the same in all rows: "sampler", "model" and "adapter" (fingerprints), "emulated".
 
     Attributes:
         done: numbers of the prompts that were answered before.

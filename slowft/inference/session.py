@@ -3,25 +3,25 @@
 Between the command and `generate`: opens model, tokenizer, adapter and draft model, and goes on with files of answers.
 """
 
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..data.tokenizer import load_tokenizer
 from ..engine.budget import default_memory
 from ..engine.model import open_model
 from ..errors import ConfigError
-from ..models.directories import ADAPTER_CONFIG as CONFIG
-from ..models.directories import MLX_WEIGHTS as WEIGHTS
-from ..models.directories import PEFT_WEIGHTS
+from ..models import adapters
 from .generate import Generation
 from .prompts import Asked, Prompt, Template, asked, read
 from .results import Results
 from .sampling import Sampling
 from .waves import KeyValues
+
+if TYPE_CHECKING:  # importing it imports mlx-lm
+    from .emulate import Emulated
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,9 @@ class Settings:
     draft_lookup: bool = False
     num_draft_tokens: int | None = None
     wave: int | None = None
+    emulate: str | None = None
+    delta: Sequence[str] = ()
+    delta_top_p: float | None = None
 
     def part(self, kind: type) -> Any:
         """Those that are `kind`'s."""
@@ -81,9 +84,19 @@ class Session:
         self._sampling, self._kept = settings.part(Sampling), settings.part(KeyValues)
         self._template = settings.part(Template)
         memory = default_memory() if memory is None else memory
-        self.model = open_model(
-            model, memory, adapter_path, compute_dtype=compute_dtype, trust_remote_code=trust_remote_code
-        )
+        how = {"compute_dtype": compute_dtype, "trust_remote_code": trust_remote_code}
+        self.emulated: Emulated | None = None
+        if settings.emulate is None:
+            if settings.delta or settings.delta_top_p is not None:
+                raise ConfigError("--delta says what another model learnt. Give that model's base too: --emulate SMALL")
+            self.model = open_model(model, memory, adapter_path, **how)
+        else:
+            from .emulate import emulate, parse_delta
+
+            deltas, top_p = [parse_delta(text) for text in settings.delta], settings.delta_top_p
+            self.model = self.emulated = emulate(
+                model, settings.emulate, deltas, memory=memory, adapter_path=adapter_path, nucleus=top_p, **how
+            )
         try:
             self._adapter_path = None if adapter_path is None else Path(adapter_path).expanduser()
             code = trust_remote_code, chat_template
@@ -171,14 +184,9 @@ class Session:
         texts |= {f.name: getattr(template, f.name) for f in fields(template)}
         kept = {name: value for name, value in vars(self._kept).items() if value != getattr(KeyValues(), name)}
         sampler = self._sampling.as_dict() | kept | {name: value for name, value in texts.items() if value}
-        adapter = None
-        if self._adapter_path is not None:
-            digest = hashlib.blake2b(digest_size=16)
-            for name in (CONFIG, WEIGHTS, PEFT_WEIGHTS[0]):
-                if (file := self._adapter_path / name).exists():
-                    digest.update(file.read_bytes())
-            adapter = digest.hexdigest()
-        return {"sampler": sampler, "seed": s.seed, "model": self.model.fingerprint(), "adapter": adapter}
+        adapter = None if self._adapter_path is None else adapters.digest(self._adapter_path)
+        about = {"sampler": sampler, "seed": s.seed, "model": self.model.fingerprint(), "adapter": adapter}
+        return about if self.emulated is None else about | {"emulated": self.emulated.about}
 
     def _load_draft(self, path: str, trust_remote_code: bool) -> Any:
         """mlx-lm's model in memory, of the same vocabulary."""

@@ -12,9 +12,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..engine.model import StreamedModel
 from ..engine.spilled_caches import SpilledCaches
 from ..errors import ConfigError, SlowftError
+from .decoder import Decoder
 from .drafts import Depth, Drafter
 from .rows import Group, MergeTrial, Row, room_to_cut_back
 from .sampling import Chooser
@@ -70,7 +70,7 @@ class Waves:
 
     def __init__(
         self,
-        model: StreamedModel,
+        model: Decoder,
         size: int,
         chooser: Chooser,
         ends: Iterable[int],
@@ -91,9 +91,8 @@ class Waves:
         self._trial: MergeTrial | None = None
         self._spilled = spilled
         self._may_merge = size > 1 and self._kept.kv_bits is None and spilled is None
-        fixed = [cache for cache in self._fresh_cache() if not room_to_cut_back(cache)]
-        if drafter is not None and fixed:
-            kinds = sorted({type(cache).__name__ for cache in fixed})
+        if drafter is not None and not can_forget(fresh := self._fresh_cache()):
+            kinds = sorted({type(cache).__name__ for cache in fresh if not room_to_cut_back(cache)})
             raise ConfigError(
                 f"drafts cannot be used with this model: what it keeps of a text ({', '.join(kinds)}) cannot forget "
                 "tokens again. Leave --draft-model and --draft-lookup out"
@@ -113,6 +112,11 @@ class Waves:
         return [row for group in self._groups for row in group.rows]
 
     @property
+    def gain(self) -> float | None:
+        """How many times as fast drafts make it, as measured; None: not known."""
+        return self._depth.gain
+
+    @property
     def is_done(self) -> bool:
         return not self._waiting and not self._groups
 
@@ -126,7 +130,9 @@ class Waves:
     def step(self) -> list[Step]:
         """One pass over the weights: the next token, or tokens, of every row."""
         newcomers = self._newcomers()
+        begin = time.perf_counter()
         self._guess()
+        drafting_s = time.perf_counter() - begin
         groups = [*self._groups, *newcomers]
         batches, asked = [], [_asked(group) for group in groups]
         chosen: list[list[tuple[int, float]]] = [[] for _ in groups]
@@ -144,14 +150,18 @@ class Waves:
 
         begin = time.perf_counter()
         self._model.decode(batches, take, self._spilled)
+        seconds = time.perf_counter() - begin
         if not newcomers:
             n_tokens = sum(tokens.size for tokens, *_ in batches)
-            self._depth.passed(time.perf_counter() - begin, self._model.stats.last.wait_s, n_tokens)
+            self._depth.passed(seconds, self._model.stats.last.wait_s, n_tokens)
         if self._trial is not None:
             self._trial.after_pass()
         self.passes += 1
         self.prompt_tokens += sum(len(group.rows[0].prompt) for group in newcomers)
         steps = [step for group, found in zip(groups, chosen) for step in self._take_over(group, found)]
+        if self._drafter is not None and not newcomers:
+            n_tokens, is_drafted = sum(len(step.tokens) for step in steps), any(step.drafted for step in steps)
+            self._depth.gave(n_tokens / len(steps), drafting_s + seconds, is_drafted)
         self._groups += newcomers
         self._drop_finished()
         self._settle()
@@ -181,9 +191,7 @@ class Waves:
         return self._trial.batches()
 
     def _fresh_cache(self) -> list[Any]:
-        from mlx_lm.models.cache import make_prompt_cache
-
-        return make_prompt_cache(self._model, self._kept.max_kv_size)
+        return self._model.new_cache(self._kept.max_kv_size)
 
     def _guess(self) -> None:
         if self._drafter is None or not self._groups:
@@ -251,6 +259,11 @@ class Waves:
             if others:
                 first.join(others)
         self._groups = [groups[0] for groups in by_adapter.values()]
+
+
+def can_forget(caches: Iterable[Any]) -> bool:
+    """Whether all of a row's caches can forget tokens again, so that drafts can be checked."""
+    return all(room_to_cut_back(cache) for cache in caches)
 
 
 def _asked(group: Group) -> list[tuple[Any, int, list[int]]]:

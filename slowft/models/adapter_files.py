@@ -4,6 +4,7 @@ Comes in: a directory. Goes out: an `Adapter`, whose tensors are not evaluated; 
 that `mlx_lm.generate --adapter-path` loads. Never half-writes a file.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -118,6 +119,15 @@ def read_adapter(directory: Path) -> Adapter:
         raise AdapterError(f"{directory / CONFIG}: scale must be a number, got {ascii(scale)[:50]}")
     others = {k: v for k, v in entries.items() if k not in spec.as_config()}
     return Adapter(spec, weights, others, file, is_peft)
+
+
+def digest(directory: Path) -> str:
+    """Of the files of the adapter in `directory`."""
+    found = hashlib.blake2b(digest_size=16)
+    for name in (CONFIG, WEIGHTS, PEFT_WEIGHTS[0]):
+        if (file := directory / name).exists():
+            found.update(file.read_bytes())
+    return found.hexdigest()
 
 
 def read_spec(directory: Path) -> AdapterSpec:

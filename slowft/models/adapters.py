@@ -12,14 +12,14 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from ..errors import AdapterError, ConfigError
 from ..weights.sources import locate
-from .adapter_files import WEIGHTS, AdapterSpec, read_spec, read_weights, save
+from .adapter_files import WEIGHTS, AdapterSpec, digest, read_spec, read_weights, save
 from .directories import PEFT_WEIGHTS
 
-__all__ = ["WEIGHTS", "AdapterSpec", "AdapterSwitch", "attach", "load_weights", "read_spec", "save"]
+__all__ = ["WEIGHTS", "AdapterSpec", "AdapterSwitch", "attach", "digest", "load_weights", "read_spec", "save"]
 DEFAULT_NUM_LAYERS = 16  # mlx_lm.lora's; it fails with it on smaller models, here it means all their blocks
 HEADS = ("lm_head", "output", "embed_out", "head", "ff_out", "output_layer")  # names of a layer of its own for it
 
@@ -208,7 +208,7 @@ class AdapterSwitch:
                 expected = {
                     f"{path}.{key}": array
                     for path, layer in attached.items()
-                    for key, array in layer.items()
+                    for key, array in tree_flatten({k: v for k, v in layer.items() if k not in ("linear", "embedding")})
                     if isinstance(array, mx.array)
                 }
                 load_weights(self._model, expected, directory / WEIGHTS)
@@ -224,6 +224,10 @@ class AdapterSwitch:
     def names(self) -> list[str]:
         """Of the adapters that were added."""
         return list(self._named)
+
+    def layers(self, name: str) -> dict[str, nn.Module]:
+        """Name of a layer in the model -> that layer with the adapter that was added under `name` around it."""
+        return dict(self._named[name])
 
     @contextmanager
     def using(self, adapter: bool | str, root: str = "") -> Iterator[None]:

@@ -57,6 +57,7 @@ class JsonReport(Report):
             seconds=seconds,
             drafted=generation.drafted,
             accepted=generation.accepted,
+            gain=generation.gain,
         )
 
 

@@ -40,6 +40,7 @@ def generation_state(generation) -> str:
     """How fast a generation is."""
     speed = generation.tokens / max(generation.seconds, 1e-9)
     drafts = f", {100 * generation.accepted / generation.drafted:.0f}% of drafts right" if generation.drafted else ""
+    drafts += f", {generation.gain:.2g} times as fast as without drafts" if generation.gain is not None else ""
     return f"{speed:.3g} tok/s, {generation.tokens_per_reading:.3g} tokens per reading of the weights{drafts}"
 
 

@@ -1,0 +1,499 @@
+"""A large model that behaves as if it had been fine-tuned as a small one was, at decoding, without any training.
+
+    log p(x) = log p_large(x) + sum_i w_i (log p_small,tuned_i(x) - log p_small,base(x)) - log Z
+
+at every token, over the vocabulary, in float32 (Mitchell et al., arXiv 2310.12962). Read the other way, a mixture of
+small models, sum_i w_i log p_small,tuned_i + (1 - sum_i w_i) log p_small,base, is scaled up by p_large / p_small,base.
+
+Comes in: two models of one vocabulary, and what the second learnt. Goes out: an object that is generated and scored
+with as a streamed model is. The larger of the two streams and the other one is in memory, whichever is which: a small
+base with the deltas of a large one (down-scaling) is the same sum.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..data.tokenizer import load_tokenizer
+from ..engine.budget import Budget
+from ..engine.in_memory import ModelInMemory, load_in_memory
+from ..engine.model import StreamedModel, compute_dtype_of, open_model
+from ..engine.spilled_caches import SpilledCaches
+from ..engine.stats import Stats
+from ..errors import ConfigError
+from ..models.adapters import CONFIG, digest
+from ..models.loading import resolve
+from .variants import Variants
+
+# Of tokens that a model never says (phi3small gives some a logit of minus infinity): differences have to be numbers.
+NEVER = -1e4
+
+
+@dataclass(frozen=True)
+class Term:
+    """One of the log-probabilities that are added up.
+
+    Attributes:
+        weight: in the sum. of_mixture: in the mixture of small models.
+        adapter: of a streamed model: False or a name; None: the one that the row asks for.
+    """
+
+    weight: float
+    of_mixture: float
+    adapter: bool | str | None = None
+
+
+OF_LARGE = Term(1.0, 0.0)  # the model that behaves as another one learnt to, with the adapter that a row asks for
+
+
+class Emulated:
+    """Two models and deltas, generated with as one model. Made by `emulate`.
+
+    `emulated(tokens, cache=None)` gives log-probabilities `[B, T, V]` in float32, by mlx-lm's call signature.
+
+    Args:
+        streamed: the larger model, with the terms that it gives.
+        in_memory: variants of models in memory, each with the terms that they give.
+        vocab_size: token ids that all of them know.
+        nucleus: outside of the mixture's tokens that have this probability together, the large model has no say;
+            None: it has everywhere.
+        path: of the tokenizer and chat template that the tuned model was tuned with.
+        about: what makes it say what it says, for a row of a file of answers.
+    """
+
+    def __init__(
+        self,
+        streamed: StreamedModel,
+        of_streamed: Sequence[Term],
+        in_memory: Sequence[tuple[Variants, Sequence[Term]]],
+        vocab_size: int,
+        nucleus: float | None,
+        path: Path,
+        fingerprint: str,
+        about: dict[str, Any],
+        is_up: bool,
+    ):
+        self.streamed, self.path, self.about, self.is_up_scaling = streamed, path, about, is_up
+        self._terms, self._in_memory = tuple(of_streamed), tuple(in_memory)
+        self._vocab_size, self._nucleus, self._fingerprint = vocab_size, nucleus, fingerprint
+        self._sizes = [len(streamed.new_cache())] * len(of_streamed) + [len(v.make_cache()) for v, _ in in_memory]
+        self._drafter = Mixture(self._drafting(), vocab_size)
+
+    # --- What mlx-lm calls ---------------------------------------------------------------------------
+
+    def __call__(self, tokens: mx.array, cache: list[Any] | None = None) -> mx.array:
+        """Log-probabilities float32 `[B, T, V]`."""
+        found: list[mx.array] = []
+        cache = self.new_cache() if cache is None else cache
+        batch = tokens.astype(mx.int32), cache, mx.arange(tokens.size), True
+        self.decode([batch], lambda _, first, logits: found.append(logits))
+        return mx.concatenate(found).reshape(*tokens.shape, -1)
+
+    def make_cache(self) -> list[Any]:
+        """One list with the caches of all models."""
+        return self.new_cache()
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The streamed model's."""
+        return self.streamed.layers
+
+    # --- What generating asks for (`Decoder`) --------------------------------------------------------
+
+    @property
+    def embedding_rows(self) -> int:
+        return self._vocab_size
+
+    @property
+    def memory(self) -> int | None:
+        return self.streamed.memory
+
+    @property
+    def budget(self) -> Budget:
+        return self.streamed.budget
+
+    @property
+    def stats(self) -> Stats:
+        return self.streamed.stats
+
+    @property
+    def passengers_of_row(self) -> int:
+        return len(self._terms)
+
+    @property
+    def can_spill(self) -> bool:
+        return self.streamed.can_spill
+
+    def new_cache(self, max_kv_size: int | None = None) -> list[Any]:
+        """Of a new row: the streamed model's for each of its terms, then those of models in memory."""
+        streamed = [cache for _ in self._terms for cache in self.streamed.new_cache(max_kv_size)]
+        return streamed + [cache for variants, _ in self._in_memory for cache in variants.make_cache(max_kv_size)]
+
+    def streamed_caches(self, caches: Sequence[Any]) -> Sequence[Any]:
+        return caches[: sum(self._sizes[: len(self._terms)])]
+
+    def beside_nbytes(self, rows: int, drafted: int, tokens: int) -> int:
+        logits = 4 * self._vocab_size
+        # The sums wait for the streamed model. What is added to them copies them once.
+        n = rows * (drafted + 1) * logits * (2 + (self._nucleus is not None))
+        computing = [variants.workspace_nbytes(rows, drafted + 1, tokens) for variants, _ in self._in_memory]
+        drafting = [variants.workspace_nbytes(1, 1, tokens) for variants in self._drafter.variants]
+        return n + max(computing + drafting)
+
+    def drafter_model(self) -> "Mixture":
+        return self._drafter
+
+    def decode(
+        self,
+        batches: Sequence[tuple[mx.array, list[Any], mx.array, bool | str]],
+        take: Callable[[int, int, mx.array], None],
+        spilled: SpilledCaches | None = None,
+    ) -> None:
+        """As `StreamedModel.decode`; what models in memory say is computed first, then the weights are read once."""
+        sums, passengers, whose = [], [], []
+        for number, (tokens, cache, places, adapter) in enumerate(batches):
+            parts = self._parts(cache)
+            sums.append(self._of_models_in_memory(tokens, parts[len(self._terms) :], places.tolist()))
+            for term, part in zip(self._terms, parts):
+                passengers.append((tokens, part, places, adapter if term.adapter is None else term.adapter))
+                whose.append((number, term))
+
+        def take_term(passenger: int, first: int, logits: mx.array) -> None:
+            number, term = whose[passenger]
+            sums[number].add(term, first, logits)
+            if term is self._terms[-1]:
+                take(number, first, sums[number].pop(first))
+
+        self.streamed.decode(passengers, take_term, spilled)
+
+    def look(self, tokens: mx.array, cache: list[Any]) -> None:
+        parts = self._parts(cache)
+        for part in parts[: len(self._terms)]:
+            self.streamed.look(tokens, part)
+        for (variants, _), part in zip(self._in_memory, parts[len(self._terms) :]):
+            variants(tokens, part)
+
+    def takes(self, tokens: mx.array, cache: list[Any]) -> bool:
+        parts = self._parts(cache)
+        return all(self.streamed.takes(tokens, part) for part in parts[: len(self._terms)]) and all(
+            variants.takes(tokens, part) for (variants, _), part in zip(self._in_memory, parts[len(self._terms) :])
+        )
+
+    def fingerprint(self) -> str:
+        """Of the model whose knowledge is used; what is added to it is in `about`."""
+        return self._fingerprint
+
+    def __enter__(self) -> "Emulated":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the streamed model's threads and close its files."""
+        self.streamed.close()
+
+    # --- Underneath -----------------------------------------------------------------------------------
+
+    def _parts(self, cache: list[Any]) -> list[list[Any]]:
+        """A row's caches, by the model that they belong to."""
+        parts, at = [], 0
+        for size in self._sizes:
+            parts.append(cache[at : at + size])
+            at += size
+        return parts
+
+    def _of_models_in_memory(self, tokens: mx.array, parts: list[list[Any]], places: list[int]) -> "Sums":
+        sums = Sums(len(places), self._vocab_size, self._nucleus)
+        for (variants, terms), cache in zip(self._in_memory, parts):
+            for wanted, logits in variants.logits(tokens, cache, places):
+                for term, of_variant in zip(terms, logits):
+                    sums.add_places(term, wanted, of_variant)
+        return sums
+
+    def _drafting(self) -> list[tuple[Variants, list[float]]]:
+        """Of what is in memory, what guesses best: the mixture of small models, or the small base itself."""
+        found = []
+        for variants, terms in self._in_memory:
+            weights = [term.of_mixture if self.is_up_scaling else term.weight for term in terms]
+            which = [i for i, weight in enumerate(weights) if weight]
+            if which:
+                part = variants if len(which) == len(terms) else variants.only(which)
+                found.append((part, [weights[i] for i in which]))
+        return found
+
+
+class Mixture:
+    """Models in memory whose log-probabilities are added up; has mlx-lm's call."""
+
+    def __init__(self, parts: Sequence[tuple[Variants, Sequence[float]]], vocab_size: int):
+        self._parts, self._vocab_size = tuple(parts), vocab_size
+
+    def make_cache(self) -> list[Any]:
+        return [cache for variants, _ in self._parts for cache in variants.make_cache()]
+
+    @property
+    def variants(self) -> list[Variants]:
+        return [variants for variants, _ in self._parts]
+
+    def __call__(self, tokens: mx.array, cache: list[Any] | None = None) -> mx.array:
+        """Logits `[B, T, V]`, unevaluated."""
+        cache = self.make_cache() if cache is None else cache
+        total, at = 0.0, 0
+        for variants, weights in self._parts:
+            part = cache[at : at + variants.n_caches]
+            at += variants.n_caches
+            for weight, logits in zip(weights, variants(tokens, part)):
+                total = total + weight * logprobs(logits, self._vocab_size)
+        return total
+
+
+class Sums:
+    """Adds up terms for the wanted places of one batch.
+
+    Args:
+        n: places. nucleus: as in `Emulated`.
+    """
+
+    def __init__(self, n: int, vocab_size: int, nucleus: float | None):
+        self._vocab_size, self._nucleus = vocab_size, nucleus
+        self._total = mx.zeros((n, vocab_size), mx.float32)
+        self._mixture = None if nucleus is None else mx.zeros((n, vocab_size), mx.float32)
+
+    def add(self, term: Term, first: int, logits: mx.array) -> None:
+        """Of the places from `first` on."""
+        self.add_places(term, slice(first, first + logits.shape[0]), logits)
+
+    def add_places(self, term: Term, places: Any, logits: mx.array) -> None:
+        """Logits `[m, V]` of these places."""
+        found = logprobs(logits, self._vocab_size)
+        places = places if isinstance(places, slice) else mx.array(places, mx.int32)
+        self._total[places] = self._total[places] + term.weight * found
+        if self._mixture is not None:
+            self._mixture[places] = self._mixture[places] + term.of_mixture * found
+        mx.eval(self._total, [] if self._mixture is None else self._mixture)
+        self._last = logits.shape[0]
+
+    def pop(self, first: int) -> mx.array:
+        """Log-probabilities `[m, V]` of the places that were added last; they begin at `first`."""
+        part = slice(first, first + self._last)
+        total = self._total[part]
+        if self._mixture is not None:
+            mixture = logprobs(self._mixture[part])
+            total = mx.where(in_nucleus(mixture, self._nucleus), total, mixture)
+        return logprobs(total)
+
+
+def logprobs(logits: mx.array, vocab_size: int | None = None) -> mx.array:
+    """Natural, of the first `vocab_size` tokens, in float32. None is below `NEVER`."""
+    logits = logits[..., :vocab_size].astype(mx.float32)
+    return mx.maximum(logits - mx.logsumexp(logits, axis=-1, keepdims=True), NEVER)
+
+
+def in_nucleus(of_tokens: mx.array, p: float) -> mx.array:
+    """Which tokens are among the likeliest that have a probability of `p` together, of log-probabilities `[m, V]`."""
+    falling = -mx.sort(-of_tokens, axis=-1)
+    likelier = mx.cumsum(mx.exp(falling), axis=-1) - mx.exp(falling)
+    least = mx.where(likelier < p, falling, mx.inf).min(axis=-1, keepdims=True)
+    return of_tokens >= least
+
+
+def parse_delta(text: str) -> tuple[str, float]:
+    """ADAPTER or ADAPTER:WEIGHT.
+
+    Raises:
+        ConfigError: the weight is no number.
+    """
+    path, colon, weight = text.rpartition(":")
+    if not colon or Path(text).expanduser().exists():
+        return text, 1.0
+    try:
+        return path, float(weight)
+    except ValueError:
+        raise ConfigError(f"--delta {text}: {weight!r} is no number. Give such as {path or 'adapters'}:0.5") from None
+
+
+def emulate(
+    large: StreamedModel | str | Path,
+    small: str | Path,
+    deltas: Sequence[tuple[str | Path, float]],
+    *,
+    memory: str | int | None = None,
+    adapter_path: str | Path | None = None,
+    nucleus: float | None = None,
+    compute_dtype: str | None = None,
+    trust_remote_code: bool = False,
+) -> Emulated:
+    """A model with the knowledge of `large` that behaves as `small` learnt to.
+
+    Args:
+        large: directory or hub id, or an opened model, which then is the one that streams.
+        small: directory or hub id of the base that was tuned. It may be the larger one: then it streams.
+        deltas: (adapter of `small`, or a whole tuned model's directory; its weight) of each. A weight of 0.5 is half of
+            what was learnt, a negative one its opposite; several add up.
+        memory: as in `open_model`; for both models together. An opened model has its own.
+        adapter_path: of `large` itself.
+        nucleus: as in `Emulated`: the paper's conservative filter of what the large model adds.
+    Raises:
+        ConfigError: models of different vocabularies (names the first difference), or too little memory for the one
+            that is not streamed.
+        AdapterError: a delta that belongs to another model.
+    """
+    if not deltas:
+        raise ConfigError(f"nothing is to be added of what {small} learnt. Give an adapter: --delta ADAPTER")
+    for path, weight in deltas:
+        if not math.isfinite(weight):
+            raise ConfigError(f"the weight of delta {path} must be a number, got {weight}")
+    if nucleus is not None and not 0 < nucleus <= 1:
+        raise ConfigError(f"--delta-top-p must be above 0 and at most 1, got {nucleus}")
+    learnt = [Delta.of(f"delta {i}", path, float(weight)) for i, (path, weight) in enumerate(deltas)]
+    whole = [delta for delta in learnt if not delta.is_adapter]
+    small_path, is_opened = resolve(str(small)), isinstance(large, StreamedModel)
+    large_path = large.path if is_opened else resolve(str(large))
+    have_tokenizers = check_same_vocabulary(large_path, [small_path, *(delta.path for delta in whole)])
+    is_up = is_opened or _nbytes(small_path) <= _nbytes(large_path)
+    if whole and not is_up:
+        raise ConfigError(
+            f"{whole[0].path} is a whole model, and {small_path} is larger than {large_path}: of the larger one, give "
+            "adapters"
+        )
+    how = {"compute_dtype": compute_dtype, "trust_remote_code": trust_remote_code}
+    if is_up:
+        streamed = large if is_opened else open_model(large_path, memory, adapter_path, **how)
+    else:
+        streamed = open_model(small_path, memory, **how)
+
+    def load(path: Path) -> ModelInMemory:
+        dtype = compute_dtype_of(compute_dtype)
+        return load_in_memory(path, dtype, trust_remote_code, lambda nbytes: _check_fits(streamed, path, nbytes))
+
+    try:
+        if is_up:
+            of_streamed, in_memory = [OF_LARGE], _deltas_in_memory(load(small_path), learnt, load)
+        else:
+            of_streamed, in_memory = (
+                _deltas_streamed(streamed, learnt),
+                [_base_in_memory(load(large_path), adapter_path)],
+            )
+        models = [streamed, *(variants.model for variants, _ in in_memory)]
+        sizes = [streamed.engine.cut.vocab_size, *(model.vocab_size for model in models[1:])]
+        if not have_tokenizers and len(set(sizes)) > 1:
+            raise ConfigError(
+                f"{large_path} and {small_path} give logits of {' and '.join(map(str, sizes))} tokens, and not all "
+                "have a tokenizer to compare. Put tokenizer.json beside the weights"
+            )
+        prints = [model.fingerprint() for model in models]
+        of_whole = dict(zip([delta.name for delta in whole], prints[2:]))
+        about: dict[str, Any] = {"small": prints[1 if is_up else 0]}
+        about["deltas"] = [[of_whole.get(delta.name) or digest(delta.path), delta.weight] for delta in learnt]
+        if nucleus is not None:
+            about["top_p"] = nucleus
+        tokenizer_path = whole[0].path if whole else small_path
+        large_print = prints[0 if is_up else 1]
+        found = Emulated(
+            streamed, of_streamed, in_memory, min(sizes), nucleus, tokenizer_path, large_print, about, is_up
+        )
+        streamed.budget.measure_anew()  # the other model is in memory now
+    except BaseException:
+        if not is_opened:
+            streamed.close()
+        raise
+    return found
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What was learnt: a directory with an adapter or with a whole tuned model, and its weight."""
+
+    name: str
+    path: Path
+    weight: float
+    is_adapter: bool
+
+    @staticmethod
+    def of(name: str, path: str | Path, weight: float) -> "Delta":
+        directory = Path(path).expanduser()
+        is_adapter = (directory / CONFIG).exists() and not (directory / "config.json").exists()
+        return Delta(name, directory if is_adapter else resolve(str(path)), weight, is_adapter)
+
+    @property
+    def term(self) -> Term:
+        return Term(self.weight, self.weight, self.name)
+
+
+def _base_term(deltas: Sequence[Delta]) -> Term:
+    """Of the base that was tuned."""
+    total = sum(delta.weight for delta in deltas)
+    return Term(-total, 1 - total, adapter=False)
+
+
+def _deltas_in_memory(
+    small: ModelInMemory, deltas: Sequence[Delta], load: Callable[[Path], ModelInMemory]
+) -> list[tuple[Variants, list[Term]]]:
+    """The base with its adapters, one model; and each whole tuned model."""
+    adapters = [delta for delta in deltas if delta.is_adapter]
+    for delta in adapters:
+        small.add_adapter(delta.name, delta.path)
+    terms = [_base_term(deltas), *(delta.term for delta in adapters)]
+    found = [(Variants(small, [term.adapter for term in terms]), terms)]
+    return found + [(Variants(load(d.path), [False]), [d.term]) for d in deltas if not d.is_adapter]
+
+
+def _deltas_streamed(large: StreamedModel, deltas: Sequence[Delta]) -> list[Term]:
+    for delta in deltas:
+        large.add_adapter(delta.name, delta.path)
+    return [_base_term(deltas), *(delta.term for delta in deltas)]
+
+
+def _base_in_memory(base: ModelInMemory, adapter_path: str | Path | None) -> tuple[Variants, list[Term]]:
+    if adapter_path is not None:
+        base.add_adapter("own", adapter_path)
+    return Variants(base, [False if adapter_path is None else "own"]), [OF_LARGE]
+
+
+def _nbytes(directory: Path) -> int:
+    return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+
+
+def _check_fits(streamed: StreamedModel, path: Path, nbytes: int) -> None:
+    """Raises ConfigError if a model has no room in memory beside the least that the streamed one needs."""
+    needed = streamed.budget.needed_beside(nbytes)
+    if needed is not None:
+        raise ConfigError(
+            f"memory of {streamed.memory / 1e9:.2f} GB is too little: {path} stays in memory, which takes "
+            f"{nbytes / 1e9:.2f} GB, and the other model streams beside it. Give at least {needed / 1e9:.2f}GB"
+        )
+
+
+def check_same_vocabulary(path: Path, others: Sequence[Path]) -> bool:
+    """Whether all have a tokenizer; then they are the same. How many rows embeddings are padded to does not matter.
+
+    Raises:
+        ConfigError: another model's tokenizer has another text for an id; names the first such id.
+    """
+    ours, are_known = _texts(path), True
+    for other in others:
+        theirs = _texts(other)
+        are_known = are_known and ours is not None and theirs is not None
+        if ours is None or theirs is None or ours == theirs:
+            continue
+        first = min(i for i in ours.keys() | theirs.keys() if ours.get(i) != theirs.get(i))
+        here, there = ("nothing" if first not in texts else repr(texts[first]) for texts in (ours, theirs))
+        raise ConfigError(
+            f"{other} has another vocabulary than {path}: id {first} is {there} there and {here} here. Behaviour can "
+            "only be carried over between models of one vocabulary"
+        )
+    return are_known
+
+
+def _texts(path: Path) -> dict[int, str] | None:
+    """Id -> text. None: the directory has no tokenizer."""
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tiktoken.model")
+    if not any((path / name).exists() for name in names):
+        return None
+    return {i: text for text, i in load_tokenizer(path, None).get_vocab().items()}

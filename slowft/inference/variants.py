@@ -1,0 +1,239 @@
+"""One model in memory under several adapters at once: the same tokens go through it as a row for each of them.
+
+Comes in: a `ModelInMemory`, names of adapters. Goes out: logits of each variant, and mlx-lm's caches, which hold a row
+for each too. Where that would compute something else (adapters on experts or embeddings, DoRA, caches other than plain
+keys and values), variants go one after the other; which it is, a trial on a few tokens says.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
+from mlx_lm.tuner.lora import LoRALinear
+
+from ..engine.in_memory import ModelInMemory
+from ..weights.sources import locate
+
+CHUNK = 64  # tokens of a variant at a time: matmuls are as fast as with more, and what they take stays small
+LOGITS_NBYTES = 16 << 20  # of all variants at a time
+AGREE = 1e-3  # of the largest logit, where float32 is computed in; 16 bits round to less than
+AGREE_16 = 0.03
+
+Change = tuple[Any, str | int, nn.Module, nn.Module]  # (owner, key, the model's own layer, what takes its place)
+
+
+class Variants:
+    """A model under several adapters.
+
+    Args:
+        adapters: False for none, or names that `add_adapter` was given.
+
+    Attributes:
+        is_together: variants are rows of one batch. n_caches: of a text.
+        chunk_nbytes: what `CHUNK` tokens of each took, the head left out.
+    """
+
+    def __init__(self, model: ModelInMemory, adapters: Sequence[bool | str]):
+        self.model, self.adapters = model, list(adapters)
+        self._apart = [self._changes(self._layers(a)) for a in adapters]
+        self._n_layers = len(make_prompt_cache(model))
+        self.is_together = len(adapters) == 1
+        if not self.is_together and self._may_be_together():
+            self._together = self._changes(self._layers_of_rows())
+            self.is_together = True
+            self.is_together = self._agrees()
+        self.n_caches = len(self.make_cache())
+        self.chunk_nbytes = self._measured()
+
+    def make_cache(self, max_kv_size: int | None = None) -> list[Any]:
+        """mlx-lm's caches of a text: one for each layer, or, one after the other, for each layer of each variant."""
+        n = len(self.adapters)
+        if self.is_together and n > 1 and max_kv_size is None:
+            return [VariantsCache(n) for _ in make_prompt_cache(self.model)]
+        return [cache for _ in self.adapters for cache in make_prompt_cache(self.model, max_kv_size)]
+
+    def __call__(self, tokens: mx.array, cache: list[Any] | None = None) -> list[mx.array]:
+        """Logits `[B, T, V]` of each variant, unevaluated."""
+        n = len(self.adapters)
+        if n > 1 and self.is_together and (cache is None or len(cache) == self._n_layers):
+            with _in_place(self._together):
+                logits = self.model(mx.repeat(tokens, n, axis=0), cache=cache)
+            return [logits[i::n] for i in range(n)]
+        found, width = [], 0 if cache is None else len(cache) // n
+        for i, changes in enumerate(self._apart):
+            with _in_place(changes):
+                of_variant = None if cache is None else cache[i * width : (i + 1) * width]
+                found.append(self.model(tokens, cache=of_variant))
+        return found
+
+    def logits(
+        self, tokens: mx.array, cache: list[Any], places: Sequence[int]
+    ) -> Iterator[tuple[list[int], list[mx.array]]]:
+        """(which of the places, logits `[m, V]` of each variant there), some at a time, until all were given.
+
+        Args:
+            tokens: `[B, T]`, which the caches take in. places: in them, flat.
+        """
+        rows, width = tokens.shape
+        columns = [place % width for place in places]
+        for begin, end in self._stretches(rows, width, min(columns)):
+            logits = self(tokens[:, begin:end], cache)
+            wanted = [i for i, column in enumerate(columns) if begin <= column < end]
+            at = mx.array([places[i] // width * (end - begin) + columns[i] - begin for i in wanted], mx.int32)
+            if wanted:
+                found = [of_variant.reshape(-1, of_variant.shape[-1])[at] for of_variant in logits]
+                mx.eval(found)
+            del logits
+            mx.eval([c.state for c in cache])  # of tokens whose logits nobody wants, the head is not computed
+            if wanted:
+                yield wanted, found
+
+    def only(self, which: Sequence[int]) -> "Variants":
+        """Some of them."""
+        return Variants(self.model, [self.adapters[i] for i in which])
+
+    def workspace_nbytes(self, rows: int, places: int, tokens: int) -> int:
+        """What going through takes, by what a chunk took: rows with so many wanted places and tokens each.
+
+        Attention is counted as it is computed where nothing is fused: scores of all heads, and their exponentials.
+        """
+        n, at_once = len(self.adapters), max(rows, CHUNK)
+        heads = getattr(getattr(self.model, "args", None), "num_attention_heads", 32)
+        logits = 4 * n * self.model.vocab_size * rows
+        # of each variant: as they come, in float32, and less their sum of exponentials
+        logits = 3 * max(logits, min(LOGITS_NBYTES, logits * places))
+        return self.chunk_nbytes * at_once // CHUNK + 8 * n * at_once * heads * tokens + logits
+
+    def _stretches(self, rows: int, width: int, first: int) -> Iterator[tuple[int, int]]:
+        """Columns that go through at a time; `first` is the first whose logits are wanted."""
+        most = max(1, CHUNK // rows)
+        few = max(1, min(most, LOGITS_NBYTES // (4 * self.model.vocab_size * rows * len(self.adapters))))
+        at = 0
+        while at < width:
+            end = min(at + most, first) if at < first else min(at + few, width)
+            yield at, end
+            at = end
+
+    # --- Rows of one batch ---------------------------------------------------------------------------
+
+    def _layers(self, adapter: bool | str) -> dict[str, nn.Module]:
+        return {} if adapter is False else self.model.adapter_layers(adapter)
+
+    def _may_be_together(self) -> bool:
+        layers = [layer for adapter in self.adapters for layer in self._layers(adapter).values()]
+        caches = make_prompt_cache(self.model)
+        return all(type(layer) is LoRALinear for layer in layers) and all(type(cache) is KVCache for cache in caches)
+
+    def _layers_of_rows(self) -> dict[str, nn.Module]:
+        of_variants = [self._layers(adapter) for adapter in self.adapters]
+        paths = dict.fromkeys(path for layers in of_variants for path in layers)
+        own = {path: next(layers[path] for layers in of_variants if path in layers)["linear"] for path in paths}
+        return {path: LinearOfRows(own[path], [layers.get(path) for layers in of_variants]) for path in paths}
+
+    def _changes(self, layers: dict[str, nn.Module]) -> list[Change]:
+        places = [(*locate(self.model, path), layer) for path, layer in layers.items()]
+        return [(owner, key, owner[key], layer) for owner, key, layer in places]
+
+    def _agrees(self) -> bool:
+        """Whether rows of one batch say what each variant says alone."""
+        text = mx.array([[i % self.model.vocab_size for i in (5, 3, 9, 3, 7)]])
+        try:
+            together = self(text, self.make_cache())
+        except (ValueError, TypeError, RuntimeError, AttributeError, NotImplementedError):
+            return False
+        self.is_together = False
+        alone = self(text, self.make_cache())
+        agree = AGREE if alone[0].dtype == mx.float32 else AGREE_16
+        return all((mx.abs(a - b).max() < agree * mx.abs(a).max()).item() for a, b in zip(alone, together))
+
+    def _measured(self) -> int:
+        cache = self.make_cache()
+        begin = mx.get_active_memory()
+        mx.reset_peak_memory()
+        self(mx.zeros((1, CHUNK), mx.int32), cache)
+        mx.eval([c.state for c in cache])
+        return mx.get_peak_memory() - begin
+
+    def takes(self, tokens: mx.array, cache: list[Any]) -> bool:
+        """Whether the model's call goes through with these caches. Only shapes are computed; the caches are spoilt."""
+        try:
+            self(tokens, cache)
+        except (ValueError, TypeError, RuntimeError, AttributeError, NotImplementedError):
+            return False
+        return True
+
+
+class LinearOfRows(nn.Module):
+    """A linear layer of rows that each have their own LoRA layer around it, or none: row i has that of i modulo n."""
+
+    def __init__(self, linear: nn.Module, lora: Sequence[LoRALinear | None]):
+        super().__init__()
+        self.linear, self.lora = linear, list(lora)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """As `LoRALinear` does, of `[B, ..., D]`."""
+        y, n = self.linear(x), len(self.lora)
+        rows = [y[i::n] for i in range(n)]
+        for i, lora in enumerate(self.lora):
+            if lora is not None:
+                rows[i] = rows[i] + (lora.scale * ((x[i::n] @ lora.lora_a) @ lora.lora_b)).astype(x.dtype)
+        return mx.stack(rows, axis=1).reshape(y.shape)
+
+
+class VariantsCache(KVCache):
+    """Keys and values of one text in one layer, a row for each variant. Rows are as long as each other."""
+
+    def __init__(self, n: int):
+        super().__init__()
+        self.n = n
+
+    @classmethod
+    def merge(cls, caches: Sequence["VariantsCache"]) -> "BatchVariantsCache":
+        """Of several texts: the rows of the first, then those of the second."""
+        n = caches[0].n
+        together = BatchKVCache.merge([row for cache in caches for row in cache.rows()])
+        result = BatchVariantsCache(n, [0])
+        vars(result).update(vars(together))
+        return result
+
+    def rows(self) -> list[KVCache]:
+        """Of each variant alone."""
+        alone = [KVCache() for _ in range(self.n)]
+        for i, cache in enumerate(alone):
+            if self.keys is not None:
+                cache.keys, cache.values = self.keys[i : i + 1], self.values[i : i + 1]
+            cache.offset = self.offset
+        return alone
+
+
+class BatchVariantsCache(BatchKVCache):
+    """Keys and values of several texts, n rows of each beside each other. Whoever filters and pads counts texts."""
+
+    def __init__(self, n: int, left_padding: list[int]):
+        super().__init__(left_padding)
+        self.n = n
+
+    def filter(self, batch_indices: Sequence[int]) -> None:
+        super().filter([text * self.n + i for text in batch_indices for i in range(self.n)])
+
+    def prepare(self, *, left_padding=None, lengths=None, right_padding=None) -> None:
+        left_padding, right_padding = (
+            None if padding is None else [length for length in padding for _ in range(self.n)]
+            for padding in (left_padding, right_padding)
+        )
+        super().prepare(left_padding=left_padding, lengths=lengths, right_padding=right_padding)
+
+
+@contextmanager
+def _in_place(changes: Sequence[Change]) -> Iterator[None]:
+    """While this is entered, layers are others."""
+    for owner, key, _, layer in changes:
+        owner[key] = layer
+    try:
+        yield
+    finally:
+        for owner, key, own, _ in changes:
+            owner[key] = own
