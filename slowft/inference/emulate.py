@@ -26,7 +26,8 @@ from ..engine.model import StreamedModel, compute_dtype_of, open_model
 from ..engine.spilled_caches import SpilledCaches
 from ..engine.stats import Stats
 from ..errors import ConfigError
-from ..models.adapters import CONFIG, digest
+from ..models.adapters import digest
+from ..models.directories import ADAPTER_CONFIG as CONFIG
 from ..models.loading import resolve
 from .variants import Variants
 
