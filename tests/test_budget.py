@@ -205,10 +205,10 @@ def half(disk, billion) -> Path:
 
 @pytest.fixture(scope="module")
 def ladder(half) -> list[int]:
-    """Five ceilings for two rows of 68 tokens, in two micro-batches: from the least to what takes everything."""
+    """Four ceilings for two rows of 68 tokens, in two micro-batches: from the least to what takes everything."""
     bottom, everything = json.loads(output(LEAST_AND_MOST, half, *SHAPE))
     bottom, everything = enough(bottom), enough(round(1.02 * everything))  # for another process, with its optimizer
-    return [round(bottom * (everything / bottom) ** (i / 4)) for i in range(5)]
+    return [round(bottom * (everything / bottom) ** (i / 3)) for i in range(4)]
 
 
 SHAPE = 1, 68, 2  # one row at a time as it is, so that no plan cuts it; more than the 64 tokens of a head's chunk
@@ -233,7 +233,7 @@ def seen() -> dict[int, dict]:
     return {}
 
 
-@pytest.mark.parametrize("rung", range(5))
+@pytest.mark.parametrize("rung", range(4))
 def test_job_planned_at_x_finishes_in_a_cgroup_of_x_with_the_same_gradients(rung, half, ladder, seen):
     """A model of 1.1 GB in 0.6 to 2.7 GB: two steps of Adam, of which the kernel never counts more than X."""
     said = seen[rung] = run_within(ladder[rung], half, SHAPE, steps=2)
@@ -244,7 +244,7 @@ def test_job_planned_at_x_finishes_in_a_cgroup_of_x_with_the_same_gradients(rung
         assert said["digests"] == other["digests"]
     if rung == 0:
         assert said["written"] > 0 and not said["schedule"]["in_memory"]
-    if rung == 4:
+    if rung == 3:
         assert said["read"] < 1e6 and said["schedule"]["in_memory"]
     assert all(other["read"] >= said["read"] for other in seen.values())
     assert all(other["schedule"] != said["schedule"] for i, other in seen.items() if i != rung)
@@ -395,7 +395,7 @@ def test_full_disk_is_told_before_the_first_read_and_leaves_the_adapter(full, sm
     else:
         monkeypatch.setattr(spill.platform, "preallocate", no_space)
     read = model.stats.total.bytes_read
-    with pytest.raises(slowft.SlowftError, match="B free, and activations need .* To fix it: another --spill-dir"):
+    with pytest.raises(slowft.SlowftError, match="free, and activations need .* To fix it: another --spill-dir"):
         model.loss_and_grads(*batch)
     assert model.stats.total.bytes_read == read
     assert (tmp_path / "adapter" / "adapters.safetensors").read_bytes() == saved
@@ -445,15 +445,14 @@ def written_to(pid: int, directory: Path) -> int:
     [
         ((4, 64, 1), {}, "least"),
         ((1, 96, 3), {"num_hidden_layers": 16, "vocab_size": 16000}, 330_000_000),
-        ((2, 256, 1), {"intermediate_size": 2816}, 2_000_000_000),
     ],
-    ids=["least", "some", "all"],
+    ids=["least", "some"],
 )
 def test_peak_memory_is_as_predicted(shape, config, memory, disk, request):
     config = MEDIUM | config
     directory = save_random(disk / request.node.callspec.id, config, mx.bfloat16, shards=True)
     said = run(directory, memory, shape, steps=5)  # freed buffers take what is left after the third
-    assert said["schedule"]["in_memory"] == (memory == 2_000_000_000)
+    assert not said["schedule"]["in_memory"]
     # what computing takes is bounded from above where other things take more than it was measured to
     assert 0.7 * said["predicted"] <= max(said["peaks"][1:]) <= 1.05 * said["predicted"]
 
