@@ -24,7 +24,7 @@ from conftest import LLAMA, randomise, save_random
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.datasets import CacheDataset, create_dataset
 from mlx_lm.tuner.trainer import evaluate
-from slowft.cli.main import COMMANDS, main
+from slowft.cli.main import COMMANDS, GROUPS, main
 from slowft.training.config import NEEDLESS, TrainConfig
 
 TEXT = [{"text": f"Sample {i} of plain text, long enough."} for i in range(6)]
@@ -759,6 +759,10 @@ def test_help_ends_its_text_in_an_example_that_parses(command, finetune):
     known = finetune.bare(example[1], "--help").out
     for word in shlex.split(" ".join(example)):
         assert not word.startswith("--") or f" {word}" in known
+
+
+def test_every_command_is_in_one_group_of_the_help():
+    assert sorted(" ".join(GROUPS.values()).split()) == sorted(COMMANDS)
 
 
 def test_every_option_has_help():

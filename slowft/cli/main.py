@@ -10,7 +10,7 @@ from ..errors import ConfigError, Interrupted, SlowftError, reason_of
 
 GROUPS = {
     "Train": "finetune data plan status",
-    "Use what was trained": "generate fuse adapter",
+    "Use what was trained": "generate score fuse adapter",
     "Prepare models": "prepare verify",
     "Try this machine": "bench doctor demo",
 }
