@@ -417,7 +417,7 @@ def refuse_unusable(output: Path) -> None:
     if names and manifest.JOURNAL not in names:
         if manifest.NAME in names:
             raise SlowftError(
-                f"{output} holds a finished model already. Check it (slowft verify {output}) or use another --output"
+                f"{output} holds a finished model already. Check it (slowft verify {output}) or give another directory"
             )
         raise SlowftError(f"{output} is not empty and not slowft's. Give another --output")
 
