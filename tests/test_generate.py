@@ -375,3 +375,15 @@ for spills in (False, True):
         assert 2 * nbytes > memory  # in float32, as it is computed with, it does not fit
         assert planned <= memory
     assert peak <= memory
+
+
+def test_one_row_reads_only_the_experts_that_it_goes_to(tmp_path):
+    """16 experts, 2 a token: of their three layers an eighth is read. Rows that need most of them read blocks whole."""
+    shape = matrix.config_of("mixtral") | {"num_local_experts": 16, "hidden_size": 128, "intermediate_size": 256}
+    with slowft.open_model(save_random(tmp_path / "m", shape)) as model:
+        of = waves(model, 1)
+        of.add(Row(0, 0, list(PROMPTS[0]), 5))
+        read = []
+        for _ in of:
+            read.append(model.stats.last.bytes_read)
+        assert max(read[2:]) < 0.2 * model.nbytes_on_disk
