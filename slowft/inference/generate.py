@@ -59,7 +59,8 @@ class Generation:
 
     Attributes:
         wave: rows at a time; plan: that is followed, None without a ceiling.
-        predicted: what a pass over the whole wave takes, None where nothing is known of this machine.
+        predicted: what a pass over the whole wave takes; None where nothing is known of this machine, or all weights
+            are in memory.
         prompts: how many there are.
         passes: readings of the weights so far; tokens: of answers; prompt_tokens: that were taken in.
         drafted, accepted: tokens that were guessed, and of them those that came true.
@@ -110,8 +111,8 @@ class Generation:
         self._spilled: SpilledCaches | None = None
         self.wave, prefilled, self.plan = self._sizes(rows, wave, kept, drafter, draft_tokens)
         self.predicted = None if self.plan is None else model.budget.predict_decoding(self.wave, self.plan)
-        if self.predicted is not None and self.predicted.is_for_assumed_machine:
-            self.predicted = None
+        if self.predicted is not None and (self.predicted.is_for_assumed_machine or self.plan.is_ordinary):
+            self.predicted = None  # of products with a few rows, with nothing to read, too little is known
         self._waves = Waves(
             model,
             self.wave,
