@@ -232,11 +232,6 @@ def test_a_killed_run_goes_on_to_the_same_files(made, tmp_path, llama_with_token
     assert done.exit_code == 0, done.output
     assert f"has {n} of" in done.output
     whole, again = contents(made[0] / "out"), contents(recipe.parent / "out")
-    for name in [name for name in whole if name.endswith(".generated.jsonl")]:
-        one, other = ([json.loads(line) for line in found.pop(name).splitlines()] for found in (whole, again))
-        for row, of_other in zip(one, other, strict=True):  # whose last digit depends on what goes together
-            assert row.pop("mean_logprob") == pytest.approx(of_other.pop("mean_logprob"), abs=1e-5)
-        assert one == other
     assert again == whole and len(whole) > 25
 
 

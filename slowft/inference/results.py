@@ -55,7 +55,6 @@ class Results:
             "finish_reason": answer.finish_reason,
             "prompt_tokens": answer.prompt_tokens,
             "tokens": len(answer.tokens),
-            "mean_logprob": round(sum(answer.logprobs) / len(answer.logprobs), 6) if answer.logprobs else None,
             **self._about,
         }
         line = (json.dumps(row, ensure_ascii=False) + "\n").encode()

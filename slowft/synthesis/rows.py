@@ -19,8 +19,7 @@ from ..errors import DataError, SlowftError, printable, reason_of
 
 Row = dict[str, Any]
 
-# Of a row of `slowft generate`: what its history keeps. Not `mean_logprob`, whose last digit depends on which rows were
-# generated together, so that a run that was stopped would not end in the same files.
+# Of a row of `slowft generate`: what its history keeps.
 OF_ANSWER = ("model", "adapter", "sampler", "seed", "finish_reason", "tokens")
 SAMPLE_KEYS = {"prompt", "completion", "text", "messages", "conversations", "system", "instruction", "input", "output"}
 END_OF_THOUGHT = "</think>"
@@ -72,8 +71,7 @@ def row_of(found: Found) -> Row:
         if "sampler" in sample:
             history = [*history, {"step": "answer"} | {key: rest.pop(key) for key in OF_ANSWER if key in rest}]
             row["finish_reason"] = sample.get("finish_reason")
-            for key in ("prompt_tokens", "mean_logprob"):
-                rest.pop(key, None)
+            rest.pop("prompt_tokens", None)
     elif isinstance(sample.get("text"), str):
         row["text"] = sample["text"]
     else:
