@@ -46,7 +46,7 @@ def main() -> None:
             "--max-seq-length",
             96,
             "--steps-per-report",
-            10,
+            1,
             "--steps-per-eval",
             100 * args.iters,
             "--val-batches",
