@@ -5,12 +5,13 @@ the prompts. Never changes a file of answers to something else.
 """
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .. import platform
 from ..errors import ConfigError, SlowftError
+from ..weights.tensorfile import write_file
 from .generate import Answer
 from .prompts import Asked
 
@@ -62,7 +63,7 @@ class Results:
             view = memoryview(line)
             while view:
                 view = view[self._out.write(view) :]
-            os.fsync(self._out.fileno())
+            platform.sync_file(self._out.fileno())
         except OSError as e:
             raise SlowftError(
                 f"{self._file} cannot be written ({len(line)} bytes): {e.strerror}. The {len(self._lines)} answers in "
@@ -76,17 +77,10 @@ class Results:
         self._out.close()
         if numbers == sorted(numbers):
             return
-        temporary = self._file.with_name(f".{self._file.name}.{os.getpid()}.tmp")
         try:
-            with open(temporary, "wb") as out:
-                out.writelines(self._lines[number] for number in sorted(numbers))
-                out.flush()
-                os.fsync(out.fileno())
-            os.replace(temporary, self._file)
-        except OSError as e:
-            raise SlowftError(f"{temporary} cannot be written: {e.strerror}. {self._file} has all answers") from None
-        finally:
-            temporary.unlink(missing_ok=True)
+            write_file(self._file, b"".join(self._lines[number] for number in sorted(numbers)))
+        except SlowftError as e:
+            raise SlowftError(f"{e}. It has all answers, in the order in which they were finished") from None
 
     def close(self) -> None:
         self._out.close()
