@@ -8,21 +8,20 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from ..errors import AdapterError, ModelError, printable
+from ..errors import AdapterError
 from ..weights.extents import read_header
-from ..weights.recognise import read_json, recognise
-from ..weights.tensorfile import cannot_write, load_arrays, save_arrays, sync
+from ..weights.recognise import read_json
+from ..weights.tensorfile import cannot_write, load_arrays, load_lazily, save_arrays, sync
 from .directories import ADAPTER_CONFIG as CONFIG
 from .directories import MLX_WEIGHTS as WEIGHTS
 from .directories import PEFT_WEIGHTS, describe_adapter, explain_no_adapter
-from .peft import by_layer, ranks_of, read_peft
+from .peft import by_layer, ranks_of, read_peft, read_tensors
 
 
 @dataclass(frozen=True)
@@ -138,31 +137,12 @@ def read_spec(directory: Path) -> AdapterSpec:
     """
     spec = _spec(_read_entries(directory)[0], directory / CONFIG)
     if (file := directory / WEIGHTS).exists():  # a rank that is none of theirs may ask for any amount of memory
-        longest = max((n for e in _read(read_header, file).values() for n in e.shape), default=0)
+        longest = max((n for e in read_tensors(read_header, file).values() for n in e.shape), default=0)
         if isinstance(rank := spec.parameters["rank"], int) and rank > longest:
             raise AdapterError(
                 f"{directory / CONFIG}: the rank is {rank}, and no tensor in {file} has an axis longer than {longest}"
             )
     return spec
-
-
-def _read(how: Callable[[Path], Any], file: Path) -> Any:
-    """`how(file)`, of a file of adapter weights.
-
-    Raises:
-        AdapterError: it cannot be read, or is something else.
-    """
-    try:
-        return how(file)
-    except (ModelError, RuntimeError, ValueError) as e:
-        known = recognise(file)
-        said = f"it is {known[0]}. {known[1]}" if known else printable(str(e).splitlines()[0])
-        raise AdapterError(f"{file} is not a readable safetensors file: {said}") from None
-
-
-def _load_lazily(file: Path) -> dict[str, mx.array]:
-    read_header(file)  # MLX crashes on some that contradict themselves
-    return mx.load(str(file), format="safetensors")
 
 
 def _read_entries(directory: Path) -> tuple[dict[str, Any], bool]:
@@ -212,7 +192,7 @@ def read_weights(file: Path, lazily: bool = False) -> tuple[dict[str, mx.array],
         raise AdapterError(
             f"{file} is an adapter in GGUF. Once: slowft adapter import {file} --model MODEL --output DIR"
         )
-    weights = _read(_load_lazily, file) if lazily else _read(load_arrays, file)[0]
+    weights = read_tensors(load_lazily, file) if lazily else read_tensors(load_arrays, file)[0]
     if (peft := next((n for n in weights if ".lora_A" in n or n.startswith("base_model.")), None)) is not None:
         raise AdapterError(
             f"{file} is a PEFT adapter (it has {peft}) without its {CONFIG}. Give the directory that PEFT saved"

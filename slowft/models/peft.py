@@ -13,14 +13,15 @@ scale have it multiplied into `lora_b`: the product is the same, and rows of zer
 import collections
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from ..errors import AdapterError, ModelError, printable
-from ..weights.extents import read_header
 from ..weights.recognise import read_json, recognise
+from ..weights.tensorfile import load_lazily
 from .directories import ADAPTER_CONFIG, PEFT_WEIGHTS
 
 PREFIX = "base_model.model."
@@ -145,6 +146,20 @@ def _refuse_unequal(config: dict, file: Path) -> None:
         )
 
 
+def read_tensors(how: Callable[[Path], Any], file: Path) -> Any:
+    """`how(file)`, of a file of adapter weights.
+
+    Raises:
+        AdapterError: it cannot be read, or is something else.
+    """
+    try:
+        return how(file)
+    except (ModelError, RuntimeError, ValueError) as e:
+        known = recognise(file)
+        said = f"it is {known[0]}. {known[1]}" if known else printable(str(e).splitlines()[0])
+        raise AdapterError(f"{file} is not a readable safetensors file: {said}") from None
+
+
 def _read(file: Path, directory: Path) -> dict[str, mx.array]:
     if not file.exists():
         if (directory / PEFT_WEIGHTS[1]).exists():
@@ -153,13 +168,7 @@ def _read(file: Path, directory: Path) -> dict[str, mx.array]:
                 "with PEFT's save_pretrained(..., safe_serialization=True)"
             )
         raise AdapterError(f"{file} does not exist")
-    try:
-        read_header(file)  # MLX crashes on some that contradict themselves
-        return mx.load(str(file), format="safetensors")
-    except (ModelError, RuntimeError, ValueError) as e:
-        known = recognise(file)
-        said = f"it is {known[0]}. {known[1]}" if known else printable(str(e).splitlines()[0])
-        raise AdapterError(f"{file} is not a readable safetensors file: {said}") from None
+    return read_tensors(load_lazily, file)
 
 
 def _layers(tensors: dict[str, mx.array], file: Path) -> dict[str, dict[str, mx.array]]:

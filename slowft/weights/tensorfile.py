@@ -236,6 +236,12 @@ def load_arrays(file: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     return arrays, metadata
 
 
+def load_lazily(file: Path) -> dict[str, mx.array]:
+    """The same arrays, each read when it is evaluated. Raises as `load_arrays` does."""
+    read_header(file)
+    return mx.load(str(file), format="safetensors")
+
+
 def save_arrays(file: Path, arrays: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None) -> None:
     """Write arrays as `mx.save_safetensors` does, which by itself does not say why it cannot.
 
