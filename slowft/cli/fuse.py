@@ -1,15 +1,11 @@
 """`slowft fuse`: an adapter into its base model, block by block."""
 
-import json
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import click
 
 from . import options
-from .finetune import warnings_noted
-from .prepare import progress_bar
+from .prepare import writing_model
 
 
 @click.command()
@@ -39,27 +35,17 @@ def fuse(model, adapter_path, save_path, dequantize, memory, trust_remote_code, 
 
         slowft fuse --model Qwen/Qwen3-0.6B --adapter-path adapters --save-path fused_model
     """
-    output, notes = Path(save_path), []
+    output = Path(save_path)
     from ..convert.fuse import fuse as fuse_model
 
-    note = notes.append if as_json else click.echo
-    try:
-        with warnings_noted(SimpleNamespace(note=note)), progress_bar("Fusing", not as_json) as progress:
-            fuse_model(
-                model,
-                adapter_path,
-                output,
-                dequantize=dequantize,
-                memory=memory,
-                trust_remote_code=trust_remote_code,
-                progress=progress,
-                note=note,
-            )
-    except KeyboardInterrupt:
-        click.echo(f"\nInterrupted. What is finished stays in {output}: the same command goes on from there.", err=True)
-        sys.exit(130)
-    nbytes = sum(file.stat().st_size for file in output.glob("*.safetensors"))
-    if as_json:
-        click.echo(json.dumps({"output": str(output), "nbytes": nbytes, "notes": notes}))
-    else:
-        click.echo(f"Wrote {output} ({nbytes / 1e9:.2f} GB). Check it at any time: slowft verify {output}")
+    with writing_model("Fusing", output, as_json) as (progress, note):
+        fuse_model(
+            model,
+            adapter_path,
+            output,
+            dequantize=dequantize,
+            memory=memory,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+            note=note,
+        )

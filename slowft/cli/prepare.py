@@ -46,23 +46,28 @@ def prepare(model, output, memory, trust_remote_code, as_json, **options):
 
         slowft prepare Qwen/Qwen3-0.6B --output qwen3-4bit --quantize --bits 4
     """
-    output, notes = Path(output), []
+    output = Path(output)
     from ..convert.prepare import prepare as prepare_model
     from ..convert.prepare import prepare_gguf
 
+    with writing_model("Preparing", output, as_json) as (progress, note):
+        if model.lower().endswith(".gguf"):
+            if memory is not None:
+                raise ConfigError("--memory has no effect on a GGUF file. Leave it out")
+            prepare_gguf(model, output, **options, progress=progress)
+        else:
+            options |= {"memory": memory, "trust_remote_code": trust_remote_code}
+            prepare_model(model, output, **options, progress=progress, note=note)
+
+
+@contextmanager
+def writing_model(description: str, output: Path, as_json: bool):
+    """While this is entered a model is written to `output`: gives (progress, note); then says what was written."""
+    notes: list[str] = []
     note = notes.append if as_json else click.echo
     try:
-        with (
-            warnings_noted(SimpleNamespace(note=note)),
-            progress_bar("Preparing", not as_json) as progress,
-        ):
-            if model.lower().endswith(".gguf"):
-                if memory is not None:
-                    raise ConfigError("--memory has no effect on a GGUF file. Leave it out")
-                prepare_gguf(model, output, **options, progress=progress)
-            else:
-                options |= {"memory": memory, "trust_remote_code": trust_remote_code}
-                prepare_model(model, output, **options, progress=progress, note=note)
+        with warnings_noted(SimpleNamespace(note=note)), progress_bar(description, not as_json) as progress:
+            yield progress, note
     except KeyboardInterrupt:
         click.echo(f"\nInterrupted. What is finished stays in {output}: the same command goes on from there.", err=True)
         sys.exit(130)

@@ -116,18 +116,7 @@ class BarReport(LineReport):
 
     def begin(self, config, model):
         super().begin(config, model)
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[state]}"),
-            TimeElapsedColumn(),
-            TextColumn("gone,"),
-            TimeRemainingColumn(),
-            TextColumn("left"),
-            console=self._console,
-            transient=True,
-        )
+        self._bar = _timed_bar(self._console)
         self._task = self._bar.add_task("Training", total=config.iters, state="")
         self._bar.start()
 
@@ -164,19 +153,8 @@ class BarReport(LineReport):
 
     @contextmanager
     def generating(self, n_prompts):
-        with Progress(
-            TextColumn("Generating"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[state]}"),
-            TimeElapsedColumn(),
-            TextColumn("gone,"),
-            TimeRemainingColumn(),
-            TextColumn("left"),
-            console=self._console,
-            transient=True,
-        ) as bar:
-            task = bar.add_task("", total=n_prompts, state="")
+        with _timed_bar(self._console) as bar:
+            task = bar.add_task("Generating", total=n_prompts, state="")
             yield lambda generation, answered: bar.update(task, completed=answered, state=generation_state(generation))
 
     def progress(self, items, description, total):
@@ -184,6 +162,22 @@ class BarReport(LineReport):
             TextColumn(description), BarColumn(), MofNCompleteColumn(), console=self._console, transient=True
         ) as bar:
             yield from bar.track(items, total=total)
+
+
+def _timed_bar(console: Console) -> Progress:
+    """A bar of tasks that have a `state` in words, with the time gone and left."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[state]}"),
+        TimeElapsedColumn(),
+        TextColumn("gone,"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+        console=console,
+        transient=True,
+    )
 
 
 def _duration(seconds: float) -> str:
