@@ -102,11 +102,6 @@ class DraftModel:
     def forget(self, row: Row) -> None:
         self._caches.pop(row.number, None)
 
-    @property
-    def nbytes(self) -> int:
-        """Of the caches."""
-        return sum(c.nbytes for cache, _ in self._caches.values() for c in cache)
-
 
 class Depth:
     """How many tokens to guess: as many as make the most tokens a second, by what was measured so far.

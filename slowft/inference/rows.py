@@ -26,7 +26,7 @@ class Row:
         limit: of tokens of the answer.
         draft: tokens that may come next, to be checked in the next pass.
         finish_reason: "stop", "length", or None while it is under way.
-        text: answers of it, as far as they are known not to change; kept by whoever decodes.
+        state: whatever who decodes keeps of it.
     """
 
     number: int
@@ -38,7 +38,6 @@ class Row:
     fed: int = 0
     draft: list[int] = field(default_factory=list)
     finish_reason: str | None = None
-    passes: int = 0
     state: Any = None
 
     @property

@@ -106,11 +106,16 @@ class Chooser:
     def __init__(self, sampler: Sampler, processors: Sequence[Processor], seed: int, is_greedy: bool):
         self._sampler, self._processors, self._seed, self._is_greedy = sampler, list(processors), seed, is_greedy
 
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether what was said before has a part in what is chosen."""
+        return bool(self._processors)
+
     def choose(self, logits: mx.array, rows: Sequence[tuple[Any, int, Sequence[int]]]) -> tuple[list[int], list[float]]:
         """(a token for each row of the logits `[n, V]`, its log-probability before sampling cuts anything off).
 
         Args:
-            rows: (id, place in the answer, tokens before it) of each.
+            rows: (id, place in the answer, tokens before it, which only `reads_tokens` needs) of each.
         """
         if self._processors:
             parts = []

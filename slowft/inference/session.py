@@ -155,8 +155,8 @@ class Session:
         """
         results = Results(file, prompts, self.about())
         try:
-            left = [one for i, one in enumerate(prompts) if i not in results.done]
             numbers = [i for i in range(len(prompts)) if i not in results.done]
+            left = [prompts[i] for i in numbers]
             if results.done:
                 report.note(f"{file} has {len(results.done)} of {len(prompts)} answers; going on with the others")
             if left:

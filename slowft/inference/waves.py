@@ -130,11 +130,9 @@ class Waves:
     def step(self) -> list[Step]:
         """One pass over the weights: the next token, or tokens, of every row."""
         newcomers = self._newcomers()
-        begin = time.perf_counter()
-        self._guess()
-        drafting_s = time.perf_counter() - begin
+        drafting_s = self._guess()
         groups = [*self._groups, *newcomers]
-        batches, asked = [], [_asked(group) for group in groups]
+        batches, asked = [], [_asked(group, self._chooser.reads_tokens) for group in groups]
         chosen: list[list[tuple[int, float]]] = [[] for _ in groups]
         for group in groups:
             tokens, places = group.begin()
@@ -193,15 +191,18 @@ class Waves:
     def _fresh_cache(self) -> list[Any]:
         return self._model.new_cache(self._kept.max_kv_size)
 
-    def _guess(self) -> None:
+    def _guess(self) -> float:
+        """Have every row's draft guessed; the seconds that took."""
         if self._drafter is None or not self._groups:
-            return
+            return 0.0
         rows = self.rows
         depth = self._depth.choose(len(rows))
         begin = time.perf_counter()
         for group in self._groups:
             self._drafter.draft(group.rows, min(depth, group.room_for_drafts()))
-        self._depth.drafted(time.perf_counter() - begin, sum(len(row.draft) for row in rows))
+        seconds = time.perf_counter() - begin
+        self._depth.drafted(seconds, sum(len(row.draft) for row in rows))
+        return seconds
 
     def _take_over(self, group: Group, chosen: Sequence[tuple[int, float]]) -> list[Step]:
         """What was chosen becomes the rows' answers: as far as drafts were right, and one token more."""
@@ -221,7 +222,6 @@ class Waves:
         group.accept(counts)
         for row, step in zip(list(group.rows), steps):
             row.answer += step.tokens
-            row.passes += 1
             self.tokens += len(step.tokens)
             if row.answer[-1] in self._ends:
                 row.finish_reason = "stop"
@@ -266,10 +266,10 @@ def can_forget(caches: Iterable[Any]) -> bool:
     return all(room_to_cut_back(cache) for cache in caches)
 
 
-def _asked(group: Group) -> list[tuple[Any, int, list[int]]]:
-    """(id, place in the answer, tokens before it) of each token that the group's next pass chooses."""
+def _asked(group: Group, with_tokens: bool) -> list[tuple[Any, int, list[int]]]:
+    """(id, place in the answer, tokens before it, if they are asked for) of each token that the next pass chooses."""
     return [
-        (row.id, len(row.answer) + j, row.tokens + row.draft[:j])
+        (row.id, len(row.answer) + j, row.tokens + row.draft[:j] if with_tokens else [])
         for row in group.rows
         for j in range(len(row.draft) + 1)
     ]
