@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--iters", type=int, default=1000)
     parser.add_argument("--memory", default="700MB")
+    parser.add_argument("--reports", help="write the reports of both there as they come, and use the ones there are")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         model, data = Path(scratch) / "model", write_data(Path(scratch))
@@ -56,10 +57,13 @@ def main() -> None:
         how = list(map(str, how))
         ours = [sys.executable, "-m", "slowft", "finetune", *how, "--memory", args.memory, "--json"]
         ours += ["--adapter-path", f"{scratch}/ours"]
-        found = [json.loads(line) for line in _lines(ours) if line.startswith("{")]
+        reports = Path(args.reports or scratch)
+        reports.mkdir(parents=True, exist_ok=True)
+        found = [json.loads(line) for line in _lines(ours, reports / "slowft.txt") if line.startswith("{")]
         found = [event for event in found if event["event"] == "train"]
         theirs = [sys.executable, "-c", THEIRS, *how, "--adapter-path", f"{scratch}/theirs"]
-        reference = [json.loads(line[7:]) for line in _lines(theirs) if line.startswith("REPORT")]
+        told = _lines(theirs, reports / "mlx-lm.txt")
+        reference = [json.loads(line[7:]) for line in told if line.startswith("REPORT")]
     assert len(found) == len(reference) == args.iters, (len(found), len(reference))
     apart = [abs(a["train_loss"] - b["train_loss"]) for a, b in zip(found, reference)]
     print(f"{args.iters} steps, loss {found[0]['train_loss']:.4f} to {found[-1]['train_loss']:.4f}")
@@ -71,11 +75,16 @@ def main() -> None:
     print(f"peak {max(event['peak_memory'] for event in found) * 1e3:.0f} MB of {args.memory}")
 
 
-def _lines(command: list[str]) -> list[str]:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(done.stdout[-2000:] + done.stderr[-2000:])
-    return done.stdout.splitlines()
+def _lines(command: list[str], path: Path) -> list[str]:
+    """What ``command`` prints, which goes to ``path``; what an earlier run left there whole is not made again."""
+    if not path.exists():
+        part = path.with_suffix(".part")
+        with part.open("w") as out:
+            done = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            sys.exit(part.read_text()[-2000:] + done.stderr[-2000:])
+        part.rename(path)
+    return path.read_text().splitlines()
 
 
 if __name__ == "__main__":
