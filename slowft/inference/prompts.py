@@ -11,6 +11,7 @@ from typing import Any
 
 from ..data.files import SUFFIXES, Source
 from ..errors import ConfigError, DataError
+from .sampling import Sampling
 
 Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
 
@@ -22,13 +23,16 @@ class Asked:
     Attributes:
         id: the user's name for it, or its number; prompt: as it was given.
         tokens: int ids, the chat template's included.
-        max_tokens: of its answer; None: as for all.
+        max_tokens: of its answer; adapter, sampling, stop: as `Generation` takes them. None: as for all.
     """
 
     id: Any
     prompt: Prompt
     tokens: list[int]
     max_tokens: int | None = None
+    adapter: bool | str | None = None
+    sampling: Sampling | None = None
+    stop: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)
