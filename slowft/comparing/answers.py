@@ -47,7 +47,9 @@ class Answers:
             try:
                 fcntl.flock(self._out.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise ConfigError(f"{file} is written by another comparison. Wait, or give `cache` another name") from None
+                raise ConfigError(
+                    f"{file} is written by another comparison. Wait, or give `cache` another name"
+                ) from None
             whole = self._read()
             self._out.truncate(whole)
         except BaseException:

@@ -1,5 +1,5 @@
-"""Two answers to one question before a judge, in both orders: judges like the first (2306.05685), so only a verdict that
-is the same both ways counts, and everything else is a tie.
+"""Two answers to one question before a judge, in both orders: judges like the first (2306.05685), so only a verdict
+that is the same both ways counts, and everything else is a tie.
 
 A local judge generates nothing: of 0, 1 and 2 the one it holds for the most probable is its verdict, all pairs in one
 pass over the weights (`inference/questions.py`). A judge behind an API is asked as any other.
@@ -119,8 +119,8 @@ def _ask_local(suite: Suite, prompts: list[str], answers: Answers, report: Repor
     share = sum(one["share"] for one in known) / len(known)
     if share < LEAST_SHARE:
         report.note(
-            f"Warning: the judge would reply with 0, 1 or 2 in only {100 * share:.0f}% of cases. Say in its prompt that "
-            "it shall reply with one of them and nothing else"
+            f"Warning: the judge would reply with 0, 1 or 2 in only {100 * share:.0f}% of cases. Say in its prompt "
+            "that it shall reply with one of them and nothing else"
         )
     return {prompt: _most_probable(one["probabilities"]) for prompt, one in zip(prompts, known)}
 

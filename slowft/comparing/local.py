@@ -6,7 +6,6 @@ Comes in: cells of one model. Goes out: their answers, as they are finished, in 
 import itertools
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from ..data.tokenizer import load_tokenizer

@@ -1,4 +1,4 @@
-"""Answers by servers with OpenAI's interface: a chat completion a cell, several at a time, tried again where that helps.
+"""Answers by servers with OpenAI's interface: a chat completion a cell, several at a time, tried again if that helps.
 
 What goes wrong is said in its cell and never ends the comparison. The key is read from the environment when it is sent,
 and is part of nothing that is kept. Redirections are not followed: they would take the key elsewhere.

@@ -48,7 +48,7 @@ class Comparison:
         return cost(prices, cell.variant.model, cell.answer["prompt_tokens"], cell.answer["tokens"])
 
     def summary(self, column: int) -> dict[str, Any]:
-        """Of a variant: shares with Wilson's 95% intervals, tokens, seconds, cost. Cells without answer do not count."""
+        """Of a variant: shares with 95% intervals, tokens, seconds, cost. Cells without an answer do not count."""
         cells = [cell for cell in self.of(column) if cell.answer is not None]
         marked = [cell.passes for cell in cells if cell.passes is not None]
         checks: dict[str, list[bool]] = {}
@@ -133,4 +133,3 @@ def _total(counts) -> int | None:
     """None where a server did not say."""
     known = list(counts)
     return None if None in known else sum(known)
-

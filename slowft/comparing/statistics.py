@@ -23,4 +23,3 @@ def sign_test(better: int, worse: int) -> float:
     """Two-sided p: how probable so uneven a share of pairs that differ is, if either way is as likely."""
     n, few = better + worse, min(better, worse)
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(few + 1)) / 2**n)
-

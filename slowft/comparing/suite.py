@@ -155,8 +155,8 @@ class Judge(Answering):
 class Price:
     """Of a model, for a million tokens."""
 
-    prompt: float = 0.0
-    completion: float = 0.0
+    input: float = 0.0
+    output: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

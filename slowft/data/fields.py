@@ -22,7 +22,7 @@ Wrong = Callable[[str, str | None], ConfigError]  # (what is wrong, the field wh
 WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
-def load(file: Path, kind: type, what: str, such_as: Mapping[str, str], example: str, **given: Any) -> Any:
+def load(file: Path, kind: type, what: str, such_as: Mapping[str, str], example: str, /, **given: Any) -> Any:
     """A dataclass `kind` of what a file holds.
 
     Args:
@@ -60,7 +60,7 @@ class _Reader:
     def _wrong(self, node: yaml.Node, what: str) -> ConfigError:
         return ConfigError(f"{self._file} line {node.start_mark.line + 1}: {what}")
 
-    def read(self, kind: type, node: yaml.Node, name: str, **given: Any) -> Any:
+    def read(self, kind: type, node: yaml.Node, name: str, /, **given: Any) -> Any:
         if not isinstance(node, yaml.MappingNode):
             raise self._wrong(node, f"{name or f'a {self._what}'} must be names with values, such as {self._such_as}")
         hints = typing.get_type_hints(kind)
