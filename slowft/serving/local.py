@@ -29,9 +29,18 @@ from .scheduler import Piece, Scheduler, Token, Voice, Wanted
 
 SILENT_S = 15  # after so long without a token, a stream gets a comment: the connection is alive
 TOP_LOGPROBS = 20  # OpenAI's most
-# Of the body, what changes an answer elsewhere and is not known here; an answer's header names what was given.
-NOT_KNOWN = ("response_format", "tool_choice", "parallel_tool_calls", "best_of", "echo", "suffix", "functions", "modalities")
-USUAL = {"response_format": {"type": "text"}, "tool_choice": "auto", "parallel_tool_calls": True, "modalities": ["text"]}
+# Of a body, what changes an answer elsewhere and is not known here, with what it usually is. The answer has a header
+# that names those which were given.
+NOT_KNOWN = {
+    "response_format": {"type": "text"},
+    "tool_choice": "auto",
+    "parallel_tool_calls": True,
+    "modalities": ["text"],
+    "best_of": 1,
+    "echo": False,
+    "suffix": None,
+    "functions": None,
+}
 TEMPLATE_NAMES = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
 
 
@@ -124,10 +133,9 @@ class Asking(mlx_server.ResponseGenerator):
         progress_callback: Any = None,
     ) -> tuple[mlx_server.GenerationContext, Iterator[Piece | None]]:
         """(what mlx-lm's handler needs to know, the answer's pieces; None where none came for `SILENT_S`)."""
-        scheduler, args = self.local.scheduler, generation_args
+        scheduler, args, tokenizer = self.local.scheduler, generation_args, self.name.voice.tokenizer
         with self.local.tokenizing:
-            prompt, initial_state = self._prompt(scheduler.tokenizer, request, args)
-        tokenizer = scheduler.tokenizer
+            prompt, initial_state = self._prompt(tokenizer, request, args)
         wanted = self.wanted = Wanted(
             prompt,
             args.max_tokens,
@@ -192,7 +200,7 @@ class Asking(mlx_server.ResponseGenerator):
 
     def _sampler(self, args: mlx_server.GenerationArguments):
         with self.local.tokenizing:
-            sampler = mlx_server._make_sampler(args, self.local.scheduler.tokenizer)
+            sampler = mlx_server._make_sampler(args, self.name.voice.tokenizer)
         return sampler, mlx_server._make_logits_processors(args)
 
 
@@ -242,12 +250,10 @@ class LocalAnswer(mlx_server.APIHandler):
             raise Refused(400, next(iter(str(e).splitlines()), type(e).__name__)) from e
         wanted, reply = self.response_generator.wanted, self.reply
         headers = [("slowft-waits", str(wanted.promised))]
-        if ignored := [key for key in NOT_KNOWN if key in self.body and self.body[key] != USUAL.get(key)]:
+        if ignored := [key for key in NOT_KNOWN if self.body.get(key, NOT_KNOWN[key]) != NOT_KNOWN[key]]:
             headers.append(("slowft-ignored", ", ".join(ignored)))
         if self.stream:
-            reply.begin(
-                200, [("Content-Type", "text/event-stream"), ("Cache-Control", "no-cache"), *headers], None
-            )
+            reply.begin(200, [("Content-Type", "text/event-stream"), ("Cache-Control", "no-cache"), *headers], None)
         parts = Parts(context, mlx_server.ToolCallFormatter(context.tool_parser, request.tools, self.stream))
         n_tokens, logprobs = 0, []
         try:
@@ -297,7 +303,7 @@ class LocalAnswer(mlx_server.APIHandler):
 
     def _logprob(self, token: Token) -> dict:
         def worded(number: int, logprob: float) -> dict:
-            text = self.response_generator.local.scheduler.tokenizer.decode([number])
+            text = self.response_generator.name.voice.tokenizer.decode([number])
             part = "\ufffd" in text  # of a character that goes on in the next token
             return {"id": number, "token": text, "logprob": logprob, "bytes": None if part else list(text.encode())}
 

@@ -1,4 +1,4 @@
-"""Writes down what was asked and answered, behind the server's back: on a thread of its own, and whatever happens to it.
+"""Writes down what was asked and answered, on a thread of its own: whatever goes wrong there, no answer waits for it.
 
 Comes in: bodies of requests, answers as they went out. Goes out: rows of a `RequestStore`. Keys and cookies never come
 in here, since headers do not, but for tags.
@@ -24,11 +24,12 @@ class Answered:
     """How a request ended.
 
     Attributes:
+        status: that was sent; None: nothing was.
         body: of the answer, in the `coding` that its headers say; None: it was too long to be kept.
         error: why there is none, or not all of it. is_broken: it ended before it was whole.
     """
 
-    status: int
+    status: int | None
     body: bytes | None
     content_type: str = ""
     coding: str = ""
@@ -114,7 +115,7 @@ class Recorder:
         response = None
         if answered.body is not None:
             response = answers.read(answered.body, answered.content_type, answered.coding)
-        error = answered.error or (error_in(response) if answered.status < 400 else None)
+        error = answered.error or error_in(response)
         self.store.finish(
             record.row, response=response, status_code=answered.status, error=error, is_broken=answered.is_broken
         )

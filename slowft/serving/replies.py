@@ -1,7 +1,7 @@
 """One answer as it goes out to the client, piece by piece. Also keeps it, for whoever writes it down afterwards."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 
@@ -24,6 +24,7 @@ class Reply:
     Attributes:
         status: that was sent; None: nothing was. is_ended: the answer is whole.
         kept: its body so far, None when it is too long to be kept; headers: that were sent.
+        before: called before anything is sent.
         is_gone: the client is not there any more, which is noticed by `Watch` too.
     """
 
@@ -33,6 +34,7 @@ class Reply:
         self.headers: list[tuple[str, str]] = []
         self.kept: bytearray | None = bytearray()
         self.is_ended = self.is_gone = False
+        self.before: Callable[[], None] | None = None
 
     def begin(self, status: int, headers: Headers, nbytes: int | None, reason: str | None = None) -> None:
         """Send the head of the answer.
@@ -42,6 +44,8 @@ class Reply:
             reason: beside the status; None: the usual one.
         """
         handler = self._handler
+        if self.before is not None:
+            self.before()
         self.status, self.headers = status, list(headers)
         handler.send_response_only(status, reason)
         for name, value in self.headers:
@@ -104,9 +108,26 @@ class Reply:
     def error(self, status: int, message: str, code: str | None = None, param: str | None = None) -> None:
         self.json(status, error_of(status, message, code, param))
 
+    def header(self, name: str) -> str:
+        """One that was sent, or nothing."""
+        return next((value for key, value in self.headers if key.lower() == name), "")
+
     def _gone(self) -> Gone:
         self.is_gone = self._handler.close_connection = True
         return Gone()
+
+
+class Caught(Reply):
+    """An answer that does not go out, but is kept for whoever makes another one of it."""
+
+    def begin(self, status: int, headers: Headers, nbytes: int | None, reason: str | None = None) -> None:
+        self.status, self.headers = status, list(headers)
+
+    def write(self, piece: bytes) -> None:
+        self.kept += piece
+
+    def end(self) -> None:
+        self.is_ended = True
 
 
 def error_of(status: int, message: str, code: str | None = None, param: str | None = None) -> dict:

@@ -87,10 +87,14 @@ class Wanted:
 
 
 class Voice:
-    """A model that rows are decoded with, and its rows."""
+    """A model that rows are decoded with, and its rows.
 
-    def __init__(self, model: Decoder, ends: Sequence[int], wave: int):
-        self.model, self._ends, self._wave = model, ends, wave
+    Args:
+        tokenizer: mlx-lm's. wave: rows at a time at most.
+    """
+
+    def __init__(self, model: Decoder, tokenizer: Any, wave: int):
+        self.model, self.tokenizer, self._wave = model, tokenizer, wave
         self.own: dict[str, OneRow] = {}
         self._choosers = Choosers(Chooser(GREEDY.sampler(), [], 0, True), self.own)
         drafter = model.drafter_model() if can_forget(model.new_cache()) else None
@@ -110,7 +114,7 @@ class Voice:
 
     def _new_waves(self) -> Waves:
         depth = Depth(self.most_drafted or None)
-        return Waves(self.model, self._wave, self._choosers, self._ends, None, self._drafter, depth)
+        return Waves(self.model, self._wave, self._choosers, self.tokenizer.eos_token_ids, None, self._drafter, depth)
 
 
 class OneRow:
@@ -152,18 +156,17 @@ class Scheduler:
     """Runs the models' passes.
 
     Args:
-        open_models: called on the thread; gives (voices, tokenizer, what closes the models).
+        open_models: called on the thread; gives (voices, what closes the models).
         wave: rows at a time at most; None: as many as memory lets, up to 32.
 
     Attributes:
-        tokenizer: mlx-lm's. voices: that were opened.
+        voices: that were opened.
         rounds: how often all voices that had rows made a pass. wave: rows at a time by the last plan.
         longest_wait: (promised, waited) of the request that waited for the most passes.
     """
 
-    def __init__(self, open_models: Callable[[], tuple[list[Voice], Any, Callable[[], None]]], wave: int | None = None):
+    def __init__(self, open_models: Callable[[], tuple[list[Voice], Callable[[], None]]], wave: int | None = None):
         self._open_models, self._limit = open_models, wave or USUAL_WAVE
-        self.tokenizer: Any = None
         self.voices: list[Voice] = []
         self.rounds, self.wave = 0, self._limit
         self.longest_wait = (0, 0)
@@ -237,7 +240,7 @@ class Scheduler:
     def _run(self) -> None:
         close = None
         try:
-            self.voices, self.tokenizer, close = self._open_models()
+            self.voices, close = self._open_models()
             self.wave = self._size(ROUNDED, 2 * ROUNDED)[0]
         except BaseException as e:
             self._failure = e
@@ -303,7 +306,7 @@ class Scheduler:
         try:
             if wanted.sampler is not None:
                 wanted.voice.own[repr(number)] = OneRow(wanted)
-            wanted.text = Text(self.tokenizer, wanted.stop)
+            wanted.text = Text(wanted.voice.tokenizer, wanted.stop)
             wanted.row = Row(number, number, wanted.prompt, wanted.limit, wanted.adapter, state=wanted)
         except Exception as e:  # settings that mlx-lm's samplers do not take
             wanted.voice.own.pop(repr(number), None)
@@ -340,7 +343,7 @@ class Scheduler:
             self._leave(wanted)
             return
         known = len(text.tokens)
-        segment = text.add(tokens, logprobs, self.tokenizer.eos_token_ids)
+        segment = text.add(tokens, logprobs, wanted.voice.tokenizer.eos_token_ids)
         if text.is_stopped and row.finish_reason is None:
             wanted.voice.waves.remove(row)
         reason = "stop" if text.is_stopped else row.finish_reason
