@@ -11,6 +11,7 @@ from ..errors import ConfigError, Interrupted, SlowftError, reason_of
 GROUPS = {
     "Train": "finetune data plan status",
     "Use what was trained": "generate score compare fuse adapter",
+    "Serve": "serve",
     "Prepare models": "prepare verify",
     "Try this machine": "bench doctor demo",
 }
@@ -20,6 +21,7 @@ COMMANDS = {
     "generate": "Answer prompts, many in each reading of the weights.",
     "score": "Score texts, answers or marks: log-probabilities of base and adapters in one pass.",
     "compare": "Compare models, adapters and prompts on scenarios: checks, a judge, a page.",
+    "serve": "Answer over HTTP as OpenAI does: models here and another server's, recorded if you like.",
     "plan": "Say what a job would take on this machine: memory, reads, seconds.",
     "fuse": "Add an adapter to its base model, and write a model of its own.",
     "adapter": "Look at adapters, compare and sum them, carry them to and from PEFT and llama.cpp.",

@@ -2,15 +2,17 @@
 
 Every filter is one list of ids in order, out of an index, and SQLite merges the lists (INTERSECT, EXCEPT) as they are
 read. So however filters are combined, the first rows come at once, and what matches nothing takes one walk of each
-index.
+index. Of texts there is an index of which rows may have them; the rows themselves decide.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from ..errors import ConfigError
+from . import texts
 
 SIGNS = {"!=": "not", "!~": "lacks", ">=": "after", "<": "before", "=": "equal", "~": "contains"}  # longer ones first
 COLUMNS = ("model", "status", "source", "path", "status_code", "finish_reason", "kept", "relabels")
@@ -19,6 +21,7 @@ INDEXED = ("model", "status")
 NUMBERS = ("status_code", "relabels")
 STATUSES = ("begun", "complete", "error", "broken")
 SHORTEST = 3  # characters of a text to look for: the index has runs of three
+MOST_RUNS = 12  # that are looked for: each is a list to walk, and what they leave is read anyway
 KEPT = {"yes": 1, "no": 0, "": None}
 
 EXAMPLES = "model=gpt-4o, status!=complete, tag.app~shop, text~refund, time>=2026-11-01"
@@ -93,49 +96,67 @@ def seconds(value: Any) -> float:
         raise ConfigError(f"{value!r} is no time. Write such as 2026-11-28 or 2026-11-28T13:30") from None
 
 
-def ids(filters: Sequence[Filter], newest_first: bool, beyond: int | None = None) -> tuple[str, list[Any]]:
-    """(SQL, parameters) of the ids of rows that all filters are true of, in order.
+def ids(
+    filters: Sequence[Filter], newest_first: bool, beyond: int | None = None, by_texts: bool = True
+) -> tuple[str, list[Any]]:
+    """(SQL, parameters) of the ids of rows, in order, that all filters are true of but those of texts.
 
     Args:
         beyond: begin after this id.
+        by_texts: only rows that may have the texts: that have runs of three characters which stand in them.
     """
     order, limit = ("DESC", "<") if newest_first else ("ASC", ">")
-    wanted: list[tuple[str, list[Any]]] = []
-    unwanted: list[tuple[str, list[Any]]] = []
+    wanted: list[tuple[str, str, list[Any]]] = []  # (what the id is called there, SQL, parameters)
+    unwanted: list[tuple[str, str, list[Any]]] = []
     scanned: tuple[list[str], list[Any]] = ([], [])  # conditions on columns that no index has: one walk for all
     for f in filters:
         if f.field.startswith("tag."):
-            sides = unwanted if f.op in ("not", "lacks") else wanted
-            sides.append(_of_tag(f))
+            (unwanted if f.op in ("not", "lacks") else wanted).append(_of_tag(f))
         elif f.field in TEXTS:
-            sides = unwanted if f.op == "lacks" else wanted
-            sides.append(("SELECT rowid AS id FROM texts WHERE texts MATCH ?", [_match(f)]))
+            if by_texts and f.op == "contains":
+                wanted.append(("rowid", "SELECT rowid AS id FROM texts WHERE texts MATCH ?", [_match(f.value)]))
         elif f.field in INDEXED and f.op == "equal":
-            wanted.append((f"SELECT id FROM requests INDEXED BY requests_{f.field} WHERE {f.field} = ?", [f.value]))
+            sql = f"SELECT id FROM requests INDEXED BY requests_{f.field} WHERE {f.field} = ?"
+            wanted.append(("id", sql, [f.value]))
         else:
             condition, values = _of_column(f)
             scanned[0].append(condition)
             scanned[1].extend(values)
     if scanned[0] or not wanted:
-        wanted.insert(0, ("SELECT id FROM requests NOT INDEXED WHERE " + " AND ".join(scanned[0] or ["1"]), scanned[1]))
+        conditions = " AND ".join(scanned[0] or ["1"])
+        wanted.insert(0, ("id", f"SELECT id FROM requests NOT INDEXED WHERE {conditions}", scanned[1]))
     parts, values = [], []
-    for word, (sql, given) in [("INTERSECT", one) for one in wanted] + [("EXCEPT", one) for one in unwanted]:
-        name = "rowid" if " texts " in sql else "request" if " tags " in sql else "id"
-        edge = f" AND {name} {limit} ?" if beyond is not None else ""
-        parts.append(f"{word} {sql}{edge}")
+    for word, (name, sql, given) in [("INTERSECT", one) for one in wanted] + [("EXCEPT", one) for one in unwanted]:
+        parts.append(f"{word} {sql}" + (f" AND {name} {limit} ?" if beyond is not None else ""))
         values += given + ([beyond] if beyond is not None else [])
-    sql = " ".join(parts).removeprefix("INTERSECT ")
-    # one list alone is told what to be in order of: of a virtual table SQLite otherwise sorts all that is found
-    return f"{sql} ORDER BY 1 {order}", values
+    return f"{' '.join(parts).removeprefix('INTERSECT ')} ORDER BY 1 {order}", values
 
 
-def _of_tag(f: Filter) -> tuple[str, list[Any]]:
+def of_texts(filters: Sequence[Filter]) -> list[Filter]:
+    """Those of them that only reading the bodies decides."""
+    return [f for f in filters if f.field in TEXTS]
+
+
+def holds(f: Filter, request: str, response: str | None) -> bool:
+    """Whether a filter of texts is true of bodies, which are JSON."""
+    needle, found = str(f.value).lower(), False
+    raw = [("prompt", request, texts.of_prompt), ("answer", response, texts.of_answer)]
+    for name, body, said in raw:
+        if body is None or f.field not in ("text", name):
+            continue
+        # parsing takes five times as long as finding that the text does not stand there as JSON has it
+        if "\\ud" in body or _escaped(needle) in body.lower():
+            found = found or any(needle in text.lower() for text in said(json.loads(body)))
+    return found == (f.op == "contains")
+
+
+def _of_tag(f: Filter) -> tuple[str, str, list[Any]]:
     name = f.field.removeprefix("tag.")
     if f.op in ("equal", "not"):
-        return "SELECT request AS id FROM tags WHERE name = ? AND value = ?", [name, str(f.value)]
+        return "request", "SELECT request AS id FROM tags WHERE name = ? AND value = ?", [name, str(f.value)]
     # by the index in order of requests: by value they would have to be sorted
     sql = "SELECT request AS id FROM tags INDEXED BY tags_of_request WHERE name = ? AND value LIKE ? ESCAPE '\\'"
-    return sql, [name, _like(f.value)]
+    return "request", sql, [name, _like(f.value)]
 
 
 def _of_column(f: Filter) -> tuple[str, list[Any]]:
@@ -154,8 +175,18 @@ def _like(text: Any) -> str:
     return f"%{escaped}%"
 
 
-def _match(f: Filter) -> str:
-    """FTS5's expression: a phrase of runs of three characters is the text as it stands."""
-    columns = "" if f.field == "text" else f"{f.field} : "
-    quoted = str(f.value).replace("\0", " ").replace('"', '""')
-    return f'{columns}"{quoted}"'
+def _match(text: Any) -> str:
+    """FTS5's expression for rows that may have a text: they have runs of three characters that cover it.
+
+    The index says which rows have a run and not where, which makes it five times smaller (0.5 for 2.8 KB a request
+    with 1.2 KB of text) and as much as three times faster to write.
+    """
+    text = str(text).replace("\0", " ")
+    places = [*range(0, len(text) - SHORTEST, SHORTEST), len(text) - SHORTEST]
+    step = -(-len(places) // MOST_RUNS)
+    runs = dict.fromkeys(text[at : at + SHORTEST].replace('"', '""') for at in places[::step])
+    return " AND ".join(f'"{run}"' for run in runs)
+
+
+def _escaped(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)[1:-1]

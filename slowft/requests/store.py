@@ -4,8 +4,8 @@ Comes in: a request's body when it begins, its response when that has ended. Goe
 begun is in the file at once, so that a crash loses none. No header ever comes in here, a path loses its query, keys
 that stand in a body are left out, and what the user's patterns match is replaced before anything is written.
 
-Tables: `requests` (narrow: what is filtered by), `bodies` (JSON), `tags`, `texts` (FTS5 over runs of three characters,
-without a copy of the texts), `writers` (processes, so that rows of one that is gone are known to be broken).
+Tables: `requests` (narrow: what is filtered by), `bodies` (JSON), `tags`, `texts` (FTS5: which rows
+have which runs of three characters), `writers` (processes, so that rows of one that is gone are known to be broken).
 """
 
 import hashlib
@@ -17,21 +17,23 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from .. import platform
 from ..errors import ConfigError, DataError, printable, reason_of
 from . import texts
-from .filters import Filter, ids
+from .filters import Filter, holds, ids, of_texts
 from .prices import cost
 
 APPLICATION, FORMAT = 0x736C6674, 1  # "slft", as SQLite's application_id; of the tables below, as its user_version
 BUSY_S = 10.0  # that another program's writing is waited for
 READERS = 4  # connections that are kept for the next reading
 AT_ONCE = 200  # rows that are fetched together
+FEW = 2000  # rows that are read for a text without asking its index
 REDACTED = "[redacted]"
 SECRETS = {"api_key", "api-key", "apikey", "authorization", "cookie", "cookies", "headers", "extra_headers"}
 NOT_ASKED = {"stream", "stream_options", "metadata", "store"}  # of a body: changes how an answer comes, not what it is
@@ -62,6 +64,7 @@ CREATE TABLE requests (
 CREATE INDEX requests_model ON requests (model);
 CREATE INDEX requests_status ON requests (status);
 CREATE INDEX requests_hash ON requests (hash) WHERE hash IS NOT NULL;
+CREATE INDEX requests_kept ON requests (kept) WHERE kept IS NOT NULL;
 CREATE INDEX requests_relabels ON requests (relabels) WHERE relabels IS NOT NULL;
 CREATE INDEX requests_writer ON requests (writer) WHERE writer IS NOT NULL;
 CREATE TABLE bodies (id INTEGER PRIMARY KEY, request TEXT NOT NULL, response TEXT);
@@ -69,7 +72,7 @@ CREATE TABLE tags (
   name TEXT NOT NULL, value TEXT NOT NULL, request INTEGER NOT NULL, PRIMARY KEY (name, value, request)
 ) WITHOUT ROWID;
 CREATE INDEX tags_of_request ON tags (request, name, value);
-CREATE VIRTUAL TABLE texts USING fts5(prompt, answer, content='', columnsize=0, tokenize='trigram');
+CREATE VIRTUAL TABLE texts USING fts5(said, content='', columnsize=0, detail='none', tokenize='trigram');
 """
 
 # What a `Recorded` is made of, in the order of its fields
@@ -172,6 +175,7 @@ class RequestStore:
         values |= {"began": time.time(), "status": "begun", "writer": self._writer}
         with self._transaction() as db:
             id = _insert(db, values, asked, None)
+            _index(db, id, texts.of_prompt(asked))
             self._set_tags(db, id, tags or {})
         self._started[id] = time.monotonic()
         return id
@@ -199,18 +203,12 @@ class RequestStore:
         duration = None if began is None else time.monotonic() - began
         response, was_redacted = self._clean(response)
         with self._transaction() as db:
-            row = db.execute(
-                "SELECT model, status, request, response FROM requests JOIN bodies USING (id) WHERE id = ?", [id]
-            ).fetchone()
-            if row is None:
+            found = db.execute("SELECT model FROM requests WHERE id = ?", [id]).fetchone()
+            if found is None:
                 raise DataError(f"{self.path} has no request {id}")
-            model, status, asked, before = row[0], row[1], json.loads(row[2]), row[3] and json.loads(row[3])
-            if status != "begun":  # such as one that another process took for broken
-                db.execute(
-                    "INSERT INTO texts (texts, rowid, prompt, answer) VALUES ('delete', ?, ?, ?)",
-                    [id, *_texts(asked, before)],
-                )
-            values = self._of_response(model, response, status_code, error, completion_tokens, prompt_tokens, is_broken)
+            values = self._of_response(
+                found[0], response, status_code, error, completion_tokens, prompt_tokens, is_broken
+            )
             values |= {"writer": None} | ({} if duration is None else {"duration_s": duration})
             values |= {"hash": None} if was_redacted else {}
             db.execute(
@@ -218,7 +216,7 @@ class RequestStore:
                 [*values.values(), id],
             )
             db.execute("UPDATE bodies SET response = ? WHERE id = ?", [_json(response), id])
-            _index(db, id, asked, response)
+            _index(db, id, texts.of_answer(response))
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> int:
         """Write requests that are over, all of them or none. Returns how many.
@@ -242,7 +240,7 @@ class RequestStore:
                 values |= {"began": row.get("began") or time.time(), "duration_s": row.get("duration_s")}
                 values |= {"kept": row.get("kept"), "relabels": row.get("relabels")}
                 id = _insert(db, values, asked, response)
-                _index(db, id, asked, response)
+                _index(db, id, texts.of_prompt(asked) + texts.of_answer(response))
                 self._set_tags(db, id, row.get("tags") or {})
                 n += 1
         return n
@@ -274,27 +272,26 @@ class RequestStore:
 
     def list(self, filters: Sequence[Filter] = (), before_id: int | None = None, limit: int = 50) -> Sequence[Recorded]:
         """The newest rows that all filters are true of; `before_id` goes on below the last row of a page."""
-        sql, values = ids(filters, newest_first=True, beyond=before_id)
         with self._reading() as db:
-            found = [id for (id,) in db.execute(f"{sql} LIMIT ?", [*values, limit])]
-            return _by_id(db, found)
+            return _by_id(db, [*islice(_matching(db, filters, True, before_id), limit)])
 
     def rows(self, filters: Sequence[Filter] = (), newest_first: bool = False) -> Iterator[Recorded]:
         """All of them, one after the other, as they are in the file now; few are in memory at a time."""
-        sql, values = ids(filters, newest_first)
         with self._reading() as db:
             db.execute("BEGIN")
             try:
-                found = db.execute(sql, values)
-                while some := [id for (id,) in found.fetchmany(AT_ONCE)]:
+                found = _matching(db, filters, newest_first)
+                while some := [*islice(found, AT_ONCE)]:
                     yield from _by_id(db, some)
             finally:
                 db.execute("ROLLBACK")
 
     def count(self, filters: Sequence[Filter] = ()) -> int:
         """How many rows all filters are true of."""
-        sql, values = ids(filters, newest_first=False)
         with self._reading() as db:
+            if of_texts(filters):
+                return sum(1 for _ in _matching(db, filters, False))
+            sql, values = ids(filters, newest_first=False)
             return db.execute(f"SELECT count(*) FROM ({sql})", values).fetchone()[0]
 
     def get(self, id: int) -> Recorded:
@@ -320,12 +317,10 @@ class RequestStore:
             if self._is_closed:
                 return
             self._is_closed = True
-            try:
-                if not self._read_only:
+            if not self._read_only:
+                with suppress(sqlite3.Error):  # the next opening marks them
                     self._mark_broken([self._writer])
                     self._writing.execute("DELETE FROM writers WHERE id = ?", [self._writer])
-            except sqlite3.Error:
-                pass  # the next opening marks them
             self._writing.close()
             while not self._readers.empty():
                 self._readers.get_nowait().close()
@@ -387,10 +382,7 @@ class RequestStore:
 
     def _mark_broken(self, writers: Iterable[int]) -> None:
         for writer in writers:
-            sql = "SELECT id, request FROM requests JOIN bodies USING (id) WHERE writer = ? AND status = 'begun'"
-            for id, asked in self._writing.execute(sql, [writer]).fetchall():
-                self._writing.execute("UPDATE requests SET status = 'broken', writer = NULL WHERE id = ?", [id])
-                _index(self._writing, id, json.loads(asked), None)
+            self._writing.execute("UPDATE requests SET status = 'broken', writer = NULL WHERE writer = ?", [writer])
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -535,14 +527,10 @@ def _insert(db: sqlite3.Connection, values: dict[str, Any], asked: Any, response
 NAMES = INSERT[INSERT.index("(") + 1 : INSERT.index(")")].split(", ")
 
 
-def _index(db: sqlite3.Connection, id: int, asked: Any, response: Any) -> None:
-    db.execute("INSERT INTO texts (rowid, prompt, answer) VALUES (?, ?, ?)", [id, *_texts(asked, response)])
-
-
-def _texts(asked: Any, response: Any) -> list[str]:
-    """As the index takes them; it would end at a zero character."""
-    both = texts.prompt_text(asked), texts.answer_text(response)
-    return [_plain(text).replace("\0", " ") for text in both]
+def _index(db: sqlite3.Connection, id: int, said: Sequence[str]) -> None:
+    """Add texts to what the index has of a row; the tokenizer would end at a zero character."""
+    text = _plain("\n".join(said)).replace("\0", " ")
+    db.execute("INSERT INTO texts (rowid, said) VALUES (?, ?)", [id, text])
 
 
 def _json(value: Any) -> str | None:
@@ -562,6 +550,27 @@ def _utf8(text: str) -> bytes:
 
 def _plain(text: str) -> str:
     return _utf8(text).decode()
+
+
+def _matching(
+    db: sqlite3.Connection, filters: Sequence[Filter], newest_first: bool, beyond: int | None = None
+) -> Iterator[int]:
+    """Ids, in order, of rows that all filters are true of."""
+    by_text = of_texts(filters)
+    sql, values = ids(filters, newest_first, beyond, by_texts=False)
+    if not by_text:
+        yield from (id for (id,) in db.execute(sql, values))
+        return
+    # where the other filters leave few rows, reading those is sooner done than walking the lists of a common text
+    found = [id for (id,) in db.execute(f"{sql} LIMIT ?", [*values, FEW + 1])]
+    candidates = iter(found) if len(found) <= FEW else (id for (id,) in db.execute(*ids(filters, newest_first, beyond)))
+    n = AT_ONCE
+    while some := [*islice(candidates, n)]:
+        marks = ", ".join("?" * len(some))
+        bodies = db.execute(f"SELECT id, request, response FROM bodies WHERE id IN ({marks})", some)
+        those = {id for id, *both in bodies if all(holds(f, *both) for f in by_text)}
+        yield from (id for id in some if id in those)
+        n = min(2 * n, FEW)
 
 
 def _by_id(db: sqlite3.Connection, found: Sequence[int]) -> list[Recorded]:

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-BETWEEN = "\n"  # messages of one text
+BETWEEN = "\n"  # what a message says in several places
 
 
 def prompt_messages(body: Any) -> list[dict[str, Any]]:
@@ -81,23 +81,23 @@ def _said(message: Mapping[str, Any]) -> Iterator[str]:
             yield arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
-def prompt_text(body: Any) -> str:
-    """What `prompt` and `text` filters look in: all that the messages say, one after the other."""
+def of_prompt(body: Any) -> list[str]:
+    """What `prompt` and `text` filters look in: all that each message says."""
     if isinstance(body, Mapping) and isinstance(body.get("unparsed"), str):
-        return body["unparsed"]
-    return BETWEEN.join(message_text(message) for message in prompt_messages(body))
+        return [body["unparsed"]]
+    return [message_text(message) for message in prompt_messages(body)]
 
 
-def answer_text(response: Any) -> str:
-    """What `answer` and `text` filters look in: all that the choices say."""
+def of_answer(response: Any) -> list[str]:
+    """What `answer` and `text` filters look in: all that each choice says."""
     if not isinstance(response, Mapping):
-        return ""
+        return []
     choices = response.get("choices")
     if not _is_list(choices):
         message = _of_output(response.get("output"))
-        return message_text(message) if message else ""
+        return [message_text(message)] if message else []
     answers = (answer_message({"choices": [choice]}) for choice in choices)
-    return BETWEEN.join(message_text(answer) for answer in answers if answer is not None)
+    return [message_text(answer) for answer in answers if answer is not None]
 
 
 def opening(body: Any) -> str:
