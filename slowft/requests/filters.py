@@ -23,6 +23,7 @@ STATUSES = ("begun", "complete", "error", "broken")
 SHORTEST = 3  # characters of a text to look for: the index has runs of three
 MOST_RUNS = 12  # that are looked for: each is a list to walk, and what they leave is read anyway
 KEPT = {"yes": 1, "no": 0, "": None}
+ANEW = "relabelled"  # whether a request was answered anew, "yes" or "no"
 
 EXAMPLES = "model=gpt-4o, status!=complete, tag.app~shop, text~refund, time>=2026-11-01"
 
@@ -32,7 +33,7 @@ class Filter:
     """One thing that rows must be.
 
     Attributes:
-        field: one of `COLUMNS` or `TEXTS`, "time", or "tag.NAME".
+        field: one of `COLUMNS` or `TEXTS`, "time", "relabelled", or "tag.NAME".
         op: "equal", "not", "contains", "lacks"; of time "after" (from then on) and "before"; of texts "contains" and
             "lacks" only. "not" and "lacks" are true of rows that have no such value at all.
         value: text; of time, seconds since 1970 or a date in ISO 8601.
@@ -51,10 +52,12 @@ class Filter:
             object.__setattr__(self, "value", seconds(self.value))
         elif field in TEXTS:
             known = ("contains", "lacks")
+        elif field == ANEW:
+            known = ("equal",)
         elif field in COLUMNS or (field.startswith("tag.") and len(field) > len("tag.")):
             known = ("equal", "not", "contains", "lacks")
         else:
-            raise ConfigError(f"no field {field!r}. Known are {', '.join((*COLUMNS, *TEXTS))}, time, and tag.NAME")
+            raise ConfigError(f"no field {field!r}. Known are {', '.join((*COLUMNS, ANEW, *TEXTS))}, time, tag.NAME")
         if op not in known:
             raise ConfigError(f"{field} has no {op!r}, only {', '.join(known)}: such as {EXAMPLES}")
         if field in TEXTS and len(str(self.value)) < SHORTEST:
@@ -63,6 +66,8 @@ class Filter:
             raise ConfigError(f"no status {self.value!r}. Known are {', '.join(STATUSES)}")
         if field == "kept" and (op not in ("equal", "not") or self.value not in KEPT):
             raise ConfigError(f"kept is yes, no, or nothing (kept=), not {self.value!r}")
+        if field == ANEW and self.value not in ("yes", "no"):
+            raise ConfigError(f"{field} is yes or no, not {self.value!r}")
         if field in NUMBERS and op in ("equal", "not"):
             try:
                 object.__setattr__(self, "value", int(self.value))
@@ -115,6 +120,12 @@ def ids(
         elif f.field in TEXTS:
             if by_texts and f.op == "contains":
                 wanted.append(("rowid", "SELECT rowid AS id FROM texts WHERE texts MATCH ?", [_match(f.value)]))
+        elif f.field == ANEW:
+            sql = "SELECT relabels AS id FROM requests INDEXED BY requests_relabels WHERE relabels IS NOT NULL"
+            (wanted if f.value == "yes" else unwanted).append(("relabels", sql, []))
+        elif f.field == "kept" and f.op == "equal" and f.value:
+            sql = "SELECT id FROM requests INDEXED BY requests_kept WHERE kept = ?"
+            wanted.append(("id", sql, [KEPT[f.value]]))
         elif f.field in INDEXED and f.op == "equal":
             sql = f"SELECT id FROM requests INDEXED BY requests_{f.field} WHERE {f.field} = ?"
             wanted.append(("id", sql, [f.value]))
@@ -122,7 +133,7 @@ def ids(
             condition, values = _of_column(f)
             scanned[0].append(condition)
             scanned[1].extend(values)
-    if scanned[0] or not wanted:
+    if scanned[0] or not wanted or len(wanted) == sum(name == "relabels" for name, *_ in wanted):  # has repetitions
         conditions = " AND ".join(scanned[0] or ["1"])
         wanted.insert(0, ("id", f"SELECT id FROM requests NOT INDEXED WHERE {conditions}", scanned[1]))
     parts, values = [], []

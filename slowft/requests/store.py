@@ -36,6 +36,8 @@ AT_ONCE = 200  # rows that are fetched together
 FEW = 2000  # rows that are read for a text without asking its index
 REDACTED = "[redacted]"
 SECRETS = {"api_key", "api-key", "apikey", "authorization", "cookie", "cookies", "headers", "extra_headers"}
+# Services say in some errors which key they were given
+KEYS = re.compile(r"(?i)\bbearer\s+[^\s\"\\]+|\b(?:sk|pk|rk|gsk|xai)-[\w*.-]{6,}")
 NOT_ASKED = {"stream", "stream_options", "metadata", "store"}  # of a body: changes how an answer comes, not what it is
 OLDEST_SQLITE = (3, 34, 0)  # has the trigram tokenizer
 
@@ -132,6 +134,7 @@ class RequestStore:
         redact: regular expressions; what they match in any text is written as "[redacted]".
         prices: of models, see `prices.load`.
         read_only: nothing is written, not even which rows are broken.
+        busy_s: for so long another program's writing is waited for.
 
     Raises:
         DataError: no such file, not one of these, written by a newer slowft, locked, read-only, no room.
@@ -144,8 +147,10 @@ class RequestStore:
         redact: Sequence[str] = (),
         prices: Mapping[str, Any] | None = None,
         read_only: bool = False,
+        busy_s: float = BUSY_S,
     ):
         self.path, self._prices, self._read_only = Path(path).expanduser(), prices, read_only
+        self._busy_s = busy_s
         self._redact = [_pattern(pattern) for pattern in redact]
         self._lock = threading.Lock()  # of the connection that writes
         self._readers: queue.SimpleQueue[sqlite3.Connection] = queue.SimpleQueue()
@@ -201,7 +206,7 @@ class RequestStore:
         """
         began = self._started.pop(id, None)
         duration = None if began is None else time.monotonic() - began
-        response, was_redacted = self._clean(response)
+        response, was_redacted = self._clean(_without_keys(response, status_code))
         with self._transaction() as db:
             found = db.execute("SELECT model FROM requests WHERE id = ?", [id]).fetchone()
             if found is None:
@@ -229,7 +234,7 @@ class RequestStore:
         with self._transaction() as db:
             for row in rows:
                 asked, was_redacted = self._clean(_parsed(row["body"]))
-                response, was_too = self._clean(row.get("response"))
+                response, was_too = self._clean(_without_keys(row.get("response"), row.get("status_code")))
                 path = str(row.get("path") or "/v1/chat/completions").partition("?")[0]
                 key = None if was_redacted or was_too else digest(path, _parsed(row["body"]))
                 values = self._of_request(asked, path, row.get("source", "import"), key)
@@ -256,6 +261,15 @@ class RequestStore:
         with self._transaction() as db:
             self._must_be_there(db, id)
             db.execute("UPDATE requests SET kept = ? WHERE id = ?", [kept, id])
+
+    def mark(self, ids: Sequence[int], tags: Mapping[str, str | None], kept: bool | None = None) -> None:
+        """Tag many requests, and keep or discard them, all or none; with `kept` None that stays as it is."""
+        with self._transaction() as db:
+            for id in ids:
+                self._must_be_there(db, id)
+                self._set_tags(db, id, tags)
+                if kept is not None:
+                    db.execute("UPDATE requests SET kept = ? WHERE id = ?", [kept, id])
 
     # --- Asking -----------------------------------------------------------------------------------------
 
@@ -285,6 +299,11 @@ class RequestStore:
                     yield from _by_id(db, some)
             finally:
                 db.execute("ROLLBACK")
+
+    def ids(self, filters: Sequence[Filter] = ()) -> Sequence[int]:
+        """Ids of all rows that all filters are true of, the oldest first."""
+        with self._reading() as db:
+            return [*_matching(db, filters, False)]
 
     def count(self, filters: Sequence[Filter] = ()) -> int:
         """How many rows all filters are true of."""
@@ -325,6 +344,12 @@ class RequestStore:
             while not self._readers.empty():
                 self._readers.get_nowait().close()
 
+    def remove(self) -> None:
+        """Close the file and remove it: one that was made for what could not be written."""
+        self.close()
+        for suffix in ("", "-wal", "-shm"):
+            Path(f"{self.path}{suffix}").unlink(missing_ok=True)
+
     def __enter__(self) -> "RequestStore":
         return self
 
@@ -347,7 +372,7 @@ class RequestStore:
 
     def _connect(self) -> sqlite3.Connection:
         uri = f"{self.path.absolute().as_uri()}?mode={'ro' if self._read_only else 'rw'}"
-        db = sqlite3.connect(uri, uri=True, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
+        db = sqlite3.connect(uri, uri=True, timeout=self._busy_s, isolation_level=None, check_same_thread=False)
         db.execute("PRAGMA temp_store = FILE")  # the ids seen by an export are many
         return db
 
@@ -420,7 +445,7 @@ class RequestStore:
         try:
             yield
         except sqlite3.Error as e:
-            raise DataError(f"{self.path} {_what_to_do(e)}") from None
+            raise DataError(f"{self.path} {_what_to_do(e, self._busy_s)}") from None
 
     # --- What is written --------------------------------------------------------------------------------
 
@@ -446,13 +471,13 @@ class RequestStore:
 
     def _of_request(self, asked: Any, path: str, source: str, key: bytes | None) -> dict[str, Any]:
         model = asked.get("model") if isinstance(asked, dict) else None
-        opening = hashlib.blake2b(_utf8(texts.opening(asked)), digest_size=8).digest()
+        opening = hashlib.blake2b(_utf8(texts.opening(asked)), digest_size=6).digest()  # exact in JavaScript too
         return {
             "source": source,
             "path": _plain(self._redacted(path)),
             "model": _plain(model) if isinstance(model, str) else None,
             "hash": key,
-            "conversation": int.from_bytes(opening, "little", signed=True),
+            "conversation": int.from_bytes(opening, "little"),
         }
 
     def _of_response(self, model, response, status_code, error, completion_tokens, prompt_tokens, is_broken) -> dict:
@@ -468,7 +493,7 @@ class RequestStore:
         return {
             "status": status,
             "status_code": status_code,
-            "error": None if error is None else _plain(self._redacted(str(error))),
+            "error": None if error is None else _plain(self._redacted(KEYS.sub(REDACTED, str(error)))),
             "finish_reason": texts.finish_reason(response),
             "prompt_tokens": in_prompt,
             "completion_tokens": in_completion,
@@ -516,6 +541,12 @@ def _parsed(body: bytes | str | dict) -> Any:
         return json.loads(body)
     except (ValueError, RecursionError):
         return {"unparsed": body if isinstance(body, str) else bytes(body).decode("utf-8", "replace")}
+
+
+def _without_keys(response: Any, status_code: int | None) -> Any:
+    """An error's body without keys."""
+    is_error = (status_code or 200) >= 400 or (isinstance(response, dict) and response.get("error"))
+    return json.loads(KEYS.sub(REDACTED, json.dumps(response))) if is_error else response
 
 
 def _insert(db: sqlite3.Connection, values: dict[str, Any], asked: Any, response: Any) -> int:
@@ -593,12 +624,12 @@ def _recorded(db: sqlite3.Connection, rows: Sequence[tuple]) -> list[Recorded]:
     return found
 
 
-def _what_to_do(error: sqlite3.Error) -> str:
+def _what_to_do(error: sqlite3.Error, busy_s: float) -> str:
     said = str(error)
     if "not a database" in said or "malformed" in said:
         return f"is no file of recorded requests that can be read ({said}). Give another --db"
     if "locked" in said or "busy" in said:
-        return f"is being written by another program for {BUSY_S:g} s and more. Wait, or stop that program"
+        return f"is being written by another program for {busy_s:g} s and more. Wait, or stop that program"
     if "full" in said:
         return "cannot be written: no space is left on the disk. Make room and try again"
     if "readonly" in said or "unable to open" in said:
