@@ -16,7 +16,7 @@ from ..inference.generate import Generation
 from ..inference.prompts import Asked, Template
 from ..models import adapters
 from ..reports.base import Report
-from ..requests import texts
+from ..requests import pruning, texts
 from .answers import Answers, key_of
 from .cells import Cell
 from .suite import Answering, Suite
@@ -38,9 +38,11 @@ class LocalModel:
         try:
             self.tokenizer = load_tokenizer(self.model.path, self.model.embedding_rows, suite.trust_remote_code)
             self._digests: dict[str, str] = {}
+            self._pruning: dict[str | None, list[str]] = {None: []}
             for path in adapter_paths:
                 directory = suite.path(path)
                 self._digests[path] = adapters.digest(directory)
+                self._pruning[path] = pruning.load(directory)
                 self.model.add_adapter(path, directory)
         except BaseException:
             self.model.close()
@@ -72,7 +74,8 @@ class LocalModel:
             m if isinstance(m.get("content"), str) or not m.get("content") else m | {"content": _text(m)}
             for m in cell.messages
         ]
-        template, prompt = Template(chat_template_config=config), messages
+        template = Template(chat_template_config=config, pruning=self._pruning[variant.adapter_path])
+        prompt: Any = messages
         if not self.tokenizer.has_chat_template and [m["role"] for m in messages] in (["user"], ["system", "user"]):
             prompt = "\n\n".join(m["content"] for m in messages)
         tokens = template.tokens(self.tokenizer, prompt)
