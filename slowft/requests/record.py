@@ -202,7 +202,7 @@ class _Recording:
 
     def _finish(self, **how) -> None:
         id, self._id = self._id, None  # once: a stream that ended is closed after that
-        if id is not None:
+        if id is not None and not self._store.is_closed:  # as the process ends: the row is broken already
             self._store.finish(id, **how)
 
 

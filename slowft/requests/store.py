@@ -155,7 +155,7 @@ class RequestStore:
         self._lock = threading.Lock()  # of the connection that writes
         self._readers: queue.SimpleQueue[sqlite3.Connection] = queue.SimpleQueue()
         self._started: dict[int, float] = {}  # by id, on the monotonic clock: the wall's may be set meanwhile
-        self._is_closed = False
+        self.is_closed = False
         if sqlite3.sqlite_version_info < OLDEST_SQLITE:
             raise DataError(f"Python has SQLite {sqlite3.sqlite_version}; recorded requests need 3.34 or later")
         if read_only and not self.path.is_file():
@@ -333,9 +333,9 @@ class RequestStore:
     def close(self) -> None:
         """Mark what was begun here and not finished as broken, and let go of the file."""
         with self._lock:
-            if self._is_closed:
+            if self.is_closed:
                 return
-            self._is_closed = True
+            self.is_closed = True
             if not self._read_only:
                 with suppress(sqlite3.Error):  # the next opening marks them
                     self._mark_broken([self._writer])
@@ -434,7 +434,7 @@ class RequestStore:
             try:
                 yield db
             finally:
-                if self._is_closed or self._readers.qsize() >= READERS:
+                if self.is_closed or self._readers.qsize() >= READERS:
                     db.close()
                 else:
                     self._readers.put(db)
@@ -551,7 +551,7 @@ def _without_keys(response: Any, status_code: int | None) -> Any:
 
 def _insert(db: sqlite3.Connection, values: dict[str, Any], asked: Any, response: Any) -> int:
     id = db.execute(INSERT, [values.get(name) for name in NAMES]).lastrowid
-    db.execute("INSERT INTO bodies VALUES (?, ?, ?)", [id, _json(asked), _json(response)])
+    db.execute("INSERT INTO bodies VALUES (?, ?, ?)", [id, _json(asked) or "null", _json(response)])
     return id
 
 
@@ -601,7 +601,7 @@ def _matching(
         bodies = db.execute(f"SELECT id, request, response FROM bodies WHERE id IN ({marks})", some)
         those = {id for id, *both in bodies if all(holds(f, *both) for f in by_text)}
         yield from (id for id in some if id in those)
-        n = min(2 * n, FEW)
+        n = min(2 * n, 10 * AT_ONCE)
 
 
 def _by_id(db: sqlite3.Connection, found: Sequence[int]) -> list[Recorded]:
