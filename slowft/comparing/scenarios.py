@@ -146,7 +146,7 @@ def _of_requests(file: Path, source: Scenarios) -> Iterator[Scenario]:
             messages, body = texts.prompt_messages(row.request), row.request if isinstance(row.request, dict) else {}
             if not messages:
                 continue
-            answer = texts.answer_text(row.response) if row.status == "complete" else None
+            said = texts.answer_message(row.response) if row.status == "complete" else None
             kept = {key: body[key] for key in OF_REQUEST if key in body}
             name = f"{source.name or 'request'} {row.id}"
-            yield Scenario(name, dict(row.tags), messages, answer, kept, request=row.id)
+            yield Scenario(name, dict(row.tags), messages, said and texts.message_text(said), kept, request=row.id)
