@@ -87,17 +87,17 @@ class Local:
             return next(iter(self.names))
         return asked if isinstance(asked, str) and asked in self.names else None
 
-    def answer(self, path: str, body: dict, reply: Reply, cancels: Callable[[Callable[[], None]], None]) -> None:
+    def answer(self, path: str, body: dict, reply: Reply, on_gone: Callable[[Callable[[], None]], None]) -> None:
         """Answer a request.
 
         Args:
-            cancels: is told what to call if the client hangs up.
+            on_gone: is told what to call if the client hangs up.
         Raises:
             Refused: settings that are impossible. Gone: the client is.
         """
         name = self.name_of(body)
         assert name is not None
-        asking = Asking(self, self.names[name], cancels)
+        asking = Asking(self, self.names[name], on_gone)
         try:
             settled, n_top = _settled(body)
             LocalAnswer(asking, path, settled | {"model": name}, n_top, reply).do_POST()
@@ -108,9 +108,9 @@ class Local:
 class Asking(mlx_server.ResponseGenerator):
     """mlx-lm's `ResponseGenerator` for one request: its answers come out of the scheduler's passes."""
 
-    def __init__(self, local: Local, name: Name, cancels: Callable[[Callable[[], None]], None]):
+    def __init__(self, local: Local, name: Name, on_gone: Callable[[Callable[[], None]], None]):
         # mlx-lm's own begins a thread that generates. Here is one already.
-        self.local, self.name, self._cancels = local, name, cancels
+        self.local, self.name, self._on_gone = local, name, on_gone
         self.wanted: Wanted | None = None
         d = local.defaults
         self.model_provider = argparse.Namespace(
@@ -147,7 +147,7 @@ class Asking(mlx_server.ResponseGenerator):
             max(args.top_logprobs, 0) if args.logprobs else 0,
             args.sampling.temperature == 0,
         )
-        self._cancels(self.cancel)
+        self._on_gone(self.cancel)
         scheduler.want(wanted)
         taken = self._next()
         if isinstance(taken, Exception):

@@ -51,7 +51,7 @@ class Record:
             self.is_begun.wait(BEGUN_S)
 
     def finish(self, answered: Answered) -> None:
-        self._recorder._put(lambda: self._recorder._finish(self, answered))
+        self._recorder._put(lambda: self._recorder._finish(self, answered), is_last=True)
 
 
 class Recorder:
@@ -68,14 +68,14 @@ class Recorder:
         self.store, self._on_trouble = store, on_trouble
         self.written = self.lost = 0
         self.is_well = True
-        self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue(WAITING)
+        self._queue: queue.Queue[tuple[Callable[[], None], bool] | None] = queue.Queue(WAITING)
         self._thread = threading.Thread(target=self._run, name="slowft-recorder", daemon=True)
         self._thread.start()
 
     def begin(self, path: str, body: bytes, source: str, tags: Mapping[str, str]) -> Record:
         """A request came. Its row is there as soon as the thread gets to it."""
         record = Record(self, {"path": path, "body": body, "source": source, "tags": dict(tags)})
-        self._put(lambda: self._begin(record))
+        self._put(lambda: self._begin(record), is_last=False)
         return record
 
     def close(self, timeout_s: float) -> bool:
@@ -89,18 +89,19 @@ class Recorder:
 
     # --- Underneath -----------------------------------------------------------------------------------
 
-    def _put(self, work: Callable[[], None]) -> None:
+    def _put(self, work: Callable[[], None], is_last: bool) -> None:
         try:
-            self._queue.put_nowait(work)
+            self._queue.put_nowait((work, is_last))
         except queue.Full:
-            self._failed(f"{WAITING} requests wait to be written")
+            self._failed(f"{WAITING} requests wait to be written", is_last)
 
     def _run(self) -> None:
-        while (work := self._queue.get()) is not None:
+        while (found := self._queue.get()) is not None:
+            work, is_last = found
             try:
                 work()
             except Exception as e:  # whatever it is, the application must not notice
-                self._failed(next(iter(str(e).splitlines()), "") or type(e).__name__)
+                self._failed(next(iter(str(e).splitlines()), "") or type(e).__name__, is_last)
 
     def _begin(self, record: Record) -> None:
         try:
@@ -122,10 +123,10 @@ class Recorder:
         self.written += 1
         self.is_well = True
 
-    def _failed(self, why: str) -> None:
-        self.lost += 1
+    def _failed(self, why: str, is_lost: bool) -> None:
+        self.lost += is_lost
         if self.is_well:
-            self._on_trouble(f"a request was not recorded: {why}")
+            self._on_trouble(f"Recording failed, answers go on: {why}")
         self.is_well = False
 
 

@@ -269,6 +269,8 @@ class Scheduler:
     def _take_in(self) -> None:
         while self._inbox:
             wanted = self._inbox.popleft()
+            if wanted.is_cancelled:
+                continue
             try:
                 wanted.promised = self._promise(wanted)
             except SlowftError as e:  # too long for the memory

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError, printable
+from ..errors import ConfigError, printable, reason_of
 from . import answers
 from .guard import Guard, Refused, is_loopback, length_of
 from .pages import Pages
@@ -59,6 +59,8 @@ class Server(ThreadingHTTPServer):
     def __init__(self, host: str, port: int, parts: Parts):
         if not is_loopback(host) and parts.guard.token is None:
             raise ConfigError(f"--host {host} can be reached from elsewhere. Give a --token that clients have to send")
+        if not 0 <= port <= 65535:
+            raise ConfigError(f"--port must be from 0 to 65535, got {port}")
         self.parts, self.watch = parts, Watch()
         self.is_ending = False
         self._answering, self._changed = 0, threading.Condition()
@@ -66,10 +68,9 @@ class Server(ThreadingHTTPServer):
             infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
             self.address_family, _, _, _, address = infos[0]
             super().__init__(address, Handler)
-        except (OSError, OverflowError) as e:
+        except OSError as e:
             self.watch.close()
-            reason = getattr(e, "strerror", None) or str(e)
-            raise ConfigError(f"cannot listen at {host}, port {port}: {reason}. Give another --port") from None
+            raise ConfigError(f"cannot listen at {host}, port {port}: {reason_of(e)}. Give another --port") from None
         self._thread = threading.Thread(target=self.serve_forever, args=(0.1,), name="slowft-serve", daemon=True)
 
     @property
@@ -252,8 +253,13 @@ class Handler(BaseHTTPRequestHandler):
             for cancel in cancels:
                 cancel()
 
+        def on_gone(cancel: Callable[[], None]) -> None:
+            cancels.append(cancel)
+            if reply.is_gone:  # before there was anything to cancel
+                cancel()
+
         with self.server.watch.watching(self.connection, gone):
-            self.server.parts.local.answer(path, said, reply, cancels.append)
+            self.server.parts.local.answer(path, said, reply, on_gone)
 
     def _from_cache(self, path: str, body: bytes, said: Any, reply: Reply) -> bool:
         """Answer as an equal request was answered before; False: none was, or the file cannot say."""

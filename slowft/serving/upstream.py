@@ -101,7 +101,7 @@ class Link:
         """
         sent = request_headers(headers, keep_key)
         try:
-            response = self._ask(method, self._upstream.target(target), sent, body)
+            response = self._ask(method, self._upstream.target(target), sent, body, reply)
         except (OSError, http.client.HTTPException) as e:
             self.close()
             if reply.is_gone:
@@ -139,10 +139,12 @@ class Link:
             self._connection.close()
             self._connection = None
 
-    def _ask(self, method: str, target: str, headers: Iterable[tuple[str, str]], body: bytes):
+    def _ask(self, method: str, target: str, headers: Iterable[tuple[str, str]], body: bytes, reply: Reply):
         if self._connection is not None and _is_over(self._connection.sock):
             self.close()
         connection = self._connection = self._connection or self._upstream.connect()
+        if reply.is_gone:  # before there was anything to cancel
+            raise Gone
         connection.putrequest(method, target, skip_host=True, skip_accept_encoding=True)
         connection.putheader("Host", self._upstream.name)
         for name, value in headers:
