@@ -19,21 +19,19 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from .. import platform
 from ..errors import ConfigError, DataError, printable, reason_of
 from . import texts
-from .filters import Filter, holds, ids, of_texts
+from .filters import Filter, ids
 from .prices import cost
 
 APPLICATION, FORMAT = 0x736C6674, 1  # "slft", as SQLite's application_id; of the tables below, as its user_version
 BUSY_S = 10.0  # that another program's writing is waited for
 READERS = 4  # connections that are kept for the next reading
 AT_ONCE = 200  # rows that are fetched together
-FEW = 2000  # rows that are read for a text without asking its index
 REDACTED = "[redacted]"
 SECRETS = {"api_key", "api-key", "apikey", "authorization", "cookie", "cookies", "headers", "extra_headers"}
 # Services say in some errors which key they were given
@@ -74,7 +72,7 @@ CREATE TABLE tags (
   name TEXT NOT NULL, value TEXT NOT NULL, request INTEGER NOT NULL, PRIMARY KEY (name, value, request)
 ) WITHOUT ROWID;
 CREATE INDEX tags_of_request ON tags (request, name, value);
-CREATE VIRTUAL TABLE texts USING fts5(said, content='', columnsize=0, detail='none', tokenize='trigram');
+CREATE VIRTUAL TABLE texts USING fts5(prompt, answer, content='', columnsize=0, tokenize='trigram');
 """
 
 # What a `Recorded` is made of, in the order of its fields
@@ -180,7 +178,6 @@ class RequestStore:
         values |= {"began": time.time(), "status": "begun", "writer": self._writer}
         with self._transaction() as db:
             id = _insert(db, values, asked, None)
-            _index(db, id, texts.of_prompt(asked))
             self._set_tags(db, id, tags or {})
         self._started[id] = time.monotonic()
         return id
@@ -208,12 +205,14 @@ class RequestStore:
         duration = None if began is None else time.monotonic() - began
         response, was_redacted = self._clean(_without_keys(response, status_code))
         with self._transaction() as db:
-            found = db.execute("SELECT model FROM requests WHERE id = ?", [id]).fetchone()
-            if found is None:
+            sql = "SELECT model, status, request, response FROM requests JOIN bodies USING (id) WHERE id = ?"
+            row = db.execute(sql, [id]).fetchone()
+            if row is None:
                 raise DataError(f"{self.path} has no request {id}")
-            values = self._of_response(
-                found[0], response, status_code, error, completion_tokens, prompt_tokens, is_broken
-            )
+            model, status, *before = row
+            if status != "begun":  # such as one that another process took for broken
+                _index(db, id, *before, is_there=True)
+            values = self._of_response(model, response, status_code, error, completion_tokens, prompt_tokens, is_broken)
             values |= {"writer": None} | ({} if duration is None else {"duration_s": duration})
             values |= {"hash": None} if was_redacted else {}
             db.execute(
@@ -221,7 +220,7 @@ class RequestStore:
                 [*values.values(), id],
             )
             db.execute("UPDATE bodies SET response = ? WHERE id = ?", [_json(response), id])
-            _index(db, id, texts.of_answer(response))
+            _index(db, id, before[0], _json(response))
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> int:
         """Write requests that are over, all of them or none. Returns how many.
@@ -245,7 +244,7 @@ class RequestStore:
                 values |= {"began": row.get("began") or time.time(), "duration_s": row.get("duration_s")}
                 values |= {"kept": row.get("kept"), "relabels": row.get("relabels")}
                 id = _insert(db, values, asked, response)
-                _index(db, id, texts.of_prompt(asked) + texts.of_answer(response))
+                _index(db, id, _json(asked), _json(response))
                 self._set_tags(db, id, row.get("tags") or {})
                 n += 1
         return n
@@ -286,31 +285,32 @@ class RequestStore:
 
     def list(self, filters: Sequence[Filter] = (), before_id: int | None = None, limit: int = 50) -> Sequence[Recorded]:
         """The newest rows that all filters are true of; `before_id` goes on below the last row of a page."""
+        sql, values = ids(filters, newest_first=True, beyond=before_id)
         with self._reading() as db:
-            return _by_id(db, [*islice(_matching(db, filters, True, before_id), limit)])
+            return _by_id(db, [id for (id,) in db.execute(f"{sql} LIMIT ?", [*values, limit])])
 
     def rows(self, filters: Sequence[Filter] = (), newest_first: bool = False) -> Iterator[Recorded]:
         """All of them, one after the other, as they are in the file now; few are in memory at a time."""
+        sql, values = ids(filters, newest_first)
         with self._reading() as db:
             db.execute("BEGIN")
             try:
-                found = _matching(db, filters, newest_first)
-                while some := [*islice(found, AT_ONCE)]:
+                found = db.execute(sql, values)
+                while some := [id for (id,) in found.fetchmany(AT_ONCE)]:
                     yield from _by_id(db, some)
             finally:
                 db.execute("ROLLBACK")
 
     def ids(self, filters: Sequence[Filter] = ()) -> Sequence[int]:
         """Ids of all rows that all filters are true of, the oldest first."""
+        sql, values = ids(filters, newest_first=False)
         with self._reading() as db:
-            return [*_matching(db, filters, False)]
+            return [id for (id,) in db.execute(sql, values)]
 
     def count(self, filters: Sequence[Filter] = ()) -> int:
         """How many rows all filters are true of."""
+        sql, values = ids(filters, newest_first=False)
         with self._reading() as db:
-            if of_texts(filters):
-                return sum(1 for _ in _matching(db, filters, False))
-            sql, values = ids(filters, newest_first=False)
             return db.execute(f"SELECT count(*) FROM ({sql})", values).fetchone()[0]
 
     def get(self, id: int) -> Recorded:
@@ -407,7 +407,10 @@ class RequestStore:
 
     def _mark_broken(self, writers: Iterable[int]) -> None:
         for writer in writers:
-            self._writing.execute("UPDATE requests SET status = 'broken', writer = NULL WHERE writer = ?", [writer])
+            sql = "SELECT id, request FROM requests JOIN bodies USING (id) WHERE writer = ?"
+            for id, asked in self._writing.execute(sql, [writer]).fetchall():
+                self._writing.execute("UPDATE requests SET status = 'broken', writer = NULL WHERE id = ?", [id])
+                _index(self._writing, id, asked, None)
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -558,10 +561,15 @@ def _insert(db: sqlite3.Connection, values: dict[str, Any], asked: Any, response
 NAMES = INSERT[INSERT.index("(") + 1 : INSERT.index(")")].split(", ")
 
 
-def _index(db: sqlite3.Connection, id: int, said: Sequence[str]) -> None:
-    """Add texts to what the index has of a row; the tokenizer would end at a zero character."""
-    text = _plain("\n".join(said)).replace("\0", " ")
-    db.execute("INSERT INTO texts (rowid, said) VALUES (?, ?)", [id, text])
+def _index(db: sqlite3.Connection, id: int, request: str, response: str | None, is_there: bool = False) -> None:
+    """Have what bodies, which are JSON, say found by text; `is_there`: no more."""
+    both = texts.of_prompt(json.loads(request)), [] if response is None else texts.of_answer(json.loads(response))
+    # the tokenizer would end at a zero character
+    columns = [_plain("\n".join(said)).replace("\0", " ") for said in both]
+    if is_there:
+        db.execute("INSERT INTO texts (texts, rowid, prompt, answer) VALUES ('delete', ?, ?, ?)", [id, *columns])
+    else:
+        db.execute("INSERT INTO texts (rowid, prompt, answer) VALUES (?, ?, ?)", [id, *columns])
 
 
 def _json(value: Any) -> str | None:
@@ -581,27 +589,6 @@ def _utf8(text: str) -> bytes:
 
 def _plain(text: str) -> str:
     return _utf8(text).decode()
-
-
-def _matching(
-    db: sqlite3.Connection, filters: Sequence[Filter], newest_first: bool, beyond: int | None = None
-) -> Iterator[int]:
-    """Ids, in order, of rows that all filters are true of."""
-    by_text = of_texts(filters)
-    sql, values = ids(filters, newest_first, beyond, by_texts=False)
-    if not by_text:
-        yield from (id for (id,) in db.execute(sql, values))
-        return
-    # where the other filters leave few rows, reading those is sooner done than walking the lists of a common text
-    found = [id for (id,) in db.execute(f"{sql} LIMIT ?", [*values, FEW + 1])]
-    candidates = iter(found) if len(found) <= FEW else (id for (id,) in db.execute(*ids(filters, newest_first, beyond)))
-    n = AT_ONCE
-    while some := [*islice(candidates, n)]:
-        marks = ", ".join("?" * len(some))
-        bodies = db.execute(f"SELECT id, request, response FROM bodies WHERE id IN ({marks})", some)
-        those = {id for id, *both in bodies if all(holds(f, *both) for f in by_text)}
-        yield from (id for id in some if id in those)
-        n = min(2 * n, 10 * AT_ONCE)
 
 
 def _by_id(db: sqlite3.Connection, found: Sequence[int]) -> list[Recorded]:

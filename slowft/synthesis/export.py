@@ -24,7 +24,7 @@ from .steps import Counts
 
 FORMS = ("messages", "alpaca", "preferences")
 # Samples up to which conversations are counted, so that shares are met exactly; of more, the first must not wait
-COUNTED = 4000
+COUNTED = 2000
 CUT_OFF = {"length": "cut off", "content_filter": "cut off by a filter"}
 COMPLETE = Filter("status", "equal", "complete")
 
