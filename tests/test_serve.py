@@ -263,9 +263,9 @@ def test_the_openai_package_streams_and_does_not_and_gets_usage_and_errors(serve
 def test_tools_are_called_by_upstream_and_local_models(served, monkeypatch):
     client = served.client()
     said = '<tool_call>{"name": "find", "arguments": {"word": "bogon"}}</tool_call><tool_call>'
-    say(monkeypatch, said + '{"name": "find", "arguments": {}}</tool_call> so < that')
+    say(monkeypatch, said + '{"name": "f", "arguments": {}}</tool_call> so < that')
     for model, stream in (("tools", "tool-stream"), ("tuned", "tuned")):
-        how = {"messages": HELLO, "tools": TOOLS, "temperature": 1, "max_tokens": 300}
+        how = {"messages": HELLO, "tools": TOOLS, "temperature": 1, "max_tokens": 200}
         answer = client.chat.completions.create(model=model, **how).choices[0]
         assert answer.finish_reason == ("stop" if model == "tools" else "tool_calls")
         assert [json.loads(call.function.arguments) for call in answer.message.tool_calls][0] == {"word": "bogon"}
@@ -792,7 +792,7 @@ def test_a_thousand_fuzzed_requests_get_errors_and_hang_nothing(served):
     keys = ["model", "messages", "prompt", "stream", "stream_options", "temperature", "top_p", "top_k", "min_p", "stop",
             "seed", "logprobs", "top_logprobs", "logit_bias", "tools", "max_tokens", "n", "metadata", "role_mapping",
             "chat_template_kwargs", "repetition_penalty", "frequency_penalty", "xtc_probability", "adapters"]  # fmt: skip
-    good = b"Host: localhost\r\n"
+    good = b"Host: localhost\r\nConnection: close\r\n"
 
     def request(i: int) -> bytes:
         said = {"model": "tuned", "messages": HELLO, "prompt": "x", "max_tokens": 1}
@@ -822,11 +822,12 @@ def test_a_thousand_fuzzed_requests_get_errors_and_hang_nothing(served):
 
     statuses = []
     for i in range(1000):
-        found = raw(served.port, request(i))
+        # of a whole request the answer is waited for; what is none would wait for more
+        found = raw(served.port, request(i), is_all=i % 5 > 1)
         statuses.append(int(found.split()[1]) if found.startswith(b"HTTP/1.1 ") else 0)
         assert 500 not in statuses, found
         assert found.startswith(b"HTTP/1.1 ") or found == b"" or found.startswith(b"{"), found
-    assert 200 in statuses and statuses.count(400) > 200
+    assert statuses.count(200) > 10 and statuses.count(400) > 200
     served.upstream.asked.clear()
     assert served.service.scheduler.is_well and not served.said
     wait_until(lambda: not served.service.scheduler.state()["running"])

@@ -127,9 +127,11 @@ class Service:
 def serve(settings: Settings, say: Callable[[str], None], on_answer: Callable[[str], None] | None) -> bool:
     """Serve until Ctrl-C or SIGTERM; whether all threads ended, or the process has to be ended for them."""
     ended = threading.Event()
-    before = [(number, signal.signal(number, lambda *_: ended.set())) for number in (signal.SIGINT, signal.SIGTERM)]
+    before = []
     try:
         with Service(settings, say, on_answer) as service:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before.append((number, signal.signal(number, lambda *_: ended.set())))
             others = f"; other models: {settings.upstream}" if settings.upstream else ""
             recorded = f"; recorded in {settings.record}" if settings.record else ""
             say(f"Serving at {service.url}: {', '.join(service.names) or 'no local models'}{others}{recorded}")

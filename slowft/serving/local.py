@@ -99,7 +99,7 @@ class Local:
         assert name is not None
         asking = Asking(self, self.names[name], on_gone)
         try:
-            settled, n_top = _settled(body)
+            settled, n_top = _settled(body, path)
             LocalAnswer(asking, path, settled | {"model": name}, n_top, reply).do_POST()
         finally:
             asking.cancel()
@@ -396,7 +396,7 @@ def _is_plain(args: mlx_server.GenerationArguments) -> bool:
     return args.sampling.temperature == 0 and not (logits.logit_bias or any(penalties) or tops)
 
 
-def _settled(body: dict) -> tuple[dict, int]:
+def _settled(body: dict, path: str) -> tuple[dict, int]:
     """(a body that mlx-lm's handler takes, how many of the likeliest tokens are asked for, of which it knows 11).
 
     Nothing is null in it, messages are plain text, and there is nothing that mlx-lm would fetch.
@@ -427,10 +427,10 @@ def _settled(body: dict) -> tuple[dict, int]:
         raise Refused(400, "role_mapping must be an object", param="role_mapping")
     if not isinstance(body.get("tools", []), list):
         raise Refused(400, "tools must be a list", param="tools")
-    if "messages" in body:
-        body["messages"] = _plain_messages(body["messages"])
-    elif "prompt" in body:
-        body["prompt"] = _one_prompt(body["prompt"])
+    if path.endswith("/chat/completions"):
+        body["messages"] = _plain_messages(body.get("messages"))
+    else:
+        body["prompt"] = _one_prompt(body.get("prompt"))
     return body, top
 
 
