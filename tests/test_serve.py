@@ -301,9 +301,7 @@ def test_a_client_that_hangs_up_frees_its_place_and_its_row_is_broken(served):
         next(iter(stream))
         stream.close()
     wait_until(lambda: not scheduler.state()["running"])
-    with socket.create_connection(
-        ("127.0.0.1", served.port), timeout=20
-    ) as sock:  # not streamed: nothing is written meanwhile
+    with socket.create_connection(("127.0.0.1", served.port), timeout=20) as sock:  # not streamed: nothing is written meanwhile
         body = json.dumps({"model": "tuned", "messages": HELLO, "max_tokens": 100_000}).encode()
         sock.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body))
         sock.sendall(body)
