@@ -1,7 +1,7 @@
 """`slowft requests`: what was recorded, and what becomes of it."""
 
 import json
-from contextlib import closing
+import os
 from datetime import datetime
 from pathlib import Path
 
@@ -46,10 +46,11 @@ def requests():
     """
 
 
-def _store(db: str, is_read_only: bool = True, **how):
+def _store(db: str):
+    """The file, which has to be there; if it may be written, requests of processes that are gone are marked broken."""
     from ..requests.store import RequestStore
 
-    return closing(RequestStore(db, read_only=is_read_only, **how))
+    return RequestStore(db, read_only=not os.access(Path(db).expanduser(), os.W_OK))
 
 
 def _filters(where):
@@ -137,7 +138,7 @@ def tag(ids, db, where, values, remove, kept):
     if not tags and kept is None:
         raise click.UsageError("nothing to do. Give --set, --remove, --keep or --discard")
     filters = _filters(where)
-    with _store(db, is_read_only=not Path(db).expanduser().is_file()) as store:
+    with _store(db) as store:
         chosen = [*ids, *(store.ids(filters) if where else ())]
         store.mark(chosen, tags, kept)
     click.echo(f"{len(chosen):,} request{'s' * (len(chosen) != 1)} marked")
@@ -160,11 +161,12 @@ def import_(files, db, redact, prices, tags):
     """
     from ..requests import imports
     from ..requests.prices import load
+    from ..requests.store import RequestStore
 
     more = dict(text.partition("=")[::2] for text in tags)
     rows = imports.read([Path(file).expanduser() for file in files])
     is_new = not Path(db).expanduser().exists()
-    with _store(db, False, redact=redact, prices=load(prices) if prices else None) as store:
+    with RequestStore(db, redact=redact, prices=load(prices) if prices else None) as store:
         try:
             n = store.add({**row, "tags": row["tags"] | more} for row in rows)
         except BaseException:
@@ -204,9 +206,7 @@ def relabel(db, where, model, adapter_path, name, limit, memory, trust_remote_co
     from ..synthesis import relabel as anew
 
     filters, report = _filters(where), make_report(as_json)
-    with _store(db):  # before a model is opened, and without making it: is there such a file?
-        pass
-    with _store(db, False) as store, warnings_noted(report):
+    with _store(db) as store, warnings_noted(report):
         with Session(model, Settings(**how), adapter_path, memory, None, trust_remote_code) as session:
             counts = anew.relabel(store, filters, session, name or model, report, limit)
     _tell(counts, report, as_json)

@@ -104,17 +104,6 @@ def save(folder: Path, rules: Sequence[str]) -> None:
         raise SlowftError(f"{file} cannot be written: {reason_of(e)}") from None
 
 
-def carry(data: str | Path | None, folder: str | Path) -> list[str]:
-    """Copy the rules of a folder of data beside the adapter that is trained on it.
-
-    Returns:
-        The rules; without any, those of an earlier run are removed.
-    """
-    rules = load(data) if data is not None else []
-    save(Path(folder).expanduser(), rules)
-    return rules
-
-
 def _texts(message: dict[str, Any]) -> list[str]:
     content = message.get("content")
     if isinstance(content, str):

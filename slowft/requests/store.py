@@ -148,7 +148,7 @@ class RequestStore:
         busy_s: float = BUSY_S,
     ):
         self.path, self._prices, self._read_only = Path(path).expanduser(), prices, read_only
-        self._busy_s = busy_s
+        self._busy_s, self._writer = busy_s, None
         self._redact = [_pattern(pattern) for pattern in redact]
         self._lock = threading.Lock()  # of the connection that writes
         self._readers: queue.SimpleQueue[sqlite3.Connection] = queue.SimpleQueue()
@@ -175,8 +175,9 @@ class RequestStore:
         asked, was_redacted = self._clean(_parsed(body))
         path = path.partition("?")[0]  # some services take their key there
         values = self._of_request(asked, path, source, None if was_redacted else digest(path, _parsed(body)))
-        values |= {"began": time.time(), "status": "begun", "writer": self._writer}
+        values |= {"began": time.time(), "status": "begun"}
         with self._transaction() as db:
+            values["writer"] = self._register(db)
             id = _insert(db, values, asked, None)
             self._set_tags(db, id, tags or {})
         self._started[id] = time.monotonic()
@@ -336,10 +337,9 @@ class RequestStore:
             if self.is_closed:
                 return
             self.is_closed = True
-            if not self._read_only:
+            if self._writer is not None:
                 with suppress(sqlite3.Error):  # the next opening marks them
                     self._mark_broken([self._writer])
-                    self._writing.execute("DELETE FROM writers WHERE id = ?", [self._writer])
             self._writing.close()
             while not self._readers.empty():
                 self._readers.get_nowait().close()
@@ -392,18 +392,18 @@ class RequestStore:
             return
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = NORMAL")  # a killed process loses nothing; a power cut may lose the last rows
-        with self._transaction():
-            if not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:  # nobody else made it meanwhile
-                for statement in TABLES.split(";\n"):
-                    db.execute(statement)
-                db.execute(f"PRAGMA application_id = {APPLICATION}")
-                db.execute(f"PRAGMA user_version = {FORMAT}")
-            writers = db.execute("SELECT id, process FROM writers").fetchall()
-            gone = [id for id, process in writers if not platform.is_running(process)]
-            self._mark_broken(gone)
-            db.executemany("DELETE FROM writers WHERE id = ?", [(id,) for id in gone])
-            process = platform.identity_of_process(os.getpid())
-            self._writer = db.execute("INSERT INTO writers (process) VALUES (?)", [process]).lastrowid
+        if is_empty:
+            with self._transaction():
+                if not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:  # nobody made it meanwhile
+                    for statement in TABLES.split(";\n"):
+                        db.execute(statement)
+                    db.execute(f"PRAGMA application_id = {APPLICATION}")
+                    db.execute(f"PRAGMA user_version = {FORMAT}")
+        writers = db.execute("SELECT id, process FROM writers").fetchall()
+        gone = [id for id, process in writers if not platform.is_running(process)]
+        if gone:  # only then: who only reads must not wait for another program
+            with self._transaction():
+                self._mark_broken(gone)
 
     def _mark_broken(self, writers: Iterable[int]) -> None:
         for writer in writers:
@@ -411,6 +411,14 @@ class RequestStore:
             for id, asked in self._writing.execute(sql, [writer]).fetchall():
                 self._writing.execute("UPDATE requests SET status = 'broken', writer = NULL WHERE id = ?", [id])
                 _index(self._writing, id, asked, None)
+            self._writing.execute("DELETE FROM writers WHERE id = ?", [writer])
+
+    def _register(self, db: sqlite3.Connection) -> int:
+        """The number of this process among those that write, from its first request on."""
+        if self._writer is None:
+            process = platform.identity_of_process(os.getpid())
+            self._writer = db.execute("INSERT INTO writers (process) VALUES (?)", [process]).lastrowid
+        return self._writer
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:

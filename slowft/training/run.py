@@ -16,7 +16,6 @@ from ..engine.model import open_model, parse_nbytes
 from ..errors import AdapterError, ConfigError, DataError, SlowftError
 from ..reports.base import Report, Reports
 from ..reports.json_lines import CallbackReport
-from ..requests import pruning
 from .config import TrainConfig
 from .machines import of_launch
 from .trainer import Trainer, check_writable, rows_of
@@ -79,8 +78,8 @@ def _run(config: TrainConfig, report: Report) -> dict:
         if config.dry_run:
             trainer.note_schedule()
             return {}
-        if config.train and machines.rank == 0 and (rules := pruning.carry(config.data, config.adapter_path)):
-            report.note(f"The prompts were pruned; the {len(rules)} rules go with the adapter ({pruning.FILE})")
+        if config.train and trainer.pruning:
+            report.note(f"The prompts were pruned by {len(trainer.pruning)} rules, which go with the adapter")
         with model.trace(config.trace) if config.trace and machines.rank == 0 else nullcontext():
             result = trainer.fit(train, valid) if config.train else {}
             if config.test:
