@@ -70,7 +70,7 @@ class Browser:
         self._number += 1
         data = json.dumps({"id": self._number, "method": method, "params": parameters}).encode()
         mask, n = os.urandom(4), len(data)
-        length = bytes([0x80 | n]) if n < 126 else b"\xfe" + struct.pack(">H", n)
+        length = bytes([0x80 | n]) if n < 126 else b"\xfe" + struct.pack(">H", n)  # below 64 kB
         self._socket.sendall(b"\x81" + length + mask + bytes(byte ^ mask[i % 4] for i, byte in enumerate(data)))
         while True:
             message = self._read()
