@@ -17,6 +17,7 @@ import slowft
 from conftest import in_memory, randomise
 from slowft.cli.main import slowft as command
 from slowft.comparing import remote
+from slowft.comparing.answers import Answers
 from slowft.comparing.checks import Check, steps_of
 from slowft.comparing.judging import said_of
 from slowft.comparing.page import text as page_text
@@ -24,6 +25,7 @@ from slowft.comparing.statistics import sign_test, wilson
 from slowft.comparing.suite import EXAMPLE, Asking, Judge, Price, Scenarios, Suite, Variant, load
 from slowft.comparing.templates import render
 from slowft.inference.prompts import Template
+from slowft.requests import pruning
 
 HOSTILE = '</script><img src=x onerror="window.hit=1"><!--<script>\u2028</SCRIPT >&lt;'
 
@@ -180,6 +182,7 @@ def test_what_is_wrong_with_a_suite_is_named_before_anything_is_asked(tmp_path, 
 
 # --- Local models ---------------------------------------------------------------------------------------
 
+SHARED = "You answer whoever asks, in a word or two at most."  # which the adapter has learnt
 LOCAL = """variants:
   - {{name: base, model: {model}}}
   - {{name: tuned, model: {model}, adapter_path: adapter}}
@@ -202,7 +205,10 @@ def suite(llama_with_tokenizer, tmp_path_factory) -> Path:
         model.add_lora(num_layers=2, rank=2, scale=20.0)
         randomise(model)
         model.save_adapter(folder / "adapter")
-    lines = [{"x": "two", "id": "b"}, {"messages": [{"role": "user", "content": "Who?"}], "x": "three"}]
+    pruning.save(folder / "adapter", [SHARED])
+    said = [("system", SHARED), ("user", "Who?"), ("assistant", "The user.")]
+    messages = [{"role": role, "content": content} for role, content in said]
+    lines = [{"x": "two", "id": "b"}, {"messages": messages, "x": "three"}]
     (folder / "more.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "suite.yaml").write_text(LOCAL.format(model=llama_with_tokenizer))
     return folder / "suite.yaml"
@@ -218,18 +224,31 @@ def test_base_and_adapter_share_passes_and_answer_as_generate_does(suite, llama_
     found = compared(suite)
     assert all(cell["was_known"] for cell in found["cells"])
     assert [row["name"] for row in found["scenarios"]] == ["1", "more b", "more 2"]
-    (messages,) = (cell["messages"] for cell in found["cells"][6:7])
-    assert messages == [{"role": "user", "content": "Of three"}]  # the prompt in place of what the user said
+    shared = [{"role": "system", "content": SHARED}]
+    assert found["scenarios"][2]["answer"] == "The user."
+    # the prompt stands in place of what the user said
+    assert found["cells"][6]["messages"] == [*shared, {"role": "user", "content": "Of three"}]
     for column, adapter in ((0, None), (1, suite.parent / "adapter")):
         with slowft.open_model(llama_with_tokenizer, adapter_path=adapter) as model:
             tokenizer = slowft.load_tokenizer(model.path, model.embedding_rows)
             asked = [[{"role": "user", "content": f"Of {x}"}] for x in ("one", "two", "three")]
+            asked[2] = [*([] if adapter else shared), *asked[2]]
             answers = {
                 a.number: a.text
                 for a in slowft.generate(model, asked, tokenizer=tokenizer, max_tokens=8, template=Template())
             }
         texts = [cell["text"] for cell in found["cells"] if cell["variant"] == column]
         assert texts == [answers[i] for i in range(3)]
+
+
+def test_answers_are_the_users_alone_and_one_comparison_writes_them_at_a_time(tmp_path):
+    with Answers(tmp_path / "answers.jsonl") as answers:
+        answers.add("a", {"text": HOSTILE})
+        assert (tmp_path / "answers.jsonl").stat().st_mode & 0o777 == 0o600
+        with pytest.raises(slowft.ConfigError, match="is written by another comparison"):
+            Answers(tmp_path / "answers.jsonl")
+    with Answers(tmp_path / "answers.jsonl") as answers:
+        assert answers.get("a") == {"text": HOSTILE}
 
 
 def test_only_what_is_new_is_asked_for(suite):

@@ -8,6 +8,7 @@ key the later one counts.
 import fcntl
 import hashlib
 import json
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,8 @@ class Answers:
         self._found: dict[str, dict[str, Any]] = {}
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            self._out = open(file, "a+b", buffering=0)
+            # what was asked may be private: like recorded requests, it is the user's alone
+            self._out = open(file, "a+b", buffering=0, opener=lambda path, flags: os.open(path, flags, 0o600))
         except OSError as e:
             raise SlowftError(f"{file} cannot be written: {reason_of(e)}") from None
         try:
