@@ -133,6 +133,7 @@ def test_a_page_of_hostile_answers_shows_marks_and_filters_them(chromium, tmp_pa
     b.js("shown.text = ''; drawCompare()")
     b.js("while (waiting.length) drawMore()")
     assert b.js("document.querySelectorAll('.cell').length") == 1020
+    assert b.js("document.querySelectorAll('.said[tabindex]').length") == 0  # none is so long that it scrolls
     assert b.js("performance.memory.usedJSHeapSize") < 60e6
     b.js("document.activeElement.blur()")
     b.press("j")
