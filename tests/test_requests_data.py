@@ -128,6 +128,20 @@ def test_logs_of_many_forms_are_imported(file, tmp_path):
                     (8, "custom_id", "q-2"), (9, "custom_id", "q-1")]  # fmt: skip
 
 
+def test_what_is_listed_as_json_can_be_imported_again(store, file, tmp_path):
+    add(store, "One?", tags={"a": "b"}, kept=False, began=7.0, duration_s=2.5)
+    add(store, "Two?", status_code=500, error="it went wrong")
+    add(store, "Three?", is_broken=True)
+    store.begin(path="/v1/completions", body={"prompt": "Four"}, source="upstream")
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text("".join(reversed(run("list", "--json", "--db", file).splitlines(keepends=True))))
+    run("import", lines, "--db", tmp_path / "other.db")
+    columns = "id, path, model, status_code, error, finish_reason, kept, duration_s, began, conversation, response"
+    assert rows(tmp_path / "other.db", columns) == rows(file, columns)
+    statuses = [row for (row,) in rows(tmp_path / "other.db", "status")]
+    assert statuses == ["complete", "error", "broken", "broken"]
+
+
 BAD = [
     ("{", "is not JSON"),
     ('["a"]', "is not an object"),

@@ -155,10 +155,11 @@ def _completed(row: Row, line: Row) -> Row:
     row["tags"] = row.get("tags") or _tags(line.get("tags"))
     row["status_code"] = row.get("status_code") or _first(line, STATUS)
     row["kept"] = line.get("kept") if isinstance(line.get("kept"), bool) else None
+    row["is_broken"] = line.get("status") in ("begun", "broken")  # of our own lines
     error = _first(line, ERROR) or (response or {}).get("error")
     if isinstance(error, dict):
         error = error.get("message") or str(error)
-    if error is None and not (response or {}).keys() & {"choices", "output"}:
+    if error is None and not row["is_broken"] and not (response or {}).keys() & {"choices", "output"}:
         error = "no answer was recorded"
     row["error"] = error
     began, ended = (_time(line, names) for names in (BEGAN, ENDED))
