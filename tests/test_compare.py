@@ -249,6 +249,8 @@ def test_answers_are_the_users_alone_and_one_comparison_writes_them_at_a_time(tm
             Answers(tmp_path / "answers.jsonl")
     with Answers(tmp_path / "answers.jsonl") as answers:
         assert answers.get("a") == {"text": HOSTILE}
+    answers.add("b", {"text": "too late"})  # of a server that is still answering when all has ended
+    assert (tmp_path / "answers.jsonl").read_bytes().count(b"\n") == 1
 
 
 def test_only_what_is_new_is_asked_for(suite):

@@ -64,7 +64,8 @@ class Answers:
         return self
 
     def __exit__(self, *_) -> None:
-        self._out.close()
+        with self._lock:
+            self._out.close()
 
     def get(self, key: str) -> dict[str, Any] | None:
         with self._lock:
@@ -74,6 +75,8 @@ class Answers:
         """Append an answer; when this returns, it is on the disk."""
         line = (json.dumps({"key": key} | answer, ensure_ascii=True) + "\n").encode()
         with self._lock:
+            if self._out.closed:  # the comparison has ended while this was asked for
+                return
             try:
                 view = memoryview(line)
                 while view:
