@@ -51,7 +51,7 @@ FILTERS = {
     "a common text": ["text~assistant"],
     "a text of the oldest row alone": ["text~heisenbug"],
     "a text that is not there": ["text~mandelbug"],
-    "not there, of common runs": ["text~of the short question in the answer"],
+    "not there, all of its runs in each row": ["text~one shop"],
     "answer contains": ["answer~heisenbug"],
     "text lacks": ["text!~assistant"],
     "common and common": ["model=model-0", "tag.app=shop-1", "status=complete"],
@@ -134,7 +134,7 @@ def by_command(file: Path) -> None:
 def measured(file: Path, words: list[str], folder: Path) -> str:
     """Seconds to the first row, on standard output or in a file, and to the end; the peak of memory."""
     begin, first = time.perf_counter(), None
-    command = [sys.executable, "-m", "slowft", "requests", "--db", str(file), *words]
+    command = [sys.executable, "-m", "slowft", "requests", *words, "--db", str(file)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE)
     output = Path(words[words.index("--output") + 1]) if "--output" in words else None
     os.set_blocking(process.stdout.fileno(), False)

@@ -11,7 +11,7 @@ from ..errors import ConfigError, Interrupted, SlowftError, reason_of
 GROUPS = {
     "Train": "finetune data plan status",
     "Use what was trained": "generate score fuse adapter",
-    "Serve": "serve",
+    "Learn from an expensive model": "serve requests",
     "Prepare models": "prepare verify",
     "Try this machine": "bench doctor demo",
 }
@@ -28,6 +28,7 @@ COMMANDS = {
     "verify": "Check a model's files against their checksums.",
     "bench": "Measure steps, reads and others' trainers on this machine.",
     "status": "Say how a run stands, from the directory of its adapter.",
+    "requests": "Look at recorded requests; have them answered anew; make training data of them.",
     "doctor": "Check in half a minute that all of it works on this machine.",
     "demo": "Fine-tune a real small model on real text, from nothing, in minutes.",
 }

@@ -57,7 +57,7 @@ def find(prompts: Iterable[Messages]) -> list[str]:
     for messages in prompts:
         said = [text for message in messages if message.get("role") not in KEEP for text in _texts(message)]
         if shared is None:
-            shared, first = [text for text in said if len(text.strip()) >= SHORTEST], said
+            shared, first = [text.strip() for text in said if len(text.strip()) >= SHORTEST], said
             continue
         is_one = is_one and said == first
         shared = [piece for text in shared for piece in _pieces(text, said)]
@@ -142,7 +142,7 @@ def _pieces(text: str, said: Sequence[str]) -> list[str]:
 
 def _common(text: str, other: str) -> list[str]:
     """Runs of whole words that both have, in the same order."""
-    mine, theirs = re.findall(r"\s*\S+", text), re.findall(r"\s*\S+", other)
+    mine, theirs = re.findall(r"\s+|\S+", text), re.findall(r"\s+|\S+", other)
     begin = 0
     while begin < min(len(mine), len(theirs)) and mine[begin] == theirs[begin]:
         begin += 1
@@ -154,4 +154,4 @@ def _common(text: str, other: str) -> list[str]:
     runs = [mine[:begin]]
     runs += [mine[begin + block.a : begin + block.a + block.size] for block in middle.get_matching_blocks()]
     runs.append(mine[len(mine) - end :])
-    return [piece for piece in ("".join(run) for run in runs) if len(piece.strip()) >= SHORTEST]
+    return [piece for piece in ("".join(run).strip() for run in runs) if len(piece) >= SHORTEST]

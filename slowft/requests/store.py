@@ -19,23 +19,23 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from .. import platform
 from ..errors import ConfigError, DataError, printable, reason_of
 from . import texts
-from .filters import Filter, holds, ids, of_texts
+from .filters import Filter, ids
 from .prices import cost
 
 APPLICATION, FORMAT = 0x736C6674, 1  # "slft", as SQLite's application_id; of the tables below, as its user_version
 BUSY_S = 10.0  # that another program's writing is waited for
 READERS = 4  # connections that are kept for the next reading
 AT_ONCE = 200  # rows that are fetched together
-FEW = 2000  # rows that are read for a text without asking its index
 REDACTED = "[redacted]"
 SECRETS = {"api_key", "api-key", "apikey", "authorization", "cookie", "cookies", "headers", "extra_headers"}
+# Services say in some errors which key they were given
+KEYS = re.compile(r"(?i)\bbearer\s+[^\s\"\\]+|\b(?:sk|pk|rk|gsk|xai)-[\w*.-]{6,}")
 NOT_ASKED = {"stream", "stream_options", "metadata", "store"}  # of a body: changes how an answer comes, not what it is
 OLDEST_SQLITE = (3, 34, 0)  # has the trigram tokenizer
 
@@ -72,7 +72,7 @@ CREATE TABLE tags (
   name TEXT NOT NULL, value TEXT NOT NULL, request INTEGER NOT NULL, PRIMARY KEY (name, value, request)
 ) WITHOUT ROWID;
 CREATE INDEX tags_of_request ON tags (request, name, value);
-CREATE VIRTUAL TABLE texts USING fts5(said, content='', columnsize=0, detail='none', tokenize='trigram');
+CREATE VIRTUAL TABLE texts USING fts5(prompt, answer, content='', columnsize=0, tokenize='trigram');
 """
 
 # What a `Recorded` is made of, in the order of its fields
@@ -132,6 +132,7 @@ class RequestStore:
         redact: regular expressions; what they match in any text is written as "[redacted]".
         prices: of models, see `prices.load`.
         read_only: nothing is written, not even which rows are broken.
+        busy_s: for so long another program's writing is waited for.
 
     Raises:
         DataError: no such file, not one of these, written by a newer slowft, locked, read-only, no room.
@@ -144,13 +145,15 @@ class RequestStore:
         redact: Sequence[str] = (),
         prices: Mapping[str, Any] | None = None,
         read_only: bool = False,
+        busy_s: float = BUSY_S,
     ):
         self.path, self._prices, self._read_only = Path(path).expanduser(), prices, read_only
+        self._busy_s, self._writer = busy_s, None
         self._redact = [_pattern(pattern) for pattern in redact]
         self._lock = threading.Lock()  # of the connection that writes
         self._readers: queue.SimpleQueue[sqlite3.Connection] = queue.SimpleQueue()
         self._started: dict[int, float] = {}  # by id, on the monotonic clock: the wall's may be set meanwhile
-        self._is_closed = False
+        self.is_closed = False
         if sqlite3.sqlite_version_info < OLDEST_SQLITE:
             raise DataError(f"Python has SQLite {sqlite3.sqlite_version}; recorded requests need 3.34 or later")
         if read_only and not self.path.is_file():
@@ -172,10 +175,10 @@ class RequestStore:
         asked, was_redacted = self._clean(_parsed(body))
         path = path.partition("?")[0]  # some services take their key there
         values = self._of_request(asked, path, source, None if was_redacted else digest(path, _parsed(body)))
-        values |= {"began": time.time(), "status": "begun", "writer": self._writer}
+        values |= {"began": time.time(), "status": "begun"}
         with self._transaction() as db:
+            values["writer"] = self._register(db)
             id = _insert(db, values, asked, None)
-            _index(db, id, texts.of_prompt(asked))
             self._set_tags(db, id, tags or {})
         self._started[id] = time.monotonic()
         return id
@@ -201,14 +204,16 @@ class RequestStore:
         """
         began = self._started.pop(id, None)
         duration = None if began is None else time.monotonic() - began
-        response, was_redacted = self._clean(response)
+        response, was_redacted = self._clean(_without_keys(response, status_code))
         with self._transaction() as db:
-            found = db.execute("SELECT model FROM requests WHERE id = ?", [id]).fetchone()
-            if found is None:
+            sql = "SELECT model, status, request, response FROM requests JOIN bodies USING (id) WHERE id = ?"
+            row = db.execute(sql, [id]).fetchone()
+            if row is None:
                 raise DataError(f"{self.path} has no request {id}")
-            values = self._of_response(
-                found[0], response, status_code, error, completion_tokens, prompt_tokens, is_broken
-            )
+            model, status, *before = row
+            if status != "begun":  # such as one that another process took for broken
+                _index(db, id, *before, is_there=True)
+            values = self._of_response(model, response, status_code, error, completion_tokens, prompt_tokens, is_broken)
             values |= {"writer": None} | ({} if duration is None else {"duration_s": duration})
             values |= {"hash": None} if was_redacted else {}
             db.execute(
@@ -216,7 +221,7 @@ class RequestStore:
                 [*values.values(), id],
             )
             db.execute("UPDATE bodies SET response = ? WHERE id = ?", [_json(response), id])
-            _index(db, id, texts.of_answer(response))
+            _index(db, id, before[0], _json(response))
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> int:
         """Write requests that are over, all of them or none. Returns how many.
@@ -229,7 +234,7 @@ class RequestStore:
         with self._transaction() as db:
             for row in rows:
                 asked, was_redacted = self._clean(_parsed(row["body"]))
-                response, was_too = self._clean(row.get("response"))
+                response, was_too = self._clean(_without_keys(row.get("response"), row.get("status_code")))
                 path = str(row.get("path") or "/v1/chat/completions").partition("?")[0]
                 key = None if was_redacted or was_too else digest(path, _parsed(row["body"]))
                 values = self._of_request(asked, path, row.get("source", "import"), key)
@@ -240,7 +245,7 @@ class RequestStore:
                 values |= {"began": row.get("began") or time.time(), "duration_s": row.get("duration_s")}
                 values |= {"kept": row.get("kept"), "relabels": row.get("relabels")}
                 id = _insert(db, values, asked, response)
-                _index(db, id, texts.of_prompt(asked) + texts.of_answer(response))
+                _index(db, id, _json(asked), _json(response))
                 self._set_tags(db, id, row.get("tags") or {})
                 n += 1
         return n
@@ -257,6 +262,15 @@ class RequestStore:
             self._must_be_there(db, id)
             db.execute("UPDATE requests SET kept = ? WHERE id = ?", [kept, id])
 
+    def mark(self, ids: Sequence[int], tags: Mapping[str, str | None], kept: bool | None = None) -> None:
+        """Tag many requests, and keep or discard them, all or none; with `kept` None that stays as it is."""
+        with self._transaction() as db:
+            for id in ids:
+                self._must_be_there(db, id)
+                self._set_tags(db, id, tags)
+                if kept is not None:
+                    db.execute("UPDATE requests SET kept = ? WHERE id = ?", [kept, id])
+
     # --- Asking -----------------------------------------------------------------------------------------
 
     def cached(self, path: str, body: bytes | dict) -> Recorded | None:
@@ -272,26 +286,32 @@ class RequestStore:
 
     def list(self, filters: Sequence[Filter] = (), before_id: int | None = None, limit: int = 50) -> Sequence[Recorded]:
         """The newest rows that all filters are true of; `before_id` goes on below the last row of a page."""
+        sql, values = ids(filters, newest_first=True, beyond=before_id)
         with self._reading() as db:
-            return _by_id(db, [*islice(_matching(db, filters, True, before_id), limit)])
+            return _by_id(db, [id for (id,) in db.execute(f"{sql} LIMIT ?", [*values, limit])])
 
     def rows(self, filters: Sequence[Filter] = (), newest_first: bool = False) -> Iterator[Recorded]:
         """All of them, one after the other, as they are in the file now; few are in memory at a time."""
+        sql, values = ids(filters, newest_first)
         with self._reading() as db:
             db.execute("BEGIN")
             try:
-                found = _matching(db, filters, newest_first)
-                while some := [*islice(found, AT_ONCE)]:
+                found = db.execute(sql, values)
+                while some := [id for (id,) in found.fetchmany(AT_ONCE)]:
                     yield from _by_id(db, some)
             finally:
                 db.execute("ROLLBACK")
 
+    def ids(self, filters: Sequence[Filter] = ()) -> Sequence[int]:
+        """Ids of all rows that all filters are true of, the oldest first."""
+        sql, values = ids(filters, newest_first=False)
+        with self._reading() as db:
+            return [id for (id,) in db.execute(sql, values)]
+
     def count(self, filters: Sequence[Filter] = ()) -> int:
         """How many rows all filters are true of."""
+        sql, values = ids(filters, newest_first=False)
         with self._reading() as db:
-            if of_texts(filters):
-                return sum(1 for _ in _matching(db, filters, False))
-            sql, values = ids(filters, newest_first=False)
             return db.execute(f"SELECT count(*) FROM ({sql})", values).fetchone()[0]
 
     def get(self, id: int) -> Recorded:
@@ -314,16 +334,21 @@ class RequestStore:
     def close(self) -> None:
         """Mark what was begun here and not finished as broken, and let go of the file."""
         with self._lock:
-            if self._is_closed:
+            if self.is_closed:
                 return
-            self._is_closed = True
-            if not self._read_only:
+            self.is_closed = True
+            if self._writer is not None:
                 with suppress(sqlite3.Error):  # the next opening marks them
                     self._mark_broken([self._writer])
-                    self._writing.execute("DELETE FROM writers WHERE id = ?", [self._writer])
             self._writing.close()
             while not self._readers.empty():
                 self._readers.get_nowait().close()
+
+    def remove(self) -> None:
+        """Close the file and remove it: one that was made for what could not be written."""
+        self.close()
+        for suffix in ("", "-wal", "-shm"):
+            Path(f"{self.path}{suffix}").unlink(missing_ok=True)
 
     def __enter__(self) -> "RequestStore":
         return self
@@ -347,7 +372,7 @@ class RequestStore:
 
     def _connect(self) -> sqlite3.Connection:
         uri = f"{self.path.absolute().as_uri()}?mode={'ro' if self._read_only else 'rw'}"
-        db = sqlite3.connect(uri, uri=True, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
+        db = sqlite3.connect(uri, uri=True, timeout=self._busy_s, isolation_level=None, check_same_thread=False)
         db.execute("PRAGMA temp_store = FILE")  # the ids seen by an export are many
         return db
 
@@ -367,22 +392,33 @@ class RequestStore:
             return
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = NORMAL")  # a killed process loses nothing; a power cut may lose the last rows
-        with self._transaction():
-            if not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:  # nobody else made it meanwhile
-                for statement in TABLES.split(";\n"):
-                    db.execute(statement)
-                db.execute(f"PRAGMA application_id = {APPLICATION}")
-                db.execute(f"PRAGMA user_version = {FORMAT}")
-            writers = db.execute("SELECT id, process FROM writers").fetchall()
-            gone = [id for id, process in writers if not platform.is_running(process)]
-            self._mark_broken(gone)
-            db.executemany("DELETE FROM writers WHERE id = ?", [(id,) for id in gone])
-            process = platform.identity_of_process(os.getpid())
-            self._writer = db.execute("INSERT INTO writers (process) VALUES (?)", [process]).lastrowid
+        if is_empty:
+            with self._transaction():
+                if not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:  # nobody made it meanwhile
+                    for statement in TABLES.split(";\n"):
+                        db.execute(statement)
+                    db.execute(f"PRAGMA application_id = {APPLICATION}")
+                    db.execute(f"PRAGMA user_version = {FORMAT}")
+        writers = db.execute("SELECT id, process FROM writers").fetchall()
+        gone = [id for id, process in writers if not platform.is_running(process)]
+        if gone:  # only then: who only reads must not wait for another program
+            with self._transaction():
+                self._mark_broken(gone)
 
     def _mark_broken(self, writers: Iterable[int]) -> None:
         for writer in writers:
-            self._writing.execute("UPDATE requests SET status = 'broken', writer = NULL WHERE writer = ?", [writer])
+            sql = "SELECT id, request FROM requests JOIN bodies USING (id) WHERE writer = ?"
+            for id, asked in self._writing.execute(sql, [writer]).fetchall():
+                self._writing.execute("UPDATE requests SET status = 'broken', writer = NULL WHERE id = ?", [id])
+                _index(self._writing, id, asked, None)
+            self._writing.execute("DELETE FROM writers WHERE id = ?", [writer])
+
+    def _register(self, db: sqlite3.Connection) -> int:
+        """The number of this process among those that write, from its first request on."""
+        if self._writer is None:
+            process = platform.identity_of_process(os.getpid())
+            self._writer = db.execute("INSERT INTO writers (process) VALUES (?)", [process]).lastrowid
+        return self._writer
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -409,7 +445,7 @@ class RequestStore:
             try:
                 yield db
             finally:
-                if self._is_closed or self._readers.qsize() >= READERS:
+                if self.is_closed or self._readers.qsize() >= READERS:
                     db.close()
                 else:
                     self._readers.put(db)
@@ -420,7 +456,7 @@ class RequestStore:
         try:
             yield
         except sqlite3.Error as e:
-            raise DataError(f"{self.path} {_what_to_do(e)}") from None
+            raise DataError(f"{self.path} {_what_to_do(e, self._busy_s)}") from None
 
     # --- What is written --------------------------------------------------------------------------------
 
@@ -446,13 +482,13 @@ class RequestStore:
 
     def _of_request(self, asked: Any, path: str, source: str, key: bytes | None) -> dict[str, Any]:
         model = asked.get("model") if isinstance(asked, dict) else None
-        opening = hashlib.blake2b(_utf8(texts.opening(asked)), digest_size=8).digest()
+        opening = hashlib.blake2b(_utf8(texts.opening(asked)), digest_size=6).digest()  # exact in JavaScript too
         return {
             "source": source,
             "path": _plain(self._redacted(path)),
             "model": _plain(model) if isinstance(model, str) else None,
             "hash": key,
-            "conversation": int.from_bytes(opening, "little", signed=True),
+            "conversation": int.from_bytes(opening, "little"),
         }
 
     def _of_response(self, model, response, status_code, error, completion_tokens, prompt_tokens, is_broken) -> dict:
@@ -468,7 +504,7 @@ class RequestStore:
         return {
             "status": status,
             "status_code": status_code,
-            "error": None if error is None else _plain(self._redacted(str(error))),
+            "error": None if error is None else _plain(self._redacted(KEYS.sub(REDACTED, str(error)))),
             "finish_reason": texts.finish_reason(response),
             "prompt_tokens": in_prompt,
             "completion_tokens": in_completion,
@@ -518,19 +554,30 @@ def _parsed(body: bytes | str | dict) -> Any:
         return {"unparsed": body if isinstance(body, str) else bytes(body).decode("utf-8", "replace")}
 
 
+def _without_keys(response: Any, status_code: int | None) -> Any:
+    """An error's body without keys."""
+    is_error = (status_code or 200) >= 400 or (isinstance(response, dict) and response.get("error"))
+    return json.loads(KEYS.sub(REDACTED, json.dumps(response))) if is_error else response
+
+
 def _insert(db: sqlite3.Connection, values: dict[str, Any], asked: Any, response: Any) -> int:
     id = db.execute(INSERT, [values.get(name) for name in NAMES]).lastrowid
-    db.execute("INSERT INTO bodies VALUES (?, ?, ?)", [id, _json(asked), _json(response)])
+    db.execute("INSERT INTO bodies VALUES (?, ?, ?)", [id, _json(asked) or "null", _json(response)])
     return id
 
 
 NAMES = INSERT[INSERT.index("(") + 1 : INSERT.index(")")].split(", ")
 
 
-def _index(db: sqlite3.Connection, id: int, said: Sequence[str]) -> None:
-    """Add texts to what the index has of a row; the tokenizer would end at a zero character."""
-    text = _plain("\n".join(said)).replace("\0", " ")
-    db.execute("INSERT INTO texts (rowid, said) VALUES (?, ?)", [id, text])
+def _index(db: sqlite3.Connection, id: int, request: str, response: str | None, is_there: bool = False) -> None:
+    """Have what bodies, which are JSON, say found by text; `is_there`: no more."""
+    both = texts.of_prompt(json.loads(request)), [] if response is None else texts.of_answer(json.loads(response))
+    # the tokenizer would end at a zero character
+    columns = [_plain("\n".join(said)).replace("\0", " ") for said in both]
+    if is_there:
+        db.execute("INSERT INTO texts (texts, rowid, prompt, answer) VALUES ('delete', ?, ?, ?)", [id, *columns])
+    else:
+        db.execute("INSERT INTO texts (rowid, prompt, answer) VALUES (?, ?, ?)", [id, *columns])
 
 
 def _json(value: Any) -> str | None:
@@ -550,27 +597,6 @@ def _utf8(text: str) -> bytes:
 
 def _plain(text: str) -> str:
     return _utf8(text).decode()
-
-
-def _matching(
-    db: sqlite3.Connection, filters: Sequence[Filter], newest_first: bool, beyond: int | None = None
-) -> Iterator[int]:
-    """Ids, in order, of rows that all filters are true of."""
-    by_text = of_texts(filters)
-    sql, values = ids(filters, newest_first, beyond, by_texts=False)
-    if not by_text:
-        yield from (id for (id,) in db.execute(sql, values))
-        return
-    # where the other filters leave few rows, reading those is sooner done than walking the lists of a common text
-    found = [id for (id,) in db.execute(f"{sql} LIMIT ?", [*values, FEW + 1])]
-    candidates = iter(found) if len(found) <= FEW else (id for (id,) in db.execute(*ids(filters, newest_first, beyond)))
-    n = AT_ONCE
-    while some := [*islice(candidates, n)]:
-        marks = ", ".join("?" * len(some))
-        bodies = db.execute(f"SELECT id, request, response FROM bodies WHERE id IN ({marks})", some)
-        those = {id for id, *both in bodies if all(holds(f, *both) for f in by_text)}
-        yield from (id for id in some if id in those)
-        n = min(2 * n, FEW)
 
 
 def _by_id(db: sqlite3.Connection, found: Sequence[int]) -> list[Recorded]:
@@ -593,12 +619,12 @@ def _recorded(db: sqlite3.Connection, rows: Sequence[tuple]) -> list[Recorded]:
     return found
 
 
-def _what_to_do(error: sqlite3.Error) -> str:
+def _what_to_do(error: sqlite3.Error, busy_s: float) -> str:
     said = str(error)
     if "not a database" in said or "malformed" in said:
         return f"is no file of recorded requests that can be read ({said}). Give another --db"
     if "locked" in said or "busy" in said:
-        return f"is being written by another program for {BUSY_S:g} s and more. Wait, or stop that program"
+        return f"is being written by another program for {busy_s:g} s and more. Wait, or stop that program"
     if "full" in said:
         return "cannot be written: no space is left on the disk. Make room and try again"
     if "readonly" in said or "unable to open" in said:

@@ -81,6 +81,30 @@ def _said(message: Mapping[str, Any]) -> Iterator[str]:
             yield arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
+def plain_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
+    """Messages whose contents are strings, as training takes them; None if there are images or sounds among them."""
+    found = []
+    for message in messages:
+        content = message.get("content")
+        if _is_list(content):
+            if any(not isinstance(part, str) and not _is_text(part) for part in content):
+                return None
+            content = content_text(content)
+        elif content is None:
+            content = ""
+        kept = {key: message[key] for key in OF_MESSAGE if message.get(key) is not None}
+        found.append({"role": str(message.get("role", "user")), "content": content} | kept)
+    return found
+
+
+# What of a message is kept beside role and content
+OF_MESSAGE = ("name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning", "thinking")
+
+
+def _is_text(part: Any) -> bool:
+    return isinstance(part, dict) and isinstance(part.get("text"), str)
+
+
 def of_prompt(body: Any) -> list[str]:
     """What `prompt` and `text` filters look in: all that each message says."""
     if isinstance(body, Mapping) and isinstance(body.get("unparsed"), str):
