@@ -177,17 +177,17 @@ def test_what_the_upstream_answers_passes_byte_for_byte(served, name):
 
 
 def test_pieces_pass_as_they_come_and_over_one_connection(served):
-    came = threading.Event()
+    came, waited = threading.Event(), []
     pieces = list(RECORDED["stream"])
-    served.upstream.answers["slow"] = [*pieces[:2], lambda: came.wait(20), *pieces[2:]]
+    served.upstream.answers["slow"] = [*pieces[:2], lambda: waited.append(came.wait(5)), *pieces[2:]]
     client = served.client()
     for _ in range(2):
         came.clear()
         texts = []
         for part in client.chat.completions.create(model="slow", messages=HELLO, stream=True):
             texts += [choice.delta.content or "" for choice in part.choices]
-            assert came.is_set() or len(texts) == 1  # the second comes only after the first was seen here
-            came.set()
+            came.set()  # what follows is sent only after this was seen here
+        assert waited.pop()
         assert "".join(texts) == "A heisenbug: gone when one looks – 你好."
 
 
@@ -301,7 +301,9 @@ def test_a_client_that_hangs_up_frees_its_place_and_its_row_is_broken(served):
         next(iter(stream))
         stream.close()
     wait_until(lambda: not scheduler.state()["running"])
-    with socket.create_connection(("127.0.0.1", served.port), timeout=20) as sock:  # not streamed: nothing is written meanwhile
+    with socket.create_connection(
+        ("127.0.0.1", served.port), timeout=20
+    ) as sock:  # not streamed: nothing is written meanwhile
         body = json.dumps({"model": "tuned", "messages": HELLO, "max_tokens": 100_000}).encode()
         sock.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body))
         sock.sendall(body)
@@ -549,6 +551,23 @@ def test_a_file_that_cannot_be_written_disturbs_no_answer(served, tmp_path):
     assert health["recorded"] == {"requests": 2, "lost": 3}
 
 
+def test_a_request_is_in_the_file_before_its_answer_begins(served, monkeypatch):
+    begin = served.store.begin
+
+    def slowly(**about):
+        time.sleep(0.1)
+        return begin(**about)
+
+    monkeypatch.setattr(served.store, "begin", slowly)
+    for model in ("plain", "tuned"):
+        connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=20)
+        body = json.dumps({"model": model, "messages": HELLO, "stream": True, "user": "early"}).encode()
+        connection.request("POST", "/v1/chat/completions", body)
+        connection.getresponse()
+        assert served.store.list(limit=1)[0].model == model
+        connection.close()
+
+
 def test_equal_requests_are_answered_from_the_file(served, tmp_path):
     settings = Settings(upstream=served.upstream.url, record=str(tmp_path / "r.db"), cache=True, port=0)
     with Service(settings, print) as service:
@@ -669,6 +688,11 @@ def test_pages_of_other_origins_and_other_host_names_are_refused(served, headers
         assert not any(name.lower().startswith("access-control") for name, _ in found[2])
         assert status == 200 or "error" in json.loads(found[3])
     assert len(served.upstream.asked) == n + (status == 200)
+    if status == 200 and "Origin" in headers:  # what a browser holds for this machine is nobody else's
+        cookie = {"Cookie": "of=another-port", "Referer": "http://127.0.0.1/"}
+        assert asked(served.port, *("POST", path, body), headers | cookie)[0] == 200
+        seen = {text.split(":")[0].lower() for text in served.upstream.asked[-1][1]}
+        assert not seen & {"cookie", "referer", "origin"}
     preflight = asked(served.port, "OPTIONS", "/v1/chat/completions", b"", {"Origin": "https://evil.example"})
     assert preflight[0] >= 400 and not any(name.lower().startswith("access-control") for name, _ in preflight[2])
 
@@ -771,27 +795,13 @@ def test_a_page_gets_strict_headers_and_its_data(served, tmp_path):
 
 def test_a_thousand_fuzzed_requests_get_errors_and_hang_nothing(served):
     rng = random.Random(5)
-    values = [
-        None,
-        True,
-        -1,
-        0,
-        1.5,
-        10**30,
-        "",
-        "x",
-        "\ud800",
-        [],
-        [[]],
-        {},
-        {"a": None},
-        [None],
-        float("nan"),
-        "9" * 400,
-    ]
-    keys = ["model", "messages", "prompt", "stream", "stream_options", "temperature", "top_p", "top_k", "min_p", "stop",
-            "seed", "logprobs", "top_logprobs", "logit_bias", "tools", "max_tokens", "n", "metadata", "role_mapping",
-            "chat_template_kwargs", "repetition_penalty", "frequency_penalty", "xtc_probability", "adapters"]  # fmt: skip
+    values = [None, True, -1, 0, 1.5, 10**30, "", "x", "\ud800", [], [[]], {}, {"a": None}, [None], "9" * 400]
+    values.append(float("nan"))
+    keys = (
+        "model messages prompt stream stream_options temperature top_p top_k min_p stop seed logprobs top_logprobs n "
+        "logit_bias tools max_tokens metadata role_mapping chat_template_kwargs repetition_penalty frequency_penalty "
+        "xtc_probability adapters"
+    ).split()
     good = b"Host: localhost\r\nConnection: close\r\n"
 
     def request(i: int) -> bytes:

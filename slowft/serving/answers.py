@@ -8,10 +8,10 @@ import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from ..requests.streams import Pieces
+
 DATA = b"data:"
 DONE = b"[DONE]"
-MESSAGES = {"chat.completion.chunk": "chat.completion"}
-TEXTS = ("content", "refusal", "reasoning", "reasoning_content")  # of a message: these come in pieces
 
 
 def read(body: bytes, content_type: str, coding: str = "") -> dict[str, Any] | None:
@@ -49,65 +49,10 @@ def events(stream: bytes) -> Iterator[dict[str, Any]]:
 
 def put_together(chunks: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
     """The response whose chunks these are; None: there were none."""
-    response: dict[str, Any] | None = None
-    choices: dict[int, dict[str, Any]] = {}
+    pieces = Pieces()
     for chunk in chunks:
-        if response is None:
-            kind = chunk.get("object")
-            response = {**chunk, "choices": []}
-            if kind in MESSAGES:
-                response["object"] = MESSAGES[kind]
-        for key in ("usage", "error", "system_fingerprint"):
-            if chunk.get(key) is not None:
-                response[key] = chunk[key]
-        found = chunk.get("choices")
-        for part in found if isinstance(found, list) else ():
-            if isinstance(part, dict) and isinstance(index := part.get("index", 0), int):
-                _add(choices.setdefault(index, {"index": index, "finish_reason": None}), part)
-    if response is not None:
-        response["choices"] = [choices[index] for index in sorted(choices)]
-        if not choices and "error" in response:
-            del response["choices"]
-    return response
-
-
-def _add(choice: dict[str, Any], part: dict[str, Any]) -> None:
-    if part.get("finish_reason") is not None:
-        choice["finish_reason"] = part["finish_reason"]
-    if isinstance(part.get("text"), str):  # of a plain completion
-        choice["text"] = choice.get("text", "") + part["text"]
-    if isinstance(delta := part.get("delta"), dict):
-        message = choice.setdefault("message", {"role": "assistant", "content": None})
-        for key, value in delta.items():
-            if key == "tool_calls" and isinstance(value, list):
-                _add_calls(message.setdefault("tool_calls", []), value)
-            elif key in TEXTS and isinstance(value, str):
-                message[key] = (message.get(key) or "") + value
-            elif value is not None and key != "role":
-                message[key] = value
-    if isinstance(logprobs := part.get("logprobs"), dict):
-        into = choice.setdefault("logprobs", {})
-        for key, value in logprobs.items():
-            into[key] = into.get(key, []) + value if isinstance(value, list) else value
-
-
-def _add_calls(calls: list[dict[str, Any]], parts: list[Any]) -> None:
-    for part in parts:
-        if not isinstance(part, dict):
-            continue
-        index = part.get("index", len(calls))
-        while isinstance(index, int) and len(calls) <= index < 1000:
-            calls.append({"type": "function", "function": {"name": "", "arguments": ""}})
-        if not isinstance(index, int) or not 0 <= index < len(calls):
-            continue
-        call = calls[index]
-        for key, value in part.items():
-            if key == "function" and isinstance(value, dict):
-                for name, text in value.items():
-                    if isinstance(text, str):
-                        call["function"][name] = call["function"].get(name, "") + text
-            elif key != "index" and value is not None:
-                call[key] = value
+        pieces.add(chunk)
+    return pieces.response()
 
 
 def as_stream(response: dict[str, Any], with_usage: bool) -> bytes:

@@ -194,7 +194,7 @@ def _open(s: Settings, names: dict[str, Any]):
             for name, path in adapters:
                 if name in names:
                     raise ConfigError(f"--adapter {name}=... is the name of another model here. Give it another name")
-                names[name] = Name(plain, name, _pruning(Path(path)))
+                names[name] = Name(plain, name, _pruning(path))
         if emulated is not None:
             voices.append(Voice(emulated, tokenizer_of(emulated.path), wave))
             names[EMULATED] = Name(voices[-1], True)

@@ -14,7 +14,7 @@ from typing import Any
 from . import answers
 
 WAITING = 10_000  # requests and answers that wait to be written; what comes then is lost, and counted
-BEGUN_S = 0.25  # that an answer waits, at most, for its request to be in the file
+BEGUN_S = 1.0  # that an answer waits, at most, for its request to be in the file
 TAGS = 50  # of one request
 TAG_CHARACTERS = 512
 
@@ -46,9 +46,9 @@ class Record:
         self.is_begun = threading.Event()
 
     def wait(self) -> None:
-        """Until the request is in the file, for that a crash does not lose it; not long, whatever is wrong."""
-        if self._recorder.is_well:
-            self.is_begun.wait(BEGUN_S)
+        """Until the request is in the file, so that a crash does not lose it; once at most where that takes long."""
+        if self._recorder.is_prompt:
+            self._recorder.is_prompt = self.is_begun.wait(BEGUN_S)
 
     def finish(self, answered: Answered) -> None:
         self._recorder._put(lambda: self._recorder._finish(self, answered), is_last=True)
@@ -61,13 +61,13 @@ class Recorder:
         store: a `RequestStore`. on_trouble: told the first time that something could not be written.
 
     Attributes:
-        written, lost: requests. is_well: the last one was written.
+        written, lost: requests. is_well: the last one was written. is_prompt: answers may wait for that.
     """
 
     def __init__(self, store: Any, on_trouble: Callable[[str], None] = lambda text: None):
         self.store, self._on_trouble = store, on_trouble
         self.written = self.lost = 0
-        self.is_well = True
+        self.is_well = self.is_prompt = True
         self._queue: queue.Queue[tuple[Callable[[], None], bool] | None] = queue.Queue(WAITING)
         self._thread = threading.Thread(target=self._run, name="slowft-recorder", daemon=True)
         self._thread.start()
@@ -106,7 +106,7 @@ class Recorder:
     def _begin(self, record: Record) -> None:
         try:
             record.row = self.store.begin(**record.about)
-            self.is_well = True
+            self.is_well = self.is_prompt = True
         finally:
             record.is_begun.set()
 
