@@ -172,6 +172,7 @@ def test_the_playground_runs_answers_and_keeps_them(chromium, llama_with_tokeniz
         b.call("Input.insertText", text="a token")
         b.press("Enter", windowsVirtualKeyCode=13, text="\r")
         b.wait("models.length > 0 && document.querySelector('#grid textarea') !== null")
+        assert b.js("[...document.querySelector('[data-model]').options].map(one => one.text)") == ["tiny", "another…"]
         b.js("document.querySelector('#grid textarea').focus()")
         b.call("Input.insertText", text="Who is it?")
         b.press("Enter", modifiers=2, windowsVirtualKeyCode=13)
