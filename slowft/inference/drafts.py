@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 
 from .rows import Row
-from .sampling import Chooser
+from .sampling import Chooses
 
 LONGEST_MATCH = 3  # tokens that prompt look-up compares
 CHUNK = 64  # tokens of a prompt that a drafter takes in at a time
@@ -66,7 +66,7 @@ class DraftModel:
         model: mlx-lm's, in memory. chooser: as the large model's tokens are chosen.
     """
 
-    def __init__(self, model: Any, chooser: Chooser):
+    def __init__(self, model: Any, chooser: Chooses):
         self.model, self._chooser = model, chooser
         self._caches: dict[int, tuple[list[Any], int]] = {}  # row -> (its cache, how many tokens that has seen)
 

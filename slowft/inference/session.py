@@ -5,7 +5,7 @@ Between the command and `generate`: opens model, tokenizer, adapter and draft mo
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from ..engine.budget import default_memory
 from ..engine.model import open_model
 from ..errors import ConfigError
 from ..models import adapters
+from ..requests import pruning
 from .generate import Generation
 from .prompts import Asked, Prompt, Template, asked, read
 from .results import Results
@@ -82,7 +83,8 @@ class Session:
     ):
         self.settings = settings
         self._sampling, self._kept = settings.part(Sampling), settings.part(KeyValues)
-        self._template = settings.part(Template)
+        rules = [] if adapter_path is None else pruning.load(adapter_path)
+        self._template = replace(settings.part(Template), pruning=rules)
         memory = default_memory() if memory is None else memory
         how = {"compute_dtype": compute_dtype, "trust_remote_code": trust_remote_code}
         self.emulated: Emulated | None = None
