@@ -70,6 +70,7 @@ class Budget:
         self._engine, self.memory = engine, memory
         self.directory = directory or platform.cache_directory()
         self.optimizer_copies = 2
+        self._top_k = 0
         self.plan: Plan | None = None
         self._cut_like: Schedule | None = None
         self._machine: Machine | None = None
@@ -87,6 +88,11 @@ class Budget:
         """From now on plan for an optimizer that keeps `copies` times the trainable parameters."""
         if copies != self.optimizer_copies:
             self.optimizer_copies, self._shape = copies, (0, 0, 0)
+
+    def expect_teacher(self, top_k: int) -> None:
+        """From now on plan for steps whose loss is taken against a teacher's `top_k` most probable tokens too."""
+        if top_k != self._top_k:
+            self._top_k, self._shape = top_k, (0, 0, 0)
 
     def measure_anew(self, planned_nbytes: int = 0) -> None:
         """The process took on something, such as an adapter, that plans made so far do not know of.
@@ -363,7 +369,7 @@ class Budget:
     ) -> Job:
         """Steps with the adapter that is attached, or forward passes with one that was added by name."""
         engine = self._engine
-        shape = rows, tokens, 1, chunking, self.optimizer_copies
+        shape = rows, tokens, 1, chunking, self.optimizer_copies, self._top_k if training else 0
         is_added = isinstance(adapter, str)
         key = (*shape, training, engine.head_may_be_cut, len(trainable_entries(engine.model)), is_added and adapter)
         if key not in self._jobs:

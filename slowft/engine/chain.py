@@ -18,6 +18,7 @@ from ..models.calls import Arguments
 from ..models.seams import FLOATS, CutModel, Unit, inner_call, trainable_entries
 from . import cores
 from .block import BlockFunction
+from .distillation import Teacher
 from .head import Blocks, HeadLoss, token_loss, treats_tokens_alike, usual_chunk
 from .kept import KeptOutputs, LayerOutputs
 from .log_probabilities import LogProbabilities, log_probabilities, of_whole_logits
@@ -39,6 +40,7 @@ class Passenger:
         tokens, targets: int32 `[B, T]`; mask: bool `[B, T]`, which targets count in the loss.
         total: int32 `[]`, what its loss is divided by.
         adapter: True, with the adapter that is trained; False, without any; a name, with that one.
+        teacher: whose probabilities its loss is taken against too.
         first: the first visit that it takes part in. Above 0 the hidden state that goes in there is stored.
         side: what each visit's block is called with, from `Chain.embed`.
         cache: mlx-lm's caches of what its rows said before, one for each block; targets and mask are None then.
@@ -50,6 +52,7 @@ class Passenger:
     mask: mx.array | None = None
     total: mx.array | None = None
     adapter: bool | str = True
+    teacher: Teacher | None = None
     first: int = 0
     side: list[Arguments] = field(default_factory=list)
     cache: list[Any] | None = None
@@ -320,7 +323,7 @@ class Chain:
         chunk = self._chunk(hidden, chunk_tokens)
         in_blocks, outside = ([(owner, key) for _, owner, key in es] for es in (block_entries, self.outside))
         what = batch.targets, batch.mask, batch.total, chunk
-        return HeadLoss(self._head, *what, outside, blocks or seeded, in_blocks)
+        return HeadLoss(self._head, *what, outside, blocks or seeded, in_blocks, batch.teacher)
 
     def _chunk(self, hidden: mx.array, limit: int | None) -> int | None:
         """How many tokens' logits may exist at once; None when all may, or when the head cannot be cut."""
@@ -349,7 +352,7 @@ def _unread(unit: Unit, inner: Callable, args: tuple, kwargs: dict) -> Any:
 
 def plain_loss(model: nn.Module, batch: Passenger) -> mx.array:
     """Loss of a micro-batch by the model's own call, logits whole."""
-    return token_loss(model(batch.tokens), batch.targets, batch.mask, batch.total)
+    return token_loss(model(batch.tokens), batch.targets, batch.mask, batch.total, batch.teacher)
 
 
 def _put(entries: Sequence[Entry], values: Sequence[mx.array]) -> None:

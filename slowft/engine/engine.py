@@ -39,6 +39,7 @@ from . import cores, step
 from .block import BlockFunction
 from .boundary import Boundary, why_not
 from .chain import Chain, Passenger, plain_loss
+from .distillation import Teacher
 from .head import loss_mask, usual_chunk
 from .hidden import HiddenStates
 from .journal import StepJournal
@@ -286,16 +287,22 @@ class Engine:
 
     # --- Steps --------------------------------------------------------------------------------------
 
-    def loss_and_grads(self, micro_batches: Sequence[tuple[mx.array, mx.array]], measure: bool = False):
+    def loss_and_grads(
+        self,
+        micro_batches: Sequence[tuple[mx.array, mx.array]],
+        measure: bool = False,
+        teachers: Sequence[Teacher | None] = (),
+    ):
         """((loss, ntoks), gradients) over all micro-batches, normalised by their tokens together.
 
         Args:
+            teachers: whose probabilities the losses are taken against too, of each micro-batch.
             measure: note in `measurements` what each pass takes; on a GPU each is waited for then.
         """
         entries = trainable_entries(self.model)
         if not entries:
             raise SlowftError("the model has no trainable parameters. Call add_lora first")
-        batches, ntoks = self._batches([(*pair, True) for pair in micro_batches], together=True)
+        batches, ntoks = self._batches([(*pair, True) for pair in micro_batches], together=True, teachers=teachers)
         self.measurements = Measurements(self.peaks_known)
         self.stats.begin_step()
         try:
@@ -439,7 +446,10 @@ class Engine:
         return self.chain, batches, self.weights, self.hidden, head_tokens
 
     def _batches(
-        self, micro_batches: Sequence[tuple[mx.array, mx.array, bool | str]], together: bool
+        self,
+        micro_batches: Sequence[tuple[mx.array, mx.array, bool | str]],
+        together: bool,
+        teachers: Sequence[Teacher | None] = (),
     ) -> tuple[list[Passenger], list[mx.array]]:
         """(micro-batches as they go through the model, tokens that each given one's loss is divided by).
 
@@ -454,12 +464,15 @@ class Engine:
         if any(n.item() == 0 for n in ntoks):
             raise SlowftError("no token of the batch counts in the loss (lengths leave none to train on)")
         batches: list[Passenger] = []
-        for (batch, _, adapter), mask, n in zip(micro_batches, masks, ntoks):
+        teachers = list(teachers) or [None] * len(micro_batches)
+        for (batch, _, adapter), teacher, mask, n in zip(micro_batches, teachers, masks, ntoks, strict=True):
             rows = self.schedule.rows or batch.shape[0]
             for i in range(0, batch.shape[0], rows):
                 tokens, of_rows = batch[i : i + rows], mask[i : i + rows]
-                batches.append(Passenger(len(batches), tokens[:, :-1], tokens[:, 1:], of_rows, n, adapter))
-        mx.eval([[b.tokens, b.targets, b.mask] for b in batches])
+                of_teacher = None if teacher is None else teacher.rows(i, i + rows)
+                what = tokens[:, :-1], tokens[:, 1:], of_rows, n, adapter, of_teacher
+                batches.append(Passenger(len(batches), *what))
+        mx.eval([[b.tokens, b.targets, b.mask, b.teacher.arrays if b.teacher else []] for b in batches])
         return batches, ntoks
 
     @contextmanager

@@ -17,6 +17,7 @@ WHOLE_PIECES = 4  # in which logits that all exist are looked at, so that what i
 TOP_SHARE = 3  # of the tokens that are computed at once, one in so many where a partition of all logits is made too
 
 _log_softmax = by_rows(nn.log_softmax)
+_others = by_rows(lambda each, ids: mx.logsumexp(mx.put_along_axis(each, ids, mx.array(-mx.inf), axis=-1), axis=-1))
 _argmax = by_rows(lambda logits: mx.argmax(logits, axis=-1))
 
 
@@ -30,6 +31,8 @@ class LogProbabilities:
         is_greedy: bool `[n]`, whether it is the most probable token.
         top_ids, top: int32 and float32 `[n, k]`, the k most probable tokens, the most probable first.
         of_tokens: float32 `[n, m]`, of the m token ids that were asked for.
+        others: float32 `[n]`, of all tokens together but the k most probable; minus infinity where there are none.
+            Only with k.
     """
 
     per_row: np.ndarray
@@ -38,6 +41,7 @@ class LogProbabilities:
     top_ids: np.ndarray
     top: np.ndarray
     of_tokens: np.ndarray
+    others: np.ndarray
 
     def rows(self) -> "list[LogProbabilities]":
         """Each row's own."""
@@ -82,16 +86,17 @@ def log_probabilities(
         at = [wanted, ids, mx.broadcast_to(asked, (len(chunk), len(token_ids)))]
         values = [mx.take_along_axis(each, indices, axis=-1) for indices in at]
         is_greedy = _argmax(logits) == wanted[:, 0]
-        mx.eval(values, ids, is_greedy)  # so that the next chunk's logits take the place of these
+        others = _others(each, ids) if 0 < k < logits.shape[-1] else mx.full(len(chunk), -mx.inf)
+        mx.eval(values, ids, is_greedy, others)  # so that the next chunk's logits take the place of these
         target, top, of_tokens = (np.array(value) for value in values)
         ids, is_greedy = np.array(ids).astype(np.int32), np.array(is_greedy)
         order = np.lexsort((ids, -top))
         top, ids = np.take_along_axis(top, order, -1), np.take_along_axis(ids, order, -1)
-        found.append([target[:, 0], is_greedy, ids, top, of_tokens])
+        found.append([target[:, 0], is_greedy, ids, top, of_tokens, np.array(others)])
     if not found:
         empty = np.zeros((0, top_k), np.int32), np.zeros((0, top_k), np.float32)
         of_none = np.zeros((0, len(token_ids)), np.float32)
-        found = [[np.zeros(0, np.float32), np.zeros(0, bool), *empty, of_none]]
+        found = [[np.zeros(0, np.float32), np.zeros(0, bool), *empty, of_none, np.zeros(0, np.float32)]]
     return LogProbabilities(is_counted.sum(axis=1), *(np.concatenate(parts) for parts in zip(*found)))
 
 

@@ -24,6 +24,7 @@ from ..weights.fingerprint import of_contents
 from ..weights.reader import Reader
 from ..weights.sources import placeholder
 from .budget import Budget
+from .distillation import Teacher
 from .engine import Engine
 from .log_probabilities import LogProbabilities
 from .spilled_caches import SpilledCaches
@@ -207,14 +208,17 @@ class StreamedModel(nn.Module):
         each block is read at most twice, however many micro-batches there are.
 
         Args:
-            batch: int32 `[B, T+1]` token ids, or a list of (batch, lengths).
+            batch: int32 `[B, T+1]` token ids, or a list of (batch, lengths) or (batch, lengths, `Teacher`): of those
+                the loss is that of `engine/distillation.py`.
             lengths: int32 `[B, 2]`: prompt offset and length of each row; or `[B, 2n]`, n stretches of targets.
         Returns:
             ((loss float32 `[]`, ntoks int32 `[]`), gradients as a tree like `trainable_parameters()`).
         """
-        micro_batches = _micro_batches(batch, lengths)
+        given, teachers = _teachers(batch, lengths)
+        micro_batches = _micro_batches(given, lengths)
+        self.budget.expect_teacher(max((t.top_k for t in teachers if t is not None), default=0))
         self.budget.cover(*_shape(micro_batches))
-        result = self.engine.loss_and_grads(micro_batches, measure=self.budget.is_measuring)
+        result = self.engine.loss_and_grads(micro_batches, self.budget.is_measuring, teachers)
         if not self.engine.blocks_found:  # part of a step tells nothing of a whole one
             self.budget.after_step(*_shape(micro_batches))
         return result
@@ -355,7 +359,7 @@ class StreamedModel(nn.Module):
 
         Takes a forward pass. None: in none of the blocks' outputs, or the model is no chain.
         """
-        return self.engine.first_not_finite(micro_batches)
+        return self.engine.first_not_finite([(batch, lengths) for batch, lengths, *_ in micro_batches])
 
     @property
     def cuts(self) -> dict[str, int | None]:
@@ -621,6 +625,18 @@ def _passengers(batch, lengths) -> list[MicroBatch]:
         pairs = _micro_batches([(passenger.batch, passenger.lengths) for passenger in batch], None)
         return [MicroBatch(*pair, passenger.adapter) for pair, passenger in zip(pairs, batch)]
     return [MicroBatch(*pair) for pair in _micro_batches(batch, lengths)]
+
+
+def _teachers(batch, lengths) -> tuple[Any, list[Teacher | None]]:
+    """(micro-batches without their teachers, the teacher of each)."""
+    if lengths is not None or isinstance(batch, tuple):
+        return batch, []
+    given = [tuple(one) for one in batch]
+    teachers = [one[2] if len(one) == 3 else None for one in given]
+    for (tokens, *_), teacher in zip(given, teachers):
+        if teacher is not None and teacher.ids.shape[:2] != (tokens.shape[0], tokens.shape[1] - 1):
+            raise SlowftError(f"a teacher of {list(teacher.ids.shape[:2])} targets is given for {list(tokens.shape)}")
+    return [one[:2] if len(one) == 3 else one for one in given], teachers
 
 
 def _micro_batches(batch, lengths) -> list[tuple[mx.array, mx.array]]:

@@ -1,0 +1,141 @@
+"""A student trained on what a teacher holds for probable: the loss, its gradients, what is stored, and the whole way."""
+
+import slowft  # noqa: F401, I001  (before mlx: it loads OpenBLAS)
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_map
+
+from architectures import ARCHITECTURES
+from conftest import LLAMA, largest, largest_difference, random_batch, save_random
+from slowft.engine.distillation import Teacher, divergence
+from slowft.engine.head import loss_mask
+from slowft.planning.job import Chunking
+from slowft.planning.schedule import Schedule
+from test_gradients import pair
+
+W, T = 0.7, 2.0
+NO_CHAIN = "gemma4 (per-layer inputs, shared keys and values, tuples)"
+
+
+def teacher_of(batch, vocab: int, k: int, seed: int = 5) -> Teacher:
+    """A random one's k most probable tokens of every target."""
+    rows, tokens = batch.shape[0], batch.shape[1] - 1
+    logits = np.random.default_rng(seed).normal(size=(rows, tokens, vocab)) * 3
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    ids = np.argsort(-p, axis=-1)[..., :k]
+    top = np.take_along_axis(p, ids, -1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        rest = np.log(np.maximum(1 - top.sum(-1, keepdims=True), 0 if k == vocab else 1e-30))
+    known = np.ones((rows, tokens), bool)
+    known[:, -1] = False
+    arrays = ids.astype(np.int32), np.concatenate([np.log(top), rest], -1).astype(np.float32), known
+    return Teacher(*map(mx.array, arrays), weight=W, temperature=T)
+
+
+def softmax(logits, t=1.0):
+    e = np.exp(logits / t - (logits / t).max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize("t", [1.0, 2.5])
+def test_with_all_tokens_it_is_the_dense_divergence_in_float64(t):
+    draws = np.random.default_rng(0)
+    student, teacher = draws.normal(size=(2, 40, 50)) * 4
+    p, q = softmax(teacher, t), softmax(student, t)
+    dense = (p * (np.log(p) - np.log(q))).sum(-1)
+    ids = np.argsort(-teacher, -1)
+    known = np.log(softmax(np.take_along_axis(teacher, ids, -1)))
+    known = np.concatenate([known, np.full((40, 1), -np.inf)], -1).astype(np.float32)
+    found = divergence(mx.array(student.astype(np.float32)), mx.array(ids.astype(np.int32)), mx.array(known), t)
+    np.testing.assert_allclose(np.array(found), dense, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("t", [1.0, 2.5])
+def test_all_other_tokens_are_one_outcome(t):
+    draws = np.random.default_rng(1)
+    student, teacher = draws.normal(size=(2, 40, 50)) * 4
+    ids = np.argsort(-teacher, -1)[:, :6]
+
+    def outcomes(logits):
+        p = softmax(logits)
+        top = np.take_along_axis(p, ids, -1)
+        every = np.concatenate([top, 1 - top.sum(-1, keepdims=True)], -1)
+        return every, every ** (1 / t) / (every ** (1 / t)).sum(-1, keepdims=True)
+
+    (known, p), (_, q) = outcomes(teacher), outcomes(student)
+    expected = (p * (np.log(p) - np.log(q))).sum(-1)
+    args = student.astype(np.float32), ids.astype(np.int32), np.log(known).astype(np.float32)
+    found = np.array(divergence(*map(mx.array, args), t))
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-6)
+    if t == 1:
+        p, q = softmax(teacher), softmax(student)
+        assert (found <= (p * (np.log(p) - np.log(q))).sum(-1) + 1e-6).all()
+
+
+def test_tokens_that_are_never_said_make_no_infinite_loss_or_gradient():
+    logits = mx.array([[0.0, 1.0, -mx.inf, -300.0], [0.0, -mx.inf, 2.0, -mx.inf]])
+    ids = mx.array([[0, 2], [2, 1]])
+    known = mx.log(mx.array([[1.0, 0.0, 0.0], [0.5, 0.0, 0.5]]))
+    value, gradient = mx.value_and_grad(lambda z: divergence(z, ids, known, 2.0).sum())(logits)
+    assert np.isfinite(value.item()) and np.isfinite(np.array(gradient)).all()
+
+
+def in_memory(whole, micro_batches):
+    """By MLX's own differentiation of the model's own call, gradients added up as micro-batches come."""
+    n = sum(loss_mask(lengths, batch.shape[1] - 1).sum() for batch, lengths, _ in micro_batches)
+
+    def loss(model, batch, lengths, teacher):
+        logits = model(batch[:, :-1])
+        flat, k = logits.reshape(-1, logits.shape[-1]), teacher.ids.shape[-1]
+        agreed = nn.losses.cross_entropy(flat, batch[:, 1:].reshape(-1))
+        apart = divergence(flat, teacher.ids.reshape(-1, k), teacher.log_probabilities.reshape(-1, k + 1), T)
+        each = (1 - W) * agreed + W * T**2 * (apart * teacher.is_known.reshape(-1))
+        mask = loss_mask(lengths, batch.shape[1] - 1)
+        return (each.reshape(mask.shape) * mask).sum() / n
+
+    losses, gradients = zip(*(nn.value_and_grad(whole, loss)(whole, *one) for one in micro_batches))
+    summed = tree_map(lambda first, *others: sum(others, first), *gradients)
+    mx.eval(losses, summed)
+    return sum(losses[1:], losses[0]).item(), summed
+
+
+@pytest.mark.parametrize("memory", ["none", "tight", "ample"])
+@pytest.mark.parametrize("name", ["llama tied", "llama untied", NO_CHAIN])
+def test_gradients_equal_in_memory(name, memory, tmp_path):
+    config = LLAMA if name == "llama untied" else ARCHITECTURES[name]
+    whole, streamed = pair(save_random(tmp_path / "m", config))
+    micro_batches = []
+    for i in range(2):
+        batch, lengths = random_batch(config["vocab_size"], seed=3 + i)
+        micro_batches.append((batch, lengths, teacher_of(batch, config["vocab_size"], 8, i)))
+    loss, gradients = in_memory(whole, micro_batches)
+    assert largest(gradients) > 1e-4
+    if memory == "tight":
+        streamed.engine.follow(Schedule(slots=1, spilled=0 if name == NO_CHAIN else 3), tmp_path)
+    elif memory == "ample":
+        plan = streamed.plan(3, 24, 2, memory=2 << 30, follow=True)
+        assert plan.is_ordinary == (name != NO_CHAIN)
+    for _ in range(2):  # the second by what was measured in the first
+        (found, _), found_gradients = streamed.loss_and_grads(micro_batches)
+        assert found.item() == loss
+        assert largest_difference(gradients, found_gradients) == 0.0
+    if name != NO_CHAIN:
+        streamed.head_chunk_tokens = 7
+        (found, _), found_gradients = streamed.loss_and_grads(micro_batches)
+        assert found.item() == pytest.approx(loss, rel=1e-5)
+        assert largest_difference(gradients, found_gradients) <= 1e-5 * largest(gradients)
+    streamed.close()
+
+
+def test_a_plan_has_room_for_what_the_teacher_says_and_for_its_loss(llama):
+    with slowft.open_model(llama) as model:
+        model.add_lora(rank=4)
+        plain = model.planner(4, 64, 3).job_of(Chunking())
+        model.budget.expect_teacher(64)
+        taught = model.planner(4, 64, 3).job_of(Chunking())
+    assert taught.side_nbytes - plain.side_nbytes == 4 * 64 * (64 * 4 + 65 * 4 + 1)
+    assert taught.logits_arrays > plain.logits_arrays
