@@ -2,16 +2,25 @@
 
 import slowft  # noqa: F401, I001  (before mlx: it loads OpenBLAS)
 
+import json
+from contextlib import nullcontext
+
+import click
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from mlx.utils import tree_map
+from mlx_lm.utils import load_model
 
 from architectures import ARCHITECTURES
 from conftest import LLAMA, largest, largest_difference, random_batch, save_random
+from slowft.cli.main import slowft as command
+from slowft.data.teacher import TeacherCache, TeacherWriter, pack, unpack
 from slowft.engine.distillation import Teacher, divergence
 from slowft.engine.head import loss_mask
+from slowft.inference import passes, teaching
 from slowft.planning.job import Chunking
 from slowft.planning.schedule import Schedule
 from test_gradients import pair
@@ -139,3 +148,105 @@ def test_a_plan_has_room_for_what_the_teacher_says_and_for_its_loss(llama):
         taught = model.planner(4, 64, 3).job_of(Chunking())
     assert taught.side_nbytes - plain.side_nbytes == 4 * 64 * (64 * 4 + 65 * 4 + 1)
     assert taught.logits_arrays > plain.logits_arrays
+
+
+# --- What is stored -----------------------------------------------------------------------------------
+
+
+def test_a_record_is_six_bytes_an_entry_and_good_to_one_in_65536():
+    draws = np.random.default_rng(2)
+    ids = draws.integers(0, 1 << 20, (7, 64))
+    known = -np.exp(draws.normal(size=(7, 65)) * 4).astype(np.float32)
+    known[0, -1] = -np.inf
+    data = pack(ids, known)
+    assert len(data) == 7 * (6 * 64 + 3)
+    found, read = unpack(data, 64)
+    assert (found == ids).all()
+    np.testing.assert_allclose(read, known, rtol=2.0**-16)
+
+
+SAMPLES = [{"prompt": f"Say {'so ' * n}", "completion": "yes " * (1 + n % 3) + str(n)} for n in range(23)]
+CHOICES = ["--mask-prompt", "--max-seq-length", "96"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for name, samples in (("train", [*SAMPLES, SAMPLES[3]]), ("valid", SAMPLES[:2] + [{"prompt": "a", "completion": "b"}])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    return folder
+
+
+def run(*arguments):
+    return CliRunner().invoke(command, list(map(str, arguments)), catch_exceptions=False)
+
+
+def error_of(*arguments) -> str:
+    with pytest.raises((slowft.SlowftError, click.ClickException)) as raised:
+        command.main(list(map(str, arguments)), standalone_mode=False)
+    text = raised.value.format_message() if isinstance(raised.value, click.ClickException) else str(raised.value)
+    assert "\n" not in text
+    return text
+
+
+@pytest.fixture(scope="module")
+def cache(data, llama_with_tokenizer, tmp_path_factory):
+    output = tmp_path_factory.mktemp("cache") / "teacher"
+    done = run("score", "--model", llama_with_tokenizer, "--data", data, "--top-k", 8, "--output", output, *CHOICES, "--json")
+    said = json.loads(done.output.splitlines()[-1])
+    assert said["event"] == "cache" and said["samples"] == 24 and not said["was_done"]
+    return output
+
+
+def rendered(data, model, **options):
+    tokenizer = slowft.load_tokenizer(model, None)
+    config = slowft.TrainConfig(**({"mask_prompt": True, "max_seq_length": 96} | options))
+    return slowft.load_data(str(data), tokenizer, config)
+
+
+def test_what_is_stored_is_what_mlx_lm_holds_for_probable(cache, data, llama_with_tokenizer):
+    train, valid, _ = rendered(data, llama_with_tokenizer)
+    whole, _ = load_model(llama_with_tokenizer)
+    stored, n = TeacherCache(cache), 0
+    for dataset in (train, valid):
+        for i in range(len(dataset)):
+            tokens, offset = dataset[i]
+            ids, known = stored.of(dataset.digest(i))
+            each = np.array(nn.log_softmax(whole(mx.array(tokens[None, :-1])).astype(mx.float32))[0, offset - 1 :])
+            assert len(ids) == len(tokens) - offset
+            np.testing.assert_allclose(known[:, :-1], -np.sort(-each, axis=1)[:, :8], rtol=2e-5)
+            np.testing.assert_allclose(np.take_along_axis(each, ids, 1), known[:, :-1], rtol=2e-5)
+            others = 1 - np.exp(known[:, :-1].astype(np.float64)).sum(1)
+            np.testing.assert_allclose(np.exp(known[:, -1]), others, rtol=1e-4)
+            n += len(ids) * (dataset is train or i == 2)
+    n -= len(stored.of(train.digest(3))[0])  # which is there twice
+    assert (cache / "rows").stat().st_size == n * (6 * 8 + 3)
+    assert sorted(file.name for file in cache.iterdir()) == ["manifest.json", "rows", "samples", "vocabulary.json"]
+
+
+def test_one_that_was_killed_is_gone_on_with_to_the_same_bytes(cache, data, llama_with_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(passes, "BATCH_TOKENS", 100)
+    monkeypatch.setattr(teaching, "PART_TOKENS", 700)
+    command_line = "score", "--model", llama_with_tokenizer, "--data", data, "--top-k", 8, *CHOICES, "--json", "--output"
+    run(*command_line, tmp_path / "whole")
+    add, writer = TeacherWriter.add, TeacherWriter
+    for kill_after in (0, 5, 14, 24):
+        left = [kill_after]
+
+        def add_some(self, *rows, left=left):
+            left[0] -= 1
+            if left[0] < 0:
+                self._file.write(b"half a record")
+                raise KeyboardInterrupt
+            add(self, *rows)
+
+        output = tmp_path / str(kill_after)
+        with monkeypatch.context() as patch:
+            patch.setattr(writer, "add", add_some)
+            with pytest.raises(click.exceptions.Abort) if kill_after < 24 else nullcontext():
+                command.main([*map(str, command_line), str(output)], standalone_mode=False)
+        read = json.loads(run(*command_line, output).output.splitlines()[-1])
+        assert read["was_done"] == (kill_after == 24)
+        for file in (tmp_path / "whole").iterdir():
+            assert (output / file.name).read_bytes() == file.read_bytes()
+        assert len(list(output.iterdir())) == 4

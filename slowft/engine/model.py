@@ -247,6 +247,7 @@ class StreamedModel(nn.Module):
         top_k: int = 0,
         token_ids: Sequence[int] = (),
         on_visit: Callable[[int], object] = lambda n: None,
+        first: int = 0,
     ) -> Iterator[LogProbabilities]:
         """Log-probabilities at the targets that count, of one micro-batch after the other, as they are iterated over.
 
@@ -260,6 +261,7 @@ class StreamedModel(nn.Module):
             top_k: ask also for the most probable tokens, so many.
             token_ids: ask also for the log-probabilities of these tokens.
             on_visit: called with how many more times a block was computed for a micro-batch.
+            first: micro-batches before this one are left out, but planned for: so the others' last bits stay the same.
         Raises:
             ConfigError: no adapter has such a name, or the memory is too little; names the least that would do.
         """
@@ -269,7 +271,7 @@ class StreamedModel(nn.Module):
         # No micro-batch takes more than this shape: its attention's scores grow with the square of the tokens
         rows = max(-(-passenger.batch.shape[0] * (passenger.batch.shape[1] - 1) // tokens) for passenger in passengers)
         adapters = {passenger.adapter for passenger in passengers}
-        start = 0
+        start = first
         while start < len(passengers):
             at_once = self.budget.cover_passes(rows, tokens, len(passengers), adapters)
             given = [(p.batch, p.lengths, p.adapter) for p in passengers[start : start + at_once]]

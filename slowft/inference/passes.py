@@ -44,6 +44,7 @@ def log_probabilities(
     top_k: int = 0,
     token_ids: Sequence[int] = (),
     on_visit: Callable[[int], object] = lambda n: None,
+    first: int = 0,
 ) -> Iterator[tuple[int, bool | str, LogProbabilities]]:
     """(number of a row, adapter, its log-probabilities) of every row with every adapter, the longest rows first.
 
@@ -51,6 +52,7 @@ def log_probabilities(
         rows: each has at least one token that counts.
         adapters: False, none; True, the attached one; names of those that were added.
         top_k, token_ids, on_visit: see `StreamedModel.log_probabilities`.
+        first: so many of `batches_of` are left out; the others are computed as with them, to the last bit.
     """
     together = batches_of([len(row.tokens) for row in rows])
     micro_batches = []
@@ -60,8 +62,9 @@ def log_probabilities(
     was_training = model.training
     model.eval()  # no dropout, whatever the model was doing before
     try:
-        found = model.log_probabilities(micro_batches, top_k, token_ids, on_visit) if micro_batches else iter(())
-        for numbers in together:
+        what = top_k, token_ids, on_visit, *([first * len(adapters)] if first else ())
+        found = model.log_probabilities(micro_batches, *what) if micro_batches else iter(())
+        for numbers in together[first:]:
             for adapter in adapters:
                 for number, of_row in zip(numbers, next(found).rows()):
                     yield number, adapter, of_row
