@@ -3,6 +3,8 @@
 import slowft  # noqa: F401, I001  (before mlx: it loads OpenBLAS)
 
 import json
+import re
+import shutil
 from contextlib import nullcontext
 
 import click
@@ -17,12 +19,14 @@ from mlx_lm.utils import load_model
 from architectures import ARCHITECTURES
 from conftest import LLAMA, largest, largest_difference, random_batch, save_random
 from slowft.cli.main import slowft as command
+from slowft.data.batches import batch_order, padded_tokens
 from slowft.data.teacher import TeacherCache, TeacherWriter, pack, unpack
 from slowft.engine.distillation import Teacher, divergence
 from slowft.engine.head import loss_mask
 from slowft.inference import passes, teaching
 from slowft.planning.job import Chunking
 from slowft.planning.schedule import Schedule
+from slowft.training.fitting import Fit
 from test_gradients import pair
 
 W, T = 0.7, 2.0
@@ -250,3 +254,139 @@ def test_one_that_was_killed_is_gone_on_with_to_the_same_bytes(cache, data, llam
         for file in (tmp_path / "whole").iterdir():
             assert (output / file.name).read_bytes() == file.read_bytes()
         assert len(list(output.iterdir())) == 4
+
+
+# --- Trained on it ------------------------------------------------------------------------------------
+
+TRAIN = [*CHOICES, "--batch-size", 2, "--learning-rate", 1e-2, "--num-layers", -1, "--json", "--memory", "1GB"]
+
+
+def finetune(model, data, *arguments):
+    done = run("finetune", "--model", model, "--data", data, *TRAIN, *arguments)
+    return [json.loads(line) for line in done.output.splitlines()]
+
+
+def test_a_step_is_taken_on_what_was_stored_and_validation_is_the_plain_loss(cache, data, llama_with_tokenizer, tmp_path):
+    """The first step's loss and validation, by the formula in float64 on mlx-lm's logits."""
+    stored, train, valid = TeacherCache(cache), *rendered(data, llama_with_tokenizer)[:2]
+    student, k = save_student(llama_with_tokenizer, tmp_path / "student"), 8
+    said = finetune(student, data, "--iters", 1, "--seed", 3, "--adapter-path", tmp_path / "a", "--teacher-cache", cache)
+    whole, _ = load_model(student)
+
+    def each(dataset, i, padded_to):
+        """(cross-entropy, divergence) of each token that mlx-lm's loss counts: one of padding, where there is room."""
+        tokens, offset = dataset[i]
+        counts = list(range(offset, min(len(tokens), padded_to - 1) + 1))
+        ids = np.zeros(padded_to, np.int64)
+        ids[: len(tokens)] = tokens
+        logits = np.array(whole(mx.array(ids[None, :-1])).astype(mx.float32))[0].astype(np.float64)
+        log_p = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True)) - logits.max(-1, keepdims=True)
+        agreed, apart = [], []
+        top, known = stored.of(dataset.digest(i))
+        for n, at in enumerate(counts):
+            agreed.append(-log_p[at - 1, ids[at]])
+            if at == len(tokens):
+                apart.append(0.0)
+                continue
+            t, s = np.exp(known[n].astype(np.float64)), np.exp(log_p[at - 1, top[n]])
+            s = np.append(s, 1 - s.sum())
+            apart.append((t * (np.log(t) - np.log(s))).sum())
+        return np.array(agreed), np.array(apart)
+
+    np.random.seed(3)
+    order = batch_order(train, 2)
+    numbers = order[np.random.permutation(len(order))[0]]
+    width = padded_tokens(int(train.lengths[numbers].max()), 96) + 1
+    agreed, apart = map(np.concatenate, zip(*(each(train, int(i), width) for i in numbers)))
+    expected = (0.5 * agreed + 0.5 * apart).mean()
+    assert next(s for s in said if s["event"] == "train")["train_loss"] == pytest.approx(expected, rel=1e-5)
+    width = padded_tokens(int(valid.lengths[:2].max()), 96) + 1
+    agreed = np.concatenate([each(valid, i, width)[0] for i in range(2)])
+    before = next(s for s in said if s["event"] == "valid")["val_loss"]
+    assert before == pytest.approx(agreed.mean(), rel=1e-5)
+
+
+def save_student(teacher, directory, vocabulary=None):
+    """A smaller model of the same tokenizer."""
+    config = json.loads((teacher / "config.json").read_text()) | {"num_hidden_layers": 2}
+    save_random(directory, config, seed=9)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        text = (teacher / file).read_text()
+        (directory / file).write_text(text if vocabulary is None else text.replace(*vocabulary))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def student(llama_with_tokenizer, tmp_path_factory):
+    return save_student(llama_with_tokenizer, tmp_path_factory.mktemp("student") / "m")
+
+
+def test_a_run_that_was_stopped_ends_with_the_same_adapter(cache, data, student, tmp_path, monkeypatch):
+    """And training on the teacher brings the student nearer to it than training on the tokens does."""
+    taught = ["--iters", 12, "--save-every", 2, "--teacher-cache", cache, "--distil-weight", 1, "--distil-temperature", 2]
+    finetune(student, data, *taught, "--adapter-path", tmp_path / "whole")
+    step, left = Fit._step, [5]
+
+    def some_steps(self, micro_batches):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        step(self, micro_batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Fit, "_step", some_steps)
+        run("finetune", "--model", student, "--data", data, *TRAIN, *taught, "--adapter-path", tmp_path / "two")
+    finetune(student, data, *taught, "--adapter-path", tmp_path / "two", "--resume")
+    one, two = ((tmp_path / name / "adapters.safetensors").read_bytes() for name in ("whole", "two"))
+    assert one == two
+    losses = [said["train_loss"] for said in finetune(student, data, *taught, "--adapter-path", tmp_path / "three")
+              if said["event"] == "train"]
+    assert losses[-1] < losses[0]
+    run("score", "--model", student, "--data", data, "--top-k", 5, "--output", tmp_path / "other", *CHOICES)
+    other = [tmp_path / "other" if value is cache else value for value in taught]
+    said = error_of("finetune", "--model", student, "--data", data, *TRAIN, *other, "--adapter-path", tmp_path / "two", "--resume")
+    assert "had another data" in said
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"--train-on": "assistant"}, "knows nothing of 22 of 24 training samples, such as .*train.jsonl line 1: it was made of other"),
+    ({"--max-seq-length": 92}, "knows nothing of . of 24"),
+    ({"--distil-weight": 1.5}, "--distil-weight must be a number above 0, and at most 1, got 1.5"),
+    ({"--distil-temperature": 0}, "--distil-temperature must be a number above 0"),
+    ({"--teacher-cache": None, "--distil-weight": 0.5}, "--distil-weight has no effect without --teacher-cache"),
+    ({"--test": True, "--iters": None}, "--teacher-cache has no effect on --test"),
+])
+def test_what_cannot_be_is_said_in_a_line(change, said, cache, data, student, tmp_path):
+    options = {"--mask-prompt": True, "--max-seq-length": 96, "--teacher-cache": cache, "--iters": 1}
+    if "--train-on" in change:
+        options["--mask-prompt"] = None
+    options |= change
+    given = [x for name, value in options.items() if value is not None for x in ([name] if value is True else [name, value])]
+    assert re.search(said, error_of("finetune", "--model", student, "--data", data, "--adapter-path", tmp_path, *given))
+
+
+def test_a_student_of_another_vocabulary_is_refused_by_the_first_difference(cache, data, llama_with_tokenizer, tmp_path):
+    other = save_student(llama_with_tokenizer, tmp_path / "m", ('"B":', '"BB":'))
+    said = error_of("finetune", "--model", other, "--data", data, *TRAIN, "--teacher-cache", cache, "--adapter-path", tmp_path)
+    assert re.search("another vocabulary than the teacher of .*: id 36 is 'BB' here and 'B' there", said)
+
+
+def test_a_cache_that_is_not_whole_or_another_is_refused(cache, data, llama_with_tokenizer, student, tmp_path):
+    write = "score", "--model", llama_with_tokenizer, "--data", data, *CHOICES, "--output"
+    train = "finetune", "--model", student, "--data", data, *TRAIN, "--adapter-path", tmp_path / "a", "--teacher-cache"
+    assert "was written with another --top-k (8, now 9)" in error_of(*write, cache, "--top-k", 9)
+    assert "was written with another model" in error_of(
+        "score", "--model", student, "--data", data, *CHOICES, "--top-k", 8, "--output", cache
+    )
+    assert "another data, or other options" in error_of(*write, cache, "--top-k", 8, "--max-seq-length", 92)
+    assert "is there, and no cache" in error_of(*write, data, "--top-k", 8)
+    assert "the model has 259 tokens" in error_of(*write, tmp_path / "b", "--top-k", 300)
+    assert "is no teacher's cache" in error_of(*train, data)
+    copy = shutil.copytree(cache, tmp_path / "copy")
+    with open(copy / "rows", "ab") as rows:
+        rows.truncate(100)
+    assert "is not as it was written" in error_of(*train, copy)
+    (copy / "manifest.json").rename(copy / "unfinished.json")
+    assert "is not finished. Give the command that began it again" in error_of(*train, copy)
+    assert run(*write, copy, "--top-k", 8).exit_code == 0
+    assert (copy / "rows").read_bytes() == (cache / "rows").read_bytes()

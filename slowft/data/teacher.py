@@ -229,7 +229,7 @@ class TeacherCache:
         self._hashes, self._tokens = samples["hash"][order], samples["tokens"][order]
         self._begins = (ends - samples["tokens"])[order]
 
-    def check_vocabulary(self, vocabulary: Mapping[str, int], embedding_rows: int | None, whose: Path) -> None:
+    def check_vocabulary(self, vocabulary: Mapping[str, int], whose: Path) -> None:
         """Raises ConfigError unless a student knows the teacher's tokens by the same ids; names the first it does not.
 
         How many rows embeddings are padded to does not matter.
