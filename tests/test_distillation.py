@@ -18,6 +18,7 @@ from mlx_lm.utils import load_model
 
 from architectures import ARCHITECTURES
 from conftest import LLAMA, largest, largest_difference, random_batch, save_random
+from slowft.cli.distil import table
 from slowft.cli.main import slowft as command
 from slowft.data.batches import batch_order, padded_tokens
 from slowft.data.teacher import TeacherCache, TeacherWriter, pack, unpack
@@ -27,6 +28,7 @@ from slowft.inference import passes, teaching
 from slowft.planning.job import Chunking
 from slowft.planning.schedule import Schedule
 from slowft.training.fitting import Fit
+from test_data_make import STOP
 from test_gradients import pair
 
 W, T = 0.7, 2.0
@@ -390,3 +392,77 @@ def test_a_cache_that_is_not_whole_or_another_is_refused(cache, data, llama_with
     assert "is not finished. Give the command that began it again" in error_of(*train, copy)
     assert run(*write, copy, "--top-k", 8).exit_code == 0
     assert (copy / "rows").read_bytes() == (cache / "rows").read_bytes()
+
+
+# --- The whole way ------------------------------------------------------------------------------------
+
+RECIPE = """
+output: nowhere
+model: {model}
+memory: 1GB
+seeds:
+  - kind: documents
+    folder: texts
+    chunk: 60
+    prompt: "{{chunk}} Ask."
+    answer_prompt: "{{chunk}} {{question}}"
+  - kind: examples
+    examples: ["Why is it so?", "How so?", "What for?", "Who was it?"]
+    count: 6
+    prompt: "{{examples}} more"
+questions: {{max_tokens: 24, stop: [{stop}]}}
+answers: {{max_tokens: 8, temp: 1.0}}
+rules: {{cut_off: false}}
+judge: {{prompt: "{{question}} {{answer}}: ", pair_prompt: "{{question}} {{first}} {{second}}: "}}
+duplicates: {{questions: false, answers: false}}
+split: {{valid: 0.1, test: 0.2}}
+"""
+
+
+def test_the_whole_way_with_tiny_models(llama_with_tokenizer, student, tmp_path, monkeypatch):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for i in range(6):
+        (texts / f"{i}.txt").write_text(f"Number {i} of the texts says this.\n\nAnd this is its second part, the last.\n" * 2)
+    (tmp_path / "recipe.yaml").write_text(RECIPE.format(model=llama_with_tokenizer, stop=STOP))
+    command_line = [
+        *("distil", "--student", student, "--recipe", tmp_path / "recipe.yaml", "--output", tmp_path / "out", "--json"),
+        *("--iters", 6, "--batch-size", 2, "--num-layers", -1, "--learning-rate", 1e-2, "--max-seq-length", 128, "--top-k", 8),
+    ]
+    with monkeypatch.context() as patch:  # stopped in the third training
+        step, left = Fit._step, [15]
+
+        def some_steps(self, micro_batches):
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            step(self, micro_batches)
+
+        patch.setattr(Fit, "_step", some_steps)
+        assert run(*command_line).exit_code
+    done = run(*command_line)
+    assert done.exit_code == 0, done.output
+    said = [json.loads(line) for line in done.output.splitlines()]
+    assert sum(one["event"] == "train" for one in said) == 1  # the others were done
+    result = said[-1]
+    assert result["event"] == "distilled" and list(result["students"]) == ["before", "raw", "made", "taught"]
+    again = run(*command_line).output.splitlines()
+    assert json.loads(again[-1]) == result and not any('"train"' in line for line in again)
+    assert json.loads((tmp_path / "out" / "result.json").read_text()) == {k: v for k, v in result.items() if k != "event"}
+
+    out = tmp_path / "out"
+    held_out = {json.loads(line)["group"] for line in (out / "data" / "test.jsonl").read_text().splitlines()}
+    raw = (out / "raw" / "train.jsonl").read_text()
+    for group in held_out:  # nothing of what is measured on was trained on
+        if group.startswith("documents/"):
+            assert f"Number {group[-5]} of" not in raw
+    assert "Number" in raw and "Why is it so?" in raw
+    options = "--data", out / "data" / "test.jsonl", "--train-on", "assistant", "--max-seq-length", 128, "--json"
+    adapters = [x for name in ("raw", "made", "taught") for x in ("--adapter-path", out / "adapters" / name)]
+    scores = json.loads(run("score", "--model", student, *options, *adapters).output.splitlines()[-1])["scores"]
+    for name, found in result["students"].items():
+        assert found["loss"] == pytest.approx(-scores["base" if name == "before" else name]["log_probability"], rel=1e-6)
+        assert 0 <= found["win_rate"] <= 1
+    assert len({found["loss"] for found in result["students"].values()}) == 4
+    shown = table(result)
+    assert "with the teacher's probabilities" in shown and f"{result['teacher']['loss']:.4f}" in shown

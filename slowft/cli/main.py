@@ -9,7 +9,7 @@ from .. import __version__
 from ..errors import ConfigError, Interrupted, SlowftError, reason_of
 
 GROUPS = {
-    "Train": "finetune data plan status",
+    "Train": "finetune data distil plan status",
     "Use what was trained": "generate score fuse adapter",
     "Prepare models": "prepare verify",
     "Try this machine": "bench doctor demo",
@@ -19,6 +19,7 @@ COMMANDS = {
     "data": "Show what will be trained on; make data with a large model, clean it, split it.",
     "generate": "Answer prompts, many in each reading of the weights.",
     "score": "Score texts, answers or marks: log-probabilities of base and adapters in one pass.",
+    "distil": "Have a large model make data and teach a small one; say what it was worth.",
     "plan": "Say what a job would take on this machine: memory, reads, seconds.",
     "fuse": "Add an adapter to its base model, and write a model of its own.",
     "adapter": "Look at adapters, compare and sum them, carry them to and from PEFT and llama.cpp.",
