@@ -14,7 +14,9 @@ from .finetune import make_report, option, warnings_noted
 @click.option("--recipe", required=True, metavar="RECIPE.yaml", help="As for `slowft data make`.")
 @click.option("--output", required=True, metavar="DIR", help="Folder for data, probabilities, adapters and the table.")
 @click.option("--held-out", metavar="FILE", help="Rows to measure on, in place of the made test set.")
-@click.option("--top-k", type=click.IntRange(1), default=64, show_default=True, help="The teacher's most probable tokens.")
+@click.option(
+    "--top-k", type=click.IntRange(1), default=64, show_default=True, help="The teacher's most probable tokens."
+)
 @option("distil_weight", type=float)
 @option("distil_temperature", type=float)
 @option("iters", type=int)
@@ -34,8 +36,8 @@ from .finetune import make_report, option, warnings_noted
 def distil(teacher, student, recipe, output, held_out, top_k, config, as_json, **options):
     """Make data with a large model, train a small one on it, and say what that was worth.
 
-    The student is trained three times, with equally many steps: on the raw seeds (the documents, requests and examples of
-    the recipe), on the data that the teacher made of them, and on that data with the teacher's probabilities. The
+    The student is trained three times, with equally many steps: on the raw seeds (the documents, requests and examples
+    of the recipe), on the data that the teacher made of them, and on that data with the teacher's probabilities. The
     table has the loss of each on held-back rows and, if the recipe has a judge, how often it prefers the student's
     answer to the held-back one. Given again, the command goes on where it was stopped.
 

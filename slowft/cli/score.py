@@ -122,8 +122,8 @@ def _write_cache(settings, adapters, top_k, output, report, as_json) -> None:
         click.echo(f"{output} was whole already: {work['tokens']:,} tokens of {work['samples']:,} samples")
     else:
         click.echo(
-            f"{output} has the {top_k} most probable tokens at {work['tokens']:,} places of {work['samples']:,} samples, "
-            f"in {work['seconds']:.1f} s; the model was read {work['readings']:.2f} times; peak memory "
+            f"{output} has the {top_k} most probable tokens at {work['tokens']:,} places of {work['samples']:,} "
+            f"samples, in {work['seconds']:.1f} s; the model was read {work['readings']:.2f} times; peak memory "
             f"{work['peak_memory']:.2f} GB"
         )
 

@@ -64,8 +64,8 @@ class Lessons:
             is_known[row, targets] = True
         if (largest := int(ids.max())) >= self.vocab_size:
             raise DataError(
-                f"{self.cache.directory} has token id {largest}, the student's logits end at {self.vocab_size - 1}. Write "
-                "it anew with a smaller --top-k"
+                f"{self.cache.directory} has token id {largest}, the student's logits end at {self.vocab_size - 1}. "
+                "Write it anew with a smaller --top-k"
             )
         arrays = mx.array(ids), mx.array(known), mx.array(is_known)
         return Teacher(*arrays, self.weight, self.temperature)
@@ -81,9 +81,7 @@ class BatchStream:
         permutation, at: of this epoch, and how many of it were taken. With them set, it goes on from there.
     """
 
-    def __init__(
-        self, dataset: TokenDataset, order: np.ndarray, max_seq_length: int, lessons: Lessons | None = None
-    ):
+    def __init__(self, dataset: TokenDataset, order: np.ndarray, max_seq_length: int, lessons: Lessons | None = None):
         self._dataset, self._order, self._max_tokens = dataset, order, max_seq_length
         self._lessons = lessons
         self.permutation, self.at = np.empty(0, np.int64), 0

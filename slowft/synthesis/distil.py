@@ -87,7 +87,9 @@ class Distillation:
         data = self._output / "data"
         held_out = self._held_out or next((f for n in ("test", "valid") if (f := data / f"{n}.jsonl").exists()), None)
         if held_out is None:
-            raise DataError("the recipe's split holds nothing back to measure on. Set split: {test: 0.1}, or --held-out")
+            raise DataError(
+                "the recipe's split holds nothing back to measure on. Set split: {test: 0.1}, or --held-out"
+            )
         raw = self._raw(held_out)
         cache = self._cache(data / "train.jsonl")
         adapters = {}
@@ -130,7 +132,9 @@ class Distillation:
         self._report.note(counts.sentence())
         if counts.went_out >= self._config.batch_size:
             return file.parent
-        self._report.note(f"Warning: that is less than a batch of {self._config.batch_size}: nothing is trained on them")
+        self._report.note(
+            f"Warning: that is less than a batch of {self._config.batch_size}: nothing is trained on them"
+        )
         return None
 
     def _trains_answers(self, folder: Path) -> str | None:
@@ -142,7 +146,12 @@ class Distillation:
         own = {name: value for name, value in self._rendering().items() if value is not None}
         settings = TrainConfig(model=r.model_path(r.model), data=str(train), memory=self._config.memory, **own)
         adapters = {} if r.adapter_path is None else {"adapter": str(r.path(r.adapter_path))}
-        options = {"model": _files_of(settings.model), "top_k": self._top_k, "rendering": own, "adapter": r.adapter_path}
+        options = {
+            "model": _files_of(settings.model),
+            "top_k": self._top_k,
+            "rendering": own,
+            "adapter": r.adapter_path,
+        }
 
         def work(counts: steps.Counts, outs: list[Out]) -> None:
             self._begin(folder, [train], options)

@@ -24,14 +24,14 @@ NEEDLESS = {
 }
 # What may be another when a run goes on: it changes no number that the run computes.
 OPERATIONAL = frozenset(
-    "data memory spill_dir teacher_cache adapter_path activation_cache activation_cache_size dry_run trace report_to project_name "
-    "resume resume_anyway keep_checkpoints max_time gentle model train test test_batches on_nan "
+    "data memory spill_dir teacher_cache adapter_path activation_cache activation_cache_size dry_run trace report_to "
+    "project_name resume resume_anyway keep_checkpoints max_time gentle model train test test_batches on_nan "
     "steps_per_report".split()
 )
 # What each of several machines may have its own of.
 MACHINES_OWN = frozenset(
-    "model data spill_dir teacher_cache adapter_path resume_adapter_file activation_cache activation_cache_size memory trace "
-    "report_to project_name max_time gentle".split()
+    "model data spill_dir teacher_cache adapter_path resume_adapter_file activation_cache activation_cache_size memory "
+    "trace report_to project_name max_time gentle".split()
 )
 # Options that slowft or mlx_lm.lora once had, or that mlx-lm's example once had wrong -> what to do instead.
 REMOVED = {
@@ -174,7 +174,8 @@ class TrainConfig:
     teacher_cache: str | None = field(
         default=None,
         metadata={
-            "help": "Directory of slowft score --top-k: what a large model holds for probable of this data is learnt too."
+            "help": "Directory that slowft score --top-k wrote: what a large model holds for probable of this data, to "
+            "learn that too."
         },
     )
     distil_weight: float | None = field(
