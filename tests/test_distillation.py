@@ -138,8 +138,9 @@ def test_gradients_equal_in_memory(name, memory, tmp_path):
         (found, _), found_gradients = streamed.loss_and_grads(micro_batches)
         assert found.item() == loss
         assert largest_difference(gradients, found_gradients) == 0.0
-    if name != NO_CHAIN:
+    if memory == "tight":  # other orders of sums: some tokens' logits at a time, a row at a time
         streamed.head_chunk_tokens = 7
+        streamed.engine.follow(Schedule(rows=1))
         (found, _), found_gradients = streamed.loss_and_grads(micro_batches)
         assert found.item() == pytest.approx(loss, rel=1e-5)
         assert largest_difference(gradients, found_gradients) <= 1e-5 * largest(gradients)
@@ -257,9 +258,12 @@ def test_one_that_was_killed_is_gone_on_with_to_the_same_bytes(
     for kill_after in (0, 14, 24):
         left = [kill_after]
 
-        def add_some(self, *rows, left=left):
+        def add_some(self, *rows, left=left, kill_after=kill_after):
             left[0] -= 1
             if left[0] < 0:
+                if kill_after:  # a power cut lost what was not synced
+                    self._file.seek(-(6 * 8 + 3), 1)
+                    self._file.write(bytes(6 * 8 + 3))
                 self._file.write(b"half a record")
                 raise KeyboardInterrupt
             add(self, *rows)
