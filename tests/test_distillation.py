@@ -21,7 +21,7 @@ from conftest import LLAMA, largest, largest_difference, random_batch, save_rand
 from slowft.cli.distil import table
 from slowft.cli.main import slowft as command
 from slowft.data.batches import batch_order, padded_tokens
-from slowft.data.teacher import TeacherCache, TeacherWriter, pack, unpack
+from slowft.data.teacher import TeacherCache, TeacherWriter, pack, samples_of, unpack
 from slowft.engine.distillation import Teacher, divergence
 from slowft.engine.head import loss_mask
 from slowft.inference import passes, teaching
@@ -155,6 +155,18 @@ def test_a_plan_has_room_for_what_the_teacher_says_and_for_its_loss(llama):
         taught = model.planner(4, 64, 3).job_of(Chunking())
     assert taught.side_nbytes - plain.side_nbytes == 4 * 64 * (64 * 4 + 65 * 4 + 1)
     assert taught.logits_arrays > plain.logits_arrays
+
+
+def write_cache(directory, dataset, vocab, k=8):
+    """A random teacher's."""
+    known, _ = samples_of([dataset])
+    writer = TeacherWriter(directory, {"top_k": k, "teacher": "random"}, known, {str(i): i for i in range(vocab)})
+    writer.go_on_from(0)
+    for n in known["tokens"]:
+        teacher = teacher_of(np.zeros((1, n + 1)), vocab, k, seed=int(n))
+        writer.add(np.array(teacher.ids)[0], np.array(teacher.log_probabilities)[0])
+    writer.finish()
+    return directory
 
 
 # --- What is stored -----------------------------------------------------------------------------------

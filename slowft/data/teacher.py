@@ -91,6 +91,7 @@ class TeacherWriter:
         self._about = {"format": FORMAT} | json.loads(json.dumps(about))
         self._about |= {"vocabulary": _hash(texts.encode()), "samples": _hash(samples.tobytes())}
         self._about |= {"n_samples": len(samples), "n_tokens": int(samples["tokens"].sum())}
+        self._about["n_ids"] = len(set(vocabulary.values()))
         self.is_whole = self._is_same(MANIFEST)
         if self.is_whole:
             self.there = len(samples)
@@ -235,6 +236,8 @@ class TeacherCache:
         How many rows embeddings are padded to does not matter.
         """
         theirs = {int(i): text for i, text in (_read_json(self.directory / VOCABULARY) or {}).items()}
+        if len(theirs) != self._manifest["n_ids"]:
+            raise DataError(f"{self.directory} is not as it was written. Write it anew")
         ours = {i: text for text, i in vocabulary.items()}
         first = min((i for i in ours.keys() | theirs.keys() if ours.get(i) != theirs.get(i)), default=None)
         if first is None:

@@ -20,7 +20,7 @@ from ..engine.model import open_model
 from ..errors import DataError
 from ..inference import score
 from ..inference.teaching import TeachingJob
-from ..models.loading import find_local
+from ..models.adapters import digest
 from ..reports.base import Report, late_bar
 from ..training.config import OPERATIONAL, TrainConfig
 from ..training.run import run
@@ -147,7 +147,7 @@ class Distillation:
         settings = TrainConfig(model=r.model_path(r.model), data=str(train), memory=self._config.memory, **own)
         adapters = {} if r.adapter_path is None else {"adapter": str(r.path(r.adapter_path))}
         options = {
-            "model": _files_of(settings.model),
+            "model": self._model(settings.model),
             "top_k": self._top_k,
             "rendering": own,
             "adapter": r.adapter_path,
@@ -178,7 +178,7 @@ class Distillation:
         if "teacher_cache" in how:
             inputs.append(Path(how["teacher_cache"]) / "manifest.json")
         options = {key: value for key, value in asdict(config).items() if key not in OPERATIONAL}
-        options |= {"model": _files_of(config.model), "chat_template": self._rendering()["chat_template"]}
+        options |= {"model": self._model(config.model), "chat_template": self._rendering()["chat_template"]}
 
         def work(counts: steps.Counts, outs: list[Out]) -> None:
             self._begin(folder, inputs, options)
@@ -198,7 +198,11 @@ class Distillation:
         file, r = self._output / "losses.json", self._recipe
         teacher = r.model_path(r.model)
         own = {} if r.adapter_path is None else {"adapter": r.path(r.adapter_path)}
-        options = {"student": _files_of(self._config.model), "teacher": _files_of(teacher), "how": self._rendering()}
+        options = {
+            "student": self._model(self._config.model),
+            "teacher": self._model(teacher),
+            "how": self._rendering(),
+        }
 
         def losses(model_path: str, adapters: dict[str, Path]) -> dict[str, score.Score]:
             c = replace(self._config, model=model_path, data=str(held_out))
@@ -234,7 +238,10 @@ class Distillation:
             self._report.note(f"Warning: {held_out} has no questions with answers, so there are no wins")
             return {}
         how = replace(r.answers, count=1, temp=0.0)
-        options = {"student": _files_of(self._config.model), "judge": _files_of(r.model_path(r.judge.model or r.model))}
+        options = {
+            "student": self._model(self._config.model),
+            "judge": self._model(r.model_path(r.judge.model or r.model)),
+        }
         options |= {"answers": asdict(how), "prompt": r.judge.pair_prompt}
 
         def work(counts: steps.Counts, outs: list[Out]) -> None:
@@ -273,6 +280,12 @@ class Distillation:
             self._steps.mkdir(parents=True, exist_ok=True)
             write_file(file, about.encode())
 
+    def _model(self, model: str) -> list[Any]:
+        """What tells that a model is another one; of the teacher, its adapter too."""
+        r = self._recipe
+        has_adapter = r.adapter_path is not None and model == r.model_path(r.model)
+        return [model, steps.files_of(model), digest(r.path(r.adapter_path)) if has_adapter else None]
+
     def _rendering(self) -> dict[str, Any]:
         """How rows become tokens, for the teacher and the student alike."""
         names = ("max_seq_length", "mask_prompt", "train_on", "chat_template", "compute_dtype", "trust_remote_code")
@@ -295,12 +308,3 @@ def _questions(rows: Sequence[Row]) -> Iterator[Row]:
 def _path(model: str) -> str:
     """A directory by its whole name, or a hub id."""
     return str(Path(model).expanduser().resolve()) if Path(model).expanduser().is_dir() else model
-
-
-def _files_of(model: str) -> list[Any]:
-    """What tells that a model is another one: names and sizes of its weights, and its configuration."""
-    directory = find_local(model)
-    if directory is None:
-        return [model]
-    files: list[Any] = sorted((file.name, file.stat().st_size) for file in directory.glob("*.safetensors"))
-    return [*files, *(steps.digest(directory / n) for n in ("config.json",) if (directory / n).exists())]

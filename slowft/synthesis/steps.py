@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, reason_of
+from ..models.loading import find_local
 from ..reports.base import Report, late
 from .rows import Out, Row, noted, written
 
@@ -92,6 +93,15 @@ def digest(file: Path) -> str:
             return hashlib.file_digest(content, "sha256").hexdigest()
     except OSError as e:
         raise DataError(f"{file} cannot be read: {reason_of(e)}") from None
+
+
+def files_of(model: str) -> list[tuple[str, Any]]:
+    """What tells that a model is another one: names and sizes of its weights, and its configuration."""
+    directory = find_local(model)
+    if directory is None:
+        return []
+    files: list[tuple[str, Any]] = sorted((file.name, file.stat().st_size) for file in directory.glob("*.safetensors"))
+    return files + [(n, digest(directory / n)) for n in ("config.json",) if (directory / n).exists()]
 
 
 def _read(manifest: Path) -> dict[str, Any] | None:

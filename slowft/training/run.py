@@ -121,6 +121,10 @@ def _load_data(model, config: TrainConfig, report: Report, lessons: Lessons | No
         raise DataError(f"{config.data} has no training samples. Put them into train.jsonl")
     if lessons is not None:
         lessons.cache.check_samples(train)
+        report.note(
+            f"The teacher's {lessons.cache.top_k} most probable tokens count {lessons.weight:g} in the training loss, "
+            f"at temperature {lessons.temperature:g}; validation is the plain loss"
+        )
     if config.test and not len(test):
         raise DataError(f"{config.data} has no test samples. Put them into test.jsonl")
     for name, data in (("training", train), ("validation", valid), ("test", test)):
