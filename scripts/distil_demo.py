@@ -30,8 +30,8 @@ rules: {cut_off: false}
 judge: {}
 split: {valid: 0, test: 0.15}
 """
-CONFIG = "lora_parameters: {rank: 32, scale: 10.0, dropout: 0.0}\n"
-OPTIONS = "--iters 40 --batch-size 2 --learning-rate 5e-4 --num-layers -1 --max-seq-length 128 --memory 1GB".split()
+CONFIG = "lora_parameters: {rank: 32, scale: 10.0, dropout: 0.0}\nmax_grad_norm: 1.0\n"
+OPTIONS = "--iters 60 --batch-size 2 --learning-rate 1e-4 --num-layers -1 --max-seq-length 128 --memory 1GB".split()
 
 
 def prepare(directory: Path) -> None:

@@ -146,7 +146,9 @@ class Budget:
         self._engine.peaks_known.clear()
         return plan
 
-    def cover_passes(self, rows: int, tokens: int, micro_batches: int, adapters: Collection[bool | str]) -> int:
+    def cover_passes(
+        self, rows: int, tokens: int, micro_batches: int, adapters: Collection[bool | str], found_nbytes: int = 0
+    ) -> int:
         """How many of these micro-batches an evaluation takes through the model at once; a plan for it is followed.
 
         As many as their hidden states have room for: where a model does not fit, each pass saved saves more reading
@@ -155,19 +157,22 @@ class Budget:
 
         Args:
             adapters: that the micro-batches ask for.
+            found_nbytes: of what is found of a micro-batch, which stays until the pass is over.
         Raises:
             ConfigError: the ceiling is too low even for one; names the least memory that would do.
         """
         if self.memory is None:
             hidden_nbytes = HIDDEN_ARRAYS * rows * tokens * self._engine.cut.hidden_nbytes  # 0: of no chain
-            return min(micro_batches, max(1, int(UNBOUNDED_SHARE * default_memory()) // max(hidden_nbytes, 1)))
-        shape = rows, tokens, micro_batches, frozenset(adapters), self.memory, self._cut_like
+            each = max(hidden_nbytes, 1) + found_nbytes
+            return min(micro_batches, max(1, int(UNBOUNDED_SHARE * default_memory()) // each))
+        shape = rows, tokens, micro_batches, frozenset(adapters), found_nbytes, self.memory, self._cut_like
         if shape == self._passes_shape[0]:
             return self._passes_shape[1]
         usable = self._usable(self.memory)
 
         def planner(n: int, cut_like: Schedule | None = None) -> Planner:
-            return self.planner(rows, tokens, n, training=False, adapters=adapters, cut_like=cut_like)
+            what = {"training": False, "outside_nbytes": n * found_nbytes, "adapters": adapters}
+            return self.planner(rows, tokens, n, **what, cut_like=cut_like)
 
         one = planner(1).chunked(usable)
         if one is None:
@@ -314,12 +319,13 @@ class Budget:
         beside_nbytes: int = 0,
         adapters: Collection[bool | str] = (True,),
         cut_like: Schedule | None = None,
+        outside_nbytes: int = 0,
     ) -> Planner:
         """Plans for steps over `micro_batches` of `[rows, tokens]`.
 
         Args:
             training: False for forward passes.
-            beside_nbytes: are in memory besides.
+            beside_nbytes: are in memory besides, in MLX's arrays; outside_nbytes: in others.
             adapters: that they ask for; the one that makes blocks compute the most is planned for.
             cut_like: a schedule by which the work is to be cut, unless `cut_like` was called.
         """
@@ -333,7 +339,7 @@ class Budget:
             jobs = [self._job(rows, tokens, micro_batches, chunking, training, adapter) for adapter in adapters]
             return max(jobs, key=lambda job: max(visit.forward_nbytes for visit in job.visits))
 
-        base = self._base_nbytes + beside_nbytes
+        base = self._base_nbytes + beside_nbytes + outside_nbytes
         what = machine or self.machine, base, rows, tokens, self._held_nbytes + beside_nbytes, self._experience
         return Planner(job_of, *what, (self._cut_like if training else None) or cut_like)
 

@@ -16,6 +16,8 @@ from .cores import by_rows
 WHOLE_PIECES = 4  # in which logits that all exist are looked at, so that what is made of them takes less than they do
 TOP_SHARE = 3  # of the tokens that are computed at once, one in so many where a partition of all logits is made too
 
+FOUND_NBYTES = 20  # of a target's, without what is asked for: an entry of that takes 8 more, or 4
+
 _log_softmax = by_rows(nn.log_softmax)
 _others = by_rows(lambda each, ids: mx.logsumexp(mx.put_along_axis(each, ids, mx.array(-mx.inf), axis=-1), axis=-1))
 _argmax = by_rows(lambda logits: mx.argmax(logits, axis=-1))
@@ -51,6 +53,8 @@ class LogProbabilities:
 
     @classmethod
     def joined(cls, parts: "Sequence[LogProbabilities]") -> "LogProbabilities":
+        if len(parts) == 1:  # no second copy
+            return parts[0]
         return cls(*(np.concatenate(arrays) for arrays in zip(*(part._arrays() for part in parts))))
 
     def _arrays(self) -> list[np.ndarray]:

@@ -26,7 +26,7 @@ from ..weights.sources import placeholder
 from .budget import Budget
 from .distillation import Teacher
 from .engine import Engine
-from .log_probabilities import LogProbabilities
+from .log_probabilities import FOUND_NBYTES, LogProbabilities
 from .spilled_caches import SpilledCaches
 from .stats import Stats
 
@@ -271,9 +271,10 @@ class StreamedModel(nn.Module):
         # No micro-batch takes more than this shape: its attention's scores grow with the square of the tokens
         rows = max(-(-passenger.batch.shape[0] * (passenger.batch.shape[1] - 1) // tokens) for passenger in passengers)
         adapters = {passenger.adapter for passenger in passengers}
+        found_nbytes = rows * tokens * (FOUND_NBYTES + 8 * top_k + 4 * len(token_ids))
         start = first
         while start < len(passengers):
-            at_once = self.budget.cover_passes(rows, tokens, len(passengers), adapters)
+            at_once = self.budget.cover_passes(rows, tokens, len(passengers), adapters, found_nbytes)
             given = [(p.batch, p.lengths, p.adapter) for p in passengers[start : start + at_once]]
             found = self.engine.log_probabilities(given, top_k, token_ids, on_visit)
             self.budget.after_pass()
