@@ -25,7 +25,7 @@ from ..weights.reader import Reader
 from ..weights.sources import placeholder
 from .budget import Budget
 from .engine import Engine
-from .log_probabilities import LogProbabilities
+from .log_probabilities import PLAIN, LogProbabilities, Mixing
 from .spilled_caches import SpilledCaches
 from .stats import Stats
 
@@ -33,6 +33,7 @@ from .stats import Stats
 # that fills them (0.137 against 0.015 s for 176 MB).
 CACHE_PER_BLOCK = 0.5
 CACHE_FLOOR_NBYTES = 64 << 20
+BASE = "base"  # name of what the model says without adapters
 CUTS = ("rows", "mlp_tokens", "attention_queries", "head_tokens")  # of a schedule
 
 
@@ -243,6 +244,7 @@ class StreamedModel(nn.Module):
         top_k: int = 0,
         token_ids: Sequence[int] = (),
         on_visit: Callable[[int], object] = lambda n: None,
+        mixing: Mixing = PLAIN,
     ) -> Iterator[LogProbabilities]:
         """Log-probabilities at the targets that count, of one micro-batch after the other, as they are iterated over.
 
@@ -256,6 +258,7 @@ class StreamedModel(nn.Module):
             top_k: ask also for the most probable tokens, so many.
             token_ids: ask also for the log-probabilities of these tokens.
             on_visit: called with how many more times a block was computed for a micro-batch.
+            mixing: makes results of so many micro-batches that follow each other, in place of one of each.
         Raises:
             ConfigError: no adapter has such a name, or the memory is too little; names the least that would do.
         """
@@ -265,11 +268,14 @@ class StreamedModel(nn.Module):
         # No micro-batch takes more than this shape: its attention's scores grow with the square of the tokens
         rows = max(-(-passenger.batch.shape[0] * (passenger.batch.shape[1] - 1) // tokens) for passenger in passengers)
         adapters = {passenger.adapter for passenger in passengers}
-        start = 0
+        start, n = 0, mixing.passengers
         while start < len(passengers):
-            at_once = self.budget.cover_passes(rows, tokens, len(passengers), adapters)
+            at_once = n * self.budget.cover_passes(
+                rows, tokens, len(passengers) // n, adapters, n, mixing.nbytes
+            )
             given = [(p.batch, p.lengths, p.adapter) for p in passengers[start : start + at_once]]
-            found = self.engine.log_probabilities(given, top_k, token_ids, on_visit)
+            with self._not_training():
+                found = self.engine.log_probabilities(given, top_k, token_ids, on_visit, mixing)
             self.budget.after_pass()
             yield from found
             start += at_once
@@ -318,6 +324,20 @@ class StreamedModel(nn.Module):
     def passengers_of_row(self) -> int:
         """How many times a row goes through in one reading."""
         return 1
+
+    def block_passes(self, adapters: Sequence[bool | str]) -> int:
+        """How often a block is computed for a micro-batch that is scored with each of these adapters."""
+        return len(adapters) * len(self.engine.cut.order)
+
+    @property
+    def scored(self) -> dict[str, bool | str]:
+        """Name -> adapter of a `MicroBatch`: what is scored whatever else is."""
+        return {BASE: False}
+
+    @property
+    def adapter_names(self) -> Sequence[str]:
+        """Of those that `add_adapter` loaded."""
+        return self.engine.chain.adapters.names
 
     @property
     def can_spill(self) -> bool:

@@ -40,7 +40,7 @@ class Row:
 def log_probabilities(
     model: StreamedModel,
     rows: Sequence[Row],
-    adapters: Sequence[bool | str] = (False,),
+    adapters: Sequence[bool | str] = (True,),
     top_k: int = 0,
     token_ids: Sequence[int] = (),
     on_visit: Callable[[int], object] = lambda n: None,
@@ -57,21 +57,16 @@ def log_probabilities(
     for numbers in together:
         batch = _padded([rows[number] for number in numbers])
         micro_batches += [MicroBatch(*batch, adapter) for adapter in adapters]
-    was_training = model.training
-    model.eval()  # no dropout, whatever the model was doing before
-    try:
-        found = model.log_probabilities(micro_batches, top_k, token_ids, on_visit) if micro_batches else iter(())
-        for numbers in together:
-            for adapter in adapters:
-                for number, of_row in zip(numbers, next(found).rows()):
-                    yield number, adapter, of_row
-    finally:
-        model.train(was_training)
+    found = model.log_probabilities(micro_batches, top_k, token_ids, on_visit) if micro_batches else iter(())
+    for numbers in together:
+        for adapter in adapters:
+            for number, of_row in zip(numbers, next(found).rows()):
+                yield number, adapter, of_row
 
 
 def n_visits(model: StreamedModel, rows: Sequence[Row], adapters: Sequence[bool | str]) -> int:
     """How often a block is computed for a micro-batch in `log_probabilities`: the sum of what it tells `on_visit`."""
-    return len(batches_of([len(row.tokens) for row in rows])) * len(adapters) * len(model.engine.cut.order)
+    return len(batches_of([len(row.tokens) for row in rows])) * model.block_passes(adapters)
 
 
 def batches_of(lengths: Sequence[int]) -> list[list[int]]:
