@@ -101,9 +101,7 @@ def healed(directory: Path) -> Path:
     text = plain_text(demo.write_data(directory), directory / "text")
     much = {"rank": 64, "scale": 2.0, "dropout": 0.0}
     falling = {"name": "cosine_decay", "warmup": WARMUP, "arguments": [5e-4, ITERS - WARMUP, 2e-5]}
-    heal = tune(
-        half, text, directory / "heal", ITERS, mask_prompt=False, lora_parameters=much, lr_schedule=falling
-    )
+    heal = tune(half, text, directory / "heal", ITERS, mask_prompt=False, lora_parameters=much, lr_schedule=falling)
     if not (small / "config.json").exists():
         slowft.fuse(half, heal, small, dequantize=True)
     return small

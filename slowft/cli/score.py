@@ -6,6 +6,7 @@ import time
 
 import click
 
+from . import options
 from .finetune import make_report, option, warnings_noted
 
 SPLITS = ("test", "valid", "train")  # of a folder, the first that is there
@@ -21,6 +22,7 @@ SPLITS = ("test", "valid", "train")  # of a folder, the first that is there
     metavar="[NAME=]DIR",
     help="Score with this adapter too; may be given several times. NAME is the directory's unless given.",
 )
+@options.emulation
 @click.option(
     "--split", type=click.Choice(SPLITS), help="Which set of a folder; unless given, test, else valid, else train."
 )
@@ -35,7 +37,7 @@ SPLITS = ("test", "valid", "train")  # of a folder, the first that is there
 @option("trust_remote_code", is_flag=True)
 @option("chat_template", metavar="FILE")
 @click.option("--json", "as_json", is_flag=True, help="Each sample, then the scores, as JSON lines, nothing else.")
-def score(adapters, split, judge, plain, as_json, **options):
+def score(adapters, emulate, delta, delta_top_p, split, judge, plain, as_json, **given):
     """Score texts: perplexity and log-probabilities, of the base model and of adapters, in one pass over the weights.
 
     DATA is what `slowft finetune --data` takes. Tokens that training would count are scored (with --mask-prompt, those
@@ -49,10 +51,14 @@ def score(adapters, split, judge, plain, as_json, **options):
     Example:
 
         slowft score --model Qwen/Qwen3-0.6B --data my-data --adapter-path adapters --memory 2GB
+
+    --emulate scores the model as it behaves with what a small one learnt, beside itself:
+
+        slowft score --model Qwen/Qwen3-32B --emulate Qwen/Qwen3-0.6B --delta adapters --data my-data
     """
     from ..training.config import load_config
 
-    settings, _ = load_config(None, options)
+    settings, _ = load_config(None, given)
     if settings.model is None:
         raise click.UsageError("no model given. Use --model with a directory or a hub id such as Qwen/Qwen3-0.6B")
     if settings.data is None:
@@ -62,7 +68,8 @@ def score(adapters, split, judge, plain, as_json, **options):
 
     report = make_report(as_json)
     with warnings_noted(report):
-        job = ScoreJob(settings, _named(adapters), split, judge, plain, report)
+        emulation = emulate, delta, delta_top_p
+        job = ScoreJob(settings, _named(adapters), split, judge, plain, report, emulation)
         try:
             begin = time.perf_counter()
             with late_bar(report, job.n_visits) as on_visit:

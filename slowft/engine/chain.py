@@ -228,13 +228,9 @@ class Chain:
                 return mix(numbers, [of_numbers(mx.array(numbers)) for of_numbers in each])
 
             at_once = min(chunk or whole_pieces(first.tokens.size), mixing.chunk_tokens)
-            return log_probabilities(
-                logits_of, mixing.results, first.targets, first.mask, at_once, top_k, token_ids
-            )
+            return log_probabilities(logits_of, mixing.results, first.targets, first.mask, at_once, top_k, token_ids)
 
-    def _logits_of(
-        self, batch: Passenger, hidden: mx.array, in_chunks: bool
-    ) -> Callable[[mx.array], mx.array]:
+    def _logits_of(self, batch: Passenger, hidden: mx.array, in_chunks: bool) -> Callable[[mx.array], mx.array]:
         """A function that gives logits `[n, V]` of targets by their numbers."""
 
         def head(hidden: mx.array, n_rows: int, n_tokens: int) -> mx.array:

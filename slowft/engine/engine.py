@@ -414,9 +414,7 @@ class Engine:
             with self._step_over(batches, gradients=False):
                 if self.cut.is_chain:
                     visited = functools.partial(on_visit, len(micro_batches))
-                    found = step.log_probabilities(
-                        *self._loops(batches), top_k, token_ids, visited, groups, mixing
-                    )
+                    found = step.log_probabilities(*self._loops(batches), top_k, token_ids, visited, groups, mixing)
                 else:
                     found = []
                     for group in groups:

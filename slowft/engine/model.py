@@ -270,9 +270,7 @@ class StreamedModel(nn.Module):
         adapters = {passenger.adapter for passenger in passengers}
         start, n = 0, mixing.passengers
         while start < len(passengers):
-            at_once = n * self.budget.cover_passes(
-                rows, tokens, len(passengers) // n, adapters, n, mixing.nbytes
-            )
+            at_once = n * self.budget.cover_passes(rows, tokens, len(passengers) // n, adapters, n, mixing.nbytes)
             given = [(p.batch, p.lengths, p.adapter) for p in passengers[start : start + at_once]]
             with self._not_training():
                 found = self.engine.log_probabilities(given, top_k, token_ids, on_visit, mixing)

@@ -12,7 +12,8 @@ import numpy as np
 
 from ..data.batches import PADDING
 from ..engine.log_probabilities import LogProbabilities
-from ..engine.model import MicroBatch, StreamedModel
+from ..engine.model import MicroBatch
+from .decoder import Decoder
 
 # Tokens of a micro-batch: with so many, products of matrices run at full speed, while hidden states of other
 # micro-batches, not the computation of this one, take most of the memory.
@@ -38,7 +39,7 @@ class Row:
 
 
 def log_probabilities(
-    model: StreamedModel,
+    model: Decoder,
     rows: Sequence[Row],
     adapters: Sequence[bool | str] = (True,),
     top_k: int = 0,
@@ -50,7 +51,7 @@ def log_probabilities(
     Args:
         rows: each has at least one token that counts.
         adapters: False, none; True, the attached one; names of those that were added.
-        top_k, token_ids, on_visit: see `StreamedModel.log_probabilities`.
+        top_k, token_ids, on_visit: see `Decoder.log_probabilities`.
     """
     together = batches_of([len(row.tokens) for row in rows])
     micro_batches = []
@@ -64,7 +65,7 @@ def log_probabilities(
                 yield number, adapter, of_row
 
 
-def n_visits(model: StreamedModel, rows: Sequence[Row], adapters: Sequence[bool | str]) -> int:
+def n_visits(model: Decoder, rows: Sequence[Row], adapters: Sequence[bool | str]) -> int:
     """How often a block is computed for a micro-batch in `log_probabilities`: the sum of what it tells `on_visit`."""
     return len(batches_of([len(row.tokens) for row in rows])) * model.block_passes(adapters)
 

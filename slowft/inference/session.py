@@ -7,21 +7,18 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..data.tokenizer import load_tokenizer
 from ..engine.budget import default_memory
-from ..engine.model import open_model
 from ..errors import ConfigError
 from ..models import adapters
+from .decoder import opened
 from .generate import Generation
 from .prompts import Asked, Prompt, Template, asked, read
 from .results import Results
 from .sampling import Sampling
 from .waves import KeyValues
-
-if TYPE_CHECKING:  # importing it imports mlx-lm
-    from .emulate import Emulated
 
 
 @dataclass(frozen=True)
@@ -85,18 +82,8 @@ class Session:
         self._template = settings.part(Template)
         memory = default_memory() if memory is None else memory
         how = {"compute_dtype": compute_dtype, "trust_remote_code": trust_remote_code}
-        self.emulated: Emulated | None = None
-        if settings.emulate is None:
-            if settings.delta or settings.delta_top_p is not None:
-                raise ConfigError("--delta says what another model learnt. Give that model's base too: --emulate SMALL")
-            self.model = open_model(model, memory, adapter_path, **how)
-        else:
-            from .emulate import emulate, parse_delta
-
-            deltas, top_p = [parse_delta(text) for text in settings.delta], settings.delta_top_p
-            self.model = self.emulated = emulate(
-                model, settings.emulate, deltas, memory=memory, adapter_path=adapter_path, nucleus=top_p, **how
-            )
+        emulation = settings.emulate, settings.delta, settings.delta_top_p
+        self.model = opened(model, *emulation, memory, adapter_path, **how)
         try:
             self._adapter_path = None if adapter_path is None else Path(adapter_path).expanduser()
             code = trust_remote_code, chat_template
@@ -186,7 +173,7 @@ class Session:
         sampler = self._sampling.as_dict() | kept | {name: value for name, value in texts.items() if value}
         adapter = None if self._adapter_path is None else adapters.digest(self._adapter_path)
         about = {"sampler": sampler, "seed": s.seed, "model": self.model.fingerprint(), "adapter": adapter}
-        return about if self.emulated is None else about | {"emulated": self.emulated.about}
+        return about if s.emulate is None else about | {"emulated": self.model.about}
 
     def _load_draft(self, path: str, trust_remote_code: bool) -> Any:
         """mlx-lm's model in memory, of the same vocabulary."""

@@ -19,6 +19,7 @@ from ..weights.sources import locate
 
 CHUNK = 64  # tokens of a variant at a time: matmuls are as fast as with more, and what they take stays small
 LOGITS_NBYTES = 16 << 20  # of all variants at a time
+GROWTH = KVCache.step  # tokens that a cache has room made for at a time, at least `CHUNK`
 AGREE = 1e-3  # of the largest logit, where float32 is computed in; 16 bits round to less than
 AGREE_16 = 0.03
 
@@ -107,6 +108,11 @@ class Variants:
         logits = 3 * max(logits, min(LOGITS_NBYTES, logits * places))
         return self.chunk_nbytes * at_once // CHUNK + 8 * n * at_once * heads * tokens + logits
 
+    def cache_nbytes(self, tokens: int) -> int:
+        """Of a text of so many tokens; while a cache grows there are two of one layer."""
+        n_layers = max(1, len(self.make_cache()))
+        return self._growth_nbytes * -(-tokens // GROWTH) * (n_layers + 1) // n_layers
+
     def _stretches(self, rows: int, width: int, first: int) -> Iterator[tuple[int, int]]:
         """Columns that go through at a time; `first` is the first whose logits are wanted."""
         most = max(1, CHUNK // rows)
@@ -155,6 +161,7 @@ class Variants:
         mx.reset_peak_memory()
         self(mx.zeros((1, CHUNK), mx.int32), cache)
         mx.eval([c.state for c in cache])
+        self._growth_nbytes = sum(c.nbytes for c in cache)
         return mx.get_peak_memory() - begin
 
     def takes(self, tokens: mx.array, cache: list[Any]) -> bool:
