@@ -1,6 +1,7 @@
 """Emulated fine-tuning: the formula on logits, whichever model streams, and the same tokens however they are got."""
 
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -178,6 +179,9 @@ def test_other_architectures_are_computed_together_only_where_that_is_the_same(n
     with slowft.emulate(small, small, [(adapter, 1.0)]) as itself:
         assert itself._in_memory[0][0].is_together == (name == "qwen3")
         assert_close(itself(tokens), expected, 1e-4)
+        targets = mx.pad(tokens, [(0, 0), (0, 1)])
+        (found,) = itself.log_probabilities([slowft.MicroBatch(targets, mx.array([[1, 9]] * 2))], 0, range(90))
+        assert_close(found.of_tokens.reshape(2, 9, -1), expected[..., :90], 1e-4)
         prompts = [[token % 90 for token in prompt] for prompt in PROMPTS[:2]]
         assert generated(itself, prompts, wave=2) == generated(itself, prompts, draft_tokens=0, wave=1)
 
@@ -251,6 +255,118 @@ def test_what_drafts_gain_is_measured():
     assert depth.gain == pytest.approx(3.0 / 1.5 * 1.2)
 
 
+# --- Scoring --------------------------------------------------------------------------------------------
+
+TEXTS = [np.random.default_rng(i).integers(3, 250, n).tolist() for i, n in enumerate((90, 9, 70, 5))]
+
+
+def assert_scored(model, of_sum, of_base=None, top_k: int = 3) -> dict[str, slowft.Score]:
+    """`of_sum(tokens [1, T])` are the log-probabilities `[1, T, 259]` that the sum's scores are to be made of."""
+    found = slowft.score(model, [(tokens, 4) for tokens in TEXTS], top_k=top_k)
+    for name, formula in (("emulated", of_sum), ("base", of_base)):
+        for tokens, sample in zip(TEXTS, found[name].samples):
+            if formula is None:
+                continue
+            expected = formula(mx.array([tokens[:-1]]))[0, 3:]
+            each = np.take_along_axis(expected, np.array(tokens[4:])[:, None], -1)[:, 0]
+            assert np.abs(sample.log_probabilities - each).max() < 2e-5
+            assert np.abs(sample.found.top + np.sort(-expected)[:, :top_k]).max() < 2e-5
+            assert (sample.found.is_greedy == (expected.argmax(-1) == tokens[4:])).all()
+    return found
+
+
+def test_scores_are_of_the_formula_and_one_reading(models):
+    def of_sum(tokens: mx.array) -> np.ndarray:
+        large, base = models.logprobs(models.large, None, tokens), models.logprobs(models.small, None, tokens)
+        each = models.logprobs(models.small, models.first, tokens), models.logprobs(models.tuned, None, tokens)
+        return normalised(large + 0.7 * (each[0] - base) - 0.4 * (each[1] - base))
+
+    deltas = [(models.first, 0.7), (models.tuned, -0.4)]
+    with slowft.emulate(models.large, models.small, deltas, memory="1GB") as both:
+        both.streamed.head_chunk_tokens = 17
+        beside = slowft.score(both, [(tokens, 4) for tokens in TEXTS], {"own": models.of_large})
+        assert list(beside) == ["base", "emulated", "own"]
+        assert both.stats.last.bytes_read <= both.nbytes_on_disk + both.streamed.embedding_nbytes
+        found = assert_scored(both, of_sum)
+        asked = slowft.MicroBatch(mx.array([TEXTS[1], TEXTS[2][:9]]), mx.array([[1, 8], [2, 5]]))
+        (of_batch,) = both.log_probabilities([asked], top_k=2, token_ids=[5, 3])
+        said = np.array(both(asked.batch[:, :-1]))
+        expected = np.concatenate([said[0], said[1, 1:5]])
+        np.testing.assert_allclose(of_batch.of_tokens, expected[:, [5, 3]], atol=2e-5)
+        np.testing.assert_allclose(of_batch.top, -np.sort(-expected)[:, :2], atol=2e-5)
+    with slowft.open_model(models.large, adapter_path=models.of_large) as large:
+        alone = slowft.score(large, [(tokens, 4) for tokens in TEXTS])
+    for name, own in (("base", "base"), ("own", "adapter")):
+        assert beside[name].mean == pytest.approx(alone[own].mean, rel=1e-6)
+    assert beside["emulated"].mean == pytest.approx(found["emulated"].mean, rel=1e-6) != alone["base"].mean
+
+
+def test_scores_with_weight_0_or_a_base_of_its_own_or_a_nucleus(models):
+    with slowft.emulate(models.large, models.small, [(models.first, 0.0)]) as none:
+        assert_scored(none, lambda tokens: models.logprobs(models.large, None, tokens))
+    with slowft.emulate(models.small, models.small, [(models.first, 1.0)]) as itself:
+        of_base = lambda tokens: models.logprobs(models.small, None, tokens)  # noqa: E731
+        assert_scored(itself, lambda tokens: models.logprobs(models.small, models.first, tokens), of_base)
+    with slowft.emulate(models.large, models.small, [(models.first, 1.0)], nucleus=0.6) as filtered:
+        assert_scored(filtered, lambda tokens: np.array(filtered(tokens)))
+
+
+def test_scores_of_a_small_base_with_the_delta_of_a_large_model_that_streams(models):
+    def of_sum(tokens: mx.array) -> np.ndarray:
+        base, large = models.logprobs(models.small, None, tokens), models.logprobs(models.large, None, tokens)
+        return normalised(base + 0.8 * (models.logprobs(models.large, models.of_large, tokens) - large))
+
+    with slowft.emulate(models.small, models.large, [(models.of_large, 0.8)], memory="1GB") as down:
+        found = assert_scored(down, of_sum, lambda tokens: models.logprobs(models.small, None, tokens))
+        assert found["emulated"].tokens == found["base"].tokens == sum(len(tokens) - 4 for tokens in TEXTS)
+        assert down.stats.last.bytes_read <= 1.1 * down.nbytes_on_disk
+        with pytest.raises(slowft.ConfigError, match="is of the model that stays in memory here"):
+            slowft.score(down, [(TEXTS[0], 4)], {"own": models.first})
+
+
+def test_logits_of_no_whole_text_are_in_memory(models, monkeypatch):
+    seen, add = [], slowft.inference.emulate.Sums.add_places
+    monkeypatch.setattr(slowft.inference.emulate, "CHUNK", 16)
+    monkeypatch.setattr(
+        slowft.inference.emulate.Sums,
+        "add_places",
+        lambda self, term, places, logits: (seen.append(logits.shape[0]), add(self, term, places, logits)),
+    )
+    with slowft.emulate(models.large, models.small, [(models.first, 1.0)]) as both:
+        slowft.score(both, [(TEXTS[0], 0)])
+    assert sum(seen) == 3 * 89 and max(seen) == 16
+
+
+KINDS = [
+    ([{"text": "one two"}, {"text": "of the words and more of them"}], []),
+    ([{"question": "Two and two", "choices": ["three", "four", "a hundred"], "answer": 1}], ["--plain"]),
+    ([{"question": "Two and two", "answer": "four"}], []),
+    ([{"prompt": "How good from 1 to 5?"}, {"prompt": "Good?"}], ["--judge", "1-5"]),
+]
+
+
+@pytest.mark.parametrize("lines, options", KINDS, ids=["texts", "choices", "answers", "marks"])
+def test_the_command_scores_all_kinds_of_samples(models, tmp_path, lines, options):
+    """A small model that is its own large one says what its adapter alone is scored to say beside it."""
+    data = tmp_path / "asked.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    how = ["--model", models.small, "--emulate", models.small, "--delta", models.first, "--data", data, "--json"]
+    done = run(*how, *options, "--adapter-path", f"alone={models.first}", command_name="score")
+    assert done.exit_code == 0, done.output
+    events = [json.loads(line) for line in done.output.splitlines()]
+    assert len(events) == len(lines) + 1 and list(events[-1]["scores"]) == ["base", "emulated", "alone"]
+    for event in events:
+        base, emulated, alone = (flat(event["scores"][name]) for name in ("base", "emulated", "alone"))
+        assert emulated == pytest.approx(alone, rel=1e-4, abs=1e-5, nan_ok=True)
+        assert emulated != base or event["event"] == "score"  # the share of right answers may be the same
+
+
+def flat(values) -> list[float]:
+    if isinstance(values, dict | list):
+        return [number for value in (values.values() if isinstance(values, dict) else values) for number in flat(value)]
+    return [math.nan if values is None else float(values)]
+
+
 # --- What is refused ------------------------------------------------------------------------------------
 
 
@@ -296,8 +412,8 @@ def test_a_small_model_that_has_no_room_is_refused_with_numbers(models, monkeypa
 # --- The command ----------------------------------------------------------------------------------------
 
 
-def run(*arguments):
-    return CliRunner().invoke(command, ["generate", *map(str, arguments)], catch_exceptions=False)
+def run(*arguments, command_name="generate"):
+    return CliRunner().invoke(command, [command_name, *map(str, arguments)], catch_exceptions=False)
 
 
 def test_the_command_goes_on_with_its_file_but_not_with_another_weight(models, tmp_path):
@@ -327,12 +443,13 @@ def test_the_command_goes_on_with_its_file_but_not_with_another_weight(models, t
 # --- Memory and the Mac ---------------------------------------------------------------------------------
 
 
-def test_models_larger_than_their_memory_are_generated_with_within_it(tmp_path):
+def test_models_larger_than_their_memory_are_generated_and_scored_with_within_it(tmp_path):
     if why := cgroup.why_unavailable():
         must_run(why)
     shape = LLAMA | {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "num_key_value_heads": 2}
+    shape["vocab_size"] = 4096
     large = save_random(tmp_path / "large", shape | {"num_hidden_layers": 22}, mx.bfloat16, shards=True)
-    small = save_random(tmp_path / "small", LLAMA | {"hidden_size": 256, "num_attention_heads": 8})
+    small = save_random(tmp_path / "small", LLAMA | {"hidden_size": 256, "num_attention_heads": 8, "vocab_size": 4096})
     adapter = save_adapter(small, tmp_path / "adapter", 3)
     code = f"""
 import sys
@@ -344,14 +461,17 @@ model = slowft.emulate({str(large)!r}, {str(small)!r}, [({str(adapter)!r}, 1.0)]
 prompts = [np.random.default_rng(i).integers(1, 250, 20).tolist() for i in range(8)]
 run = slowft.generate(model, prompts, tokenizer=NoTokenizer(), max_tokens=3, draft_tokens=2)
 print(run.wave, len(list(run)), model.streamed.nbytes_on_disk, run.plan.peak_nbytes, run.drafted)
+texts = [(np.random.default_rng(i).integers(1, 4000, n).tolist(), 0) for i, n in enumerate((400, 90, 40))]
+print(slowft.score(model, texts)["emulated"].tokens, model.streamed.followed_plan.peak_nbytes)
 """
     memory = 240_000_000
     done, peak = cgroup.run([sys.executable, "-c", code, str(memory)], memory)
     assert done.returncode == 0, done.stderr[-2000:]
-    wave, n, nbytes, planned, drafted = map(int, done.stdout.split())
+    wave, n, nbytes, planned, drafted, scored, planned_of_scores = map(int, done.stdout.split())
     assert n == 8 and wave > 4 and drafted > 0
     assert 2 * nbytes > memory  # in float32, as it is computed with, it does not fit
-    assert max(peak, planned) <= memory
+    assert scored == 530 - 3
+    assert max(peak, planned, planned_of_scores) <= memory
 
 
 def test_on_a_mac_models_are_computed_in_their_own_dtype(mac, tmp_path):

@@ -20,7 +20,7 @@ from . import cores
 from .block import BlockFunction
 from .head import Blocks, HeadLoss, token_loss, treats_tokens_alike, usual_chunk
 from .kept import KeptOutputs, LayerOutputs
-from .log_probabilities import LogProbabilities, Mixing, log_probabilities, whole_pieces
+from .log_probabilities import LogProbabilities, Mixing, log_probabilities
 from .offloaded import OffloadedExperts
 from .parts import EmbedPart, HeadPart, unevaluated_zeros
 from .pieces import Pieces, PieceWork
@@ -227,7 +227,7 @@ class Chain:
             def logits_of(numbers: np.ndarray) -> Sequence[mx.array]:
                 return mix(numbers, [of_numbers(mx.array(numbers)) for of_numbers in each])
 
-            at_once = min(chunk or whole_pieces(first.tokens.size), mixing.chunk_tokens)
+            at_once = mixing.at_once(first.tokens.size, chunk)
             return log_probabilities(logits_of, mixing.results, first.targets, first.mask, at_once, top_k, token_ids)
 
     def _logits_of(self, batch: Passenger, hidden: mx.array, in_chunks: bool) -> Callable[[mx.array], mx.array]:

@@ -43,7 +43,7 @@ from .head import loss_mask, usual_chunk
 from .hidden import HiddenStates
 from .journal import StepJournal
 from .kept import KeptOutputs
-from .log_probabilities import PLAIN, LogProbabilities, Mixing, log_probabilities, whole_pieces
+from .log_probabilities import PLAIN, LogProbabilities, Mixing, log_probabilities
 from .offloaded import OffloadedExperts
 from .parts import CachedProbe
 from .pieces import Pieces, PieceWork
@@ -444,7 +444,7 @@ class Engine:
         def logits_of(numbers: np.ndarray) -> Sequence[mx.array]:
             return mix(numbers, [logits[mx.array(numbers)] for logits in each])
 
-        at_once = min(whole_pieces(first.tokens.size), mixing.chunk_tokens)
+        at_once = mixing.at_once(first.tokens.size, None)
         return log_probabilities(logits_of, mixing.results, first.targets, first.mask, at_once, top_k, token_ids)
 
     def _n_pieces(self, batch: mx.array) -> int:

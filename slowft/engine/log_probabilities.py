@@ -4,7 +4,6 @@ Comes in: a function that gives logits of some targets, and which of them count.
 a chunk of tokens at a time, and only of tokens that count.
 """
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
@@ -32,18 +31,24 @@ class Mixing:
     Attributes:
         passengers: that come after each other. results: that are made of them.
         begin: is given tokens `[B, T]`, and gives the function that mixes; its numbers rise.
-        chunk_tokens: the most tokens at a time.
+        chunk_tokens: the most tokens at a time; None: as many as without mixing.
         nbytes: what mixing takes, in bytes.
     """
 
     passengers: int
     results: int
     begin: Callable[[mx.array], Mix]
-    chunk_tokens: int
+    chunk_tokens: int | None
     nbytes: int
 
+    def at_once(self, tokens: int, chunk: int | None) -> int:
+        """How many tokens are looked at at a time. `chunk`: whose logits are computed at a time; None: of all."""
+        if self.chunk_tokens is None:
+            return chunk or -(-tokens // WHOLE_PIECES)
+        return min(chunk or tokens, self.chunk_tokens)
 
-PLAIN = Mixing(1, 1, lambda tokens: lambda numbers, logits: logits, sys.maxsize, 0)  # each passenger is scored itself
+
+PLAIN = Mixing(1, 1, lambda tokens: lambda numbers, logits: logits, None, 0)  # each passenger is scored itself
 
 
 @dataclass(frozen=True)
@@ -126,11 +131,6 @@ def _of_chunk(logits: mx.array, wanted: mx.array, top_k: int, token_ids: Sequenc
     order = np.lexsort((ids, -top))
     top, ids = np.take_along_axis(top, order, -1), np.take_along_axis(ids, order, -1)
     return [target[:, 0], is_greedy, ids, top, of_tokens]
-
-
-def whole_pieces(tokens: int) -> int:
-    """Tokens at a time of logits that all exist."""
-    return -(-tokens // WHOLE_PIECES)
 
 
 def _top(values: mx.array, k: int) -> mx.array:
