@@ -461,7 +461,7 @@ model = slowft.emulate({str(large)!r}, {str(small)!r}, [({str(adapter)!r}, 1.0)]
 prompts = [np.random.default_rng(i).integers(1, 250, 20).tolist() for i in range(8)]
 run = slowft.generate(model, prompts, tokenizer=NoTokenizer(), max_tokens=3, draft_tokens=2)
 print(run.wave, len(list(run)), model.streamed.nbytes_on_disk, run.plan.peak_nbytes, run.drafted)
-texts = [(np.random.default_rng(i).integers(1, 4000, n).tolist(), 0) for i, n in enumerate((400, 90, 40))]
+texts = [(np.random.default_rng(i).integers(1, 4000, n).tolist(), 0) for i, n in enumerate((200, 40))]
 print(slowft.score(model, texts)["emulated"].tokens, model.streamed.followed_plan.peak_nbytes)
 """
     memory = 240_000_000
@@ -470,7 +470,7 @@ print(slowft.score(model, texts)["emulated"].tokens, model.streamed.followed_pla
     wave, n, nbytes, planned, drafted, scored, planned_of_scores = map(int, done.stdout.split())
     assert n == 8 and wave > 4 and drafted > 0
     assert 2 * nbytes > memory  # in float32, as it is computed with, it does not fit
-    assert scored == 530 - 3
+    assert scored == 240 - 2
     assert max(peak, planned, planned_of_scores) <= memory
 
 
