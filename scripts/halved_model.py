@@ -21,7 +21,7 @@ import mlx.core as mx
 from slowft import demo
 from slowft.reports.base import Report
 
-ITERS = 500
+ITERS = 250
 WARMUP = 10
 
 
