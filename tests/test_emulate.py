@@ -5,6 +5,7 @@ import math
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -245,6 +246,17 @@ def test_rows_on_disk_or_rotating_are_generated_too(emulated, tmp_path):
     assert generated(emulated, PROMPTS[:2], kept=rotating) == generated(emulated, PROMPTS[:2], kept=rotating, wave=1)
 
 
+def test_what_the_model_in_memory_takes_is_in_the_predicted_seconds(models, monkeypatch):
+    clock = SimpleNamespace(perf_counter=iter((0.0, 2.0, 10.0, 15.5) * 2).__next__)  # once more to draft with
+    monkeypatch.setattr(slowft.inference.variants, "time", clock)
+    with slowft.emulate(models.large, models.small, [(models.first, 1.0)], memory="1GB") as timed:
+        monkeypatch.undo()
+        assert [timed.beside_s(rows) for rows in (1, 8, 15)] == [2.0, 5.5, 9.0]
+        run = slowft.generate(timed, PROMPTS[:1], tokenizer=NoTokenizer(), max_tokens=2)
+        run.predicted = run.plan
+        assert run.predicted_s == run.plan.step_s + 2.0
+
+
 def test_what_drafts_gain_is_measured():
     depth = slowft.inference.drafts.Depth(4)
     for _ in range(16):
@@ -382,6 +394,21 @@ def test_another_vocabulary_is_refused_by_its_first_difference(models, tmp_path)
     said = rf"other has another vocabulary than .*large: id 40 is {by_id[77]!r} there and {by_id[40]!r} here"
     with pytest.raises(slowft.ConfigError, match=said):
         slowft.emulate(models.large, other, [(models.first, 1.0)])
+
+    with pytest.raises(slowft.ConfigError, match=said):
+        run("--model", models.large, "--draft-model", other, "-p", "a", "--ignore-chat-template")
+    for path in (models.large, other):
+        shutil.copytree(path, tmp_path / "bare" / path.name, ignore=shutil.ignore_patterns("tokenizer*"))
+    bare = tmp_path / "bare"
+    with pytest.raises(slowft.ConfigError, match="259 token ids there and 272 here. Put tokenizer.json"):
+        slowft.emulate(bare / "large", bare / "other", [(models.first, 1.0)])
+
+
+def test_a_draft_model_padded_to_more_tokens_changes_none(models):
+    asked = ("--ignore-chat-template", "-p", "one two", "-m", "8", "--json")
+    plain = run("--model", models.small, *asked)
+    drafted = run("--model", models.small, "--draft-model", models.large, *asked)
+    assert plain.exit_code == drafted.exit_code == 0 and plain.output == drafted.output
 
 
 def test_what_cannot_be_is_refused(models, tmp_path):

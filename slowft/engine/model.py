@@ -354,6 +354,10 @@ class StreamedModel(nn.Module):
         """What a pass takes that the budget does not know of: nothing."""
         return 0
 
+    def beside_s(self, rows: int) -> float:
+        """Seconds that a pass takes beside what streams: none."""
+        return 0.0
+
     def drafter_model(self) -> None:
         """A model in memory that guesses well what this one says: there is none."""
 

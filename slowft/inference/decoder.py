@@ -61,6 +61,9 @@ class Decoder(Protocol):
             drafted: tokens of a draft at most. tokens: of a row with its answer.
         """
 
+    def beside_s(self, rows: int) -> float:
+        """Seconds that a pass giving each of so many rows a token takes beside what streams."""
+
     def drafter_model(self) -> Any:
         """A model in memory, with mlx-lm's call, that guesses well what this one says; None: there is none."""
 

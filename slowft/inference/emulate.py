@@ -21,7 +21,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..data.tokenizer import load_tokenizer
 from ..engine.budget import Budget
 from ..engine.in_memory import ModelInMemory, load_in_memory
 from ..engine.log_probabilities import LogProbabilities, Mix, Mixing
@@ -33,6 +32,7 @@ from ..models.adapters import digest
 from ..models.directories import ADAPTER_CONFIG as CONFIG
 from ..models.loading import resolve
 from .variants import CHUNK, LOGITS_NBYTES, Variants
+from .vocabularies import check_same_vocabulary
 
 EMULATED = "emulated"  # name of a score: of the sum
 # Of tokens that a model never says (phi3small gives some a logit of minus infinity): differences have to be numbers.
@@ -149,6 +149,9 @@ class Emulated:
         computing = [variants.workspace_nbytes(rows, drafted + 1, tokens) for variants, _ in self._in_memory]
         drafting = [variants.workspace_nbytes(1, 1, tokens) for variants in self._drafter.variants]
         return n + max(computing + drafting)
+
+    def beside_s(self, rows: int) -> float:
+        return sum(variants.pass_s(rows) for variants, _ in self._in_memory)
 
     def drafter_model(self) -> "Mixture":
         return self._drafter
@@ -490,7 +493,8 @@ def emulate(
     whole = [delta for delta in learnt if not delta.is_adapter]
     small_path, is_opened = resolve(str(small)), isinstance(large, StreamedModel)
     large_path = large.path if is_opened else resolve(str(large))
-    have_tokenizers = check_same_vocabulary(large_path, [small_path, *(delta.path for delta in whole)])
+    others = [small_path, *(delta.path for delta in whole)]
+    unknown = [other for other in others if not check_same_vocabulary(large_path, other)]
     is_up = is_opened or _nbytes(small_path) <= _nbytes(large_path)
     if whole and not is_up:
         raise ConfigError(
@@ -505,7 +509,7 @@ def emulate(
 
     def load(path: Path) -> ModelInMemory:
         dtype = compute_dtype_of(compute_dtype)
-        return load_in_memory(path, dtype, trust_remote_code, lambda nbytes: _check_fits(streamed, path, nbytes))
+        return load_in_memory(path, dtype, trust_remote_code, streamed.budget)
 
     try:
         if is_up:
@@ -517,11 +521,9 @@ def emulate(
             )
         models = [streamed, *(variants.model for variants, _ in in_memory)]
         sizes = [streamed.engine.cut.vocab_size, *(model.vocab_size for model in models[1:])]
-        if not have_tokenizers and len(set(sizes)) > 1:
-            raise ConfigError(
-                f"{large_path} and {small_path} give logits of {' and '.join(map(str, sizes))} tokens, and not all "
-                "have a tokenizer to compare. Put tokenizer.json beside the weights"
-            )
+        of_paths = dict(zip([model.path for model in models], sizes))
+        for other in unknown:
+            check_same_vocabulary(large_path, other, (of_paths[large_path], of_paths[other]))
         prints = [model.fingerprint() for model in models]
         of_whole = dict(zip([delta.name for delta in whole], prints[2:]))
         about: dict[str, Any] = {"small": prints[1 if is_up else 0]}
@@ -593,42 +595,3 @@ def _base_in_memory(base: ModelInMemory, adapter_path: str | Path | None) -> tup
 
 def _nbytes(directory: Path) -> int:
     return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
-
-
-def _check_fits(streamed: StreamedModel, path: Path, nbytes: int) -> None:
-    """Raises ConfigError if a model has no room in memory beside the least that the streamed one needs."""
-    needed = streamed.budget.needed_beside(nbytes)
-    if needed is not None:
-        raise ConfigError(
-            f"memory of {streamed.memory / 1e9:.2f} GB is too little: {path} stays in memory, which takes "
-            f"{nbytes / 1e9:.2f} GB, and the other model streams beside it. Give at least {needed / 1e9:.2f}GB"
-        )
-
-
-def check_same_vocabulary(path: Path, others: Sequence[Path]) -> bool:
-    """Whether all have a tokenizer; then they are the same. How many rows embeddings are padded to does not matter.
-
-    Raises:
-        ConfigError: another model's tokenizer has another text for an id; names the first such id.
-    """
-    ours, are_known = _texts(path), True
-    for other in others:
-        theirs = _texts(other)
-        are_known = are_known and ours is not None and theirs is not None
-        if ours is None or theirs is None or ours == theirs:
-            continue
-        first = min(i for i in ours.keys() | theirs.keys() if ours.get(i) != theirs.get(i))
-        here, there = ("nothing" if first not in texts else repr(texts[first]) for texts in (ours, theirs))
-        raise ConfigError(
-            f"{other} has another vocabulary than {path}: id {first} is {there} there and {here} here. Behaviour can "
-            "only be carried over between models of one vocabulary"
-        )
-    return are_known
-
-
-def _texts(path: Path) -> dict[int, str] | None:
-    """Id -> text. None: the directory has no tokenizer."""
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tiktoken.model")
-    if not any((path / name).exists() for name in names):
-        return None
-    return {i: text for text, i in load_tokenizer(path, None).get_vocab().items()}

@@ -11,13 +11,17 @@ from typing import Any
 
 from ..data.tokenizer import load_tokenizer
 from ..engine.budget import default_memory
+from ..engine.in_memory import ModelInMemory, load_in_memory
+from ..engine.model import compute_dtype_of
 from ..errors import ConfigError
 from ..models import adapters
+from ..models.loading import resolve
 from .decoder import opened
 from .generate import Generation
 from .prompts import Asked, Prompt, Template, asked, read
 from .results import Results
 from .sampling import Sampling
+from .vocabularies import check_same_vocabulary
 from .waves import KeyValues
 
 
@@ -92,7 +96,7 @@ class Session:
                 self.tokenizer.add_eos_token(token)
             self._draft = "lookup" if settings.draft_lookup else None
             if settings.draft_model is not None:
-                self._draft = self._load_draft(settings.draft_model, trust_remote_code)
+                self._draft = self._load_draft(settings.draft_model, compute_dtype, trust_remote_code)
         except BaseException:
             self.model.close()
             raise
@@ -175,22 +179,11 @@ class Session:
         about = {"sampler": sampler, "seed": s.seed, "model": self.model.fingerprint(), "adapter": adapter}
         return about if s.emulate is None else about | {"emulated": self.model.about}
 
-    def _load_draft(self, path: str, trust_remote_code: bool) -> Any:
-        """mlx-lm's model in memory, of the same vocabulary."""
-        import mlx_lm
-
-        from ..models.loading import resolve
-
+    def _load_draft(self, path: str, compute_dtype: str | None, trust_remote_code: bool) -> ModelInMemory:
+        """A model in memory, of the same vocabulary."""
         directory = resolve(path)
-        model, tokenizer = mlx_lm.load(str(directory), tokenizer_config={"trust_remote_code": trust_remote_code})
-        ours, theirs = self.tokenizer.get_vocab(), tokenizer.get_vocab()
-        if ours != theirs:
-            other = next(token for token in (*ours, *theirs) if ours.get(token) != theirs.get(token))
-            raise ConfigError(
-                f"{path} has another vocabulary than the model: {other!r} is {theirs.get(other)} there and "
-                f"{ours.get(other)} here. Give a model of the same family for drafts"
-            )
-        return model
+        check_same_vocabulary(self.model.path, directory)
+        return load_in_memory(directory, compute_dtype_of(compute_dtype), trust_remote_code, self.model.budget)
 
 
 def _planned(run: Generation) -> str:
@@ -204,6 +197,6 @@ def _planned(run: Generation) -> str:
         text += f", {plan.resident_blocks} of {len(plan.job.blocks)} blocks stay in memory"
         text += f", {plan.read_nbytes / 1e9:.2f} GB a reading"
     text += f"; peak {plan.peak_nbytes / 1e9:.2f} of {plan.memory / 1e9:.2f} GB"
-    if run.predicted is not None:
-        text += f", about {run.wave / run.predicted.step_s:.2g} tok/s"
+    if run.predicted_s is not None:
+        text += f", about {run.wave / run.predicted_s:.2g} tok/s"
     return text

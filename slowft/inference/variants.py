@@ -5,6 +5,7 @@ for each too. Where that would compute something else (adapters on experts or em
 keys and values), variants go one after the other; which it is, a trial on a few tokens says.
 """
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -39,6 +40,7 @@ class Variants:
 
     def __init__(self, model: ModelInMemory, adapters: Sequence[bool | str]):
         self.model, self.adapters = model, list(adapters)
+        self._seconds = {1: 0.0, 8: 0.0}  # of a pass over so many tokens
         self._apart = [self._changes(self._layers(a)) for a in adapters]
         self._n_layers = len(make_prompt_cache(model))
         self.is_together = len(adapters) == 1
@@ -47,7 +49,7 @@ class Variants:
             self.is_together = True
             self.is_together = self._agrees()
         self.n_caches = len(self.make_cache())
-        self.chunk_nbytes = self._measured()
+        self._measure()
 
     def make_cache(self, max_kv_size: int | None = None) -> list[Any]:
         """mlx-lm's caches of a text: one for each layer, or, one after the other, for each layer of each variant."""
@@ -91,6 +93,11 @@ class Variants:
             mx.eval([c.state for c in cache])  # of tokens whose logits nobody wants, the head is not computed
             if wanted:
                 yield wanted, found
+
+    def pass_s(self, tokens: int) -> float:
+        """Seconds for so many tokens of different rows, by what one and a few took."""
+        (_, of_one), (few, of_few) = self._seconds.items()
+        return of_one + max(of_few - of_one, 0.0) * (tokens - 1) / (few - 1)
 
     def only(self, which: Sequence[int]) -> "Variants":
         """Some of them."""
@@ -155,14 +162,18 @@ class Variants:
         agree = AGREE if alone[0].dtype == mx.float32 else AGREE_16
         return all((mx.abs(a - b).max() < agree * mx.abs(a).max()).item() for a, b in zip(alone, together))
 
-    def _measured(self) -> int:
+    def _measure(self) -> None:
         cache = self.make_cache()
         begin = mx.get_active_memory()
         mx.reset_peak_memory()
         self(mx.zeros((1, CHUNK), mx.int32), cache)
         mx.eval([c.state for c in cache])
+        self.chunk_nbytes = mx.get_peak_memory() - begin
         self._growth_nbytes = sum(c.nbytes for c in cache)
-        return mx.get_peak_memory() - begin
+        for tokens in self._seconds:  # by now all is in place
+            start = time.perf_counter()
+            mx.eval(self(mx.zeros((1, tokens), mx.int32), cache), [c.state for c in cache])
+            self._seconds[tokens] = time.perf_counter() - start
 
     def takes(self, tokens: mx.array, cache: list[Any]) -> bool:
         """Whether the model's call goes through with these caches. Only shapes are computed; the caches are spoilt."""
