@@ -16,7 +16,7 @@ from pathlib import Path
 from halved_model import healed, note, tune
 from slowft import demo
 
-ITERS = 150
+ITERS = 100
 WEIGHTS = (0.5, 1.0, 1.5)
 COLUMNS = ("loss", "±", "perplexity")
 
