@@ -16,7 +16,7 @@ from pathlib import Path
 from halved_model import healed, note, tune
 from slowft import demo
 
-ITERS = 100
+ITERS = 80
 WEIGHTS = (0.5, 1.0, 1.5)
 COLUMNS = ("loss", "±", "perplexity")
 

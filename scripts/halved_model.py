@@ -21,7 +21,7 @@ import mlx.core as mx
 from slowft import demo
 from slowft.reports.base import Report
 
-ITERS = 250
+ITERS = 150
 WARMUP = 10
 
 
@@ -71,7 +71,12 @@ def tune(model: Path, data: Path, adapter: Path, iters: int, **how) -> Path:
         return adapter
     note(f"Tuning {model.name} on {data.name}: {iters} iterations")
     begin = time.perf_counter()
-    how = {"num_layers": -1, "save_every": 20, "resume": any((adapter / "checkpoints").glob("*"))} | how
+    how = {
+        "num_layers": -1,
+        "save_every": 20,
+        "group_by_length": True,
+        "resume": any((adapter / "checkpoints").glob("*")),
+    } | how
     config = replace(
         demo.config(adapter.parent, iters), model=str(model), data=str(data), adapter_path=str(adapter), **how
     )
