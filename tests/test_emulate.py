@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -319,11 +320,12 @@ def test_scores_with_weight_0_or_a_base_of_its_own_or_a_nucleus(models):
     with slowft.emulate(models.small, models.small, [(models.first, 1.0)]) as itself:
         of_base = lambda tokens: models.logprobs(models.small, None, tokens)  # noqa: E731
         assert_scored(itself, lambda tokens: models.logprobs(models.small, models.first, tokens), of_base)
-    with slowft.emulate(models.large, models.small, [(models.first, 1.0)], nucleus=0.6) as filtered:
+    how = {"nucleus": 0.6, "adapter_path": models.of_large}
+    with slowft.emulate(models.large, models.small, [(models.first, 1.0)], **how) as filtered:
         assert_scored(filtered, lambda tokens: np.array(filtered(tokens)))
 
 
-def test_scores_of_a_small_base_with_the_delta_of_a_large_model_that_streams(models):
+def test_scores_of_a_small_base_with_the_delta_of_a_large_model_that_streams(models, tmp_path):
     def of_sum(tokens: mx.array) -> np.ndarray:
         base, large = models.logprobs(models.small, None, tokens), models.logprobs(models.large, None, tokens)
         return normalised(base + 0.8 * (models.logprobs(models.large, models.of_large, tokens) - large))
@@ -332,6 +334,16 @@ def test_scores_of_a_small_base_with_the_delta_of_a_large_model_that_streams(mod
         found = assert_scored(down, of_sum, lambda tokens: models.logprobs(models.small, None, tokens))
         assert found["emulated"].tokens == found["base"].tokens == sum(len(tokens) - 4 for tokens in TEXTS)
         assert down.stats.last.bytes_read <= 1.1 * down.nbytes_on_disk
+        engine = down.streamed.engine
+        engine.follow(replace(engine.schedule, rows=1), tmp_path)  # a micro-batch in pieces: so many times two terms
+        asked = slowft.MicroBatch(mx.array([TEXTS[1], TEXTS[2][:9], TEXTS[0][:9]]), mx.array([[1, 8], [2, 5], [3, 8]]))
+        found = engine.log_probabilities([(asked.batch, asked.lengths, False)] * 2, 0, (), lambda n: None)
+        assert [part.per_row.tolist() for part in found] == [[8, 4, 6]] * 2
+        mixing = down._mixing([False, True], down._asked([False, True]), 8)
+        given = [(asked.batch, asked.lengths, adapter) for adapter in down._asked([False, True])]
+        base, emulated = engine.log_probabilities(given, 0, range(259), lambda n: None, mixing)
+        assert_close(emulated.of_tokens[12:], of_sum(asked.batch[2:, :-1])[0, 2:])
+        assert_close(base.of_tokens[8:12], models.logprobs(models.small, None, asked.batch[1:2, :-1])[0, 1:5])
         with pytest.raises(slowft.ConfigError, match="is of the model that stays in memory here"):
             slowft.score(down, [(TEXTS[0], 4)], {"own": models.first})
 
