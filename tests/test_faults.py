@@ -25,6 +25,7 @@ from slowft import platform
 from slowft.training import checkpoint
 
 EVERYTHING = os.environ.get("SLOWFT_FAULTS") == "1"
+pytestmark = [pytest.mark.timeout(3600)] * EVERYTHING
 OF_READING = {"open": [errno.EIO, errno.EMFILE], "read": [errno.EIO], "map": [errno.EIO]}
 OF_WRITING = {"create": [errno.ENOSPC, errno.EMFILE], "write": [errno.ENOSPC, errno.EIO], "sync": [errno.EIO]} | {
     call: [errno.ENOSPC] for call in ("allocate", "rename", "mkdir")

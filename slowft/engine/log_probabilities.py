@@ -107,8 +107,9 @@ def log_probabilities(
     for start in range(0, len(counted), step):
         chunk = counted[start : start + step]
         wanted = flat[mx.array(chunk)][:, None]
-        for of_result, logits in zip(found, logits_of(chunk)):
-            of_result.append(_of_chunk(logits.astype(mx.float32), wanted, top_k, token_ids))
+        logits = list(logits_of(chunk))
+        for of_result in found:  # what was looked at is let go
+            of_result.append(_of_chunk(logits.pop(0), wanted, top_k, token_ids))
     if not len(counted):
         empty = np.zeros((0, top_k), np.int32), np.zeros((0, top_k), np.float32)
         of_none = np.zeros((0, len(token_ids)), np.float32)
@@ -119,7 +120,7 @@ def log_probabilities(
 
 def _of_chunk(logits: mx.array, wanted: mx.array, top_k: int, token_ids: Sequence[int]) -> list[np.ndarray]:
     """Arrays of a `LogProbabilities`, but for the first, of logits `[n, V]` and targets `[n, 1]`."""
-    n, k = len(logits), min(top_k, logits.shape[-1])
+    n, k, logits = len(logits), min(top_k, logits.shape[-1]), logits.astype(mx.float32)
     each = _log_softmax(logits)
     ids = _top(each, k) if k else mx.zeros((n, 0), mx.uint32)
     at = [wanted, ids, mx.broadcast_to(mx.array(list(token_ids), mx.int32), (n, len(token_ids)))]
