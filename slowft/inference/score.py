@@ -19,6 +19,7 @@ from ..data.rendering import Renderer
 from ..data.samples import BadSample, understand
 from ..data.store import TokenDataset
 from ..engine.log_probabilities import LogProbabilities
+from ..engine.model import BASE as BASE
 from ..errors import ConfigError, DataError, SlowftError, SlowftWarning
 from .decoder import Decoder
 from .passes import Row, log_probabilities
