@@ -523,3 +523,6 @@ def test_on_a_mac_models_are_computed_in_their_own_dtype(mac, tmp_path):
         got = np.array(itself(TOKENS))
         assert np.abs(got - expected).max() < 0.05 * np.abs(expected).max()
         assert len(generated(itself, PROMPTS[:2])[1]) == 8
+        (sample,) = slowft.score(itself, [(TOKENS[0].tolist(), 1)])["emulated"].samples
+        each = np.take_along_axis(got[0, :-1], np.array(TOKENS)[0, 1:, None], -1)[:, 0]
+        assert np.abs(sample.log_probabilities - each).max() < 0.05 * np.abs(each).max()
