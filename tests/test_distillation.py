@@ -17,7 +17,7 @@ from mlx.utils import tree_map
 from mlx_lm.utils import load_model
 
 from architectures import ARCHITECTURES
-from conftest import LLAMA, largest, largest_difference, random_batch, save_random
+from conftest import LLAMA, largest, largest_difference, random_batch, randomise, save_random
 from slowft.cli.distil import table
 from slowft.cli.main import slowft as command
 from slowft.data.batches import batch_order, padded_tokens
@@ -290,6 +290,27 @@ def test_one_that_was_killed_is_gone_on_with_to_the_same_bytes(
         for file in (tmp_path / "whole").iterdir():
             assert (output / file.name).read_bytes() == file.read_bytes()
         assert len(list(output.iterdir())) == 4
+
+
+def test_a_teacher_may_emulate_what_a_small_model_learnt(data, llama_with_tokenizer, student, tmp_path):
+    with slowft.open_model(student) as model:
+        model.add_lora(num_layers=-1, rank=4)
+        randomise(model)
+        model.save_adapter(tmp_path / "delta")
+    emulation = "--emulate", student, "--delta", tmp_path / "delta"
+    arguments = "score", "--model", llama_with_tokenizer, "--data", data, "--top-k", 8, *CHOICES
+    assert run(*arguments, *emulation, "--output", tmp_path / "cache").exit_code == 0
+    assert "another emulated model" in error_of(*arguments, "--output", tmp_path / "cache")
+    stored, (train, *_) = TeacherCache(tmp_path / "cache"), rendered(data, llama_with_tokenizer)
+    with slowft.emulate(llama_with_tokenizer, student, [(tmp_path / "delta", 1.0)]) as model:
+        for i in (0, 7):
+            tokens, offset = train[i]
+            each = np.array(model(mx.array(tokens[None, :-1])))[0, offset - 1 :]
+            ids, known = stored.of(train.digest(i))
+            np.testing.assert_allclose(np.take_along_axis(each, ids, 1), known[:, :-1], rtol=1e-4)
+        batches = [slowft.MicroBatch(*random_batch(200, seed=i)) for i in range(3)]
+        every, later = (list(model.log_probabilities(batches, 4, first=n)) for n in (0, 2))
+        assert len(later) == 1 and (later[0].top == every[2].top).all()
 
 
 # --- Trained on it ------------------------------------------------------------------------------------

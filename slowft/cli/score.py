@@ -6,6 +6,7 @@ import time
 
 import click
 
+from . import options
 from .finetune import make_report, option, warnings_noted
 
 SPLITS = ("test", "valid", "train")  # of a folder, the first that is there
@@ -21,6 +22,7 @@ SPLITS = ("test", "valid", "train")  # of a folder, the first that is there
     metavar="[NAME=]DIR",
     help="Score with this adapter too; may be given several times. NAME is the directory's unless given.",
 )
+@options.emulation
 @click.option(
     "--split", type=click.Choice(SPLITS), help="Which set of a folder; unless given, test, else valid, else train."
 )
@@ -43,7 +45,7 @@ SPLITS = ("test", "valid", "train")  # of a folder, the first that is there
 @option("trust_remote_code", is_flag=True)
 @option("chat_template", metavar="FILE")
 @click.option("--json", "as_json", is_flag=True, help="Each sample, then the scores, as JSON lines, nothing else.")
-def score(adapters, split, judge, plain, top_k, output, as_json, **options):
+def score(adapters, emulate, delta, delta_top_p, split, judge, plain, top_k, output, as_json, **given):
     """Score texts: perplexity and log-probabilities, of the base model and of adapters, in one pass over the weights.
 
     DATA is what `slowft finetune --data` takes. Tokens that training would count are scored (with --mask-prompt, those
@@ -60,10 +62,14 @@ def score(adapters, split, judge, plain, top_k, output, as_json, **options):
     Example:
 
         slowft score --model Qwen/Qwen3-0.6B --data my-data --adapter-path adapters --memory 2GB
+
+    --emulate scores the model as it behaves with what a small one learnt, beside itself:
+
+        slowft score --model Qwen/Qwen3-32B --emulate Qwen/Qwen3-0.6B --delta adapters --data my-data
     """
     from ..training.config import load_config
 
-    settings, _ = load_config(None, options)
+    settings, _ = load_config(None, given)
     if settings.model is None:
         raise click.UsageError("no model given. Use --model with a directory or a hub id such as Qwen/Qwen3-0.6B")
     if settings.data is None:
@@ -71,16 +77,16 @@ def score(adapters, split, judge, plain, top_k, output, as_json, **options):
     from ..inference.job import ScoreJob
     from ..reports.base import late_bar
 
-    report = make_report(as_json)
+    report, emulation = make_report(as_json), (emulate, delta, delta_top_p)
     if top_k is not None or output is not None:
         _refuse_beside_cache(top_k, output, {"--split": split, "--judge": judge, "--plain": plain})
         with warnings_noted(report):
-            _write_cache(settings, _named(adapters), top_k, output, report, as_json)
+            _write_cache(settings, _named(adapters), top_k, output, report, as_json, emulation)
         return
     if settings.valid_split is not None:
         raise click.UsageError("--valid-split has no effect without --top-k: --split says which set is scored")
     with warnings_noted(report):
-        job = ScoreJob(settings, _named(adapters), split, judge, plain, report)
+        job = ScoreJob(settings, _named(adapters), split, judge, plain, report, emulation)
         try:
             begin = time.perf_counter()
             with late_bar(report, job.n_visits) as on_visit:
@@ -104,11 +110,11 @@ def _refuse_beside_cache(top_k, output, given) -> None:
             raise click.UsageError(f"{name} has no effect with --top-k: all that training counts is written")
 
 
-def _write_cache(settings, adapters, top_k, output, report, as_json) -> None:
+def _write_cache(settings, adapters, top_k, output, report, as_json, emulation) -> None:
     from ..inference.teaching import TeachingJob
     from ..reports.base import late_bar
 
-    job = TeachingJob(settings, adapters, top_k, output, report)
+    job = TeachingJob(settings, adapters, top_k, output, report, emulation)
     try:
         begin = time.perf_counter()
         with late_bar(report, job.n_visits) as on_visit:

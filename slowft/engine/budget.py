@@ -147,40 +147,49 @@ class Budget:
         return plan
 
     def cover_passes(
-        self, rows: int, tokens: int, micro_batches: int, adapters: Collection[bool | str], found_nbytes: int = 0
+        self,
+        rows: int,
+        tokens: int,
+        groups: int,
+        adapters: Collection[bool | str],
+        of_each: int = 1,
+        beside_nbytes: int = 0,
+        found_nbytes: int = 0,
     ) -> int:
-        """How many of these micro-batches an evaluation takes through the model at once; a plan for it is followed.
+        """How many groups of micro-batches an evaluation takes through the model at once; a plan for it is followed.
 
         As many as their hidden states have room for: where a model does not fit, each pass saved saves more reading
         than blocks that stay would. But where fewer at a time leave room for what then need not be read, as predicted,
         it is fewer.
 
         Args:
-            adapters: that the micro-batches ask for.
-            found_nbytes: of what is found of a micro-batch, which stays until the pass is over.
+            adapters: that the micro-batches ask for. of_each: micro-batches in a group.
+            beside_nbytes: are in memory besides.
+            found_nbytes: of what is found of a group, which stays until the pass is over.
         Raises:
             ConfigError: the ceiling is too low even for one; names the least memory that would do.
         """
         if self.memory is None:
-            hidden_nbytes = HIDDEN_ARRAYS * rows * tokens * self._engine.cut.hidden_nbytes  # 0: of no chain
+            hidden_nbytes = of_each * HIDDEN_ARRAYS * rows * tokens * self._engine.cut.hidden_nbytes  # 0: of no chain
             each = max(hidden_nbytes, 1) + found_nbytes
-            return min(micro_batches, max(1, int(UNBOUNDED_SHARE * default_memory()) // each))
-        shape = rows, tokens, micro_batches, frozenset(adapters), found_nbytes, self.memory, self._cut_like
+            return min(groups, max(1, int(UNBOUNDED_SHARE * default_memory()) // each))
+        beside = beside_nbytes, found_nbytes
+        shape = rows, tokens, groups, of_each, beside, frozenset(adapters), self.memory, self._cut_like
         if shape == self._passes_shape[0]:
             return self._passes_shape[1]
         usable = self._usable(self.memory)
 
         def planner(n: int, cut_like: Schedule | None = None) -> Planner:
-            what = {"training": False, "outside_nbytes": n * found_nbytes, "adapters": adapters}
-            return self.planner(rows, tokens, n, **what, cut_like=cut_like)
+            how = {"training": False, "beside_nbytes": beside_nbytes, "adapters": adapters, "cut_like": cut_like}
+            return self.planner(rows, tokens, n * of_each, **how, outside_nbytes=n * found_nbytes)
 
         one = planner(1).chunked(usable)
         if one is None:
             raise ConfigError(planner(1).too_little(self.memory))
         planner = functools.partial(planner, cut_like=one[1])  # so that last bits depend on no prediction
-        most = _most(micro_batches, lambda n: planner(n).chunked(usable) is not None)
+        most = _most(groups, lambda n: planner(n).chunked(usable) is not None)
         at_once, plan = most, planner(most).choose(usable)
-        for n in [most >> i for i in range(1, most.bit_length() if most < micro_batches else 1)]:
+        for n in [most >> i for i in range(1, most.bit_length() if most < groups else 1)]:
             other = planner(n).choose(usable)
             if other.step_s / n < FASTER * plan.step_s / at_once:
                 at_once, plan = n, other

@@ -44,7 +44,7 @@ from .head import loss_mask, usual_chunk
 from .hidden import HiddenStates
 from .journal import StepJournal
 from .kept import KeptOutputs
-from .log_probabilities import LogProbabilities, of_whole_logits
+from .log_probabilities import PLAIN, LogProbabilities, Mixing, log_probabilities
 from .offloaded import OffloadedExperts
 from .parts import CachedProbe
 from .pieces import Pieces, PieceWork
@@ -402,39 +402,57 @@ class Engine:
         top_k: int,
         token_ids: Sequence[int],
         on_visit: Callable[[int], object],
+        mixing: Mixing = PLAIN,
     ) -> list[LogProbabilities]:
         """Of each (batch, lengths, adapter): blocks are read once for all; those of no chain, once for each.
 
         Args:
             on_visit: called with how many more times a block was computed for a micro-batch.
+            mixing: makes results of so many micro-batches that follow each other.
         """
         batches, _ = self._batches(micro_batches, together=False)
+        n, at = mixing.passengers, 0
+        groups, pieces = [], [self._n_pieces(batch) for batch, _, _ in micro_batches[::n]]
+        for k in pieces:
+            groups += [batches[at + piece : at + n * k : k] for piece in range(k)]
+            at += n * k
         self.stats.begin_step()
         try:
             with self._step_over(batches, gradients=False):
                 if self.cut.is_chain:
                     visited = functools.partial(on_visit, len(micro_batches))
-                    found = step.log_probabilities(*self._loops(batches), top_k, token_ids, visited)
+                    found = step.log_probabilities(*self._loops(batches), top_k, token_ids, visited, groups, mixing)
                 else:
                     found = []
-                    for batch in batches:
-                        found.append(self._plain_log_probabilities(batch, top_k, token_ids))
-                        on_visit(len(self.cut.order))
+                    for group in groups:
+                        found.append(self._plain_log_probabilities(group, top_k, token_ids, mixing))
+                        on_visit(n * len(self.cut.order))
         finally:
             self.stats.end_step(Measurements())
-        at = iter(found)
-        return [
-            LogProbabilities.joined([next(at) for _ in range(self._n_pieces(batch))]) for batch, _, _ in micro_batches
-        ]
+        of_groups = iter(found)
+        of_pieces = [zip(*(next(of_groups) for _ in range(k))) for k in pieces]
+        return [LogProbabilities.joined(parts) for results in of_pieces for parts in results]
 
-    def _plain_log_probabilities(self, batch: Passenger, top_k: int, token_ids: Sequence[int]) -> LogProbabilities:
+    def _plain_log_probabilities(
+        self, group: Sequence[Passenger], top_k: int, token_ids: Sequence[int], mixing: Mixing
+    ) -> list[LogProbabilities]:
         """By the model's own call, logits whole."""
-        at_step, self._position = self.step, -1
-        try:
-            with self.chain.adapters.using(batch.adapter):
-                return of_whole_logits(self.model(batch.tokens), batch.targets, batch.mask, top_k, token_ids)
-        finally:
-            self.step = at_step
+        first, mix, each = group[0], mixing.begin(group[0].tokens), []
+        for batch in group:
+            at_step, self._position = self.step, -1
+            try:
+                with self.chain.adapters.using(batch.adapter):
+                    logits = self.model(batch.tokens)
+                    mx.eval(logits)
+            finally:
+                self.step = at_step
+            each.append(logits.reshape(-1, logits.shape[-1]))
+
+        def logits_of(numbers: np.ndarray) -> Sequence[mx.array]:
+            return mix(numbers, [logits[mx.array(numbers)] for logits in each])
+
+        at_once = mixing.at_once(first.tokens.size, None)
+        return log_probabilities(logits_of, mixing.results, first.targets, first.mask, at_once, top_k, token_ids)
 
     def _n_pieces(self, batch: mx.array) -> int:
         """How many times so many rows as go at once there are in a micro-batch."""

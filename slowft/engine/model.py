@@ -26,7 +26,7 @@ from ..weights.sources import placeholder
 from .budget import Budget
 from .distillation import Teacher
 from .engine import Engine
-from .log_probabilities import FOUND_NBYTES, LogProbabilities
+from .log_probabilities import FOUND_NBYTES, PLAIN, LogProbabilities, Mixing
 from .spilled_caches import SpilledCaches
 from .stats import Stats
 
@@ -34,6 +34,7 @@ from .stats import Stats
 # that fills them (0.137 against 0.015 s for 176 MB).
 CACHE_PER_BLOCK = 0.5
 CACHE_FLOOR_NBYTES = 64 << 20
+BASE = "base"  # name of what the model says without adapters
 CUTS = ("rows", "mlp_tokens", "attention_queries", "head_tokens")  # of a schedule
 
 
@@ -247,6 +248,7 @@ class StreamedModel(nn.Module):
         top_k: int = 0,
         token_ids: Sequence[int] = (),
         on_visit: Callable[[int], object] = lambda n: None,
+        mixing: Mixing = PLAIN,
         first: int = 0,
     ) -> Iterator[LogProbabilities]:
         """Log-probabilities at the targets that count, of one micro-batch after the other, as they are iterated over.
@@ -261,6 +263,7 @@ class StreamedModel(nn.Module):
             top_k: ask also for the most probable tokens, so many.
             token_ids: ask also for the log-probabilities of these tokens.
             on_visit: called with how many more times a block was computed for a micro-batch.
+            mixing: makes results of so many micro-batches that follow each other, in place of one of each.
             first: micro-batches before this one are left out, but planned for: so the others' last bits stay the same.
         Raises:
             ConfigError: no adapter has such a name, or the memory is too little; names the least that would do.
@@ -271,12 +274,14 @@ class StreamedModel(nn.Module):
         # No micro-batch takes more than this shape: its attention's scores grow with the square of the tokens
         rows = max(-(-passenger.batch.shape[0] * (passenger.batch.shape[1] - 1) // tokens) for passenger in passengers)
         adapters = {passenger.adapter for passenger in passengers}
-        found_nbytes = rows * tokens * (FOUND_NBYTES + 8 * top_k + 4 * len(token_ids))
-        start = first
+        found_nbytes = mixing.results * rows * tokens * (FOUND_NBYTES + 8 * top_k + 4 * len(token_ids))
+        start, n = first, mixing.passengers
         while start < len(passengers):
-            at_once = self.budget.cover_passes(rows, tokens, len(passengers), adapters, found_nbytes)
+            sizes = n, mixing.nbytes, found_nbytes
+            at_once = n * self.budget.cover_passes(rows, tokens, len(passengers) // n, adapters, *sizes)
             given = [(p.batch, p.lengths, p.adapter) for p in passengers[start : start + at_once]]
-            found = self.engine.log_probabilities(given, top_k, token_ids, on_visit)
+            with self._not_training():
+                found = self.engine.log_probabilities(given, top_k, token_ids, on_visit, mixing)
             self.budget.after_pass()
             yield from found
             start += at_once
@@ -327,6 +332,25 @@ class StreamedModel(nn.Module):
         return 1
 
     @property
+    def n_logits(self) -> int:
+        """Of a token."""
+        return self.engine.cut.vocab_size
+
+    def block_passes(self, adapters: Sequence[bool | str]) -> int:
+        """How often a block is computed for a micro-batch that is scored with each of these adapters."""
+        return len(adapters) * len(self.engine.cut.order)
+
+    @property
+    def scored(self) -> dict[str, bool | str]:
+        """Name -> adapter of a `MicroBatch`: what is scored whatever else is."""
+        return {BASE: False}
+
+    @property
+    def adapter_names(self) -> Sequence[str]:
+        """Of those that `add_adapter` loaded."""
+        return self.engine.chain.adapters.names
+
+    @property
     def can_spill(self) -> bool:
         """Whether caches can be on disk: blocks must take turns."""
         return self.engine.cut.is_chain
@@ -342,6 +366,10 @@ class StreamedModel(nn.Module):
     def beside_nbytes(self, rows: int, drafted: int, tokens: int) -> int:
         """What a pass takes that the budget does not know of: nothing."""
         return 0
+
+    def beside_s(self, rows: int) -> float:
+        """Seconds that a pass takes beside what streams: none."""
+        return 0.0
 
     def drafter_model(self) -> None:
         """A model in memory that guesses well what this one says: there is none."""

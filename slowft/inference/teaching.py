@@ -5,7 +5,7 @@ Comes in: a `TrainConfig` of the options that training has too, an adapter, a di
 model the longest first, as in scoring, and are written as they come.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,13 @@ from ..data.datasets import load_data
 from ..data.teacher import TeacherWriter, counted, samples_of
 from ..data.tokenizer import load_tokenizer
 from ..engine.budget import default_memory
-from ..engine.model import open_model
 from ..errors import ConfigError, DataError, SlowftError
 from ..models.adapters import digest
+from .decoder import opened
 from .passes import Row, batches_of, log_probabilities
 
 # Of samples that are in memory at once: 4 million token ids are 16 MB. Each such part ends a reading of the weights.
 PART_TOKENS = 4 << 20
-ADAPTER = "adapter"
 
 
 class TeachingJob:
@@ -34,30 +33,41 @@ class TeachingJob:
         top_k: of how many tokens log-probabilities are kept.
         output: the cache's directory.
         report: is told notes, and of tokenising.
+        emulation: (base that was tuned, or None; its deltas; top-p): the teacher is then the sum.
 
     Attributes:
         is_whole: the cache is there already.
     """
 
-    def __init__(self, settings: Any, adapters: Mapping[str, str], top_k: int, output: str | Path, report: Any):
+    def __init__(
+        self,
+        settings: Any,
+        adapters: Mapping[str, str],
+        top_k: int,
+        output: str | Path,
+        report: Any,
+        emulation: tuple[str | None, Sequence[str], float | None] = (None, (), None),
+    ):
         if len(adapters) > 1:
             raise ConfigError(f"a teacher has one adapter at most, got {len(adapters)}. Write a cache for each")
         if top_k < 1:
             raise ConfigError(f"--top-k must be 1 or more, got {top_k}")
-        self._top_k, self._adapter = top_k, ADAPTER if adapters else False
-        self.model = open_model(
+        self._top_k = top_k
+        adapter = next(iter(adapters.values()), None)
+        self.model = opened(
             settings.model,
+            *emulation,
             default_memory() if settings.memory is None else settings.memory,
+            adapter,
             compute_dtype=settings.compute_dtype,
             trust_remote_code=settings.trust_remote_code,
         )
         try:
-            about: dict[str, Any] = {"top_k": top_k, "teacher": self.model.fingerprint(), "adapter": None}
-            for path in adapters.values():
-                self.model.add_adapter(ADAPTER, path)
-                about["adapter"] = digest(Path(path).expanduser())
-            if (vocab_size := self.model.engine.cut.vocab_size) < top_k:
-                raise ConfigError(f"--top-k is {top_k}, the model has {vocab_size} tokens. Choose fewer")
+            about: dict[str, Any] = {"top_k": top_k, "teacher": self.model.fingerprint()}
+            about["adapter"] = None if adapter is None else digest(Path(adapter).expanduser())
+            about["emulated"] = getattr(self.model, "about", None)
+            if self.model.n_logits < top_k:
+                raise ConfigError(f"--top-k is {top_k}, the model has {self.model.n_logits} tokens. Choose fewer")
             code = settings.trust_remote_code, settings.chat_template
             tokenizer = load_tokenizer(self.model.path, self.model.embedding_rows, *code)
             what = tokenizer, settings, ("train", "valid"), self.model.embedding_rows, report.progress
@@ -84,7 +94,7 @@ class TeachingJob:
     @property
     def n_visits(self) -> int:
         """The sum of what `run` calls `on_visit` with."""
-        blocks = len(self.model.engine.cut.order)
+        blocks = self.model.block_passes([True])
         return sum((len(batches_of(self._lengths(*part))) - first) * blocks for *part, first in self._parts)
 
     def run(self, on_visit: Callable[[int], object] = lambda n: None) -> None:
@@ -97,7 +107,7 @@ class TeachingJob:
         for begin, end, first in self._parts:
             rows = [self._row(number) for number in range(begin, end)]
             ends = set(np.cumsum([len(numbers) for numbers in batches_of(self._lengths(begin, end))]).tolist())
-            what = self.model, rows, [self._adapter], self._top_k, (), on_visit, first
+            what = self.model, rows, [True], self._top_k, (), on_visit, first
             for number, _, found in log_probabilities(*what):
                 if np.isnan(found.top).any():
                     raise SlowftError(

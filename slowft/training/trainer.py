@@ -56,7 +56,7 @@ class Trainer:
         if self.config.teacher_cache is not None:
             c, usual = self.config, DISTIL
             values = (u if v is None else v for v, u in zip((c.distil_weight, c.distil_temperature), usual))
-            self.lessons = Lessons(TeacherCache(c.teacher_cache), *values, model.engine.cut.vocab_size)
+            self.lessons = Lessons(TeacherCache(c.teacher_cache), *values, model.n_logits)
         self.trained_tokens = 0
         self.caching: Caching | None = None
         self.taken_up: Checkpoint | None = None
