@@ -1,10 +1,10 @@
 """What a half of SmolLM2-135M learns of the whole one: `slowft distil` on real models, from nothing.
 
-    python scripts/distil_demo.py DIRECTORY [options of slowft distil]     # downloads 93 MB; half an hour on two cores
+    python scripts/distil_demo.py DIRECTORY [options of slowft distil]     # downloads 93 MB; an hour on two cores
 
-The teacher is SmolLM2-135M-Instruct. The student is the same without the blocks in its middle, not healed by anything:
-before training it says next to nothing. The seeds are questions and answers of the Jargon File. DIRECTORY keeps what is
-done already; a stopped run goes on.
+The teacher is SmolLM2-135M-Instruct. The student is what `halved_model.py` makes of it: every second block, healed a
+little. The seeds are questions and answers of the Jargon File. DIRECTORY keeps what is done already; a stopped run goes
+on.
 """
 
 import slowft  # noqa: F401, I001  (before mlx: it loads OpenBLAS)
@@ -13,7 +13,7 @@ import json
 import sys
 from pathlib import Path
 
-from emulate_table import halve, note
+from halved_model import healed, note
 from slowft import demo
 from slowft.cli.main import main
 
@@ -35,8 +35,9 @@ OPTIONS = "--iters 60 --batch-size 2 --learning-rate 1e-4 --num-layers -1 --max-
 
 
 def prepare(directory: Path) -> None:
-    model = demo.fetch_model(directory, note)
-    halve(model, directory / "half")
+    demo.fetch_model(directory, note)
+    if not (directory / "small" / "config.json").exists():
+        healed(directory)
     rows = [json.loads(line) for line in (demo.write_data(directory) / "train.jsonl").read_text("utf-8").splitlines()]
     short = [row for row in rows if len(row["completion"]) <= LONGEST]
     chosen = short[:: len(short) // REQUESTS][:REQUESTS]
@@ -49,6 +50,6 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     prepare(folder)
     files = ["--recipe", folder / "recipe.yaml", "--output", folder / "distilled", "-c", folder / "training.yaml"]
-    models = ["--teacher", folder / "model", "--student", folder / "half"]
+    models = ["--teacher", folder / "model", "--student", folder / "small"]
     sys.argv[1:] = ["distil", *map(str, [*models, *files]), *OPTIONS, *sys.argv[2:]]
     main()
