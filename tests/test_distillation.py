@@ -541,6 +541,9 @@ def test_the_whole_way_with_tiny_models(llama_with_tokenizer, student, tmp_path,
         k: v for k, v in result.items() if k != "event"
     }
 
+    other = save_student(llama_with_tokenizer, tmp_path / "other", ('"B":', '"BB":'))
+    assert "has another vocabulary than" in error_of(*command_line, "--student", other)
+    assert "is not there. Give --held-out" in error_of(*command_line, "--held-out", tmp_path / "nowhere")
     out = tmp_path / "out"
     held_out = {json.loads(line)["group"] for line in (out / "data" / "test.jsonl").read_text().splitlines()}
     raw = (out / "raw" / "train.jsonl").read_text()

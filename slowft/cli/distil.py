@@ -63,6 +63,10 @@ def distil(teacher, student, recipe, output, held_out, top_k, config, as_json, *
         given["model"] = str(directory.resolve()) if directory.is_dir() else teacher
     wanted = replace(wanted, **given)
     from ..synthesis.distil import Distillation
+    from ..training.machines import of_launch
+
+    if of_launch().size > 1:
+        raise ConfigError("distil runs on one machine. Of its steps, slowft finetune runs on several")
 
     report = make_report(as_json)
     for note in notes:

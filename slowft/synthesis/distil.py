@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from ..data.datasets import load_data
-from ..data.tokenizer import load_tokenizer
+from ..data.tokenizer import load_tokenizer, tokenizer_files
 from ..engine.budget import default_memory
 from ..engine.model import open_model
 from ..errors import DataError
 from ..inference import score
 from ..inference.teaching import TeachingJob
+from ..inference.vocabularies import check_same_vocabulary
 from ..models.adapters import digest
 from ..reports.base import Report, late_bar
 from ..training.config import OPERATIONAL, TrainConfig
@@ -82,6 +83,10 @@ class Distillation:
         Raises:
             SlowftError: as the stages do.
         """
+        if self._held_out is not None and not self._held_out.is_file():
+            raise DataError(f"{self._held_out} is not there. Give --held-out a file of rows such as test.jsonl")
+        student, teacher = self._config.model, self._recipe.model_path(self._recipe.model)
+        check_same_vocabulary(tokenizer_files(student), tokenizer_files(teacher))
         self._report.note("Making data with the teacher")
         make(self._recipe, self._report)
         data = self._output / "data"
@@ -173,8 +178,11 @@ class Distillation:
     def _train(self, name: str, data: Path, **how: Any) -> Path:
         """The adapter that the student learns from a folder of data."""
         folder = self._output / "adapters" / name
-        config = replace(self._config, data=str(data), adapter_path=str(folder), **how)
-        inputs = sorted(data.glob("*.jsonl"))
+        valid = data / "valid.jsonl"
+        is_enough = valid.exists() and count(valid) >= self._config.batch_size
+        used = data if is_enough else data / "train.jsonl"
+        config = replace(self._config, data=str(used), adapter_path=str(folder), **how)
+        inputs = [data / "train.jsonl", *([valid] if is_enough else [])]
         if "teacher_cache" in how:
             inputs.append(Path(how["teacher_cache"]) / "manifest.json")
         options = {key: value for key, value in asdict(config).items() if key not in OPERATIONAL}
