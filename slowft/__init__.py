@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .convert.verify import verify as verify
     from .data.datasets import load_data as load_data
     from .data.tokenizer import load_tokenizer as load_tokenizer
+    from .engine.distillation import Teacher as Teacher
     from .engine.model import MicroBatch as MicroBatch
     from .engine.model import StreamedModel as StreamedModel
     from .engine.model import open_model as open_model
@@ -48,6 +49,7 @@ _WHERE = {
     "convert.verify": ("verify",),
     "data.datasets": ("load_data",),
     "data.tokenizer": ("load_tokenizer",),
+    "engine.distillation": ("Teacher",),
     "engine.model": ("MicroBatch", "StreamedModel", "open_model"),
     "engine.randomness": ("dropout_seed",),
     "errors": ("AdapterError", "ConfigError", "DataError", "ModelError", "SlowftError", "SlowftWarning"),

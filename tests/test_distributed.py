@@ -21,6 +21,7 @@ from conftest import LLAMA, save_random
 from launched import Group, hosts_file, train
 from slowft.errors import ConfigError, PeerLost
 from slowft.training import machines, peers
+from test_distillation import write_cache
 from test_resume import run, samples, weights
 
 SGD = {"optimizer": "sgd", "learning_rate": 0.5, "lr_schedule": None, "batch_size": 6}
@@ -47,8 +48,10 @@ def results(ended: list[tuple[int | None, str]]) -> list:
 
 
 def test_three_are_one_with_the_joint_batch_and_all_the_same(model, tmp_path):
-    """Rows have 5 to 59 tokens, so that no machine has as many as another; clipped, with an unequal last step."""
-    options = PLAIN | {"max_grad_norm": 0.5, "iters": 7}
+    """Rows have 5 to 59 tokens, so that no machine has as many as another; clipped, with an unequal last step, and with
+    what a teacher holds for probable of them."""
+    cache = write_cache(tmp_path / "teacher", samples(22), 256)
+    options = PLAIN | {"max_grad_norm": 0.5, "iters": 7, "teacher_cache": str(cache)}
     alone = run(model, tmp_path / "alone", train=samples(22), **options)
     many = results(Group(tmp_path, 3, train, model, str(tmp_path / "a{rank}"), options).finish())
     assert many[0] == many[1] == many[2]  # checksums of the adapters too

@@ -1,9 +1,12 @@
 """Emulated fine-tuning: the formula on logits, whichever model streams, and the same tokens however they are got."""
 
 import json
+import math
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -178,6 +181,9 @@ def test_other_architectures_are_computed_together_only_where_that_is_the_same(n
     with slowft.emulate(small, small, [(adapter, 1.0)]) as itself:
         assert itself._in_memory[0][0].is_together == (name == "qwen3")
         assert_close(itself(tokens), expected, 1e-4)
+        targets = mx.pad(tokens, [(0, 0), (0, 1)])
+        (found,) = itself.log_probabilities([slowft.MicroBatch(targets, mx.array([[1, 9]] * 2))], 0, range(90))
+        assert_close(found.of_tokens.reshape(2, 9, -1), expected[..., :90], 1e-4)
         prompts = [[token % 90 for token in prompt] for prompt in PROMPTS[:2]]
         assert generated(itself, prompts, wave=2) == generated(itself, prompts, draft_tokens=0, wave=1)
 
@@ -241,6 +247,17 @@ def test_rows_on_disk_or_rotating_are_generated_too(emulated, tmp_path):
     assert generated(emulated, PROMPTS[:2], kept=rotating) == generated(emulated, PROMPTS[:2], kept=rotating, wave=1)
 
 
+def test_what_the_model_in_memory_takes_is_in_the_predicted_seconds(models, monkeypatch):
+    clock = SimpleNamespace(perf_counter=iter((0.0, 2.0, 10.0, 15.5) * 2).__next__)  # once more to draft with
+    monkeypatch.setattr(slowft.inference.variants, "time", clock)
+    with slowft.emulate(models.large, models.small, [(models.first, 1.0)], memory="1GB") as timed:
+        monkeypatch.undo()
+        assert [timed.beside_s(rows) for rows in (1, 8, 15)] == [2.0, 5.5, 9.0]
+        run = slowft.generate(timed, PROMPTS[:1], tokenizer=NoTokenizer(), max_tokens=2)
+        run.predicted = run.plan
+        assert run.predicted_s == run.plan.step_s + 2.0
+
+
 def test_what_drafts_gain_is_measured():
     depth = slowft.inference.drafts.Depth(4)
     for _ in range(16):
@@ -249,6 +266,129 @@ def test_what_drafts_gain_is_measured():
     assert depth.choose(1) == 0  # one pass says what it is without
     depth.gave(1.0, 1.2, False)
     assert depth.gain == pytest.approx(3.0 / 1.5 * 1.2)
+
+
+# --- Scoring --------------------------------------------------------------------------------------------
+
+TEXTS = [np.random.default_rng(i).integers(3, 250, n).tolist() for i, n in enumerate((90, 9, 70, 5))]
+
+
+def assert_scored(model, of_sum, of_base=None, top_k: int = 3) -> dict[str, slowft.Score]:
+    """`of_sum(tokens [1, T])` are the log-probabilities `[1, T, 259]` that the sum's scores are to be made of."""
+    found = slowft.score(model, [(tokens, 4) for tokens in TEXTS], top_k=top_k)
+    for name, formula in (("emulated", of_sum), ("base", of_base)):
+        for tokens, sample in zip(TEXTS, found[name].samples):
+            if formula is None:
+                continue
+            expected = formula(mx.array([tokens[:-1]]))[0, 3:]
+            each = np.take_along_axis(expected, np.array(tokens[4:])[:, None], -1)[:, 0]
+            assert np.abs(sample.log_probabilities - each).max() < 2e-5
+            assert np.abs(sample.found.top + np.sort(-expected)[:, :top_k]).max() < 2e-5
+            assert (sample.found.is_greedy == (expected.argmax(-1) == tokens[4:])).all()
+    return found
+
+
+def test_scores_are_of_the_formula_and_one_reading(models):
+    def of_sum(tokens: mx.array) -> np.ndarray:
+        large, base = models.logprobs(models.large, None, tokens), models.logprobs(models.small, None, tokens)
+        each = models.logprobs(models.small, models.first, tokens), models.logprobs(models.tuned, None, tokens)
+        return normalised(large + 0.7 * (each[0] - base) - 0.4 * (each[1] - base))
+
+    deltas = [(models.first, 0.7), (models.tuned, -0.4)]
+    with slowft.emulate(models.large, models.small, deltas, memory="1GB") as both:
+        both.streamed.head_chunk_tokens = 17
+        beside = slowft.score(both, [(tokens, 4) for tokens in TEXTS], {"own": models.of_large})
+        assert list(beside) == ["base", "emulated", "own"]
+        assert both.stats.last.bytes_read <= both.nbytes_on_disk + both.streamed.embedding_nbytes
+        found = assert_scored(both, of_sum)
+        asked = slowft.MicroBatch(mx.array([TEXTS[1], TEXTS[2][:9]]), mx.array([[1, 8], [2, 5]]))
+        (of_batch,) = both.log_probabilities([asked], top_k=2, token_ids=[5, 3])
+        said = np.array(both(asked.batch[:, :-1]))
+        expected = np.concatenate([said[0], said[1, 1:5]])
+        np.testing.assert_allclose(of_batch.of_tokens, expected[:, [5, 3]], atol=2e-5)
+        np.testing.assert_allclose(of_batch.top, -np.sort(-expected)[:, :2], atol=2e-5)
+    with slowft.open_model(models.large, adapter_path=models.of_large) as large:
+        alone = slowft.score(large, [(tokens, 4) for tokens in TEXTS])
+    for name, own in (("base", "base"), ("own", "adapter")):
+        assert beside[name].mean == pytest.approx(alone[own].mean, rel=1e-6)
+    assert beside["emulated"].mean == pytest.approx(found["emulated"].mean, rel=1e-6) != alone["base"].mean
+
+
+def test_scores_with_weight_0_or_a_base_of_its_own_or_a_nucleus(models):
+    with slowft.emulate(models.large, models.small, [(models.first, 0.0)]) as none:
+        assert_scored(none, lambda tokens: models.logprobs(models.large, None, tokens))
+    with slowft.emulate(models.small, models.small, [(models.first, 1.0)]) as itself:
+        of_base = lambda tokens: models.logprobs(models.small, None, tokens)  # noqa: E731
+        assert_scored(itself, lambda tokens: models.logprobs(models.small, models.first, tokens), of_base)
+    how = {"nucleus": 0.6, "adapter_path": models.of_large}
+    with slowft.emulate(models.large, models.small, [(models.first, 1.0)], **how) as filtered:
+        assert_scored(filtered, lambda tokens: np.array(filtered(tokens)))
+
+
+def test_scores_of_a_small_base_with_the_delta_of_a_large_model_that_streams(models, tmp_path):
+    def of_sum(tokens: mx.array) -> np.ndarray:
+        base, large = models.logprobs(models.small, None, tokens), models.logprobs(models.large, None, tokens)
+        return normalised(base + 0.8 * (models.logprobs(models.large, models.of_large, tokens) - large))
+
+    with slowft.emulate(models.small, models.large, [(models.of_large, 0.8)], memory="1GB") as down:
+        found = assert_scored(down, of_sum, lambda tokens: models.logprobs(models.small, None, tokens))
+        assert found["emulated"].tokens == found["base"].tokens == sum(len(tokens) - 4 for tokens in TEXTS)
+        assert down.stats.last.bytes_read <= 1.1 * down.nbytes_on_disk
+        engine = down.streamed.engine
+        engine.follow(replace(engine.schedule, rows=1), tmp_path)  # a micro-batch in pieces: so many times two terms
+        asked = slowft.MicroBatch(mx.array([TEXTS[1], TEXTS[2][:9], TEXTS[0][:9]]), mx.array([[1, 8], [2, 5], [3, 8]]))
+        found = engine.log_probabilities([(asked.batch, asked.lengths, False)] * 2, 0, (), lambda n: None)
+        assert [part.per_row.tolist() for part in found] == [[8, 4, 6]] * 2
+        mixing = down._mixing([False, True], down._asked([False, True]), 8)
+        given = [(asked.batch, asked.lengths, adapter) for adapter in down._asked([False, True])]
+        base, emulated = engine.log_probabilities(given, 0, range(259), lambda n: None, mixing)
+        assert_close(emulated.of_tokens[12:], of_sum(asked.batch[2:, :-1])[0, 2:])
+        assert_close(base.of_tokens[8:12], models.logprobs(models.small, None, asked.batch[1:2, :-1])[0, 1:5])
+        with pytest.raises(slowft.ConfigError, match="is of the model that stays in memory here"):
+            slowft.score(down, [(TEXTS[0], 4)], {"own": models.first})
+
+
+def test_logits_of_no_whole_text_are_in_memory(models, monkeypatch):
+    seen, add = [], slowft.inference.emulate.Sums.add_places
+    monkeypatch.setattr(slowft.inference.emulate, "CHUNK", 16)
+    monkeypatch.setattr(
+        slowft.inference.emulate.Sums,
+        "add_places",
+        lambda self, term, places, logits: (seen.append(logits.shape[0]), add(self, term, places, logits)),
+    )
+    with slowft.emulate(models.large, models.small, [(models.first, 1.0)]) as both:
+        slowft.score(both, [(TEXTS[0], 0)])
+    assert sum(seen) == 3 * 89 and max(seen) == 16
+
+
+KINDS = [
+    ([{"text": "one two"}, {"text": "of the words and more of them"}], []),
+    ([{"question": "Two and two", "choices": ["three", "four", "a hundred"], "answer": 1}], ["--plain"]),
+    ([{"question": "Two and two", "answer": "four"}], []),
+    ([{"prompt": "How good from 1 to 5?"}, {"prompt": "Good?"}], ["--judge", "1-5"]),
+]
+
+
+@pytest.mark.parametrize("lines, options", KINDS, ids=["texts", "choices", "answers", "marks"])
+def test_the_command_scores_all_kinds_of_samples(models, tmp_path, lines, options):
+    """A small model that is its own large one says what its adapter alone is scored to say beside it."""
+    data = tmp_path / "asked.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    how = ["--model", models.small, "--emulate", models.small, "--delta", models.first, "--data", data, "--json"]
+    done = run(*how, *options, "--adapter-path", f"alone={models.first}", command_name="score")
+    assert done.exit_code == 0, done.output
+    events = [json.loads(line) for line in done.output.splitlines()]
+    assert len(events) == len(lines) + 1 and list(events[-1]["scores"]) == ["base", "emulated", "alone"]
+    for event in events:
+        base, emulated, alone = (flat(event["scores"][name]) for name in ("base", "emulated", "alone"))
+        assert emulated == pytest.approx(alone, rel=1e-4, abs=1e-5, nan_ok=True)
+        assert emulated != base or event["event"] == "score"  # the share of right answers may be the same
+
+
+def flat(values) -> list[float]:
+    if isinstance(values, dict | list):
+        return [number for value in (values.values() if isinstance(values, dict) else values) for number in flat(value)]
+    return [math.nan if values is None else float(values)]
 
 
 # --- What is refused ------------------------------------------------------------------------------------
@@ -266,6 +406,21 @@ def test_another_vocabulary_is_refused_by_its_first_difference(models, tmp_path)
     said = rf"other has another vocabulary than .*large: id 40 is {by_id[77]!r} there and {by_id[40]!r} here"
     with pytest.raises(slowft.ConfigError, match=said):
         slowft.emulate(models.large, other, [(models.first, 1.0)])
+
+    with pytest.raises(slowft.ConfigError, match=said):
+        run("--model", models.large, "--draft-model", other, "-p", "a", "--ignore-chat-template")
+    for path in (models.large, other):
+        shutil.copytree(path, tmp_path / "bare" / path.name, ignore=shutil.ignore_patterns("tokenizer*"))
+    bare = tmp_path / "bare"
+    with pytest.raises(slowft.ConfigError, match="259 token ids there and 272 here. Put tokenizer.json"):
+        slowft.emulate(bare / "large", bare / "other", [(models.first, 1.0)])
+
+
+def test_a_draft_model_padded_to_more_tokens_changes_none(models):
+    asked = ("--ignore-chat-template", "-p", "one two", "-m", "8", "--json")
+    plain = run("--model", models.small, *asked)
+    drafted = run("--model", models.small, "--draft-model", models.large, *asked)
+    assert plain.exit_code == drafted.exit_code == 0 and plain.output == drafted.output
 
 
 def test_what_cannot_be_is_refused(models, tmp_path):
@@ -296,8 +451,8 @@ def test_a_small_model_that_has_no_room_is_refused_with_numbers(models, monkeypa
 # --- The command ----------------------------------------------------------------------------------------
 
 
-def run(*arguments):
-    return CliRunner().invoke(command, ["generate", *map(str, arguments)], catch_exceptions=False)
+def run(*arguments, command_name="generate"):
+    return CliRunner().invoke(command, [command_name, *map(str, arguments)], catch_exceptions=False)
 
 
 def test_the_command_goes_on_with_its_file_but_not_with_another_weight(models, tmp_path):
@@ -327,12 +482,13 @@ def test_the_command_goes_on_with_its_file_but_not_with_another_weight(models, t
 # --- Memory and the Mac ---------------------------------------------------------------------------------
 
 
-def test_models_larger_than_their_memory_are_generated_with_within_it(tmp_path):
+def test_models_larger_than_their_memory_are_generated_and_scored_with_within_it(tmp_path):
     if why := cgroup.why_unavailable():
         must_run(why)
     shape = LLAMA | {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "num_key_value_heads": 2}
+    shape["vocab_size"] = 4096
     large = save_random(tmp_path / "large", shape | {"num_hidden_layers": 22}, mx.bfloat16, shards=True)
-    small = save_random(tmp_path / "small", LLAMA | {"hidden_size": 256, "num_attention_heads": 8})
+    small = save_random(tmp_path / "small", LLAMA | {"hidden_size": 256, "num_attention_heads": 8, "vocab_size": 4096})
     adapter = save_adapter(small, tmp_path / "adapter", 3)
     code = f"""
 import sys
@@ -344,14 +500,17 @@ model = slowft.emulate({str(large)!r}, {str(small)!r}, [({str(adapter)!r}, 1.0)]
 prompts = [np.random.default_rng(i).integers(1, 250, 20).tolist() for i in range(8)]
 run = slowft.generate(model, prompts, tokenizer=NoTokenizer(), max_tokens=3, draft_tokens=2)
 print(run.wave, len(list(run)), model.streamed.nbytes_on_disk, run.plan.peak_nbytes, run.drafted)
+texts = [(np.random.default_rng(i).integers(1, 4000, n).tolist(), 0) for i, n in enumerate((200, 40))]
+print(slowft.score(model, texts)["emulated"].tokens, model.streamed.followed_plan.peak_nbytes)
 """
     memory = 240_000_000
     done, peak = cgroup.run([sys.executable, "-c", code, str(memory)], memory)
     assert done.returncode == 0, done.stderr[-2000:]
-    wave, n, nbytes, planned, drafted = map(int, done.stdout.split())
+    wave, n, nbytes, planned, drafted, scored, planned_of_scores = map(int, done.stdout.split())
     assert n == 8 and wave > 4 and drafted > 0
     assert 2 * nbytes > memory  # in float32, as it is computed with, it does not fit
-    assert max(peak, planned) <= memory
+    assert scored == 240 - 2
+    assert max(peak, planned, planned_of_scores) <= memory
 
 
 def test_on_a_mac_models_are_computed_in_their_own_dtype(mac, tmp_path):
@@ -364,3 +523,6 @@ def test_on_a_mac_models_are_computed_in_their_own_dtype(mac, tmp_path):
         got = np.array(itself(TOKENS))
         assert np.abs(got - expected).max() < 0.05 * np.abs(expected).max()
         assert len(generated(itself, PROMPTS[:2])[1]) == 8
+        (sample,) = slowft.score(itself, [(TOKENS[0].tolist(), 1)])["emulated"].samples
+        each = np.take_along_axis(got[0, :-1], np.array(TOKENS)[0, 1:, None], -1)[:, 0]
+        assert np.abs(sample.log_probabilities - each).max() < 0.05 * np.abs(each).max()

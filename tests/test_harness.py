@@ -7,6 +7,8 @@ import math
 
 import pytest
 
+from test_cli import trained  # noqa: F401  (a fixture)
+
 lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'slowft[lm-eval]'")
 
 TASK = """
@@ -74,3 +76,16 @@ def test_numbers_are_those_of_mlx_lms_model_class(tasks, llama_with_tokenizer, t
         for name, value in metrics.items():
             if isinstance(value, float) and not math.isnan(value):
                 assert results[task][name] == pytest.approx(value, rel=1e-5), (task, name)
+
+
+@pytest.mark.filterwarnings("ignore")  # lm_eval's own
+def test_an_emulated_model_is_evaluated_too(llama_with_tokenizer, trained):  # noqa: F811
+    from slowft.inference.harness import SlowftLM
+
+    path, asked = str(llama_with_tokenizer), [(("", ""), [5, 6, 7], [8, 9]), (("", ""), [9, 8], [7, 6, 5, 4])]
+    emulated = SlowftLM(path, emulate=path, delta=f"{trained}:0.25+{trained}:0.75")
+    found = emulated._loglikelihood_tokens(asked)
+    of_tuned = SlowftLM(path, adapter_path=str(trained))._loglikelihood_tokens(asked)
+    of_base = SlowftLM(path)._loglikelihood_tokens(asked)
+    for (total, is_greedy), (expected, was_greedy), (base, _) in zip(found, of_tuned, of_base):
+        assert total == pytest.approx(expected, rel=1e-5) != base and is_greedy == was_greedy

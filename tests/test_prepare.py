@@ -757,7 +757,9 @@ def test_prepare_and_verify_by_command(small, tmp_path, command):
 def test_a_gguf_file_is_converted_and_gets_a_manifest(small, tmp_path, command, monkeypatch):
     file = tmp_path / "model.gguf"
     file.write_bytes(b"GGUF")
-    monkeypatch.setattr(gguf, "convert", lambda file, directory, progress: shutil.copytree(small, directory))
+    monkeypatch.setattr(
+        gguf, "convert", lambda file, directory, progress, finish: finish(Path(shutil.copytree(small, directory)))
+    )
     status, _, err = command("prepare", file, "--output", tmp_path / "p", "-q")
     assert status == 2 and f"First: slowft prepare {file} --output model" in err
     status, _, err = command("prepare", file, "--output", tmp_path / "p")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from . import options
 from .finetune import make_report, warnings_noted
 
 QUOTES = '"""'
@@ -14,9 +15,7 @@ QUOTES = '"""'
 @click.command()
 @click.option("--model", help="Model directory or hub id.")
 @click.option("--adapter-path", metavar="DIR", help="Adapter to generate with.")
-@click.option("--emulate", metavar="SMALL", help="Base model whose fine-tuning --model is to behave by; see --delta.")
-@click.option("--delta", multiple=True, metavar="ADAPTER[:WEIGHT]", help="What SMALL learnt; several add up.")
-@click.option("--delta-top-p", type=float, help="Outside of this share of what SMALL would say, --model has no say.")
+@options.emulation
 @click.option("-p", "--prompt", help="What to answer; - reads standard input.")
 @click.option("--prompts", metavar="FILE.jsonl", help='Lines of {"prompt": ...} or {"messages": [...]}, perhaps "id".')
 @click.option("--output", metavar="OUT.jsonl", help="Where answers to --prompts go, one a line as they are finished.")

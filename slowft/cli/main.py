@@ -9,7 +9,7 @@ from .. import __version__
 from ..errors import ConfigError, Interrupted, SlowftError, reason_of
 
 GROUPS = {
-    "Train": "finetune data plan status",
+    "Train": "finetune data distil plan status",
     "Use what was trained": "generate score fuse adapter",
     "Learn from an expensive model": "serve requests compare",
     "Prepare models": "prepare verify",
@@ -22,6 +22,7 @@ COMMANDS = {
     "score": "Score texts, answers or marks: log-probabilities of base and adapters in one pass.",
     "compare": "Compare models, adapters and prompts on scenarios: checks, a judge, a page.",
     "serve": "Answer over HTTP as OpenAI does: models here and another server's, recorded if you like.",
+    "distil": "Have a large model make data and teach a small one; say what it was worth.",
     "plan": "Say what a job would take on this machine: memory, reads, seconds.",
     "fuse": "Add an adapter to its base model, and write a model of its own.",
     "adapter": "Look at adapters, compare and sum them, carry them to and from PEFT and llama.cpp.",

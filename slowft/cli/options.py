@@ -29,6 +29,21 @@ def memory(command):
     return click.option("--memory", help=text)(command)
 
 
+def emulation(command):
+    """Of commands that use a model: `emulate`, `delta` and `delta_top_p`."""
+    for option in (
+        click.option(
+            "--delta-top-p", type=float, help="Outside of this share of what SMALL would say, --model has no say."
+        ),
+        click.option("--delta", multiple=True, metavar="ADAPTER[:WEIGHT]", help="What SMALL learnt; several add up."),
+        click.option(
+            "--emulate", metavar="SMALL", help="Base model whose fine-tuning --model is to behave by; see --delta."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 def trust_remote_code(command):
     return click.option("--trust-remote-code", is_flag=True, help="Let the model run code of its own.")(command)
 

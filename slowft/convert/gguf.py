@@ -8,6 +8,7 @@ own, and F32, F16 and BF16 stay what they are. (`mx.load` reads a whole file int
 Only Q6_K, in which llama.cpp keeps the output matrix of its Q4_0 files, has groups of 16, and becomes float16.
 """
 
+import errno
 import json
 import math
 import shutil
@@ -58,11 +59,17 @@ class Weight:
     offset: float = 0.0
 
 
-def convert(file: str | Path, directory: Path, progress: Progress | None = None) -> None:
+def convert(
+    file: str | Path,
+    directory: Path,
+    progress: Progress | None = None,
+    finish: Callable[[Path], None] = lambda whole: None,
+) -> None:
     """Write the mlx-lm model directory of a GGUF file (of a split model, the first file).
 
     Args:
         progress: told (bytes written, bytes in all).
+        finish: is called with where all files are, before they are put in their place.
     Raises:
         ModelError: not a whole GGUF file, or an architecture, tensor or tokenizer that cannot be converted.
         SlowftError: `directory` is there already, or cannot be written.
@@ -87,9 +94,11 @@ def convert(file: str | Path, directory: Path, progress: Progress | None = None)
         config |= _quantization(weights)
         (temporary / "config.json").write_text(json.dumps(config, indent=4, sort_keys=True) + "\n")
         _write(temporary / "model.safetensors", weights, progress)
+        finish(temporary)
         temporary.rename(directory)
     except OSError as e:
-        raise SlowftError(f"{directory} cannot be written: {e.strerror or e}") from None
+        takes = f". The model takes {_nbytes(weights) / 1e6:,.1f} MB: make room" if e.errno == errno.ENOSPC else ""
+        raise SlowftError(f"{directory} cannot be written: {reason_of(e)}{takes}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -114,8 +123,12 @@ def _whole(gguf: Gguf) -> Iterator[None]:
         ) from None
 
 
+def _nbytes(weights: list[Weight]) -> int:
+    return sum(o.nbytes for w in weights for o in w.outputs.values())
+
+
 def _check_space(directory: Path, weights: list[Weight]) -> None:
-    needed, free = sum(o.nbytes for w in weights for o in w.outputs.values()), shutil.disk_usage(directory).free
+    needed, free = _nbytes(weights), shutil.disk_usage(directory).free
     if needed > free:
         raise SlowftError(f"the model takes {needed / 1e9:.2f} GB, and {directory.parent} has {free / 1e9:.2f} GB free")
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from .. import platform
-from ..errors import ConfigError, ModelError, SlowftError, SlowftWarning
+from ..errors import ConfigError, ModelError, SlowftError, SlowftWarning, reason_of
 from ..memory import limits
 from ..models.loading import resolve
 from ..sizes import parse_nbytes
@@ -158,10 +158,10 @@ def prepare_gguf(file: str | Path, output: str | Path, *, progress: manifest.Pro
     if free < needed:
         raise SlowftError(_no_room(output, needed, free))
     try:
-        gguf.convert(file, output, progress)
+        made = {"source": str(file.resolve()), "versions": versions()}
+        gguf.convert(file, output, progress, lambda whole: manifest.write_manifest(whole, made, progress))
     except OSError as e:
         raise SlowftError(f"{output} cannot be written: {e.strerror}") from None
-    manifest.write_manifest(output, {"source": str(file.resolve()), "versions": versions()}, progress)
     return output
 
 
@@ -513,7 +513,7 @@ class _Output:
         """Add everything else; config.json is last."""
         try:
             for file in self._copied:
-                self._add(file.name, file.read_bytes())
+                self._add(file.name, _contents(file))
             self._add(INDEX, json.dumps(self._conversion.index, indent=4).encode())
             config = self._conversion.config_text().encode()
             entries = self.done | {"config.json": manifest.entry_of(config)}
@@ -538,6 +538,14 @@ class _Output:
             return error
         n, total = len(self.done.keys() & {f.name for f in self._conversion.files}), len(self._conversion.files)
         return SlowftError(f"{error}. {n} of {total} files are done: make room, then the same command goes on")
+
+
+def _contents(file: Path) -> bytes:
+    """Of a file of the model that is copied. Raises ModelError if it cannot be read."""
+    try:
+        return file.read_bytes()
+    except OSError as e:
+        raise ModelError(f"{file} cannot be read: {reason_of(e)}") from None
 
 
 def _existing(directory: Path) -> Path:

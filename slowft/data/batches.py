@@ -1,15 +1,19 @@
 """Samples in batches: which go together, in which order, and how they are padded. The batches are mlx-lm's.
 
 Comes in: a `TokenDataset`. Goes out: `[B, T+1]` token ids and `[B, 2n]` lengths, as `StreamedModel.loss_and_grads`
-takes them.
+takes them; with a teacher's cache also what the teacher holds for probable.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
+from ..engine.distillation import Teacher
+from ..errors import DataError
 from .store import TokenDataset
+from .teacher import TeacherCache, counted
 
 PADDING = 32  # sequences are padded to multiples of it, and one
 
@@ -33,22 +37,64 @@ def padded_tokens(length: int, max_seq_length: int) -> int:
     return min(-(-length // PADDING) * PADDING, max_seq_length - 1)
 
 
+@dataclass(frozen=True)
+class Lessons:
+    """What a teacher holds for probable, and how much that counts: see `engine/distillation.py`.
+
+    `vocab_size` is of the student: its logits of a token.
+    """
+
+    cache: TeacherCache
+    weight: float
+    temperature: float
+    vocab_size: int
+
+    def of(self, dataset: TokenDataset, numbers: Sequence[int], n_targets: int) -> Teacher:
+        """For the samples of a batch."""
+        shape, k = (len(numbers), n_targets), self.cache.top_k
+        ids = np.broadcast_to(np.arange(k, dtype=np.int32), (*shape, k)).copy()
+        known = np.zeros((*shape, k + 1), np.float32)
+        is_known = np.zeros(shape, bool)
+        for row, number in enumerate(numbers):
+            tokens, pairs = dataset.sample(int(number))
+            targets = counted(pairs, len(tokens)) - 1
+            targets = targets[targets < n_targets]
+            of_sample = self.cache.of(dataset.digest(int(number)))
+            ids[row, targets], known[row, targets] = (array[: len(targets)] for array in of_sample)
+            is_known[row, targets] = True
+        if (largest := int(ids.max())) >= self.vocab_size:
+            raise DataError(
+                f"{self.cache.directory} has token id {largest}, the student's logits end at {self.vocab_size - 1}. "
+                "Write it anew with a smaller --top-k"
+            )
+        arrays = mx.array(ids), mx.array(known), mx.array(is_known)
+        return Teacher(*arrays, self.weight, self.temperature)
+
+
 class BatchStream:
     """The batches of `order` without end, drawn anew for each epoch from NumPy's random state, as mlx-lm draws them.
+
+    Args:
+        lessons: if there are any, a batch's come third.
 
     Attributes:
         permutation, at: of this epoch, and how many of it were taken. With them set, it goes on from there.
     """
 
-    def __init__(self, dataset: TokenDataset, order: np.ndarray, max_seq_length: int):
+    def __init__(self, dataset: TokenDataset, order: np.ndarray, max_seq_length: int, lessons: Lessons | None = None):
         self._dataset, self._order, self._max_tokens = dataset, order, max_seq_length
+        self._lessons = lessons
         self.permutation, self.at = np.empty(0, np.int64), 0
 
-    def __next__(self) -> tuple[mx.array, mx.array]:
+    def __next__(self) -> tuple[mx.array, mx.array] | tuple[mx.array, mx.array, Teacher]:
         if self.at == len(self.permutation):
             self.permutation, self.at = np.random.permutation(len(self._order)), 0
         self.at += 1
-        return batch(self._dataset, self._order[self.permutation[self.at - 1]], self._max_tokens)
+        numbers = self._order[self.permutation[self.at - 1]]
+        made = batch(self._dataset, numbers, self._max_tokens)
+        if self._lessons is None:
+            return made
+        return *made, self._lessons.of(self._dataset, numbers, made[0].shape[1] - 1)
 
 
 def iterate(dataset: TokenDataset, order: np.ndarray, max_seq_length: int) -> Iterator[tuple[mx.array, mx.array]]:

@@ -70,6 +70,7 @@ class Budget:
         self._engine, self.memory = engine, memory
         self.directory = directory or platform.cache_directory()
         self.optimizer_copies = 2
+        self._top_k = 0
         self.plan: Plan | None = None
         self._cut_like: Schedule | None = None
         self._machine: Machine | None = None
@@ -87,6 +88,11 @@ class Budget:
         """From now on plan for an optimizer that keeps `copies` times the trainable parameters."""
         if copies != self.optimizer_copies:
             self.optimizer_copies, self._shape = copies, (0, 0, 0)
+
+    def expect_teacher(self, top_k: int) -> None:
+        """From now on plan for steps whose loss is taken against a teacher's `top_k` most probable tokens too."""
+        if top_k != self._top_k:
+            self._top_k, self._shape = top_k, (0, 0, 0)
 
     def measure_anew(self, planned_nbytes: int = 0) -> None:
         """The process took on something, such as an adapter, that plans made so far do not know of.
@@ -140,36 +146,50 @@ class Budget:
         self._engine.peaks_known.clear()
         return plan
 
-    def cover_passes(self, rows: int, tokens: int, micro_batches: int, adapters: Collection[bool | str]) -> int:
-        """How many of these micro-batches an evaluation takes through the model at once; a plan for it is followed.
+    def cover_passes(
+        self,
+        rows: int,
+        tokens: int,
+        groups: int,
+        adapters: Collection[bool | str],
+        of_each: int = 1,
+        beside_nbytes: int = 0,
+        found_nbytes: int = 0,
+    ) -> int:
+        """How many groups of micro-batches an evaluation takes through the model at once; a plan for it is followed.
 
         As many as their hidden states have room for: where a model does not fit, each pass saved saves more reading
         than blocks that stay would. But where fewer at a time leave room for what then need not be read, as predicted,
         it is fewer.
 
         Args:
-            adapters: that the micro-batches ask for.
+            adapters: that the micro-batches ask for. of_each: micro-batches in a group.
+            beside_nbytes: are in memory besides.
+            found_nbytes: of what is found of a group, which stays until the pass is over.
         Raises:
             ConfigError: the ceiling is too low even for one; names the least memory that would do.
         """
         if self.memory is None:
-            hidden_nbytes = HIDDEN_ARRAYS * rows * tokens * self._engine.cut.hidden_nbytes  # 0: of no chain
-            return min(micro_batches, max(1, int(UNBOUNDED_SHARE * default_memory()) // max(hidden_nbytes, 1)))
-        shape = rows, tokens, micro_batches, frozenset(adapters), self.memory, self._cut_like
+            hidden_nbytes = of_each * HIDDEN_ARRAYS * rows * tokens * self._engine.cut.hidden_nbytes  # 0: of no chain
+            each = max(hidden_nbytes, 1) + found_nbytes
+            return min(groups, max(1, int(UNBOUNDED_SHARE * default_memory()) // each))
+        beside = beside_nbytes, found_nbytes
+        shape = rows, tokens, groups, of_each, beside, frozenset(adapters), self.memory, self._cut_like
         if shape == self._passes_shape[0]:
             return self._passes_shape[1]
         usable = self._usable(self.memory)
 
         def planner(n: int, cut_like: Schedule | None = None) -> Planner:
-            return self.planner(rows, tokens, n, training=False, adapters=adapters, cut_like=cut_like)
+            how = {"training": False, "beside_nbytes": beside_nbytes, "adapters": adapters, "cut_like": cut_like}
+            return self.planner(rows, tokens, n * of_each, **how, outside_nbytes=n * found_nbytes)
 
         one = planner(1).chunked(usable)
         if one is None:
             raise ConfigError(planner(1).too_little(self.memory))
         planner = functools.partial(planner, cut_like=one[1])  # so that last bits depend on no prediction
-        most = _most(micro_batches, lambda n: planner(n).chunked(usable) is not None)
+        most = _most(groups, lambda n: planner(n).chunked(usable) is not None)
         at_once, plan = most, planner(most).choose(usable)
-        for n in [most >> i for i in range(1, most.bit_length() if most < micro_batches else 1)]:
+        for n in [most >> i for i in range(1, most.bit_length() if most < groups else 1)]:
             other = planner(n).choose(usable)
             if other.step_s / n < FASTER * plan.step_s / at_once:
                 at_once, plan = n, other
@@ -322,12 +342,13 @@ class Budget:
         beside_nbytes: int = 0,
         adapters: Collection[bool | str] = (True,),
         cut_like: Schedule | None = None,
+        outside_nbytes: int = 0,
     ) -> Planner:
         """Plans for steps over `micro_batches` of `[rows, tokens]`.
 
         Args:
             training: False for forward passes.
-            beside_nbytes: are in memory besides.
+            beside_nbytes: are in memory besides, in MLX's arrays; outside_nbytes: in others.
             adapters: that they ask for; the one that makes blocks compute the most is planned for.
             cut_like: a schedule by which the work is to be cut, unless `cut_like` was called.
         """
@@ -341,7 +362,7 @@ class Budget:
             jobs = [self._job(rows, tokens, micro_batches, chunking, training, adapter) for adapter in adapters]
             return max(jobs, key=lambda job: max(visit.forward_nbytes for visit in job.visits))
 
-        base = self._base_nbytes + beside_nbytes
+        base = self._base_nbytes + beside_nbytes + outside_nbytes
         what = machine or self.machine, base, rows, tokens, self._held_nbytes + beside_nbytes, self._experience
         return Planner(job_of, *what, (self._cut_like if training else None) or cut_like)
 
@@ -377,7 +398,7 @@ class Budget:
     ) -> Job:
         """Steps with the adapter that is attached, or forward passes with one that was added by name."""
         engine = self._engine
-        shape = rows, tokens, 1, chunking, self.optimizer_copies
+        shape = rows, tokens, 1, chunking, self.optimizer_copies, self._top_k if training else 0
         is_added = isinstance(adapter, str)
         key = (*shape, training, engine.head_may_be_cut, len(trainable_entries(engine.model)), is_added and adapter)
         if key not in self._jobs:

@@ -18,9 +18,10 @@ from ..models.calls import Arguments
 from ..models.seams import FLOATS, CutModel, Unit, inner_call, trainable_entries
 from . import cores
 from .block import BlockFunction
+from .distillation import Teacher
 from .head import Blocks, HeadLoss, token_loss, treats_tokens_alike, usual_chunk
 from .kept import KeptOutputs, LayerOutputs
-from .log_probabilities import LogProbabilities, log_probabilities, of_whole_logits
+from .log_probabilities import LogProbabilities, Mixing, log_probabilities
 from .offloaded import OffloadedExperts
 from .parts import EmbedPart, HeadPart, unevaluated_zeros
 from .pieces import Pieces, PieceWork
@@ -39,6 +40,7 @@ class Passenger:
         tokens, targets: int32 `[B, T]`; mask: bool `[B, T]`, which targets count in the loss.
         total: int32 `[]`, what its loss is divided by.
         adapter: True, with the adapter that is trained; False, without any; a name, with that one.
+        teacher: whose probabilities its loss is taken against too.
         first: the first visit that it takes part in. Above 0 the hidden state that goes in there is stored.
         side: what each visit's block is called with, from `Chain.embed`.
         cache: mlx-lm's caches of what its rows said before, one for each block; targets and mask are None then.
@@ -50,6 +52,7 @@ class Passenger:
     mask: mx.array | None = None
     total: mx.array | None = None
     adapter: bool | str = True
+    teacher: Teacher | None = None
     first: int = 0
     side: list[Arguments] = field(default_factory=list)
     cache: list[Any] | None = None
@@ -210,20 +213,39 @@ class Chain:
             return head.loss(hidden, [owner[key] for _, owner, key in self.outside])
 
     def log_probabilities(
-        self, batch: Passenger, hidden: mx.array, chunk_tokens: int | None, top_k: int, token_ids: Sequence[int]
-    ) -> LogProbabilities:
-        """Of the targets that count, by what the last block put out."""
-        chunk = self._chunk(hidden, chunk_tokens)
-        with self._cutting(len(self.visits), batch), self.adapters.using(batch.adapter):
-            if chunk is None:
-                whole = self._head(hidden, *batch.tokens.shape)
-                return of_whole_logits(whole, batch.targets, batch.mask, top_k, token_ids)
+        self,
+        group: Sequence[Passenger],
+        hidden: Sequence[mx.array],
+        chunk_tokens: int | None,
+        top_k: int,
+        token_ids: Sequence[int],
+        mixing: Mixing,
+    ) -> list[LogProbabilities]:
+        """Of the targets that count, what is mixed of passengers that have the same, by what the last block put out."""
+        first, mix = group[0], mixing.begin(group[0].tokens)
+        chunk = self._chunk(hidden[0], chunk_tokens)
+        with self._cutting(len(self.visits), first):
+            each = [self._logits_of(batch, of_batch, chunk is not None) for batch, of_batch in zip(group, hidden)]
+
+            def logits_of(numbers: np.ndarray) -> Sequence[mx.array]:
+                return mix(numbers, [of_numbers(mx.array(numbers)) for of_numbers in each])
+
+            at_once = mixing.at_once(first.tokens.size, chunk)
+            return log_probabilities(logits_of, mixing.results, first.targets, first.mask, at_once, top_k, token_ids)
+
+    def _logits_of(self, batch: Passenger, hidden: mx.array, in_chunks: bool) -> Callable[[mx.array], mx.array]:
+        """A function that gives logits `[n, V]` of targets by their numbers."""
+
+        def head(hidden: mx.array, n_rows: int, n_tokens: int) -> mx.array:
+            with self.adapters.using(batch.adapter):
+                return self._head(hidden, n_rows, n_tokens)
+
+        if in_chunks:
             flat = hidden.reshape(-1, hidden.shape[-1])
-
-            def logits_of(numbers: np.ndarray) -> mx.array:
-                return self._head(flat[mx.array(numbers)][None], 1, len(numbers))[0]
-
-            return log_probabilities(logits_of, batch.targets, batch.mask, chunk, top_k, token_ids)
+            return lambda numbers: head(flat[numbers][None], 1, numbers.size)[0]
+        whole = head(hidden, *batch.tokens.shape)
+        whole = whole.reshape(-1, whole.shape[-1])
+        return lambda numbers: whole[numbers]
 
     def loss_and_cotangent(
         self, batch: Passenger, hidden: mx.array, chunk_tokens: int | None
@@ -320,7 +342,7 @@ class Chain:
         chunk = self._chunk(hidden, chunk_tokens)
         in_blocks, outside = ([(owner, key) for _, owner, key in es] for es in (block_entries, self.outside))
         what = batch.targets, batch.mask, batch.total, chunk
-        return HeadLoss(self._head, *what, outside, blocks or seeded, in_blocks)
+        return HeadLoss(self._head, *what, outside, blocks or seeded, in_blocks, batch.teacher)
 
     def _chunk(self, hidden: mx.array, limit: int | None) -> int | None:
         """How many tokens' logits may exist at once; None when all may, or when the head cannot be cut."""
@@ -349,7 +371,7 @@ def _unread(unit: Unit, inner: Callable, args: tuple, kwargs: dict) -> Any:
 
 def plain_loss(model: nn.Module, batch: Passenger) -> mx.array:
     """Loss of a micro-batch by the model's own call, logits whole."""
-    return token_loss(model(batch.tokens), batch.targets, batch.mask, batch.total)
+    return token_loss(model(batch.tokens), batch.targets, batch.mask, batch.total, batch.teacher)
 
 
 def _put(entries: Sequence[Entry], values: Sequence[mx.array]) -> None:

@@ -39,11 +39,12 @@ from . import cores, step
 from .block import BlockFunction
 from .boundary import Boundary, why_not
 from .chain import Chain, Passenger, plain_loss
+from .distillation import Teacher
 from .head import loss_mask, usual_chunk
 from .hidden import HiddenStates
 from .journal import StepJournal
 from .kept import KeptOutputs
-from .log_probabilities import LogProbabilities, of_whole_logits
+from .log_probabilities import PLAIN, LogProbabilities, Mixing, log_probabilities
 from .offloaded import OffloadedExperts
 from .parts import CachedProbe
 from .pieces import Pieces, PieceWork
@@ -286,16 +287,22 @@ class Engine:
 
     # --- Steps --------------------------------------------------------------------------------------
 
-    def loss_and_grads(self, micro_batches: Sequence[tuple[mx.array, mx.array]], measure: bool = False):
+    def loss_and_grads(
+        self,
+        micro_batches: Sequence[tuple[mx.array, mx.array]],
+        measure: bool = False,
+        teachers: Sequence[Teacher | None] = (),
+    ):
         """((loss, ntoks), gradients) over all micro-batches, normalised by their tokens together.
 
         Args:
+            teachers: whose probabilities the losses are taken against too, of each micro-batch.
             measure: note in `measurements` what each pass takes; on a GPU each is waited for then.
         """
         entries = trainable_entries(self.model)
         if not entries:
             raise SlowftError("the model has no trainable parameters. Call add_lora first")
-        batches, ntoks = self._batches([(*pair, True) for pair in micro_batches], together=True)
+        batches, ntoks = self._batches([(*pair, True) for pair in micro_batches], together=True, teachers=teachers)
         self.measurements = Measurements(self.peaks_known)
         self.stats.begin_step()
         try:
@@ -395,39 +402,57 @@ class Engine:
         top_k: int,
         token_ids: Sequence[int],
         on_visit: Callable[[int], object],
+        mixing: Mixing = PLAIN,
     ) -> list[LogProbabilities]:
         """Of each (batch, lengths, adapter): blocks are read once for all; those of no chain, once for each.
 
         Args:
             on_visit: called with how many more times a block was computed for a micro-batch.
+            mixing: makes results of so many micro-batches that follow each other.
         """
         batches, _ = self._batches(micro_batches, together=False)
+        n, at = mixing.passengers, 0
+        groups, pieces = [], [self._n_pieces(batch) for batch, _, _ in micro_batches[::n]]
+        for k in pieces:
+            groups += [batches[at + piece : at + n * k : k] for piece in range(k)]
+            at += n * k
         self.stats.begin_step()
         try:
             with self._step_over(batches, gradients=False):
                 if self.cut.is_chain:
                     visited = functools.partial(on_visit, len(micro_batches))
-                    found = step.log_probabilities(*self._loops(batches), top_k, token_ids, visited)
+                    found = step.log_probabilities(*self._loops(batches), top_k, token_ids, visited, groups, mixing)
                 else:
                     found = []
-                    for batch in batches:
-                        found.append(self._plain_log_probabilities(batch, top_k, token_ids))
-                        on_visit(len(self.cut.order))
+                    for group in groups:
+                        found.append(self._plain_log_probabilities(group, top_k, token_ids, mixing))
+                        on_visit(n * len(self.cut.order))
         finally:
             self.stats.end_step(Measurements())
-        at = iter(found)
-        return [
-            LogProbabilities.joined([next(at) for _ in range(self._n_pieces(batch))]) for batch, _, _ in micro_batches
-        ]
+        of_groups = iter(found)
+        of_pieces = [zip(*(next(of_groups) for _ in range(k))) for k in pieces]
+        return [LogProbabilities.joined(parts) for results in of_pieces for parts in results]
 
-    def _plain_log_probabilities(self, batch: Passenger, top_k: int, token_ids: Sequence[int]) -> LogProbabilities:
+    def _plain_log_probabilities(
+        self, group: Sequence[Passenger], top_k: int, token_ids: Sequence[int], mixing: Mixing
+    ) -> list[LogProbabilities]:
         """By the model's own call, logits whole."""
-        at_step, self._position = self.step, -1
-        try:
-            with self.chain.adapters.using(batch.adapter):
-                return of_whole_logits(self.model(batch.tokens), batch.targets, batch.mask, top_k, token_ids)
-        finally:
-            self.step = at_step
+        first, mix, each = group[0], mixing.begin(group[0].tokens), []
+        for batch in group:
+            at_step, self._position = self.step, -1
+            try:
+                with self.chain.adapters.using(batch.adapter):
+                    logits = self.model(batch.tokens)
+                    mx.eval(logits)
+            finally:
+                self.step = at_step
+            each.append(logits.reshape(-1, logits.shape[-1]))
+
+        def logits_of(numbers: np.ndarray) -> Sequence[mx.array]:
+            return mix(numbers, [logits[mx.array(numbers)] for logits in each])
+
+        at_once = mixing.at_once(first.tokens.size, None)
+        return log_probabilities(logits_of, mixing.results, first.targets, first.mask, at_once, top_k, token_ids)
 
     def _n_pieces(self, batch: mx.array) -> int:
         """How many times so many rows as go at once there are in a micro-batch."""
@@ -439,7 +464,10 @@ class Engine:
         return self.chain, batches, self.weights, self.hidden, head_tokens
 
     def _batches(
-        self, micro_batches: Sequence[tuple[mx.array, mx.array, bool | str]], together: bool
+        self,
+        micro_batches: Sequence[tuple[mx.array, mx.array, bool | str]],
+        together: bool,
+        teachers: Sequence[Teacher | None] = (),
     ) -> tuple[list[Passenger], list[mx.array]]:
         """(micro-batches as they go through the model, tokens that each given one's loss is divided by).
 
@@ -454,12 +482,15 @@ class Engine:
         if any(n.item() == 0 for n in ntoks):
             raise SlowftError("no token of the batch counts in the loss (lengths leave none to train on)")
         batches: list[Passenger] = []
-        for (batch, _, adapter), mask, n in zip(micro_batches, masks, ntoks):
+        teachers = list(teachers) or [None] * len(micro_batches)
+        for (batch, _, adapter), teacher, mask, n in zip(micro_batches, teachers, masks, ntoks, strict=True):
             rows = self.schedule.rows or batch.shape[0]
             for i in range(0, batch.shape[0], rows):
                 tokens, of_rows = batch[i : i + rows], mask[i : i + rows]
-                batches.append(Passenger(len(batches), tokens[:, :-1], tokens[:, 1:], of_rows, n, adapter))
-        mx.eval([[b.tokens, b.targets, b.mask] for b in batches])
+                of_teacher = None if teacher is None else teacher.rows(i, i + rows)
+                what = tokens[:, :-1], tokens[:, 1:], of_rows, n, adapter, of_teacher
+                batches.append(Passenger(len(batches), *what))
+        mx.eval([[b.tokens, b.targets, b.mask, b.teacher.arrays if b.teacher else []] for b in batches])
         return batches, ntoks
 
     @contextmanager

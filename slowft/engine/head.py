@@ -9,11 +9,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from ..planning.plan import LOGITS_NBYTES
-from .cores import by_rows
+from .distillation import Teacher, cross_entropy
 from .pieces import after
 
 # head(hidden, n_rows, n_tokens) -> logits [n_rows, n_tokens, V]
@@ -21,8 +20,6 @@ Head = Callable[[mx.array, int, int], mx.array]
 # blocks(hidden) -> what the last block puts out
 Blocks = Callable[[mx.array], mx.array]
 Entries = Sequence[tuple[Any, Any]]  # (owner, key) of arrays
-
-_cross_entropy = by_rows(nn.losses.cross_entropy)  # of logits [n, V] and targets [n]
 
 
 def usual_chunk(vocab_size: int) -> int:
@@ -45,10 +42,16 @@ def loss_mask(lengths: mx.array, n_targets: int) -> mx.array:
     return counts
 
 
-def token_loss(logits: mx.array, targets: mx.array, mask: mx.array, total: mx.array) -> mx.array:
-    """Cross-entropy over the tokens in `mask`, divided by `total`: mlx-lm's `default_loss` when total is theirs."""
-    ce = _cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)).reshape(mask.shape) * mask
-    return ce.astype(mx.float32).sum() / total
+def token_loss(
+    logits: mx.array, targets: mx.array, mask: mx.array, total: mx.array, teacher: Teacher | None = None
+) -> mx.array:
+    """Cross-entropy over the tokens in `mask`, divided by `total`: mlx-lm's `default_loss` when total is theirs.
+
+    With a teacher, what it makes of them (see `distillation`).
+    """
+    losses = cross_entropy if teacher is None else teacher.losses
+    each = losses(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)).reshape(mask.shape) * mask
+    return each.astype(mx.float32).sum() / total
 
 
 class HeadLoss:
@@ -59,6 +62,7 @@ class HeadLoss:
         chunk_tokens: the most tokens whose logits may exist at once; None computes all at once.
         head_entries: of the adapters' arrays outside the blocks.
         blocks: what comes before the head in the same graph; block_entries: of the adapters' arrays in there.
+        teacher: whose probabilities the loss is taken against too.
     """
 
     def __init__(
@@ -71,7 +75,9 @@ class HeadLoss:
         head_entries: Entries,
         blocks: Blocks = lambda hidden: hidden,
         block_entries: Entries = (),
+        teacher: Teacher | None = None,
     ):
+        self._teacher = teacher
         self._head, self._targets, self._mask, self._total = head, targets, mask, total
         self._chunk_tokens, self._head_entries = chunk_tokens, list(head_entries)
         self._blocks, self._block_entries = blocks, list(block_entries)
@@ -103,7 +109,8 @@ class HeadLoss:
         hidden = self._blocks(hidden)
         if self._chunk_tokens is not None:
             return self._chunked(hidden, params[n:], gradients)
-        loss = token_loss(self._head(hidden, *self._targets.shape), self._targets, self._mask, self._total)
+        logits = self._head(hidden, *self._targets.shape)
+        loss = token_loss(logits, self._targets, self._mask, self._total, self._teacher)
         return loss, loss
 
     def _chunked(self, hidden: mx.array, params: Sequence[mx.array], gradients: bool) -> tuple[mx.array, mx.array]:
@@ -117,7 +124,10 @@ class HeadLoss:
 
         def losses(h: mx.array, params: Sequence[mx.array], tokens: mx.array) -> mx.array:
             _put(self._head_entries, params)
-            return _cross_entropy(self._head(h[None], 1, h.shape[0])[0], targets[tokens])
+            logits = self._head(h[None], 1, h.shape[0])[0]
+            if self._teacher is not None:
+                return self._teacher.losses(logits, targets[tokens], tokens)
+            return cross_entropy(logits, targets[tokens])
 
         def spread(parts: list[mx.array], shape: tuple[int, ...]) -> mx.array:
             values = mx.concatenate(parts)

@@ -4,16 +4,17 @@ Comes in: a model directory. Goes out: mlx-lm's own model, evaluated. It is load
 parameters are, so that both compute the same numbers from the same files.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..errors import ConfigError
 from ..models import adapters, loading
 from ..weights.fingerprint import of_contents
 from ..weights.reader import Reader
 from ..weights.sources import placeholder, read_whole
+from .budget import Budget
 
 
 class ModelInMemory(nn.Module):
@@ -49,20 +50,27 @@ def load_in_memory(
     path: Path,
     compute_dtype: mx.Dtype | None,
     trust_remote_code: bool = False,
-    check: Callable[[int], None] = lambda nbytes: None,
+    budget: Budget | None = None,
 ) -> ModelInMemory:
     """Read a whole model.
 
     Args:
         compute_dtype: as in `loading.load_skeleton`.
-        check: is told what it will take, before anything is read, and may refuse it.
+        budget: of a model that streams beside it.
     Raises:
+        ConfigError: there is no room for it beside the least that the streamed one needs; nothing was read.
         ModelError: missing or corrupt files, or an unknown architecture.
     """
     skeleton = loading.load_skeleton(path, ModelInMemory, compute_dtype, trust_remote_code)
     model, params = skeleton.model, skeleton.params
     model.weights_nbytes = sum(placeholder(p.source.shape, p.source.result_dtype).nbytes for p in params)
-    check(model.weights_nbytes)
+    needed = None if budget is None else budget.needed_beside(model.weights_nbytes)
+    if needed is not None:
+        raise ConfigError(
+            f"memory of {budget.memory / 1e9:.2f} GB is too little: {path} stays in memory, which takes "
+            f"{model.weights_nbytes / 1e9:.2f} GB, and the other model streams beside it. Give at least "
+            f"{needed / 1e9:.2f}GB"
+        )
     reader = Reader()
     try:
         files = sorted({extent.file for param in params for extent in param.source.extents})

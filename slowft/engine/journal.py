@@ -62,7 +62,10 @@ class StepJournal:
         self.gradients: dict[str, mx.array] = {}
         self.cotangents: dict[int, mx.array] = {}
         of_batches = [array for b in batches for array in (b.tokens, b.targets, b.mask, b.total)]
+        teachers = [b.teacher for b in batches if b.teacher is not None]
+        of_batches += [array for teacher in teachers for array in teacher.arrays]
         shapes = [[b.tokens.shape, str(b.adapter)] for b in batches]
+        shapes += [[teacher.weight, teacher.temperature] for teacher in teachers]
         facts = [self._identity, facts, shapes, chain.seed, chain.step, lowest, n, [name for name, *_ in chain.outside]]
         self.journal.key = _digest(facts, [*of_batches, *arrays])
         self._found: set[str] = set()

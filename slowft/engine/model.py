@@ -24,8 +24,9 @@ from ..weights.fingerprint import of_contents
 from ..weights.reader import Reader
 from ..weights.sources import placeholder
 from .budget import Budget
+from .distillation import Teacher
 from .engine import Engine
-from .log_probabilities import LogProbabilities
+from .log_probabilities import FOUND_NBYTES, PLAIN, LogProbabilities, Mixing
 from .spilled_caches import SpilledCaches
 from .stats import Stats
 
@@ -33,6 +34,7 @@ from .stats import Stats
 # that fills them (0.137 against 0.015 s for 176 MB).
 CACHE_PER_BLOCK = 0.5
 CACHE_FLOOR_NBYTES = 64 << 20
+BASE = "base"  # name of what the model says without adapters
 CUTS = ("rows", "mlp_tokens", "attention_queries", "head_tokens")  # of a schedule
 
 
@@ -207,14 +209,17 @@ class StreamedModel(nn.Module):
         each block is read at most twice, however many micro-batches there are.
 
         Args:
-            batch: int32 `[B, T+1]` token ids, or a list of (batch, lengths).
+            batch: int32 `[B, T+1]` token ids, or a list of (batch, lengths) or (batch, lengths, `Teacher`): of those
+                the loss is that of `engine/distillation.py`.
             lengths: int32 `[B, 2]`: prompt offset and length of each row; or `[B, 2n]`, n stretches of targets.
         Returns:
             ((loss float32 `[]`, ntoks int32 `[]`), gradients as a tree like `trainable_parameters()`).
         """
-        micro_batches = _micro_batches(batch, lengths)
+        given, teachers = _teachers(batch, lengths)
+        micro_batches = _micro_batches(given, lengths)
+        self.budget.expect_teacher(max((t.top_k for t in teachers if t is not None), default=0))
         self.budget.cover(*_shape(micro_batches))
-        result = self.engine.loss_and_grads(micro_batches, measure=self.budget.is_measuring)
+        result = self.engine.loss_and_grads(micro_batches, self.budget.is_measuring, teachers)
         if not self.engine.blocks_found:  # part of a step tells nothing of a whole one
             self.budget.after_step(*_shape(micro_batches))
         return result
@@ -243,6 +248,8 @@ class StreamedModel(nn.Module):
         top_k: int = 0,
         token_ids: Sequence[int] = (),
         on_visit: Callable[[int], object] = lambda n: None,
+        mixing: Mixing = PLAIN,
+        first: int = 0,
     ) -> Iterator[LogProbabilities]:
         """Log-probabilities at the targets that count, of one micro-batch after the other, as they are iterated over.
 
@@ -256,6 +263,8 @@ class StreamedModel(nn.Module):
             top_k: ask also for the most probable tokens, so many.
             token_ids: ask also for the log-probabilities of these tokens.
             on_visit: called with how many more times a block was computed for a micro-batch.
+            mixing: makes results of so many micro-batches that follow each other, in place of one of each.
+            first: micro-batches before this one are left out, but planned for: so the others' last bits stay the same.
         Raises:
             ConfigError: no adapter has such a name, or the memory is too little; names the least that would do.
         """
@@ -265,11 +274,14 @@ class StreamedModel(nn.Module):
         # No micro-batch takes more than this shape: its attention's scores grow with the square of the tokens
         rows = max(-(-passenger.batch.shape[0] * (passenger.batch.shape[1] - 1) // tokens) for passenger in passengers)
         adapters = {passenger.adapter for passenger in passengers}
-        start = 0
+        found_nbytes = mixing.results * rows * tokens * (FOUND_NBYTES + 8 * top_k + 4 * len(token_ids))
+        start, n = first, mixing.passengers
         while start < len(passengers):
-            at_once = self.budget.cover_passes(rows, tokens, len(passengers), adapters)
+            sizes = n, mixing.nbytes, found_nbytes
+            at_once = n * self.budget.cover_passes(rows, tokens, len(passengers) // n, adapters, *sizes)
             given = [(p.batch, p.lengths, p.adapter) for p in passengers[start : start + at_once]]
-            found = self.engine.log_probabilities(given, top_k, token_ids, on_visit)
+            with self._not_training():
+                found = self.engine.log_probabilities(given, top_k, token_ids, on_visit, mixing)
             self.budget.after_pass()
             yield from found
             start += at_once
@@ -320,6 +332,25 @@ class StreamedModel(nn.Module):
         return 1
 
     @property
+    def n_logits(self) -> int:
+        """Of a token."""
+        return self.engine.cut.vocab_size
+
+    def block_passes(self, adapters: Sequence[bool | str]) -> int:
+        """How often a block is computed for a micro-batch that is scored with each of these adapters."""
+        return len(adapters) * len(self.engine.cut.order)
+
+    @property
+    def scored(self) -> dict[str, bool | str]:
+        """Name -> adapter of a `MicroBatch`: what is scored whatever else is."""
+        return {BASE: False}
+
+    @property
+    def adapter_names(self) -> Sequence[str]:
+        """Of those that `add_adapter` loaded."""
+        return self.engine.chain.adapters.names
+
+    @property
     def can_spill(self) -> bool:
         """Whether caches can be on disk: blocks must take turns."""
         return self.engine.cut.is_chain
@@ -335,6 +366,10 @@ class StreamedModel(nn.Module):
     def beside_nbytes(self, rows: int, drafted: int, tokens: int) -> int:
         """What a pass takes that the budget does not know of: nothing."""
         return 0
+
+    def beside_s(self, rows: int) -> float:
+        """Seconds that a pass takes beside what streams: none."""
+        return 0.0
 
     def drafter_model(self) -> None:
         """A model in memory that guesses well what this one says: there is none."""
@@ -355,7 +390,7 @@ class StreamedModel(nn.Module):
 
         Takes a forward pass. None: in none of the blocks' outputs, or the model is no chain.
         """
-        return self.engine.first_not_finite(micro_batches)
+        return self.engine.first_not_finite([(batch, lengths) for batch, lengths, *_ in micro_batches])
 
     @property
     def cuts(self) -> dict[str, int | None]:
@@ -621,6 +656,18 @@ def _passengers(batch, lengths) -> list[MicroBatch]:
         pairs = _micro_batches([(passenger.batch, passenger.lengths) for passenger in batch], None)
         return [MicroBatch(*pair, passenger.adapter) for pair, passenger in zip(pairs, batch)]
     return [MicroBatch(*pair) for pair in _micro_batches(batch, lengths)]
+
+
+def _teachers(batch, lengths) -> tuple[Any, list[Teacher | None]]:
+    """(micro-batches without their teachers, the teacher of each)."""
+    if lengths is not None or isinstance(batch, tuple):
+        return batch, []
+    given = [tuple(one) for one in batch]
+    teachers = [one[2] if len(one) == 3 else None for one in given]
+    for (tokens, *_), teacher in zip(given, teachers):
+        if teacher is not None and teacher.ids.shape[:2] != (tokens.shape[0], tokens.shape[1] - 1):
+            raise SlowftError(f"a teacher of {list(teacher.ids.shape[:2])} targets is given for {list(tokens.shape)}")
+    return [one[:2] if len(one) == 3 else one for one in given], teachers
 
 
 def _micro_batches(batch, lengths) -> list[tuple[mx.array, mx.array]]:

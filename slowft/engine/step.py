@@ -17,7 +17,7 @@ from ..weights.residency import Residency
 from .chain import Chain, Kept, Passenger
 from .hidden import HiddenStates
 from .journal import StepJournal
-from .log_probabilities import LogProbabilities
+from .log_probabilities import LogProbabilities, Mixing
 from .spilled_caches import SpilledCaches
 
 
@@ -213,13 +213,18 @@ def log_probabilities(
     top_k: int,
     token_ids: Sequence[int],
     on_visit: Callable[[], object],
-) -> list[LogProbabilities]:
-    """Of each micro-batch's targets, with the adapter that it asks for. Each block is read once for all of them.
+    groups: Sequence[Sequence[Passenger]],
+    mixing: Mixing,
+) -> list[list[LogProbabilities]]:
+    """Of each group's targets, what is mixed of its passengers' logits. Each block is read once for all of them.
 
     Args:
         on_visit: called after each block has served all micro-batches.
+        groups: of micro-batches with the same tokens and targets, in the order in which their last ones come.
     """
-    found: list[LogProbabilities] = []
+    found: list[list[LogProbabilities]] = []
+    waiting = iter(groups)
+    group = next(waiting)
 
     def forward(position: int, batch: Passenger) -> None:
         output, _ = chain.forward(position, batch, hidden.pop((batch.index, position)), training=False)
@@ -229,8 +234,12 @@ def log_probabilities(
             on_visit()
 
     def head(batch: Passenger) -> None:
-        last = hidden.pop((batch.index, len(chain.visits)))
-        found.append(chain.log_probabilities(batch, last, head_tokens, top_k, token_ids))
+        nonlocal group
+        if batch is not group[-1]:
+            return
+        last = [hidden.pop((one.index, len(chain.visits))) for one in group]
+        found.append(chain.log_probabilities(group, last, head_tokens, top_k, token_ids, mixing))
+        group = next(waiting, group)
 
     embed(chain, batches, hidden, training=False)
     run_forward(chain, batches, weights, forward)

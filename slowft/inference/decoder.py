@@ -1,14 +1,20 @@
-"""What generating asks of a model: all that `generate` and `waves` know of a `StreamedModel` or an `Emulated` one."""
+"""What generating and scoring ask of a model: all that they know of a `StreamedModel` or an `Emulated` one.
 
-from collections.abc import Callable, Sequence
+Such a model is opened here, by the options that commands have.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import mlx.core as mx
 
 from ..engine.budget import Budget
+from ..engine.log_probabilities import LogProbabilities
+from ..engine.model import MicroBatch, open_model
 from ..engine.spilled_caches import SpilledCaches
 from ..engine.stats import Stats
+from ..errors import ConfigError
 
 
 class Decoder(Protocol):
@@ -55,6 +61,9 @@ class Decoder(Protocol):
             drafted: tokens of a draft at most. tokens: of a row with its answer.
         """
 
+    def beside_s(self, rows: int) -> float:
+        """Seconds that a pass giving each of so many rows a token takes beside what streams."""
+
     def drafter_model(self) -> Any:
         """A model in memory, with mlx-lm's call, that guesses well what this one says; None: there is none."""
 
@@ -74,3 +83,62 @@ class Decoder(Protocol):
 
     def fingerprint(self) -> str:
         """A digest of the weights' files."""
+
+    # --- Scoring --------------------------------------------------------------------------------------
+
+    @property
+    def nbytes_on_disk(self) -> int:
+        """Bytes of all weights that stream."""
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether one is attached."""
+
+    @property
+    def scored(self) -> dict[str, bool | str]:
+        """Name -> adapter of a `MicroBatch`: what is scored whatever else is."""
+
+    @property
+    def adapter_names(self) -> Sequence[str]:
+        """Of those that `add_adapter` loaded."""
+
+    def add_adapter(self, name: str, path: str | Path) -> None:
+        """Load an adapter that is scored with by its name."""
+
+    @property
+    def n_logits(self) -> int:
+        """Of a token."""
+
+    def block_passes(self, adapters: Sequence[bool | str]) -> int:
+        """How often a block is computed for a micro-batch that is scored with each of these adapters."""
+
+    def log_probabilities(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        top_k: int = 0,
+        token_ids: Sequence[int] = (),
+        on_visit: Callable[[int], object] = lambda n: None,
+        *,
+        first: int = 0,
+    ) -> Iterator[LogProbabilities]:
+        """Of one micro-batch after the other; see `StreamedModel.log_probabilities`."""
+
+
+def opened(
+    model: str,
+    emulated: str | None,
+    deltas: Sequence[str],
+    top_p: float | None,
+    memory: str | int | None,
+    adapter_path: str | None = None,
+    **how: Any,
+) -> Decoder:
+    """The model of a command's options: --emulate, --delta and --delta-top-p beside those of `open_model`."""
+    if emulated is not None:
+        from .emulate import emulate, parse_delta  # imports mlx-lm
+
+        learnt = [parse_delta(text) for text in deltas]
+        return emulate(model, emulated, learnt, memory=memory, adapter_path=adapter_path, nucleus=top_p, **how)
+    if deltas or top_p is not None:
+        raise ConfigError("--delta says what another model learnt. Give that model's base too: --emulate SMALL")
+    return open_model(model, memory, adapter_path, **how)

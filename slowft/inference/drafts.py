@@ -64,10 +64,11 @@ class DraftModel:
 
     Args:
         model: mlx-lm's, in memory. chooser: as the large model's tokens are chosen.
+        embedding_rows: token ids that the large model knows.
     """
 
-    def __init__(self, model: Any, chooser: Chooses):
-        self.model, self._chooser = model, chooser
+    def __init__(self, model: Any, chooser: Chooses, embedding_rows: int | None = None):
+        self.model, self._chooser, self._embedding_rows = model, chooser, embedding_rows
         self._caches: dict[int, tuple[list[Any], int]] = {}  # row -> (its cache, how many tokens that has seen)
 
     def draft(self, rows: Sequence[Row], depth: int) -> None:
@@ -84,7 +85,7 @@ class DraftModel:
                 mx.eval([c.state for c in cache])
                 seen += min(ahead - 1, CHUNK)
             while len(row.draft) < n:
-                logits = self.model(mx.array([tokens[seen:]]), cache=cache)[:, -1]
+                logits = self.model(mx.array([tokens[seen:]]), cache=cache)[:, -1, : self._embedding_rows]
                 seen = len(tokens)
                 (token,), _ = self._chooser.choose(logits, [(row.id, len(row.answer) + len(row.draft), tokens)])
                 row.draft.append(token)

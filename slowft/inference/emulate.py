@@ -10,27 +10,31 @@ with as a streamed model is. The larger of the two streams and the other one is 
 base with the deltas of a large one (down-scaling) is the same sum.
 """
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
-from ..data.tokenizer import load_tokenizer
 from ..engine.budget import Budget
 from ..engine.in_memory import ModelInMemory, load_in_memory
-from ..engine.model import StreamedModel, compute_dtype_of, open_model
+from ..engine.log_probabilities import LogProbabilities, Mix, Mixing
+from ..engine.model import BASE, MicroBatch, StreamedModel, compute_dtype_of, open_model
 from ..engine.spilled_caches import SpilledCaches
 from ..engine.stats import Stats
 from ..errors import ConfigError
 from ..models.adapters import digest
 from ..models.directories import ADAPTER_CONFIG as CONFIG
 from ..models.loading import resolve
-from .variants import Variants
+from .variants import CHUNK, LOGITS_NBYTES, Variants
+from .vocabularies import check_same_vocabulary
 
+EMULATED = "emulated"  # name of a score: of the sum
 # Of tokens that a model never says (phi3small gives some a logit of minus infinity): differences have to be numbers.
 NEVER = -1e4
 
@@ -146,6 +150,9 @@ class Emulated:
         drafting = [variants.workspace_nbytes(1, 1, tokens) for variants in self._drafter.variants]
         return n + max(computing + drafting)
 
+    def beside_s(self, rows: int) -> float:
+        return sum(variants.pass_s(rows) for variants, _ in self._in_memory)
+
     def drafter_model(self) -> "Mixture":
         return self._drafter
 
@@ -184,6 +191,112 @@ class Emulated:
         return all(self.streamed.takes(tokens, part) for part in parts[: len(self._terms)]) and all(
             variants.takes(tokens, part) for (variants, _), part in zip(self._in_memory, parts[len(self._terms) :])
         )
+
+    # --- What scoring asks for -------------------------------------------------------------------------
+
+    @property
+    def nbytes_on_disk(self) -> int:
+        """Of the model that streams."""
+        return self.streamed.nbytes_on_disk
+
+    @property
+    def has_adapter(self) -> bool:
+        return False
+
+    @property
+    def scored(self) -> dict[str, bool | str]:
+        return {BASE: False, EMULATED: True}
+
+    @property
+    def adapter_names(self) -> Sequence[str]:
+        return self.streamed.adapter_names
+
+    def add_adapter(self, name: str, path: str | Path) -> None:
+        """Of the large model, to be scored beside the sum.
+
+        Raises:
+            ConfigError: the large model is the one in memory.
+        """
+        if not self.is_up_scaling:
+            raise ConfigError(
+                f"adapter {path} is of the model that stays in memory here, and only those of the one that streams can "
+                "be scored beside the sum. Score it by itself, without --emulate"
+            )
+        self.streamed.add_adapter(name, path)
+
+    @property
+    def n_logits(self) -> int:
+        return self._vocab_size
+
+    def block_passes(self, adapters: Sequence[bool | str]) -> int:
+        return self.streamed.block_passes(self._asked(adapters))
+
+    def log_probabilities(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        top_k: int = 0,
+        token_ids: Sequence[int] = (),
+        on_visit: Callable[[int], object] = lambda n: None,
+        first: int = 0,
+    ) -> Iterator[LogProbabilities]:
+        """As `StreamedModel.log_probabilities`, with the sum in the place of an attached adapter.
+
+        A micro-batch's `adapter` is True for the sum, False for the large model by itself, or a name for that model
+        with the adapter of this name. What follows each other of the same `batch` goes through once.
+        """
+        of_tokens = [list(group) for _, group in itertools.groupby(micro_batches, lambda one: id(one.batch))]
+        for adapters, groups in itertools.groupby(of_tokens, lambda group: tuple(one.adapter for one in group)):
+            groups = list(groups)
+            asked = self._asked(adapters)
+            passengers = [MicroBatch(group[0].batch, group[0].lengths, one) for group in groups for one in asked]
+            tokens = max(group[0].batch.shape[1] for group in groups) - 1
+            mixing = self._mixing(adapters, asked, tokens)
+            left_out = min(first // len(adapters), len(groups))
+            first -= left_out * len(adapters)
+            how = top_k, token_ids, on_visit, mixing, left_out * len(asked)
+            yield from self.streamed.log_probabilities(passengers, *how)
+
+    def _asked(self, adapters: Sequence[bool | str]) -> list[bool | str]:
+        """The adapters of the streamed model that its logits are needed with."""
+        found = [adapter for adapter in adapters if adapter is not True] if self.is_up_scaling else []
+        if True in adapters or not found:
+            found += map(self._adapter, self._terms)
+        return list(dict.fromkeys(found))
+
+    def _adapter(self, term: Term) -> bool | str:
+        """Of the streamed model, where no row asks for another one."""
+        return self.streamed.has_adapter if term.adapter is None else term.adapter
+
+    def _mixing(self, adapters: Sequence[bool | str], asked: Sequence[bool | str], tokens: int) -> Mixing:
+        chunk = max(1, min(CHUNK, LOGITS_NBYTES // (4 * self._vocab_size)))
+
+        def begin(tokens: mx.array) -> Mix:
+            along = Along([variants for variants, _ in self._in_memory], tokens)
+
+            def mix(numbers: np.ndarray, logits: Sequence[mx.array]) -> list[mx.array]:
+                found = dict(zip(asked, logits))
+                others = [adapter for adapter in adapters if adapter is not True] if self.is_up_scaling else []
+                by_itself = {adapter: found[adapter] for adapter in others}
+                if len(by_itself) == len(adapters):
+                    return [by_itself[adapter] for adapter in adapters]
+                sums = Sums(len(numbers), self._vocab_size, self._nucleus)
+                for i, places, of_variants in along.logits(numbers):
+                    for term, of_variant in zip(self._in_memory[i][1], of_variants):
+                        sums.add_places(term, places, of_variant)
+                if not self.is_up_scaling:
+                    by_itself[False] = sums.total()  # nothing else is in memory
+                for term in self._terms:
+                    sums.add(term, 0, found[self._adapter(term)])
+                return [sums.pop(0) if adapter is True else by_itself[adapter] for adapter in adapters]
+
+            return mix
+
+        logits = 4 * chunk * self._vocab_size
+        # of each passenger, and of the sums: as they come, in float32, and less their sum of exponentials
+        nbytes = 3 * logits * (len(asked) + len(adapters) + 1)
+        nbytes += max(variants.workspace_nbytes(1, chunk, tokens) for variants, _ in self._in_memory)
+        nbytes += sum(variants.cache_nbytes(tokens) for variants, _ in self._in_memory)
+        return Mixing(len(asked), len(adapters), begin, chunk, nbytes)
 
     def fingerprint(self) -> str:
         """Of the model whose knowledge is used; what is added to it is in `about`."""
@@ -227,6 +340,34 @@ class Emulated:
                 part = variants if len(which) == len(terms) else variants.only(which)
                 found.append((part, [weights[i] for i in which]))
         return found
+
+
+class Along:
+    """What models in memory say of rows of tokens `[B, T]`, asked for from the first token of the first row on."""
+
+    def __init__(self, models: Sequence[Variants], tokens: mx.array):
+        self._models, self._tokens = models, tokens
+        self._row, self._at = -1, 0
+        self._caches: list[list[Any]] = []
+
+    def logits(self, numbers: np.ndarray) -> Iterator[tuple[int, list[int], list[mx.array]]]:
+        """(number of a model, which of the numbers, logits `[m, V]` of each variant there), until all were given.
+
+        Args:
+            numbers: among all `B * T` tokens, rising, and above those of earlier calls.
+        """
+        rows, columns = np.divmod(numbers, self._tokens.shape[1])
+        for row in np.unique(rows):
+            if row != self._row:
+                self._row, self._at = row, 0
+                self._caches = [variants.make_cache() for variants in self._models]
+            here = np.flatnonzero(rows == row)
+            end = int(columns[here[-1]]) + 1
+            tokens, wanted = self._tokens[int(row) : int(row) + 1, self._at : end], (columns[here] - self._at).tolist()
+            for i, (variants, cache) in enumerate(zip(self._models, self._caches)):
+                for which, logits in variants.logits(tokens, cache, wanted):
+                    yield i, here[which].tolist(), logits
+            self._at = end
 
 
 class Mixture:
@@ -279,6 +420,10 @@ class Sums:
             self._mixture[places] = self._mixture[places] + term.of_mixture * found
         mx.eval(self._total, [] if self._mixture is None else self._mixture)
         self._last = logits.shape[0]
+
+    def total(self) -> mx.array:
+        """What was added so far, of all places; another one than what is added to later."""
+        return mx.array(self._total)
 
     def pop(self, first: int) -> mx.array:
         """Log-probabilities `[m, V]` of the places that were added last; they begin at `first`."""
@@ -356,7 +501,8 @@ def emulate(
     whole = [delta for delta in learnt if not delta.is_adapter]
     small_path, is_opened = resolve(str(small)), isinstance(large, StreamedModel)
     large_path = large.path if is_opened else resolve(str(large))
-    have_tokenizers = check_same_vocabulary(large_path, [small_path, *(delta.path for delta in whole)])
+    others = [small_path, *(delta.path for delta in whole)]
+    unknown = [other for other in others if not check_same_vocabulary(large_path, other)]
     is_up = is_opened or _nbytes(small_path) <= _nbytes(large_path)
     if whole and not is_up:
         raise ConfigError(
@@ -371,7 +517,7 @@ def emulate(
 
     def load(path: Path) -> ModelInMemory:
         dtype = compute_dtype_of(compute_dtype)
-        return load_in_memory(path, dtype, trust_remote_code, lambda nbytes: _check_fits(streamed, path, nbytes))
+        return load_in_memory(path, dtype, trust_remote_code, streamed.budget)
 
     try:
         if is_up:
@@ -383,11 +529,9 @@ def emulate(
             )
         models = [streamed, *(variants.model for variants, _ in in_memory)]
         sizes = [streamed.engine.cut.vocab_size, *(model.vocab_size for model in models[1:])]
-        if not have_tokenizers and len(set(sizes)) > 1:
-            raise ConfigError(
-                f"{large_path} and {small_path} give logits of {' and '.join(map(str, sizes))} tokens, and not all "
-                "have a tokenizer to compare. Put tokenizer.json beside the weights"
-            )
+        of_paths = dict(zip([model.path for model in models], sizes))
+        for other in unknown:
+            check_same_vocabulary(large_path, other, (of_paths[large_path], of_paths[other]))
         prints = [model.fingerprint() for model in models]
         of_whole = dict(zip([delta.name for delta in whole], prints[2:]))
         about: dict[str, Any] = {"small": prints[1 if is_up else 0]}
@@ -459,42 +603,3 @@ def _base_in_memory(base: ModelInMemory, adapter_path: str | Path | None) -> tup
 
 def _nbytes(directory: Path) -> int:
     return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
-
-
-def _check_fits(streamed: StreamedModel, path: Path, nbytes: int) -> None:
-    """Raises ConfigError if a model has no room in memory beside the least that the streamed one needs."""
-    needed = streamed.budget.needed_beside(nbytes)
-    if needed is not None:
-        raise ConfigError(
-            f"memory of {streamed.memory / 1e9:.2f} GB is too little: {path} stays in memory, which takes "
-            f"{nbytes / 1e9:.2f} GB, and the other model streams beside it. Give at least {needed / 1e9:.2f}GB"
-        )
-
-
-def check_same_vocabulary(path: Path, others: Sequence[Path]) -> bool:
-    """Whether all have a tokenizer; then they are the same. How many rows embeddings are padded to does not matter.
-
-    Raises:
-        ConfigError: another model's tokenizer has another text for an id; names the first such id.
-    """
-    ours, are_known = _texts(path), True
-    for other in others:
-        theirs = _texts(other)
-        are_known = are_known and ours is not None and theirs is not None
-        if ours is None or theirs is None or ours == theirs:
-            continue
-        first = min(i for i in ours.keys() | theirs.keys() if ours.get(i) != theirs.get(i))
-        here, there = ("nothing" if first not in texts else repr(texts[first]) for texts in (ours, theirs))
-        raise ConfigError(
-            f"{other} has another vocabulary than {path}: id {first} is {there} there and {here} here. Behaviour can "
-            "only be carried over between models of one vocabulary"
-        )
-    return are_known
-
-
-def _texts(path: Path) -> dict[int, str] | None:
-    """Id -> text. None: the directory has no tokenizer."""
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tiktoken.model")
-    if not any((path / name).exists() for name in names):
-        return None
-    return {i: text for text, i in load_tokenizer(path, None).get_vocab().items()}

@@ -61,8 +61,8 @@ class Generation:
 
     Attributes:
         wave: rows at a time; plan: that is followed, None without a ceiling.
-        predicted: what a pass over the whole wave takes; None where nothing is known of this machine, or all weights
-            are in memory.
+        predicted: what a pass over the whole wave takes of what streams; None where nothing is known of this machine,
+            or all weights are in memory.
         prompts: how many there are.
         passes: readings of the weights so far; tokens: of answers; prompt_tokens: that were taken in.
         drafted, accepted: tokens that were guessed, and of them those that came true.
@@ -113,8 +113,7 @@ class Generation:
         elif drafter == "lookup":
             drafter = PromptLookup()
         elif drafter is not None and not hasattr(drafter, "draft"):
-            check_same_vocabulary(model, drafter)
-            drafter = DraftModel(drafter, chooser)
+            drafter = DraftModel(drafter, chooser, model.embedding_rows)
         rows = [
             Row(
                 i,
@@ -127,7 +126,8 @@ class Generation:
         ]
         self._spilled: SpilledCaches | None = None
         self.wave, prefilled, self.plan = self._sizes(rows, wave, kept, drafter, draft_tokens)
-        self.predicted = None if self.plan is None else model.budget.predict_decoding(self.wave, self.plan)
+        passengers = self.wave * model.passengers_of_row
+        self.predicted = None if self.plan is None else model.budget.predict_decoding(passengers, self.plan)
         if self.predicted is not None and (self.predicted.is_for_assumed_machine or self.plan.is_ordinary):
             self.predicted = None  # of products with a few rows, with nothing to read, too little is known
         self._waves = Waves(
@@ -200,6 +200,11 @@ class Generation:
         """Give back what rows on disk take. Answers that are not finished are lost."""
         if self._spilled is not None:
             self._spilled.close()
+
+    @property
+    def predicted_s(self) -> float | None:
+        """Of a pass over the whole wave, with what does not stream; None where `predicted` is."""
+        return None if self.predicted is None else self.predicted.step_s + self._model.beside_s(self.wave)
 
     @property
     def tokens_per_reading(self) -> float:
@@ -425,12 +430,3 @@ def _nbytes(cache: Any, kept: KeyValues, tokens: int) -> int:
     quantized = of_token / size * (kept.kv_bits / 8 + 2 * size / kept.kv_group_size)
     plain = min(n, kept.quantized_kv_start + step) if kept.quantized_kv_start else 0
     return int(max(n * quantized, plain * of_token) if n > kept.quantized_kv_start else n * of_token)
-
-
-def check_same_vocabulary(model: Decoder, small: Any) -> None:
-    """Raises ConfigError if a small model may guess token ids that the large one does not know."""
-    n, rows = small(mx.zeros((1, 1), mx.int32)).shape[-1], model.embedding_rows
-    if rows is not None and n > rows:
-        raise ConfigError(
-            f"the model for drafts has {n} token ids, the model {rows}. Give a smaller one of the same family"
-        )

@@ -13,7 +13,7 @@ from lm_eval.api.registry import register_model
 
 from ..data.tokenizer import load_tokenizer
 from ..engine.budget import default_memory
-from ..engine.model import open_model
+from .decoder import opened
 from .generate import generate
 from .passes import Row, log_probabilities
 
@@ -28,6 +28,7 @@ class SlowftLM(TemplateLM):
         model: a directory or hub id.
         memory: a ceiling such as "2GB"; None: half of the machine's memory.
         adapter_path: directory of an adapter.
+        emulate, delta, delta_top_p: as in `slowft generate`; several deltas with "+" between them.
         max_length: tokens of a prompt and its answer; of longer ones the beginning is left out. None: no limit.
         batch_size, max_batch_size, device: of lm_eval's command line, of no use here.
     """
@@ -37,6 +38,9 @@ class SlowftLM(TemplateLM):
         model: str,
         memory: str | int | None = None,
         adapter_path: str | None = None,
+        emulate: str | None = None,
+        delta: str | None = None,
+        delta_top_p: float | None = None,
         compute_dtype: str | None = None,
         max_length: int | None = None,
         trust_remote_code: bool = False,
@@ -46,11 +50,11 @@ class SlowftLM(TemplateLM):
     ):
         super().__init__()
         memory = default_memory() if memory is None else memory
-        self._model = open_model(
-            model, memory, adapter_path, compute_dtype=compute_dtype, trust_remote_code=trust_remote_code
-        )
+        emulation = emulate, delta.split("+") if delta else (), delta_top_p
+        how = {"compute_dtype": compute_dtype, "trust_remote_code": trust_remote_code}
+        self._model = opened(model, *emulation, memory, adapter_path, **how)
         self.tokenizer = load_tokenizer(self._model.path, self._model.embedding_rows, trust_remote_code)
-        self._adapter, self._max_length = adapter_path is not None, max_length
+        self._max_length = max_length
         self._model.budget.measure_anew()  # with the tokenizer in memory
 
     @property
@@ -117,7 +121,7 @@ class SlowftLM(TemplateLM):
         for (max_tokens, stop, temp), numbers in alike.items():
             prompts = [self._prompt(requests[i].args[0], max_tokens) for i in numbers]
             options = {"max_tokens": max_tokens, "stop": [text for text in stop if text], "temp": temp}
-            answers = generate(self._model, prompts, tokenizer=self.tokenizer, adapter=self._adapter, **options)
+            answers = generate(self._model, prompts, tokenizer=self.tokenizer, **options)
             for answer in answers:
                 results[numbers[answer.number]] = answer.text
                 self.cache_hook.add_partial("generate_until", requests[numbers[answer.number]].args, answer.text)
@@ -137,7 +141,7 @@ class SlowftLM(TemplateLM):
         """(log-probability, whether greedy decoding gives it) of each row's answer; an empty one is certain."""
         results = [(0.0, True)] * len(rows)
         numbers = [i for i, row in enumerate(rows) if row.n_counted]
-        for i, _, found in log_probabilities(self._model, [rows[i] for i in numbers], [self._adapter]):
+        for i, _, found in log_probabilities(self._model, [rows[i] for i in numbers]):
             results[numbers[i]] = float(found.target.sum()), bool(found.is_greedy.all())
         return results
 

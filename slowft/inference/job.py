@@ -6,16 +6,16 @@ plain values by sample and by adapter. Whatever can be found wrong is looked for
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..data.datasets import load_data
 from ..data.files import SPLITS, Source, find
 from ..data.tokenizer import load_tokenizer
 from ..engine.budget import default_memory
-from ..engine.model import open_model
 from ..errors import ConfigError, DataError
 from . import questions, score
+from .decoder import opened
 from .passes import Row, n_visits
 
 SPLIT_ORDER = ("test", "valid", "train")
@@ -27,6 +27,7 @@ class ScoreJob:
     Args:
         settings: a `TrainConfig`: `model`, `data`, `memory` and what samples are read and rendered by.
         adapters: directories by name.
+        emulation: (base that was tuned, or None; its deltas; top-p).
         split: of a folder; None: test, else valid, else train.
         judge: marks such as "1-5", if samples ask for one.
         plain: prompts of questions are not written by the chat template.
@@ -34,7 +35,14 @@ class ScoreJob:
     """
 
     def __init__(
-        self, settings: Any, adapters: Mapping[str, str], split: str | None, judge: str | None, plain: bool, report: Any
+        self,
+        settings: Any,
+        adapters: Mapping[str, str],
+        split: str | None,
+        judge: str | None,
+        plain: bool,
+        report: Any,
+        emulation: tuple[str | None, Sequence[str], float | None] = (None, (), None),
     ):
         self._marks = None if judge is None else questions.parse_marks(judge)
         sources, notes = find(settings.data, settings)
@@ -48,8 +56,9 @@ class ScoreJob:
             self.kind = "choices" if "choices" in first.sample else "answers"
         _refuse_needless(self.kind, settings, plain)
         memory = default_memory() if settings.memory is None else settings.memory
-        self.model = open_model(
+        self.model = opened(
             settings.model,
+            *emulation,
             memory,
             compute_dtype=settings.compute_dtype,
             trust_remote_code=settings.trust_remote_code,

@@ -12,7 +12,8 @@ import numpy as np
 
 from ..data.batches import PADDING
 from ..engine.log_probabilities import LogProbabilities
-from ..engine.model import MicroBatch, StreamedModel
+from ..engine.model import MicroBatch
+from .decoder import Decoder
 
 # Tokens of a micro-batch: with so many, products of matrices run at full speed, while hidden states of other
 # micro-batches, not the computation of this one, take most of the memory.
@@ -38,40 +39,38 @@ class Row:
 
 
 def log_probabilities(
-    model: StreamedModel,
+    model: Decoder,
     rows: Sequence[Row],
-    adapters: Sequence[bool | str] = (False,),
+    adapters: Sequence[bool | str] = (True,),
     top_k: int = 0,
     token_ids: Sequence[int] = (),
     on_visit: Callable[[int], object] = lambda n: None,
+    first: int = 0,
 ) -> Iterator[tuple[int, bool | str, LogProbabilities]]:
     """(number of a row, adapter, its log-probabilities) of every row with every adapter, the longest rows first.
 
     Args:
         rows: each has at least one token that counts.
         adapters: False, none; True, the attached one; names of those that were added.
-        top_k, token_ids, on_visit: see `StreamedModel.log_probabilities`.
+        top_k, token_ids, on_visit: see `Decoder.log_probabilities`.
+        first: so many of `batches_of` are left out; the others are computed as with them, to the last bit.
     """
     together = batches_of([len(row.tokens) for row in rows])
     micro_batches = []
     for numbers in together:
         batch = _padded([rows[number] for number in numbers])
         micro_batches += [MicroBatch(*batch, adapter) for adapter in adapters]
-    was_training = model.training
-    model.eval()  # no dropout, whatever the model was doing before
-    try:
-        found = model.log_probabilities(micro_batches, top_k, token_ids, on_visit) if micro_batches else iter(())
-        for numbers in together:
-            for adapter in adapters:
-                for number, of_row in zip(numbers, next(found).rows()):
-                    yield number, adapter, of_row
-    finally:
-        model.train(was_training)
+    what = {"top_k": top_k, "token_ids": token_ids, "on_visit": on_visit, "first": first * len(adapters)}
+    found = model.log_probabilities(micro_batches, **what) if micro_batches else iter(())
+    for numbers in together[first:]:
+        for adapter in adapters:
+            for number, of_row in zip(numbers, next(found).rows()):
+                yield number, adapter, of_row
 
 
-def n_visits(model: StreamedModel, rows: Sequence[Row], adapters: Sequence[bool | str]) -> int:
+def n_visits(model: Decoder, rows: Sequence[Row], adapters: Sequence[bool | str]) -> int:
     """How often a block is computed for a micro-batch in `log_probabilities`: the sum of what it tells `on_visit`."""
-    return len(batches_of([len(row.tokens) for row in rows])) * len(adapters) * len(model.engine.cut.order)
+    return len(batches_of([len(row.tokens) for row in rows])) * model.block_passes(adapters)
 
 
 def batches_of(lengths: Sequence[int]) -> list[list[int]]:

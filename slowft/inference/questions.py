@@ -16,8 +16,8 @@ from ..data.files import Features, Found
 from ..data.samples import BadSample, string, understand
 from ..data.tokenizer import one_line
 from ..engine.log_probabilities import LogProbabilities
-from ..engine.model import StreamedModel
 from ..errors import ConfigError, DataError
+from .decoder import Decoder
 from .passes import Row, log_probabilities
 
 ASKED = ("messages", "prompt", "question")  # keys under which a sample may have what is asked
@@ -170,7 +170,7 @@ def _choices(value: Any) -> list[str]:
 
 
 def choose(
-    model: StreamedModel,
+    model: Decoder,
     asked: Sequence[Question],
     variants: Mapping[str, bool | str],
     on_visit: Callable[[int], object] = lambda n: None,
@@ -257,7 +257,7 @@ def to_judge(samples: Iterable[Found], prompts: Prompts, marks: Sequence[int], m
 
 
 def judge(
-    model: StreamedModel,
+    model: Decoder,
     rows: Sequence[Row],
     places: Sequence[str],
     marks: Sequence[int],

@@ -19,11 +19,12 @@ from ..data.rendering import Renderer
 from ..data.samples import BadSample, understand
 from ..data.store import TokenDataset
 from ..engine.log_probabilities import LogProbabilities
-from ..engine.model import StreamedModel
+from ..engine.model import BASE as BASE
 from ..errors import ConfigError, DataError, SlowftError, SlowftWarning
+from .decoder import Decoder
 from .passes import Row, log_probabilities
 
-BASE, ATTACHED = "base", "adapter"  # names of scores: of the model without adapters, and with the one attached to it
+ATTACHED = "adapter"  # name of a score: with the adapter that is attached
 
 Adapters = Mapping[str, str | Path] | Iterable[str | Path] | None
 
@@ -110,7 +111,7 @@ class Score:
 
 
 def score(
-    model: StreamedModel,
+    model: Decoder,
     texts: TokenDataset | Sequence[Any],
     adapters: Adapters = None,
     *,
@@ -134,7 +135,7 @@ def score(
         top_k: keep also the most probable tokens at each place, in `found.top_ids` and `found.top` of each sample.
         on_visit: called with how many more times a block was computed for a micro-batch.
     Returns:
-        A `Score` by name, "base" first.
+        A `Score` by name, "base" first; of a model of `emulate`, then "emulated".
     Raises:
         DataError: a text that cannot be scored; says which, and why.
         AdapterError: a directory that holds no adapter of this model.
@@ -146,7 +147,7 @@ def score(
 
 
 def score_rows(
-    model: StreamedModel,
+    model: Decoder,
     rows: Sequence[Row],
     places: Sequence[str],
     variants: Mapping[str, bool | str],
@@ -169,21 +170,21 @@ def score_rows(
     }
 
 
-def load_variants(model: StreamedModel, adapters: Adapters) -> dict[str, bool | str]:
+def load_variants(model: Decoder, adapters: Adapters) -> dict[str, bool | str]:
     """What is scored: name -> adapter of a `MicroBatch`, the base model first. Loads adapters that are directories."""
-    variants: dict[str, bool | str] = {BASE: False}
+    variants = dict(model.scored)
     if adapters is None:
         return variants | ({ATTACHED: True} if model.has_adapter else {})
     if isinstance(adapters, str | Path):
         adapters = [adapters]
-    loaded = set(model.engine.chain.adapters.names)
+    loaded = set(model.adapter_names)
     if isinstance(adapters, Mapping):
         named = [(name, Path(path)) for name, path in adapters.items()]
     else:
         named = [(str(a), None) if a in loaded else (Path(a).expanduser().resolve().name, Path(a)) for a in adapters]
     for name, path in named:
         if name in variants:
-            raise ConfigError(f"two adapters are named {name}" if name != BASE else f"no adapter may be named {BASE}")
+            raise ConfigError(f"{'no adapter may be' if name in model.scored else 'two adapters are'} named {name}")
         if path is not None:
             model.add_adapter(name, path)
         variants[name] = name
@@ -203,7 +204,7 @@ def perplexity(mean: float) -> float:
 
 
 def _rows(
-    model: StreamedModel, texts, tokenizer, mask_prompt: bool, train_on: str | None, max_seq_length: int | None
+    model: Decoder, texts, tokenizer, mask_prompt: bool, train_on: str | None, max_seq_length: int | None
 ) -> tuple[list[Row], list[str]]:
     if isinstance(texts, str):
         raise DataError("texts must be a list, got one text. Put it into a list")

@@ -7,22 +7,23 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..data.tokenizer import load_tokenizer
 from ..engine.budget import default_memory
-from ..engine.model import open_model
+from ..engine.in_memory import ModelInMemory, load_in_memory
+from ..engine.model import compute_dtype_of
 from ..errors import ConfigError
 from ..models import adapters
+from ..models.loading import resolve
 from ..requests import pruning
+from .decoder import opened
 from .generate import Generation
 from .prompts import Asked, Prompt, Template, asked, read
 from .results import Results
 from .sampling import Sampling
+from .vocabularies import check_same_vocabulary
 from .waves import KeyValues
-
-if TYPE_CHECKING:  # importing it imports mlx-lm
-    from .emulate import Emulated
 
 
 @dataclass(frozen=True)
@@ -87,18 +88,8 @@ class Session:
         self._template = replace(settings.part(Template), pruning=rules)
         memory = default_memory() if memory is None else memory
         how = {"compute_dtype": compute_dtype, "trust_remote_code": trust_remote_code}
-        self.emulated: Emulated | None = None
-        if settings.emulate is None:
-            if settings.delta or settings.delta_top_p is not None:
-                raise ConfigError("--delta says what another model learnt. Give that model's base too: --emulate SMALL")
-            self.model = open_model(model, memory, adapter_path, **how)
-        else:
-            from .emulate import emulate, parse_delta
-
-            deltas, top_p = [parse_delta(text) for text in settings.delta], settings.delta_top_p
-            self.model = self.emulated = emulate(
-                model, settings.emulate, deltas, memory=memory, adapter_path=adapter_path, nucleus=top_p, **how
-            )
+        emulation = settings.emulate, settings.delta, settings.delta_top_p
+        self.model = opened(model, *emulation, memory, adapter_path, **how)
         try:
             self._adapter_path = None if adapter_path is None else Path(adapter_path).expanduser()
             code = trust_remote_code, chat_template
@@ -107,7 +98,7 @@ class Session:
                 self.tokenizer.add_eos_token(token)
             self._draft = "lookup" if settings.draft_lookup else None
             if settings.draft_model is not None:
-                self._draft = self._load_draft(settings.draft_model, trust_remote_code)
+                self._draft = self._load_draft(settings.draft_model, compute_dtype, trust_remote_code)
         except BaseException:
             self.model.close()
             raise
@@ -188,24 +179,13 @@ class Session:
         sampler = self._sampling.as_dict() | kept | {name: value for name, value in texts.items() if value}
         adapter = None if self._adapter_path is None else adapters.digest(self._adapter_path)
         about = {"sampler": sampler, "seed": s.seed, "model": self.model.fingerprint(), "adapter": adapter}
-        return about if self.emulated is None else about | {"emulated": self.emulated.about}
+        return about if s.emulate is None else about | {"emulated": self.model.about}
 
-    def _load_draft(self, path: str, trust_remote_code: bool) -> Any:
-        """mlx-lm's model in memory, of the same vocabulary."""
-        import mlx_lm
-
-        from ..models.loading import resolve
-
+    def _load_draft(self, path: str, compute_dtype: str | None, trust_remote_code: bool) -> ModelInMemory:
+        """A model in memory, of the same vocabulary."""
         directory = resolve(path)
-        model, tokenizer = mlx_lm.load(str(directory), tokenizer_config={"trust_remote_code": trust_remote_code})
-        ours, theirs = self.tokenizer.get_vocab(), tokenizer.get_vocab()
-        if ours != theirs:
-            other = next(token for token in (*ours, *theirs) if ours.get(token) != theirs.get(token))
-            raise ConfigError(
-                f"{path} has another vocabulary than the model: {other!r} is {theirs.get(other)} there and "
-                f"{ours.get(other)} here. Give a model of the same family for drafts"
-            )
-        return model
+        check_same_vocabulary(self.model.path, directory)
+        return load_in_memory(directory, compute_dtype_of(compute_dtype), trust_remote_code, self.model.budget)
 
 
 def _planned(run: Generation) -> str:
@@ -219,6 +199,6 @@ def _planned(run: Generation) -> str:
         text += f", {plan.resident_blocks} of {len(plan.job.blocks)} blocks stay in memory"
         text += f", {plan.read_nbytes / 1e9:.2f} GB a reading"
     text += f"; peak {plan.peak_nbytes / 1e9:.2f} of {plan.memory / 1e9:.2f} GB"
-    if run.predicted is not None:
-        text += f", about {run.wave / run.predicted.step_s:.2g} tok/s"
+    if run.predicted_s is not None:
+        text += f", about {run.wave / run.predicted_s:.2g} tok/s"
     return text

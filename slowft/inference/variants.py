@@ -5,6 +5,7 @@ for each too. Where that would compute something else (adapters on experts or em
 keys and values), variants go one after the other; which it is, a trial on a few tokens says.
 """
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,7 @@ from ..weights.sources import locate
 
 CHUNK = 64  # tokens of a variant at a time: matmuls are as fast as with more, and what they take stays small
 LOGITS_NBYTES = 16 << 20  # of all variants at a time
+GROWTH = KVCache.step  # tokens that a cache has room made for at a time, at least `CHUNK`
 AGREE = 1e-3  # of the largest logit, where float32 is computed in; 16 bits round to less than
 AGREE_16 = 0.03
 
@@ -38,6 +40,7 @@ class Variants:
 
     def __init__(self, model: ModelInMemory, adapters: Sequence[bool | str]):
         self.model, self.adapters = model, list(adapters)
+        self._seconds = {1: 0.0, 8: 0.0}  # of a pass over so many tokens
         self._apart = [self._changes(self._layers(a)) for a in adapters]
         self._n_layers = len(make_prompt_cache(model))
         self.is_together = len(adapters) == 1
@@ -46,7 +49,7 @@ class Variants:
             self.is_together = True
             self.is_together = self._agrees()
         self.n_caches = len(self.make_cache())
-        self.chunk_nbytes = self._measured()
+        self._measure()
 
     def make_cache(self, max_kv_size: int | None = None) -> list[Any]:
         """mlx-lm's caches of a text: one for each layer, or, one after the other, for each layer of each variant."""
@@ -91,6 +94,11 @@ class Variants:
             if wanted:
                 yield wanted, found
 
+    def pass_s(self, tokens: int) -> float:
+        """Seconds for so many tokens of different rows, by what one and a few took."""
+        (_, of_one), (few, of_few) = self._seconds.items()
+        return of_one + max(of_few - of_one, 0.0) * (tokens - 1) / (few - 1)
+
     def only(self, which: Sequence[int]) -> "Variants":
         """Some of them."""
         return Variants(self.model, [self.adapters[i] for i in which])
@@ -106,6 +114,11 @@ class Variants:
         # of each variant: as they come, in float32, and less their sum of exponentials
         logits = 3 * max(logits, min(LOGITS_NBYTES, logits * places))
         return self.chunk_nbytes * at_once // CHUNK + 8 * n * at_once * heads * tokens + logits
+
+    def cache_nbytes(self, tokens: int) -> int:
+        """Of a text of so many tokens; while a cache grows there are two of one layer."""
+        n_layers = max(1, len(self.make_cache()))
+        return self._growth_nbytes * -(-tokens // GROWTH) * (n_layers + 1) // n_layers
 
     def _stretches(self, rows: int, width: int, first: int) -> Iterator[tuple[int, int]]:
         """Columns that go through at a time; `first` is the first whose logits are wanted."""
@@ -149,13 +162,18 @@ class Variants:
         agree = AGREE if alone[0].dtype == mx.float32 else AGREE_16
         return all((mx.abs(a - b).max() < agree * mx.abs(a).max()).item() for a, b in zip(alone, together))
 
-    def _measured(self) -> int:
+    def _measure(self) -> None:
         cache = self.make_cache()
         begin = mx.get_active_memory()
         mx.reset_peak_memory()
         self(mx.zeros((1, CHUNK), mx.int32), cache)
         mx.eval([c.state for c in cache])
-        return mx.get_peak_memory() - begin
+        self.chunk_nbytes = mx.get_peak_memory() - begin
+        self._growth_nbytes = sum(c.nbytes for c in cache)
+        for tokens in self._seconds:  # by now all is in place
+            start = time.perf_counter()
+            mx.eval(self(mx.zeros((1, tokens), mx.int32), cache), [c.state for c in cache])
+            self._seconds[tokens] = time.perf_counter() - start
 
     def takes(self, tokens: mx.array, cache: list[Any]) -> bool:
         """Whether the model's call goes through with these caches. Only shapes are computed; the caches are spoilt."""

@@ -112,7 +112,7 @@ def write_gguf_tokenizer(gguf: Gguf, n_rows: int, directory: Path) -> dict[str, 
     special = {name: tokens[i] for name, i in ids.items() if i is not None}
     ends = bool(get("add_eos_token", False)) and "eos" in special
     add_ends(tokenizer, special.get("bos") if begins else None, special["eos"] if ends else None)
-    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), "utf-8")
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": metadata.get(f"{metadata.get('general.architecture')}.context_length", 1 << 20),
@@ -177,7 +177,7 @@ def write_sentencepiece_tokenizer(model_path: Path, directory: Path) -> None:
     config = named | special | config
     begin, end = (_content(config.get(f"{name}_token")) for name in ("bos", "eos"))
     add_ends(tokenizer, begin if config.get("add_bos_token") else None, end if config.get("add_eos_token") else None)
-    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), "utf-8")
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=4, ensure_ascii=False) + "\n", "utf-8")
 

@@ -33,6 +33,7 @@ FEED_FORWARD = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe")  # mlx-
 # of a compiled function in one call of a block: then it is the step of a recurrence over tokens, all of whose states
 # autodiff keeps
 CALLS_OF_A_RECURRENCE = 16
+TEACHER_NBYTES = 8  # of an entry of a teacher's: an id and a log-probability
 
 
 # --- What a block's call does -----------------------------------------------------------------------
@@ -203,11 +204,14 @@ class Shapes:
         outside = [entry for entry in trainable_entries(self._model) if (id(entry[1]), entry[2]) not in in_blocks]
         self._trains_outside = training and bool(outside)
 
-    def job(self, rows: int, tokens: int, micro_batches: int, chunking: Chunking, optimizer_copies: int) -> Job:
+    def job(
+        self, rows: int, tokens: int, micro_batches: int, chunking: Chunking, optimizer_copies: int, top_k: int = 0
+    ) -> Job:
         """A step over `micro_batches` of `[rows, tokens]` under `chunking`.
 
         Args:
             optimizer_copies: how many times the trainable parameters the optimizer keeps.
+            top_k: of each target, so many of a teacher's log-probabilities are there, and the loss is taken of them.
         """
         cut = self._cut
         if chunking.rows is not None:
@@ -256,10 +260,11 @@ class Shapes:
             tokens=tokens,
             visits=tuple(visits),
             hidden_nbytes=hidden.nbytes,
-            side_nbytes=sum(side.values()),
+            side_nbytes=sum(side.values()) + rows * tokens * (TEACHER_NBYTES * top_k + 5 if top_k else 0),
             vocab_size=logits.shape[-1],
-            # logits, what cross-entropy makes of them, their cotangent; and a soft cap or scale
-            logits_arrays=4 if logits.shape[-1] in noted.widths else 3,
+            # logits, what cross-entropy makes of them, their cotangent; and a soft cap or scale; with a teacher also
+            # those of all other tokens, what their sum makes of them, and its cotangent
+            logits_arrays=(4 if logits.shape[-1] in noted.widths else 3) + (3 if top_k else 0),
             head_flops=(4 if self._training else 2) * rows * tokens * head_values,
             head_stored_nbytes=sum(unit.nbytes for unit in cut.head),
             head_compute_nbytes=sum(unit.compute_nbytes for unit in cut.head),

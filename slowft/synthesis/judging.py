@@ -27,6 +27,22 @@ LEAST_SHARE = 0.5  # of probability on marks, below which the judge did not unde
 
 def judge(recipe: Recipe, rows: Iterable[Row], report: Report) -> list[questions.Mark]:
     """Marks of what `asked` asks of the rows, in its order."""
+    return _marks(recipe, asked(rows, recipe.judge), questions.parse_marks(recipe.judge.marks), report)
+
+
+def preferences(recipe: Recipe, pairs: Iterable[tuple[str, str, str]], report: Report) -> list[float]:
+    """Of each (question, answer, other answer), the probability that the former is better, both orders averaged."""
+    pairs = list(pairs)
+    prompts = (
+        filled(recipe.judge.pair_prompt, question=question, first=first, second=second)
+        for question, one, other in pairs
+        for first, second in ((one, other), (other, one))
+    )
+    found = iter(_marks(recipe, prompts, [1, 2], report))
+    return [(next(found).probabilities[1] + next(found).probabilities[2]) / 2 for _ in pairs]
+
+
+def _marks(recipe: Recipe, asking: Iterable[str], marks: list[int], report: Report) -> list[questions.Mark]:
     how = recipe.judge
     model = open_model(
         recipe.model_path(how.model or recipe.model),
@@ -36,8 +52,7 @@ def judge(recipe: Recipe, rows: Iterable[Row], report: Report) -> list[questions
     )
     try:
         tokenizer = load_tokenizer(model.path, model.embedding_rows, recipe.trust_remote_code)
-        marks = questions.parse_marks(how.marks)
-        prompts = (Found("judged answers", "number", i + 1, {"prompt": p}) for i, p in enumerate(asked(rows, how)))
+        prompts = (Found("judged answers", "number", i + 1, {"prompt": p}) for i, p in enumerate(asking))
         tokens, places, ids = questions.to_judge(prompts, questions.Prompts(tokenizer), marks, sys.maxsize)
         model.budget.measure_anew()  # with tokenizer and rows in memory
         with late_bar(report, n_visits(model, tokens, [False])) as on_visit:

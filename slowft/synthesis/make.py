@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from ..models.loading import find_local
 from ..reports.base import Report, late
 from . import card, contamination, filters, generating, judging, seeds, steps
 from .convert import as_messages, as_preference
@@ -237,15 +236,10 @@ class _Making:
     def _of_model(self, name: str) -> dict[str, Any]:
         """What of a model tells that it is another: its name, configuration, and the sizes of its files."""
         r = self._recipe
-        directory = find_local(r.model_path(name))
-        files = []
-        if directory is not None:
-            files = sorted((file.name, file.stat().st_size) for file in directory.glob("*.safetensors"))
-            files += [(n, steps.digest(directory / n)) for n in ("config.json",) if (directory / n).exists()]
         adapter = [] if r.adapter_path is None else sorted(r.path(r.adapter_path).glob("*.safetensors"))
         return {
             "model": name,
-            "files": files,
+            "files": steps.files_of(r.model_path(name)),
             "adapter": [steps.digest(file) for file in adapter],
             "compute_dtype": r.compute_dtype,
             "chat_template": None if r.chat_template is None else steps.digest(r.path(r.chat_template)),

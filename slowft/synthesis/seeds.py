@@ -8,6 +8,7 @@ is of.
 import random
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,24 @@ def rows(recipe: Recipe) -> Iterator[Row]:
             raise DataError(f"seeds of {seed.name} are none: {seed.folder or seed.file} is empty")
         yield first
         yield from found
+
+
+def raw(recipe: Recipe) -> Iterator[Row]:
+    """What people wrote that the seeds are made of: documents in chunks, requests, examples. Topics have nothing.
+
+    Rows have a "text" or "messages", and their "group".
+    """
+    for seed in recipe.seeds:
+        if seed.kind == "documents":
+            plain = replace(seed, prompt="{chunk}", writes="answer", answer_prompt=None, count=1)
+            for row in _documents(plain, recipe):
+                yield {"id": row["id"], "text": row["messages"][0]["content"], "group": row["group"]}
+        elif seed.kind == "requests":
+            for row in read([recipe.path(seed.file)]):
+                yield {"group": group_of(row)} | {key: row[key] for key in ("id", "text", "messages") if key in row}
+        elif seed.kind == "examples":
+            for i, text in enumerate(_listed(seed, recipe)):
+                yield {"id": f"{seed.name}/{i}", "text": text, "group": f"{seed.name} {i}"}
 
 
 def quotas(recipe: Recipe) -> dict[tuple[str, str], int]:
@@ -101,11 +120,15 @@ def _requests(seed: Seed, recipe: Recipe) -> Iterator[Row]:
 
 
 def _examples(seed: Seed, recipe: Recipe) -> Iterator[Row]:
-    listed = seed.examples or [prompt_of(row) or row.get("text", "") for row in read([recipe.path(seed.file)])]
+    listed = _listed(seed, recipe)
     for i in range(seed.count):
         drawn = random.Random(f"{recipe.seed} {seed.name} {i}").sample(listed, min(seed.shown, len(listed)))
         text = "\n".join(f"- {example}" for example in drawn)
         yield _row(seed, str(i), f"{seed.name}/{i}", {"examples": text})
+
+
+def _listed(seed: Seed, recipe: Recipe) -> list[str]:
+    return seed.examples or [prompt_of(row) or row.get("text", "") for row in read([recipe.path(seed.file)])]
 
 
 def _template(seed: Seed, recipe: Recipe) -> Iterator[Row]:

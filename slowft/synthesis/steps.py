@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, reason_of
+from ..models.loading import find_local
 from ..reports.base import Report, late
 from .rows import Out, Row, noted, written
 
@@ -57,18 +58,21 @@ def run(
     options: dict[str, Any],
     work: Callable[[Counts, list[Out]], None],
     optional: Sequence[Path] = (),
+    made: Sequence[Path] = (),
 ) -> Counts:
     """Do a step, unless it was done.
 
     Args:
         work: is handed the counts to fill, and the outputs to write.
         optional: those of the outputs that are not there if they would be empty.
+        made: more outputs, that it writes by itself.
     """
+    every = [*outputs, *made]
     about = json.loads(json.dumps({"format": FORMAT, "step": name, "options": options}))
     about["inputs"] = [digest(file) for file in inputs]
     before = _read(manifest)
     if before is not None and {key: before.get(key) for key in about} == about:
-        if before.get("outputs") == {file.name: digest(file) for file in outputs if file.exists()}:
+        if before.get("outputs") == {file.name: digest(file) for file in every if file.exists()}:
             counts, rest = before["counts"], dict(before["counts"])
             for key in ("in", "out", "left_out"):
                 rest.pop(key)
@@ -76,7 +80,7 @@ def run(
     counts = Counts(name)
     with written(*outputs, optional=optional) as outs:
         work(counts, outs)
-    about["outputs"] = {file.name: digest(file) for file in outputs if file.exists()}
+    about["outputs"] = {file.name: digest(file) for file in every if file.exists()}
     with written(manifest) as (out,):
         out.text(json.dumps(about | {"counts": counts.as_dict()}, indent=1, ensure_ascii=False) + "\n")
     return counts
@@ -89,6 +93,15 @@ def digest(file: Path) -> str:
             return hashlib.file_digest(content, "sha256").hexdigest()
     except OSError as e:
         raise DataError(f"{file} cannot be read: {reason_of(e)}") from None
+
+
+def files_of(model: str) -> list[tuple[str, Any]]:
+    """What tells that a model is another one: names and sizes of its weights, and its configuration."""
+    directory = find_local(model)
+    if directory is None:
+        return []
+    files: list[tuple[str, Any]] = sorted((file.name, file.stat().st_size) for file in directory.glob("*.safetensors"))
+    return files + [(n, digest(directory / n)) for n in ("config.json",) if (directory / n).exists()]
 
 
 def _read(manifest: Path) -> dict[str, Any] | None:

@@ -24,14 +24,14 @@ NEEDLESS = {
 }
 # What may be another when a run goes on: it changes no number that the run computes.
 OPERATIONAL = frozenset(
-    "data memory spill_dir adapter_path activation_cache activation_cache_size dry_run trace report_to project_name "
-    "resume resume_anyway keep_checkpoints max_time gentle model train test test_batches on_nan "
+    "data memory spill_dir teacher_cache adapter_path activation_cache activation_cache_size dry_run trace report_to "
+    "project_name resume resume_anyway keep_checkpoints max_time gentle model train test test_batches on_nan "
     "steps_per_report".split()
 )
 # What each of several machines may have its own of.
 MACHINES_OWN = frozenset(
-    "model data spill_dir adapter_path resume_adapter_file activation_cache activation_cache_size memory trace "
-    "report_to project_name max_time gentle".split()
+    "model data spill_dir teacher_cache adapter_path resume_adapter_file activation_cache activation_cache_size memory "
+    "trace report_to project_name max_time gentle".split()
 )
 # Options that slowft or mlx_lm.lora once had, or that mlx-lm's example once had wrong -> what to do instead.
 REMOVED = {
@@ -46,6 +46,7 @@ RENAMED = {
     "use_dora": lambda value: {"fine_tune_type": "dora"},
     "wandb": lambda value: {"report_to": "wandb", "project_name": value},
 }
+DISTIL = 0.5, 1.0  # weight and temperature, where there is a teacher's cache and nothing else is said
 # Schedules that reach a last value -> which of their arguments counts the steps until then.
 STEPS_OF_SCHEDULE = {"cosine_decay": 1, "linear_schedule": 2}
 
@@ -170,6 +171,22 @@ class TrainConfig:
         default=None,
         metadata={"help": "The most it may take on disk, such as 20GB; by default a quarter of what is free."},
     )
+    teacher_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "Directory that slowft score --top-k wrote: what a large model holds for probable of this data, to "
+            "learn that too."
+        },
+    )
+    distil_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "How much that counts: 1 is nothing but the divergence from it, 0 nothing of it [default: 0.5]."
+        },
+    )
+    distil_temperature: float | None = field(
+        default=None, metadata={"help": "Both models' probabilities are made softer by this first [default: 1]."}
+    )
     dry_run: bool = field(default=False, metadata={"help": "Check everything, print the plan, and stop."})
     compute_dtype: str | None = field(
         default=None,
@@ -253,6 +270,16 @@ class TrainConfig:
                 raise ConfigError("--train-on assistant and --mask-prompt exclude each other. Leave one out")
         if self.valid_split is not None:
             self._check("valid_split", (int, float), lambda v: 0 < v < 1, "a number between 0 and 1")
+        for name, is_possible, wanted in (
+            ("distil_weight", lambda v: 0 < v <= 1, "a number above 0, and at most 1"),
+            ("distil_temperature", lambda v: 0 < v < math.inf, "a number above 0"),
+        ):
+            if getattr(self, name) is not None:
+                self._check(name, (int, float), is_possible, wanted)
+                if self.teacher_cache is None:
+                    raise ConfigError(f"--{name.replace('_', '-')} has no effect without --teacher-cache. Give both")
+        if self.teacher_cache is not None and not self.train:
+            raise ConfigError("--teacher-cache has no effect on --test: that is the plain loss. Leave it out")
         unknown = set(self.lora_parameters) - {"rank", "scale", "dropout", "keys"}
         if unknown:
             hint = " (mlx-lm's scale is alpha / rank)" if "alpha" in unknown else ""

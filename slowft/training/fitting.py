@@ -45,7 +45,7 @@ class Fit:
         self._config, self._model, self._report = c, trainer.model, trainer.report
         self._machines = trainer.machines
         self._identity = trainer.identity(train, valid)
-        self._batches = BatchStream(train, trainer.order(train), c.max_seq_length)
+        self._batches = BatchStream(train, trainer.order(train), c.max_seq_length, trainer.lessons)
         self._step_s: list[float] = []
         self.stop = Stop(None if c.max_time is None else parse_seconds(c.max_time))
         self.checkpoints = Checkpoints(trainer.directory, c.keep_checkpoints)

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from .. import platform
+from ..data.batches import Lessons
 from ..data.datasets import check_size, load_data
 from ..data.tokenizer import load_tokenizer
 from ..engine.budget import default_memory
@@ -64,7 +65,7 @@ def _run(config: TrainConfig, report: Report) -> dict:
             _load_adapter_to_test(model, config, report)
         for note in model.adapter_notes:
             report.note(note)
-        train, valid, test = _load_data(model, config, report)
+        train, valid, test = _load_data(model, config, report, trainer.lessons)
         trainer.agree(train, valid, test)
         if config.train:
             trainer.take_up(train, valid)
@@ -112,12 +113,20 @@ def _load_adapter_to_test(model, config: TrainConfig, report: Report) -> None:
         raise AdapterError(f"{directory} does not exist. Leave --adapter-path out to test the base model")
 
 
-def _load_data(model, config: TrainConfig, report: Report):
+def _load_data(model, config: TrainConfig, report: Report, lessons: Lessons | None):
     tokenizer = load_tokenizer(model.path, model.embedding_rows, config.trust_remote_code, config.chat_template)
+    if lessons is not None:
+        lessons.cache.check_vocabulary(tokenizer.get_vocab(), model.path)
     splits = (["train", "valid"] if config.train else []) + (["test"] if config.test else [])
     train, valid, test = load_data(config.data, tokenizer, config, splits, model.embedding_rows, report.progress)
     if config.train and not len(train):
         raise DataError(f"{config.data} has no training samples. Put them into train.jsonl")
+    if lessons is not None:
+        lessons.cache.check_samples(train)
+        report.note(
+            f"The teacher's {lessons.cache.top_k} most probable tokens count {lessons.weight:g} in the training loss, "
+            f"at temperature {lessons.temperature:g}; validation is the plain loss"
+        )
     if config.test and not len(test):
         raise DataError(f"{config.data} has no test samples. Put them into test.jsonl")
     for name, data in (("training", train), ("validation", valid), ("test", test)):

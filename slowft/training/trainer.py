@@ -14,9 +14,10 @@ import mlx.core as mx
 import numpy as np
 
 from .. import platform
-from ..data.batches import batch_order, iterate, padded_tokens
+from ..data.batches import Lessons, batch_order, iterate, padded_tokens
 from ..data.datasets import check_size
 from ..data.store import Samples, TokenDataset, as_datasets
+from ..data.teacher import TeacherCache
 from ..engine.model import parse_nbytes, usual_activation_cache
 from ..errors import AdapterError, ConfigError, DataError, Interrupted, PeerLost, SlowftError, reason_of
 from ..planning.caching import Caching
@@ -24,7 +25,7 @@ from ..reports.base import Report
 from ..requests import pruning
 from ..weights.activation_cache import ActivationCache
 from .checkpoint import DIRECTORY, Checkpoint, Checkpoints, check_finite, parse
-from .config import MACHINES_OWN, OPERATIONAL, OPTIMIZER_COPIES, TrainConfig
+from .config import DISTIL, MACHINES_OWN, OPERATIONAL, OPTIMIZER_COPIES, TrainConfig
 from .fitting import Fit
 from .machines import COPIES, Machines, checksum, of_launch
 from .stopping import Stop, StopAsked, listening
@@ -42,6 +43,7 @@ class Trainer:
 
     Attributes:
         machines: that train together, each its rows of every batch.
+        lessons: of a teacher, if the config names its cache.
     """
 
     def __init__(self, model, config: TrainConfig | None = None, report: Report | None = None):
@@ -51,6 +53,11 @@ class Trainer:
         self.rows = rows_of(self.config, self.machines)
         self.report = report if report is not None and self.machines.rank == 0 else Report()
         self._have_agreed = False
+        self.lessons: Lessons | None = None
+        if self.config.teacher_cache is not None:
+            c, usual = self.config, DISTIL
+            values = (u if v is None else v for v, u in zip((c.distil_weight, c.distil_temperature), usual))
+            self.lessons = Lessons(TeacherCache(c.teacher_cache), *values, model.n_logits)
         self.trained_tokens = 0
         self.caching: Caching | None = None
         self.taken_up: Checkpoint | None = None
@@ -76,6 +83,7 @@ class Trainer:
         c, datasets = self.config, as_datasets(*datasets)
         longest = max((int(data.lengths.max()) for data in datasets if data is not None and len(data)), default=1)
         tokens = padded_tokens(longest, c.max_seq_length)
+        self.model.budget.expect_teacher(0 if self.lessons is None else self.lessons.cache.top_k)
         copies = OPTIMIZER_COPIES[c.optimizer.lower()] + (COPIES if self.machines.size > 1 else 0)
         return self.model.plan(
             self.rows, tokens, min(c.grad_accumulation_steps, c.iters), memory, copies, follow=follow
@@ -140,6 +148,7 @@ class Trainer:
             return
         self._have_agreed = True
         data = [None if d is None or not len(d) else d.fingerprint() for d in as_datasets(*datasets)]
+        data += [] if self.lessons is None else [self.lessons.cache.fingerprint]
         options = {name: value for name, value in asdict(self.config).items() if name not in MACHINES_OWN}
         own = {"model": self.model.fingerprint(), "data": data, "adapter": checksum(self.model), **options}
         first, *others = self.machines.gather(json.loads(json.dumps(own)))
@@ -232,6 +241,8 @@ class Trainer:
             raise DataError("the training set is empty or missing. Put samples into train.jsonl")
         check_size(train, c.batch_size, "training")
         check_size(valid if valid is not None else [], c.batch_size, "validation")
+        if self.lessons is not None:
+            self.lessons.cache.check_samples(train)
         self.machines.in_turn(lambda: check_writable(Path(c.adapter_path)))
         optimizer = c.build_optimizer()
         self.attach()
@@ -269,6 +280,7 @@ class Trainer:
 
         options = {k: v for k, v in asdict(self.config).items() if k not in OPERATIONAL}
         data = [train.fingerprint(), None if valid is None or not len(valid) else valid.fingerprint()]
+        data += [] if self.lessons is None else [self.lessons.cache.fingerprint]
         software = [mx.__version__, mlx_lm.__version__, platform.blas_description(), str(mx.default_device())]
         identity = {"model": self.model.fingerprint(), "data": data, "options": options, "software": software}
         identity["machines"] = self.machines.size
