@@ -446,12 +446,15 @@ def test_a_folder_that_is_not_ones_own_is_named(file):
 
 def test_prices_are_the_models_own_or_of_the_pattern_that_says_most(tmp_path):
     file = tmp_path / "prices.yaml"
-    file.write_text("gpt-*: {input: 1, output: 2}\ngpt-4o*: {input: 3}\ngpt-4o-mini: {output: 5}\n'*': {input: 7}\n")
+    file.write_text(
+        "gpt-*: {input: 1, output: 2}\ngpt-4o*: {input: 3}\ngpt-4o-mini: {output: 5}\n'*': {input: 7}\n'*-2024': {input: 9}\n"
+    )
     found = prices.load(file)
     costs = {
-        model: prices.cost(found, model, 1_000_000, 1_000_000) for model in ("gpt-3", "gpt-4o", "gpt-4o-mini", "x")
+        model: prices.cost(found, model, 1_000_000, 1_000_000)
+        for model in ("gpt-3", "gpt-4o", "gpt-4o-mini", "x", "gpt-3-2024")
     }
-    assert costs == {"gpt-3": 3, "gpt-4o": 3, "gpt-4o-mini": 5, "x": 7}
+    assert costs == {"gpt-3": 3, "gpt-4o": 3, "gpt-4o-mini": 5, "x": 7, "gpt-3-2024": 9}
     assert prices.cost(found, None, 1, 1) is None and prices.cost(found, "x", None, None) is None
     assert prices.cost({}, "x", 1, 1) is None and prices.cost({"y": found["*"]}, "x", 1, 1) is None
     for text, says in (
