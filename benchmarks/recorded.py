@@ -126,7 +126,7 @@ def by_command(file: Path) -> None:
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         commands = {
             "list": ["list", "--where", "model=model-0", "--where", "text~assistant"],
-            "export of 1,000": ["export", "--output", f"{folder}/few", "--where", "model=model-1", "--where", FEW],
+            "export of few": ["export", "--output", f"{folder}/few", "--where", "model=model-1", "--where", FEW],
             "export, all, in splits": ["export", "--output", f"{folder}/all", "--valid", "0.05", "--test", "0.05"],
         }
         for name, words in commands.items():

@@ -167,6 +167,26 @@ def test_many_threads_lose_nothing(store, file):
     assert pairs == {(f"Question {i} {k}", f"Answer {i} {k}") for i in range(8) for k in range(10)}
 
 
+def test_several_may_make_the_file_at_a_time(tmp_path):
+    for k in range(5):
+        file, together, errors = tmp_path / f"a b?#%{k}.db", threading.Barrier(8), []
+
+        def work(file=file, together=together, errors=errors) -> None:
+            together.wait()
+            try:
+                with RequestStore(file) as store:
+                    recorded(store, "Why?")
+            except Exception as e:
+                errors.append(e)
+
+        threads = [threading.Thread(target=work) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not errors and sql(file, "SELECT count(*), count(DISTINCT id) FROM requests") == [(8, 8)]
+
+
 # --- Crashes --------------------------------------------------------------------------------------------
 
 CRASH = """
@@ -446,9 +466,8 @@ def test_a_folder_that_is_not_ones_own_is_named(file):
 
 def test_prices_are_the_models_own_or_of_the_pattern_that_says_most(tmp_path):
     file = tmp_path / "prices.yaml"
-    file.write_text(
-        "gpt-*: {input: 1, output: 2}\ngpt-4o*: {input: 3}\ngpt-4o-mini: {output: 5}\n'*': {input: 7}\n'*-2024': {input: 9}\n"
-    )
+    patterns = "gpt-*: {input: 1, output: 2}\ngpt-4o*: {input: 3}\n'*': {input: 7}\n'*-2024': {input: 9}\n"
+    file.write_text(f"{patterns}gpt-4o-mini: {{output: 5}}\n")
     found = prices.load(file)
     costs = {
         model: prices.cost(found, model, 1_000_000, 1_000_000)

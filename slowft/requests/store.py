@@ -378,10 +378,10 @@ class RequestStore:
 
     def _open(self) -> None:
         db = self._writing
-        application, format = (
-            db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")
-        )
+        db.execute("BEGIN")  # another process may be making it
+        application, format = (db.execute(f"PRAGMA {of}").fetchone()[0] for of in ("application_id", "user_version"))
         is_empty = not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        db.execute("COMMIT")
         if (application != APPLICATION and not is_empty) or (is_empty and self._read_only):
             raise DataError(f"{self.path} is no file of recorded requests. Give another --db")
         if format > FORMAT:
@@ -390,7 +390,7 @@ class RequestStore:
             )
         if self._read_only:
             return
-        db.execute("PRAGMA journal_mode = WAL")
+        self._write_ahead(db)
         db.execute("PRAGMA synchronous = NORMAL")  # a killed process loses nothing; a power cut may lose the last rows
         if is_empty:
             with self._transaction():
@@ -404,6 +404,18 @@ class RequestStore:
         if gone:  # only then: who only reads must not wait for another program
             with self._transaction():
                 self._mark_broken(gone)
+
+    def _write_ahead(self, db: sqlite3.Connection) -> None:
+        """Have readers and a writer not wait for each other. SQLite itself does not wait for this change."""
+        until = time.monotonic() + self._busy_s
+        while True:
+            try:
+                db.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError as e:
+                if "locked" not in str(e) or time.monotonic() > until:
+                    raise
+                time.sleep(0.01)
 
     def _mark_broken(self, writers: Iterable[int]) -> None:
         for writer in writers:
