@@ -228,6 +228,16 @@ def test_a_request_that_was_taken_for_broken_is_what_its_own_process_says_in_the
     store._writing.execute("INSERT INTO texts (texts) VALUES ('integrity-check')")
 
 
+def test_a_first_request_that_could_not_be_written_does_not_hide_the_next(file, monkeypatch):
+    with RequestStore(file) as store:
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr(RequestStore, "_set_tags", lambda *_: 1 / 0)
+            store.begin(path=CHAT, body=asked("lost"), source="upstream")
+        store.begin(path=CHAT, body=asked("Why?"), source="upstream", tags={"": "x", "a": "b"})
+        assert sql(file, "SELECT count(*) FROM requests JOIN writers ON writers.id = writer") == [(1,)]
+        assert sql(file, "SELECT name, value FROM tags") == [("a", "b")]
+
+
 def test_what_a_store_had_begun_when_it_was_closed_is_broken(file):
     with RequestStore(file) as store:
         store.begin(path=CHAT, body=asked("Why?"), source="upstream")
