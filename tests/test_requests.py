@@ -243,6 +243,7 @@ def fork():
         store.close()
         sys.exit()
     assert os.wait()[1] == 0
+    assert [row.status for row in store.list()] == ["complete", "begun"]
 store = RequestStore(sys.argv[1])
 record("parent", fork)
 store.close()
