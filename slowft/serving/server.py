@@ -223,7 +223,7 @@ class Handler(BaseHTTPRequestHandler):
         if parts.recorder is not None:
             tags = tags_of(self.headers.get("op-tags"), said)
             record = parts.recorder.begin(path, body, "local" if is_local else "upstream", tags)
-            reply.before = record.wait
+            reply.before, reply.kept = record.wait, bytearray()
         error: str | None = None
         try:
             if is_local:
@@ -325,6 +325,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.parts.upstream is None:
             return []
         caught = Caught(self)
+        caught.kept = bytearray()
         with suppress(Refused, Broken):
             self._forward(b"", caught)
         if caught.status != 200 or not caught.is_ended:
