@@ -167,6 +167,26 @@ def test_many_threads_lose_nothing(store, file):
     assert pairs == {(f"Question {i} {k}", f"Answer {i} {k}") for i in range(8) for k in range(10)}
 
 
+def test_several_may_make_the_file_at_a_time(tmp_path):
+    for k in range(5):
+        file, together, errors = tmp_path / f"a b?#%{k}.db", threading.Barrier(8), []
+
+        def work(file=file, together=together, errors=errors) -> None:
+            together.wait()
+            try:
+                with RequestStore(file) as store:
+                    recorded(store, "Why?")
+            except Exception as e:
+                errors.append(e)
+
+        threads = [threading.Thread(target=work) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not errors and sql(file, "SELECT count(*), count(DISTINCT id) FROM requests") == [(8, 8)]
+
+
 # --- Crashes --------------------------------------------------------------------------------------------
 
 CRASH = """
@@ -206,6 +226,16 @@ def test_a_request_that_was_taken_for_broken_is_what_its_own_process_says_in_the
         assert store.get(id).status == "complete" and store.list([parse(f"answer~{answer}")])
     assert not store.list([parse("answer~because")]) and store.list([parse("prompt~why not")])
     store._writing.execute("INSERT INTO texts (texts) VALUES ('integrity-check')")
+
+
+def test_a_first_request_that_could_not_be_written_does_not_hide_the_next(file, monkeypatch):
+    with RequestStore(file) as store:
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr(RequestStore, "_set_tags", lambda *_: 1 / 0)
+            store.begin(path=CHAT, body=asked("lost"), source="upstream")
+        store.begin(path=CHAT, body=asked("Why?"), source="upstream", tags={"": "x", "a": "b"})
+        assert sql(file, "SELECT count(*) FROM requests JOIN writers ON writers.id = writer") == [(1,)]
+        assert sql(file, "SELECT name, value FROM tags") == [("a", "b")]
 
 
 def test_what_a_store_had_begun_when_it_was_closed_is_broken(file):
@@ -446,12 +476,14 @@ def test_a_folder_that_is_not_ones_own_is_named(file):
 
 def test_prices_are_the_models_own_or_of_the_pattern_that_says_most(tmp_path):
     file = tmp_path / "prices.yaml"
-    file.write_text("gpt-*: {input: 1, output: 2}\ngpt-4o*: {input: 3}\ngpt-4o-mini: {output: 5}\n'*': {input: 7}\n")
+    patterns = "gpt-*: {input: 1, output: 2}\ngpt-4o*: {input: 3}\n'*': {input: 7}\n'*-2024': {input: 9}\n"
+    file.write_text(f"{patterns}gpt-4o-mini: {{output: 5}}\n")
     found = prices.load(file)
     costs = {
-        model: prices.cost(found, model, 1_000_000, 1_000_000) for model in ("gpt-3", "gpt-4o", "gpt-4o-mini", "x")
+        model: prices.cost(found, model, 1_000_000, 1_000_000)
+        for model in ("gpt-3", "gpt-4o", "gpt-4o-mini", "x", "gpt-3-2024")
     }
-    assert costs == {"gpt-3": 3, "gpt-4o": 3, "gpt-4o-mini": 5, "x": 7}
+    assert costs == {"gpt-3": 3, "gpt-4o": 3, "gpt-4o-mini": 5, "x": 7, "gpt-3-2024": 9}
     assert prices.cost(found, None, 1, 1) is None and prices.cost(found, "x", None, None) is None
     assert prices.cost({}, "x", 1, 1) is None and prices.cost({"y": found["*"]}, "x", 1, 1) is None
     for text, says in (

@@ -369,7 +369,7 @@ def test_pruning_leaves_answers_parts_and_at_least_a_question():
     messages = [
         {"role": "system", "content": SYSTEM},
         {"role": "user", "content": [{"type": "text", "text": f"{SYSTEM} Why?"}, {"type": "image_url"}]},
-        {"role": "assistant", "content": SYSTEM},
+        {"role": "assistant", "content": f"{SYSTEM} So."},
         {"role": "user", "content": SYSTEM},
     ]
     assert pruning.apply([SYSTEM], messages) == [

@@ -172,9 +172,9 @@ class RequestStore:
 
     def begin(self, *, path: str, body: bytes | dict, source: str, tags: Mapping[str, str] | None = None) -> int:
         """Write a request down before it is answered. Returns its id; it is in the file when this returns."""
-        asked, was_redacted = self._clean(_parsed(body))
-        path = path.partition("?")[0]  # some services take their key there
-        values = self._of_request(asked, path, source, None if was_redacted else digest(path, _parsed(body)))
+        body, path = _parsed(body), path.partition("?")[0]  # some services take their key there
+        asked, was_redacted = self._clean(body)
+        values = self._of_request(asked, path, source, None if was_redacted else digest(path, body))
         values |= {"began": time.time(), "status": "begun"}
         with self._transaction() as db:
             values["writer"] = self._register(db)
@@ -233,10 +233,11 @@ class RequestStore:
         n = 0
         with self._transaction() as db:
             for row in rows:
-                asked, was_redacted = self._clean(_parsed(row["body"]))
+                body = _parsed(row["body"])
+                asked, was_redacted = self._clean(body)
                 response, was_too = self._clean(_without_keys(row.get("response"), row.get("status_code")))
                 path = str(row.get("path") or "/v1/chat/completions").partition("?")[0]
-                key = None if was_redacted or was_too else digest(path, _parsed(row["body"]))
+                key = None if was_redacted or was_too else digest(path, body)
                 values = self._of_request(asked, path, row.get("source", "import"), key)
                 how = ("status_code", "error", "completion_tokens", "prompt_tokens")
                 values |= self._of_response(
@@ -378,10 +379,10 @@ class RequestStore:
 
     def _open(self) -> None:
         db = self._writing
-        application, format = (
-            db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")
-        )
+        db.execute("BEGIN")  # another process may be making it
+        application, format = (db.execute(f"PRAGMA {of}").fetchone()[0] for of in ("application_id", "user_version"))
         is_empty = not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        db.execute("COMMIT")
         if (application != APPLICATION and not is_empty) or (is_empty and self._read_only):
             raise DataError(f"{self.path} is no file of recorded requests. Give another --db")
         if format > FORMAT:
@@ -390,7 +391,7 @@ class RequestStore:
             )
         if self._read_only:
             return
-        db.execute("PRAGMA journal_mode = WAL")
+        self._write_ahead(db)
         db.execute("PRAGMA synchronous = NORMAL")  # a killed process loses nothing; a power cut may lose the last rows
         if is_empty:
             with self._transaction():
@@ -404,6 +405,18 @@ class RequestStore:
         if gone:  # only then: who only reads must not wait for another program
             with self._transaction():
                 self._mark_broken(gone)
+
+    def _write_ahead(self, db: sqlite3.Connection) -> None:
+        """Have readers and a writer not wait for each other. SQLite itself does not wait for this change."""
+        until = time.monotonic() + self._busy_s
+        while True:
+            try:
+                db.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError as e:
+                if "locked" not in str(e) or time.monotonic() > until:
+                    raise
+                time.sleep(0.01)
 
     def _mark_broken(self, writers: Iterable[int]) -> None:
         for writer in writers:
@@ -425,11 +438,13 @@ class RequestStore:
         if self._read_only:
             raise DataError(f"{self.path} was opened for reading only")
         with self._telling(), self._lock:
+            writer = self._writer
             self._writing.execute("BEGIN IMMEDIATE")
             try:
                 yield self._writing
                 self._writing.execute("COMMIT")
             except BaseException:
+                self._writer = writer
                 if self._writing.in_transaction:
                     self._writing.execute("ROLLBACK")
                 raise
@@ -514,8 +529,8 @@ class RequestStore:
     def _set_tags(self, db: sqlite3.Connection, id: int, tags: Mapping[str, str | None]) -> None:
         for name, value in tags.items():
             name = _plain(self._redacted(str(name)))
-            if not name:
-                raise ConfigError("a tag needs a name")
+            if not name:  # of a header that was not well made: the request counts more
+                continue
             db.execute("DELETE FROM tags WHERE request = ? AND name = ?", [id, name])
             if value is not None:
                 db.execute("INSERT INTO tags VALUES (?, ?, ?)", [name, _plain(self._redacted(str(value))), id])
