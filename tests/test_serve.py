@@ -551,6 +551,42 @@ def test_a_file_that_cannot_be_written_disturbs_no_answer(served, tmp_path):
     assert health["recorded"] == {"requests": 2, "lost": 3}
 
 
+def test_a_hundred_streams_pass_at_once_and_are_recorded_redacted_and_with_their_cost(served, tmp_path):
+    (tmp_path / "prices.yaml").write_text('"str*": {input: 2, output: 10}\n')
+    settings = Settings(
+        upstream=served.upstream.url,
+        record=str(tmp_path / "r.db"),
+        redact=[r"heisen\w+", "secret-[0-9]+"],
+        prices=str(tmp_path / "prices.yaml"),
+        port=0,
+    )
+    bodies = [
+        json.dumps({"model": "stream", "messages": [{"role": "user", "content": f"secret-{i}"}]}).encode()
+        for i in range(100)
+    ]
+    found = []
+    with Service(settings, print) as service:
+        port = service.server.server_address[1]
+        threads = [
+            threading.Thread(
+                target=lambda body=body: found.append(asked(port, "POST", "/v1/chat/completions", body)[3])
+            )
+            for body in bodies
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        expected = asked(served.upstream.port, "POST", "/v1/chat/completions", bodies[0])[3]
+        assert found == [expected] * 100
+        wait_until(lambda: service.recorder.written == 100)
+        rows = service.store.list(limit=200)
+    assert {row.status for row in rows} == {"complete"} and len(rows) == 100
+    assert all(row.cost == pytest.approx((9 * 2 + 12 * 10) / 1e6) for row in rows)
+    assert {row.request["messages"][0]["content"] for row in rows} == {"[redacted]"}
+    assert rows[0].response["choices"][0]["message"]["content"].startswith("A [redacted]: gone")
+
+
 def test_a_request_is_in_the_file_before_its_answer_begins(served, monkeypatch):
     begin = served.store.begin
 

@@ -110,6 +110,7 @@ class Recorded:
             threading.Thread(target=self._answer, args=(client,), daemon=True).start()
 
     def _answer(self, client: socket.socket) -> None:
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         with client, client.makefile("rb") as reading:
             try:
                 while line := reading.readline().decode().strip():

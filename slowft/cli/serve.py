@@ -58,7 +58,7 @@ def serve(model, model_option, chat_template_args, **how):
     settings = Settings(model=model or model_option, chat_template_args=variables, **how)
     say = _say_of_request if shown else None
     if not serve(settings, lambda text: click.echo(text, err=True), say):
-        os._exit(0)  # a pass over the weights still runs, which nobody waits for
+        os._exit(0)  # a pass over the weights still runs, or a write, and nobody waits for it
 
 
 def _say_of_request(text: str) -> None:

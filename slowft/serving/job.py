@@ -18,7 +18,7 @@ from .server import Parts, Server
 from .upstream import Upstream
 
 EMULATED = "emulated"  # the name of what --emulate and --delta make
-PASS_S = 1.0  # that a pass over the weights may take to end, when the server does
+PASS_S = 0.5  # that a pass over the weights may take to end, when the server does
 
 
 @dataclass(frozen=True)
@@ -72,18 +72,20 @@ class Service:
         s = settings
         _check(s)
         self._closing = ExitStack()
+        self.server = None
         try:
             guard = Guard(s.host, s.token)
             upstream = None if s.upstream is None else Upstream(s.upstream)
-            store = recorder = None
+            self.store = store = recorder = None
             if s.record is not None:
                 listed = None if s.prices is None else prices.load(s.prices)
-                store = self._closing.enter_context(RequestStore(s.record, redact=s.redact, prices=listed))
+                self.store = store = RequestStore(s.record, redact=s.redact, prices=listed)
+                self._closing.callback(self._close_store)
                 recorder = Recorder(store, say)
             local = None if s.model is None else self._open_local(s)
             self.names = [] if local is None else list(local.names)
             self.scheduler = None if local is None else local.scheduler
-            self.recorder, self.store = recorder, store
+            self.recorder = recorder
             self.server = Server(
                 s.host, s.port, Parts(guard, Pages(store), local, upstream, recorder, s.cache, on_answer)
             )
@@ -106,19 +108,19 @@ class Service:
 
     @property
     def is_over(self) -> bool:
-        """Whether no pass over the weights runs any more, which nothing else waits for."""
-        return self.scheduler is None or not self.scheduler.is_well
+        """Whether no pass over the weights runs any more and nothing is being recorded: neither is waited for long."""
+        return self.server.is_recorded and (self.scheduler is None or not self.scheduler.is_well)
+
+    def _close_store(self) -> None:
+        if self.server is None or self.server.is_recorded:  # else a thread still writes
+            self.store.close()
 
     def _open_local(self, s: Settings):
-        from .local import Defaults, Local, Name
+        from .local import Defaults, Local
         from .scheduler import Scheduler
 
-        opened: dict[str, Name] = {}
-
-        def open_models():
-            return _open(s, opened)
-
-        scheduler = Scheduler(open_models, s.wave)
+        opened: dict[str, Any] = {}
+        scheduler = Scheduler(lambda: _open(s, opened), s.wave)
         scheduler.start()
         self._closing.callback(scheduler.close, PASS_S)
         return Local(scheduler, opened, Defaults(s.temp, s.top_p, s.top_k, s.min_p, s.max_tokens, s.chat_template_args))

@@ -1,4 +1,4 @@
-"""One answer as it goes out to the client, piece by piece. Also keeps it, for whoever writes it down afterwards."""
+"""One answer as it goes out to the client, piece by piece. May also be kept, for whoever writes it down afterwards."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -23,7 +23,8 @@ class Reply:
 
     Attributes:
         status: that was sent; None: nothing was. is_ended: the answer is whole.
-        kept: its body so far, None when it is too long to be kept; headers: that were sent.
+        kept: its body so far, for whoever sets it to be kept; None when it is too long for that.
+        headers: that were sent.
         before: called before anything is sent.
         is_gone: the client is not there any more, which is noticed by `Watch` too.
     """
@@ -32,7 +33,7 @@ class Reply:
         self._handler, self._is_chunked = handler, False
         self.status: int | None = None
         self.headers: list[tuple[str, str]] = []
-        self.kept: bytearray | None = bytearray()
+        self.kept: bytearray | None = None
         self.is_ended = self.is_gone = False
         self.before: Callable[[], None] | None = None
 

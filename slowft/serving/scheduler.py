@@ -123,14 +123,16 @@ class OneRow:
     What goes wrong with it, such as settings that mlx-lm's samplers do not take, ends this answer and no other.
     """
 
-    reads_tokens = True
-
     def __init__(self, wanted: Wanted):
         assert wanted.sampler is not None
         sampler, processors = wanted.sampler()
         self._wanted, self._sampler, self.top = wanted, sampler, {}
         self._likeliest: list[list[tuple[int, float]]] = []
         self._chooser = Chooser(self._sample, processors, wanted.seed, wanted.is_greedy)
+
+    @property
+    def reads_tokens(self) -> bool:
+        return self._chooser.reads_tokens
 
     def choose(self, logits: mx.array, rows: Sequence[tuple[Any, int, Sequence[int]]]) -> tuple[list[int], list[float]]:
         self._likeliest.clear()

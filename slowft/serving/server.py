@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # importing it imports mlx-lm, which a server that only passe
 IDLE_S = 60  # that a client may take to send a request, or to take in a piece of an answer
 WAITING = 512  # connections that the system holds until a thread takes them
 COMPLETIONS = ("/v1/chat/completions", "/v1/completions")
-ENDING_S = 1.0  # that answers, and then records, have when the server ends
+ENDING_S = 0.5  # that answers have when the server ends, and then records twice that
 ENDED = "the server was stopped"
 
 
@@ -62,7 +62,7 @@ class Server(ThreadingHTTPServer):
         if not 0 <= port <= 65535:
             raise ConfigError(f"--port must be from 0 to 65535, got {port}")
         self.parts, self.watch = parts, Watch()
-        self.is_ending = False
+        self.is_ending, self.is_recorded = False, True
         self._answering, self._changed = 0, threading.Condition()
         try:
             infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -83,7 +83,10 @@ class Server(ThreadingHTTPServer):
         self._thread.start()
 
     def close(self) -> None:
-        """Take no more requests, break off those that are being answered, and finish what is recorded."""
+        """Take no more requests, break off those that are being answered, and finish what is recorded.
+
+        That may take long where another program has the file; `is_recorded` says whether it was waited for.
+        """
         self.is_ending = True
         if self._thread.is_alive():
             self.shutdown()
@@ -92,7 +95,7 @@ class Server(ThreadingHTTPServer):
         with self._changed:
             self._changed.wait_for(lambda: not self._answering, ENDING_S)
         if self.parts.recorder is not None:
-            self.parts.recorder.close(ENDING_S)
+            self.is_recorded = self.parts.recorder.close(2 * ENDING_S)
         self.watch.close()
 
     def answering(self, change: int) -> None:
@@ -220,7 +223,7 @@ class Handler(BaseHTTPRequestHandler):
         if parts.recorder is not None:
             tags = tags_of(self.headers.get("op-tags"), said)
             record = parts.recorder.begin(path, body, "local" if is_local else "upstream", tags)
-            reply.before = record.wait
+            reply.before, reply.kept = record.wait, bytearray()
         error: str | None = None
         try:
             if is_local:
@@ -322,6 +325,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.parts.upstream is None:
             return []
         caught = Caught(self)
+        caught.kept = bytearray()
         with suppress(Refused, Broken):
             self._forward(b"", caught)
         if caught.status != 200 or not caught.is_ended:
