@@ -151,12 +151,7 @@ class Distillation:
         own = {name: value for name, value in self._rendering().items() if value is not None}
         settings = TrainConfig(model=r.model_path(r.model), data=str(train), memory=self._config.memory, **own)
         adapters = {} if r.adapter_path is None else {"adapter": str(r.path(r.adapter_path))}
-        options = {
-            "model": self._model(settings.model),
-            "top_k": self._top_k,
-            "rendering": own,
-            "adapter": r.adapter_path,
-        }
+        options = {"model": self._model(settings.model), "top_k": self._top_k, "rendering": own}
 
         def work(counts: steps.Counts, outs: list[Out]) -> None:
             self._begin(folder, [train], options)
@@ -296,8 +291,8 @@ class Distillation:
 
     def _rendering(self) -> dict[str, Any]:
         """How rows become tokens, for the teacher and the student alike."""
-        names = ("max_seq_length", "mask_prompt", "train_on", "chat_template", "compute_dtype", "trust_remote_code")
-        return {name: getattr(self._config, name) for name in names}
+        names = "max_seq_length mask_prompt train_on chat_template skip_bad_samples compute_dtype trust_remote_code"
+        return {name: getattr(self._config, name) for name in names.split()}
 
     def _template(self) -> str | None:
         template = self._config.chat_template
