@@ -135,7 +135,8 @@ def test_what_is_listed_as_json_can_be_imported_again(store, file, tmp_path):
     store.begin(path="/v1/completions", body={"prompt": "Four"}, source="upstream")
     lines = tmp_path / "lines.jsonl"
     lines.write_text("".join(reversed(run("list", "--json", "--db", file).splitlines(keepends=True))))
-    run("import", lines, "--db", tmp_path / "other.db")
+    said = run("--db", tmp_path / "other.db", "--json", "import", lines)  # options may come before the command
+    assert json.loads(said) == {"imported": 4}
     columns = "id, path, model, status_code, error, finish_reason, kept, duration_s, began, conversation, response"
     assert rows(tmp_path / "other.db", columns) == rows(file, columns)
     statuses = [row for (row,) in rows(tmp_path / "other.db", "status")]

@@ -35,7 +35,10 @@ def as_json(command):
 
 
 @click.group()
-def requests():
+@click.option("--db", metavar="FILE", help="File of recorded requests, of whichever command follows.")
+@click.option("--json", "as_json", is_flag=True, help="As --json of the command that follows.")
+@click.pass_context
+def requests(ctx, db, as_json):
     """Look at recorded requests, tag them, have them answered anew, and make training data of them.
 
     They are in one file, which `slowft serve --record`, `slowft.record(client)` and `slowft requests import` write.
@@ -44,6 +47,8 @@ def requests():
 
         slowft requests list
     """
+    given = {name: value for name, value in (("db", db), ("as_json", as_json)) if value}
+    ctx.default_map = {name: given for name in ctx.command.commands}
 
 
 def _store(db: str):
@@ -120,7 +125,8 @@ def show(id, db, as_json):
 @click.option("--set", "values", multiple=True, metavar="NAME=VALUE", help="Tag to give; several.")
 @click.option("--remove", multiple=True, metavar="NAME", help="Tag to take away; several.")
 @click.option("--keep/--discard", "kept", default=None, help="As a training sample.")
-def tag(ids, db, where, values, remove, kept):
+@as_json
+def tag(ids, db, where, values, remove, kept, as_json):
     """Tag requests, and keep or discard them as training samples.
 
     Example:
@@ -141,7 +147,10 @@ def tag(ids, db, where, values, remove, kept):
     with _store(db) as store:
         chosen = [*ids, *(store.ids(filters) if where else ())]
         store.mark(chosen, tags, kept)
-    click.echo(f"{len(chosen):,} request{'s' * (len(chosen) != 1)} marked")
+    if as_json:
+        click.echo(json.dumps({"marked": len(chosen)}))
+    else:
+        click.echo(f"{len(chosen):,} request{'s' * (len(chosen) != 1)} marked")
 
 
 @requests.command("import")
@@ -150,7 +159,8 @@ def tag(ids, db, where, values, remove, kept):
 @click.option("--redact", multiple=True, metavar="REGEX", help="Replaced in every text before it is written; several.")
 @click.option("--prices", metavar="FILE.yaml", help="What a million tokens of each model cost; see docs/requests.md.")
 @click.option("--tag", "tags", multiple=True, metavar="NAME=VALUE", help="Tag of all rows; several.")
-def import_(files, db, redact, prices, tags):
+@as_json
+def import_(files, db, redact, prices, tags, as_json):
     """Import others' logs: OpenPipe's export, OpenAI's batches and stored completions, conversations.
 
     All lines are imported or none: those that are malformed are named with their numbers.
@@ -173,7 +183,10 @@ def import_(files, db, redact, prices, tags):
             if is_new:
                 store.remove()
             raise
-    click.echo(f"{n:,} request{'s' * (n != 1)} imported into {db}")
+    if as_json:
+        click.echo(json.dumps({"imported": n}))
+    else:
+        click.echo(f"{n:,} request{'s' * (n != 1)} imported into {db}")
 
 
 @requests.command()
