@@ -812,6 +812,11 @@ def test_it_fetches_nothing_but_from_the_upstream(served):
 def test_other_addresses_need_a_token_and_the_upstream_never_sees_it(served, tmp_path, monkeypatch):
     with pytest.raises(slowft.ConfigError, match="--token"):
         Service(Settings(upstream=served.upstream.url, host="0.0.0.0", port=0), print)
+    with pytest.raises(slowft.ConfigError, match="in use"):
+        Service(Settings(upstream=served.upstream.url, port=served.port), print)
+    taken = [f"emulated={served.adapter}"]
+    with pytest.raises(slowft.ConfigError, match="the name of another model"):
+        Service(Settings(model=str(served.path), adapter=taken, port=0, memory="2GB"), print)
     settings = Settings(upstream=served.upstream.url, host="0.0.0.0", port=0, token="sesame")
     with Service(settings, print) as service:
         port = service.server.server_address[1]

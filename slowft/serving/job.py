@@ -196,7 +196,7 @@ def _open(s: Settings, names: dict[str, Any]):
             voices.append(plain)
             names[name_of(s.model)] = Name(plain, False)
             for name, path in adapters:
-                if name in names:
+                if name in names or name == EMULATED:
                     raise ConfigError(f"--adapter {name}=... is the name of another model here. Give it another name")
                 names[name] = Name(plain, name, _pruning(path))
         if emulated is not None:
