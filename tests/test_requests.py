@@ -228,6 +228,37 @@ def test_a_request_that_was_taken_for_broken_is_what_its_own_process_says_in_the
     store._writing.execute("INSERT INTO texts (texts) VALUES ('integrity-check')")
 
 
+FORK = """
+import os, sys
+from slowft.requests.store import RequestStore
+def record(text, meanwhile=lambda: None):
+    id = store.begin(path="/", body={"prompt": text}, source="client")
+    meanwhile()
+    store.finish(id, response={"choices": [{"text": text}]}, status_code=200)
+def fork():
+    store.list()
+    if os.fork() == 0:
+        record("child")
+        assert len(store.list()) == 2
+        store.close()
+        sys.exit()
+    assert os.wait()[1] == 0
+    assert [row.status for row in store.list()] == ["complete", "begun"]
+store = RequestStore(sys.argv[1])
+record("parent", fork)
+store.close()
+"""
+
+
+def test_a_process_that_forks_records_and_so_does_its_child(file):
+    subprocess.run([sys.executable, "-c", FORK, str(file)], check=True)
+    assert sql(file, "SELECT status, request FROM requests JOIN bodies USING (id) ORDER BY id") == [
+        ("complete", '{"prompt": "parent"}'),
+        ("complete", '{"prompt": "child"}'),
+    ]
+    assert sql(file, "SELECT count(*) FROM writers") == [(0,)] and sql(file, "PRAGMA integrity_check") == [("ok",)]
+
+
 def test_a_first_request_that_could_not_be_written_does_not_hide_the_next(file, monkeypatch):
     with RequestStore(file) as store:
         with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):

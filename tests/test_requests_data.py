@@ -292,7 +292,7 @@ def test_preferences_are_the_new_answer_before_the_old_and_the_kept_before_the_d
         exported(store, tmp_path, Filter("model", "equal", "none"), form="preferences")
 
 
-@pytest.mark.parametrize("counted", [1000, 10])
+@pytest.mark.parametrize("counted", [1000, 10, 0])
 def test_a_conversation_is_never_in_two_splits(counted, store, tmp_path, monkeypatch):
     monkeypatch.setattr(exporting, "COUNTED", counted)
     for i in range(60):

@@ -148,12 +148,10 @@ class RequestStore:
         busy_s: float = BUSY_S,
     ):
         self.path, self._prices, self._read_only = Path(path).expanduser(), prices, read_only
-        self._busy_s, self._writer = busy_s, None
+        self._busy_s = busy_s
         self._redact = [_pattern(pattern) for pattern in redact]
-        self._lock = threading.Lock()  # of the connection that writes
-        self._readers: queue.SimpleQueue[sqlite3.Connection] = queue.SimpleQueue()
-        self._started: dict[int, float] = {}  # by id, on the monotonic clock: the wall's may be set meanwhile
         self.is_closed = False
+        self._begin_here()
         if sqlite3.sqlite_version_info < OLDEST_SQLITE:
             raise DataError(f"Python has SQLite {sqlite3.sqlite_version}; recorded requests need 3.34 or later")
         if read_only and not self.path.is_file():
@@ -167,6 +165,14 @@ class RequestStore:
             except BaseException:
                 self._writing.close()
                 raise
+
+    def _begin_here(self) -> None:
+        """State of this process."""
+        self._process = os.getpid()
+        self._writer = None  # its number in the file
+        self._lock = threading.Lock()  # of the connection that writes
+        self._readers: queue.SimpleQueue[sqlite3.Connection] = queue.SimpleQueue()
+        self._started: dict[int, float] = {}  # by id, on the monotonic clock: the wall's may be set meanwhile
 
     # --- Recording --------------------------------------------------------------------------------------
 
@@ -334,6 +340,8 @@ class RequestStore:
 
     def close(self) -> None:
         """Mark what was begun here and not finished as broken, and let go of the file."""
+        if self._process != os.getpid():
+            return
         with self._lock:
             if self.is_closed:
                 return
@@ -433,10 +441,22 @@ class RequestStore:
             self._writer = db.execute("INSERT INTO writers (process) VALUES (?)", [process]).lastrowid
         return self._writer
 
+    def _cross_fork(self) -> None:
+        """A server may fork its workers: SQLite's connections must not be used by two, nor closed by the second."""
+        if self._process == os.getpid():
+            return
+        self._of_parent = self._writing, self._readers
+        self._begin_here()
+        with self._telling():
+            self._writing = self._connect()
+            if not self._read_only:
+                self._writing.execute("PRAGMA synchronous = NORMAL")
+
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         if self._read_only:
             raise DataError(f"{self.path} was opened for reading only")
+        self._cross_fork()
         with self._telling(), self._lock:
             writer = self._writer
             self._writing.execute("BEGIN IMMEDIATE")
@@ -452,6 +472,7 @@ class RequestStore:
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
         """A connection of its own: a long list must not keep an answer from being recorded."""
+        self._cross_fork()
         with self._telling():
             try:
                 db = self._readers.get_nowait()

@@ -23,7 +23,7 @@ from .split import SPLITS, assign, check_shares, counted, drawn
 from .steps import Counts
 
 FORMS = ("messages", "alpaca", "preferences")
-# Samples up to which conversations are counted, so that shares are met exactly; of more, the first must not wait
+# Rows up to which conversations are counted, so that shares are met exactly; of more, the first must not wait
 COUNTED = 2000
 CUT_OFF = {"length": "cut off", "content_filter": "cut off by a filter"}
 COMPLETE = Filter("status", "equal", "complete")
@@ -99,9 +99,10 @@ def _splits(samples: Callable[[], Iterator[Found]], wanted: Export) -> Callable[
     share = (wanted.valid, wanted.test, wanted.seed)
     if not wanted.valid and not wanted.test:
         return lambda group: "train"
-    groups = [_group(row, wanted.by) for row, sample, _ in islice(samples(), COUNTED + 1) if sample]
+    first = [sample and _group(row, wanted.by) for row, sample, _ in islice(samples(), COUNTED + 1)]
+    groups = [group for group in first if group]
     splits: Mapping[str, str] = {}
-    if 0 < len(groups) <= COUNTED:
+    if groups and len(first) <= COUNTED:  # these are all
         counts = counted(groups)
         if len(counts) <= sum(map(bool, share[:2])):
             raise DataError(
