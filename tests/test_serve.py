@@ -406,6 +406,30 @@ def test_pruning_rules_of_an_adapter_are_applied_to_its_requests_and_to_no_other
     assert served.rows(Filter("model", "equal", "tuned"), n=2)[1].request["messages"] == long
 
 
+def test_a_drive_that_fails_ends_the_answers_of_that_pass_and_no_others(served, monkeypatch):
+    voice, failures = served.service.scheduler.voices[0], []
+    step = voice.waves.step
+
+    def failing():
+        if voice.waves.passes > before + 3 and not failures:
+            failures.append(1)
+            raise OSError(5, "Input/output error")
+        return step()
+
+    before = voice.waves.passes
+    monkeypatch.setattr(voice.waves, "step", failing)
+    client, texts = served.client(), []
+    with pytest.raises(openai.APIError, match="Input/output error"):
+        for part in client.chat.completions.create(model="tuned", messages=HELLO, stream=True):
+            texts.append(part.choices[0].delta.content)
+    assert 0 < len(texts) <= 4 and failures
+    (row,) = served.rows()
+    assert row.status == "error" and "Input/output error" in row.error
+    assert row.response["choices"][0]["message"]["content"] == "".join(texts)
+    answer = client.chat.completions.create(model="tuned", messages=HELLO)
+    assert answer.choices[0].message.content.startswith("".join(texts))
+
+
 def test_what_local_models_cannot_do_is_said(served):
     for body, what in [
         ({"n": 2}, "n must be 1"),
@@ -788,6 +812,11 @@ def test_it_fetches_nothing_but_from_the_upstream(served):
 def test_other_addresses_need_a_token_and_the_upstream_never_sees_it(served, tmp_path, monkeypatch):
     with pytest.raises(slowft.ConfigError, match="--token"):
         Service(Settings(upstream=served.upstream.url, host="0.0.0.0", port=0), print)
+    with pytest.raises(slowft.ConfigError, match="in use"):
+        Service(Settings(upstream=served.upstream.url, port=served.port), print)
+    taken = [f"emulated={served.adapter}"]
+    with pytest.raises(slowft.ConfigError, match="the name of another model"):
+        Service(Settings(model=str(served.path), adapter=taken, port=0, memory="2GB"), print)
     settings = Settings(upstream=served.upstream.url, host="0.0.0.0", port=0, token="sesame")
     with Service(settings, print) as service:
         port = service.server.server_address[1]

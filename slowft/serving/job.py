@@ -1,5 +1,6 @@
 """`slowft serve` from its settings: opens models, the file of requests and the server, and closes them again."""
 
+import logging
 import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -130,6 +131,7 @@ def serve(settings: Settings, say: Callable[[str], None], on_answer: Callable[[s
     """Serve until Ctrl-C or SIGTERM; whether all threads ended, or the process has to be ended for them."""
     ended = threading.Event()
     before = []
+    logging.getLogger().addHandler(logging.NullHandler())  # what mlx-lm's server logs is in answers' headers
     try:
         with Service(settings, say, on_answer) as service:
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -194,7 +196,7 @@ def _open(s: Settings, names: dict[str, Any]):
             voices.append(plain)
             names[name_of(s.model)] = Name(plain, False)
             for name, path in adapters:
-                if name in names:
+                if name in names or name == EMULATED:
                     raise ConfigError(f"--adapter {name}=... is the name of another model here. Give it another name")
                 names[name] = Name(plain, name, _pruning(path))
         if emulated is not None:

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import SlowftError
 from ..inference.prompts import encode
 from .guard import Refused
-from .replies import Gone, Reply, error_of
+from .replies import OWN_HEADERS, Gone, Reply, error_of
 from .scheduler import Piece, Scheduler, Token, Voice, Wanted
 
 SILENT_S = 15  # after so long without a token, a stream gets a comment: the connection is alive
@@ -250,10 +250,13 @@ class LocalAnswer(mlx_server.APIHandler):
             raise Refused(400, next(iter(str(e).splitlines()), type(e).__name__)) from e
         wanted, reply = self.response_generator.wanted, self.reply
         headers = [("slowft-waits", str(wanted.promised))]
-        if ignored := [key for key in NOT_KNOWN if self.body.get(key, NOT_KNOWN[key]) != NOT_KNOWN[key]]:
+        ignored = [key for key, usual in NOT_KNOWN.items() if self.body.get(key, usual) != usual]
+        if request.tools and not context.has_tool_calling:
+            ignored.append("tools")
+        if ignored:
             headers.append(("slowft-ignored", ", ".join(ignored)))
         if self.stream:
-            reply.begin(200, [("Content-Type", "text/event-stream"), ("Cache-Control", "no-cache"), *headers], None)
+            reply.begin(200, [("Content-Type", "text/event-stream"), *OWN_HEADERS, *headers], None)
         parts = Parts(context, mlx_server.ToolCallFormatter(context.tool_parser, request.tools, self.stream))
         n_tokens, logprobs = 0, []
         try:

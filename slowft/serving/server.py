@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socketserver import TCPServer
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, printable, reason_of
@@ -97,6 +98,10 @@ class Server(ThreadingHTTPServer):
         if self.parts.recorder is not None:
             self.is_recorded = self.parts.recorder.close(2 * ENDING_S)
         self.watch.close()
+
+    def server_bind(self) -> None:
+        """Without asking name servers for this machine's name, as `http.server` does: nobody needs it."""
+        TCPServer.server_bind(self)
 
     def answering(self, change: int) -> None:
         """One more request is being answered, or one less."""
