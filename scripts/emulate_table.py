@@ -1,6 +1,6 @@
 """What SmolLM2-135M gains from a half of it that was fine-tuned: loss on held-back answers, as a table.
 
-    python scripts/emulate_table.py DIRECTORY > docs/emulated.md     # downloads 93 MB; an hour on two cores
+    python scripts/emulate_table.py DIRECTORY > table.md     # downloads 93 MB; an hour on two cores
 
 The small base is the healed half of `halved_model.py`. It is fine-tuned on questions and answers of the entries of the
 Jargon File that it was not healed with: that is the delta. The same fine-tuning of the large model itself is what
