@@ -56,26 +56,25 @@ def asked(data: Path, to: Path) -> Path:
     return to
 
 
+SMALL, LARGE = "small base (16 of 30 blocks, healed)", "large base (SmolLM2-135M-Instruct)"
+
+
 def main() -> None:
     directory = Path(sys.argv[1])
     small, large = healed(directory), demo.fetch_model(directory, note)
     data = asked(directory / "data", directory / "asked")
     of_small = tune(small, data, directory / "of_small", ITERS)
-    of_large = tune(large, data, directory / "of_large", ITERS)
     samples = [json.loads(line) for line in (data / "valid.jsonl").read_text("utf-8").splitlines()]
     tokenizer = slowft.load_tokenizer(large, None)
     scores = Scores(directory / "scores.json", samples, tokenizer)
-    of_small_ones = {"base": "small base (16 of 30 blocks, healed)", "tuned": "small, tuned"}
-    scores.add(lambda: slowft.open_model(small), of_small_ones, {"tuned": of_small})
+    scores.add(lambda: slowft.open_model(small), {"base": SMALL, "tuned": "small, tuned"}, {"tuned": of_small})
     for weight in WEIGHTS:
-        names = {"emulated": f"large, emulating small tuned, weight {weight:g}"}
-        adapters = {}
-        if weight == 1:
-            names |= {"base": "large base (SmolLM2-135M-Instruct)", "tuned": "large, tuned itself"}
-            adapters = {"tuned": of_large}
-        scores.add(lambda w=weight: slowft.emulate(large, small, [(of_small, w)]), names, adapters)
-    filtered = {"emulated": "... weight 1, nucleus 0.95"}
+        names = {"base": LARGE, "emulated": f"large, emulating small tuned, weight {weight:g}"}
+        scores.add(lambda w=weight: slowft.emulate(large, small, [(of_small, w)]), names)
+    filtered = {"emulated": "large, emulating small tuned, weight 1, nucleus 0.95"}
     scores.add(lambda: slowft.emulate(large, small, [(of_small, 1.0)], nucleus=0.95), filtered)
+    of_large = tune(large, data, directory / "of_large", ITERS)
+    scores.add(lambda: slowft.open_model(large), {"tuned": "large, tuned itself"}, {"tuned": of_large})
     down = {"emulated": "small base, with what the large one learnt"}
     scores.add(lambda: slowft.emulate(small, large, [(of_large, 1.0)]), down)
     with slowft.emulate(large, small, [(of_small, 1.0)]) as model:
@@ -83,12 +82,10 @@ def main() -> None:
         run = slowft.generate(model, [prompt], max_tokens=60)
         (answer,) = run
 
-    first = list(of_small_ones.values()) + ["large base (SmolLM2-135M-Instruct)"]
     print("# Emulated fine-tuning of SmolLM2\n")
     print(f"`python scripts/emulate_table.py`: loss of {len(samples)} held-back answers of the Jargon File.\n")
     print(f"| model | {' | '.join(COLUMNS)} |\n|---|---|---|---|")
-    for name in [*first, *(name for name in scores.found if name not in first)]:
-        loss, error, perplexity = scores.found[name]
+    for name, (loss, error, perplexity) in scores.found.items():
         print(f"| {name} | {loss:.3f} | {error:.3f} | {perplexity:.1f} |")
     print(
         f"\nAn answer of 60 tokens took {run.passes} readings; {run.accepted} of {run.drafted} drafted tokens were "

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .inference.score import score as score
     from .models.adapter_files import load_peft as load_peft
     from .planning.plan import Plan as Plan
+    from .requests.record import record as record
     from .training.config import TrainConfig as TrainConfig
     from .training.trainer import Trainer as Trainer
 
@@ -57,6 +58,7 @@ _WHERE = {
     "inference.score": ("Score", "score"),
     "models.adapter_files": ("load_peft",),
     "planning.plan": ("Plan",),
+    "requests.record": ("record",),
     "training.config": ("TrainConfig",),
     "training.trainer": ("Trainer",),
 }

@@ -307,6 +307,44 @@ def be_gentle() -> None:
         ctypes.CDLL(None).syscall(number, IOPRIO_WHO_PROCESS, 0, IOPRIO_IDLE)
 
 
+def identity_of_process(pid: int) -> str | None:
+    """Of a process that runs: its number and when it began, as numbers are used again; None if there is none."""
+    if MACOS:
+        PROC_PIDTBSDINFO, info = 3, _ProcBsdInfo()
+        nbytes = ctypes.CDLL(None).proc_pidinfo(
+            pid, PROC_PIDTBSDINFO, ctypes.c_uint64(0), ctypes.byref(info), ctypes.sizeof(info)
+        )
+        return f"{pid} {info.pbi_start_tvsec}.{info.pbi_start_tvusec:06}" if nbytes == ctypes.sizeof(info) else None
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as boot, open(f"/proc/{pid}/stat") as stat:
+            fields = stat.read().rpartition(")")[2].split()  # a name may hold anything
+            state, began = fields[0], fields[19]
+            return None if state in "ZX" else f"{pid} {boot.read().strip()} {began}"
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
+def is_running(identity: str) -> bool:
+    """Whether the process of which `identity_of_process` said this still runs on this machine."""
+    return identity_of_process(int(identity.split()[0])) == identity
+
+
+class _ProcBsdInfo(ctypes.Structure):
+    """`struct proc_bsdinfo` of XNU's <sys/proc_info.h>."""
+
+    _fields_ = [
+        *(
+            (name, ctypes.c_uint32)
+            for name in "flags status xstatus pid ppid uid gid ruid rgid svuid svgid rfu".split()
+        ),
+        ("pbi_comm", ctypes.c_char * 16),
+        ("pbi_name", ctypes.c_char * 32),
+        ("pbi_of_session", ctypes.c_uint32 * 6),
+        ("pbi_start_tvsec", ctypes.c_uint64),
+        ("pbi_start_tvusec", ctypes.c_uint64),
+    ]
+
+
 def keep_alive(connection: socket.socket) -> None:
     """Have the system ask now and then whether the other side is still there: an error comes after 30 s of silence."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

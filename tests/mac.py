@@ -34,6 +34,8 @@ F_PREALLOCATE, F_RDADVISE, F_RDAHEAD, F_NOCACHE, F_FULLFSYNC = 42, 44, 45, 48, 5
 F_ALLOCATECONTIG, F_ALLOCATEALL, F_PEOFPOSMODE = 2, 4, 3
 # <sys/resource.h>: bytes of `struct rusage_info_v4`, and where in it these lie
 RUSAGE_INFO_V4, RUSAGE_NBYTES, FOOTPRINT_AT, LIFETIME_MAX_AT, INTERVAL_MAX_AT = 4, 296, 72, 240, 280
+# struct proc_bsdinfo of <sys/proc_info.h>: 12 numbers of 32 bits, two names (16 and 32), 6 numbers, then the start
+BSDINFO_NBYTES, STARTED_AT = 136, 120
 
 ONLY_LINUX = {
     "os": {"posix_fadvise", "posix_fallocate", "sched_getaffinity", "O_DIRECT", "POSIX_FADV_DONTNEED", "memfd_create"},
@@ -162,6 +164,18 @@ class _Libc:
         for at, field in ((FOOTPRINT_AT, "VmRSS"), (LIFETIME_MAX_AT, "VmHWM"), (INTERVAL_MAX_AT, "VmHWM")):
             struct.pack_into("=Q", values, at, _status(field))
         return 0
+
+    def proc_pidinfo(self, pid: int, flavour: int, argument, info, nbytes: int) -> int:
+        self._double.calls.append(("proc_pidinfo", pid, flavour))
+        target = info._obj
+        assert flavour == 3 and argument.value == 0 and nbytes == ctypes.sizeof(target) == BSDINFO_NBYTES
+        try:
+            with open(f"/proc/{pid}/stat") as stat:
+                began = int(stat.read().rpartition(")")[2].split()[19])
+        except OSError:
+            return 0
+        struct.pack_into("=QQ", (ctypes.c_uint8 * nbytes).from_buffer(target), STARTED_AT, began // 100, began % 100)
+        return nbytes
 
     def proc_reset_footprint_interval(self, pid: int) -> int:
         self._double.calls.append(("proc_reset_footprint_interval", pid))

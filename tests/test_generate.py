@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -19,11 +20,12 @@ from test_quantized import save_quantized
 
 import matrix
 import slowft
-from conftest import LLAMA, in_memory, must_run, save_random
+from conftest import LLAMA, in_memory, must_run, randomise, save_random
 from slowft.bench import cgroup
 from slowft.cli.main import slowft as command
 from slowft.inference.drafts import Depth, PromptLookup, continuation
-from slowft.inference.generate import Text
+from slowft.inference.generate import Generation, Text
+from slowft.inference.prompts import Asked
 from slowft.inference.rows import Row
 from slowft.inference.sampling import Chooser, Sampling
 from slowft.inference.waves import KeyValues, Waves
@@ -229,6 +231,30 @@ def test_a_wave_reads_the_weights_once_a_pass(tmp_path):
         of.step()
         assert model.stats.total.bytes_read - before <= one
         assert all(len(row.answer) == 4 for row in rows)
+
+
+def test_rows_of_one_wave_may_each_have_an_adapter_and_a_sampling_of_their_own(llama_with_tokenizer, tmp_path):
+    texts, alike = ["one two", "of the words that"], {"temp": 0.9, "seed": 5, "repetition_penalty": 1.2}
+    with slowft.open_model(llama_with_tokenizer) as model:
+        model.add_lora(num_layers=2, rank=2, scale=20.0)
+        randomise(model)
+        model.save_adapter(tmp_path / "adapter")
+    with slowft.open_model(llama_with_tokenizer) as model:
+        model.add_adapter("tuned", tmp_path / "adapter")
+        tokenizer = slowft.load_tokenizer(model.path, model.embedding_rows)
+        kinds = [(adapter, how) for adapter in (False, "tuned") for how in (Sampling(), Sampling(**alike))]
+        found = [Asked(i, text, tokenizer.encode(text)) for i, text in enumerate(texts * len(kinds))]
+        apart = []
+        for i, (adapter, how) in enumerate(kinds):
+            of_kind = Generation(model, found[2 * i : 2 * i + 2], tokenizer, 8, how, adapter=adapter)
+            apart += [answer.tokens for answer in sorted(of_kind, key=lambda answer: answer.number)]
+        own = [replace(one, adapter=kinds[i // 2][0], sampling=kinds[i // 2][1]) for i, one in enumerate(found)]
+        own[0] = replace(own[0], stop=["\0"], max_tokens=3)
+        together = Generation(model, own, tokenizer, 8)
+        answers = [answer.tokens for answer in sorted(together, key=lambda answer: answer.number)]
+    assert answers == [apart[0][:3], *apart[1:]]
+    assert len({tuple(tokens) for tokens in apart}) > 4
+    assert together.passes < 20  # 61 tokens
 
 
 def test_prompt_lookup_goes_on_as_the_text_did_before():

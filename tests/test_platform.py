@@ -181,6 +181,23 @@ def test_macos_memory_is_the_physical_footprint(mac):
     assert mac.calls[-1] == ("proc_reset_footprint_interval", (os.getpid(),))
 
 
+def test_macos_tells_a_process_from_a_later_one_of_its_number(mac):
+    """Written where a compiler puts pbi_start_tvsec and pbi_start_tvusec of struct proc_bsdinfo."""
+    raw = bytearray(136)
+    struct.pack_into("=QQ", raw, 120, 1_795_000_000, 42)
+
+    def fill(pid, flavour, argument, info, nbytes):
+        if pid != 7:
+            return 0  # ESRCH
+        ctypes.memmove(ctypes.addressof(info._obj), bytes(raw), nbytes)
+        return nbytes
+
+    mac.libc["proc_pidinfo"] = fill
+    assert platform.identity_of_process(7) == "7 1795000000.000042" and platform.is_running("7 1795000000.000042")
+    assert not platform.is_running("7 1794999999.000042") and platform.identity_of_process(8) is None
+    assert [args[:3] + args[4:] for name, args in mac.calls if name == "proc_pidinfo"][0] == (7, 3, 0, 136)
+
+
 def test_macos_preallocates_all_from_the_end_or_nothing(mac, tmp_path):
     with open(tmp_path / "file", "wb") as file:
         platform.preallocate(file.fileno(), 3_000_001)

@@ -11,6 +11,7 @@ from ..errors import ConfigError, Interrupted, SlowftError, reason_of
 GROUPS = {
     "Train": "finetune data distil plan status",
     "Use what was trained": "generate score fuse adapter",
+    "Learn from an expensive model": "serve requests compare",
     "Prepare models": "prepare verify",
     "Try this machine": "bench doctor demo",
 }
@@ -19,6 +20,8 @@ COMMANDS = {
     "data": "Show what will be trained on; make data with a large model, clean it, split it.",
     "generate": "Answer prompts, many in each reading of the weights.",
     "score": "Score texts, answers or marks: log-probabilities of base and adapters in one pass.",
+    "compare": "Compare models, adapters and prompts on scenarios: checks, a judge, a page.",
+    "serve": "Answer over HTTP as OpenAI does: models here and another server's, recorded if you like.",
     "distil": "Have a large model make data and teach a small one; say what it was worth.",
     "plan": "Say what a job would take on this machine: memory, reads, seconds.",
     "fuse": "Add an adapter to its base model, and write a model of its own.",
@@ -27,6 +30,7 @@ COMMANDS = {
     "verify": "Check a model's files against their checksums.",
     "bench": "Measure steps, reads and others' trainers on this machine.",
     "status": "Say how a run stands, from the directory of its adapter.",
+    "requests": "Look at recorded requests; have them answered anew; make training data of them.",
     "doctor": "Check in half a minute that all of it works on this machine.",
     "demo": "Fine-tune a real small model on real text, from nothing, in minutes.",
 }

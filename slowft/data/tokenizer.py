@@ -60,7 +60,10 @@ def load_tokenizer(
     try:
         ending = load_config(model_path).get("eos_token_id")
         with _with_tokenizer_json(model_path) as directory, contextlib.redirect_stdout(io.StringIO()):
-            tokenizer = load(directory, {"trust_remote_code": trust_remote_code}, eos_token_ids=ending)
+            config = {"trust_remote_code": trust_remote_code}
+            if template is not None:
+                config["chat_template"] = template  # how tools are called is read off it
+            tokenizer = load(directory, config, eos_token_ids=ending)
         vocabulary = tokenizer.get_vocab()
         tokenizer.encode("a b"), tokenizer.all_special_ids, tokenizer.eos_token_id  # some fail when they are used
     except SlowftError:

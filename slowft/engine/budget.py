@@ -212,6 +212,22 @@ class Budget:
     def cover_decoding(self, wave: Wave) -> tuple[int, int, Plan | None]:
         """Follow a plan under which so many rows can be generated together as there is room for.
 
+        Returns, raises:
+            as `size_decoding`.
+        """
+        rows, prompts, plan = self.size_decoding(wave)
+        self.follow_decoding(plan)
+        return rows, prompts, plan
+
+    def follow_decoding(self, plan: Plan | None) -> None:
+        """From now on follow a plan of `size_decoding`'s."""
+        if plan is not None:
+            self._follow(plan)
+            self._shape, self._passes_shape = (0, 0, 0), ((), 0)  # training and evaluation are planned anew
+
+    def size_decoding(self, wave: Wave) -> tuple[int, int, Plan | None]:
+        """How many rows can be generated together, and by which plan. It is not followed yet.
+
         The more rows, the more tokens a second: each reading is paid by all of them. So memory goes to their keys and
         values first, and to blocks that stay only when every row has its place.
 
@@ -242,8 +258,6 @@ class Budget:
         # Prompts that wait for a later pass cost it a reading; what all of them would take, it costs as memory.
         prompts = _most(rows, lambda n: n == 1 or n * 2 * self._hidden(wave.tokens) <= memory // 8 and fits(rows, n))
         plan = planner(rows, prompts).forward_only(memory)
-        self._follow(plan)
-        self._shape, self._passes_shape = (0, 0, 0), ((), 0)  # training and evaluation are planned anew
         return rows, prompts, plan
 
     def needed_beside(self, nbytes: int) -> int | None:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 
 from .rows import Row
-from .sampling import Chooser
+from .sampling import Chooses
 
 LONGEST_MATCH = 3  # tokens that prompt look-up compares
 CHUNK = 64  # tokens of a prompt that a drafter takes in at a time
@@ -67,7 +67,7 @@ class DraftModel:
         embedding_rows: token ids that the large model knows.
     """
 
-    def __init__(self, model: Any, chooser: Chooser, embedding_rows: int | None = None):
+    def __init__(self, model: Any, chooser: Chooses, embedding_rows: int | None = None):
         self.model, self._chooser, self._embedding_rows = model, chooser, embedding_rows
         self._caches: dict[int, tuple[list[Any], int]] = {}  # row -> (its cache, how many tokens that has seen)
 

@@ -22,7 +22,7 @@ from .decoder import Decoder
 from .drafts import Depth, Drafter, DraftModel, PromptLookup
 from .prompts import Asked, Prompt, Template, asked, check
 from .rows import Row
-from .sampling import Chooser, Processor, Sampler, Sampling
+from .sampling import Chooser, Choosers, Processor, Sampler, Sampling
 from .waves import KeyValues, Waves, can_forget
 
 OWN_DRAFT = 16  # tokens that a model's own drafter guesses at most: if nine in ten are right, eight come true
@@ -40,6 +40,7 @@ class Answer:
         tokens: ids, the end token included; logprobs: of each, natural, before sampling cut anything off.
         finish_reason: "stop" or "length".
         prompt_tokens: of the prompt.
+        seconds: from when its prompt went through to its last token; rows that share passes wait for each other.
     """
 
     id: Any
@@ -49,6 +50,7 @@ class Answer:
     logprobs: list[float]
     finish_reason: str
     prompt_tokens: int
+    seconds: float = 0.0
 
     def with_number(self, number: int) -> "Answer":
         return replace(self, number=number)
@@ -90,11 +92,19 @@ class Generation:
             raise ConfigError(f"--wave must be 1 or more, got {wave}")
         check(prompts, model.embedding_rows)
         sampling, kept = sampling or Sampling(), kept or KeyValues()
-        self._model, self._tokenizer, self._stop, self._on_text = model, tokenizer, list(stop), on_text
+        self._model, self._tokenizer, self._on_text = model, tokenizer, on_text
         self._prompts = list(prompts)
-        is_greedy = sampler is None and sampling.is_greedy
-        processors = [*sampling.processors(), *logits_processors]
-        chooser = Chooser(sampler or sampling.sampler(tokenizer), processors, sampling.seed, is_greedy)
+
+        def choosing(how: Sampling) -> Chooser:
+            processors = [*how.processors(), *logits_processors]
+            is_greedy = sampler is None and how.is_greedy
+            return Chooser(sampler or how.sampler(tokenizer), processors, how.seed, is_greedy)
+
+        kinds = {how: choosing(how) for how in {sampling, *(one.sampling for one in prompts)} - {None}}
+        chooser = kinds[sampling]
+        if len(kinds) > 1:
+            own = {repr(one.id): kinds[one.sampling] for one in prompts if one.sampling is not None}
+            chooser = Choosers(chooser, own)
         if drafter is None and draft_tokens != 0 and can_forget(model.new_cache(kept.max_kv_size)):
             drafter = model.drafter_model()
             draft_tokens = draft_tokens or OWN_DRAFT
@@ -105,7 +115,14 @@ class Generation:
         elif drafter is not None and not hasattr(drafter, "draft"):
             drafter = DraftModel(drafter, chooser, model.embedding_rows)
         rows = [
-            Row(i, one.id, list(one.tokens), one.max_tokens or max_tokens, adapter) for i, one in enumerate(prompts)
+            Row(
+                i,
+                one.id,
+                list(one.tokens),
+                one.max_tokens or max_tokens,
+                adapter if one.adapter is None else one.adapter,
+            )
+            for i, one in enumerate(prompts)
         ]
         self._spilled: SpilledCaches | None = None
         self.wave, prefilled, self.plan = self._sizes(rows, wave, kept, drafter, draft_tokens)
@@ -124,8 +141,8 @@ class Generation:
             prefilled,
             self._spilled,
         )
-        for row in rows:
-            row.state = Text(tokenizer, self._stop)
+        for row, one in zip(rows, prompts):
+            row.state = Text(tokenizer, stop if one.stop is None else one.stop)
             self._waves.add(row)
         self.drafted = self.accepted = 0
         self.seconds = 0.0
@@ -228,6 +245,7 @@ class Generation:
         finished = []
         for step in self._waves.step():
             row, text = step.row, step.row.state
+            text.begun = text.begun or begin
             self.drafted += step.drafted
             self.accepted += max(len(step.tokens) - 1, 0) if step.drafted else 0
             segment = text.add(step.tokens, step.logprobs, self._tokenizer.eos_token_ids)
@@ -242,7 +260,14 @@ class Generation:
             if row.finish_reason is not None:
                 finished.append(
                     Answer(
-                        row.id, row.number, text.text, text.tokens, text.logprobs, row.finish_reason, len(row.prompt)
+                        row.id,
+                        row.number,
+                        text.text,
+                        text.tokens,
+                        text.logprobs,
+                        row.finish_reason,
+                        len(row.prompt),
+                        time.perf_counter() - text.begun,
                     )
                 )
         self.seconds += time.perf_counter() - begin
@@ -255,6 +280,7 @@ class Text:
     Attributes:
         text: what was given out. is_stopped: a stop text came, and was left out with all that followed.
         tokens, logprobs: that the text is made of.
+        begun: when the first pass with the row began, 0 before that.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str]):
@@ -264,6 +290,7 @@ class Text:
         self.is_stopped = False
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
+        self.begun = 0.0
 
     def add(self, tokens: Sequence[int], logprobs: Sequence[float], ends: Iterable[int]) -> str:
         """More tokens; what is known of the text now that was not before."""

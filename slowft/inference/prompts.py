@@ -11,6 +11,8 @@ from typing import Any
 
 from ..data.files import SUFFIXES, Source
 from ..errors import ConfigError, DataError
+from ..requests import pruning
+from .sampling import Sampling
 
 Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
 
@@ -22,13 +24,16 @@ class Asked:
     Attributes:
         id: the user's name for it, or its number; prompt: as it was given.
         tokens: int ids, the chat template's included.
-        max_tokens: of its answer; None: as for all.
+        max_tokens: of its answer; adapter, sampling, stop: as `Generation` takes them. None: as for all.
     """
 
     id: Any
     prompt: Prompt
     tokens: list[int]
     max_tokens: int | None = None
+    adapter: bool | str | None = None
+    sampling: Sampling | None = None
+    stop: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -39,12 +44,14 @@ class Template:
         system_prompt: that goes before each; prefill_response: with which each answer begins.
         ignore_chat_template: prompts are texts to go on with, as they are.
         chat_template_config: variables for the template.
+        pruning: texts that are removed from messages, see `requests.pruning`.
     """
 
     system_prompt: str | None = None
     prefill_response: str | None = None
     ignore_chat_template: bool = False
     chat_template_config: dict[str, Any] = field(default_factory=dict)
+    pruning: Sequence[str] = ()
 
     def tokens(self, tokenizer: Any, prompt: Prompt) -> list[int]:
         """Ids of a text (a user's message), of messages, or the very ids that are given.
@@ -67,6 +74,7 @@ class Template:
                 raise DataError(f"messages need a chat template, and {why}. Give texts as prompts")
         if self.system_prompt is not None and messages[0].get("role") != "system":
             messages = [{"role": "system", "content": self.system_prompt}, *messages]
+        messages = pruning.apply(self.pruning, messages)
         if self.prefill_response is not None:
             messages = [*messages, {"role": "assistant", "content": self.prefill_response}]
         begun = bool(messages) and messages[-1].get("role") == "assistant"  # an answer to go on with

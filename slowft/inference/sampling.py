@@ -5,9 +5,9 @@ depend on which rows are generated together, on memory, on drafts, or on a run h
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 
@@ -93,6 +93,47 @@ def place_seed(seed: int, row: Any, place: int) -> int:
     """
     digest = hashlib.blake2b(f"{seed}\0{row!r}\0{place}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
+
+
+class Chooses(Protocol):
+    """What waves and drafts ask: a `Chooser`, or `Choosers`."""
+
+    @property
+    def reads_tokens(self) -> bool: ...
+
+    def choose(
+        self, logits: mx.array, rows: Sequence[tuple[Any, int, Sequence[int]]]
+    ) -> tuple[list[int], list[float]]: ...
+
+
+class Choosers:
+    """Chooses tokens of rows that are sampled in several ways: each row's by its own chooser.
+
+    Args:
+        usual: of rows that have none of their own. own: by `repr` of the row's id.
+    """
+
+    def __init__(self, usual: "Chooser", own: Mapping[str, "Chooser"]):
+        self._usual, self._own = usual, own
+
+    @property
+    def reads_tokens(self) -> bool:
+        return any(chooser.reads_tokens for chooser in (self._usual, *self._own.values()))
+
+    def choose(self, logits: mx.array, rows: Sequence[tuple[Any, int, Sequence[int]]]) -> tuple[list[int], list[float]]:
+        """As `Chooser.choose`; rows of one chooser go together."""
+        places: dict[int, list[int]] = {}
+        choosers = [self._own.get(repr(row), self._usual) for row, _, _ in rows]
+        for i, chooser in enumerate(choosers):
+            places.setdefault(id(chooser), []).append(i)
+        chosen: list[tuple[int, float]] = [(0, 0.0)] * len(rows)
+        for of_one in places.values():
+            part = logits if len(places) == 1 else logits[mx.array(of_one)]
+            found = choosers[of_one[0]].choose(part, [rows[i] for i in of_one])
+            for i, *token_and_logprob in zip(of_one, *found):
+                chosen[i] = tuple(token_and_logprob)
+        tokens, logprobs = zip(*chosen)
+        return list(tokens), list(logprobs)
 
 
 class Chooser:

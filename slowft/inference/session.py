@@ -5,7 +5,7 @@ Between the command and `generate`: opens model, tokenizer, adapter and draft mo
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from ..engine.model import compute_dtype_of
 from ..errors import ConfigError
 from ..models import adapters
 from ..models.loading import resolve
+from ..requests import pruning
 from .decoder import opened
 from .generate import Generation
 from .prompts import Asked, Prompt, Template, asked, read
@@ -83,7 +84,8 @@ class Session:
     ):
         self.settings = settings
         self._sampling, self._kept = settings.part(Sampling), settings.part(KeyValues)
-        self._template = settings.part(Template)
+        rules = [] if adapter_path is None else pruning.load(adapter_path)
+        self._template = replace(settings.part(Template), pruning=rules)
         memory = default_memory() if memory is None else memory
         how = {"compute_dtype": compute_dtype, "trust_remote_code": trust_remote_code}
         emulation = settings.emulate, settings.delta, settings.delta_top_p

@@ -17,7 +17,7 @@ from ..errors import ConfigError, SlowftError
 from .decoder import Decoder
 from .drafts import Depth, Drafter
 from .rows import Group, MergeTrial, Row, room_to_cut_back
-from .sampling import Chooser
+from .sampling import Chooses
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Waves:
         self,
         model: Decoder,
         size: int,
-        chooser: Chooser,
+        chooser: Chooses,
         ends: Iterable[int],
         kept: KeyValues | None = None,
         drafter: Drafter | None = None,

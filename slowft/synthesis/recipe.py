@@ -1,20 +1,14 @@
-"""The recipe of a data set: a YAML file whose every field is checked, and named with its line where it is wrong.
+"""The recipe of a data set, as it stands in a YAML file.
 
 `example.yaml` beside this file documents each field; a test holds the two together.
 """
 
-import difflib
-import re
-import types
-import typing
-from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ..errors import ConfigError, reason_of
+from ..data import fields
+from ..errors import ConfigError
 from ..inference.questions import parse_marks
 from ..inference.sampling import Sampling
 from ..inference.session import Settings
@@ -74,6 +68,21 @@ class Seed:
     examples: list[str] = field(default_factory=list)
     shown: int = 3
     system: str | None = None
+
+    @classmethod
+    def complete(cls, found: fields.Found, name: str, wrong: fields.Wrong) -> dict[str, Any]:
+        """What goes without saying, once the kind says which fields there are."""
+        if "kind" not in found or found["kind"][0] not in KINDS:
+            raise wrong(f"{name}.kind must be one of {', '.join(KINDS)}", "kind")
+        kind = found["kind"][0]
+        needed, allowed, _ = KINDS[kind]
+        for key in found:
+            if key not in needed | allowed | {"kind", "name"}:
+                raise wrong(f"{name}.{key} has no effect on seeds of kind {kind}. Leave it out", key)
+        for key in sorted(needed):
+            if key not in found:
+                raise wrong(f"{name}.{key} is missing: seeds of kind {kind} need it", None)
+        return {} if "name" in found else {"name": kind}
 
     def check(self) -> None:
         if self.writes not in ("question", "answer"):
@@ -249,123 +258,9 @@ def load(file: Path) -> Recipe:
     Raises:
         ConfigError: it cannot be read, or a field is unknown or wrong; names field and line.
     """
-    try:
-        text = file.read_text("utf-8")
-    except OSError as e:
-        raise ConfigError(f"recipe {file} cannot be read: {reason_of(e)}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"recipe {file} is not text in UTF-8") from None
-    loader = yaml.SafeLoader(text)
-    try:
-        node = loader.get_single_node()
-    except yaml.YAMLError as e:
-        mark, what = getattr(e, "problem_mark", None), getattr(e, "problem", None) or str(e).splitlines()[0]
-        where = f" line {mark.line + 1}" if mark is not None else ""
-        raise ConfigError(f"{file.name}{where} is not YAML: {what}") from None
-    if node is None:
-        raise ConfigError(f"{file.name} is empty. `slowft data make --example` prints a recipe")
-    reader = _Reader(file.name, loader)
-    recipe = reader.read(Recipe, node, "", folder=file.resolve().parent)
+    usual = {"output": "my-data"}
+    recipe = fields.load(file, Recipe, "recipe", usual, "slowft data make --example", folder=file.resolve().parent)
     names = [seed.name for seed in recipe.seeds]
     if len(set(names)) < len(names):
         raise ConfigError(f"{file.name}: two seeds are named {max(names, key=names.count)}. Give each its own name")
     return recipe
-
-
-class _Reader:
-    """From YAML's nodes, which know their lines, to dataclasses."""
-
-    def __init__(self, file: str, loader: yaml.SafeLoader):
-        self._file, self._loader = file, loader
-
-    def _wrong(self, node: yaml.Node, what: str) -> ConfigError:
-        return ConfigError(f"{self._file} line {node.start_mark.line + 1}: {what}")
-
-    def read(self, kind: type, node: yaml.Node, name: str, **given: Any) -> Any:
-        if not isinstance(node, yaml.MappingNode):
-            raise self._wrong(node, f"{name or 'a recipe'} must be names with values, such as output: my-data")
-        hints = typing.get_type_hints(kind)
-        known = [f.name for f in fields(kind) if f.name not in given]
-        found: dict[str, tuple[Any, yaml.Node]] = {}
-        of_kind = None
-        for key_node, value_node in node.value:
-            key = self._loader.construct_object(key_node, deep=True)
-            path = f"{name}.{key}" if name else str(key)
-            if key not in known:
-                close = difflib.get_close_matches(str(key), known, 1)
-                hint = f"; did you mean {close[0]}?" if close else f". There are: {', '.join(known)}"
-                raise self._wrong(key_node, f"{path} is no field of a recipe{hint}")
-            if key in found:
-                raise self._wrong(key_node, f"{path} is there twice")
-            found[key] = self._value(hints[key], value_node, path), key_node
-        if kind is Seed:
-            of_kind = self._check_kind(found, node, name)
-            given |= {"name": found["name"][0] if "name" in found else of_kind}
-            found.pop("name", None)
-        for f in fields(kind):
-            needed = f.default is MISSING and f.default_factory is MISSING
-            if needed and f.name not in found and f.name not in given:
-                raise self._wrong(node, f"{name + '.' if name else ''}{f.name} is missing")
-        values = {key: value for key, (value, _) in found.items()}
-        try:
-            made = kind(**given, **values)
-            if hasattr(made, "check"):
-                made.check()
-        except ConfigError as e:
-            said = re.sub(r"--([a-z-]+)", lambda option: option[1].replace("-", "_"), str(e))  # of a command's option
-            words = said.split()
-            culprit = next((found[w.strip(",.:")][1] for w in words if w.strip(",.:") in found), node)
-            raise self._wrong(culprit, f"{name + ': ' if name else ''}{said}") from None
-        return made
-
-    def _check_kind(self, found: dict, node: yaml.Node, name: str) -> str:
-        if "kind" not in found or found["kind"][0] not in KINDS:
-            at = found["kind"][1] if "kind" in found else node
-            raise self._wrong(at, f"{name}.kind must be one of {', '.join(KINDS)}")
-        kind = found["kind"][0]
-        needed, allowed, _ = KINDS[kind]
-        for key in found:
-            if key not in needed | allowed | {"kind", "name"}:
-                raise self._wrong(found[key][1], f"{name}.{key} has no effect on seeds of kind {kind}. Leave it out")
-        for key in sorted(needed):
-            if key not in found:
-                raise self._wrong(node, f"{name}.{key} is missing: seeds of kind {kind} need it")
-        return kind
-
-    def _value(self, hint: Any, node: yaml.Node, path: str) -> Any:
-        origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-        if origin is types.UnionType or origin is typing.Union:
-            value = self._plain(node)
-            if value is None and type(None) in arguments:
-                return None
-            hint = next(a for a in arguments if a is not type(None))
-            return self._value(hint, node, path)
-        if is_dataclass(hint):
-            return self.read(hint, node, path)
-        if origin in (list, Sequence):
-            if not isinstance(node, yaml.SequenceNode):
-                raise self._wrong(node, f"{path} must be a list")
-            return [self._value(arguments[0], item, f"{path}[{i + 1}]") for i, item in enumerate(node.value)]
-        value = self._plain(node)
-        if origin is dict or hint is dict:
-            if not isinstance(value, dict):
-                raise self._wrong(node, f"{path} must be names with values")
-            if arguments and arguments[1] is int:
-                for key, number in value.items():
-                    if not isinstance(number, int) or isinstance(number, bool):
-                        raise self._wrong(node, f"{path}.{key} must be a whole number, got {number!r}")
-                return {str(key): number for key, number in value.items()}
-            return value
-        wanted = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}[hint]
-        fits = isinstance(value, (int, float) if hint is float else hint) and (
-            hint is bool or not isinstance(value, bool)
-        )
-        if not fits:
-            raise self._wrong(node, f"{path} must be {wanted}, got {value!r}")
-        return value
-
-    def _plain(self, node: yaml.Node) -> Any:
-        try:
-            return self._loader.construct_object(node, deep=True)
-        except yaml.YAMLError as e:
-            raise self._wrong(node, f"is not plain YAML: {getattr(e, 'problem', e)}") from None

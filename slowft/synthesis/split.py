@@ -46,11 +46,7 @@ def assign(counts: Mapping[str, int], valid: float, test: float, seed: int = 0) 
     Raises:
         DataError: there are fewer groups than splits that are asked for.
     """
-    for name, share in (("valid", valid), ("test", test)):
-        if not 0 <= share < 1:
-            raise ConfigError(f"{name} must be a share from 0 to below 1, got {share:g}")
-    if valid + test >= 1:
-        raise ConfigError(f"valid and test are {valid:g} and {test:g}: nothing is left to train on")
+    check_shares(valid, test)
     wanted = {name: share for name, share in (("test", test), ("valid", valid)) if share}
     if len(counts) <= len(wanted):
         raise DataError(
@@ -69,6 +65,21 @@ def assign(counts: Mapping[str, int], valid: float, test: float, seed: int = 0) 
         splits |= dict.fromkeys(chosen, split)
         left = [group for group in left if group not in splits]
     return splits | dict.fromkeys(left, "train")
+
+
+def drawn(group: str, valid: float, test: float, seed: int = 0) -> str:
+    """The split of a group by its name alone, where there are too many to count: shares are met about."""
+    at = _number(group, seed) / 2**64
+    return "test" if at < test else "valid" if at < test + valid else "train"
+
+
+def check_shares(valid: float, test: float) -> None:
+    """Raises ConfigError for shares of all rows that cannot be."""
+    for name, share in (("valid", valid), ("test", test)):
+        if not 0 <= share < 1:
+            raise ConfigError(f"{name} must be a share from 0 to below 1, got {share:g}")
+    if valid + test >= 1:
+        raise ConfigError(f"valid and test are {valid:g} and {test:g}: nothing is left to train on")
 
 
 def _number(group: str, seed: int) -> int:

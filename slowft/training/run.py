@@ -79,6 +79,8 @@ def _run(config: TrainConfig, report: Report) -> dict:
         if config.dry_run:
             trainer.note_schedule()
             return {}
+        if config.train and trainer.pruning:
+            report.note(f"The prompts were pruned by {len(trainer.pruning)} rules, which go with the adapter")
         with model.trace(config.trace) if config.trace and machines.rank == 0 else nullcontext():
             result = trainer.fit(train, valid) if config.train else {}
             if config.test:

@@ -22,6 +22,7 @@ from ..engine.model import parse_nbytes, usual_activation_cache
 from ..errors import AdapterError, ConfigError, DataError, Interrupted, PeerLost, SlowftError, reason_of
 from ..planning.caching import Caching
 from ..reports.base import Report
+from ..requests import pruning
 from ..weights.activation_cache import ActivationCache
 from .checkpoint import DIRECTORY, Checkpoint, Checkpoints, check_finite, parse
 from .config import DISTIL, MACHINES_OWN, OPERATIONAL, OPTIMIZER_COPIES, TrainConfig
@@ -60,6 +61,7 @@ class Trainer:
         self.trained_tokens = 0
         self.caching: Caching | None = None
         self.taken_up: Checkpoint | None = None
+        self.pruning = [] if self.config.data is None else pruning.load(self.config.data)  # go with the adapter
 
     def attach(self) -> None:
         """Attach the adapter that the config asks for, initialised from its seed, if none is attached."""
@@ -302,7 +304,9 @@ class Trainer:
         if self.machines.rank:
             return self.directory
         config = {k: v for k, v in asdict(self.config).items() if v is not None}
-        return self.model.save_adapter(self.config.adapter_path, numbered, config, is_current)
+        file = self.model.save_adapter(self.config.adapter_path, numbered, config, is_current)
+        pruning.save(self.directory, self.pruning)
+        return file
 
     def evaluate(
         self, dataset: Samples, num_batches: int = -1, stop: Stop | None = None, only_signals: bool = False

@@ -5,10 +5,9 @@ file and offset. Only fills bytes: MLX arrays belong to the thread that computes
 
 Three ways. Directly (Linux's O_DIRECT, macOS's F_NOCACHE, `reads_in_flight` requests at a time) where a stretch of a
 file goes to one stretch of memory that is aligned like it: `buffers` and `weights.Layout` see to that for all that is
-large. The file cache is not touched, nothing is copied. By bounce for few bytes, for the ends of a stretch, and on
-macOS for every stretch that goes elsewhere: whole pages directly into memory of the reader's own, copied from there.
-Through the file cache, a request at a time and each dropped after it, everything else: stretches that go elsewhere on
-Linux, whose kernel reads ahead of them, and file systems without direct reads.
+large. The file cache is not touched, nothing is copied. By bounce for few bytes, for the ends of a stretch, and for
+every stretch that goes elsewhere: whole pages directly into memory of the reader's own, copied from there. Through the
+file cache, a request at a time and each dropped after it, on file systems without direct reads.
 """
 
 import errno
@@ -31,7 +30,7 @@ from ..errors import ModelError, reason_of
 from .buffers import LARGE_NBYTES
 from .requests import retried
 
-# Bytes asked of the kernel at a time where Linux puts them into the file cache first, where a memory limit counts
+# Bytes asked of the kernel at a time where it puts them into the file cache first, where a memory limit counts
 # them until they are dropped: 88 MB runs read at once held 101 MB there, and 134 MB backwards; in requests of 2 MB
 # 17 MB, which is twice this disk's read-ahead of 8 MB (128 KB on most laptops). Median throughput forward / backward:
 # 2.3 / 1.9 GB/s at 2 MB, 2.5 / 1.8 at 4 MB, 2.4 / 1.9 whole. At 1 MB it falls to a third and
@@ -170,10 +169,7 @@ class Reader:
             if nbytes < LARGE_NBYTES:
                 self._read_by_bounce(file, run[0].offset, _targets(run, buffer))
                 return True
-            parts = _parts(run, buffer)
-            if not (platform.MACOS or all(in_place for in_place, _ in parts)):
-                return False  # macOS goes on: it reads nothing ahead of itself with F_NOCACHE
-            for in_place, ranges in parts:
+            for in_place, ranges in _parts(run, buffer):
                 if in_place:
                     at = ranges[0].at
                     self._read_in_place(file, ranges[0].offset, buffer[at : at + sum(r.nbytes for r in ranges)])

@@ -1,0 +1,1 @@
+"""Recorded requests: the file that holds them, what can be asked of it, and what all their prompts share."""
