@@ -190,7 +190,7 @@ def test_what_was_done_is_not_done_again_and_what_changed_is(made, tmp_path, mon
     shutil.copytree(made[0], folder)
     before = contents(folder)
     with monkeypatch.context() as patch:  # no model is opened
-        patch.setattr("slowft.inference.session.open_model", None)
+        patch.setattr("slowft.inference.session.opened", None)
         patch.setattr("slowft.synthesis.judging.open_model", None)
         assert run("make", folder / "recipe.yaml").exit_code == 0
         assert contents(folder) == before

@@ -3,6 +3,7 @@
 import slowft  # noqa: F401, I001  (before mlx: it loads OpenBLAS)
 
 import contextlib
+import copy
 import gzip
 import json
 import os
@@ -590,7 +591,10 @@ VALUES = st.recursive(
 
 @st.composite
 def samples(draw) -> dict:
-    """A sample of a known form with one or two of its values replaced, left out or added."""
+    """A sample of a known form with one or two of its values replaced, left out or added.
+
+    Of values copies are put in: the second change may go into the first one's, which is drawn again.
+    """
     sample = json.loads(json.dumps(draw(st.sampled_from(SAMPLES))))
     for _ in range(draw(st.integers(1, 2))):
         at = sample
@@ -599,13 +603,13 @@ def samples(draw) -> dict:
             key = draw(st.sampled_from([*keys, *WORDS[:8]] if isinstance(at, dict) else [*keys, 0])) if keys else None
             if key is None or key not in keys:
                 if isinstance(at, dict):
-                    at[key or "text"] = draw(VALUES)
+                    at[key or "text"] = copy.deepcopy(draw(VALUES))
                 break
             if isinstance(at[key], dict | list) and at[key] and draw(st.booleans()):
                 at = at[key]
                 continue
             if draw(st.integers(0, 4)):
-                at[key] = draw(VALUES)
+                at[key] = copy.deepcopy(draw(VALUES))
             else:
                 del at[key]
             break
