@@ -205,10 +205,10 @@ def half(disk, billion) -> Path:
 
 @pytest.fixture(scope="module")
 def ladder(half) -> list[int]:
-    """Four ceilings for two rows of 68 tokens, in two micro-batches: from the least to what takes everything."""
+    """Three ceilings for two rows of 68 tokens, in two micro-batches: from the least to what takes everything."""
     bottom, everything = json.loads(output(LEAST_AND_MOST, half, *SHAPE))
     bottom, everything = enough(bottom), enough(round(1.02 * everything))  # for another process, with its optimizer
-    return [round(bottom * (everything / bottom) ** (i / 3)) for i in range(4)]
+    return [round(bottom * (everything / bottom) ** (i / 2)) for i in range(3)]
 
 
 SHAPE = 1, 68, 2  # one row at a time as it is, so that no plan cuts it; more than the 64 tokens of a head's chunk
@@ -233,7 +233,7 @@ def seen() -> dict[int, dict]:
     return {}
 
 
-@pytest.mark.parametrize("rung", range(4))
+@pytest.mark.parametrize("rung", range(3))
 def test_job_planned_at_x_finishes_in_a_cgroup_of_x_with_the_same_gradients(rung, half, ladder, seen):
     """A model of 1.1 GB in 0.6 to 2.7 GB: two steps of Adam, of which the kernel never counts more than X."""
     said = seen[rung] = run_within(ladder[rung], half, SHAPE, steps=2)
@@ -244,7 +244,7 @@ def test_job_planned_at_x_finishes_in_a_cgroup_of_x_with_the_same_gradients(rung
         assert said["digests"] == other["digests"]
     if rung == 0:
         assert said["written"] > 0 and not said["schedule"]["in_memory"]
-    if rung == 3:
+    if rung == 2:
         assert said["read"] < 1e6 and said["schedule"]["in_memory"]
     assert all(other["read"] >= said["read"] for other in seen.values())
     assert all(other["schedule"] != said["schedule"] for i, other in seen.items() if i != rung)
@@ -323,12 +323,12 @@ def test_small_job_keeps_to_its_least_too(small):
 
 
 @pytest.mark.parametrize("spilled", [0, 5])
-def test_nothing_grows_over_200_steps(spilled, disk):
+def test_nothing_grows_over_100_steps(spilled, disk):
     """Spilling and not; what is left of one block's inputs in each step would be 12 MB."""
     directory = save_random(disk / f"steps-{spilled}", LLAMA)
-    said = run(directory, None if spilled else 2_000_000_000, (1, 64, 4), steps=200, keys=QUERIES, spilled=spilled)
+    said = run(directory, None if spilled else 2_000_000_000, (1, 64, 4), steps=100, keys=QUERIES, spilled=spilled)
     assert (said["written"] > 0) == (spilled > 0)
-    early, late = (statistics.median(said["in_use"][at : at + 11]) for at in (5, 189))
+    early, late = (statistics.median(said["in_use"][at : at + 11]) for at in (5, 89))
     assert late <= 1.02 * early  # a page more or less of the libraries comes and goes
 
 
@@ -489,15 +489,15 @@ def test_large_head_keeps_to_its_memory(disk):
         must_run(reason)
     config = MEDIUM | {"num_hidden_layers": 4, "vocab_size": 100_000, "tie_word_embeddings": True}
     directory = save_random(disk / "head", config, mx.bfloat16)
-    said = run_within(600_000_000, directory, (4, 256, 1), steps=2)
+    said = run_within(600_000_000, directory, (4, 128, 1), steps=2)
     assert not said["schedule"]["in_memory"]
     assert max(said["peaks"]) <= min(600_000_000, 1.05 * said["predicted"])
 
 
 def test_ordinary_training_keeps_to_its_memory_with_rows_of_many_lengths(disk):
     """What steps of other shapes freed is of no use, and must not stay beside what this one makes."""
-    shape = 4, 512, 1
-    said = ordinary_training(disk / "lengths", [shape, (4, 480, 1), (4, 448, 1), shape, (3, 512, 1)])
+    shape = 2, 512, 1
+    said = ordinary_training(disk / "lengths", [shape, (2, 480, 1), (2, 448, 1), shape, (1, 512, 1)])
     assert said["schedule"]["in_memory"] and said["schedule"]["keep_buffers"]
     # what freed buffers take is planned for at its most: a third more than the graph, of which these steps use 0.1
     assert 0.65 * said["predicted"] <= max(said["peaks"])
