@@ -16,7 +16,7 @@ from mlx_lm.utils import _get_classes, load_model
 
 from mac import mac  # noqa: F401  (a fixture)
 from slowft.memory import limits
-from slowft.weights import requests
+from slowft.weights import transfers
 
 LLAMA = {
     "model_type": "llama",
@@ -61,7 +61,7 @@ def usual_limits():
 @pytest.fixture
 def no_pauses(monkeypatch):
     """A read or write that fails is tried again at once."""
-    monkeypatch.setattr(requests, "RETRY_AFTER_S", (0, 0, 0))
+    monkeypatch.setattr(transfers, "RETRY_AFTER_S", (0, 0, 0))
 
 
 def save_random(

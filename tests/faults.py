@@ -115,9 +115,9 @@ answers, sys.stdout = sys.stdout, sys.stderr
 import slowft  # before mlx: it loads OpenBLAS
 import contextlib, ctypes, gc, io, json, os, resource, traceback
 from slowft.cli.main import main
-from slowft.weights import requests
+from slowft.weights import transfers
 
-requests.RETRY_AFTER_S = (0, 0, 0)
+transfers.RETRY_AFTER_S = (0, 0, 0)
 exec(before)
 faults = ctypes.CDLL(library)
 faults.faults_calls.restype = ctypes.c_char_p

@@ -24,8 +24,8 @@ from ..errors import ModelError, SlowftError, printable, reason_of
 from ..models.config import check_depth
 from ..models.tokenizer import write_gguf_tokenizer
 from ..weights.extents import DTYPES
-from ..weights.requests import RequestError, opened, read_all
 from ..weights.tensorfile import Tensor, TensorFile
+from ..weights.transfers import RequestError, opened, read_all
 from .gguf_architectures import ROPE_TABLES, Place, make_config, place
 from .gguf_blocks import AFFINE_BITS, GROUP_SIZE, narrow, repack, widen
 from .gguf_file import Gguf, GgufTensor, read_gguf

@@ -24,7 +24,7 @@ import numpy as np
 from .. import platform
 from ..errors import DataError, reason_of
 from ..sizes import size_in_words
-from ..weights.requests import read_bytes
+from ..weights.transfers import read_bytes
 from .files import place
 
 IN_MEMORY_NBYTES = 16 << 20  # of records, above which they go to disk

@@ -22,8 +22,8 @@ import numpy as np
 
 from .. import platform
 from ..errors import ConfigError, DataError, SlowftError, reason_of
-from ..weights.requests import read_bytes
 from ..weights.tensorfile import write_file
+from ..weights.transfers import read_bytes
 from .store import TokenDataset
 
 FORMAT = 1

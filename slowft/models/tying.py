@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 from .. import platform
 from ..errors import ModelError
 from ..weights.extents import Extent
-from ..weights.requests import opened, read_bytes
+from ..weights.transfers import opened, read_bytes
 from .config import NESTED, Classes, arguments, has
 
 HEAD = "lm_head."

@@ -19,7 +19,7 @@ import mlx.core as mx
 
 from .. import platform
 from ..errors import ConfigError, SlowftError, reason_of
-from .requests import read_all, write_all
+from .transfers import read_all, write_all
 
 SUFFIX = ".activation"
 HEADER_NBYTES = 4096  # JSON, padded; the array's bytes follow

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from .. import platform
 from ..errors import ModelError
 from .extents import MAX_HEADER_NBYTES
-from .requests import read_bytes
+from .transfers import read_bytes
 
 SAMPLES, SAMPLE_NBYTES = 64, 4096  # of each file's contents
 

@@ -19,7 +19,7 @@ import mlx.core as mx
 
 from .. import platform
 from ..errors import SlowftError, reason_of
-from .requests import opened, read_all, write_all
+from .transfers import opened, read_all, write_all
 
 
 class Journal:

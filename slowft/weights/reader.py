@@ -28,7 +28,7 @@ import numpy as np
 from .. import platform, tracing
 from ..errors import ModelError, reason_of
 from .buffers import LARGE_NBYTES
-from .requests import retried
+from .transfers import retried
 
 # Bytes asked of the kernel at a time where it puts them into the file cache first, where a memory limit counts
 # them until they are dropped: 88 MB runs read at once held 101 MB there, and 134 MB backwards; in requests of 2 MB

@@ -19,7 +19,7 @@ import numpy as np
 from .. import platform, tracing
 from ..errors import SlowftError, reason_of
 from ..sizes import size_in_words
-from .requests import RequestError, read_all, write_all
+from .transfers import RequestError, read_all, write_all
 
 REMEDY = "another --spill-dir, more --memory, or fewer tokens at a time (--batch-size, --max-seq-length)"
 

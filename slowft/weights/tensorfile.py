@@ -27,7 +27,7 @@ from .. import platform
 from ..errors import SlowftError, reason_of
 from ..sizes import size_in_words
 from .extents import DTYPES, read_header
-from .requests import REQUEST_NBYTES, retried, write_all
+from .transfers import REQUEST_NBYTES, retried, write_all
 
 PAGE_NBYTES = 4096
 UNFINISHED = ".partial"
