@@ -674,15 +674,17 @@ def start(folder: Path, *words: str) -> tuple[subprocess.Popen, int]:
     return run, int(line.split("/v1")[0].rpartition(":")[2])
 
 
-def test_a_kill_in_mid_stream_loses_no_request_and_ctrl_c_ends_at_once(tmp_path):
+def test_a_kill_in_mid_stream_loses_no_request_and_ctrl_c_ends_at_once(tmp_path, llama_with_tokenizer):
+    """The last run, which is not killed, has a model too: threads that compute end as quietly as others."""
     upstream, rng = Recorded(), random.Random(2)
     stopped = threading.Event()
     upstream.answers["endless"] = [*RECORDED["stream"][:3], stopped.wait]
     n_done = n_begun = 0
     for kill in range(KILLS + 1):
-        run, port = start(tmp_path, "--upstream", upstream.url)
-        for _ in range(rng.randint(1, 4)):
-            body = json.dumps({"model": rng.choice(["plain", "stream"]), "messages": HELLO}).encode()
+        local = [str(llama_with_tokenizer)] if kill == KILLS else []
+        run, port = start(tmp_path, *local, "--upstream", upstream.url)
+        for model in rng.choices(["plain", "stream"], k=rng.randint(1, 4)) + [Path(name).name for name in local]:
+            body = json.dumps({"model": model, "messages": HELLO, "max_tokens": 2}).encode()
             assert asked(port, "POST", "/v1/chat/completions", body)[0] == 200
             n_done += 1
         body = json.dumps({"model": "endless", "messages": HELLO, "stream": True}).encode()

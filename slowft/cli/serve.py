@@ -57,8 +57,11 @@ def serve(model, model_option, chat_template_args, **how):
     shown = sys.stderr.isatty()
     settings = Settings(model=model or model_option, chat_template_args=variables, **how)
     say = _say_of_request if shown else None
-    if not serve(settings, lambda text: click.echo(text, err=True), say):
-        os._exit(0)  # a pass over the weights still runs, or a write, and nobody waits for it
+    serve(settings, lambda text: click.echo(text, err=True), say)
+    # Nobody waits for a pass over the weights, or for a write, that still runs. And MLX keeps compiled functions of
+    # a thread until the system has ended it, later than Python's `join`: an interpreter that ended meanwhile aborted.
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _say_of_request(text: str) -> None:

@@ -107,11 +107,6 @@ class Service:
         """Break off what is being answered, finish what is recorded, close the models."""
         self._closing.close()
 
-    @property
-    def is_over(self) -> bool:
-        """Whether no pass over the weights runs any more and nothing is being recorded: neither is waited for long."""
-        return self.server.is_recorded and (self.scheduler is None or not self.scheduler.is_well)
-
     def _close_store(self) -> None:
         if self.server is None or self.server.is_recorded:  # else a thread still writes
             self.store.close()
@@ -127,8 +122,8 @@ class Service:
         return Local(scheduler, opened, Defaults(s.temp, s.top_p, s.top_k, s.min_p, s.max_tokens, s.chat_template_args))
 
 
-def serve(settings: Settings, say: Callable[[str], None], on_answer: Callable[[str], None] | None) -> bool:
-    """Serve until Ctrl-C or SIGTERM; whether all threads ended, or the process has to be ended for them."""
+def serve(settings: Settings, say: Callable[[str], None], on_answer: Callable[[str], None] | None) -> None:
+    """Serve until Ctrl-C or SIGTERM. Threads may still run then: nobody waits long for them."""
     ended = threading.Event()
     before = []
     logging.getLogger().addHandler(logging.NullHandler())  # what mlx-lm's server logs is in answers' headers
@@ -141,7 +136,6 @@ def serve(settings: Settings, say: Callable[[str], None], on_answer: Callable[[s
             say(f"Serving at {service.url}: {', '.join(service.names) or 'no local models'}{others}{recorded}")
             while not ended.wait(1.0):
                 pass
-        return service.is_over
     finally:
         for number, handler in before:
             signal.signal(number, handler)
