@@ -89,6 +89,21 @@ print("done")
     assert run(code) == "done\n"
 
 
+def test_functions_compiled_on_a_thread_do_not_abort_the_process_at_its_end():
+    """MLX drops them when the thread ends, and asks for Python's lock, which is not given any more at the end."""
+    code = """
+import mlx.core as mx
+from slowft.weights.threads import Worker
+def compiled():
+    functions = [mx.compile(lambda x, i=i: mx.exp(x)) for i in range(2000)]  # one operation: none is built
+    mx.eval([f(mx.array(1.0)) for f in functions])
+    return functions
+kept = Worker("test").run(compiled)
+print("done")
+"""
+    assert run(code) == "done\n"
+
+
 # --- Files ------------------------------------------------------------------------------------------
 
 

@@ -58,8 +58,7 @@ def serve(model, model_option, chat_template_args, **how):
     settings = Settings(model=model or model_option, chat_template_args=variables, **how)
     say = _say_of_request if shown else None
     serve(settings, lambda text: click.echo(text, err=True), say)
-    # Nobody waits for a pass over the weights, or for a write, that still runs. And MLX keeps compiled functions of
-    # a thread until the system has ended it, later than Python's `join`: an interpreter that ended meanwhile aborted.
+    # Nobody waits for a pass over the weights, or for a write, that still runs.
     sys.stderr.flush()
     os._exit(0)
 

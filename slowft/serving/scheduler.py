@@ -9,6 +9,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from itertools import count, product
 from typing import Any
@@ -25,6 +26,7 @@ from ..inference.rows import Row
 from ..inference.sampling import Chooser, Choosers, Processor, Sampler, Sampling
 from ..inference.waves import KeyValues, Waves, can_forget
 from ..planning.plan import Plan
+from ..weights.threads import Worker
 
 ANYWAY_S = 0.5  # that an idle thread sleeps at most
 ROUNDED = 64  # tokens: plans are made for prompts and answers rounded up to at least so many
@@ -183,7 +185,8 @@ class Scheduler:
         self._is_closing = False
         self._is_open = threading.Event()
         self._failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="slowft-passes", daemon=True)
+        self._worker = Worker("slowft-passes")
+        self._done: Future | None = None  # of all passes
 
     def start(self) -> None:
         """Open the models.
@@ -191,7 +194,7 @@ class Scheduler:
         Raises:
             SlowftError: what opening them raised.
         """
-        self._thread.start()
+        self._done = self._worker.submit(self._run)
         self._is_open.wait()
         if self._failure is not None:
             raise self._failure
@@ -218,13 +221,16 @@ class Scheduler:
         with self._changed:
             self._is_closing = True
             self._changed.notify()
-        if self._thread.is_alive():
-            self._thread.join(timeout_s)
-        return not self._thread.is_alive()
+        if self._done is not None:
+            wait([self._done], timeout_s)
+        if not self.is_well:
+            self._worker.close()
+        return not self.is_well
 
     @property
     def is_well(self) -> bool:
-        return self._thread.is_alive()
+        """Whether its thread makes passes, or waits for requests."""
+        return self._done is not None and not self._done.done()
 
     def state(self) -> dict[str, Any]:
         """For /health."""
