@@ -83,7 +83,8 @@ def measured(model: str, n: int, cores: int, arguments: list[str]) -> dict:
     if n > 1:
         command = [str(Path(sys.executable).with_name("mlx.launch")), "-n", str(n), "--backend", "ring", *command]
     with tempfile.TemporaryDirectory() as cache:  # what is learnt of one core is not this machine's
-        environment = os.environ | {"XDG_CACHE_HOME": cache}
+        # (OpenBLAS begins its threads when it is loaded, before a process is held to its cores)
+        environment = os.environ | {"XDG_CACHE_HOME": cache, "OPENBLAS_NUM_THREADS": str(cores)}
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment)
     if done.returncode:
         sys.exit(done.stderr[-2000:])
