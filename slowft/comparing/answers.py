@@ -13,8 +13,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from .. import platform
 from ..errors import ConfigError, SlowftError, reason_of
+from ..inference.results import append
 
 FORMAT = 1  # of keys: raised when the same key would mean another answer
 
@@ -77,16 +77,7 @@ class Answers:
         with self._lock:
             if self._out.closed:  # the comparison has ended while this was asked for
                 return
-            try:
-                view = memoryview(line)
-                while view:
-                    view = view[self._out.write(view) :]
-                platform.sync_file(self._out.fileno())
-            except OSError as e:
-                raise SlowftError(
-                    f"{self._file} cannot be written ({len(line)} bytes): {reason_of(e)}. The {len(self._found)} "
-                    "answers in it are whole; give the same command again to go on"
-                ) from None
+            append(self._out, self._file, line, len(self._found))
             self._found[key] = answer
 
     def _read(self) -> int:

@@ -23,7 +23,7 @@ import numpy as np
 from .. import platform
 from ..errors import ConfigError, DataError, SlowftError, reason_of
 from ..weights.tensorfile import write_file
-from ..weights.transfers import read_bytes
+from ..weights.transfers import append_all, read_bytes
 from .store import TokenDataset
 
 FORMAT = 1
@@ -117,14 +117,8 @@ class TeacherWriter:
 
     def add(self, ids: np.ndarray, log_probabilities: np.ndarray) -> None:
         """The next sample's."""
-        data = memoryview(pack(ids, log_probabilities))
-
-        def write() -> None:
-            left = data
-            while left:
-                left = left[self._file.write(left) :]
-
-        self._write(write)
+        data = pack(ids, log_probabilities)
+        self._write(lambda: append_all(self._file, data))
 
     def sync(self) -> None:
         """What was added is on the drive."""

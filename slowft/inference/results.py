@@ -4,18 +4,36 @@ Answers are appended, and synced to the disk, as they are finished. When all are
 the prompts. Never changes a file of answers to something else.
 """
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from .. import platform
-from ..errors import ConfigError, SlowftError
+from ..errors import ConfigError, SlowftError, reason_of
 from ..weights.tensorfile import write_file
+from ..weights.transfers import append_all
 from .generate import Answer
 from .prompts import Asked
 
 SAME = ("sampler", "model", "adapter", "emulated")  # of a row: what another run must have too to go on with the file
+
+
+def append(out: io.RawIOBase, file: Path, line: bytes, n_whole: int) -> None:
+    """Append a line to an unbuffered file of `n_whole` answers; when this returns, it is on the disk.
+
+    Raises:
+        SlowftError: it cannot be written.
+    """
+    try:
+        append_all(out, line)
+        platform.sync_file(out.fileno())
+    except OSError as e:
+        raise SlowftError(
+            f"{file} cannot be written ({len(line)} bytes): {reason_of(e)}. The {n_whole} answers in it are whole; "
+            "give the same command again to go on"
+        ) from None
 
 
 class Results:
@@ -59,16 +77,7 @@ class Results:
             **self._about,
         }
         line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
-        try:
-            view = memoryview(line)
-            while view:
-                view = view[self._out.write(view) :]
-            platform.sync_file(self._out.fileno())
-        except OSError as e:
-            raise SlowftError(
-                f"{self._file} cannot be written ({len(line)} bytes): {e.strerror}. The {len(self._lines)} answers in "
-                "it are whole; give the same command again to go on"
-            ) from None
+        append(self._out, self._file, line, len(self._lines))
         self._lines[answer.number] = line
 
     def finish(self) -> None:

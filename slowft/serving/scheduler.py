@@ -216,8 +216,8 @@ class Scheduler:
             wanted.is_cancelled = True
             self._changed.notify()
 
-    def close(self, timeout_s: float | None = None) -> bool:
-        """End after the pass that runs, answers or not; whether that was in time."""
+    def close(self, timeout_s: float | None = None) -> None:
+        """End after the pass that runs, answers or not; it is waited for no longer than that."""
         with self._changed:
             self._is_closing = True
             self._changed.notify()
@@ -225,7 +225,6 @@ class Scheduler:
             wait([self._done], timeout_s)
         if not self.is_well:
             self._worker.close()
-        return not self.is_well
 
     @property
     def is_well(self) -> bool:

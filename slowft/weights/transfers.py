@@ -5,6 +5,7 @@ Leaves no more than a request in the file cache, which a memory limit counts.
 """
 
 import errno
+import io
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -66,6 +67,17 @@ def write_all(fd: int, data: memoryview, offset: int) -> None:
             raise RequestError(e, offset + done) from None
         platform.drop_cached(fd, 0, 0)
         done += written
+
+
+def append_all(file: io.RawIOBase, data: bytes) -> None:
+    """Write all of `data` where an unbuffered file stands: one write may take a part of it.
+
+    Raises:
+        OSError: they could not be written.
+    """
+    left = memoryview(data)
+    while left:
+        left = left[file.write(left) :]
 
 
 def read_all(fd: int, target: memoryview, offset: int, drop: bool = True) -> int:
