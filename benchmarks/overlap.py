@@ -116,7 +116,7 @@ class Resident(Streaming):
         self.budget.memory = None
         everything = sum(self.nbytes())
         more = everything - buffers_nbytes
-        here = replace(schedule, resident_nbytes=everything, lent_nbytes=())
+        here = replace(schedule, resident_nbytes=everything, temporary_nbytes=())
         here = replace(here, active_nbytes=here.active_nbytes + more, head_active_nbytes=here.head_active_nbytes + more)
         self.engine.follow(replace(here, total_nbytes=here.total_nbytes and here.total_nbytes + more))
 

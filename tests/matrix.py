@@ -134,8 +134,8 @@ def row_of(name: str, cut: CutModel) -> str:
         notes.append(ROUNDED[name][1])
     if len(cut.order) > len(cut.blocks):
         notes.append("blocks are visited more than once")
-    if cut.carriers:
-        notes.append(f"values carried by {', '.join(sorted(cls.__name__ for cls in cut.carriers))}")
+    if cut.state_objects:
+        notes.append(f"values carried by {', '.join(sorted(cls.__name__ for cls in cut.state_objects))}")
     elif not cut.plain_blocks and not any(unit.module.__class__.__name__ == "Linear" for unit in cut.blocks):
         notes.append("blocks hand on more than a hidden state")
     elif cut.plain_blocks and not cut.is_chain and len(cut.order) == len(cut.blocks):

@@ -71,9 +71,9 @@ if job.get("planned"):
     from dataclasses import replace
     planner = model.planner(*job["shape"])
     plan = planner.choose(job["planned"])
-    lent = planner.room_to_lend(plan.job, plan.schedule, job["planned"]) if job["lends"] else ()
-    model.engine.follow(replace(plan.schedule, lent_nbytes=lent))
-    assert not job["lends"] or lent[0] > 15_000_000
+    temporary = planner.temporary_room(plan.job, plan.schedule, job["planned"]) if job["lends"] else ()
+    model.engine.follow(replace(plan.schedule, temporary_nbytes=temporary))
+    assert not job["lends"] or temporary[0] > 15_000_000
 optimizer = mlx.optimizers.Adam(1e-3)
 numbers = np.random.default_rng(0)
 said = {"losses": [], "digests": [], "in_use": [], "peaks": []}

@@ -283,7 +283,7 @@ def test_stored_activations_are_those_of_a_training_step_or_of_an_evaluation(lla
         assert_equal(reference(whole, batch, lengths), streamed.loss_and_grads(batch, lengths))
         whole.eval(), streamed.eval()
         assert streamed.loss(batch, lengths)[0].item() == default_loss(whole, batch, lengths)[0].item()
-    assert streamed.stats.from_cache == 2
+    assert streamed.stats.total.from_cache == 2
     streamed.close()
 
 

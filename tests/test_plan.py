@@ -145,7 +145,7 @@ def test_the_first_step_keeps_next_to_nothing(opened):
     for memory in budgets(planner):
         first, later = planner.first(memory), planner.choose(memory)
         s = first.schedule
-        assert not (s.in_memory or s.kept or s.resident_nbytes or s.keep_head or s.lent_nbytes)
+        assert not (s.in_memory or s.kept or s.resident_nbytes or s.keep_head or s.temporary_nbytes)
         assert order_of_sums(first) == order_of_sums(later)
     assert planner.first(BASE * 5).schedule.spilled == 0
 
@@ -371,12 +371,12 @@ def test_blocks_have_the_room_of_outputs_until_these_are_made(opened):
     n = 0
     for planner, memory in itertools.product(planners, budgets(planners[0], n=80)):
         plan = planner.choose(memory)
-        if not (lent := plan.schedule.lent_nbytes):
+        if not (temporary := plan.schedule.temporary_nbytes):
             continue
-        without = planner.predict(plan.job, replace(plan.schedule, lent_nbytes=()))
+        without = planner.predict(plan.job, replace(plan.schedule, temporary_nbytes=()))
         assert plan.step_s < without.step_s and plan.read_nbytes < without.read_nbytes
         assert plan.peak_nbytes <= memory
-        assert len(lent) == 8 and list(lent) == sorted(lent, reverse=True)
+        assert len(temporary) == 8 and list(temporary) == sorted(temporary, reverse=True)
         n += 1
     assert n > 3
 

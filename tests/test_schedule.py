@@ -85,13 +85,13 @@ def test_blocks_in_the_room_of_later_products(num_layers, slots, tmp_path):
     expected = reference(whole, batch, lengths)
     block, cache = streamed.engine.cut.blocks[0].nbytes, streamed.engine.weights.cache
     schedule, read = Schedule(slots, kept=every_product(streamed)), {}
-    for lent in ((), (2 * block, 2 * block, block, 0), (4 * block, block // 2, 0, 0)):
-        assert_same_as(expected, streamed, batch, lengths, replace(schedule, lent_nbytes=lent))
+    for temporary in ((), (2 * block, 2 * block, block, 0), (4 * block, block // 2, 0, 0)):
+        assert_same_as(expected, streamed, batch, lengths, replace(schedule, temporary_nbytes=temporary))
         before = streamed.stats.total.bytes_read
         for _ in range(4):
             streamed.loss_and_grads(batch, lengths)
-        read[lent] = streamed.stats.total.bytes_read - before
-        assert cache.held_nbytes() < cache.capacity + max(lent[:1], default=0) + 4096
+        read[temporary] = streamed.stats.total.bytes_read - before
+        assert cache.held_nbytes() < cache.capacity + max(temporary[:1], default=0) + 4096
         streamed.loss(batch, lengths)
         assert cache.held_nbytes() < cache.capacity + 4096
     without, *others = read.values()

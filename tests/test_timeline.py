@@ -42,7 +42,9 @@ class DriveRead:
         assert self.done(), "a buffer is given away before it is filled"
 
 
-def gone_through(order: list[int], sizes: list[int], capacity: int, slots: int, works: list[Work], lent: list[int]):
+def gone_through(
+    order: list[int], sizes: list[int], capacity: int, slots: int, works: list[Work], temporary: list[int]
+):
     """(bytes read, seconds) of the last of some rounds; never more is held than the capacity at each visit."""
     drive = Drive()
     blocks = cache.BlockCache(drive, [[ByteRange("", 0, n, 0)] for n in sizes], capacity, slots)
@@ -51,11 +53,11 @@ def gone_through(order: list[int], sizes: list[int], capacity: int, slots: int, 
         if at % len(order) == 0:
             told.append((drive.bytes_read, drive.now))
         work = works[at % len(order)]
-        blocks.take(item, visits[at + 1 :], (lent * 6)[at:])
+        blocks.take(item, visits[at + 1 :], (temporary * 6)[at:])
         drive.now += work.freed_s
         if slots == 1:
             blocks.release(item)
-        assert blocks.held_nbytes() <= capacity + lent[at % len(order)]
+        assert blocks.held_nbytes() <= capacity + temporary[at % len(order)]
         drive.now += work.seconds - work.freed_s
         blocks.release(item)
     return drive.bytes_read - told[-1][0], drive.now - told[-1][1]
@@ -78,17 +80,17 @@ def test_a_step_is_predicted_as_the_cache_takes_it(seed, slots, with_head, most_
     for _ in order:
         seconds = draw.uniform(0.1, 1.2)
         works.append(Work(0.05 if slots == 1 else seconds, seconds))
-    lent = sorted((draw.randint(0, most_lent) for _ in range(n)), reverse=True) + [0] * with_head
-    lent = [lent[item] for item in order]
+    temporary = sorted((draw.randint(0, most_lent) for _ in range(n)), reverse=True) + [0] * with_head
+    temporary = [temporary[item] for item in order]
     for kept in range(n):
-        places = [slots + kept + more for more in lent]
+        places = [slots + kept + more for more in temporary]
         reads = reads_of(order, sizes, [1] * len(sizes), places, slots)
         capacity = slots * max(sizes) + 50 * kept
-        nbytes, seconds = gone_through(order, sizes, capacity, slots, works, [50 * more for more in lent])
+        nbytes, seconds = gone_through(order, sizes, capacity, slots, works, [50 * more for more in temporary])
         predicted = sum(r.nbytes for r in reads)
         assert predicted == pytest.approx(nbytes, abs=2 * max(sizes))  # rounds may take turns
         rel = 1e-6 if nbytes == predicted and not with_head else 0.05
-        two_reads = 2 * max(sizes) / RATE if any(lent) else 0
+        two_reads = 2 * max(sizes) / RATE if any(temporary) else 0
         predicted_s = step_seconds(reads, works, RATE, RATE)
         assert predicted_s == pytest.approx(seconds, rel=rel, abs=two_reads), (n, kept, predicted, nbytes)
 

@@ -296,6 +296,8 @@ class Budget:
             plan = self.planner(*self._shape).choose(self._usable(self.memory))
             if plan is not None and plan.schedule != schedule:
                 self._follow(plan)
+            elif plan is not None:
+                self.plan = plan  # the same schedule, predicted by what is known now
         elif is_largest:  # a smaller one leaves more room than the next will
             self._engine.reuse_more(self.plan.peak_nbytes - self.plan.parts["slack"] - step.peak_nbytes)
 

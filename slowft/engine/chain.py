@@ -101,6 +101,10 @@ class Chain:
         self._head_in_chunks: bool | None = None  # not known before the head's weights were seen
         self.outside: list[Entry] = []
 
+    def begin_step(self, seed: int, step: int, pieces: Pieces) -> None:
+        """From now on dropout masks are drawn from `seed` for this step, and blocks are computed in such pieces."""
+        self.seed, self.step, self.pieces = seed, step, pieces
+
     def look_at_trainable(self) -> None:
         """Note which parameters are trainable now."""
         self._trainable = {

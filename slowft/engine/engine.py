@@ -21,11 +21,9 @@ from mlx.utils import tree_unflatten
 from .. import tracing
 from ..errors import ConfigError, SlowftError, SlowftWarning
 from ..memory import limits
-from ..models.calls import Arguments
-from ..models.layers import Layer
 from ..models.seams import FLOATS, TOKENS, Arrays, CutModel, Probe, Unit, array_entries, trainable_entries
-from ..planning.experts import GROUP_NBYTES, is_read_on_demand
-from ..planning.measure import BACKWARD, FORWARD, Measurements
+from ..planning.experts import GROUP_NBYTES
+from ..planning.measure import Measurements
 from ..planning.schedule import Schedule
 from ..planning.shapes import signature
 from ..weights.activation_cache import ActivationCache
@@ -34,24 +32,22 @@ from ..weights.reader import Reader
 from ..weights.residency import Residency
 from ..weights.reuse import Reuse
 from ..weights.sources import Param, read_whole
-from ..weights.threads import Worker
-from . import cores, step
-from .block import BlockFunction
+from . import step
 from .boundary import Boundary, why_not
-from .chain import Chain, Passenger, plain_loss
+from .chain import Chain, Passenger
 from .distillation import Teacher
 from .head import loss_mask, usual_chunk
 from .hidden import HiddenStates
 from .journal import StepJournal
 from .kept import KeptOutputs
-from .log_probabilities import PLAIN, LogProbabilities, Mixing, log_probabilities
+from .log_probabilities import PLAIN, LogProbabilities, Mixing
 from .offloaded import OffloadedExperts
 from .parts import CachedProbe
 from .pieces import Pieces, PieceWork
-from .randomness import dropout_seed, keeping_random_state
+from .randomness import keeping_random_state
 from .spilled_caches import SpilledCaches
 from .stats import Stats
-from .traced import TracedCall
+from .traced import TracedPath
 from .trees import detach, is_compiling, uncompiled
 
 
@@ -59,8 +55,8 @@ class Engine:
     """Runs the units of one opened model.
 
     Attributes:
-        peaks_known: (kind, direction) of passes whose memory need not be measured again.
-        measurements: of the last step of `loss_and_grads`, or the one under way.
+        traced: answers the units' calls in somebody else's trace, or in none.
+        expects_backward: whether the pass under way comes back.
         seed, step: what dropout masks are drawn from, together with block and micro-batch. `step` goes up by
             one with every forward pass in training mode, or every `loss_and_grads`.
         schedule: what is kept in memory; see `follow`.
@@ -73,12 +69,9 @@ class Engine:
     def __init__(self, model: nn.Module, cut: CutModel, reader: Reader):
         self.model, self.cut = model, cut
         self.weights = Residency(cut.blocks, reader)
-        self._compute_thread: Worker | None = None  # for blocks within traces; made when the first is called
-        self._part: Any = None  # answers the units' calls while a part of the model runs
-        self._position = -1  # the last visit of a pass within a trace
-        self._step_of_trace = 0
-        self._traces_step = False  # a trace of `loss_and_grads`: it is known what nobody asks for
-        self._expects_backward = False
+        self.traced = TracedPath(self)
+        self._part: Any = self.traced  # answers the units' calls
+        self.expects_backward = False
         units = [*cut.blocks, *(unit for units in cut.outside.values() for unit in units)]
         self._on_disk = {(id(p.owner), p.key) for unit in units for p in unit.params}
         self.seed = 0
@@ -91,7 +84,6 @@ class Engine:
         self._boundary = 0  # the visit whose input is stored on disk between steps; 0 for none
         self._has_warned = False
         self._journal: StepJournal | None = None
-        self._routed_to: dict[Layer, float] = {}  # experts of each layer that a token goes to
         self._kinds: dict[Unit, str] = {}
         self.peaks_known: set[tuple[str, str]] = set()
         self.measurements = Measurements()
@@ -106,31 +98,21 @@ class Engine:
     def see(self) -> None:
         """The model's call is known now (`seams.probe`)."""
         work = self.pieces, self.kept, self.layers
-        answers = self.running_part, self._look_up, self._multiply, self.kind_of
+        answers = self.running_part, self.look_up, self._multiply, self.kind_of
         self.chain = Chain(self.model, self.cut, *work, *answers)
 
     # --- What the model's units do when they are called -------------------------------------------
 
     def on_block(self, unit: Unit, inner: Callable, args: tuple, kwargs: dict) -> Any:
-        if self._part is not None:
-            return self._part.on_block(unit, inner, args, kwargs)
-        first = args[0] if args else None
-        tokens = first.size // first.shape[-1] if isinstance(first, mx.array) and first.ndim == 3 else None
-        position, seed = self._next_visit(unit, tokens)
-        passes_on = not self._traces_step or self.chain.passes_on(position)
-        return self._call_traced(unit, inner, args, kwargs, seed, passes_on, lambda: self.weights.in_place(unit))
+        return self._part.on_block(unit, inner, args, kwargs)
 
     def on_matmul(self, unit: Unit, inner: Callable, args: tuple, kwargs: dict) -> Any:
-        if self._part is not None:
-            return self._part.on_matmul(unit, inner, args, kwargs)
-        return self._call_traced(unit, inner, args, kwargs, 0, True, lambda: self.weights.head_in_place([unit]))
+        return self._part.on_matmul(unit, inner, args, kwargs)
 
     def on_rows(self, unit: Unit, inner: Callable, args: tuple, kwargs: dict) -> Any:
-        if self._part is not None:
-            return self._part.on_rows(unit, inner, args, kwargs)
-        return self._look_up(unit, inner, args, kwargs)
+        return self._part.on_rows(unit, inner, args, kwargs)
 
-    def _look_up(self, unit: Unit, inner: Callable, args: tuple, kwargs: dict) -> Any:
+    def look_up(self, unit: Unit, inner: Callable, args: tuple, kwargs: dict) -> Any:
         """The embedding's rows for these token ids; no others are read."""
         ids = detach(args[0]).values
         if ids.size == 0:
@@ -167,63 +149,21 @@ class Engine:
             if arrays is not None:
                 arrays.restore()
 
-    def _call_traced(
-        self, unit: Unit, inner: Callable, args: tuple, kwargs: dict, seed: int, passes_on: bool, in_place: Callable
-    ) -> Any:
-        """A unit's call in a trace of somebody else's, or in none.
-
-        Args:
-            passes_on: whether anybody may ask for gradients of its inputs.
-            in_place: is entered while the unit is computed.
-        """
-        entries = unit.adapter()
-        params = [owner[key] for owner, key in entries]
-        arguments = Arguments(args, kwargs, self.cut.carriers)
-        arrays = [*arguments.arrays, *params]
-        n = len(arguments.arrays)
-        differentiated = [i for i, a in enumerate(arrays) if a.dtype in FLOATS and (passes_on or i >= n)]
-
-        def call(*args, **kwargs) -> Any:
-            with cores.shared(), self.pieces.cutting(self.cuts, seed):
-                return inner(*args, **kwargs)
-
-        def run(job: Callable[[], Any], backward: bool) -> Any:
-            if backward and not self._expects_backward:  # a gradient of a model that is not in training mode
-                self._expect(backward=True)
-
-            def in_its_place():
-                direction = BACKWARD if backward else FORWARD
-                with in_place(), self.weights.computing(unit.name, self.kind_of(unit), direction, 0):
-                    if self.layers.are_offloaded:
-                        self.layers.begin(backward)
-                    return job()
-
-            try:
-                return self.on_thread(in_its_place)
-            finally:
-                for (owner, key), value in zip(entries, params):
-                    owner[key] = value
-
-        function = BlockFunction(call, arguments, entries, differentiated, seed, self.layers)
-        in_training = self.model.training and not any(hasattr(leaf, "state") for leaf in arguments.objects)
-        return TracedCall(function, arguments, params, differentiated, in_training, run)()
-
-    def _next_visit(self, unit: Unit, tokens: int | None) -> tuple[int, int]:
-        """(which visit of a pass (over `tokens` tokens) within a trace this is, the random seed that it runs under)."""
-        order = self.cut.order
-        position = self._position + 1
-        if position >= len(order) or order[position] != unit.index:  # a new pass, or one that was broken off
-            position = order.index(unit.index)
-        self._position = position
-        if position == 0:
-            self._step_of_trace = self.step
-            self.step += bool(self.model.training)
-            self._expect(backward=self.model.training, tokens=tokens)
-        return position, dropout_seed(self.seed, self._step_of_trace, position, 0)
-
     # --- What comes next ------------------------------------------------------------------------------
 
-    def _expect(self, backward: bool, batches: Sequence[Passenger] = (), tokens: int | None = None) -> None:
+    def begin_traced_pass(self, tokens: int | None, is_step: bool) -> int:
+        """A pass by the model's own call begins. Returns the step that its dropout masks are drawn for.
+
+        Args:
+            tokens: of it; None if it is not known.
+            is_step: it belongs to a step of the engine's, which is counted when it is over.
+        """
+        step = self.step
+        self.step += bool(self.model.training and not is_step)
+        self.expect(backward=self.model.training, tokens=tokens)
+        return step
+
+    def expect(self, backward: bool, batches: Sequence[Passenger] = (), tokens: int | None = None) -> None:
         """Look at what is trainable now, and tell which blocks will be visited in which order.
 
         Args:
@@ -238,42 +178,20 @@ class Engine:
                     f"{name} is trainable, but base weights stay on disk. Call model.freeze() and add_lora instead"
                 )
         self.chain.look_at_trainable()
-        self._expects_backward = backward
+        self.expects_backward = backward
         self._find_boundary(batches)
         start, done = self._find_finished(batches) if backward and batches else (0, None)
-        lent = self.schedule.lent_nbytes if backward else ()
-        visits = list(itertools.zip_longest(order, lent, fillvalue=0))
+        temporary = self.schedule.temporary_nbytes if backward else ()
+        visits = list(itertools.zip_longest(order, temporary, fillvalue=0))
         forward = visits[max(start, min((batch.first for batch in batches), default=0)) :]
         of_backward = visits[self.chain.lowest_trained : done][::-1] if backward else ()
-        offloaded = self._offloaded(tokens, len(batches) or 1, backward)
+        if self.schedule.group_nbytes is not None:
+            offloaded = self.layers.by_block()
+        elif backward or tokens is None:  # on the way back blocks come whole
+            offloaded = {}
+        else:
+            offloaded = self.layers.on_demand(tokens, len(batches) or 1)
         self.weights.expect(forward, of_backward, offloaded)
-
-    def _offloaded(self, tokens: int | None = None, passes: int = 1, backward: bool = False) -> dict[int, list[Layer]]:
-        """The layers that do not come with their blocks, by block.
-
-        Args:
-            tokens: of each of the `passes` through a block, one way.
-            backward: there is a way back, for which blocks come whole if they are not to come by groups.
-        """
-        s = self.schedule
-        if s.group_nbytes is None and (backward or tokens is None or not self._routed_to):
-            return {}
-        offloaded = {}
-        for unit in self.cut.blocks:
-            layers = self.layers.of(unit)
-            if s.group_nbytes is None:
-                layers = [layer for layer in layers if layer in self._routed_to]
-                layers = layers if self._is_routed(layers, tokens, passes) else []
-            if layers:
-                offloaded[unit.index] = layers
-        return offloaded
-
-    def _is_routed(self, layers: Sequence[Layer], tokens: int, passes: int) -> bool:
-        """Whether a block comes without these layers of experts, of which only those are read that are needed."""
-        experts = [(layer.nbytes, layer.n, self._routed_to[layer]) for layer in layers]
-        seen = (self.layers.routed_share(layer, tokens * self._routed_to[layer]) for layer in layers)
-        seen = max((share for share in seen if share is not None), default=None)
-        return is_read_on_demand(experts, tokens, passes, seen)
 
     def kind_of(self, unit: Unit) -> str:
         """Equal for blocks that compute the same."""
@@ -308,7 +226,7 @@ class Engine:
         try:
             with uncompiled(), self._step_over(batches, gradients=True, measure=measure):
                 if not self.cut.is_chain:
-                    losses, gradients = self._traced_step(batches, entries)
+                    losses, gradients = self.traced.loss_and_grads(batches, entries)
                 elif self.schedule.in_memory:
                     losses, gradients = step.loss_and_grads_in_memory(*self._loops(batches), self._boundary)
                 else:
@@ -334,7 +252,7 @@ class Engine:
             if self.cut.is_chain:
                 losses = step.losses(*self._loops(batches))
             else:
-                losses = [self._plain_loss(batch) for batch in batches]
+                losses = [self.traced.loss(batch) for batch in batches]
         found, at = [], iter(losses)
         for (batch, _, _), n in zip(micro_batches, ntoks):
             pieces = [next(at) for _ in range(self._n_pieces(batch))]
@@ -366,18 +284,9 @@ class Engine:
                     step.decode(self.chain, passengers, self.weights, self.hidden, n_head, wanted, take, spilled)
                 else:
                     for batch, places in zip(passengers, wanted):
-                        with self.chain.adapters.using(batch.adapter):
-                            logits = self._plain_logits(batch.tokens, batch.cache)
-                        take(batch.index, 0, logits.reshape(-1, logits.shape[-1])[places])
+                        take(batch.index, 0, self.traced.logits(batch)[places])
         finally:
             self.stats.end_step(Measurements())
-
-    def _plain_logits(self, tokens: mx.array, cache: list[Any]) -> mx.array:
-        """By the model's own call, logits whole."""
-        self._position = -1
-        logits = self.model(tokens, cache=cache)
-        mx.eval(logits, [c.state for c in cache])
-        return logits
 
     def first_not_finite(self, micro_batches: Sequence[tuple[mx.array, mx.array]]) -> str | None:
         """Where the last step's forward pass first put out what is not finite; None: nowhere, or it cannot be told."""
@@ -425,34 +334,13 @@ class Engine:
                 else:
                     found = []
                     for group in groups:
-                        found.append(self._plain_log_probabilities(group, top_k, token_ids, mixing))
+                        found.append(self.traced.log_probabilities(group, top_k, token_ids, mixing))
                         on_visit(n * len(self.cut.order))
         finally:
             self.stats.end_step(Measurements())
         of_groups = iter(found)
         of_pieces = [zip(*(next(of_groups) for _ in range(k))) for k in pieces]
         return [LogProbabilities.joined(parts) for results in of_pieces for parts in results]
-
-    def _plain_log_probabilities(
-        self, group: Sequence[Passenger], top_k: int, token_ids: Sequence[int], mixing: Mixing
-    ) -> list[LogProbabilities]:
-        """By the model's own call, logits whole."""
-        first, mix, each = group[0], mixing.begin(group[0].tokens), []
-        for batch in group:
-            at_step, self._position = self.step, -1
-            try:
-                with self.chain.adapters.using(batch.adapter):
-                    logits = self.model(batch.tokens)
-                    mx.eval(logits)
-            finally:
-                self.step = at_step
-            each.append(logits.reshape(-1, logits.shape[-1]))
-
-        def logits_of(numbers: np.ndarray) -> Sequence[mx.array]:
-            return mix(numbers, [logits[mx.array(numbers)] for logits in each])
-
-        at_once = mixing.at_once(first.tokens.size, None)
-        return log_probabilities(logits_of, mixing.results, first.targets, first.mask, at_once, top_k, token_ids)
 
     def _n_pieces(self, batch: mx.array) -> int:
         """How many times so many rows as go at once there are in a micro-batch."""
@@ -497,11 +385,11 @@ class Engine:
     def _step_over(self, batches: Sequence[Passenger], gradients: bool, measure: bool = False) -> Iterator[None]:
         """What is before and after a pass over the model."""
         self._settle_arrays()
-        self.chain.seed, self.chain.step, self.chain.pieces = self.seed, self.step, self.cuts
+        self.chain.begin_step(self.seed, self.step, self.cuts)
         if gradients:
             self.hidden.reserve([batch.tokens.size * self.cut.hidden_nbytes for batch in batches])
         try:
-            self._expect(gradients, batches, max(batch.tokens.size for batch in batches))
+            self.expect(gradients, batches, max(batch.tokens.size for batch in batches))
             self.weights.measure(self.measurements if measure else None, self.kind_of)
             with keeping_random_state():
                 yield
@@ -509,40 +397,6 @@ class Engine:
             self.weights.rest()
             self.hidden.clear()
             self._warn_of_lost_activations()
-
-    def _traced_step(self, batches: Sequence[Passenger], entries) -> tuple[list[mx.array], dict[str, mx.array]]:
-        """A step by MLX's autodiff of the model's own call, a micro-batch after the other."""
-        losses, gradients = [], step.Gradients()
-        originals = [owner[key] for _, owner, key in entries]
-        at_step = self.step
-
-        def loss(parameters: list[mx.array], batch: Passenger) -> mx.array:
-            for (_, owner, key), array in zip(entries, parameters):
-                owner[key] = array
-            return plain_loss(self.model, batch)
-
-        self._traces_step = True
-        try:
-            for batch in batches:
-                self._position, self.step = -1, at_step
-                value, found = mx.value_and_grad(loss)(list(originals), batch)
-                mx.eval(value, gradients.add([name for name, _, _ in entries], found))
-                losses.append(value)
-        finally:
-            self._traces_step, self.step = False, at_step
-            for (_, owner, key), array in zip(entries, originals):
-                owner[key] = array
-        return losses, gradients.by_name
-
-    def _plain_loss(self, batch: Passenger) -> mx.array:
-        at_step, self._position = self.step, -1
-        try:
-            with self.chain.adapters.using(batch.adapter):
-                loss = plain_loss(self.model, batch)
-                mx.eval(loss)
-                return loss
-        finally:
-            self.step = at_step
 
     def _settle_arrays(self) -> None:
         """Make every array in memory a plain evaluated one.
@@ -571,11 +425,12 @@ class Engine:
         self.schedule = schedule
         blocks = [self.cut.blocks[index] for index in dict.fromkeys(self.cut.order)] if schedule.in_memory else []
         whole = [*blocks, *(self.cut.head if schedule.keep_head or blocks else ())]
-        self.layers.group_nbytes = schedule.group_nbytes or GROUP_NBYTES
+        self.layers.use_groups_of(schedule.group_nbytes or GROUP_NBYTES)
         head = self.cut.head if schedule.head_ahead else ()
         sizes = schedule.slots, schedule.resident_nbytes, schedule.reads_in_flight
-        self.weights.resize(*sizes, self._offloaded(), head)
-        self.weights.keep_whole(whole)  # after blocks that go have made room
+        offloaded = {} if schedule.group_nbytes is None else self.layers.by_block()
+        self.weights.resize(*sizes, offloaded, head)
+        self.weights.keep_resident(whole)  # after blocks that go have made room
         for unit in self.cut.blocks:
             if any(schedule.kept):
                 self.kept.watch(unit.module)
@@ -583,7 +438,7 @@ class Engine:
                 self.pieces.watch(unit.module)
         self.hidden.spill(schedule.spilled, directory)
         if schedule.cache_nbytes is not None:
-            self.weights.reuse = Reuse(schedule)
+            self.weights.follow(Reuse(schedule))
             limits().keep_freed(schedule.cache_nbytes)
         limits().hold(schedule.active_nbytes)
         limits().wire(schedule.resident_nbytes + sum(unit.compute_nbytes for unit in whole))
@@ -606,7 +461,7 @@ class Engine:
         """
         self.forget_activations()
         self._stored = Boundary(ActivationCache(directory, limit_nbytes), self.cut, self.weights.reader, model_path)
-        self.stats.cache = self._stored.cache
+        self.stats.count_stored(self._stored.cache)
 
     @property
     def activation_cache(self) -> ActivationCache | None:
@@ -620,7 +475,7 @@ class Engine:
 
     def why_no_boundary(self) -> str | None:
         """Why no activations can be stored for what is trainable now; None if they can."""
-        self._expect(backward=self._expects_backward)
+        self.expect(backward=self.expects_backward)
         return why_not(self.cut, self.chain.lowest_trained, bool(self.chain.outside))
 
     def _find_boundary(self, batches: Sequence[Passenger]) -> None:
@@ -634,15 +489,15 @@ class Engine:
             return
         self._boundary = chain.lowest_trained
         cuts = self.schedule.mlp_tokens, self.schedule.attention_queries
-        if self._expects_backward and mx.default_device() != mx.Device(mx.cpu):
+        if self.expects_backward and mx.default_device() != mx.Device(mx.cpu):
             # in which a GPU's kernels are others than in an evaluation; on MLX's CPU backend, all give the same bits
             cuts += ("in training",)
         keys = self._stored.keys(self._boundary, cuts, [batch.tokens for batch in batches])
         for batch, hidden in zip(batches, self._stored.find(keys)):
             if hidden is not None:
-                self.hidden.put((batch.index, self._boundary), hidden, may_spill=self._expects_backward)
+                self.hidden.put((batch.index, self._boundary), hidden, may_spill=self.expects_backward)
                 batch.first = self._boundary
-                self.stats.from_cache += 1
+                self.stats.began_at_stored()
         self.hidden.watch(self._boundary, self._stored.keep)
 
     def _warn_of_lost_activations(self) -> None:
@@ -663,7 +518,8 @@ class Engine:
         """
         is_gpu = mx.default_device() != mx.Device(mx.cpu)
         self._journal = None if journal is None else StepJournal(journal, identity, after_block, lags=is_gpu)
-        self.stats.journal = journal or self.stats.journal
+        if journal is not None:
+            self.stats.count_journal(journal)
 
     @property
     def blocks_found(self) -> int:
@@ -686,7 +542,7 @@ class Engine:
         tokens = mx.array(TOKENS)
         with self.running_part(part), self.layers.noting() as calls:
             logits = self.model(tokens)
-        self._routed_to = {layer: c.n_routed / tokens.size for layer, c in calls.items()}
+        self.layers.learn_routing(calls, tokens.size)
         return logits
 
     def look(self, tokens: mx.array | None = None, cache: list[Any] | None = None) -> None:
@@ -700,8 +556,7 @@ class Engine:
 
     def make_resident(self, params: Sequence[Param]) -> None:
         for param in params:
-            param.placeholder = read_whole(self.weights.reader, param.source)
-            param.clear()
+            param.keep(read_whole(self.weights.reader, param.source))
 
     def compute_magnitudes(self) -> None:
         """Give every DoRA layer the norms of its base weight's rows, one layer at a time.
@@ -728,12 +583,6 @@ class Engine:
             if isinstance(module, (DoRALinear, DoRAEmbedding)) and id(module) not in in_blocks:
                 raise ConfigError(f"DoRA cannot be attached to {name}, outside the blocks. Use LoRA there")
 
-    def on_thread(self, job: Callable[[], Any]) -> Any:
-        """`job()` on a thread on which nothing is traced."""
-        if self._compute_thread is None:
-            self._compute_thread = Worker("slowft-compute")
-        return self._compute_thread.run(job)
-
     @property
     def files(self) -> tuple[str, ...]:
         """The files that hold the blocks."""
@@ -755,8 +604,7 @@ class Engine:
         self.forget_activations()
         if self.weights.is_open:
             self.hidden.close()
-        if self._compute_thread is not None:
-            self._compute_thread.close()
+        self.traced.close()
         self.weights.close()
         limits().restore()  # below what is in use, MLX would wait at every operation of whatever follows
         limits().give_back()  # buffers of sizes that nobody will ask for

@@ -76,8 +76,7 @@ def load_in_memory(
         files = sorted({extent.file for param in params for extent in param.source.extents})
         reader.expect_unchanged(files)
         for param in params:
-            param.placeholder = read_whole(reader, param.source)
-            param.clear()  # puts it in place
+            param.keep(read_whole(reader, param.source))
         model._fingerprint = of_contents({file: reader.descriptor(file) for file in files})
     finally:
         reader.close()

@@ -67,7 +67,7 @@ class StepJournal:
         shapes = [[b.tokens.shape, str(b.adapter)] for b in batches]
         shapes += [[teacher.weight, teacher.temperature] for teacher in teachers]
         facts = [self._identity, facts, shapes, chain.seed, chain.step, lowest, n, [name for name, *_ in chain.outside]]
-        self.journal.key = _digest(facts, [*of_batches, *arrays])
+        self.journal.begin(_digest(facts, [*of_batches, *arrays]))
         self._found: set[str] = set()
         self.start, self.below = 0, n + 1
         while self.below > lowest and self._take_gradients(self.below - 1):

@@ -9,7 +9,7 @@ with those in place, its vjp once for each of their calls, the last call first, 
 output. From that the cotangent of the call's input is computed by groups, and the next stage goes on from there.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ import numpy as np
 
 from ..models.layers import Layer, expert_layers
 from ..models.seams import Unit, intercept
-from ..planning.experts import GROUP_NBYTES
+from ..planning.experts import GROUP_NBYTES, is_read_on_demand
 from ..weights.groups import Group
 from ..weights.residency import Residency
 from ..weights.sources import placeholder
@@ -38,14 +38,10 @@ class LayerCall:
 
 
 class OffloadedExperts:
-    """Answers the calls of layers whose weights are not in place.
-
-    Attributes:
-        group_nbytes: of a group, as it is computed with; a single expert may have more.
-    """
+    """Answers the calls of layers whose weights are not in place."""
 
     def __init__(self, residency: Residency):
-        self.group_nbytes = GROUP_NBYTES
+        self._group_nbytes = GROUP_NBYTES
         self._residency = residency
         self._layers: dict[Unit, list[Layer]] = {}
         self._order = _Order()
@@ -54,6 +50,11 @@ class OffloadedExperts:
         self._traced: Iterator[_Recomputed] | None = None
         self._noted: dict[Layer, LayerCall] | None = None
         self._routed: dict[Layer, tuple[int, float]] = {}  # of the last call: (inputs and experts, share of experts)
+        self._per_token: dict[Layer, float] = {}  # experts of each layer that a token goes to
+
+    def use_groups_of(self, nbytes: int) -> None:
+        """From now on groups have so many bytes, as they are computed with; a single expert may have more."""
+        self._group_nbytes = nbytes
 
     def watch(self, unit: Unit) -> None:
         """From now on this block may come without its layers of experts."""
@@ -66,7 +67,31 @@ class OffloadedExperts:
         """The block's layers of experts."""
         return self._layers[unit]
 
-    def routed_share(self, layer: Layer, n: float) -> float | None:
+    def by_block(self) -> dict[int, list[Layer]]:
+        """All layers of experts, by the block's index."""
+        return {unit.index: layers for unit, layers in self._layers.items() if layers}
+
+    def learn_routing(self, calls: Mapping[Layer, LayerCall], tokens: int) -> None:
+        """These calls over so many tokens tell how many experts a token goes to."""
+        self._per_token = {layer: call.n_routed / tokens for layer, call in calls.items()}
+
+    def on_demand(self, tokens: int, passes: int) -> dict[int, list[Layer]]:
+        """The layers, by the block's index, of which an evaluation does better to read only the experts it needs.
+
+        Args:
+            tokens: of each of the `passes` through a block.
+        """
+        found = {}
+        for unit, layers in self._layers.items():
+            layers = [layer for layer in layers if layer in self._per_token]
+            pairs = [(layer, tokens * self._per_token[layer]) for layer in layers]
+            experts = [(layer.nbytes, layer.n, self._per_token[layer]) for layer in layers]
+            seen = max((share for pair in pairs if (share := self._routed_share(*pair)) is not None), default=None)
+            if is_read_on_demand(experts, tokens, passes, seen):
+                found[unit.index] = layers
+        return found
+
+    def _routed_share(self, layer: Layer, n: float) -> float | None:
         """Of the layer's experts, the share that `n` pairs of input and expert, or fewer, went to the last time."""
         pairs, share = self._routed.get(layer, (n + 1, 0.0))
         return share if pairs <= n else None
@@ -162,7 +187,7 @@ class OffloadedExperts:
 
     def _groups(self, layer: Layer, entries: np.ndarray, backward: bool) -> list[Group]:
         """Experts in order, as many together as may be; the other way round backward."""
-        most = max(1, self.group_nbytes * layer.n // layer.compute_nbytes)
+        most = max(1, self._group_nbytes * layer.n // layer.compute_nbytes)
         groups = [Group.of(layer, entries[start : start + most]) for start in range(0, len(entries), most)]
         return groups[::-1] if backward else groups
 

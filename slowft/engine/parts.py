@@ -30,8 +30,8 @@ class EmbedPart:
         self.calls: list[Arguments] = []
 
     def on_block(self, unit: Unit, inner: Callable, args: tuple, kwargs: dict) -> Any:
-        self.calls.append(Arguments(args, kwargs, self._cut.carriers))
-        return alias(args[0])
+        self.calls.append(Arguments(args, kwargs, self._cut.state_objects))
+        return shallow_copy(args[0])
 
     def on_matmul(self, unit: Unit, inner: Callable, args: tuple, kwargs: dict) -> Any:
         if len(self.calls) < len(self._cut.order):
@@ -47,7 +47,7 @@ class HeadPart:
 
     def on_block(self, unit: Unit, inner: Callable, args: tuple, kwargs: dict) -> Any:
         self._visits += 1
-        return alias(self._hidden) if self._visits == self._last else args[0]
+        return shallow_copy(self._hidden) if self._visits == self._last else args[0]
 
     def on_rows(self, unit: Unit, inner: Callable, args: tuple, kwargs: dict) -> Any:
         return unevaluated_zeros(inner(*args, **kwargs))
@@ -69,7 +69,7 @@ class CachedProbe:
         return unevaluated_zeros(inner(*args, **kwargs))
 
 
-def alias(tree: Any) -> Any:
+def shallow_copy(tree: Any) -> Any:
     """The same arrays as objects of their own, so that the model may write into them."""
     return tree_map(lambda a: mx.array(a) if isinstance(a, mx.array) else a, tree)
 

@@ -35,18 +35,27 @@ class Stats:
 
     Attributes:
         last: the last `loss_and_grads`.
-        cache: where activations are stored, if they are.
-        journal: where finished blocks are, if they are.
-        from_cache: micro-batches so far that began there.
     """
 
     def __init__(self, reader, residency, activations):
         self._reader, self._residency, self._activations = reader, residency, activations
         self._peak_memory = 0
-        self.cache: ActivationCache | None = None
-        self.journal: Journal | None = None
-        self.from_cache = 0
+        self._cache: ActivationCache | None = None
+        self._journal: Journal | None = None
+        self._from_cache = 0  # micro-batches so far that began at stored activations
         self.last = StepStats()
+
+    def count_stored(self, cache: ActivationCache) -> None:
+        """From now on count what activations stored there cost."""
+        self._cache = cache
+
+    def count_journal(self, journal: Journal) -> None:
+        """From now on count what finished blocks written there cost."""
+        self._journal = journal
+
+    def began_at_stored(self) -> None:
+        """A micro-batch began at its stored activations."""
+        self._from_cache += 1
 
     @property
     def total(self) -> StepStats:
@@ -56,13 +65,13 @@ class Stats:
         read, written = reader.bytes_read + spilled.bytes_read, spilled.bytes_written
         held_up = spilled.wait_s  # while a block was computed
         waited = reader.wait_s
-        if self.cache is not None:
-            read, written = read + self.cache.bytes_read, written + self.cache.bytes_written
-            held_up, waited = held_up + self.cache.write_wait_s, waited + self.cache.read_wait_s
-        if self.journal is not None:
-            written, held_up = written + self.journal.bytes_written, held_up + self.journal.wait_s
+        if (cache := self._cache) is not None:
+            read, written = read + cache.bytes_read, written + cache.bytes_written
+            held_up, waited = held_up + cache.write_wait_s, waited + cache.read_wait_s
+        if (journal := self._journal) is not None:
+            written, held_up = written + journal.bytes_written, held_up + journal.wait_s
         computed = self._residency.compute_s - held_up
-        return StepStats(read, written, self.from_cache, waited + held_up, computed, peak)
+        return StepStats(read, written, self._from_cache, waited + held_up, computed, peak)
 
     def begin_step(self) -> None:
         self._at_begin, self._begin_s = self.total, time.perf_counter()
@@ -82,7 +91,6 @@ class Stats:
             platform.peak_memory(),
         )
         nbytes, seconds = self._read_at_begin
-        measurements.read_nbytes = self._reader.bytes_read - nbytes
-        measurements.read_s = self._reader.read_s - seconds
-        measurements.wait_s, measurements.peak_nbytes = self.last.wait_s, self.last.peak_memory
-        measurements.step_s = time.perf_counter() - self._begin_s
+        read = self._reader.bytes_read - nbytes, self._reader.read_s - seconds
+        step_s = time.perf_counter() - self._begin_s
+        measurements.finish(*read, self.last.wait_s, self.last.peak_memory, step_s)

@@ -117,17 +117,11 @@ def losses(
     """Loss of each micro-batch, with the adapter that it asks for. Each block is read once for all of them."""
     found: list[mx.array] = []
 
-    def forward(position: int, batch: Passenger) -> None:
-        output, _ = chain.forward(position, batch, hidden.pop((batch.index, position)), training=False)
-        weights.hand_over(output)
-        hidden.put((batch.index, position + 1), output, may_spill=False)
-
     def head(batch: Passenger) -> None:
         found.append(chain.loss(batch, hidden.pop((batch.index, len(chain.visits))), head_tokens))
         weights.hand_over(found[-1])
 
-    embed(chain, batches, hidden, training=False)
-    run_forward(chain, batches, weights, forward)
+    run_forward_only(chain, batches, weights, hidden, training=False)
     run_head(chain, batches, weights, head)
     return found
 
@@ -190,15 +184,11 @@ def first_not_finite(
     """(micro-batch, visit) of the first block, in a forward pass of training, that puts out what is not finite."""
     found: list[tuple[int, int]] = []
 
-    def forward(position: int, batch: Passenger) -> None:
-        output, _ = chain.forward(position, batch, hidden.pop((batch.index, position)), training=True)
-        weights.hand_over(output)
+    def look(position: int, batch: Passenger, output: mx.array) -> None:
         if not mx.isfinite(output).all().item():
             found.append((batch.index, position))
-        hidden.put((batch.index, position + 1), output, may_spill=False)
 
-    embed(chain, batches, hidden, training=True)
-    run_forward(chain, batches, weights, forward)
+    run_forward_only(chain, batches, weights, hidden, training=True, passed=look)
     for batch in batches:
         hidden.pop((batch.index, len(chain.visits)))
     return found[0] if found else None
@@ -226,10 +216,7 @@ def log_probabilities(
     waiting = iter(groups)
     group = next(waiting)
 
-    def forward(position: int, batch: Passenger) -> None:
-        output, _ = chain.forward(position, batch, hidden.pop((batch.index, position)), training=False)
-        weights.hand_over(output)
-        hidden.put((batch.index, position + 1), output, may_spill=False)
+    def passed(position: int, batch: Passenger, output: mx.array) -> None:
         if batch is batches[-1]:
             on_visit()
 
@@ -241,8 +228,7 @@ def log_probabilities(
         found.append(chain.log_probabilities(group, last, head_tokens, top_k, token_ids, mixing))
         group = next(waiting, group)
 
-    embed(chain, batches, hidden, training=False)
-    run_forward(chain, batches, weights, forward)
+    run_forward_only(chain, batches, weights, hidden, training=False, passed=passed)
     run_head(chain, batches, weights, head)
     return found
 
@@ -261,14 +247,7 @@ def loss_and_grads_in_memory(
         first: the visit at which the graph begins, no higher than the lowest trained: what goes in there is stored.
     """
     losses, gradients = [], Gradients()
-
-    def forward(position: int, batch: Passenger) -> None:
-        output, _ = chain.forward(position, batch, hidden.pop((batch.index, position)), training=True)
-        weights.hand_over(output)
-        hidden.put((batch.index, position + 1), output, may_spill=False)
-
-    embed(chain, batches, hidden, training=True)
-    run_forward(chain, batches, weights, forward, end=first)
+    run_forward_only(chain, batches, weights, hidden, training=True, end=first)
     with weights.everything_in_place():
         for batch in batches:
             with weights.computing(GRAPH, GRAPH, FORWARD, batch.index, is_head=True):
@@ -312,6 +291,33 @@ def run_forward(
                 if batch.first <= position:
                     with weights.computing(block.name, chain.kind_of(block), FORWARD, batch.index):
                         forward(position, batch)
+
+
+def run_forward_only(
+    chain: Chain,
+    batches: Sequence[Passenger],
+    weights: Residency,
+    hidden: HiddenStates,
+    training: bool,
+    passed: Callable[[int, Passenger, mx.array], None] | None = None,
+    end: int | None = None,
+) -> None:
+    """A forward pass that nothing comes back from: of each micro-batch only the last block's output stays.
+
+    Args:
+        passed: `passed(position, batch, output)` is called after each block.
+        end: the visit before which it ends.
+    """
+
+    def forward(position: int, batch: Passenger) -> None:
+        output, _ = chain.forward(position, batch, hidden.pop((batch.index, position)), training)
+        weights.hand_over(output)
+        if passed is not None:
+            passed(position, batch, output)
+        hidden.put((batch.index, position + 1), output, may_spill=False)
+
+    embed(chain, batches, hidden, training)
+    run_forward(chain, batches, weights, forward, end=end)
 
 
 def run_head(chain: Chain, batches: Sequence[Passenger], weights: Residency, head) -> None:

@@ -8,18 +8,186 @@ connects them. For a user's own `nn.value_and_grad(model, loss)`, for generation
 form no chain; on the others `step` gives the same bits with fewer reads.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from ..errors import SlowftError
 from ..models.calls import Arguments
+from ..models.seams import FLOATS, Unit
+from ..planning.measure import BACKWARD, FORWARD
+from ..weights.threads import Worker
+from . import cores
 from .block import BlockFunction
+from .chain import Entry, Passenger, plain_loss
+from .log_probabilities import LogProbabilities, Mixing, log_probabilities
+from .randomness import dropout_seed
+from .step import Gradients
 from .trees import attach, detach
 
 # run(job, backward) -> job's result, called on a thread where nothing is traced, with the unit's weights in place
 Run = Callable[[Callable[[], Any], bool], Any]
+
+
+class TracedPath:
+    """Answers the units' calls in somebody else's trace, or in none; makes passes by the model's own call.
+
+    Args:
+        engine: the `Engine` whose units these are.
+    """
+
+    def __init__(self, engine):
+        self._engine = engine
+        self._thread: Worker | None = None  # on which blocks are computed; made when the first is called
+        self._position = -1  # the last visit of the pass under way
+        self._step = 0  # that the pass under way draws its dropout masks for
+        self._is_step = False  # the pass belongs to a step of the engine's: it is known what nobody asks for
+
+    # --- What units answer ----------------------------------------------------------------------------
+
+    def on_block(self, unit: Unit, inner: Callable, args: tuple, kwargs: dict) -> Any:
+        engine = self._engine
+        first = args[0] if args else None
+        tokens = first.size // first.shape[-1] if isinstance(first, mx.array) and first.ndim == 3 else None
+        self._go_to(unit, tokens)
+        seed = dropout_seed(engine.seed, self._step, self._position, 0)
+        passes_on = not self._is_step or engine.chain.passes_on(self._position)
+        return self._call(unit, inner, args, kwargs, seed, passes_on, lambda: engine.weights.in_place(unit))
+
+    def on_matmul(self, unit: Unit, inner: Callable, args: tuple, kwargs: dict) -> Any:
+        return self._call(unit, inner, args, kwargs, 0, True, lambda: self._engine.weights.head_in_place([unit]))
+
+    def on_rows(self, unit: Unit, inner: Callable, args: tuple, kwargs: dict) -> Any:
+        return self._engine.look_up(unit, inner, args, kwargs)
+
+    def _go_to(self, unit: Unit, tokens: int | None) -> None:
+        """The pass under way comes to this block; with the first one, a pass over `tokens` tokens begins."""
+        order = self._engine.cut.order
+        position = self._position + 1
+        if position >= len(order) or order[position] != unit.index:  # a new pass, or one that was broken off
+            position = order.index(unit.index)
+        self._position = position
+        if position == 0:
+            self._step = self._engine.begin_traced_pass(tokens, self._is_step)
+
+    def _call(
+        self, unit: Unit, inner: Callable, args: tuple, kwargs: dict, seed: int, passes_on: bool, in_place: Callable
+    ) -> Any:
+        """A unit's call.
+
+        Args:
+            passes_on: whether anybody may ask for gradients of its inputs.
+            in_place: is entered while the unit is computed.
+        """
+        engine = self._engine
+        entries = unit.adapter()
+        params = [owner[key] for owner, key in entries]
+        arguments = Arguments(args, kwargs, engine.cut.state_objects)
+        arrays = [*arguments.arrays, *params]
+        n = len(arguments.arrays)
+        differentiated = [i for i, a in enumerate(arrays) if a.dtype in FLOATS and (passes_on or i >= n)]
+
+        def call(*args, **kwargs) -> Any:
+            with cores.shared(), engine.pieces.cutting(engine.cuts, seed):
+                return inner(*args, **kwargs)
+
+        def run(job: Callable[[], Any], backward: bool) -> Any:
+            if backward and not engine.expects_backward:  # a gradient of a model that is not in training mode
+                engine.expect(backward=True)
+
+            def in_its_place():
+                direction = BACKWARD if backward else FORWARD
+                with in_place(), engine.weights.computing(unit.name, engine.kind_of(unit), direction, 0):
+                    if engine.layers.are_offloaded:
+                        engine.layers.begin(backward)
+                    return job()
+
+            try:
+                return self._on_thread(in_its_place)
+            finally:
+                for (owner, key), value in zip(entries, params):
+                    owner[key] = value
+
+        function = BlockFunction(call, arguments, entries, differentiated, seed, engine.layers)
+        in_training = engine.model.training and not any(hasattr(leaf, "state") for leaf in arguments.objects)
+        return TracedCall(function, arguments, params, differentiated, in_training, run)()
+
+    def _on_thread(self, job: Callable[[], Any]) -> Any:
+        """`job()` on a thread on which nothing is traced."""
+        if self._thread is None:
+            self._thread = Worker("slowft-compute")
+        return self._thread.run(job)
+
+    def close(self) -> None:
+        if self._thread is not None:
+            self._thread.close()
+
+    # --- Passes by the model's own call -----------------------------------------------------------------
+
+    def loss_and_grads(
+        self, batches: Sequence[Passenger], entries: Sequence[Entry]
+    ) -> tuple[list[mx.array], dict[str, mx.array]]:
+        """(loss of each micro-batch, gradients of `entries` by name), a micro-batch after the other."""
+        losses, gradients = [], Gradients()
+        originals = [owner[key] for _, owner, key in entries]
+
+        def loss(parameters: list[mx.array], batch: Passenger) -> mx.array:
+            for (_, owner, key), array in zip(entries, parameters):
+                owner[key] = array
+            return plain_loss(self._engine.model, batch)
+
+        try:
+            for batch in batches:
+                with self._pass_of_step(batch):
+                    value, found = mx.value_and_grad(loss)(list(originals), batch)
+                    mx.eval(value, gradients.add([name for name, _, _ in entries], found))
+                losses.append(value)
+        finally:
+            for (_, owner, key), array in zip(entries, originals):
+                owner[key] = array
+        return losses, gradients.by_name
+
+    def loss(self, batch: Passenger) -> mx.array:
+        with self._pass_of_step(batch):
+            loss = plain_loss(self._engine.model, batch)
+            mx.eval(loss)
+            return loss
+
+    def logits(self, batch: Passenger) -> mx.array:
+        """Logits `[B x T, V]`, whole. What the micro-batch's caches hold is evaluated too."""
+        with self._pass_of_step(batch):
+            if batch.cache is None:
+                logits = self._engine.model(batch.tokens)
+            else:
+                logits = self._engine.model(batch.tokens, cache=batch.cache)
+            mx.eval(logits, [cache.state for cache in batch.cache or ()])
+        return logits.reshape(-1, logits.shape[-1])
+
+    def log_probabilities(
+        self, group: Sequence[Passenger], top_k: int, token_ids: Sequence[int], mixing: Mixing
+    ) -> list[LogProbabilities]:
+        """Of a group's targets, what is mixed of its micro-batches' logits."""
+        first, mix = group[0], mixing.begin(group[0].tokens)
+        each = [self.logits(batch) for batch in group]
+
+        def logits_of(numbers: np.ndarray) -> Sequence[mx.array]:
+            return mix(numbers, [logits[mx.array(numbers)] for logits in each])
+
+        at_once = mixing.at_once(first.tokens.size, None)
+        return log_probabilities(logits_of, mixing.results, first.targets, first.mask, at_once, top_k, token_ids)
+
+    @contextmanager
+    def _pass_of_step(self, batch: Passenger) -> Iterator[None]:
+        """Around the model's own call for a micro-batch of a step of the engine's."""
+        self._position, self._is_step = -1, True
+        try:
+            with self._engine.chain.adapters.using(batch.adapter):
+                yield
+        finally:
+            self._is_step = False
 
 
 class TracedCall:

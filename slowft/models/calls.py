@@ -15,9 +15,9 @@ import mlx.nn as nn
 ATOMS = (type(None), bool, int, float, complex, str, bytes, mx.Dtype)
 
 
-def pack(tree: Any, arrays: list[mx.array], carriers: Collection[type] = ()) -> Any:
+def pack(tree: Any, arrays: list[mx.array], state_objects: Collection[type] = ()) -> Any:
     """Append the arrays of a tree to `arrays`; returns what `unpack` needs to put them back."""
-    return _Packer(arrays, carriers).pack(tree)
+    return _Packer(arrays, state_objects).pack(tree)
 
 
 def unpack(spec: Any, arrays: Sequence[mx.array], containers: Sequence[Any] = ()) -> Any:
@@ -44,17 +44,17 @@ class Arguments:
     Lists, dicts and objects among them are containers: the callee may write into them.
 
     Args:
-        carriers: the classes of objects that carry arrays from call to call. Others, such as a key-value cache that
-            a user hands to the model, stay what they are: one and the same object for every call.
+        state_objects: the classes of objects that carry arrays from call to call. Others, such as a key-value cache
+            that a user hands to the model, stay what they are: one and the same object for every call.
 
     Attributes:
         arrays: every array in the arguments, containers included, each once. The first positional argument's first.
     """
 
-    def __init__(self, args: tuple, kwargs: dict, carriers: Collection[type] = ()):
+    def __init__(self, args: tuple, kwargs: dict, state_objects: Collection[type] = ()):
         self.arrays: list[mx.array] = []
-        self._carriers = carriers
-        packer = _Packer(self.arrays, carriers, by_reference=True)
+        self._state_objects = state_objects
+        packer = _Packer(self.arrays, state_objects, by_reference=True)
         self._spec = (tuple, [packer.structure(args), packer.structure(kwargs)])
         self._containers, self._contents = packer.containers, packer.contents
 
@@ -86,7 +86,7 @@ class Arguments:
     def call(self, function: Callable, arrays: Sequence[mx.array]) -> "Outcome":
         """`function` on these arrays in the arguments' places."""
         args, kwargs, containers = self.with_arrays(arrays)
-        return Outcome(function(*args, **kwargs), containers, arrays, self._carriers)
+        return Outcome(function(*args, **kwargs), containers, arrays, self._state_objects)
 
     def take_over(self, outcome: "Outcome", arrays: Sequence[mx.array]) -> Any:
         """The call's result, with `arrays` as what came out; its writes are done to the arguments' containers."""
@@ -105,9 +105,11 @@ class Outcome:
             order in which they are without seams.
     """
 
-    def __init__(self, result: Any, containers: Sequence[Any], inputs: Sequence[mx.array], carriers: Collection[type]):
+    def __init__(
+        self, result: Any, containers: Sequence[Any], inputs: Sequence[mx.array], state_objects: Collection[type]
+    ):
         self.arrays: list[mx.array] = []
-        packer = _Packer(self.arrays, carriers, containers)
+        packer = _Packer(self.arrays, state_objects, containers)
         self.result = packer.pack(result)
         self.contents = [packer.structure(_contents(container)) for container in containers]
         place = {id(array): i for i, array in enumerate(inputs)}
@@ -142,11 +144,11 @@ class _Packer:
     def __init__(
         self,
         arrays: list[mx.array],
-        carriers: Collection[type],
+        state_objects: Collection[type],
         containers: Sequence[Any] = (),
         by_reference: bool = False,
     ):
-        self._arrays, self._carriers, self._by_reference = arrays, carriers, by_reference
+        self._arrays, self._state_objects, self._by_reference = arrays, state_objects, by_reference
         self.containers, self.contents = list(containers), [None] * len(containers)
         self._place = {id(array): i for i, array in enumerate(arrays)}
 
@@ -159,7 +161,7 @@ class _Packer:
         for i, container in enumerate(self.containers):
             if container is tree:
                 return ("container", i)
-        if self._by_reference and _is_container(tree, self._carriers):
+        if self._by_reference and _is_container(tree, self._state_objects):
             i = len(self.containers)
             self.containers.append(tree)
             self.contents.append(None)
@@ -172,18 +174,18 @@ class _Packer:
             return (type(tree), [self.pack(v) for v in tree])
         if isinstance(tree, dict) and not isinstance(tree, nn.Module):
             return (type(tree), {k: self.pack(v) for k, v in tree.items()})
-        if type(tree) in self._carriers:
+        if type(tree) in self._state_objects:
             return ("object", (_empty(tree), {k: self.pack(v) for k, v in vars(tree).items()}))
         return ("static", tree)
 
 
-def is_carrier(node: Any) -> bool:
+def is_state_object(node: Any) -> bool:
     """Whether it is a plain object, whose attributes are all it is: neither a layer nor a function."""
     return hasattr(node, "__dict__") and not isinstance(node, (nn.Module, type, *ATOMS)) and not callable(node)
 
 
-def _is_container(node: Any, carriers: Collection[type]) -> bool:
-    return type(node) in carriers or isinstance(node, (list, dict)) and not isinstance(node, nn.Module)
+def _is_container(node: Any, state_objects: Collection[type]) -> bool:
+    return type(node) in state_objects or isinstance(node, (list, dict)) and not isinstance(node, nn.Module)
 
 
 def _contents(container: Any) -> list | dict:

@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from ..errors import ModelError, SlowftError
 from ..weights.sources import Param, locate
-from .calls import Arguments, is_carrier
+from .calls import Arguments, is_state_object
 
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 
@@ -104,7 +104,7 @@ class CutModel:
         plain_blocks: each block takes an array first, nearly always `[B, T, D]`, and returns one of the same shape.
         is_chain: besides, each block's first argument is the very output of the one before, and nothing else in the
             model sees that output: then the values between blocks need not go through the model's own call.
-        carriers: classes of the objects that the model makes and hands to its blocks, to carry values between them.
+        state_objects: classes of the objects that the model makes and hands to its blocks to carry values between them.
         keeps_arrays: the model's call puts arrays on modules outside the blocks.
         hidden_shape: of what the first block is handed, for two rows of five tokens, if the blocks are plain.
         hidden_nbytes: of what any of them is handed, per token.
@@ -119,7 +119,7 @@ class CutModel:
     head_is_separable: bool = False
     plain_blocks: bool = False
     is_chain: bool = False
-    carriers: set[type] = field(default_factory=set)
+    state_objects: set[type] = field(default_factory=set)
     keeps_arrays: bool = False
     hidden_shape: tuple[int, ...] = ()
     hidden_nbytes: int = 0
@@ -277,23 +277,23 @@ class Probe:
         self.calls: list[Arguments] = []  # the blocks' arguments, by visit
         self.first: list[Any] = []  # the first positional argument of each, or None
         self.problem: str | None = None
-        self.carriers: set[type] = set()
+        self.state_objects: set[type] = set()
         self._cut, self._fill, self._last_visit = cut, fill, last_visit
         self._previous: Any = None  # the last block's output
         self._handed: list[tuple[Unit, mx.array, mx.array]] = []  # arrays in arguments, before and after the call
 
     def on_block(self, unit: Unit, inner: partial, args, kwargs):
         (inner,) = inner.args  # past the guard: what it would refuse is looked into here
-        while self._notes_objects(unit, Arguments(args, kwargs, self.carriers).objects):
+        while self._notes_objects(unit, Arguments(args, kwargs, self.state_objects).objects):
             pass  # what they hold, in its turn
-        arguments = Arguments(args, kwargs, self.carriers)
+        arguments = Arguments(args, kwargs, self.state_objects)
         handed = [mx.array(array) for array in arguments.arrays]
         before = Arrays(unit.module)
         try:
             outcome = arguments.call(inner, arguments.arrays)
             while self._notes_objects(unit, outcome.objects):
                 before.restore()
-                arguments = Arguments(args, kwargs, self.carriers)
+                arguments = Arguments(args, kwargs, self.state_objects)
                 outcome = arguments.call(inner, arguments.arrays)
         except Exception as e:
             self.problem = self.problem or f"{unit.name} fails on placeholder weights: {e}"
@@ -336,11 +336,11 @@ class Probe:
         return mx.broadcast_to(args[0].astype(mx.float32).sum(-1, keepdims=True), output.shape).astype(output.dtype)
 
     def _notes_objects(self, unit: Unit, objects: list[Any]) -> bool:
-        """Whether there are carriers among them of which nothing was known; whatever else there is, is a problem."""
-        new = {type(leaf) for leaf in objects if is_carrier(leaf)} - self.carriers
-        self.carriers |= new
+        """Whether some are state objects of which nothing was known; an object of any other kind is a problem."""
+        new = {type(leaf) for leaf in objects if is_state_object(leaf)} - self.state_objects
+        self.state_objects |= new
         for leaf in objects:
-            if not is_carrier(leaf):
+            if not is_state_object(leaf):
                 self.problem = self.problem or (
                     f"{unit.name} is handed or returns a {type(leaf).__name__}, through which values (and their "
                     "gradients) would pass around the seam"
@@ -403,7 +403,7 @@ def probe(
             raise ModelError(_refusal(model, "it uses weights of its layers other than by calling them"))
 
     cut.head = [unit for unit in cut.outside[Use.MATMUL] if (id(unit.module), Use.MATMUL) in first.called]
-    cut.order, cut.carriers = first.visits, first.carriers
+    cut.order, cut.state_objects = first.visits, first.state_objects
     cut.plain_blocks = first.plain
     cut.vocab_size = logits.shape[-1]
     if first.plain:
@@ -512,7 +512,7 @@ class Arrays:
         yield from array_entries(self._module)
         for module in self._modules:
             for value in vars(module).values():
-                if is_carrier(value):
+                if is_state_object(value):
                     yield from ((vars(value), key, a) for key, a in vars(value).items() if isinstance(a, mx.array))
 
     def changes(self) -> list[tuple[Any, Any, mx.array]]:

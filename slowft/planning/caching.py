@@ -35,7 +35,7 @@ def from_boundary(planner: Planner, plan: Plan) -> Plan | None:
         return None
     above = replace(job, visits=job.visits[n:], rows_nbytes=0)
     kept, spilled = s.kept[n:], max(s.spilled - n, 0)
-    later = planner.predict(above, replace(s, kept=kept, spilled=spilled, lent_nbytes=s.lent_nbytes[n:]))
+    later = planner.predict(above, replace(s, kept=kept, spilled=spilled, temporary_nbytes=s.temporary_nbytes[n:]))
     stored = job.hidden_nbytes * job.micro_batches
     loading_s = _loading_s(planner, stored)
     return replace(

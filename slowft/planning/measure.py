@@ -59,6 +59,11 @@ class Measurements:
         self.read_s = self.wait_s = self.step_s = 0.0
         self.peak_nbytes = 0
 
+    def finish(self, read_nbytes: int, read_s: float, wait_s: float, peak_nbytes: int, step_s: float) -> None:
+        """The step is over; see the attributes."""
+        self.read_nbytes, self.read_s, self.wait_s, self.step_s = read_nbytes, read_s, wait_s, step_s
+        self.peak_nbytes = peak_nbytes
+
     def note(self, kind: str, direction: str, seconds: float | None = None, nbytes: int = 0) -> None:
         """One micro-batch's pass, or the arrival of a block's weights, took so long, or so many bytes."""
         found = self.passes.setdefault((kind, direction), Pass())

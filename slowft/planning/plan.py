@@ -326,8 +326,8 @@ class Planner:
                 plan = self.predict(job, schedule, self._taught)
                 waits = plan.step_s > WAITING * plan.compute_s
                 yield schedule
-                if waits and (lent := self.room_to_lend(job, schedule, limit)):
-                    yield replace(schedule, lent_nbytes=lent)
+                if waits and (temporary := self.temporary_room(job, schedule, limit)):
+                    yield replace(schedule, temporary_nbytes=temporary)
                 if not waits:
                     break
 
@@ -370,7 +370,7 @@ class Planner:
             kept[position].append(name)
         return replace(schedule, kept=tuple(map(tuple, kept))) if any(kept) else schedule
 
-    def room_to_lend(self, job: Job, schedule: Schedule, limit: float) -> tuple[int, ...]:
+    def temporary_room(self, job: Job, schedule: Schedule, limit: float) -> tuple[int, ...]:
         """For each visit, both ways, bytes that blocks may take until outputs and inputs of later visits are made."""
         n = len(job.visits)
         if math.isinf(limit) or not _is_plain(schedule):
@@ -467,12 +467,16 @@ class Planner:
             names = kept_of(s, position)
             kept += m * visit.kept(names)[0]
             inputs = m * hidden * max(position + (1 if job.is_chain else 0) - first, 0) + window
-            lent = s.lent_nbytes[position] if s.lent_nbytes else 0
             offloaded = visit.layers if s.group_nbytes is not None else ()
             weights = visit.compute_nbytes if visit.is_copied else 0
             if offloaded:
                 weights = max(0, weights - sum(layer.compute_nbytes for layer in offloaded)) + built
-            shared = {"weights": weights, "kept outputs": kept, "blocks ahead of outputs": lent, "freed buffers": cache}
+            shared = {
+                "weights": weights,
+                "kept outputs": kept,
+                "blocks ahead of outputs": s.temporary_nbytes[position] if s.temporary_nbytes else 0,
+                "freed buffers": cache,
+            }
             computing = figures.nbytes(job, visit.kind, FORWARD, visit.forward_nbytes) + 2 * hidden
             computing += max((layer.input_nbytes + layer.output_nbytes for layer in offloaded), default=0)
             forward.append(_Phase({"activations": inputs + hidden, "computing": computing} | shared))
@@ -492,11 +496,11 @@ class Planner:
             "computing": computing,
             "weights": 0 if s.keep_head else job.head_compute_nbytes,
             "kept outputs": kept,
-            "blocks ahead of outputs": s.lent_nbytes[-1] if s.lent_nbytes else 0,
+            "blocks ahead of outputs": s.temporary_nbytes[-1] if s.temporary_nbytes else 0,
             "freed buffers": cache,
         }
-        if s.lent_nbytes:
-            optimizer.parts["blocks ahead of outputs"] = s.lent_nbytes[0]
+        if s.temporary_nbytes:
+            optimizer.parts["blocks ahead of outputs"] = s.temporary_nbytes[0]
         return fixed, (_Phase(head), forward, backward, optimizer)
 
     def _workspace(self, job: Job, figures: Experience) -> int:
@@ -649,9 +653,9 @@ def _reads_of_blocks(job: Job, s: Schedule) -> tuple[Read, ...]:
     there = [numbers[visit.block] for visit in job.visits]
     back = [numbers[visit.block] for visit in reversed(job.visits) if visit.comes_back]
     order = [*there, len(streamed) if s.head_ahead else None, *back]
-    lent = s.lent_nbytes or (0,) * len(job.visits)
-    back_lent = [nbytes for nbytes, visit in zip(reversed(lent), reversed(job.visits)) if visit.comes_back]
-    capacities = [s.resident_nbytes + nbytes for nbytes in [*lent, lent[-1], *back_lent]]
+    temporary = s.temporary_nbytes or (0,) * len(job.visits)
+    back_temporary = [nbytes for nbytes, visit in zip(reversed(temporary), reversed(job.visits)) if visit.comes_back]
+    capacities = [s.resident_nbytes + nbytes for nbytes in [*temporary, temporary[-1], *back_temporary]]
     if len(set(sizes[: len(streamed)])) == 1:  # so many places, of which the head takes one
         held, capacities = [1] * len(sizes), [s.slots + nbytes // sizes[0] for nbytes in capacities]
     else:

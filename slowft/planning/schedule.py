@@ -14,7 +14,7 @@ class Schedule:
         slots: buffers for blocks on their way. With 2 the next block is read while the present one computes; with 1
             too where bytes are cast on arrival, which leaves the buffer to the next block; else it waits.
         resident_nbytes: of blocks as they lie on disk, kept between visits beyond the slots.
-        lent_nbytes: for each visit to a block, there and back, and for its neighbour where that is the head or the
+        temporary_nbytes: for each visit to a block, there and back, and for its neighbour where that is the head or the
             optimizer: of blocks that are temporarily resident beyond those, in the room that outputs will take.
         in_memory: all weights stay in memory, and all blocks form one graph with the head: ordinary training.
         keep_head: the head's layers stay in memory.
@@ -45,7 +45,7 @@ class Schedule:
 
     slots: int = 2
     resident_nbytes: int = 0
-    lent_nbytes: tuple[int, ...] = ()
+    temporary_nbytes: tuple[int, ...] = ()
     in_memory: bool = False
     keep_head: bool = False
     head_ahead: bool = False

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..weights.evictions import course
+from ..weights.evictions import evictions
 
 ROUNDS = 3  # gone through: what is told of the last has settled
 
@@ -70,7 +70,7 @@ def reads_of(
 def _reads_of(order, sizes, held, capacities, slots) -> tuple[Read, ...]:
     n = len(order)
     visits, capacities = order * (ROUNDS + 1), capacities * (ROUNDS + 1)
-    found = course(visits, held, capacities, slots)
+    found = evictions(visits, held, capacities, slots)
 
     # what has to be in memory at each visit, and from when its item is done with
     least, rest, used = [], [], 0

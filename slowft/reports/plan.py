@@ -67,7 +67,7 @@ def choices(plan: Plan) -> str:
 
 def _beforehand(plan: Plan) -> str:
     """What is in the room of outputs that are not made yet."""
-    nbytes = max(plan.schedule.lent_nbytes, default=0)
+    nbytes = max(plan.schedule.temporary_nbytes, default=0)
     n = nbytes // max(visit.stored_nbytes for visit in plan.job.visits)
     return f", until then up to {n} blocks in their room" if n else ""
 

@@ -21,7 +21,7 @@ import mlx.core as mx
 
 from ..memory import limits
 from .buffers import read_buffer
-from .evictions import course
+from .evictions import evictions
 from .reader import ByteRange, Reader
 
 NEVER = float("inf")
@@ -66,7 +66,7 @@ class BlockCache:
         self._residents: dict[int, _Resident] = {}
         self._free: list[mx.array] = []
         self._upcoming: list[int] = []  # the visits after the last one
-        self._lent: list[int] = []  # bytes beyond `capacity` at the last visit and at each of those
+        self._temporary: list[int] = []  # bytes beyond `capacity` at the last visit and at each of those
 
     @property
     def least_capacity(self) -> int:
@@ -90,19 +90,19 @@ class BlockCache:
         """Whether `take` would find `item` in memory without waiting."""
         return item in self._residents and self._residents[item].read.done()
 
-    def take(self, item: int, upcoming: Iterable[int], lent: Iterable[int] = ()) -> mx.array:
+    def take(self, item: int, upcoming: Iterable[int], temporary: Iterable[int] = ()) -> mx.array:
         """The filled uint8 buffer of `item`, in use until `release`. Starts reading what comes next, if it may.
 
         Args:
             upcoming: the items to be visited after this one, soonest first; may be endless.
-            lent: bytes that may be held beyond `capacity` from this visit on (once its item was released, if that
+            temporary: bytes that may be held beyond `capacity` from this visit on (once its item was released, if that
                 is less than before and it is not in use for longer), and from each of those to come.
         """
         self._upcoming = list(itertools.islice(upcoming, 8 * len(self._items)))
-        before, self._lent = self._lent_at(0), list(itertools.islice(lent, len(self._upcoming) + 1))
+        before, self._temporary = self._temporary_at(0), list(itertools.islice(temporary, len(self._upcoming) + 1))
         if item in self._residents:
             self._residents[item].pinned = True
-            if self.slots > 1 or self._lent_at(0) >= before:
+            if self.slots > 1 or self._temporary_at(0) >= before:
                 self._shrink()
         else:
             self._shrink()
@@ -130,12 +130,12 @@ class BlockCache:
 
     def trim(self) -> None:
         """Give back what is held beyond `capacity`, but for what is in use."""
-        self._lent = []
+        self._temporary = []
         self._shrink()
 
     def clear(self) -> None:
         """Forget every item and give the memory back."""
-        self._upcoming, self._lent = [], []
+        self._upcoming, self._temporary = [], []
         for item in list(self._residents):
             self._evict(item)
         self._free.clear()
@@ -175,14 +175,14 @@ class BlockCache:
         next_use = self._next_use()
         visits = self._upcoming[: 1 + max((next_use.get(item, -1) for item in held), default=-1)]
         capacities = [self._capacity_at(1 + at) for at in range(len(visits))]
-        return course(visits, self.nbytes, capacities, self.slots, held).given_up
+        return evictions(visits, self.nbytes, capacities, self.slots, held).given_up
 
     def _capacity_at(self, visit: int) -> int:
         """At the last visit (0), and at those to come."""
-        return self.capacity + self._lent_at(visit)
+        return self.capacity + self._temporary_at(visit)
 
-    def _lent_at(self, visit: int) -> int:
-        return self._lent[visit] if visit < len(self._lent) else 0
+    def _temporary_at(self, visit: int) -> int:
+        return self._temporary[visit] if visit < len(self._temporary) else 0
 
     def _victims(self, item: int, candidates: Iterable[int]) -> list[int] | None:
         """What to evict for `item`: of the candidates those used last, until it fits. None if nothing makes it fit."""

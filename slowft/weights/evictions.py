@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Course:
+class Evictions:
     """What becomes of the items.
 
     Attributes:
@@ -23,13 +23,13 @@ class Course:
     given_up: set[int]
 
 
-def course(
+def evictions(
     visits: Sequence[int | None],
     nbytes: Sequence[int],
     capacities: Sequence[int],
     slots: int,
     content: Mapping[int, int] | None = None,
-) -> Course:
+) -> Evictions:
     """The fewest reads for these visits.
 
     Args:
@@ -74,4 +74,4 @@ def course(
         if missing[at] and (larger := min((place for place in places if place >= nbytes[item]), default=0)):
             used += larger - content[item]  # it is read to where that was
             content[item] = larger
-    return Course(missing, stays, given_up)
+    return Evictions(missing, stays, given_up)

@@ -26,14 +26,13 @@ class Journal:
     """Pieces in `directory`, a file each.
 
     Attributes:
-        key: of the computation under way. What has another key is as if it were not there, and is written over.
         bytes_written: so far.
         wait_s: seconds that callers of `write` were held up.
         problem: why nothing is written any more, as one line; None as long as it is.
     """
 
     def __init__(self, directory: Path):
-        self.directory, self.key = directory, ""
+        self.directory, self._key = directory, ""
         self.bytes_written = 0
         self.wait_s = 0.0
         self.problem: str | None = None
@@ -44,6 +43,10 @@ class Journal:
     def is_there(self) -> bool:
         """Whether there are pieces, of whatever."""
         return next(self.directory.glob("*"), None) is not None
+
+    def begin(self, key: str) -> None:
+        """A computation begins; what has another key is as if it were not there, and is written over."""
+        self._key = key
 
     def write(self, name: str, arrays: Sequence[mx.array], drop: Sequence[str] = ()) -> None:
         """Start writing a piece. It is held until the next call, which waits for it.
@@ -65,7 +68,7 @@ class Journal:
         self.finish_writing()
         try:
             with opened(self.directory / name) as fd:
-                return _read(fd, self.key, name)
+                return _read(fd, self._key, name)
         except (SlowftError, OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
@@ -95,7 +98,7 @@ class Journal:
 
     def _write(self, name: str, packed: list[tuple[list, memoryview]], drop: Sequence[str]) -> None:
         facts, data = [fact for fact, _ in packed], [bytes_ for _, bytes_ in packed]
-        header = {"key": self.key, "arrays": facts, "sha256": _hash(self.key, name, facts, data)}
+        header = {"key": self._key, "arrays": facts, "sha256": _hash(self._key, name, facts, data)}
         header = json.dumps(header).encode()
         self.directory.mkdir(parents=True, exist_ok=True)
         fd = os.open(self.directory / name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)

@@ -61,7 +61,7 @@ class Residency:
         self._is_below_head = True  # in a pass, before the head
         self._last_block: int | None = None  # that is visited before the head, of those whose weights come and go
         self._outside: list[Unit] = []  # large layers outside the blocks whose weights are in place now
-        self._whole: dict[Unit, list[mx.array]] = {}  # units whose weights, ready to compute with, stay in memory
+        self._resident: dict[Unit, list[mx.array]] = {}  # units whose weights, ready to compute with, stay in memory
         self._under_way: list[tuple] = []  # what was handed over to the GPU since a block is in place
         self._pass_before: tuple[int, list] | None = None  # the last block's item, and what was handed over then
         self._measurements: Measurements | None = None
@@ -81,30 +81,34 @@ class Residency:
         if self._expects_offloaded and not offloaded:
             self._layer_thread.run(self._groups.clear)
         self._is_below_head = True
-        self._last_block = next((i for i, _ in reversed(forward) if self._blocks[i] not in self._whole), None)
-        in_memory = {unit.index for unit in self._whole}
+        self._last_block = next((i for i, _ in reversed(forward) if self._blocks[i] not in self._resident), None)
+        in_memory = {unit.index for unit in self._resident}
         if offloaded:  # blocks that are in memory with all their layers need no part of them read
             in_memory_as_read = {unit.index for unit in self._blocks if self.cache.holds(unit.index)}
             offloaded = {i: layers for i, layers in offloaded.items() if i not in in_memory | in_memory_as_read}
         self._expects_offloaded = offloaded or {}
-        there, back = ([(self._item(i), lent) for i, lent in way if i not in in_memory] for way in (forward, backward))
+        there, back = ([(self._item(i), more) for i, more in way if i not in in_memory] for way in (forward, backward))
         head = [(self._head_item, there[-1][1] if there else 0)] if self._head else []
         visits = [*there, *head, *back]
         if visits != self._visits:
             self._visits, self._position = visits, -1
 
-    def keep_whole(self, units: Sequence[Unit]) -> None:
+    def keep_resident(self, units: Sequence[Unit]) -> None:
         """Keep these units' weights in memory, as they are computed with, and no others'."""
-        for unit in [unit for unit in self._whole if unit not in units]:
-            del self._whole[unit]
-        if any(unit not in self._whole for unit in units):
+        for unit in [unit for unit in self._resident if unit not in units]:
+            del self._resident[unit]
+        if any(unit not in self._resident for unit in units):
             # What the steps so far left to be used again is beside these otherwise: up to a head's memory, by timing.
             limits().give_back()
             platform.release_freed_memory()
         for unit in units:
-            if unit not in self._whole:
-                self._whole[unit] = [read_whole(self.reader, param.source) for param in unit.params]
+            if unit not in self._resident:
+                self._resident[unit] = [read_whole(self.reader, param.source) for param in unit.params]
         limits().give_back()  # of the pieces that were cast: of no size that a step asks for
+
+    def follow(self, reuse: Reuse) -> None:
+        """From now on freed buffers are kept by this."""
+        self.reuse = reuse
 
     def resize(
         self,
@@ -132,7 +136,7 @@ class Residency:
     @contextmanager
     def in_place(self, unit: Unit) -> Iterator[None]:
         """While this is entered, the block's weights are in its module; meanwhile the next block's are read."""
-        if unit in self._whole:
+        if unit in self._resident:
             with self._outside_in_place(is_head=False):
                 self.bring(unit)
                 yield
@@ -234,7 +238,7 @@ class Residency:
         finally:
             mx.eval(self._under_way)
             self._under_way = []
-            freed = sum(unit.compute_nbytes for unit in self._outside if unit not in self._whole)
+            freed = sum(unit.compute_nbytes for unit in self._outside if unit not in self._resident)
             wanted = max((layout.compute_nbytes for layout in self._layouts), default=0)
             self.reuse.before_freeing(freed, wanted, are_alike=False)
             for unit in self._outside:
@@ -246,9 +250,9 @@ class Residency:
 
     @contextmanager
     def everything_in_place(self) -> Iterator[None]:
-        """While this is entered, whatever `keep_whole` keeps is in its modules."""
+        """While this is entered, whatever `keep_resident` keeps is in its modules."""
         with self._timed(), self._outside_in_place(is_head=True):
-            for unit in self._whole:
+            for unit in self._resident:
                 self.bring(unit)
             yield
 
@@ -293,10 +297,10 @@ class Residency:
         """Put the weights of a layer outside the blocks in place (once), until the jobs under way are done."""
         if any(unit is other for other in self._outside):
             return
-        if unit in self._head and unit not in self._whole:
+        if unit in self._head and unit not in self._resident:
             self._bring_head()
             return
-        arrays = self._whole.get(unit)
+        arrays = self._resident.get(unit)
         if arrays is None:  # (read and cast in turns)
             with tracing.span("cast", unit.name, bytes=unit.compute_nbytes):
                 arrays = [read_whole(self.reader, param.source) for param in unit.params]
@@ -355,7 +359,7 @@ class Residency:
         if not self.is_open:
             return
         self._pass_before = None
-        self._whole.clear()
+        self._resident.clear()
         self.cache.clear()
         self._layer_thread.run(self._groups.clear)
         self._layer_thread.close()
@@ -394,7 +398,7 @@ class Residency:
         return self._head_item
 
     def _upcoming(self, item: int) -> tuple[Iterable[int], Iterable[int]]:
-        """The items of the visits after this one, and what is lent at this one and at those.
+        """The items of the visits after this one, and what is temporary at this one and at those.
 
         Finds its place anew if the model took an unexpected way.
         """
@@ -403,6 +407,6 @@ class Residency:
             place = (self._position + step) % n
             if self._visits[place][0] == item:
                 self._position = place
-                upcoming, lent = (itertools.cycle([visit[i] for visit in self._visits]) for i in (0, 1))
-                return itertools.islice(upcoming, place + 1, None), itertools.islice(lent, place, None)
+                upcoming, temporary = (itertools.cycle([visit[i] for visit in self._visits]) for i in (0, 1))
+                return itertools.islice(upcoming, place + 1, None), itertools.islice(temporary, place, None)
         return (), ()

@@ -149,6 +149,11 @@ class Param:
     def clear(self) -> None:
         self.owner[self.key] = self.placeholder
 
+    def keep(self, array: mx.array) -> None:
+        """The parameter is this array from now on, and stays in memory."""
+        self.placeholder = array
+        self.clear()
+
 
 def locate(module: nn.Module, name: str) -> tuple[nn.Module | dict | list, str | int]:
     """The module, dict or list in `module` that holds the parameter `name`, and its key there."""
