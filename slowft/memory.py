@@ -2,7 +2,7 @@
 
 Comes in: bytes. Goes out: calls of `mx.set_memory_limit`, `mx.set_cache_limit`, `mx.set_wired_limit` and
 `mx.clear_cache`, which nothing else in slowft calls. What these do differs between MLX's two backends, so there is one
-strategy for each; `limits` gives that of the default device. Never decides how much is kept: that is the plan's.
+strategy for each; `limits` gives the one that holds. Never decides how much is kept: that is the plan's.
 """
 
 import functools
@@ -30,11 +30,12 @@ class CpuLimits:
         """MLX's cache limit as it was before slowft set it."""
         return self._note_found()[1]
 
-    def hold(self, active_nbytes: int | None) -> None:
+    def hold(self, active_nbytes: int | None, freed_nbytes: int = 0) -> None:
         """From now on, arrays take about this much at most: MLX allocates less far ahead of what it computes.
 
         Args:
             active_nbytes: None for the limit that was found.
+            freed_nbytes: of freed buffers that the same ceiling has room for beside these arrays.
         """
         memory_nbytes, _ = self._note_found()
         mx.set_memory_limit(memory_nbytes if active_nbytes is None else active_nbytes)
@@ -57,15 +58,15 @@ class CpuLimits:
         self._note_found()
         if of_those_kept is not None:
             self._trim(of_those_kept)
-        self._set_cache_limit(nbytes)
+        mx.set_cache_limit(nbytes)
 
     def give_back(self) -> None:
         """Give all freed buffers that MLX keeps back to the system."""
         if not self._is_abandoned:
             mx.clear_cache()
 
-    def wire(self, resident_nbytes: int) -> None:
-        """From now on, so many bytes of weights stay in memory between steps; the system is to leave them there.
+    def wire(self, nbytes: int) -> None:
+        """From now on the system is to leave so many bytes of arrays where they are.
 
         The CPU backend's memory is the process's own, which nothing wires.
         """
@@ -89,11 +90,11 @@ class CpuLimits:
     @contextmanager
     def keeping_freed(self, nbytes: int) -> Iterator[None]:
         """While this is entered, MLX keeps up to `nbytes` of freed buffers."""
-        before = self._set_cache_limit(nbytes)
+        before = mx.set_cache_limit(nbytes)
         try:
             yield
         finally:
-            self._set_cache_limit(before)
+            mx.set_cache_limit(before)
 
     @contextmanager
     def freeing_to_the_system(self) -> Iterator[None]:
@@ -109,51 +110,50 @@ class CpuLimits:
         return self._found
 
     def _trim(self, nbytes: int) -> None:
-        self._set_cache_limit(nbytes)
-
-    def _set_cache_limit(self, nbytes: int) -> int:
-        """Returns the limit before."""
-        return mx.set_cache_limit(nbytes)
+        mx.set_cache_limit(nbytes)
 
 
 class MetalLimits(CpuLimits):
     """On Metal (mlx/backend/metal/allocator.cpp).
 
     The memory limit there is that of arrays and freed buffers together: a new buffer that would go beyond it takes the
-    place of freed ones. So it follows both numbers. A lower cache limit keeps what is freed from then on from being
-    kept, but what is kept already is given back only at the next allocation. Buffers are freed when the command
-    buffer that used them has completed.
+    place of freed ones. It is also what arrays alone may take before MLX waits for a command buffer, and so for the
+    buffers that are freed when that has completed: the ceiling, so it must not follow the cache limit, which goes up
+    and down within a step. A lower cache limit keeps what is freed from then on from being kept, but what is kept
+    already is given back only at the next allocation.
     """
 
     def __init__(self):
         super().__init__()
-        self._active_nbytes: int | None = None
-        self._cache_nbytes: int | None = None  # the limit that slowft set last; None for the one that was found
         self._found_wired_nbytes: int | None = None
 
-    def hold(self, active_nbytes: int | None) -> None:
-        self._active_nbytes = active_nbytes
-        self._set_memory_limit()
+    def hold(self, active_nbytes: int | None, freed_nbytes: int = 0) -> None:
+        memory_nbytes, _ = self._note_found()
+        if active_nbytes is not None:
+            memory_nbytes = min(memory_nbytes, active_nbytes + freed_nbytes)
+        mx.set_memory_limit(memory_nbytes)
 
     def give_back(self) -> None:
         if not self._is_abandoned:
             mx.synchronize()  # else what the last command buffers used is freed after this
         super().give_back()
 
-    def wire(self, resident_nbytes: int) -> None:
-        """Have the weights that stay wired, or macOS may compress them between two uses.
+    def wire(self, nbytes: int) -> None:
+        """Have arrays wired, or macOS may compress weights that stay between two uses.
 
-        Never more than the working set that Metal recommends, which MLX refuses: beyond it, the machine may panic.
-        Before macOS 15 nothing can be wired, and MLX takes no notice.
+        MLX wires whatever is allocated as long as that is within the limit, so weights are wired for certain only where
+        everything is. Never more than the working set that Metal recommends, which MLX refuses: beyond it, the machine
+        may panic. Before macOS 15 nothing can be wired, and MLX takes no notice.
         """
-        recommended_nbytes = int(mx.device_info()["max_recommended_working_set_size"])
-        before = mx.set_wired_limit(min(resident_nbytes, recommended_nbytes))
+        recommended_nbytes = mx.device_info(mx.gpu).get("max_recommended_working_set_size")
+        if recommended_nbytes is None:  # another GPU than Apple's
+            return
+        before = mx.set_wired_limit(min(nbytes, int(recommended_nbytes)))
         if self._found_wired_nbytes is None:
             self._found_wired_nbytes = before
 
     def restore(self) -> None:
         super().restore()
-        self._active_nbytes = self._cache_nbytes = None
         if self._found_wired_nbytes is not None:
             mx.set_wired_limit(self._found_wired_nbytes)
             self._found_wired_nbytes = None
@@ -161,28 +161,21 @@ class MetalLimits(CpuLimits):
     def _trim(self, nbytes: int) -> None:
         if mx.get_cache_memory() <= nbytes:
             return
-        self._set_cache_limit(nbytes)
-        mx.eval(mx.zeros((1,), mx.uint8))  # any allocation does it
-
-    def _set_cache_limit(self, nbytes: int) -> int:
-        before, self._cache_nbytes = mx.set_cache_limit(nbytes), nbytes
-        if self._active_nbytes is not None:
-            self._set_memory_limit()
-        return before
-
-    def _set_memory_limit(self) -> None:
-        memory_nbytes, cache_nbytes = self._note_found()
-        if self._active_nbytes is not None:
-            freed_nbytes = cache_nbytes if self._cache_nbytes is None else self._cache_nbytes
-            memory_nbytes = min(memory_nbytes, self._active_nbytes + freed_nbytes)
-        mx.set_memory_limit(memory_nbytes)
+        mx.set_cache_limit(nbytes)
+        # Any allocation does it. This one is made at once; what the GPU had to make would wait for all before it.
+        mx.eval(mx.array(0))
 
 
 def limits() -> CpuLimits:
-    """The limits of the backend that the default device computes on; the same object each time."""
-    return _limits_of(mx.default_device() != mx.Device(mx.cpu))
+    """The limits of MLX's allocator, which is Metal's wherever there is Metal; the same object each time."""
+    return _limits_of(computes_on_gpu() or mx.metal.is_available())
+
+
+def computes_on_gpu() -> bool:
+    """Whether MLX's default device is a GPU."""
+    return mx.default_device() != mx.Device(mx.cpu)
 
 
 @functools.cache
-def _limits_of(is_gpu: bool) -> CpuLimits:
-    return MetalLimits() if is_gpu else CpuLimits()
+def _limits_of(is_metals: bool) -> CpuLimits:
+    return MetalLimits() if is_metals else CpuLimits()

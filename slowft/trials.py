@@ -27,7 +27,7 @@ from . import platform
 from .bench.shapes import write_random
 from .doctor import REPORT, SETTINGS, Check, caught
 from .errors import ConfigError, SlowftError
-from .memory import limits
+from .memory import computes_on_gpu, limits
 
 SLOW_READING_BYTES_PER_S = 300e6
 LORA = {"num_layers": -1, "rank": 8, "scale": 10.0}
@@ -100,7 +100,7 @@ def _device(name: str) -> Check:
 
 
 def _is_cpu() -> bool:
-    return mx.default_device() == mx.Device(mx.cpu)
+    return not computes_on_gpu()
 
 
 def _matrix_products(name: str) -> Check:

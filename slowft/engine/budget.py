@@ -73,6 +73,7 @@ class Budget:
         self._top_k = 0
         self.plan: Plan | None = None
         self._cut_like: Schedule | None = None
+        self._groups_alike = False
         self._machine: Machine | None = None
         self._shape = (0, 0, 0)
         self._base_nbytes: int | None = None
@@ -105,9 +106,13 @@ class Budget:
         self._planned_nbytes = planned_nbytes
         self._engine.adapter_changed()
 
-    def cut_like(self, schedule: Schedule) -> None:
-        """From now on cut the work as this schedule does, whatever the ceiling: other cuts give other last bits."""
-        self._cut_like, self._shape = schedule, (0, 0, 0)
+    def cut_like(self, schedule: Schedule, groups_too: bool = False) -> None:
+        """From now on cut the work as this schedule does, whatever the ceiling: other cuts give other last bits.
+
+        Args:
+            groups_too: experts come as they do in this schedule, in groups of that size or with their blocks.
+        """
+        self._cut_like, self._groups_alike, self._shape = schedule, groups_too, (0, 0, 0)
 
     @property
     def is_measuring(self) -> bool:
@@ -366,7 +371,9 @@ class Budget:
 
         base = self._base_nbytes + beside_nbytes + outside_nbytes
         what = machine or self.machine, base, rows, tokens, self._held_nbytes + beside_nbytes, self._experience
-        return Planner(job_of, *what, (self._cut_like if training else None) or cut_like)
+        if training and self._cut_like is not None:
+            return Planner(job_of, *what, self._cut_like, self._groups_alike)
+        return Planner(job_of, *what, cut_like)
 
     def measure_machine(self) -> None:
         """Measure what no run has measured on this machine yet: for plans of which there is no step to learn from."""

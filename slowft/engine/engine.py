@@ -20,7 +20,7 @@ from mlx.utils import tree_unflatten
 
 from .. import tracing
 from ..errors import ConfigError, SlowftError, SlowftWarning
-from ..memory import limits
+from ..memory import computes_on_gpu, limits
 from ..models.seams import FLOATS, TOKENS, Arrays, CutModel, Probe, Unit, array_entries, trainable_entries
 from ..planning.experts import GROUP_NBYTES
 from ..planning.measure import Measurements
@@ -440,8 +440,11 @@ class Engine:
         if schedule.cache_nbytes is not None:
             self.weights.follow(Reuse(schedule))
             limits().keep_freed(schedule.cache_nbytes)
-        limits().hold(schedule.active_nbytes)
-        limits().wire(schedule.resident_nbytes + sum(unit.compute_nbytes for unit in whole))
+        freed_nbytes = schedule.cache_nbytes or 0
+        limits().hold(schedule.active_nbytes, freed_nbytes)
+        resident_nbytes = schedule.resident_nbytes + sum(unit.compute_nbytes for unit in whole)
+        everything = max(resident_nbytes, (schedule.active_nbytes or 0) + freed_nbytes)
+        limits().wire(everything if resident_nbytes else 0)
 
     def reuse_more(self, nbytes: int) -> None:
         """The last step left so many bytes of its memory (below 0: took more): freed buffers may take them."""
@@ -489,9 +492,8 @@ class Engine:
             return
         self._boundary = chain.lowest_trained
         cuts = self.schedule.mlp_tokens, self.schedule.attention_queries
-        if self.expects_backward and mx.default_device() != mx.Device(mx.cpu):
-            # in which a GPU's kernels are others than in an evaluation; on MLX's CPU backend, all give the same bits
-            cuts += ("in training",)
+        if computes_on_gpu():  # whose kernels are others in training, and for other numbers of experts
+            cuts += (self.schedule.group_nbytes, self.expects_backward)
         keys = self._stored.keys(self._boundary, cuts, [batch.tokens for batch in batches])
         for batch, hidden in zip(batches, self._stored.find(keys)):
             if hidden is not None:
@@ -516,8 +518,8 @@ class Engine:
         Args:
             identity, after_block: see `StepJournal`.
         """
-        is_gpu = mx.default_device() != mx.Device(mx.cpu)
-        self._journal = None if journal is None else StepJournal(journal, identity, after_block, lags=is_gpu)
+        lags = computes_on_gpu()
+        self._journal = None if journal is None else StepJournal(journal, identity, after_block, lags=lags)
         if journal is not None:
             self.stats.count_journal(journal)
 
@@ -531,6 +533,8 @@ class Engine:
         if self._journal is None or self.schedule.in_memory or not self.cut.is_chain:
             return 0, None
         facts = [str(self.cuts), self.head_chunk_tokens or self.schedule.head_tokens, is_compiling()]
+        if computes_on_gpu():
+            facts.append(self.schedule.group_nbytes)
         in_memory = [a for owner, key, a in array_entries(self.model) if (id(owner), key) not in self._on_disk]
         self._journal.begin(self.chain, batches, self.hidden, facts, in_memory)
         return self._journal.start, self._journal.below

@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from .. import _mlx_was_imported_first, platform, tracing
 from ..errors import ConfigError, SlowftError, SlowftWarning
+from ..memory import computes_on_gpu
 from ..models import adapters, loading, seams
 from ..models.imports import TOKENIZERS_NBYTES
 from ..planning.caching import Caching
@@ -36,6 +37,8 @@ CACHE_PER_BLOCK = 0.5
 CACHE_FLOOR_NBYTES = 64 << 20
 BASE = "base"  # name of what the model says without adapters
 CUTS = ("rows", "mlp_tokens", "attention_queries", "head_tokens")  # of a schedule
+# On a GPU so many experts at a time too: Metal chooses kernels for experts by how many there are (GatherQMM::eval_gpu).
+CUTS_ON_GPU = (*CUTS, "group_nbytes")
 
 
 @dataclass(frozen=True)
@@ -395,15 +398,16 @@ class StreamedModel(nn.Module):
     @property
     def cuts(self) -> dict[str, int | None]:
         """How the work of a step is cut now, which decides the last bits of gradients; None is not at all."""
-        return {name: getattr(self.engine.schedule, name) for name in CUTS}
+        return {name: getattr(self.engine.schedule, name) for name in (CUTS_ON_GPU if computes_on_gpu() else CUTS)}
 
     def keep_cuts(self, cuts: dict[str, int | None]) -> None:
         """From now on cut the work like this, as a run did that is to go on to the same bits, whatever the memory.
 
         A ceiling that is too low for it is refused then, with the least that would do.
         """
-        schedule = replace(self.engine.schedule, **{name: cuts.get(name) for name in CUTS})
-        self.budget.cut_like(schedule)
+        of_groups = [name for name in CUTS_ON_GPU if name in cuts and name not in CUTS]
+        schedule = replace(self.engine.schedule, **{name: cuts.get(name) for name in (*CUTS, *of_groups)})
+        self.budget.cut_like(schedule, groups_too=bool(of_groups))
         if self.memory is None:
             self.engine.follow(schedule)
 
@@ -700,7 +704,7 @@ def compute_dtype_of(name: str | None) -> mx.Dtype | None:
     if name == "native":
         return None
     if name is None:
-        return mx.float32 if mx.default_device() == mx.Device(mx.cpu) else None
+        return None if computes_on_gpu() else mx.float32
     dtypes: dict[str, Any] = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
     if name not in dtypes:
         raise ConfigError(f"compute_dtype must be one of {', '.join(dtypes)} or native, got {name}")

@@ -87,10 +87,12 @@ class Measurements:
             self.note(kind, direction, time.perf_counter() - waited() - begin)
             return
         self._known.add((kind, direction))
+        mx.synchronize()  # a GPU frees what a command buffer used a moment after its results are there
         before = mx.get_active_memory()
         mx.reset_peak_memory()
         with limits().one_at_a_time():
             yield
+        mx.synchronize()
         self.note(kind, direction, None, max(0, mx.get_peak_memory() - max(before, mx.get_active_memory())))
 
 

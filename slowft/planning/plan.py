@@ -106,6 +106,7 @@ class Planner:
         held_nbytes: of `base_nbytes`, what is in arrays, which count where MLX is held to a limit.
         experience: what the run's steps have taught; None: nothing yet.
         cut_like: a schedule by which the work is to be cut, and no other way; None: as little as fits.
+        groups_alike: that holds for groups of experts too.
 
     Attributes:
         rates: by which seconds are predicted: measured in this run, else remembered, else assumed.
@@ -121,11 +122,13 @@ class Planner:
         held_nbytes: int = 0,
         experience: Experience | None = None,
         cut_like: Schedule | None = None,
+        groups_alike: bool = False,
     ):
         self.machine, self.job_of = machine, job_of
         self._base, self._held = base_nbytes, held_nbytes
         self._rows, self._tokens = rows, tokens
         self._taught, self._cut_like = experience or Experience(), cut_like
+        self._groups: tuple[int | None, ...] = (None, *GROUPS) if not groups_alike else (cut_like.group_nbytes,)
         self._bounds = Experience()
         self.rates = self._taught.rates.over(machine.rates).over(ASSUMED)
 
@@ -181,11 +184,12 @@ class Planner:
         pieces = [Chunking(one_row, n, n) for n in PIECES if n < self._tokens]
         if (like := self._cut_like) is not None:
             chunkings, pieces = [Chunking(like.rows, like.mlp_tokens, like.attention_queries)], []
-        for chunking in [*chunkings, *pieces]:
+        for chunking in [*chunkings, *pieces] if None in self._groups else ():
             yield (job := self.job_of(chunking)), self._least_of(job)
-        for chunking, group_nbytes in itertools.product(chunkings, GROUPS):
+        for chunking, group_nbytes in itertools.product(chunkings, [n for n in self._groups if n is not None]):
             job = self.job_of(chunking)
-            if any(layer.group_share(group_nbytes) < 1 for visit in job.visits for layer in visit.layers):
+            shares = [layer.group_share(group_nbytes) for visit in job.visits for layer in visit.layers]
+            if any(share < 1 for share in shares):
                 yield job, self._least_of(job, group_nbytes)
 
     def _least_of(self, job: Job, group_nbytes: int | None = None) -> Schedule:
@@ -387,6 +391,8 @@ class Planner:
 
     def _with_limits(self, job: Job, s: Schedule, memory: float, figures: Experience) -> Plan:
         """The plan of a schedule with MLX's limits; what is left of `memory` goes to freed buffers, if of use."""
+        if not _is_plain(s) and (room := memory - self._peak(job, s, figures)) > 0:
+            s = replace(s, cache_nbytes=int(min(room / (1 + SLACK_SHARE), self._workspace(job, figures))))
         plan = self.predict(job, s, figures)
         work, head = self._workspace(job, figures), self._head(job, s, figures)
         slack, left = plan.parts["slack"], 0

@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from .. import platform
+from ..memory import computes_on_gpu
 
 LARGE_NBYTES = 1 << 20  # below, a read is not worth aligning
 
@@ -24,7 +25,7 @@ def reads_directly() -> bool:
 
     That is on macOS, which shares its memory with its GPU, and on MLX's CPU backend.
     """
-    return platform.MACOS or mx.default_device() == mx.Device(mx.cpu)
+    return platform.MACOS or not computes_on_gpu()
 
 
 def lies_as_in_file(offset: int, item_nbytes: int = 1) -> bool:
@@ -37,7 +38,7 @@ def lies_as_in_file(offset: int, item_nbytes: int = 1) -> bool:
     Args:
         item_nbytes: of an element, which a CPU wants aligned; 1 if that is no matter.
     """
-    needed = item_nbytes if mx.default_device() == mx.Device(mx.cpu) else GPU_ALIGNMENT
+    needed = GPU_ALIGNMENT if computes_on_gpu() else item_nbytes
     return reads_directly() and offset % needed == 0
 
 
@@ -61,8 +62,9 @@ def read_buffer(nbytes: int) -> mx.array:
     address = np.asarray(memoryview(whole)).ctypes.data
     platform.use_huge_pages(address, whole.nbytes)
     start = -address % platform.DIRECT_ALIGNMENT
-    buffer = whole[start : start + nbytes]
-    mx.eval(buffer)
+    with mx.stream(mx.cpu):  # a GPU would come to it only after all that it has to do
+        buffer = whole[start : start + nbytes]
+        mx.eval(buffer)
     return buffer
 
 

@@ -16,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from .. import platform
+from ..memory import computes_on_gpu
 
 MAX_GROUP_SIZE = 512
 AFFINE_BITS = (1, 2, 3, 4, 5, 6, 8)
@@ -65,7 +66,7 @@ def dequantize(
 
 
 def _is_here() -> bool:
-    return mx.default_device() == mx.Device(mx.cpu) and _library() is not None
+    return not computes_on_gpu() and _library() is not None
 
 
 def _is_group(group_size: int) -> bool:

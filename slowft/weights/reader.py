@@ -238,7 +238,8 @@ class Reader:
             _read_aligned(file, offset - before, bounce[:aligned_nbytes], before + nbytes)
             at = before
             for target in targets:
-                target[:] = bounce[at : at + len(target)]
+                source = np.frombuffer(bounce[at : at + len(target)], np.uint8)
+                np.copyto(np.frombuffer(target, np.uint8), source)  # which lets other threads run, as `[:] =` does not
                 at += len(target)
         finally:
             self._bounces.put(bounce)

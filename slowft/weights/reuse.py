@@ -82,12 +82,13 @@ class Reuse:
         if not is_head:
             yield
             return
-        limits().hold(s.head_active_nbytes or s.active_nbytes)
+        freed_nbytes = s.cache_nbytes or 0
+        limits().hold(s.head_active_nbytes or s.active_nbytes, freed_nbytes)
         try:
             with platform.releasing_freed_memory(RELEASE_IN_HEAD_EVERY_S):  # where most is taken at once
                 yield
         finally:
-            limits().hold(s.active_nbytes)
+            limits().hold(s.active_nbytes, freed_nbytes)
 
     def before_freeing(self, nbytes: int, wanted_nbytes: int, are_alike: bool) -> None:
         """Weights of so many bytes are about to be freed.
