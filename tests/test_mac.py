@@ -366,3 +366,17 @@ def test_generates_on_a_mac_what_mlx_lm_does(mac, directory):
         for size in (1, 3):
             answers = generated(waves(model, size), PROMPTS[:3], LIMITS[:3])
             assert [answer[0] for answer in answers] == [answer[0] for answer in expected]
+
+
+def test_experts_come_as_they_did_before_the_run_was_stopped(mac, tmp_path):
+    """On a GPU the number of experts at a time decides last bits, so more memory may not change it on the way."""
+    config = MOE | {"num_local_experts": 8}
+    model = slowft.open_model(save_random(tmp_path / "m", config)).add_lora(**LORA)
+    cuts = model.cuts | {"group_nbytes": 60_000}
+    assert model.planner(1, 24).choose(10 << 30).is_ordinary
+    model.keep_cuts(cuts)
+    plan = model.planner(1, 24).choose(10 << 30)
+    assert plan.schedule.group_nbytes == 60_000 and not plan.is_ordinary
+    model.keep_cuts(cuts | {"group_nbytes": None})
+    assert model.planner(1, 24).choose(10 << 30).is_ordinary
+    model.close()
