@@ -23,6 +23,9 @@ from slowft.bench import cgroup
 from slowft.planning import machine
 from slowft.planning.machine import known, matmul_flops_per_s, measure_reading, measured
 from slowft.planning.measure import Measurements, Rates, remember, remembered
+from slowft.reports.base import Report
+from slowft.training.run import run
+from test_training import config, write_data
 
 MB = 1 << 20
 
@@ -270,15 +273,28 @@ def test_the_limit_of_memory_is_as_before_even_if_a_pass_fails():
 
 
 def test_rates_come_back_as_they_were_kept(nothing_remembered):
-    rates = Rates(1e11, 2e11, 3e11, 4e9, 5e9)
-    remember("a device", "float32", rates)
-    remember("a device", "bfloat16", replaced := Rates(forward=7e11))
-    assert remembered("a device", "float32") == rates
-    assert remembered("a device", "bfloat16") == replaced
-    assert remembered("another", "float32") == Rates()
-    remember("a device", "float32", Rates(forward=9e11))  # what a run did not measure stays
-    assert remembered("a device", "float32") == Rates(9e11, 2e11, 3e11, 4e9, 5e9)
+    rates, large, small = Rates(1e11, 2e11, 3e11, 4e9, 5e9), (2048, 5632), (576, 1536)
+    remember("a device", "float32", large, rates)
+    remember("a device", "bfloat16", large, replaced := Rates(forward=7e11))
+    assert remembered("a device", "float32", large) == remembered("a device", "float32", (2048, 4096)) == rates
+    assert remembered("a device", "bfloat16", large) == replaced
+    assert remembered("another", "float32", large) == Rates()
+    remember("a device", "float32", large, Rates(forward=9e11))  # what a run did not measure stays
+    assert remembered("a device", "float32", large) == Rates(9e11, 2e11, 3e11, 4e9, 5e9)
+    assert remembered("a device", "float32", small) == Rates(cast=4e9, read=5e9)
+    remember("a device", "float32", small, Rates(forward=1e10, read=6e9))  # a small model's multiplications are its own
+    assert remembered("a device", "float32", large) == Rates(9e11, 2e11, 3e11, 4e9, 6e9)
     assert [path.name for path in nothing_remembered.parent.iterdir()] == ["rates.json"]
+
+
+def test_only_training_runs_are_remembered(nothing_remembered, llama_with_tokenizer, tmp_path):
+    """Steps of a benchmark may be held back."""
+    with slowft.open_model(llama_with_tokenizer, memory="1GB").add_lora() as model:
+        model.loss_and_grads(mx.ones((1, 9), mx.int32), mx.array([[0, 8]]))
+    assert not nothing_remembered.exists()
+    data = str(write_data(tmp_path / "data"))
+    run(config(tmp_path, model=str(llama_with_tokenizer), data=data, memory="1GB", iters=2), Report())
+    assert "matrices of" in nothing_remembered.read_text()
 
 
 @pytest.mark.parametrize(
@@ -295,14 +311,14 @@ def test_rates_come_back_as_they_were_kept(nothing_remembered):
 def test_what_cannot_be_read_is_as_if_it_were_not_there(content, nothing_remembered):
     nothing_remembered.parent.mkdir(parents=True)
     nothing_remembered.write_text(content)
-    assert remembered("a device", "float32") == Rates()
-    remember("a device", "float32", Rates(read=1e9))
-    assert remembered("a device", "float32") == Rates(read=1e9)
+    assert remembered("a device", "float32", (9, 9)) == Rates()
+    remember("a device", "float32", (9, 9), Rates(read=1e9))
+    assert remembered("a device", "float32", (9, 9)) == Rates(read=1e9)
     json.loads(nothing_remembered.read_text())
 
 
 def test_a_place_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    remember("a device", "float32", Rates(read=1e9))
-    assert remembered("a device", "float32") == Rates()
+    remember("a device", "float32", (9, 9), Rates(read=1e9))
+    assert remembered("a device", "float32", (9, 9)) == Rates()

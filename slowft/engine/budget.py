@@ -22,7 +22,7 @@ from ..planning.machine import Machine, known, measured
 from ..planning.measure import Experience, remember
 from ..planning.plan import FASTER, Plan, Planner, enough
 from ..planning.schedule import Schedule
-from ..planning.shapes import Shapes
+from ..planning.shapes import Shapes, largest_matrix
 from .randomness import keeping_random_state
 
 WARM_UP_NBYTES = 16 << 20  # what libraries take once they are used: OpenBLAS's buffers, threads' stacks, page tables
@@ -75,6 +75,7 @@ class Budget:
         self._cut_like: Schedule | None = None
         self._groups_alike = False
         self._machine: Machine | None = None
+        self._is_to_remember = False
         self._shape = (0, 0, 0)
         self._base_nbytes: int | None = None
         self._held_nbytes = 0  # of it, in arrays
@@ -294,9 +295,7 @@ class Budget:
             is_news = True
         if self._steps_measured < STEPS_TO_LEARN_FROM:
             self._steps_measured += 1
-            is_news = True
-            machine = self.machine
-            remember(machine.device, machine.compute_dtype, self._experience.rates)
+            is_news = self._is_to_remember = True
         if is_news or over > 0:
             plan = self.planner(*self._shape).choose(self._usable(self.memory))
             if plan is not None and plan.schedule != schedule:
@@ -305,6 +304,13 @@ class Budget:
                 self.plan = plan  # the same schedule, predicted by what is known now
         elif is_largest:  # a smaller one leaves more room than the next will
             self._engine.reuse_more(self.plan.peak_nbytes - self.plan.parts["slack"] - step.peak_nbytes)
+
+    def remember(self) -> None:
+        """Keep what was measured for plans of later runs on this machine. For real runs: others may be held back."""
+        if self._is_to_remember:
+            self._is_to_remember = False
+            machine = self.machine
+            remember(machine.device, machine.compute_dtype, self._matrix, self._experience.rates)
 
     def after_pass(self) -> None:
         """Learn from the peak of an evaluation's pass that was just made."""
@@ -377,15 +383,19 @@ class Budget:
 
     def measure_machine(self) -> None:
         """Measure what no run has measured on this machine yet: for plans of which there is no step to learn from."""
-        self._machine = measured(self._engine.compute_dtype, self._engine.files)
+        self._machine = measured(self._engine.compute_dtype, self._engine.files, self._matrix)
         limits().give_back()  # what was measured with
 
     @property
     def machine(self) -> Machine:
         """This machine, as far as it is known without measuring."""
         if self._machine is None:
-            self._machine = known(self._engine.compute_dtype)
+            self._machine = known(self._engine.compute_dtype, self._matrix)
         return self._machine
+
+    @functools.cached_property
+    def _matrix(self) -> tuple[int, int]:
+        return largest_matrix(self._engine.cut)
 
     def _follow(self, plan: Plan) -> None:
         self._passes_shape = (), 0

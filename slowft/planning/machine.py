@@ -7,6 +7,7 @@ MLX's limits as they were.
 
 import errno
 import itertools
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,9 +20,9 @@ from ..weights.buffers import read_buffer, shift, take_pages
 from ..weights.reader import ByteRange, Reader
 from .measure import Rates, remembered
 
-PRODUCT = 512, 2048, 4096  # tokens, and a layer's widths, of the product that is measured
+PRODUCT_TOKENS, LARGE_MATRIX = 512, (2048, 4096)  # of the product that is measured; of more, rates hardly differ
 CAST_NBYTES = 32 << 20
-# of the rate of such a product, what a block's passes and the head reach, norms and attention included
+# of the rate of a product, what a block's passes and the head reach, norms and attention included
 OF_PRODUCTS = 0.7
 READ_NBYTES = 32 << 20  # read at a time
 READ_AT_MOST_NBYTES = 512 << 20
@@ -66,23 +67,28 @@ class Machine:
         return self.rates.forward is None or self.rates.backward is None
 
 
-def known(compute_dtype: mx.Dtype) -> Machine:
-    """This machine, as far as it is known without measuring anything."""
+def known(compute_dtype: mx.Dtype, matrix: tuple[int, int] = LARGE_MATRIX) -> Machine:
+    """This machine, as far as it is known without measuring anything.
+
+    Args:
+        matrix: rows and columns of the largest matrix in a block.
+    """
     device = str(mx.device_info().get("device_name", mx.default_device()))
     name = str(compute_dtype).rsplit(".", 1)[-1]
-    return Machine(_memory_nbytes(), platform.cores(), device, name, remembered(device, name))
+    return Machine(_memory_nbytes(), platform.cores(), device, name, remembered(device, name, matrix))
 
 
-def measured(compute_dtype: mx.Dtype, files: Sequence[str]) -> Machine:
+def measured(compute_dtype: mx.Dtype, files: Sequence[str], matrix: tuple[int, int] = LARGE_MATRIX) -> Machine:
     """This machine: what no run has measured yet is measured now.
 
     Args:
         files: model files; reading is measured on them, from the middle on.
+        matrix: rows and columns of the largest matrix in a block.
     """
-    machine = known(compute_dtype)
+    machine = known(compute_dtype, matrix)
     rates = machine.rates
     if rates.forward is None or rates.backward is None or rates.head is None or rates.cast is None:
-        flops_per_s = OF_PRODUCTS * matmul_flops_per_s(compute_dtype)
+        flops_per_s = OF_PRODUCTS * matmul_flops_per_s(compute_dtype, matrix)
         rates = rates.over(Rates(flops_per_s, flops_per_s, flops_per_s, _cast_bytes_per_s(compute_dtype)))
     if rates.read is None:
         read, depth = measure_reading(files)
@@ -91,12 +97,12 @@ def measured(compute_dtype: mx.Dtype, files: Sequence[str]) -> Machine:
     return replace(machine, rates=rates)
 
 
-def matmul_flops_per_s(dtype: mx.Dtype) -> float:
-    """Of a product of usual widths, the best of a few."""
-    rows, inner, columns = PRODUCT
-    a, b = mx.ones((rows, inner), dtype), mx.ones((inner, columns), dtype)
+def matmul_flops_per_s(dtype: mx.Dtype, matrix: tuple[int, int] = LARGE_MATRIX) -> float:
+    """Of a product with a matrix of this size, if that is not large; the best of a few."""
+    n, (inner, columns) = PRODUCT_TOKENS, min(matrix, LARGE_MATRIX, key=math.prod)
+    a, b = mx.ones((n, inner), dtype), mx.ones((inner, columns), dtype)
     mx.eval(a, b)
-    return 2 * rows * inner * columns / _best(lambda: a @ b)
+    return 2 * n * inner * columns / _best(lambda: a @ b)
 
 
 def _cast_bytes_per_s(dtype: mx.Dtype) -> float:

@@ -6,6 +6,7 @@ cannot be read or written is never an error.
 """
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ GRAPH = "graph"  # the same for the head with all blocks in one graph
 SAME_WORK = 1.05
 # times what the ratio to arithmetic says of other work: within one architecture that ratio differs by 10% either way
 OTHER_WORK = 1.25
+SIZES_APART = 4  # times as large as the next smaller ones: sizes of matrices that rates are remembered of
 LIKE = 4  # times as large as what was measured, at most: else the ratio says little
 
 
@@ -227,11 +229,18 @@ def graph_nbytes(job: Job, schedule: Schedule) -> int:
 # --- Between runs -------------------------------------------------------------------------------------
 
 
-def remember(device: str, compute_dtype: str, rates: Rates) -> None:
-    """Keep a machine's rates for later runs."""
+def remember(device: str, compute_dtype: str, matrix: tuple[int, int], rates: Rates) -> None:
+    """Keep a machine's rates for later runs.
+
+    Args:
+        matrix: rows and columns of the largest matrix in a block. What large ones are multiplied at says nothing of
+            small ones: 576 x 1536 at 70 GFLOP/s, 2048 x 5632 at 140 to 170, 4096 x 14336 at 200.
+    """
     file = _file()
     everything = _read_all(file)
-    everything[f"{device}, {compute_dtype}"] = asdict(rates.over(remembered(device, compute_dtype)))
+    rates = rates.over(remembered(device, compute_dtype, matrix))
+    for name, of_name in _names(device, compute_dtype, matrix).items():
+        everything[name] = {kind: getattr(rates, kind) for kind in of_name}
     unfinished = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -242,13 +251,22 @@ def remember(device: str, compute_dtype: str, rates: Rates) -> None:
             unfinished.unlink(missing_ok=True)
 
 
-def remembered(device: str, compute_dtype: str) -> Rates:
-    """What earlier runs on this machine measured."""
-    found = _read_all(_file()).get(f"{device}, {compute_dtype}")
-    if not isinstance(found, dict):
-        return Rates()
-    usable = {name: found.get(name) for name in asdict(Rates())}
-    return Rates(**{n: float(v) for n, v in usable.items() if isinstance(v, int | float) and 0 < v < float("inf")})
+def remembered(device: str, compute_dtype: str, matrix: tuple[int, int]) -> Rates:
+    """What earlier runs on this machine measured, with matrices of about this size."""
+    everything, rates = _read_all(_file()), {}
+    for name, of_name in _names(device, compute_dtype, matrix).items():
+        found = everything.get(name)
+        for kind in of_name if isinstance(found, dict) else ():
+            rate = found.get(kind)
+            if isinstance(rate, int | float) and 0 < rate < float("inf"):
+                rates[kind] = float(rate)
+    return Rates(**rates)
+
+
+def _names(device: str, compute_dtype: str, matrix: tuple[int, int]) -> dict[str, tuple[str, ...]]:
+    """Name in the file -> the rates that are there."""
+    machine, size = f"{device}, {compute_dtype}", SIZES_APART ** round(math.log(math.prod(matrix), SIZES_APART))
+    return {machine: ("cast", "read"), f"{machine}, matrices of {size} values": ("forward", "backward", "head")}
 
 
 def _file() -> Path:

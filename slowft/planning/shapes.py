@@ -28,6 +28,7 @@ from ..models.calls import Arguments
 from ..models.seams import FLOATS, CutModel, Probe, Unit, Use, inner_call, trainable_entries
 from ..weights.sources import Plain, placeholder
 from .job import Chunking, Job, KeepableOutput, LayerCost, Visit
+from .machine import LARGE_MATRIX
 
 FEED_FORWARD = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe")  # mlx-lm's names for them within a block
 # of a compiled function in one call of a block: then it is the step of a recurrence over tokens, all of whose states
@@ -359,6 +360,12 @@ class Shapes:
         if inner is not layer and "lora_b" in layer:
             width += layer["lora_b"].shape[-2 if layer["lora_b"].ndim == 2 else -1]
         return sum(2 * math.prod(shape) * width for shape, _ in outputs)
+
+
+def largest_matrix(cut: CutModel) -> tuple[int, int]:
+    """(rows, columns) of the largest matrix in a block; an expert's is one."""
+    layers = [m for unit in cut.blocks for m in unit.module.modules() if "weight" in m and m["weight"].ndim >= 2]
+    return max(((layer["weight"].shape[-2], _width(layer)) for layer in layers), key=math.prod, default=LARGE_MATRIX)
 
 
 def _width(layer: nn.Module) -> int:

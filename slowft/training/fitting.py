@@ -201,6 +201,7 @@ class Fit:
         """What is due after a step: a checkpoint, reports, validation, adapters. Returns whether the run is over."""
         c, p = self._config, self.progress
         self._note_order()
+        self._model.budget.remember()
         is_last = p.iteration == c.iters
         self._is_journalling = self._takes_long()
         if not self._is_taken_up and (self._due(c.save_every) or is_last or self._is_journalling):
