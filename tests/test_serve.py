@@ -361,6 +361,22 @@ def test_a_hundred_streams_at_once_each_get_mlx_lms_tokens(served):
     assert served.service.scheduler.rounds - before < 100 * 8 / 4
 
 
+def test_on_a_mac_base_and_adapter_answer_what_mlx_lm_says_there(mac, llama_with_tokenizer, tmp_path):
+    with slowft.open_model(llama_with_tokenizer) as model:
+        randomise(model.add_lora(num_layers=2, rank=2, scale=20.0))
+        model.save_adapter(tmp_path / "adapter")
+    (tmp_path / "template.jinja").write_text(TEMPLATE)
+    adapter, template = tmp_path / "adapter", str(tmp_path / "template.jinja")
+    paths = {"model": str(llama_with_tokenizer), "adapter": [f"tuned={adapter}"], "chat_template": template}
+    with Service(Settings(**paths, port=0, memory="3GB", max_tokens=8), lambda _: None) as service:
+        served = Served(service, None, llama_with_tokenizer, adapter, tmp_path / "template.jinja", [])
+        for name in (llama_with_tokenizer.name, "tuned"):
+            with served.client() as client:
+                answer = client.chat.completions.create(model=name, messages=HELLO, logprobs=True, temperature=0)
+            prompt = f"<s>user: {HELLO[0]['content']}</s><s>assistant: "
+            assert ids_of(answer) == served.in_memory(name == "tuned", prompt, len(ids_of(answer)))
+
+
 def test_an_adapter_by_name_is_a_fresh_load_and_sampling_is_generates(served):
     client, prompt = served.client(), "<s>user: hello</s><s>assistant: "
     how = {"messages": HELLO, "max_tokens": 12, "logprobs": True}
