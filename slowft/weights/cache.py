@@ -97,8 +97,8 @@ class BlockCache:
 
         Args:
             upcoming: the items to be visited after this one, soonest first; may be endless.
-            temporary: bytes that may be held beyond `capacity` from this visit on, and from each visit to come. (With
-                one slot and an item in memory, a lower number counts only once the item is released.)
+            temporary: bytes that may be held beyond `capacity`: from this visit on, then from each visit to come on.
+                (With one slot and an item in memory, a lower number counts only once the item is released.)
         """
         self._upcoming = list(itertools.islice(upcoming, 8 * len(self._items)))
         previous = self._temporary_at(0)

@@ -149,7 +149,7 @@ class Residency:
             item = self._item_of(unit.index)
             layout = self._layouts[item]
             if not self.cache.is_read(item) or (self._previous_pass and self._previous_pass[0] == item):
-                self._finish_previous_pass()  # its buffer is needed: the drive must not wait for it
+                self._finish_previous_pass()  # gives that block's buffer to the drive, which must not stand idle
             buffer = self.cache.take(item, *self._upcoming(item))
             try:
                 with tracing.span("cast", unit.name, bytes=layout.compute_nbytes):
@@ -225,7 +225,7 @@ class Residency:
 
     @contextmanager
     def head_in_place(self, units: Sequence[Unit] = ()) -> Iterator[None]:
-        """While this is entered, these layers outside the blocks have their weights, and so has what `bring` adds."""
+        """While this is entered, these layers outside the blocks are in place, and so is any that `bring` adds."""
         with self._timed(), self._outside_in_place(is_head=True):
             with self.reuse.computing(is_head=True):  # gives back what lies free between the blocks' small buffers
                 for unit in units:
@@ -260,7 +260,7 @@ class Residency:
             yield
 
     def measure(self, measurements: Measurements | None, kind_of: Callable[[Unit], str]) -> None:
-        """From now on note what each pass and each arrival takes; None notes nothing. `rest` ends it.
+        """From now on note in `measurements` what each pass and each arrival takes. None, or `rest`, ends this.
 
         Args:
             kind_of: the kind of a block, by which measurements are summed up.
@@ -271,7 +271,7 @@ class Residency:
     def computing(
         self, name: str, kind: str, direction: str, micro_batch: int, is_head: bool = False
     ) -> Iterator[None]:
-        """While this is entered, one micro-batch goes through what is in place. MLX keeps freed buffers that have room.
+        """While this is entered, one micro-batch goes through what is in place. MLX keeps the freed buffers that fit.
 
         Args:
             kind: the kind of block that the pass is measured as.
@@ -297,7 +297,7 @@ class Residency:
             self.cache.release(item)
 
     def bring(self, unit: Unit) -> None:
-        """Put the weights of a layer outside the blocks in place, unless they are, until the context entered ends."""
+        """Put a layer outside the blocks in place if it is not. It stays until the context under way ends."""
         if any(unit is other for other in self._outside):
             return
         if unit in self._head and unit not in self._resident:
@@ -403,7 +403,7 @@ class Residency:
     def _upcoming(self, item: int) -> tuple[Iterable[int], Iterable[int]]:
         """(items of the visits after this one, bytes that may be temporarily resident at this one and at those).
 
-        If the model visits its blocks in an unexpected order, the position in the order is searched for again.
+        After a visit out of order, the order goes on from the next visit to its item.
         """
         n = len(self._visits)
         for step in range(1, n + 1):
