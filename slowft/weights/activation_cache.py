@@ -8,7 +8,6 @@ a disk that is full or fails, and leaves nothing in the file cache, which a memo
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +18,7 @@ import mlx.core as mx
 
 from .. import platform
 from ..errors import ConfigError, SlowftError, reason_of
-from .transfers import read_all, write_all
+from .transfers import free_nbytes, read_all, write_all
 
 SUFFIX = ".activation"
 HEADER_NBYTES = 4096  # JSON, padded; the array's bytes follow
@@ -68,9 +67,8 @@ class ActivationCache:
     @staticmethod
     def usual_limit(directory: Path) -> int:
         """The default limit, in bytes: a quarter of the free disk and of what is stored there already."""
-        existing = next(path for path in (directory, *directory.parents) if path.exists())
         stored_nbytes = sum(size for _, _, size in _entries(directory))
-        return int(FREE_DISK_SHARE * (shutil.disk_usage(existing).free + stored_nbytes))
+        return int(FREE_DISK_SHARE * (free_nbytes(directory) + stored_nbytes))
 
     def read(self, key: str) -> mx.array | None:
         """The array stored under `key`, made by the calling thread; None if there is no whole one."""

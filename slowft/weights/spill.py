@@ -19,7 +19,7 @@ import numpy as np
 from .. import platform, tracing
 from ..errors import SlowftError, reason_of
 from ..sizes import size_in_words
-from .transfers import RequestError, read_all, write_all
+from .transfers import RequestError, free_nbytes, read_all, write_all
 
 REMEDY = "another --spill-dir, more --memory, or fewer tokens at a time (--batch-size, --max-seq-length)"
 
@@ -119,9 +119,8 @@ class SpillFile:
                     f"{self._directory}: no file can be made there for activations: {reason_of(e)}. To fix it: another "
                     "--spill-dir"
                 ) from None
-        existing = next(d for d in (self._directory, *self._directory.absolute().parents) if d.exists())
         raise SlowftError(
-            f"{self._directory} has {size_in_words(shutil.disk_usage(existing).free)} free, and activations need "
+            f"{self._directory} has {size_in_words(free_nbytes(self._directory))} free, and activations need "
             f"{size_in_words(self.nbytes)} there. To fix it: {REMEDY}"
         )
 

@@ -14,7 +14,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import struct
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -28,7 +27,7 @@ from .. import platform
 from ..errors import SlowftError, reason_of
 from ..sizes import size_in_words
 from .extents import DTYPES, read_header
-from .transfers import REQUEST_NBYTES, retried, write_all
+from .transfers import REQUEST_NBYTES, free_nbytes, retried, write_all
 
 PAGE_NBYTES = 4096
 UNFINISHED = ".partial"
@@ -222,8 +221,7 @@ def _free(file: Path, error: OSError) -> str:
     """How much the disk has left, if the error is that it is full."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return ""
-    existing = next(path for path in (file, *file.absolute().parents) if path.exists())
-    return f" ({size_in_words(shutil.disk_usage(existing).free)} free)"
+    return f" ({size_in_words(free_nbytes(file))} free)"
 
 
 def load_arrays(file: Path) -> tuple[dict[str, mx.array], dict[str, str]]:

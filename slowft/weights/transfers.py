@@ -7,9 +7,11 @@ more than one request is left in the file cache, which a memory limit counts.
 import errno
 import io
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from .. import platform
@@ -130,6 +132,12 @@ def read_bytes(file: str | os.PathLike, fd: int, nbytes: int, offset: int, error
         return bytes(memoryview(data)[: read_all(fd, memoryview(data), offset, drop=False)])
     except RequestError as e:
         raise error(f"{file}: reading at byte {e.offset} failed: {reason_of(e)}") from None
+
+
+def free_nbytes(path: Path) -> int:
+    """Bytes free on the disk of `path`, which need not exist yet."""
+    existing = next(p for p in (path, *path.absolute().parents) if p.exists())
+    return shutil.disk_usage(existing).free
 
 
 def _write(fd: int, data: memoryview, offset: int) -> int:
