@@ -1,8 +1,8 @@
-"""The only owner of MLX's limits on memory: of arrays, of freed buffers that it keeps, and of wired memory.
+"""The only owner of MLX's memory limits: for arrays, for the freed buffers that MLX keeps, and for wired memory.
 
 Comes in: bytes. Goes out: calls of `mx.set_memory_limit`, `mx.set_cache_limit`, `mx.set_wired_limit` and
-`mx.clear_cache`, which nothing else in slowft calls. What these do differs between MLX's two backends, so there is one
-strategy for each; `limits` gives the one that holds. Never decides how much is kept: that is the plan's.
+`mx.clear_cache`, which nothing else in slowft calls. They work differently on MLX's two backends, so there is one
+strategy for each. `limits` gives the one that holds. The plan decides how much is kept, never this file.
 """
 
 import functools
@@ -15,10 +15,10 @@ UNLIMITED_NBYTES = 1 << 60
 
 
 class CpuLimits:
-    """On MLX's CPU backend (mlx/backend/no_gpu/allocator.cpp), and what both backends have in common.
+    """The limits on MLX's CPU backend (mlx/backend/no_gpu/allocator.cpp), and what both backends have in common.
 
-    A lower cache limit gives back at once what is above it, and first waits for everything under way. Beyond the memory
-    limit MLX computes one operation at a time.
+    When the cache limit is lowered, MLX waits for everything under way, and gives back at once what is above the limit.
+    Beyond the memory limit MLX computes one operation at a time.
     """
 
     def __init__(self):
@@ -31,18 +31,18 @@ class CpuLimits:
         return self._note_found()[1]
 
     def hold(self, active_nbytes: int | None, freed_nbytes: int = 0) -> None:
-        """From now on, arrays take about this much at most: MLX allocates less far ahead of what it computes.
+        """From now on arrays take about this much at most: MLX allocates less far ahead of what it computes.
 
         Args:
-            active_nbytes: None for the limit that was found.
-            freed_nbytes: of freed buffers that the same ceiling has room for beside these arrays.
+            active_nbytes: bytes of arrays; None for the limit as it was before slowft set it.
+            freed_nbytes: bytes of freed buffers that the same ceiling has room for beside these arrays.
         """
         memory_nbytes, _ = self._note_found()
         mx.set_memory_limit(memory_nbytes if active_nbytes is None else active_nbytes)
 
     @contextmanager
     def one_at_a_time(self) -> Iterator[None]:
-        """While this is entered, MLX waits for each operation before it makes the next one's buffers."""
+        """While this is entered, MLX waits for each operation before it allocates the next one's buffers."""
         before = mx.set_memory_limit(1)
         try:
             yield
@@ -50,10 +50,10 @@ class CpuLimits:
             mx.set_memory_limit(before)
 
     def keep_freed(self, nbytes: int, of_those_kept: int | None = None) -> None:
-        """From now on MLX keeps up to `nbytes` of freed buffers, to hand them out again.
+        """From now on MLX keeps up to `nbytes` of freed buffers for reuse.
 
         Args:
-            of_those_kept: of the buffers that it keeps already, the oldest beyond so many bytes are given back now.
+            of_those_kept: bytes of the buffers kept already that may stay; the oldest beyond that are given back now.
         """
         self._note_found()
         if of_those_kept is not None:
@@ -66,9 +66,9 @@ class CpuLimits:
             mx.clear_cache()
 
     def wire(self, nbytes: int) -> None:
-        """From now on the system is to leave so many bytes of arrays where they are.
+        """From now on the system should leave so many bytes of arrays in memory.
 
-        The CPU backend's memory is the process's own, which nothing wires.
+        This does nothing on the CPU backend, whose memory is the process's own and is never wired.
         """
 
     def restore(self) -> None:
@@ -80,9 +80,9 @@ class CpuLimits:
             self._found = None
 
     def abandon(self) -> None:
-        """MLX has begun what will never end, a sum with a machine that is lost: from now on nothing waits for it.
+        """From now on nothing waits for MLX: it has begun what will never end, a sum with a machine that is lost.
 
-        Giving back freed buffers does, and allocating beyond the memory limit. The process is about to end.
+        Giving back freed buffers would wait, and so would allocating beyond the memory limit. The process ends soon.
         """
         mx.set_memory_limit(UNLIMITED_NBYTES)
         self._found, self._is_abandoned = None, True
@@ -98,12 +98,12 @@ class CpuLimits:
 
     @contextmanager
     def freeing_to_the_system(self) -> Iterator[None]:
-        """While this is entered, MLX keeps no buffer that is freed; it has what it has, of sizes that are asked for."""
+        """While this is entered, MLX gives freed buffers to the system. It keeps those that it has already."""
         with self.keeping_freed(mx.get_cache_memory()):
             yield
 
     def _note_found(self) -> tuple[int, int]:
-        if self._found is None:  # MLX tells a limit only when it is given another; a higher one changes nothing
+        if self._found is None:  # MLX returns a limit only when it is set; setting a higher one gives nothing back
             self._found = mx.set_memory_limit(UNLIMITED_NBYTES), mx.set_cache_limit(UNLIMITED_NBYTES)
             mx.set_memory_limit(self._found[0])
             mx.set_cache_limit(self._found[1])
@@ -114,13 +114,13 @@ class CpuLimits:
 
 
 class MetalLimits(CpuLimits):
-    """On Metal (mlx/backend/metal/allocator.cpp).
+    """The limits on Metal (mlx/backend/metal/allocator.cpp).
 
-    The memory limit there is that of arrays and freed buffers together: a new buffer that would go beyond it takes the
-    place of freed ones. It is also what arrays alone may take before MLX waits for a command buffer, and so for the
-    buffers that are freed when that has completed: the ceiling, so it must not follow the cache limit, which goes up
-    and down within a step. A lower cache limit keeps what is freed from then on from being kept, but what is kept
-    already is given back only at the next allocation.
+    There the memory limit is for arrays and freed buffers together: if a new buffer would go beyond it, freed ones are
+    given back first. MLX also waits for a command buffer, and so for the buffers that are freed when that has
+    completed, where arrays alone are beyond it. So it is the ceiling, and must not follow the cache limit, which goes
+    up and down within a step. A lower cache limit applies at once to what is freed from then on. What is kept already
+    is given back only at the next allocation.
     """
 
     def __init__(self):
@@ -135,15 +135,15 @@ class MetalLimits(CpuLimits):
 
     def give_back(self) -> None:
         if not self._is_abandoned:
-            mx.synchronize()  # else what the last command buffers used is freed after this
+            mx.synchronize()  # else the buffers of the last command buffers are freed only after this
         super().give_back()
 
     def wire(self, nbytes: int) -> None:
-        """Have arrays wired, or macOS may compress weights that stay between two uses.
+        """Wire arrays, or macOS may compress weights that stay in memory between two uses.
 
-        MLX wires whatever is allocated as long as that is within the limit, so weights are wired for certain only where
-        everything is. Never more than the working set that Metal recommends, which MLX refuses: beyond it, the machine
-        may panic. Before macOS 15 nothing can be wired, and MLX takes no notice.
+        MLX wires whatever is allocated while that fits the limit, so weights are certainly wired only if everything is.
+        Never more is wired than the working set that Metal recommends: MLX refuses more, and the machine may panic.
+        Before macOS 15 nothing can be wired, and MLX ignores the call.
         """
         recommended_nbytes = mx.device_info(mx.gpu).get("max_recommended_working_set_size")
         if recommended_nbytes is None:  # another GPU than Apple's
@@ -162,12 +162,13 @@ class MetalLimits(CpuLimits):
         if mx.get_cache_memory() <= nbytes:
             return
         mx.set_cache_limit(nbytes)
-        # Any allocation does it. This one is made at once; what the GPU had to make would wait for all before it.
+        # Any allocation gives back what is above the limit. This one is made at once: what the GPU had to make would
+        # wait for all that was handed to it before.
         mx.eval(mx.array(0))
 
 
 def limits() -> CpuLimits:
-    """The limits of MLX's allocator, which is Metal's wherever there is Metal; the same object each time."""
+    """The limits of MLX's allocator, which is Metal's wherever there is Metal: the same object each time."""
     return _limits_of(computes_on_gpu() or mx.metal.is_available())
 
 

@@ -1,7 +1,7 @@
-"""Everything that differs between operating systems, each call with its macOS and Linux form.
+"""Everything that differs between operating systems. Each function has a macOS and a Linux form.
 
-Comes in: file descriptors and paths, nothing else. Goes out: bytes, seconds, library names. Imports neither MLX
-nor the rest of slowft: `preload_blas` has to run before MLX is imported anywhere.
+Comes in: file descriptors and paths, nothing else. Goes out: bytes, seconds, library names. This file imports neither
+MLX nor the rest of slowft: `preload_blas` has to run before MLX is imported anywhere.
 """
 
 import ctypes
@@ -18,7 +18,7 @@ from pathlib import Path
 
 MACOS = sys.platform == "darwin"
 
-# macOS's numbers, from XNU's <sys/fcntl.h>, <sys/mman.h> and <sys/resource.h>: Python names only some of them, and
+# macOS's constants, from XNU's <sys/fcntl.h>, <sys/mman.h> and <sys/resource.h>. Python has only some of them, and
 # those only on macOS.
 F_PREALLOCATE, F_NOCACHE, F_FULLFSYNC = 42, 48, 51
 F_ALLOCATEALL, F_PEOFPOSMODE = 4, 3
@@ -32,15 +32,15 @@ BLAS_FIX = "sudo apt-get install libopenblas0-pthread"
 
 
 def preload_blas() -> None:
-    """Make OpenBLAS the library MLX multiplies with, on Linux. Must run before `import mlx.core`.
+    """Make OpenBLAS the library MLX multiplies with, on Linux. It must run before `import mlx.core`.
 
     MLX's Linux CPU wheel bundles the reference BLAS: 1.7 GFLOP/s in float32 on two cores, against
-    about 150 with OpenBLAS. Loading OpenBLAS with global visibility first makes MLX's own look-up
-    of the `cblas_` functions find it. Does nothing on macOS (Accelerate and Metal) or when a BLAS
-    was preloaded already (`LD_PRELOAD`).
+    about 150 with OpenBLAS. If OpenBLAS is loaded first, with global visibility, MLX's own look-up of the
+    `cblas_` functions finds it. The function does nothing on macOS (Accelerate and Metal), or when a BLAS was
+    preloaded already (`LD_PRELOAD`).
 
-    OpenBLAS's threads wait for the next product by spinning, 2^26 cycles unless told otherwise, on a core that
-    MLX's other streams could use: a step of four blocks took 5.4 s, and 4.9 s with the shortest wait (2^4).
+    OpenBLAS's threads spin while they wait for the next product, 2^26 cycles by default, on a core that MLX's
+    other streams could use. A step of four blocks took 5.4 s, and 4.9 s with the shortest wait (2^4).
     """
     if MACOS or blas_library() is not None:
         return
@@ -75,7 +75,7 @@ def blas_library() -> str | None:
 
 
 def blas_description() -> str:
-    """What decides the last bits of a matrix product on this machine: the library, its kernels, its threads."""
+    """What decides the last bits of a matrix product on this machine: the library, its kernels and its threads."""
     if MACOS:
         import platform
 
@@ -106,23 +106,24 @@ def slow_blas_warning(mlx_was_imported_first: bool) -> str | None:
 
 
 def open_uncached(path: str) -> int:
-    """Open a weight file for reading without letting it fill the file cache. Returns the descriptor."""
+    """Open a weight file for reading so that it does not fill the file cache. Returns the descriptor."""
     fd = os.open(path, os.O_RDONLY)
     if MACOS:  # on Linux, reading ahead doubles the throughput (reader.py)
         skip_file_cache(fd)
     return fd
 
 
-# Of file offset, memory and length in a read past the file cache: a page, which holds whole sectors of any drive.
-# macOS (16384 on Apple Silicon) reads what lies otherwise through the cache, a stretch at a time: XNU's
-# `cluster_read_direct` wants memory by its `mnt_alignmentmask`, a page unless a drive says otherwise. Linux refuses it.
+# In a read past the file cache, file offset, memory address and length are multiples of this: a page (16384 on Apple
+# Silicon), which holds whole sectors of any drive. macOS reads other requests through the cache, a stretch at a time:
+# XNU's `cluster_read_direct` wants memory aligned by its `mnt_alignmentmask`, a page unless a drive says otherwise.
+# Linux refuses other requests.
 DIRECT_ALIGNMENT = mmap.PAGESIZE
 
 
 def open_direct(path: str) -> int | None:
     """Open a file for reads straight from the drive into memory (O_DIRECT, F_NOCACHE). Returns the descriptor.
 
-    None where there is no such thing: some file systems of Linux.
+    Returns None on some file systems of Linux, which have no such reads.
     """
     if MACOS:
         return open_uncached(path)
@@ -135,30 +136,30 @@ def open_direct(path: str) -> int | None:
 
 
 def use_huge_pages(address: int, nbytes: int) -> None:
-    """Have memory on pages as large as the processor has them, from its next use on; what is in it is lost.
+    """Put memory on pages as large as the processor has them, from its next use on. The content is lost. (Linux only.)
 
-    Linux only. A drive takes so many pieces at a time (virtio: 254), which pages of 4 KB make of 1 MB.
+    A drive takes a limited number of pieces in one request (virtio: 254), and 1 MB on pages of 4 KB is so many already.
     """
     if MACOS:
         return
     begin = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
     end = (address + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
     libc = ctypes.CDLL(None)
-    for advice in (mmap.MADV_DONTNEED, mmap.MADV_HUGEPAGE):  # a kernel without huge pages refuses: no harm
+    for advice in (mmap.MADV_DONTNEED, mmap.MADV_HUGEPAGE):  # a kernel without huge pages refuses, which does no harm
         libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(max(end - begin, 0)), advice)
 
 
 def drop_cached(fd: int, offset: int, nbytes: int) -> None:
-    """Forget what the file cache kept of a range just read or written (Linux; F_NOCACHE keeps it out on macOS).
+    """Drop a range just read or written from the file cache (Linux; on macOS F_NOCACHE keeps it out).
 
-    `nbytes` 0 is the rest of the file. Pages still being read or not yet written stay.
+    `nbytes` 0 is the rest of the file. Pages that are still being read or not yet written stay.
     """
     if not MACOS:
         os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
 
 def drop_cached_file(path: str, offset: int = 0, nbytes: int = 0) -> None:
-    """The same of a file that is not open."""
+    """The same as `drop_cached`, for a file that is not open."""
     fd = open_uncached(path)
     try:
         drop_cached(fd, offset, nbytes)
@@ -167,11 +168,11 @@ def drop_cached_file(path: str, offset: int = 0, nbytes: int = 0) -> None:
 
 
 def make_cold(path: str, offset: int = 0, nbytes: int = 0) -> None:
-    """Have the next read of a range come from the drive, whoever brought it into the file cache: before measuring.
+    """Make the next read of a range come from the drive, whoever brought it into the file cache: before measuring.
 
-    `nbytes` 0 is the rest of the file. On macOS a read with F_NOCACHE takes what pages there are, such as those of a
-    model just downloaded, and dropping them costs too much to do it for every read. A file system may not map files:
-    pages stay.
+    `nbytes` 0 is the rest of the file. On macOS a read with F_NOCACHE uses pages that are cached, such as those of a
+    model just downloaded, and dropping them costs too much to do it for every read. If the file system cannot map
+    files, pages stay.
     """
     if not MACOS:
         drop_cached_file(path, offset, nbytes)
@@ -184,7 +185,7 @@ def make_cold(path: str, offset: int = 0, nbytes: int = 0) -> None:
 
 
 def _invalidate(fd: int, offset: int, nbytes: int) -> None:
-    """Write back what is dirty of a range, and drop its pages from macOS's file cache."""
+    """Write back the dirty pages of a range, and drop all of its pages from macOS's file cache."""
     begin, size = offset - offset % mmap.PAGESIZE, os.fstat(fd).st_size
     length = (min(offset + nbytes, size) if nbytes else size) - begin
     if length <= 0:
@@ -199,7 +200,7 @@ def _invalidate(fd: int, offset: int, nbytes: int) -> None:
 
 
 def skip_file_cache(fd: int) -> None:
-    """Let reads and writes go past the file cache (macOS), or read nothing ahead of what is asked (Linux).
+    """Let reads and writes go past the file cache (macOS), or let the kernel read nothing ahead (Linux).
 
     Linux still needs `write_back` and `drop_cached` after each request.
     """
@@ -212,7 +213,7 @@ def skip_file_cache(fd: int) -> None:
 
 
 def write_back(fd: int, offset: int, nbytes: int) -> None:
-    """Return when a range just written is on its way out of memory, so that `drop_cached` can forget it (Linux).
+    """Return when a range just written is handed to the drive, so that `drop_cached` can drop it (Linux).
 
     Raises:
         OSError: it could not be written.
@@ -220,10 +221,10 @@ def write_back(fd: int, offset: int, nbytes: int) -> None:
     if MACOS:
         return
     libc = ctypes.CDLL(None, use_errno=True)
-    # wait before, write, wait after. Unlike fdatasync it leaves the drive's own cache alone, and is no slower:
-    # 2.3 for 2.2 GB/s in requests of 4 MB
-    whole = 1 | 2 | 4
-    if libc.sync_file_range(fd, ctypes.c_int64(offset), ctypes.c_int64(nbytes), whole):
+    # Unlike fdatasync, this leaves the drive's own cache alone. It is no slower: 2.3 against 2.2 GB/s in requests of
+    # 4 MB.
+    flags = 1 | 2 | 4  # wait before, write, wait after
+    if libc.sync_file_range(fd, ctypes.c_int64(offset), ctypes.c_int64(nbytes), flags):
         error = ctypes.get_errno()
         raise OSError(error, os.strerror(error))
 
@@ -247,7 +248,7 @@ def preallocate(fd: int, nbytes: int) -> None:
 
 
 def is_memory_filesystem(path: Path) -> bool:
-    """Whether files under `path`, which exists, are kept in memory (Linux: tmpfs, as /tmp often is)."""
+    """Whether files under `path`, which exists, are in memory (Linux: tmpfs, as /tmp often is)."""
     if MACOS:
         return False
     device = os.stat(path).st_dev
@@ -274,7 +275,7 @@ def cache_directory() -> Path:
 def sync_file(fd: int) -> None:
     """Make written data, or a directory's names, survive a power cut.
 
-    On macOS `fsync` alone stops at the drive's own cache; network drives have no more than that.
+    On macOS `fsync` alone stops at the drive's own cache. Network drives offer no more than that.
     """
     if MACOS:
         import fcntl
@@ -282,7 +283,7 @@ def sync_file(fd: int) -> None:
         try:
             fcntl.fcntl(fd, F_FULLFSYNC)
             return
-        except OSError:  # ENOTSUP on SMB, EINVAL on WebDAV, ENOTTY elsewhere: `fsync` fails too if it is anything else
+        except OSError:  # ENOTSUP on SMB, EINVAL on WebDAV, ENOTTY elsewhere; for any other reason `fsync` fails too
             pass
     os.fsync(fd)
 
@@ -291,10 +292,10 @@ def sync_file(fd: int) -> None:
 
 
 def be_gentle() -> None:
-    """Let this process give way to others: the lowest priority for computing that still gets some, and for reads.
+    """Let this process give way to others, in computing and in reading.
 
-    macOS: background (`PRIO_DARWIN_BG`), which holds its reads back too. Linux: nice 19, and idle for the drive where
-    its scheduler knows priorities (`ioprio_set`).
+    macOS: it becomes a background process (`PRIO_DARWIN_BG`), whose reads are held back too. Linux: nice 19, and idle
+    priority for reads where the drive's scheduler knows priorities (`ioprio_set`).
     """
     if MACOS:
         PRIO_DARWIN_PROCESS, PRIO_DARWIN_BG = 4, 0x1000
@@ -308,7 +309,7 @@ def be_gentle() -> None:
 
 
 def identity_of_process(pid: int) -> str | None:
-    """Of a process that runs: its number and when it began, as numbers are used again; None if there is none."""
+    """The number of a running process and when it began, as numbers are used again; None if no such process runs."""
     if MACOS:
         PROC_PIDTBSDINFO, info = 3, _ProcBsdInfo()
         nbytes = ctypes.CDLL(None).proc_pidinfo(
@@ -317,7 +318,7 @@ def identity_of_process(pid: int) -> str | None:
         return f"{pid} {info.pbi_start_tvsec}.{info.pbi_start_tvusec:06}" if nbytes == ctypes.sizeof(info) else None
     try:
         with open("/proc/sys/kernel/random/boot_id") as boot, open(f"/proc/{pid}/stat") as stat:
-            fields = stat.read().rpartition(")")[2].split()  # a name may hold anything
+            fields = stat.read().rpartition(")")[2].split()  # the process's name before ")" may contain anything
             state, began = fields[0], fields[19]
             return None if state in "ZX" else f"{pid} {boot.read().strip()} {began}"
     except (FileNotFoundError, ProcessLookupError):
@@ -325,7 +326,7 @@ def identity_of_process(pid: int) -> str | None:
 
 
 def is_running(identity: str) -> bool:
-    """Whether the process of which `identity_of_process` said this still runs on this machine."""
+    """Whether the process that `identity_of_process` returned this for still runs on this machine."""
     return identity_of_process(int(identity.split()[0])) == identity
 
 
@@ -346,7 +347,7 @@ class _ProcBsdInfo(ctypes.Structure):
 
 
 def keep_alive(connection: socket.socket) -> None:
-    """Have the system ask now and then whether the other side is still there: an error comes after 30 s of silence."""
+    """Let the system check whether the other side is still there. After 30 s of silence there is an error."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     idle = socket.TCP_KEEPALIVE if MACOS else socket.TCP_KEEPIDLE
     for name, value in ((idle, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 4)):
@@ -354,7 +355,7 @@ def keep_alive(connection: socket.socket) -> None:
 
 
 def read_nothing_ahead(fd: int) -> None:
-    """Reads of this file are small and in no order: what lies beside them is not to be brought along."""
+    """Let the kernel read nothing ahead in this file, whose reads are small and in no order."""
     if MACOS:
         import fcntl
 
@@ -365,15 +366,15 @@ def read_nothing_ahead(fd: int) -> None:
 
 
 def fix_malloc_threshold(nbytes: int = 1 << 20) -> bool:
-    """Let freed buffers of `nbytes` and more go back to the system at once, so that resident memory is what is live.
+    """Let freed buffers of `nbytes` and more go back to the system at once, so that resident memory is what is in use.
 
-    glibc otherwise raises its threshold to the largest block ever freed (32 MB at most) and keeps what is freed
-    below it. Measured: backward of a 2048/5632 Llama block at 512 tokens: resident peak 130 MB instead of 240 to
-    300 MB, and 10-20% slower than with the growing threshold, unless MLX's own buffer cache hands buffers on.
-    A threshold of 512 kB keeps less, but steps of a small model (576 hidden) took 30-40% longer.
+    Otherwise glibc raises its threshold to the largest block ever freed (32 MB at most) and keeps what is freed
+    below it. Measured on the backward pass of a 2048/5632 Llama block at 512 tokens: the resident peak was 130 MB
+    instead of 240 to 300 MB, and the pass 10-20% slower than with the growing threshold, unless MLX's own buffer cache
+    hands buffers on. A threshold of 512 kB keeps less, but steps of a small model (576 hidden) took 30-40% longer.
 
-    Smaller ones come from one arena for all threads: of one arena each, up to 80 MB lay free between what was in use
-    after ten steps of changing shape, and a job planned within 390 MB took 425.
+    Smaller buffers come from one arena for all threads. With one arena per thread, up to 80 MB lay free between buffers
+    in use after ten steps of changing shape, and a job planned within 390 MB took 425.
 
     Returns:
         Whether it was set: only with glibc, and not where the user set `MALLOC_MMAP_THRESHOLD_`.
@@ -381,7 +382,7 @@ def fix_malloc_threshold(nbytes: int = 1 << 20) -> bool:
     if MACOS or "MALLOC_MMAP_THRESHOLD_" in os.environ:
         return False
     libc = ctypes.CDLL(None)
-    if not hasattr(libc, "gnu_get_libc_version"):  # musl has a `mallopt` of no effect
+    if not hasattr(libc, "gnu_get_libc_version"):  # musl's `mallopt` has no effect
         return False
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
     if "MALLOC_ARENA_MAX" not in os.environ:
@@ -390,7 +391,7 @@ def fix_malloc_threshold(nbytes: int = 1 << 20) -> bool:
 
 
 def release_freed_memory() -> None:
-    """Give what is free between small blocks back to the system; by itself, glibc does so at the end of its heap only.
+    """Give memory that is free between small blocks back to the system. By itself glibc gives back only its heap's end.
 
     Measured after a tokenizer of 32,000 pieces was loaded: 146 MB resident, then 109 MB, in 3 ms. Buffers below a
     megabyte leave 60 to 70 MB free between them where rows have many lengths, and glibc puts larger ones there too.
@@ -402,7 +403,7 @@ def release_freed_memory() -> None:
 
 @contextmanager
 def releasing_freed_memory(every_s: float) -> Iterator[None]:
-    """While this is entered, `release_freed_memory` every so often, on a thread of its own; nothing on macOS."""
+    """While this is entered, a thread calls `release_freed_memory` at this interval. On macOS nothing happens."""
     if MACOS:
         yield
         return
@@ -453,7 +454,7 @@ def _linux_status(field: str) -> int:
 
 
 def memory_in_use() -> int:
-    """Bytes of memory the operating system charges this process: physical footprint or resident set."""
+    """Bytes of memory that the operating system charges to this process: physical footprint or resident set."""
     return _macos_usage().phys_footprint if MACOS else _linux_status("VmRSS")
 
 
@@ -470,7 +471,7 @@ def reset_peak_memory() -> None:
         else:
             with open("/proc/self/clear_refs", "w") as clear:
                 clear.write("5")
-    except (OSError, AttributeError):  # some sandboxes forbid it: the peak is then the whole run's
+    except (OSError, AttributeError):  # some sandboxes forbid it: the peak is then that of the whole run
         pass
 
 
@@ -480,7 +481,7 @@ def cores() -> int:
 
 
 def cpu_name() -> str:
-    """The processor's name, such as "Apple M3" or "AMD EPYC"; of one that has none, its architecture."""
+    """The processor's name, such as "Apple M3" or "AMD EPYC"; its architecture if it has no name."""
     if MACOS:
         name, nbytes = ctypes.create_string_buffer(256), ctypes.c_size_t(256)
         if ctypes.CDLL(None).sysctlbyname(b"machdep.cpu.brand_string", name, ctypes.byref(nbytes), None, 0) == 0:
@@ -488,18 +489,18 @@ def cpu_name() -> str:
     else:
         with open("/proc/cpuinfo") as info:
             for line in info:
-                if line.startswith("model name"):  # (not on arm64)
+                if line.startswith("model name"):  # arm64 has no such line
                     return line.partition(":")[2].strip()
     return os.uname().machine
 
 
 def is_translated() -> bool:
-    """Whether this process runs by Rosetta: a Python for Intel on Apple Silicon, for which there is no MLX."""
+    """Whether this process runs under Rosetta: a Python for Intel on Apple Silicon, for which there is no MLX."""
     if not MACOS:
         return False
     value, nbytes = ctypes.c_int(0), ctypes.c_size_t(ctypes.sizeof(ctypes.c_int))
     ctypes.CDLL(None).sysctlbyname(b"sysctl.proc_translated", ctypes.byref(value), ctypes.byref(nbytes), None, 0)
-    return value.value == 1  # Macs with Intel's processors do not know the name, and leave it 0
+    return value.value == 1  # Macs with Intel processors do not know the name, and leave the value 0
 
 
 def physical_memory() -> int:

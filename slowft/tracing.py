@@ -1,7 +1,7 @@
-"""When what happened in a step: spans of time on a few lanes, written as a trace for Perfetto or chrome://tracing.
+"""Records when things happened in a step, as spans of time on a few lanes: a trace for Perfetto or chrome://tracing.
 
-Comes in: spans, from whatever thread reads, casts, computes, waits or spills. Goes out: one JSON file. While nobody
-records, a span costs the look at one name.
+Comes in: spans, from any thread that reads, casts, computes, waits or spills. Goes out: one JSON file. While nothing is
+recorded, a span costs one look-up of a global.
 """
 
 import bisect
@@ -25,7 +25,7 @@ _nothing = nullcontext()
 
 @dataclass
 class Span:
-    """`begin`, `end`: seconds of `time.perf_counter`."""
+    """A stretch of time. `begin` and `end` are seconds of `time.perf_counter`."""
 
     lane: str
     name: str
@@ -49,7 +49,11 @@ class Recorder:
             self.n_dropped += 1
 
     def name_reads(self, places: Sequence[tuple[str, int, int, str]]) -> None:
-        """Call reads, which know only file and offset, by what lies there: (file, begin, end, name), in any order."""
+        """Give reads, which know only file and offset, the name of what lies there.
+
+        Args:
+            places: (file, begin, end, name), in any order.
+        """
         places = sorted(places)
         starts = [place[:2] for place in places]
         for span in self.spans:
@@ -61,9 +65,9 @@ class Recorder:
                 span.name = places[at][3]
 
     def write(self, file: str | Path) -> None:
-        """Write the JSON of the Trace Event Format: complete events, one process, a thread for each lane.
+        """Write the JSON of the Trace Event Format: complete events of one process, with a thread for each lane.
 
-        Spans of one lane that overlap get another thread of the same name.
+        Spans of one lane that overlap get further threads, whose names count up: "read 2".
 
         Raises:
             SlowftError: the file cannot be written.
@@ -87,10 +91,10 @@ class Recorder:
                 }
             )
         names = [
-            {"name": what, "ph": "M", "pid": 1, "tid": _thread(lane, row), "args": {key: value}}
+            {"name": kind, "ph": "M", "pid": 1, "tid": _thread(lane, row), "args": {key: value}}
             for lane, free in rows.items()
             for row in range(max(len(free), 1))
-            for what, key, value in (
+            for kind, key, value in (
                 ("thread_name", "name", lane if row == 0 else f"{lane} {row + 1}"),
                 ("thread_sort_index", "sort_index", _thread(lane, row)),
             )
@@ -113,13 +117,13 @@ def _thread(lane: str, row: int) -> int:
 
 @contextmanager
 def recording() -> Iterator[Recorder]:
-    """While this is entered, spans are kept in the recorder that it gives. There is one at a time in a process."""
+    """While this is entered, spans are kept in the recorder that it gives. A process has one recorder at a time."""
     global _recorder
-    before, _recorder = _recorder, Recorder()
+    previous, _recorder = _recorder, Recorder()
     try:
         yield _recorder
     finally:
-        _recorder = before
+        _recorder = previous
 
 
 class _Timed:
@@ -134,7 +138,7 @@ class _Timed:
 
 
 def span(lane: str, name: str, **args: Any) -> AbstractContextManager:
-    """Around what is to appear in the trace; `args` are shown with it, and have to be JSON values."""
+    """While this is entered, a span is recorded. `args` are shown with it, and have to be JSON values."""
     return _nothing if _recorder is None else _Timed(_recorder, lane, name, args)
 
 

@@ -1,14 +1,13 @@
-"""Arrays on disk that outlive the process, by key: written behind compute, and checked by hash when read.
+"""Stores arrays on disk by key, for later processes too: written while blocks compute, checked by hash when read.
 
 Comes in: keys (hex digests of whatever determines the values) and evaluated arrays. Goes out: the same arrays, or None.
-What is damaged, cut short or gone is as if it had never been stored. Knows nothing of models, never raises for a disk
-that is full or fails, and leaves nothing in the file cache, which a memory limit counts.
+An array that is damaged, cut short or gone counts as never stored. This file knows nothing of models, never raises for
+a disk that is full or fails, and leaves nothing in the file cache, which a memory limit counts.
 """
 
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,25 +18,25 @@ import mlx.core as mx
 
 from .. import platform
 from ..errors import ConfigError, SlowftError, reason_of
-from .transfers import read_all, write_all
+from .transfers import free_nbytes, read_all, write_all
 
 SUFFIX = ".activation"
 HEADER_NBYTES = 4096  # JSON, padded; the array's bytes follow
 ABANDONED_S = 3600  # a temporary file older than this belongs to no process that still writes it
-FREE_DISK_SHARE = 0.25  # of the free disk, if no limit is given
+FREE_DISK_SHARE = 0.25  # the share of the free disk to use if no limit is given
 
 
 class ActivationCache:
-    """One file an array in `directory`, at most `limit_nbytes` of them together.
+    """One file per array in `directory`, at most `limit_nbytes` of them together.
 
-    A file is written under a temporary name and renamed, so it is whole or not there; after a power cut, when it may be
-    neither, its hash tells. Files that this object has not used make room for new ones, the longest unused first; when
-    there are no more of those, new arrays are not stored.
+    A file is written under a temporary name and renamed, so it is whole or does not exist. Only after a power cut it
+    may be neither, which its hash shows. Files that this object has not used make room for new ones, the longest unused
+    first. When there are no more of those, new arrays are not stored.
 
     Attributes:
-        nbytes: of all files.
-        bytes_read, bytes_written: so far.
-        read_wait_s, write_wait_s: seconds that callers of `read` and of `write` were held up.
+        nbytes: bytes of all files.
+        bytes_read, bytes_written: bytes so far.
+        read_wait_s, write_wait_s: seconds that callers of `read` and of `write` waited.
         problem: why arrays are not stored any more, as one line; None as long as they are.
 
     Args:
@@ -45,7 +44,7 @@ class ActivationCache:
 
     Raises:
         ConfigError: the directory is in memory.
-        SlowftError: it cannot be used.
+        SlowftError: the directory cannot be used.
     """
 
     def __init__(self, directory: Path, limit_nbytes: int | None = None):
@@ -59,25 +58,25 @@ class ActivationCache:
             self._sizes = self._open()  # file name -> bytes, the longest unused first
             self.limit_nbytes = limit_nbytes if limit_nbytes is not None else self.usual_limit(directory)
         except OSError as e:
-            said = f"--activation-cache {directory} cannot be used: {reason_of(e)}"
-            raise SlowftError(f"{said}. Choose another") from None
+            raise SlowftError(
+                f"--activation-cache {directory} cannot be used: {reason_of(e)}. Choose another"
+            ) from None
         self.nbytes = sum(self._sizes.values())
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="slowft-activation-cache")
 
     @staticmethod
     def usual_limit(directory: Path) -> int:
-        """Bytes to stay within where nobody says: a quarter of the free disk and of what is stored there already."""
-        there = next(path for path in (directory, *directory.parents) if path.exists())
-        stored = sum(size for _, _, size in _entries(directory))
-        return int(FREE_DISK_SHARE * (shutil.disk_usage(there).free + stored))
+        """The default limit, in bytes: a quarter of the free disk and of what is stored there already."""
+        stored_nbytes = sum(size for _, _, size in _entries(directory))
+        return int(FREE_DISK_SHARE * (free_nbytes(directory) + stored_nbytes))
 
     def read(self, key: str) -> mx.array | None:
-        """The array stored under `key`, an array of the calling thread; None if there is none that is whole."""
+        """The array stored under `key`, made by the calling thread; None if there is no whole one."""
         name, begin = key + SUFFIX, time.perf_counter()
         self._finish_writing()
         try:
             array = self._read(key)
-            if array is None:  # damaged: never to be looked at again
+            if array is None:  # damaged
                 (self.directory / name).unlink()
             else:
                 os.utime(self.directory / name)
@@ -91,7 +90,7 @@ class ActivationCache:
         return array
 
     def write(self, key: str, array: mx.array) -> None:
-        """Start storing an evaluated array, whose bytes must not change before the next call of `read` or `write`."""
+        """Start storing an evaluated array. Its bytes must not change before the next call of `read` or `write`."""
         name, nbytes, begin = key + SUFFIX, HEADER_NBYTES + array.nbytes, time.perf_counter()
         self._finish_writing()
         self.write_wait_s += time.perf_counter() - begin
@@ -121,27 +120,27 @@ class ActivationCache:
         return {name: size for _, name, size in sorted(_entries(self.directory))}
 
     def _count(self, name: str, nbytes: int) -> None:
-        """Note that a file takes `nbytes`, 0 if it is not there."""
+        """Note that a file takes `nbytes`; 0 if it does not exist."""
         self.nbytes += nbytes - self._sizes.pop(name, 0)
         if nbytes:
             self._sizes[name] = nbytes
 
     def _make_room(self, nbytes: int) -> bool:
-        """Remove files that are of no use to this run until `nbytes` more fit. Says so where they never will."""
-        if self.nbytes + nbytes > self.limit_nbytes:
-            for name in [name for name in self._sizes if name not in self._used]:
-                with suppress(OSError):
-                    (self.directory / name).unlink()
-                self._count(name, 0)
-                if self.nbytes + nbytes <= self.limit_nbytes:
-                    return True
-            self.problem = (
-                f"the activation cache in {self.directory} is full ({self.nbytes / 1e6:,.0f} of "
-                f"{self.limit_nbytes / 1e6:,.0f} MB): what is not in it is computed in every epoch. To fix it: "
-                "a larger --activation-cache-size"
-            )
-            return False
-        return True
+        """Remove files that this run has not used until `nbytes` more fit. If they never do, `problem` says so."""
+        if self.nbytes + nbytes <= self.limit_nbytes:
+            return True
+        for name in [name for name in self._sizes if name not in self._used]:
+            with suppress(OSError):
+                (self.directory / name).unlink()
+            self._count(name, 0)
+            if self.nbytes + nbytes <= self.limit_nbytes:
+                return True
+        self.problem = (
+            f"the activation cache in {self.directory} is full ({self.nbytes / 1e6:,.0f} of "
+            f"{self.limit_nbytes / 1e6:,.0f} MB). Activations that are not in it are computed in every epoch. To fix "
+            "it: a larger --activation-cache-size"
+        )
+        return False
 
     def _finish_writing(self) -> None:
         if self._pending is not None:
@@ -151,12 +150,12 @@ class ActivationCache:
                 self._count(name, 0)
                 self._used.discard(name)
                 self.problem = (
-                    f"{self.directory}: storing activations failed ({error}): what is not stored yet is computed in "
-                    "every epoch. To fix it: room on that disk, or another --activation-cache"
+                    f"{self.directory}: storing activations failed ({error}). Those that are not stored yet are "
+                    "computed in every epoch. To fix it: room on that disk, or another --activation-cache"
                 )
 
     def _write(self, name: str, facts: dict, data: memoryview) -> tuple[str, str | None]:
-        """(name, what went wrong)"""
+        """(name, what went wrong; None if nothing did)"""
         temporary = None
         try:
             header = json.dumps({**facts, "sha256": _hash(facts, data)}).encode().ljust(HEADER_NBYTES)
@@ -195,8 +194,8 @@ class ActivationCache:
 
 
 def _entries(directory: Path) -> list[tuple[float, str, int]]:
-    """(last use, name, bytes) of every file of ours in the directory."""
-    found = []
+    """(last use, name, bytes) of every activation file in the directory."""
+    entries = []
     if directory.exists():
         for entry in os.scandir(directory):
             if entry.name.endswith(SUFFIX):
@@ -204,12 +203,12 @@ def _entries(directory: Path) -> list[tuple[float, str, int]]:
                     stat = entry.stat()
                 except FileNotFoundError:  # another run removed it
                     continue
-                found.append((stat.st_mtime, entry.name, stat.st_size))
-    return found
+                entries.append((stat.st_mtime, entry.name, stat.st_size))
+    return entries
 
 
 def _hash(facts: dict, data: memoryview) -> str:
-    # SHA-256 has instructions of its own on current processors: 1.8 GB/s a core here, BLAKE2b 0.9
+    # current processors have instructions for SHA-256: 1.8 GB/s a core here, BLAKE2b 0.9
     digest = hashlib.sha256(json.dumps([facts["key"], facts["dtype"], facts["shape"]]).encode())
     digest.update(data)
     return digest.hexdigest()

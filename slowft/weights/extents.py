@@ -1,8 +1,8 @@
-"""Which files of a directory are the model, and which bytes of which one hold which tensor, from headers alone.
+"""Finds which files of a directory are the model, and where each tensor lies in them, from headers alone.
 
-Comes in: a model directory (one file, shards with an index, or a hub snapshot of symlinks). Goes out: a
-name -> `Extent` map, the one answer to which files count. Reads headers and file sizes, never tensor data, and never
-maps a file into memory.
+Comes in: a model directory (one file, shards with an index, or a hub snapshot of symlinks). Goes out: a map of
+tensor name -> `Extent`, which alone decides which files are used. Headers and file sizes are read, never tensor data,
+and no file is mapped into memory.
 Format: https://github.com/huggingface/safetensors#format
 """
 
@@ -23,7 +23,7 @@ from .recognise import AGAIN, PARTIAL, explain, partial_downloads, read_json
 
 SPACES = re.compile(r"[ \t\n\r]*")
 
-# What MLX makes of each safetensors type it reads (mlx/io/safetensors.cpp), and its size in bytes.
+# Each safetensors type that MLX reads -> (the dtype it becomes in MLX (mlx/io/safetensors.cpp), its size in bytes).
 DTYPES = {
     "F32": ("float32", 4),
     "F16": ("float16", 2),
@@ -42,18 +42,18 @@ DTYPES = {
 }
 
 MAX_HEADER_NBYTES = 100_000_000  # the limit of the safetensors library
-MAX_LENGTH = 2**31 - 1  # of an axis: MLX's shapes are of 32-bit integers
+MAX_LENGTH = 2**31 - 1  # of an axis: MLX keeps shapes as 32-bit integers
 MAX_OFFSET = 2**63 - 1  # in a file
-MAX_NAME = 500  # characters of a tensor's
-MAX_ENTRY = 10_000  # characters of a tensor's entry
+MAX_NAME = 500  # characters of a tensor's name
+MAX_ENTRY = 10_000  # characters of a tensor's entry in the header
 MAX_AXES = 32  # real tensors have at most five; the product of very many lengths would take minutes
 
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """Where one tensor lies: `nbytes` bytes at `offset` of `file`, an array of `shape` and MLX dtype name.
+    """Where one tensor lies: `nbytes` bytes at `offset` of `file`. `shape` and `dtype` (MLX's name) are the array's.
 
-    `stored` is the file's own name of the type, which tells 8-bit floats from bytes.
+    `stored` is the file's own name of the type. It tells 8-bit floats from bytes.
     """
 
     name: str
@@ -74,7 +74,7 @@ def read_header(path: str | os.PathLike) -> dict[str, Extent]:
     """The extents of one safetensors file, by tensor name.
 
     Raises:
-        ModelError: not a safetensors file, cut short, or a header that contradicts itself.
+        ModelError: it is not a safetensors file, it is cut short, or its header contradicts itself.
     """
     path = Path(path)
     if not path.exists():
@@ -114,7 +114,7 @@ def read_header(path: str | os.PathLike) -> dict[str, Extent]:
 
 
 def _extent(path: Path, name: str, entry: Any, start: int, size: int) -> Extent:
-    """Where a header's entry puts a tensor, in a file of `size` bytes whose data begin at `start`."""
+    """The extent that a header's entry describes, in a file of `size` bytes whose data begin at `start`."""
     if not _is_name(name):
         raise ValueError(f"a tensor's name is {ascii(name[:40])}")
     try:
@@ -145,98 +145,106 @@ def _extent(path: Path, name: str, entry: Any, start: int, size: int) -> Extent:
 def _entries(text: str) -> Iterator[tuple[str, Any]]:
     """(name, entry) of each tensor in a header, as MLX's and safetensors' parsers take it: no NaN, no half characters.
 
-    One after the other, so that what is wrong with one is found before the next is made: parsed as a whole, 100 MB of
-    brackets took 2.7 GB.
+    Entries are parsed one after the other, so that a wrong one is found before the next is made. Parsed as a whole,
+    100 MB of brackets took 2.7 GB.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text is not such a header.
     """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(found := dict(pairs)) < len(pairs):
-            raise ValueError("a key is there twice")
-        return found
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no JSON")
-
-    def to(at: int, *wanted: str) -> int:
-        """The place of the next character, which has to be one of these; spaces do not count. "": the end."""
-        at = SPACES.match(text, at).end()
-        if text[at : at + 1] not in wanted:
-            raise ValueError(f"character {at} is not {' or '.join(wanted) or 'the end'}")
-        return at
-
-    def string(at: int) -> tuple[str, int]:
-        """(the text that begins at or after `at`, where it ends)"""
-        found, end = scanstring(text, to(at, '"') + 1)
-        if "\\u" in text[at:end]:
-            found.encode()
-        return found, end
-
-    def skip_metadata(at: int) -> int:
-        """Texts by name, for which nobody asks here; or null."""
-        if text.startswith("null", at):
-            return at + 4
-        at = to(to(at, "{") + 1, '"', "}")
-        while text[at] != "}":
-            _, end = string(to(string(at)[1], ":") + 1)
-            at = to(end, ",", "}")
-            at = to(at + 1, '"') if text[at] == "," else at
-        return at + 1
-
-    decoder = json.JSONDecoder(object_pairs_hook=unique, parse_constant=refuse)
-    at, has_metadata = to(to(0, "{") + 1, '"', "}"), False
+    decoder = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    at, has_metadata = _expect(text, _expect(text, 0, "{") + 1, '"', "}"), False
     while text[at] != "}":
-        name, end = string(at)
-        at = SPACES.match(text, to(end, ":") + 1).end()
+        name, end = _string(text, at)
+        at = SPACES.match(text, _expect(text, end, ":") + 1).end()
         if name == "__metadata__":
             if has_metadata:
                 raise ValueError("a key is there twice")
-            has_metadata, end = True, skip_metadata(at)
+            has_metadata, end = True, _skip_metadata(text, at)
         else:
             end = text.find("}", at) + 1
             is_object = text.startswith("{", at) and 0 < end - at <= MAX_ENTRY
             entry = decoder.decode(text[at:end]) if is_object else None
             if is_object and "\\u" in text[at:end]:
-                json.dumps(entry, ensure_ascii=False).encode()
+                json.dumps(entry, ensure_ascii=False).encode()  # raises for half a character
             yield name, entry
             end = end if is_object else at
-        at = to(end, ",", "}")
-        at = to(at + 1, '"') if text[at] == "," else at
-    to(at + 1, "")
+        at = _next_key(text, end)
+    _expect(text, at + 1, "")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(entries := dict(pairs)) < len(pairs):
+        raise ValueError("a key is there twice")
+    return entries
+
+
+def _refuse_constant(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def _expect(text: str, at: int, *allowed: str) -> int:
+    """The place of the next character after spaces. It has to be one of `allowed`; "" stands for the end."""
+    at = SPACES.match(text, at).end()
+    if text[at : at + 1] not in allowed:
+        raise ValueError(f"character {at} is not {' or '.join(allowed) or 'the end'}")
+    return at
+
+
+def _next_key(text: str, at: int) -> int:
+    """The place of the next key of an object after a value that ends at `at`, or of the bracket that closes it."""
+    at = _expect(text, at, ",", "}")
+    return _expect(text, at + 1, '"') if text[at] == "," else at
+
+
+def _string(text: str, at: int) -> tuple[str, int]:
+    """(the JSON string that begins at or after `at`, where it ends)"""
+    string, end = scanstring(text, _expect(text, at, '"') + 1)
+    if "\\u" in text[at:end]:
+        string.encode()  # raises for half a character
+    return string, end
+
+
+def _skip_metadata(text: str, at: int) -> int:
+    """Where the metadata that begin at `at` end: an object of strings, which nobody needs here, or null."""
+    if text.startswith("null", at):
+        return at + 4
+    at = _expect(text, _expect(text, at, "{") + 1, '"', "}")
+    while text[at] != "}":
+        _, end = _string(text, _expect(text, _string(text, at)[1], ":") + 1)
+        at = _next_key(text, end)
+    return at + 1
 
 
 def _is_size(n: object, most: int) -> bool:
-    return type(n) is int and 0 <= n <= most  # True is an int
+    return type(n) is int and 0 <= n <= most  # (isinstance takes True for an int)
 
 
 def _is_name(name: object) -> bool:
-    """Whether an error can show it, on one line."""
+    """Whether an error can show it on one line."""
     return isinstance(name, str) and name.isprintable() and len(name) <= MAX_NAME
 
 
 @dataclass(frozen=True)
 class Weights:
-    """The tensors of a model by name, and what a person should know of the files around them, a sentence each."""
+    """The tensors of a model by name, and what a person should know about the files around them, a sentence each."""
 
     extents: dict[str, Extent]
     notes: list[str] = field(default_factory=list)
 
     @property
     def files(self) -> list[Path]:
-        """Those that the tensors lie in."""
+        """The files that the tensors lie in."""
         return sorted({Path(e.file) for e in self.extents.values()})
 
 
 INDEX = "model.safetensors.index.json"
 SHARD = re.compile(r"(.*?)-?(\d+)-of-(\d+)\.safetensors")
-# (tensors, names that the index gives and they lack) -> whether they are the whole model nevertheless
+# (tensors, names in the index that are not among them) -> whether the tensors are the whole model nevertheless
 IsWhole = Callable[[dict[str, Extent], Iterable[str]], bool]
 
 
 def index_model(directory: str | os.PathLike) -> dict[str, Extent]:
-    """The extents of every tensor of the model in `directory`, as far as index and headers tell which they are.
+    """The extents of every tensor of the model in `directory`, as far as index and headers can tell.
 
     Raises:
         ModelError: as `find_weights` does.
@@ -245,27 +253,27 @@ def index_model(directory: str | os.PathLike) -> dict[str, Extent]:
 
 
 def find_weights(directory: str | os.PathLike, is_whole: IsWhole | None = None) -> Weights:
-    """Which files of a directory are the model, and where its tensors lie.
+    """Find which files of a directory are the model, and where its tensors lie.
 
-    Where there is an index whose files are all there, they are the model, and no other file. Where one is missing,
-    what is there is the model if it holds all that the index names, or if `is_whole` says so. Without an index the
-    files `model*.safetensors` are the model as long as no two hold the same tensor; where two do, those that go
-    together by their names (`model.safetensors`, or `model-00001-of-00003.safetensors` and so on).
+    If there is an index and all of its files exist, these files are the model, and no others. If one is missing, the
+    existing files are the model if they hold all tensors of the index, or if `is_whole` says so. Without an index, the
+    files `model*.safetensors` are the model as long as no two hold the same tensor. If two do, the model is a set of
+    files that belong together by their names (`model.safetensors`, or `model-00001-of-00003.safetensors` and so on).
 
     Args:
-        is_whole: asked only where index and names do not tell; None: nobody can say.
+        is_whole: called only where index and names are not enough; None if nobody can say.
     Raises:
-        ModelError: no weights, a shard that is needed is missing, files that contradict each other, or a file is cut
-            short or corrupt, or not inside the directory.
+        ModelError: there are no weights, a needed shard is missing, files contradict each other, or a file is cut
+            short, corrupt, or not inside the directory.
     """
     directory = Path(directory)
     check_inside(directory)
-    own = sorted(directory.glob("model*.safetensors"))
+    model_files = sorted(directory.glob("model*.safetensors"))
     weight_map, notes = _read_index(directory / INDEX)
     if weight_map:
-        weights = _by_index(directory, own, weight_map, is_whole)
+        weights = _by_index(directory, model_files, weight_map, is_whole)
     else:
-        weights = _by_names(directory, own, is_whole)
+        weights = _by_names(directory, model_files, is_whole)
     if not weights.extents:
         raise ModelError(_explain_no_weights(directory))
     notes += weights.notes
@@ -276,7 +284,7 @@ def find_weights(directory: str | os.PathLike, is_whole: IsWhole | None = None) 
 
 
 def _read_index(file: Path) -> tuple[dict[str, str], list[str]]:
-    """File name by tensor name, empty if there is no index or it is none; and what to say of it."""
+    """(tensor name -> file name, notes). The map is empty if there is no index, or if it is not a valid one."""
     if not file.exists():
         return {}, []
     try:
@@ -288,44 +296,46 @@ def _read_index(file: Path) -> tuple[dict[str, str], list[str]]:
     return {}, [f"{file} is not a safetensors index (it has no weight_map of tensors to files): not used"]
 
 
-def _by_index(directory: Path, own: list[Path], weight_map: dict[str, str], is_whole: IsWhole | None) -> Weights:
+def _by_index(
+    directory: Path, model_files: list[Path], weight_map: dict[str, str], is_whole: IsWhole | None
+) -> Weights:
     named = sorted(set(weight_map.values()))
     if outside := [name for name in named if not is_inside(name)]:
         raise ModelError(
             f"{directory / INDEX} names {ascii(outside[0][:100])}, which is no file inside the model's directory. "
             "Download the model again"
         )
-    absent = [name for name in named if not (directory / name).exists()]
-    there = [directory / name for name in named if name not in absent and name.endswith(".safetensors")]
-    usual = [file for file in there if file in own] or there  # mlx-lm loads no others, where there are such
+    missing_files = [name for name in named if not (directory / name).exists()]
+    existing = [directory / name for name in named if name not in missing_files and name.endswith(".safetensors")]
+    loaded = [file for file in existing if file in model_files] or existing  # those that mlx-lm loads
     extents: dict[str, Extent] = {}
-    for file in there:
-        if (held := read_header(file) if file in usual else _header_or_none(file)) is not None:
-            extents |= {n: e for n, e in held.items() if n not in extents or weight_map.get(n) == file.name}
-    of_usual = {name: e for name, e in extents.items() if Path(e.file) in usual}
-    lacking = {name: shard for name, shard in weight_map.items() if name not in extents}
+    for file in existing:
+        if (header := read_header(file) if file in loaded else _header_or_none(file)) is not None:
+            extents |= {n: e for n, e in header.items() if n not in extents or weight_map.get(n) == file.name}
+    loaded_extents = {name: e for name, e in extents.items() if Path(e.file) in loaded}
+    missing_tensors = {name: shard for name, shard in weight_map.items() if name not in extents}
 
-    def whole(candidate: dict[str, Extent]) -> bool:
+    def is_model(candidate: dict[str, Extent]) -> bool:
         return is_whole is not None and is_whole(candidate, weight_map.keys() - candidate.keys())
 
-    if not lacking:
-        # beside mlx-lm's files the index may name heads for several tokens at once, which mlx-lm does not load
-        used = of_usual if len(usual) < len(there) and whole(of_usual) else extents
-        if set(own) <= set(there) or is_whole is None or whole(used):
+    if not missing_tensors:
+        # beside mlx-lm's files, the index may name heads for several tokens at once, which mlx-lm does not load
+        used = loaded_extents if len(loaded) < len(existing) and is_model(loaded_extents) else extents
+        if set(model_files) <= set(existing) or is_whole is None or is_model(used):
             return Weights(used)
-    candidates = [of_usual, extents, _header_or_none(directory / "model.safetensors")]
+    candidates = [loaded_extents, extents, _header_or_none(directory / "model.safetensors")]
     try:
-        candidates.append(_by_names(directory, own, None).extents)
-    except ModelError:  # the index's own fault is the one to name
+        candidates.append(_by_names(directory, model_files, None).extents)
+    except ModelError:  # what is wrong with the index is the error to show
         pass
     for candidate in candidates:
-        if candidate and ((lacking and weight_map.keys() <= candidate.keys()) or whole(candidate)):
-            return Weights(candidate, [_stale(directory / INDEX, lacking, absent)])
-    if not lacking:
-        return Weights(extents)  # whatever is wrong with it is not a matter of files
-    name, shard = next(iter(lacking.items()))
-    if absent:
-        file = directory / absent[0]
+        if candidate and ((missing_tensors and weight_map.keys() <= candidate.keys()) or is_model(candidate)):
+            return Weights(candidate, [_stale(directory / INDEX, missing_tensors, missing_files)])
+    if not missing_tensors:
+        return Weights(extents)  # files are not what is wrong with it
+    name, shard = next(iter(missing_tensors.items()))
+    if missing_files:
+        file = directory / missing_files[0]
         dangling = " (a broken link: the download did not finish)" if file.is_symlink() else ""
         raise ModelError(f"{file} is missing{dangling}, and {INDEX} names it. {_fix_of_missing(file)}")
     raise ModelError(f"{INDEX} puts tensor {name} in {shard}, which does not hold it. Download the model again")
@@ -338,19 +348,25 @@ def _header_or_none(file: Path) -> dict[str, Extent] | None:
         return None
 
 
-def _stale(index: Path, lacking: dict[str, str], absent: list[str]) -> str:
-    if absent:
-        return f"{index} names {absent[0]}, which is not here; the files that are here hold the whole model"
-    if lacking:
-        name, shard = next(iter(lacking.items()))
+def _stale(index: Path, missing_tensors: dict[str, str], missing_files: list[str]) -> str:
+    """The note on an index that does not fit its files.
+
+    Args:
+        missing_tensors: tensor name -> file name, of tensors that no file holds.
+        missing_files: names of files that do not exist.
+    """
+    if missing_files:
+        return f"{index} names {missing_files[0]}, which is not here; the files that are here hold the whole model"
+    if missing_tensors:
+        name, shard = next(iter(missing_tensors.items()))
         return f"{index} puts {name} in {shard}, which does not hold it; the files hold the whole model without it"
     return f"{index} does not name all of the model; the files beside it hold the rest"
 
 
-def _by_names(directory: Path, own: list[Path], is_whole: IsWhole | None) -> Weights:
-    """Without an index: all files, unless two hold the same tensor; then those that go together by their names."""
+def _by_names(directory: Path, model_files: list[Path], is_whole: IsWhole | None) -> Weights:
+    """The model without an index: all files, or the first that belong together by name if two hold the same tensor."""
     sets: dict[str, list[Path]] = {}
-    for file in own:
+    for file in model_files:
         shard = SHARD.fullmatch(file.name)
         sets.setdefault(f"{shard[1]} of {shard[3]}" if shard else file.name, []).append(file)
     # transformers' order: the single file, then the shards of the plain name
@@ -359,30 +375,30 @@ def _by_names(directory: Path, own: list[Path], is_whole: IsWhole | None) -> Wei
     extents: dict[str, Extent] = {}
     used: list[Path] = []
     for name in order:
-        if used and first_is_usual:  # what is beside it may be anything, and is left alone if it is not readable
+        if used and first_is_usual:  # files beside it may be anything, and are ignored if they cannot be read
             headers = [_header_or_none(file) or {} for file in sets[name]]
         else:
             headers = [read_header(file) for file in sets[name]]
-        held = {n: e for header in headers for n, e in header.items()}
-        doubled = next((n for n in held if n in extents), None)
-        if doubled is None:
-            extents |= held
-            used += sets[name] if held else []
+        of_set = {n: e for header in headers for n, e in header.items()}
+        duplicate = next((n for n in of_set if n in extents), None)
+        if duplicate is None:
+            extents |= of_set
+            used += sets[name] if of_set else []
         elif not first_is_usual:
-            other = Path(extents[doubled].file).name
+            other = Path(extents[duplicate].file).name
             raise ModelError(
-                f"{directory}: {other} and {Path(held[doubled].file).name} both hold {doubled}, and no index says "
-                "which one counts. Move one of them elsewhere"
+                f"{directory}: {other} and {Path(of_set[duplicate].file).name} both hold {duplicate}, and no index "
+                "says which one counts. Move one of them elsewhere"
             )
-    absent = _missing_of_numbered(used)
-    if absent and is_whole is not None and not is_whole(extents, ()):
-        fix = _fix_of_missing(directory / absent)
-        raise ModelError(f"{directory / absent} is missing, by the names of the files beside it. {fix}")
+    missing_file = _missing_of_numbered(used)
+    if missing_file and is_whole is not None and not is_whole(extents, ()):
+        fix = _fix_of_missing(directory / missing_file)
+        raise ModelError(f"{directory / missing_file} is missing, by the names of the files beside it. {fix}")
     return Weights(extents)
 
 
 def _missing_of_numbered(files: list[Path]) -> str | None:
-    """The first name that is not among `model-00001-of-00003.safetensors` and so on."""
+    """The first missing name of `model-00001-of-00003.safetensors` and so on; None if none is missing."""
     names = {file.name for file in files}
     for file in files:
         if shard := SHARD.fullmatch(file.name):
@@ -404,8 +420,8 @@ def _unused(directory: Path, files: list[Path]) -> list[str]:
 
 def _fix_of_missing(file: Path) -> str:
     partial = partial_downloads(file.parent, file.name)
-    left = f"{partial[0].name} is an unfinished download. " if partial else ""
-    return f"{left}Download the model again: hf download goes on where it stopped"
+    reason = f"{partial[0].name} is an unfinished download. " if partial else ""
+    return f"{reason}Download the model again: hf download goes on where it stopped"
 
 
 def _explain_no_weights(directory: Path) -> str:

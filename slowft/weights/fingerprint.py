@@ -1,7 +1,7 @@
-"""Tells whether files are still the ones they were, without reading them.
+"""Tells whether files have changed, without reading them whole.
 
-Comes in: open safetensors files, name -> descriptor. Goes out: a digest. Reads headers and a few
-hundred kilobytes of contents.
+Comes in: open safetensors files, name -> descriptor. Goes out: a digest. Only headers and a few hundred kilobytes of
+contents are read.
 """
 
 import hashlib
@@ -17,9 +17,9 @@ SAMPLES, SAMPLE_NBYTES = 64, 4096  # of each file's contents
 
 
 def identities(files: Mapping[str, int]) -> tuple:
-    """What changes with any write to the files, and with other files in their place: inodes, sizes and times.
+    """Inodes, sizes and times: they change with any write to the files, and if other files take their place.
 
-    The time of the last change (`ctime`) is the kernel's own: a program that restores the time of modification, as
+    The time of the last change (`ctime`) is the kernel's own. A program that restores the time of modification, as
     `cp -p` and `rsync -t` do, cannot set it.
     """
     stats = [os.fstat(fd) for fd in files.values()]
@@ -29,13 +29,13 @@ def identities(files: Mapping[str, int]) -> tuple:
 def fingerprint(files: Mapping[str, int]) -> str:
     """A digest of the files' identities, their headers, and samples of their contents.
 
-    The samples are for file systems that keep no such times (FAT, some network shares).
+    The samples are needed on file systems that keep no such times (FAT, some network shares).
     """
     return hashlib.sha256(f"{identities(files)} {of_contents(files)}".encode()).hexdigest()
 
 
 def of_contents(files: Mapping[str, int]) -> str:
-    """A digest of headers and of samples of the contents: the same for a copy, whatever the files' names.
+    """A digest of headers and of samples of the contents. It is the same for a copy, whatever the files' names.
 
     Raises:
         ModelError: a file cannot be read.
@@ -47,7 +47,7 @@ def of_contents(files: Mapping[str, int]) -> str:
         def read(nbytes: int, offset: int, name=name, fd=fd) -> bytes:
             return read_bytes(name, fd, nbytes, offset, ModelError)
 
-        header_nbytes = int.from_bytes(read(8, 0), "little")  # of a file beside the model it may be anything
+        header_nbytes = int.from_bytes(read(8, 0), "little")  # any number, if it is no safetensors file
         digest.update(read(min(header_nbytes, size, MAX_HEADER_NBYTES), 8))
         for i in range(SAMPLES):
             digest.update(read(SAMPLE_NBYTES, i * max(size - SAMPLE_NBYTES, 0) // (SAMPLES - 1)))

@@ -1,7 +1,7 @@
-"""A layer's experts some at a time, through two buffers.
+"""Reads a layer's experts a group at a time, through two buffers.
 
-Comes in: a group and the one that will be asked for next. Goes out: the group's arrays; the next is read
-meanwhile. Knows nothing of what is computed with them. Everything here is called by one thread.
+Comes in: a group, and the one that will be asked for next. Goes out: the group's arrays, while the next group is read.
+This file knows nothing of what is computed with them. One thread calls everything here.
 """
 
 from collections.abc import Sequence
@@ -20,14 +20,14 @@ from .sources import ALIGNMENT
 
 @dataclass(frozen=True)
 class Group:
-    """Some of a layer's experts: runs of neighbours, in order."""
+    """Some of a layer's experts, as runs of neighbours, in order."""
 
     layer: Layer
     runs: tuple[range, ...]
 
     @classmethod
     def of(cls, layer: Layer, entries: Sequence[int] | np.ndarray) -> "Group":
-        """Of these experts, sorted and distinct."""
+        """The group of these experts, which are sorted and distinct."""
         runs = np.split(entries, np.flatnonzero(np.diff(entries) > 1) + 1)
         return cls(layer, tuple(range(int(run[0]), int(run[-1]) + 1) for run in runs))
 
@@ -48,16 +48,16 @@ class _Slot:
 
 
 class GroupReader:
-    """Brings groups, one ahead of the one that is in use."""
+    """Reads groups, one ahead of the one in use."""
 
     def __init__(self, reader: Reader):
         self._reader = reader
-        self._slots: list[_Slot] = []  # the one used last comes last
+        self._slots: list[_Slot] = []  # the one used most recently is last
 
     def arrays(self, group: Group, following: Group | None) -> list[mx.array]:
-        """The group's part of each of its layer's parameters, unevaluated. Starts to read `following`.
+        """The group's rows of each of its layer's parameters, unevaluated. Starts to read `following`.
 
-        They may lie in a buffer, so nobody may use them after the next call.
+        The arrays may be views of a buffer, so nobody may use them after the next call.
         """
         self.start(group)
         slot = self._find(group)
@@ -71,19 +71,19 @@ class GroupReader:
             self.start(following)
         arrays, places = [], iter(slot.places)
         for param in group.layer.params:
-            raw = [slot.buffer[a : a + e.row_nbytes * len(group)] for e, a in zip(param.source.extents, places)]
+            raw = [slot.buffer[at : at + e.row_nbytes * len(group)] for e, at in zip(param.source.extents, places)]
             arrays.append(param.source.build(raw, len(group)))
         return arrays
 
     def start(self, group: Group) -> None:
-        """Begin to read what will be asked for first, unless it is there."""
+        """Begin to read the group that will be asked for first, unless it is in memory already."""
         if self._find(group) is None:
             places, ranges = _ranges(group)
             buffer = self._buffer(max(r.at + r.nbytes for r in ranges))
             self._slots.append(_Slot(group, buffer, self._reader.submit(ranges, memoryview(buffer)), places))
 
     def clear(self) -> None:
-        """Give the memory back, after what is being read."""
+        """Give the memory back, once reads under way have ended."""
         while self._slots:
             self._give_up_oldest()
 
@@ -91,12 +91,12 @@ class GroupReader:
         return next((slot for slot in self._slots if slot.group == group), None)
 
     def _buffer(self, nbytes: int) -> mx.array:
-        """That of the older group if two are there and it is large enough; else a new one."""
+        """The older group's buffer if there are two groups and it is large enough; else a new one."""
         buffer = self._give_up_oldest() if len(self._slots) > 1 else None
         return buffer if buffer is not None and buffer.nbytes >= nbytes else read_buffer(nbytes)
 
     def _give_up_oldest(self) -> mx.array:
-        """Its buffer, into which nothing is being read any more."""
+        """Forget the oldest group. Returns its buffer, into which nothing is read any more."""
         slot = self._slots.pop(0)
         if not slot.read.cancel():
             slot.read.exception()
@@ -104,7 +104,7 @@ class GroupReader:
 
 
 def _ranges(group: Group) -> tuple[tuple[int, ...], list[ByteRange]]:
-    """Where each of the group's extents begins in a buffer, and what of the files goes where."""
+    """(where each of the group's extents begins in a buffer, the ranges of files that fill the buffer)."""
     places, ranges = [], []
     at = 0
     for e in (e for param in group.layer.params for e in param.source.extents):

@@ -1,7 +1,7 @@
-"""Whether what a model has read lies inside it: in its directory, or in its own tree of the hub's cache.
+"""Checks that the files a model makes us read lie inside it: in its directory, or in its own tree of the hub's cache.
 
 Comes in: the directory of a model, and names of files that the model's own files give. Goes out: yes or no, or an
-error that names the file. Opens no file. A person may put links to anywhere into a directory; a download may not.
+error that names the file. No file is opened. A person may put links to anywhere into a directory; a download may not.
 """
 
 import os
@@ -9,13 +9,13 @@ from pathlib import Path, PurePath
 
 from ..errors import ModelError
 
-MAX_NAME = 255  # of a file, in most file systems
+MAX_NAME = 255  # bytes of a file's name, in most file systems
 # what slowft, mlx-lm and transformers open in a model's directory
 READ = (".json", ".jsonl", ".safetensors", ".jinja", ".model", ".txt", ".tiktoken", ".py")
 
 
 def is_inside(name: object) -> bool:
-    """Whether this is the name of a file in the directory that it is relative to, or further inside."""
+    """Whether this is the name of a file in the directory that it is relative to, or in one below."""
     if not isinstance(name, str) or not name.isprintable() or not 0 < len(name.encode()) <= MAX_NAME:
         return False
     return not PurePath(name).is_absolute() and ".." not in PurePath(name).parts
@@ -39,7 +39,7 @@ def check_inside(directory: Path) -> None:
 
 
 def _trees(directory: Path) -> list[Path]:
-    """Where the files of a hub snapshot may lie (a person may have moved the blobs to another drive); of others, []."""
+    """Where the files of a hub snapshot may lie (a person may have moved the blobs to another drive); else []."""
     cache = directory.parent.parent
     if directory.parent.name == "snapshots" and (cache.name.startswith("models--") or (cache / "blobs").is_dir()):
         return [_real(cache), _real(cache / "blobs")]
@@ -47,4 +47,4 @@ def _trees(directory: Path) -> list[Path]:
 
 
 def _real(path: Path) -> Path:
-    return Path(os.path.realpath(path))  # `Path.resolve` raises where links go round in a circle
+    return Path(os.path.realpath(path))  # `Path.resolve` raises if links form a circle

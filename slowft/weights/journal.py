@@ -1,8 +1,8 @@
-"""What is finished of a long computation, on disk: pieces by name, each whole or as if it had never been written.
+"""Keeps the finished pieces of a long computation on disk, by name. A piece that is not whole counts as never written.
 
-Comes in: a key that says which computation it is, names, evaluated arrays. Goes out: the same arrays, laid out as they
-were, to another process too. Written behind compute by one thread, a piece at a time, past the file cache. Never
-raises for a disk that is full or fails: `problem` says it, and nothing more is written.
+Comes in: a key that says which computation it is, names, evaluated arrays. Goes out: the same arrays with the same
+memory layout, in this process or a later one. One thread writes one piece at a time, past the file cache, while the
+computation goes on. A disk that is full or fails raises nothing: `problem` says it, and no more is written.
 """
 
 import hashlib
@@ -26,9 +26,9 @@ class Journal:
     """Pieces in `directory`, a file each.
 
     Attributes:
-        bytes_written: so far.
-        wait_s: seconds that callers of `write` were held up.
-        problem: why nothing is written any more, as one line; None as long as it is.
+        bytes_written: bytes so far.
+        wait_s: seconds that callers of `write` waited.
+        problem: why nothing is written any more, as one line; None as long as pieces are written.
     """
 
     def __init__(self, directory: Path):
@@ -41,18 +41,18 @@ class Journal:
 
     @property
     def is_there(self) -> bool:
-        """Whether there are pieces, of whatever."""
+        """Whether there are pieces, of any computation."""
         return next(self.directory.glob("*"), None) is not None
 
     def begin(self, key: str) -> None:
-        """A computation begins; what has another key is as if it were not there, and is written over."""
+        """A computation begins. Pieces with another key count as absent, and are overwritten."""
         self._key = key
 
     def write(self, name: str, arrays: Sequence[mx.array], drop: Sequence[str] = ()) -> None:
-        """Start writing a piece. It is held until the next call, which waits for it.
+        """Start writing a piece. Its arrays stay in memory until the next call, which waits for the write.
 
         Args:
-            drop: pieces that are of no use once this one is on the drive.
+            drop: names of pieces that are of no use once this one is on the drive.
         """
         begin = time.perf_counter()
         self.finish_writing()
@@ -64,7 +64,7 @@ class Journal:
                 self._fail(e)
 
     def read(self, name: str) -> list[mx.array] | None:
-        """The arrays of a piece, arrays of the calling thread; None if there is none that is whole."""
+        """The arrays of a piece, made by the calling thread; None if there is no whole one."""
         self.finish_writing()
         try:
             with opened(self.directory / name) as fd:
@@ -81,7 +81,7 @@ class Journal:
                 self._fail(e)
 
     def clear(self) -> None:
-        """Remove everything: what it was for is done."""
+        """Remove all pieces: the computation is done."""
         self.finish_writing()
         shutil.rmtree(self.directory, ignore_errors=True)
 
@@ -94,7 +94,7 @@ class Journal:
             f"{self.directory}: writing finished blocks failed ({reason_of(error)}). The run goes on without; after a "
             "kill, the step under way begins anew"
         )
-        self.clear()  # on a full disk, room for the checkpoints
+        self.clear()  # makes room for checkpoints on a full disk
 
     def _write(self, name: str, packed: list[tuple[list, memoryview]], drop: Sequence[str]) -> None:
         facts, data = [fact for fact, _ in packed], [bytes_ for _, bytes_ in packed]
@@ -119,18 +119,18 @@ class Journal:
 def _packed(array: mx.array) -> tuple[list, memoryview]:
     """([dtype, shape, strides], the bytes of an evaluated array in the order in which they lie in memory).
 
-    MLX multiplies rows and columns by different routines, whose last bits differ: so the layout has to come back too.
+    The strides are kept because MLX multiplies rows and columns by different routines, whose last bits differ.
 
     Raises:
-        OSError: it has gaps, which no block puts out as far as we know.
+        OSError: the array has gaps in memory. As far as we know, no block's output has.
     """
     strides = [stride // array.itemsize for stride in memoryview(array).strides]
     axes = sorted(range(array.ndim), key=lambda axis: -strides[axis])
-    along = mx.transpose(array, axes, stream=mx.cpu)  # not on a GPU, after all that it was handed since
-    mx.eval(along)
-    if not memoryview(along).c_contiguous:
+    in_memory_order = mx.transpose(array, axes, stream=mx.cpu)  # a GPU would first do all that it was handed since
+    mx.eval(in_memory_order)
+    if not memoryview(in_memory_order).c_contiguous:
         raise OSError(f"an array of shape {array.shape} has gaps in memory")
-    bytes_ = mx.view(mx.reshape(along, (-1,), stream=mx.cpu), mx.uint8, stream=mx.cpu)
+    bytes_ = mx.view(mx.reshape(in_memory_order, (-1,), stream=mx.cpu), mx.uint8, stream=mx.cpu)
     mx.eval(bytes_)
     return [str(array.dtype).removeprefix("mlx.core."), list(array.shape), strides], memoryview(bytes_)
 

@@ -1,13 +1,16 @@
-"""Ranges of files into buffers, on threads of its own, past the file cache.
+"""Reads ranges of files into buffers, on its own threads, past the file cache.
 
-Comes in: (extent or byte range, writable memoryview). Goes out: the filled buffer, or an error that names
-file and offset. Only fills bytes: MLX arrays belong to the thread that computes, and are never made here.
+Comes in: byte ranges and a writable memoryview. Goes out: the filled buffer, or an error that names file and offset.
+The reader only fills bytes: MLX arrays belong to the thread that computes, and are never made here.
 
-Three ways. Directly (Linux's O_DIRECT, macOS's F_NOCACHE, `reads_in_flight` requests at a time) where a stretch of a
-file goes to one stretch of memory that is aligned like it: `buffers` and `weights.Layout` see to that for all that is
-large. The file cache is not touched, nothing is copied. By bounce for few bytes, for the ends of a stretch, and for
-every stretch that goes elsewhere: whole pages directly into memory of the reader's own, copied from there. Through the
-file cache, a request at a time and each dropped after it, on file systems without direct reads.
+There are three ways to read.
+
+- In place: directly (Linux's O_DIRECT, macOS's F_NOCACHE), `reads_in_flight` requests at a time, where a stretch of a
+  file goes to one stretch of memory that is aligned like it. `buffers` and `sources.Layout` align whatever is large.
+  The file cache is not touched and nothing is copied.
+- By bounce: whole pages are read directly into the reader's own memory and copied from there. This is for few bytes,
+  for the ends of a stretch, and for every stretch that is not aligned.
+- Through the file cache, on file systems without direct reads: one request at a time, and its pages dropped after it.
 """
 
 import errno
@@ -30,23 +33,22 @@ from ..errors import ModelError, reason_of
 from .buffers import LARGE_NBYTES
 from .transfers import retried
 
-# Bytes asked of the kernel at a time where it puts them into the file cache first, where a memory limit counts
-# them until they are dropped: 88 MB runs read at once held 101 MB there, and 134 MB backwards; in requests of 2 MB
-# 17 MB, which is twice this disk's read-ahead of 8 MB (128 KB on most laptops). Median throughput forward / backward:
-# 2.3 / 1.9 GB/s at 2 MB, 2.5 / 1.8 at 4 MB, 2.4 / 1.9 whole. At 1 MB it falls to a third and
-# the cache fills: a drop spares the kernel's large pages that it covers only in part. macOS comes here only with a few
-# bytes, and refuses a single read of 2 GiB.
+# Bytes of one request through the file cache. There, a memory limit counts them until they are dropped: runs of 88 MB
+# read in one request held 101 MB there, and 134 MB backwards. Requests of 2 MB held 17 MB, which is twice this disk's
+# read-ahead of 8 MB (128 KB on most laptops). Median throughput forward / backward: 2.3 / 1.9 GB/s at 2 MB, 2.5 / 1.8
+# at 4 MB, 2.4 / 1.9 in one request. At 1 MB it falls to a third and the cache fills, because a drop spares the kernel's
+# large pages that it covers only in part. macOS comes here only with a few bytes, and refuses one read of 2 GiB.
 MAX_REQUEST_NBYTES = 2 << 20
-# The same of direct reads. On huge pages, one at a time: 1.9 GB/s at 2 MB, 2.1 at 8; four at a time 2.2 and 2.3.
+# Bytes of one direct request. On huge pages, one at a time: 1.9 GB/s at 2 MB, 2.1 at 8 MB; four at a time: 2.2 and 2.3.
 DIRECT_REQUEST_NBYTES = 8 << 20
 MAX_READS_IN_FLIGHT = 8
 
-NOT_DIRECT_ERRORS = (errno.EINVAL, errno.EFAULT)  # a file system that opens files for direct reads and has none
+NOT_DIRECT_ERRORS = (errno.EINVAL, errno.EFAULT)  # from a file system that opens files for direct reads but has none
 
 
 @dataclass(frozen=True)
 class ByteRange:
-    """`nbytes` bytes of `file` from `offset`, to be put at `at` in the destination buffer."""
+    """`nbytes` bytes of `file` from `offset`, which go to `at` in the destination buffer."""
 
     file: str
     offset: int
@@ -56,10 +58,10 @@ class ByteRange:
 
 @dataclass(frozen=True)
 class _State:
-    """What tells a file from the same file after somebody wrote to it, or put another in its place.
+    """What differs after somebody wrote to a file or put another one in its place.
 
-    Not the time of its last change (ctime), by which `fingerprint.identities` tells files between runs: taking a name
-    from an open file, or giving it one, sets that too.
+    The time of the last change (ctime), which `fingerprint.identities` compares between runs, is left out: adding or
+    removing a name of an open file changes it too.
     """
 
     device: int
@@ -81,26 +83,26 @@ class _File:
 
 
 class Reader:
-    """Reads byte ranges in the order asked, one list after the other.
+    """Reads lists of byte ranges, one after the other, in the order of the calls.
 
     Attributes:
-        reads_in_flight: requests that a direct read has under way at once, 1 to `MAX_READS_IN_FLIGHT`. May be changed
-            at any time.
+        reads_in_flight: requests that a direct read has under way at once, 1 to `MAX_READS_IN_FLIGHT`. It may be
+            changed at any time.
         bytes_read: bytes read so far.
         read_s: seconds that the drive was busy with them.
-        wait_s: seconds that callers of `wait` and `read_now` were held up by reads.
+        wait_s: seconds that callers of `wait` and `read_now` waited for reads.
     """
 
     def __init__(self, reads_in_flight: int = 1):
         self.reads_in_flight = reads_in_flight
         self._files: dict[str, _File] = {}
         self._expected: dict[str, _State] = {}
-        self._last: tuple[int, int] | None = None  # (descriptor, end) of the run last read through the file cache
+        self._previous_end: tuple[int, int] | None = None  # (descriptor, end) of the last run through the file cache
         self._lock = threading.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="slowft-reader")
         self._helpers = ThreadPoolExecutor(MAX_READS_IN_FLIGHT - 1, thread_name_prefix="slowft-reader-helper")
-        # A stretch that is not large, and the pages at its ends, for each request in flight. The one used last is used
-        # first: the others take no memory.
+        # One for each request in flight, with room for a stretch that is not large and for the pages at its ends. The
+        # one used last is used first, so the others take no memory.
         self._bounces: queue.LifoQueue[memoryview] = queue.LifoQueue()
         for _ in range(MAX_READS_IN_FLIGHT):
             self._bounces.put(memoryview(mmap.mmap(-1, LARGE_NBYTES + 2 * platform.DIRECT_ALIGNMENT)))
@@ -109,15 +111,15 @@ class Reader:
         self._close_files = weakref.finalize(self, _close_all, self._files)
 
     def expect_unchanged(self, files: Iterable[str]) -> None:
-        """From now on reading one of these fails if it is not as it is now. Others must stay as they are first read.
+        """From now on reading one of these files fails if it has changed. Other files must stay as at their first read.
 
         Raises:
-            ModelError: there is no such file.
+            ModelError: a file does not exist.
         """
         self._expected.update({file: self._state(file) for file in files})
 
     def submit(self, ranges: Iterable[ByteRange], buffer: memoryview) -> Future:
-        """Start filling `buffer` and return a future that is done when it is full."""
+        """Start filling `buffer`. The future returned is done when it is full."""
         ranges = list(ranges)
         place = {"file": ranges[0].file, "offset": ranges[0].offset} if ranges else {}
         traced = tracing.spanned(self._read, "read", "read", bytes=sum(r.nbytes for r in ranges), **place)
@@ -127,7 +129,7 @@ class Reader:
         """Return when `read` is done.
 
         Raises:
-            ModelError: the file ends early, cannot be read or was changed; names the file and the offset.
+            ModelError: the file ends early, cannot be read or was changed. It names the file and the offset.
         """
         begin = time.perf_counter()
         try:
@@ -137,7 +139,7 @@ class Reader:
             self.wait_s += time.perf_counter() - begin
 
     def read_now(self, ranges: Iterable[ByteRange], buffer: memoryview) -> None:
-        """Fill `buffer` before returning, ahead of nothing that was submitted earlier."""
+        """Fill `buffer` and return. What was submitted earlier is read first."""
         self.wait(self.submit(ranges, buffer))
 
     def _read(self, ranges: list[ByteRange], buffer: memoryview) -> None:
@@ -152,7 +154,7 @@ class Reader:
         # neighbours in the file become one request, scattered to their places
         for run in _contiguous_runs(ranges):
             file, nbytes = self._open(run[0].file), sum(r.nbytes for r in run)
-            # small ones too where large ones are read directly: the kernel would read ahead of them for nothing
+            # beside large runs, small ones are read directly too: the kernel would read ahead of them for nothing
             if not (is_large and self._read_directly(file, run, nbytes, buffer)):
                 self._read_through_cache(file, run, nbytes, buffer)
             with self._lock:
@@ -162,7 +164,7 @@ class Reader:
     # --- Directly -----------------------------------------------------------------------------------
 
     def _read_directly(self, file: _File, run: list[ByteRange], nbytes: int, buffer: memoryview) -> bool:
-        """Read a run past the file cache, if its file system and the place in memory allow it. Returns whether."""
+        """Read a run past the file cache. Returns False if its file system or the place in memory does not allow it."""
         if file.direct_fd is None:
             return False
         try:
@@ -184,36 +186,39 @@ class Reader:
             return False
 
     def _read_in_place(self, file: _File, offset: int, target: memoryview) -> None:
-        """Fill memory that is aligned like the file: whole pages in place, what is left at the ends by bounce."""
+        """Fill memory that is aligned like the file: whole pages in place, the two ends by bounce."""
         head = -offset % platform.DIRECT_ALIGNMENT
         body = (len(target) - head) // platform.DIRECT_ALIGNMENT * platform.DIRECT_ALIGNMENT
         self._read_by_bounce(file, offset, [target[:head]])
         starts = range(head, head + body, DIRECT_REQUEST_NBYTES)
         requests = [(start, target[start : min(start + DIRECT_REQUEST_NBYTES, head + body)]) for start in starts]
-        self._in_flight(
+        self._run_in_flight(
             [partial(_read_aligned, file, offset + start, request, len(request)) for start, request in requests]
         )
         self._read_by_bounce(file, offset + head + body, [target[head + body :]])
 
     def _read_in_bounces(self, file: _File, offset: int, targets: list[memoryview]) -> None:
-        """Fill any memory, `LARGE_NBYTES` at a time. Requests meet on pages of the file, so that none is read twice."""
-        requests, at, stop = [], offset, offset + sum(len(target) for target in targets)
-        while at < stop:
-            end = min(at - at % LARGE_NBYTES + LARGE_NBYTES, stop)
-            requests.append(partial(self._read_by_bounce, file, at, _first_nbytes(targets, end - at)))
-            targets, at = _without_first_nbytes(targets, end - at), end
-        self._in_flight(requests)
+        """Fill memory of any alignment, `LARGE_NBYTES` at a time.
 
-    def _in_flight(self, requests: list[Callable[[], None]]) -> None:
-        """Make the requests, several at a time, in the order of the list."""
-        left = iter(requests)
+        Requests begin and end on pages of the file, so that no page is read twice.
+        """
+        requests, begin, stop = [], offset, offset + sum(len(target) for target in targets)
+        while begin < stop:
+            end = min(begin - begin % LARGE_NBYTES + LARGE_NBYTES, stop)
+            requests.append(partial(self._read_by_bounce, file, begin, _first_nbytes(targets, end - begin)))
+            targets, begin = _without_first_nbytes(targets, end - begin), end
+        self._run_in_flight(requests)
+
+    def _run_in_flight(self, requests: list[Callable[[], None]]) -> None:
+        """Run the requests, `reads_in_flight` at a time, in the order of the list."""
+        remaining = iter(requests)
 
         def work():
             try:
-                for request in left:  # shared by the threads: each takes the next
+                for request in remaining:  # the threads share this iterator: each takes the next request
                     request()
             except BaseException:
-                for _ in left:  # the others begin no more
+                for _ in remaining:  # leaves no request for the other threads
                     pass
                 raise
 
@@ -221,13 +226,13 @@ class Reader:
         try:
             work()
         finally:
-            errors = [helper.exception() for helper in helpers]  # no thread fills the buffer any more
+            errors = [helper.exception() for helper in helpers]  # waits until no thread fills the buffer any more
         for error in errors:
             if error is not None:
                 raise error
 
     def _read_by_bounce(self, file: _File, offset: int, targets: list[memoryview]) -> None:
-        """Fill targets that are no multiple of pages, `LARGE_NBYTES` in all at most, by way of a page-aligned one."""
+        """Fill targets of at most `LARGE_NBYTES` together from whole pages, which are read to page-aligned memory."""
         nbytes = sum(len(target) for target in targets)
         if nbytes == 0:
             return
@@ -249,28 +254,27 @@ class Reader:
     def _read_through_cache(self, file: _File, run: list[ByteRange], nbytes: int, buffer: memoryview) -> None:
         offset, targets, done = run[0].offset, _targets(run, buffer), 0
         while done < nbytes:
-            got = _preadv(file, file.fd, _first_nbytes(targets, MAX_REQUEST_NBYTES), offset + done)
-            if got == 0:
+            n_read = _preadv(file, file.fd, _first_nbytes(targets, MAX_REQUEST_NBYTES), offset + done)
+            if n_read == 0:
                 raise _ends_early(file, offset + done, nbytes - done)
-            done += got
-            targets = _without_first_nbytes(targets, got)
-            # from 0: the page that two runs share goes with the second
+            done += n_read
+            targets = _without_first_nbytes(targets, n_read)
+            # from 0 on, because the page that two runs share can be dropped only after the second
             platform.drop_cached(file.fd, 0, offset + done)
-            if done == got:
+            if done == n_read:  # not sooner: pages that are still being read stay
                 self._drop_read_ahead(file.fd, offset, nbytes)
-        self._last = file.fd, offset + nbytes
+        self._previous_end = file.fd, offset + nbytes
 
     def _drop_read_ahead(self, fd: int, offset: int, nbytes: int) -> None:
-        """Forget what the kernel read past the end of the run before this one, unless this one goes on from there.
+        """Drop what the kernel read past the end of the run before this one, unless this one goes on from there.
 
-        It reads on as far as its read-ahead window, which piles up in the file cache when blocks are visited
-        backwards: 8 MB a block, measured. Only after this run's first request, as what is still being read stays.
-        (POSIX_FADV_RANDOM would prevent it and halve the throughput: 1.1 for 2.2 GB/s.)
+        The kernel reads ahead as far as its window. When blocks are visited backwards, that piles up in the file
+        cache: 8 MB a block, measured. (POSIX_FADV_RANDOM would prevent it and halve the throughput: 1.1 for 2.2 GB/s.)
         """
-        if self._last is None or self._last == (fd, offset):
+        if self._previous_end is None or self._previous_end == (fd, offset):
             return
-        if self._last[0] != fd:
-            platform.drop_cached(self._last[0], 0, 0)
+        if self._previous_end[0] != fd:
+            platform.drop_cached(self._previous_end[0], 0, 0)
         platform.drop_cached(fd, offset + nbytes, 0)
 
     # --- Files --------------------------------------------------------------------------------------
@@ -288,7 +292,7 @@ class Reader:
             return self._files[name]
 
     def descriptor(self, name: str) -> int:
-        """Of the open file that is read under this path, whatever has taken its place since."""
+        """The descriptor of the file that is read under this path, even if another file has taken its place since."""
         return self._open(name).fd
 
     def _state(self, name: str) -> _State:
@@ -300,7 +304,7 @@ class Reader:
     def _check_unchanged(self, file: _File, offset: int) -> None:
         """Raises ModelError if what was just read at `offset` may not be what was there at first.
 
-        A file that was only deleted is still there for who has it open.
+        A file that was only deleted can still be read by whoever has it open.
         """
         now = _State.of(os.fstat(file.fd))
         if now == file.state:
@@ -320,7 +324,7 @@ class Reader:
             )
 
     def close(self) -> None:
-        """Finish the reads under way, end the threads, close the files."""
+        """Finish the reads under way, end the threads, and close the files."""
         self._thread.shutdown(cancel_futures=True)
         self._helpers.shutdown()
         self._close_files()
@@ -335,11 +339,11 @@ def _close_all(files: dict[str, _File]) -> None:
 
 
 def _preadv(file: _File, fd: int, targets: list[memoryview], offset: int) -> int:
-    """Bytes read at `offset`, 0 at the end of the file; tried again where that can help.
+    """Fill the targets from `offset`, once more where that can help. Returns how many bytes; 0 at the end of the file.
 
     Raises:
-        ModelError: names file and offset.
-        OSError: of `NOT_DIRECT_ERRORS`, from a direct read.
+        ModelError: the read failed. It names file and offset.
+        OSError: a direct read failed with one of `NOT_DIRECT_ERRORS`.
     """
     try:
         return retried(os.preadv, fd, targets, offset)
@@ -350,13 +354,13 @@ def _preadv(file: _File, fd: int, targets: list[memoryview], offset: int) -> int
 
 
 def _read_aligned(file: _File, offset: int, target: memoryview, nbytes: int) -> None:
-    """Fill the first `nbytes` of an aligned target; the file may end between them and the target's end."""
+    """Fill at least the first `nbytes` of an aligned target. The file may end before the rest of the target is full."""
     done = 0
     while done < nbytes:
-        got = _preadv(file, file.direct_fd, [target[done:]], offset + done)
-        if done + got < nbytes and got < platform.DIRECT_ALIGNMENT:
-            raise _ends_early(file, offset + done + got, nbytes - done - got)
-        done += got if done + got >= nbytes else got // platform.DIRECT_ALIGNMENT * platform.DIRECT_ALIGNMENT
+        n_read = _preadv(file, file.direct_fd, [target[done:]], offset + done)
+        if done + n_read < nbytes and n_read < platform.DIRECT_ALIGNMENT:
+            raise _ends_early(file, offset + done + n_read, nbytes - done - n_read)
+        done += n_read if done + n_read >= nbytes else n_read // platform.DIRECT_ALIGNMENT * platform.DIRECT_ALIGNMENT
 
 
 def _ends_early(file: _File, end: int, missing: int) -> ModelError:
@@ -364,9 +368,9 @@ def _ends_early(file: _File, end: int, missing: int) -> ModelError:
 
 
 def _parts(run: list[ByteRange], buffer: memoryview) -> list[tuple[bool, list[ByteRange]]]:
-    """A run of ranges, cut into what a drive can put in place and what goes elsewhere.
+    """Split a run of ranges into parts: (whether the drive can put the part in place, its ranges).
 
-    In place goes what is large and lies in memory in one stretch that is aligned like its stretch of the file.
+    It can where a part is large and lies in one stretch of memory that is aligned like its stretch of the file.
     """
     address = np.frombuffer(buffer, np.uint8).ctypes.data
     parts: list[tuple[bool, list[ByteRange]]] = []
@@ -397,13 +401,13 @@ def _first_nbytes(targets: list[memoryview], nbytes: int) -> list[memoryview]:
 
 
 def _without_first_nbytes(targets: list[memoryview], nbytes: int) -> list[memoryview]:
-    """What is left of a scatter list after `nbytes` bytes: a read may stop anywhere."""
+    """The rest of a scatter list after `nbytes` bytes: a read may stop anywhere."""
     rest = []
     for target in targets:
-        taken = min(nbytes, len(target))
-        nbytes -= taken
-        if taken < len(target):
-            rest.append(target[taken:])
+        filled = min(nbytes, len(target))
+        nbytes -= filled
+        if filled < len(target):
+            rest.append(target[filled:])
     return rest
 
 

@@ -1,7 +1,7 @@
-"""What a file is that is not what its name says: a pointer, an error page, half a download, another format.
+"""Recognises files that are not what their name says: a pointer, an error page, half a download, another format.
 
-Comes in: a file that could not be read as what it should be. Goes out: words for an error message, with how to get
-the real one. Reads the first bytes only.
+Comes in: a file that could not be read as what it should be. Goes out: words for an error message, and how to get the
+real file. Only the first bytes are read.
 """
 
 import json
@@ -12,17 +12,18 @@ from typing import Any
 from ..errors import ModelError, SlowftError, reason_of
 
 FIRST_NBYTES = 4096
-PARTIAL = (".incomplete", ".part", ".partial", ".tmp", ".aria2", ".crdownload", ".download")  # of an unfinished one
+PARTIAL = (".incomplete", ".part", ".partial", ".tmp", ".aria2", ".crdownload", ".download")  # unfinished downloads
 AGAIN = "Download it again"
-# Far beyond what real files have: as Python's objects, JSON of nothing but brackets takes 27 times its bytes.
+# Real files are far smaller. A limit is needed because JSON of nothing but brackets takes 27 times its bytes in Python.
 MAX_JSON_NBYTES = 20_000_000
 MAX_NBYTES = {"tokenizer.json": 200_000_000, "model.safetensors.index.json": 50_000_000}
 
 
 def recognise(file: Path) -> tuple[str, str] | None:
-    """(What the file is, what to do), or None if nothing is known of it.
+    """(what the file is, what to do), or None if it is not recognised.
 
-    Only for a file that was not read as what its name says: a whole safetensors file may begin with any byte.
+    This is only for a file that could not be read as what its name says: a good safetensors file may begin with any
+    byte.
     """
     try:
         size = file.stat().st_size
@@ -34,7 +35,7 @@ def recognise(file: Path) -> tuple[str, str] | None:
 
 
 def recognise_start(start: bytes, size: int) -> tuple[str, str] | None:
-    """As `recognise`, of a file's first bytes and its size."""
+    """The same as `recognise`, from a file's first bytes and its size."""
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n")
     if size == 0:
         return "an empty file: the download did not get it", AGAIN
@@ -73,18 +74,19 @@ def recognise_start(start: bytes, size: int) -> tuple[str, str] | None:
     return None
 
 
-def explain(file: Path, wanted: str) -> str | None:
-    """One line for an error: `file` is not `wanted` but what it is, and what to do. None if nothing is known of it."""
-    if (known := recognise(file)) is None:
+def explain(file: Path, expected: str) -> str | None:
+    """One line for an error: `file` is not `expected` but what it is, and what to do. None if it is not recognised."""
+    if (recognised := recognise(file)) is None:
         return None
-    return f"{file} is not {wanted} but {known[0]}. {known[1]}"
+    kind, fix = recognised
+    return f"{file} is not {expected} but {kind}. {fix}"
 
 
 def read_json(file: Path, error: type[SlowftError] = ModelError) -> Any:
     """The contents of a JSON file.
 
     Raises:
-        SlowftError: of the kind `error`; the file cannot be read, or is something else under that name.
+        SlowftError: of the class `error`. The file cannot be read, or is something else under that name.
     """
     try:
         most = MAX_NBYTES.get(file.name, MAX_JSON_NBYTES)
@@ -95,21 +97,21 @@ def read_json(file: Path, error: type[SlowftError] = ModelError) -> Any:
         dangling = " (a broken link: the download did not finish)" if file.is_symlink() and not file.exists() else ""
         raise error(f"{file} cannot be read: {reason_of(e)}{dangling}") from None
     try:
-        return json.loads(content.decode("utf-8"))  # of bytes it would take half characters, which mlx-lm refuses
+        return json.loads(content.decode("utf-8"))  # json.loads of bytes takes half characters, which mlx-lm refuses
     except RecursionError:
         raise error(f"{file} is not JSON that can be read: it is nested too deeply") from None
-    except ValueError as e:  # also of bytes that are not text
-        known = recognise(file)
-        if known is not None and not known[0].startswith(("JSON", "text")):
-            raise error(f"{file} is not JSON but {known[0]}. {known[1]}") from None
-        said = str(e) if known is None or not known[0].startswith("text") else f"{e}: it is {known[0]}"
-        raise error(f"{file} is not JSON ({said})") from None
+    except ValueError as e:  # (also from bytes that are not text)
+        kind, fix = recognise(file) or ("", "")
+        if kind and not kind.startswith(("JSON", "text")):
+            raise error(f"{file} is not JSON but {kind}. {fix}") from None
+        reason = f"{e}: it is {kind}" if kind.startswith("text") else str(e)
+        raise error(f"{file} is not JSON ({reason})") from None
 
 
 def partial_downloads(directory: Path, name: str) -> list[Path]:
-    """What an unfinished download of `name` has left beside it, also where huggingface-hub keeps its own."""
+    """Files that unfinished downloads of `name` left, beside it and where huggingface-hub keeps its own."""
     beside = [directory / f"{name}{ending}" for ending in PARTIAL]
-    # `hf download --local-dir` keeps them under names that are hashes, so whose they are cannot be told
+    # `hf download --local-dir` names them by hashes, so it is not known which file they belong to
     cache = directory / ".cache" / "huggingface" / "download"
     return [file for file in beside if file.exists()] + sorted(cache.glob("**/*.incomplete"))
 
@@ -124,7 +126,7 @@ def _is_text(start: bytes) -> bool:
     try:
         decoded = start.decode("utf-8")
     except UnicodeDecodeError as e:
-        if e.start < len(start) - 4:  # but for a character that is cut in two
+        if e.start < len(start) - 4:  # else it may be a character that is cut in two
             return False
         decoded = start[: e.start].decode("utf-8")
     return len(decoded) > 3 and all(c.isprintable() or c in "\r\n\t" for c in decoded)

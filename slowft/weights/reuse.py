@@ -1,6 +1,6 @@
-"""Which freed buffers MLX keeps to hand out again, from one piece of work to the next.
+"""Decides how many freed buffers MLX keeps for reuse, from one piece of work (a block's pass, the head's) to the next.
 
-Comes in: a `Schedule`, which knows what each piece takes. Goes out: MLX's cache limit, set anew around each.
+Comes in: a `Schedule`, which says what each piece takes. Goes out: MLX's cache limit, set before each piece.
 """
 
 import time
@@ -13,66 +13,69 @@ from .. import platform
 from ..memory import limits
 from ..planning.schedule import Schedule
 
-COLD_STEPS = 2  # that find fewer freed buffers than later ones
-# what small buffers left free between them: takes 0.5 to 1.5 ms; in the head, large ones go there and leave their pages
+COLD_STEPS = 2  # the first steps, which find fewer freed buffers than later ones
+# What lies free between small buffers is released this often, which takes 0.5 to 1.5 ms. The head puts large buffers
+# there, and these leave their pages behind.
 RELEASE_EVERY_S, RELEASE_IN_HEAD_EVERY_S = 0.1, 0.02
 
 
 class Reuse:
-    """How much of freed buffers MLX keeps to hand out again, from one piece of work to the next.
+    """Keeps as many freed buffers for reuse as there is room for.
 
-    Fresh pages cost more than most of what is written to them. MLX gives back to the system what is freed while its
-    cache is full, whatever it is full of; so what was freed longest ago has to go first.
+    Fresh pages cost more than most of what is written to them. While MLX's cache is full, whatever it is full of, MLX
+    gives each newly freed buffer back to the system. So the buffers freed longest ago have to go first.
 
     Args:
-        schedule: `cache_nbytes` are kept at least (of the head `head_cache_nbytes`), and what arrays leave of
-            `total_nbytes`. With `keep_buffers` all are kept, as long as steps have the same shape.
+        schedule: at least `cache_nbytes` of buffers are kept (`head_cache_nbytes` in the head), and whatever arrays
+            leave of `total_nbytes`. With `keep_buffers` all are kept, as long as steps have the same shape.
     """
 
     def __init__(self, schedule: Schedule):
         self._schedule = schedule
-        self._total, self._least = schedule.total_nbytes, schedule.cache_nbytes
-        self._least_of_head = self._least if schedule.head_cache_nbytes is None else schedule.head_cache_nbytes
+        self._total_nbytes, self._cache_nbytes = schedule.total_nbytes, schedule.cache_nbytes
+        head_nbytes = schedule.head_cache_nbytes
+        self._head_cache_nbytes = self._cache_nbytes if head_nbytes is None else head_nbytes
         self._steps = 0
         self._released_at = 0.0
         self._was_head = False
-        self._graph: Hashable = None
-        self._of_graph: int | None = None
+        self._graph_kind: Hashable = None
+        self._graph_cache_nbytes: int | None = None  # of freed buffers, after one step of that kind
 
     def raise_by(self, nbytes: int) -> None:
-        """Keep so many bytes more from the next step on, which takes at most so much more than the last one did.
+        """Keep so many bytes more from the next step on. It then takes at most so much more than the last one did.
 
-        Of the first steps only what they took too much counts.
+        In the first `COLD_STEPS` calls only a negative number counts.
         """
         self._steps += 1
-        if self._total and (nbytes < 0 or self._steps > COLD_STEPS):
-            self._total = max(self._schedule.total_nbytes, self._total + nbytes)
+        if self._total_nbytes and (nbytes < 0 or self._steps > COLD_STEPS):
+            self._total_nbytes = max(self._schedule.total_nbytes, self._total_nbytes + nbytes)
 
     def begin_graph(self, kind: Hashable) -> None:
-        """All blocks and the head are computed next, as one graph; those of one kind ask for the same buffers."""
+        """All blocks and the head are computed next, as one graph. Graphs of one kind ask for the same buffers."""
         if not self._schedule.keep_buffers:
             return
-        if kind != self._graph:
+        if kind != self._graph_kind:
             limits().give_back()
-            self._graph, self._of_graph = kind, None
-        elif self._of_graph is None:
-            self._of_graph = mx.get_cache_memory()
-        limit = max(self._least, self._total - mx.get_active_memory())
-        limits().keep_freed(limit, self._of_graph)  # let go of what nobody has asked for since
+            self._graph_kind, self._graph_cache_nbytes = kind, None
+        elif self._graph_cache_nbytes is None:
+            self._graph_cache_nbytes = mx.get_cache_memory()
+        limit = max(self._cache_nbytes, self._total_nbytes - mx.get_active_memory())
+        limits().keep_freed(limit, self._graph_cache_nbytes)  # gives back what no graph has asked for since
 
     @contextmanager
     def computing(self, is_head: bool = False) -> Iterator[None]:
-        """Around what is computed: as much is kept as leaves it room."""
+        """While this is entered, a block or the head is computed, and freed buffers are kept as far as it has room."""
         s = self._schedule
         if s.keep_buffers:
             yield
             return
-        grows = s.head_workspace_nbytes if is_head else s.workspace_nbytes
-        limit = max(self._least_of_head if is_head else self._least, self._total - mx.get_active_memory() - grows)
-        # what is kept by then is of sizes that nobody will ask for
+        workspace_nbytes = s.head_workspace_nbytes if is_head else s.workspace_nbytes
+        cache_nbytes = self._head_cache_nbytes if is_head else self._cache_nbytes
+        limit = max(cache_nbytes, self._total_nbytes - mx.get_active_memory() - workspace_nbytes)
+        # between blocks and head, the buffers kept so far are of sizes that nobody will ask for
         is_useless = is_head != self._was_head and not s.head_reuses_blocks
         self._was_head = is_head
-        limits().keep_freed(limit, max(0, limit - grows) if is_useless else None)
+        limits().keep_freed(limit, max(0, limit - workspace_nbytes) if is_useless else None)
         if s.active_nbytes is None:  # no ceiling
             yield
             return
@@ -85,27 +88,28 @@ class Reuse:
         freed_nbytes = s.cache_nbytes or 0
         limits().hold(s.head_active_nbytes or s.active_nbytes, freed_nbytes)
         try:
-            with platform.releasing_freed_memory(RELEASE_IN_HEAD_EVERY_S):  # where most is taken at once
+            with platform.releasing_freed_memory(RELEASE_IN_HEAD_EVERY_S):  # the head takes the most memory at once
                 yield
         finally:
             limits().hold(s.active_nbytes, freed_nbytes)
 
-    def before_freeing(self, nbytes: int, wanted_nbytes: int, are_alike: bool) -> None:
+    def before_freeing(self, nbytes: int, next_nbytes: int, are_alike: bool) -> None:
         """Weights of so many bytes are about to be freed.
 
         Args:
-            wanted_nbytes: that are made next; are_alike: of weights that take up the former's buffers.
+            next_nbytes: bytes that are allocated next.
+            are_alike: whether these are weights that fit the freed buffers.
         """
         s = self._schedule
         if s.keep_buffers:
             return
-        left = self._total - (mx.get_active_memory() - nbytes) - wanted_nbytes
-        limit = max(self._least + nbytes if are_alike else self._least_of_head, left)
-        cached = mx.get_cache_memory()
-        if are_alike or not s.head_reuses_blocks or cached + nbytes <= limit:
+        room_nbytes = self._total_nbytes - (mx.get_active_memory() - nbytes) - next_nbytes
+        limit = max(self._cache_nbytes + nbytes if are_alike else self._head_cache_nbytes, room_nbytes)
+        cached_nbytes = mx.get_cache_memory()
+        if are_alike or not s.head_reuses_blocks or cached_nbytes + nbytes <= limit:
             limits().keep_freed(limit, of_those_kept=max(0, limit - nbytes))
-        else:  # what is there already is of use, the weights are not
-            limits().keep_freed(min(cached, limit))
+        else:  # the buffers kept already are of use, those of the weights are not
+            limits().keep_freed(min(cached_nbytes, limit))
 
     def before_head(self, nbytes: int) -> None:
         """Weights of so many bytes are about to be freed, and the head comes next."""

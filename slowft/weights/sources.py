@@ -1,7 +1,7 @@
-"""From raw bytes to the arrays a module computes with: cast to the compute dtype, or dequantized to it.
+"""Makes the arrays that a module computes with from raw bytes: casts or dequantizes them to the compute dtype.
 
-Comes in: extents of a safetensors file and the uint8 buffer they were read into. Goes out: arrays, lazily.
-Reads only through a `Reader`, and never decides when weights come or go.
+Comes in: extents of a safetensors file and the uint8 buffer they were read into. Goes out: arrays, built lazily. This
+file reads only through a `Reader`, and never decides when weights come or go.
 """
 
 import math
@@ -18,10 +18,10 @@ from .buffers import lies_as_in_file, read_buffer, shift
 from .extents import Extent
 from .reader import ByteRange, Reader
 
-ALIGNMENT = 64  # of every tensor in a buffer: a cache line, and enough for any dtype on a GPU
-PIECE_NBYTES = 8 << 20  # of a large tensor, read and cast at a time when it goes to memory row by row
-LEAST_PIECES = 4  # of a smaller one
-GAP_NBYTES = 16 << 10  # rows nearer than this are read in one request: cheaper than a second one
+ALIGNMENT = 64  # bytes that a tensor's place in a buffer is a multiple of: a cache line, enough for any dtype on a GPU
+PIECE_NBYTES = 8 << 20  # `read_whole` reads and casts so much of a large tensor at a time
+LEAST_PIECES = 4  # it cuts a smaller tensor into at least so many pieces
+GAP_NBYTES = 16 << 10  # rows nearer than this are read in one request, which costs less than a second one
 
 
 def _as_array(raw: mx.array, extent: Extent, shape: tuple[int, ...]) -> mx.array:
@@ -35,7 +35,7 @@ def _is_float(dtype: mx.Dtype) -> bool:
 
 @dataclass(frozen=True)
 class Plain:
-    """A parameter stored as it is used, but for its dtype. `dtype` None keeps the file's."""
+    """A parameter that is stored as it is used, except for its dtype. `dtype` None keeps the file's."""
 
     extent: Extent
     dtype: mx.Dtype | None = None
@@ -55,17 +55,17 @@ class Plain:
 
     @property
     def is_copied(self) -> bool:
-        """Whether the built array has memory of its own, apart from the bytes it was built from."""
+        """Whether the built array has its own memory, separate from the bytes it was built from."""
         return self.result_dtype != getattr(mx, self.extent.dtype)
 
     def build(self, raw: list[mx.array], n_rows: int | None = None) -> mx.array:
-        """The array, from the flat uint8 bytes of its extents (of `n_rows` entries of the first axis, if given)."""
+        """The array, from the flat uint8 bytes of its extents (of `n_rows` rows of the first axis, if given)."""
         return _as_array(raw[0], self.extent, _shape(self, n_rows)).astype(self.result_dtype)
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A quantized weight, stored as packed integers with scales (and biases), used dequantized."""
+    """A quantized weight: stored as packed integers with scales (and biases), dequantized when used."""
 
     weight: Extent
     scales: Extent
@@ -106,10 +106,10 @@ def _shape(of: "Extent | Source", n_rows: int | None) -> tuple[int, ...]:
 
 
 def _dequantized(parts: list[mx.array], bits: int, group_size: int, mode: str, dtype: mx.Dtype) -> mx.array:
-    """In the compute dtype, to which scales and biases are cast first, as `quantized_matmul` does.
+    """The weight in the compute dtype. Scales and biases are cast to it first, as in `quantized_matmul`.
 
     Args:
-        parts: packed weight, scales and, of mode "affine", biases.
+        parts: packed weight, scales and, in mode "affine", biases.
     """
     weight, scales, *biases = parts
     if not quantized.can_dequantize(bits, group_size, mode, scales.dtype, dtype):
@@ -125,7 +125,7 @@ def _dequantized(parts: list[mx.array], bits: int, group_size: int, mode: str, d
 
 @dataclass
 class Param:
-    """One parameter of the opened model: the module entry that holds it, and where its bytes are."""
+    """One parameter of the opened model: the module entry that holds it, and the place of its bytes."""
 
     name: str
     owner: nn.Module | dict | list
@@ -150,7 +150,7 @@ class Param:
         self.owner[self.key] = self.placeholder
 
     def keep(self, array: mx.array) -> None:
-        """The parameter is this array from now on, and stays in memory."""
+        """From now on the parameter is this array, and stays in memory."""
         self.placeholder = array
         self.clear()
 
@@ -167,7 +167,7 @@ def locate(module: nn.Module, name: str) -> tuple[nn.Module | dict | list, str |
 def placeholder(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
     """An array of the right shape and dtype that takes a few bytes: one NaN (or zero), broadcast.
 
-    NaN, so that a module which uses weights that are not there can never go unnoticed.
+    NaN makes it visible if a module computes with weights that are not in place.
     """
     value = mx.array(float("nan") if _is_float(dtype) else 0, dtype)
     array = mx.broadcast_to(value, shape)
@@ -178,23 +178,23 @@ def placeholder(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
 class Layout:
     """Where the parameters of one unit lie in one buffer.
 
-    Neighbours in a file stay neighbours where they can be computed with as they lie there, so that one read puts them
-    all into place past the file cache; every other extent is aligned.
+    Neighbours in a file stay neighbours in the buffer where they can be computed with as they lie in the file. One read
+    past the file cache then puts them all in place. Every other extent is aligned to `ALIGNMENT`.
     """
 
     def __init__(self, params: list[Param]):
         self.ranges: list[ByteRange] = []
-        placed: dict[Extent, int] = {}
+        starts: dict[Extent, int] = {}
         at = 0
         for run in _runs_of({e: None for param in params for e in param.source.extents}):
-            at = _up(at, ALIGNMENT)
+            at = -(-at // ALIGNMENT) * ALIGNMENT
             if _lies_as_in_file(run[0]):
                 at += (run[0].offset - at) % platform.DIRECT_ALIGNMENT
             for e in run:
-                placed[e] = at
+                starts[e] = at
                 self.ranges.append(ByteRange(e.file, e.offset, e.nbytes, at))
                 at += e.nbytes
-        self._places = [[(placed[e], placed[e] + e.nbytes) for e in param.source.extents] for param in params]
+        self._places = [[(starts[e], starts[e] + e.nbytes) for e in param.source.extents] for param in params]
         self._params = params
         self.compute_nbytes = sum(param.compute_nbytes for param in params)
         self.is_copied = all(param.source.is_copied for param in params)
@@ -203,9 +203,9 @@ class Layout:
         """Put every parameter in its module, built lazily from the filled `buffer`. Returns the arrays.
 
         Args:
-            streams: the work of casting and dequantizing is shared out among these, evenly by bytes.
+            streams: share the work of casting and dequantizing, evenly by bytes.
         """
-        raw = [[buffer[a:b] for a, b in places] for places in self._places]
+        raw = [[buffer[begin:end] for begin, end in places] for places in self._places]
         arrays = build_all([param.source for param in self._params], raw, streams)
         for param, array in zip(self._params, arrays):
             param.set(array)
@@ -213,21 +213,18 @@ class Layout:
 
 
 def build_all(sources: Sequence[Source], raw: Sequence[list[mx.array]], streams: Sequence[mx.Stream]) -> list[mx.array]:
-    """Each source's array, from its bytes; the work is shared out among the streams, evenly by bytes."""
-    arrays, load = [], [0] * len(streams)
+    """Each source's array, from its bytes. The streams share the work, evenly by bytes."""
+    arrays, loads = [], [0] * len(streams)
     for source, parts in zip(sources, raw):
-        least = load.index(min(load))
-        load[least] += math.prod(source.shape) * source.result_dtype.size
-        with mx.stream(streams[least]):
+        least_loaded = loads.index(min(loads))
+        loads[least_loaded] += math.prod(source.shape) * source.result_dtype.size
+        with mx.stream(streams[least_loaded]):
             arrays.append(source.build(parts))
     return arrays
 
 
 def casting_streams() -> list[mx.Stream]:
-    """Streams to cast and dequantize on: MLX runs such work on one core per stream, so one a core on a CPU.
-
-    They belong to the calling thread.
-    """
+    """Streams of the calling thread to cast and dequantize on. MLX uses one core per stream for such work on a CPU."""
     device = mx.default_device()
     if device != mx.Device(mx.cpu):
         return [mx.default_stream(device)]
@@ -238,10 +235,6 @@ def casting_streams() -> list[mx.Stream]:
 
 
 _of_thread = threading.local()
-
-
-def _up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
 
 
 def _lies_as_in_file(e: Extent) -> bool:
@@ -262,7 +255,7 @@ def _runs_of(extents: Iterable[Extent]) -> Iterator[list[Extent]]:
 
 
 def read_rows(reader: Reader, source: Source, rows: list[int]) -> mx.array:
-    """The entries `rows` (sorted, distinct) of the first axis, `[len(rows), ...]`, evaluated.
+    """The rows `rows` (sorted, distinct) of the first axis, `[len(rows), ...]`, evaluated.
 
     Only those rows are read, and the small gaps between neighbours.
     """
@@ -281,11 +274,12 @@ def read_rows(reader: Reader, source: Source, rows: list[int]) -> mx.array:
             at += (end - first) * n
         buffer = mx.zeros((at,), mx.uint8)
         mx.eval(buffer)
-        reader.read_now(
-            [ByteRange(extent.file, extent.offset + f * n, (e - f) * n, s) for (f, e), s in zip(spans, starts)],
-            memoryview(buffer),
-        )
-        positions, span = [], 0
+        ranges = [
+            ByteRange(extent.file, extent.offset + first * n, (end - first) * n, start)
+            for (first, end), start in zip(spans, starts)
+        ]
+        reader.read_now(ranges, memoryview(buffer))
+        positions, span = [], 0  # positions: the row of the buffer that holds each of `rows`
         for row in rows:
             while row >= spans[span][1]:
                 span += 1
@@ -297,7 +291,7 @@ def read_rows(reader: Reader, source: Source, rows: list[int]) -> mx.array:
 
 
 def read_whole(reader: Reader, source: Source) -> mx.array:
-    """The whole parameter, evaluated, with little more memory than the result: read and cast in pieces."""
+    """The whole parameter, evaluated. It is read and cast in pieces, so it takes little more memory than the result."""
     result = mx.zeros((placeholder(source.shape, source.result_dtype).nbytes,), mx.uint8)
     mx.eval(result)
     out = memoryview(result)
@@ -311,41 +305,41 @@ def read_whole(reader: Reader, source: Source) -> mx.array:
             mx.eval(bytes_)
             out[at : at + bytes_.nbytes] = memoryview(bytes_)
             at += bytes_.nbytes
-            del piece, bytes_  # before the next one is built
+            del piece, bytes_  # they must be freed before the next one is built
     array = result.view(source.result_dtype).reshape(source.shape)
     mx.eval(array)
     return array
 
 
 def pieces_nbytes(stored_nbytes: int, built_nbytes: int) -> int:
-    """What is in memory beside the result while a parameter is brought by `read_whole`."""
+    """Bytes that `read_whole` takes beside its result."""
     share = _piece_share(stored_nbytes, built_nbytes)
     return int(share * (2 * stored_nbytes + built_nbytes))  # one piece is read while another is built
 
 
 def _piece_share(stored_nbytes: int, built_nbytes: int) -> float:
-    """Of a parameter, what is brought at a time; packed ones grow to up to sixteen times their size."""
+    """The share of a parameter that one piece is. Packed pieces grow to up to sixteen times their size."""
     return min(1 / LEAST_PIECES, PIECE_NBYTES / max(stored_nbytes, built_nbytes / 2, 1))
 
 
 def _pieces(reader: Reader, source: Source) -> Iterator[mx.array]:
-    """The parameter's rows, some at a time; the next are read while the caller uses these."""
+    """The parameter's rows, some at a time. The next ones are read while the caller uses these."""
     if not source.shape:
         yield _start_rows(reader, source, None)()
         return
     n_rows = source.shape[0]
     built_nbytes = math.prod(source.shape) * source.result_dtype.size
     step = max(1, int(n_rows * _piece_share(sum(e.nbytes for e in source.extents), built_nbytes)))
-    ahead = None
+    next_piece = None
     for start in range(0, n_rows, step):
-        piece = ahead or _start_rows(reader, source, range(start, min(start + step, n_rows)))
-        following = range(start + step, min(start + 2 * step, n_rows))
-        ahead = _start_rows(reader, source, following) if following else None
+        piece = next_piece or _start_rows(reader, source, range(start, min(start + step, n_rows)))
+        next_rows = range(start + step, min(start + 2 * step, n_rows))
+        next_piece = _start_rows(reader, source, next_rows) if next_rows else None
         yield piece()
 
 
 def _start_rows(reader: Reader, source: Source, rows: range | None) -> Callable[[], mx.array]:
-    """Start reading consecutive rows (None: all of a scalar); the returned function waits, and builds them."""
+    """Start reading consecutive rows (None: all of a scalar). The function returned waits for them and builds them."""
     buffers, reads = [], []
     for e in source.extents:
         first, nbytes = (0, e.nbytes) if rows is None else (rows.start * e.row_nbytes, len(rows) * e.row_nbytes)

@@ -1,7 +1,7 @@
-"""Block inputs (activations) on disk while memory lacks room for them: written behind compute, read ahead of it.
+"""Keeps block inputs (activations) on disk while memory has no room: written while blocks compute, read ahead of need.
 
-Comes in: bytes and their place in the file, from the thread that computes. Goes out: futures of bytes. Never
-keeps more than a bounded number of unwritten bytes, nor any in the file cache, which a memory limit counts.
+Comes in: bytes and their place in the file, from the thread that computes. Goes out: futures of bytes. It never keeps
+more than a bounded number of unwritten bytes, nor any in the file cache, which a memory limit counts.
 """
 
 import errno
@@ -19,23 +19,23 @@ import numpy as np
 from .. import platform, tracing
 from ..errors import SlowftError, reason_of
 from ..sizes import size_in_words
-from .transfers import RequestError, read_all, write_all
+from .transfers import RequestError, free_nbytes, read_all, write_all
 
 REMEDY = "another --spill-dir, more --memory, or fewer tokens at a time (--batch-size, --max-seq-length)"
 
 
 class SpillFile:
-    """One file of `nbytes` in `directory`, with its room on the disk from the start, and without a name.
+    """One file of `nbytes` in `directory`. Its room on the disk is reserved from the start; it has no name.
 
-    It is unlinked as it is made (`tempfile.TemporaryFile`), so nothing is left of it when the process ends, not
-    even by kill -9. Reads and writes happen in the order asked, on one thread.
+    It is unlinked when it is made (`tempfile.TemporaryFile`), so nothing is left of it when the process ends, not
+    even by kill -9. Reads and writes happen in the order of the calls, on one thread.
 
     Attributes:
-        bytes_written, bytes_read: so far.
-        wait_s: seconds that `write` held its callers up, because too much was unwritten.
+        bytes_written, bytes_read: bytes so far.
+        wait_s: seconds that callers of `write` waited because too much was unwritten.
 
     Args:
-        max_pending_nbytes: of data given to `write` and not written yet. (One larger piece goes alone.)
+        max_pending_nbytes: the most data given to `write` and not written yet. (One larger piece goes alone.)
 
     Raises:
         SlowftError: the directory cannot be used, is in memory, or has no room.
@@ -51,15 +51,15 @@ class SpillFile:
         self._pending_nbytes = 0
         self._written = threading.Condition()
         self._error: SlowftError | None = None
-        self._error_is_told = False
+        self._error_was_raised = False
         self._fd = self._make()
         self._close_file = weakref.finalize(self, os.close, self._fd)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="slowft-spill")
 
     def write(self, slot_offset: int, data: memoryview | np.ndarray) -> Future:
-        """Start writing the bytes of `data` at `slot_offset`; they must not change before the future is done.
+        """Start writing the bytes of `data` at `slot_offset`. They must not change before the future is done.
 
-        Blocks while there are `max_pending_nbytes` unwritten bytes. An array that is not contiguous is copied.
+        It blocks while there are `max_pending_nbytes` unwritten bytes. An array that is not contiguous is copied.
 
         Raises:
             SlowftError: an earlier write failed.
@@ -78,10 +78,10 @@ class SpillFile:
         return self._thread.submit(write, slot_offset, bytes_)
 
     def read(self, slot_offset: int, nbytes: int) -> Future:
-        """Start reading; the future's result is a fresh, writable array, uint8 `[nbytes]`, of what was written last.
+        """Start reading what was written last. The future's result is a new, writable array, uint8 `[nbytes]`.
 
         Raises:
-            SlowftError: an earlier write failed; from the future, the read failed.
+            SlowftError: an earlier write failed. The future raises it if the read failed.
         """
         self._check(slot_offset, nbytes)
         with self._written:
@@ -89,14 +89,14 @@ class SpillFile:
         return self._thread.submit(tracing.spanned(self._read, "spill", "read", bytes=nbytes), slot_offset, nbytes)
 
     def close(self) -> None:
-        """Finish what is being read or written, drop the rest, end the thread; the file is gone.
+        """Finish what is being read or written, drop the rest, and end the thread. The file is gone.
 
         Raises:
-            SlowftError: a write failed and no call has said so yet.
+            SlowftError: a write failed and no call has raised that yet.
         """
         self._thread.shutdown(cancel_futures=True)
         self._close_file()
-        if not self._error_is_told:
+        if not self._error_was_raised:
             self._raise_error()
 
     def _make(self) -> int:
@@ -110,7 +110,7 @@ class SpillFile:
             free = shutil.disk_usage(self._directory).free
             with tempfile.TemporaryFile(dir=self._directory, prefix="slowft-spill-", buffering=0) as file:
                 platform.skip_file_cache(file.fileno())
-                if free >= self.nbytes:  # else trying would fill the disk first
+                if free >= self.nbytes:  # else preallocating would fill the disk before it fails
                     platform.preallocate(file.fileno(), self.nbytes)
                     return os.dup(file.fileno())
         except OSError as e:
@@ -119,9 +119,8 @@ class SpillFile:
                     f"{self._directory}: no file can be made there for activations: {reason_of(e)}. To fix it: another "
                     "--spill-dir"
                 ) from None
-        there = next(d for d in (self._directory, *self._directory.absolute().parents) if d.exists())
         raise SlowftError(
-            f"{self._directory} has {size_in_words(shutil.disk_usage(there).free)} free, and activations need "
+            f"{self._directory} has {size_in_words(free_nbytes(self._directory))} free, and activations need "
             f"{size_in_words(self.nbytes)} there. To fix it: {REMEDY}"
         )
 
@@ -131,12 +130,12 @@ class SpillFile:
 
     def _raise_error(self) -> None:
         if self._error is not None:
-            self._error_is_told = True
+            self._error_was_raised = True
             raise self._error
 
     def _write(self, offset: int, data: memoryview) -> None:
         try:
-            if self._error is not None:  # nothing after a failed write is worth anything
+            if self._error is not None:  # after a failed write the file is of no use
                 raise self._error
             write_all(self._fd, data, offset)
             self.bytes_written += len(data)

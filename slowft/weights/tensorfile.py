@@ -1,10 +1,11 @@
-"""A safetensors file written tensor by tensor, a piece at a time, hashed as it is written, in place all at once.
+"""Writes a safetensors file tensor by tensor, a piece at a time, and hashes it meanwhile.
 
-Comes in: names, dtypes and shapes, then bytes. Goes out: a file under its final name, synced, and its checksums.
-Never holds more than a bounded number of unwritten bytes, nor leaves any in the file cache.
+Comes in: names, dtypes and shapes, then bytes. Goes out: a synced file, which gets its final name only when it is
+whole, and its checksums. It never holds more than a bounded number of unwritten bytes, and leaves none in the file
+cache.
 
-Data begins on a page of the file, and tensors of whole pages come first, so that all of those lie on page boundaries.
-The format allows a header padded with spaces and no holes between tensors, so those of other sizes (norms, biases)
+Data begins on a page of the file. Tensors of whole pages come first, so that all of these lie on page boundaries. The
+format allows a header padded with spaces, but no holes between tensors, so tensors of other sizes (norms, biases)
 follow one another at the end. Format: https://github.com/huggingface/safetensors#format
 """
 
@@ -13,7 +14,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import struct
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -27,7 +27,7 @@ from .. import platform
 from ..errors import SlowftError, reason_of
 from ..sizes import size_in_words
 from .extents import DTYPES, read_header
-from .transfers import REQUEST_NBYTES, retried, write_all
+from .transfers import REQUEST_NBYTES, free_nbytes, retried, write_all
 
 PAGE_NBYTES = 4096
 UNFINISHED = ".partial"
@@ -38,7 +38,7 @@ ITEM_NBYTES = dict(DTYPES.values())
 
 @dataclass(frozen=True)
 class Tensor:
-    """What a file is to hold: an array of `shape` and MLX dtype name."""
+    """A tensor to be written: an array of `shape` and `dtype`, which is MLX's name of it."""
 
     name: str
     dtype: str
@@ -50,16 +50,17 @@ class Tensor:
 
 
 def arrange(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """The order in the file: whole pages first, then larger items before smaller, so that every item is aligned."""
-    return sorted(tensors, key=lambda t: (t.nbytes % PAGE_NBYTES != 0, t.nbytes % PAGE_NBYTES and -_item_nbytes(t)))
+    """The order in the file: tensors of whole pages first, then those of larger dtypes, so that all are aligned."""
 
+    def key(t: Tensor) -> tuple[bool, int]:
+        ends_on_page = t.nbytes % PAGE_NBYTES == 0
+        return not ends_on_page, 0 if ends_on_page else -ITEM_NBYTES[t.dtype]
 
-def _item_nbytes(tensor: Tensor) -> int:
-    return ITEM_NBYTES[tensor.dtype]
+    return sorted(tensors, key=key)
 
 
 def header(tensors: Iterable[Tensor], metadata: dict[str, str] | None = None) -> bytes:
-    """The start of the file that holds these, in this order, up to the data: whole pages."""
+    """The start of a file that holds these tensors in this order, up to the data. It fills whole pages."""
     entries: dict[str, dict] = {"__metadata__": metadata or {"format": "mlx"}}
     end = 0
     for t in tensors:
@@ -71,14 +72,14 @@ def header(tensors: Iterable[Tensor], metadata: dict[str, str] | None = None) ->
 
 
 class TensorFile:
-    """`file`, under a temporary name in its directory until `finish`.
+    """`file`, which has a temporary name in its directory until `finish`.
 
     Args:
-        max_pending_nbytes: of data given to `write` and not written yet.
-        metadata: of the file; None: what mlx-lm writes.
+        max_pending_nbytes: the most data given to `write` and not written yet.
+        metadata: the file's metadata; None for those that mlx-lm writes.
 
     Raises:
-        SlowftError: it cannot be made, or its disk has no room for it.
+        SlowftError: the file cannot be made, or its disk has no room for it.
     """
 
     def __init__(
@@ -96,10 +97,11 @@ class TensorFile:
         for t in self._tensors:
             self._begin[t.name] = self.nbytes
             self.nbytes += t.nbytes
-        self._given = dict(self._begin)  # up to where each tensor's bytes were given to `write`
-        self._written = dict(self._begin)  # up to where they were hashed, and are in the file
+        self._given = dict(self._begin)  # where the bytes of each tensor that were given to `write` end
+        self._written = dict(self._begin)  # where the bytes of each tensor that are hashed and in the file end
         self._hashes = {t.name: hashlib.sha256() for t in self._tensors}
         self._header_hash = hashlib.sha256(start).hexdigest()
+        # the hash of the file up to `_hashed`, which lies in the tensor `_next` of the file's order
         self._file_hash, self._hashed, self._next = hashlib.sha256(start), len(start), 0
         self._max_pending_nbytes = max_pending_nbytes
         self._pending: deque[tuple[Future, int]] = deque()
@@ -118,22 +120,22 @@ class TensorFile:
             raise cannot_write(file, e, self.nbytes) from None
 
     def write(self, name: str, data: memoryview) -> None:
-        """Start writing the next bytes of a tensor; they must not change before `finish` returns.
+        """Start writing the next bytes of a tensor. They must not change before `finish` returns.
 
-        Blocks while too much is unwritten.
+        It blocks while more than `max_pending_nbytes` are unwritten.
 
         Raises:
             SlowftError: an earlier write failed.
         """
         at = self._given[name]
         self._given[name] = at + len(data)
-        put = self._writer.submit(write_all, self._fd, data, at)
-        self._pending.append((self._hasher.submit(self._hash, name, at, data, put), len(data)))
+        write = self._writer.submit(write_all, self._fd, data, at)
+        self._pending.append((self._hasher.submit(self._hash, name, at, data, write), len(data)))
         while sum(nbytes for _, nbytes in self._pending) > self._max_pending_nbytes:
             self._wait_for_oldest()
 
     def finish(self) -> dict:
-        """Sync the file and give it its name. Returns its checksums, as the manifest has them.
+        """Sync the file and give it its final name. Returns its checksums, in the manifest's form.
 
         Raises:
             SlowftError: a write failed.
@@ -183,17 +185,17 @@ class TensorFile:
         except OSError as e:
             raise cannot_write(self._file, e, self.nbytes) from None
 
-    def _hash(self, name: str, at: int, data: memoryview, put: Future) -> None:
+    def _hash(self, name: str, at: int, data: memoryview, write: Future) -> None:
         self._hashes[name].update(data)
         if at == self._hashed:
             self._file_hash.update(data)
             self._hashed += len(data)
-        put.result()
+        write.result()
         self._written[name] = at + len(data)
-        self._hash_what_follows()
+        self._hash_written_early()
 
-    def _hash_what_follows(self) -> None:
-        """Go on with the file's hash through what was written before its turn: scales, beside their weight."""
+    def _hash_written_early(self) -> None:
+        """Continue the file's hash through data that were written before their turn, such as scales beside a weight."""
         while self._next < len(self._tensors):
             t = self._tensors[self._next]
             while self._hashed < self._written[t.name]:
@@ -210,24 +212,23 @@ class TensorFile:
 
 
 def cannot_write(file: Path, error: OSError, nbytes: int | None = None) -> SlowftError:
-    """What to tell a user whose disk is full, read-only or gone. `nbytes`: of the whole file."""
+    """The error for a user whose disk is full, read-only or gone. `nbytes` is the size of the whole file."""
     size = "" if nbytes is None else f" ({size_in_words(nbytes)})"
     return SlowftError(f"{file}{size} cannot be written: {reason_of(error)}{_free(file, error)}")
 
 
 def _free(file: Path, error: OSError) -> str:
-    """What the disk has left, if that is what is wrong."""
+    """How much the disk has left, if the error is that it is full."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return ""
-    there = next(path for path in (file, *file.absolute().parents) if path.exists())
-    return f" ({size_in_words(shutil.disk_usage(there).free)} free)"
+    return f" ({size_in_words(free_nbytes(file))} free)"
 
 
 def load_arrays(file: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
-    """(arrays, metadata) as `mx.load` reads them, evaluated; it crashes on some headers that contradict themselves.
+    """(arrays, metadata) as `mx.load` reads them, evaluated. The header is checked first: some wrong ones crash MLX.
 
     Raises:
-        ModelError: what is wrong with the header.
+        ModelError: the header is wrong. It says how.
         RuntimeError: the file cannot be read.
     """
     read_header(file)
@@ -237,26 +238,26 @@ def load_arrays(file: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
 
 
 def load_lazily(file: Path) -> dict[str, mx.array]:
-    """The same arrays, each read when it is evaluated. Raises as `load_arrays` does."""
+    """The same arrays as `load_arrays`, each read when it is evaluated. Raises the same errors."""
     read_header(file)
     return mx.load(str(file), format="safetensors")
 
 
 def save_arrays(file: Path, arrays: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None) -> None:
-    """Write arrays as `mx.save_safetensors` does, which by itself does not say why it cannot.
+    """Write arrays by `mx.save_safetensors`, which by itself does not say why writing failed.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     with open(file, "wb") as out:
         mx.save_safetensors(out, dict(arrays), dict(metadata or {}))
 
 
 def sync(file: Path) -> None:
-    """Have the drive take what was written to a file.
+    """Make what was written to a file survive a power cut.
 
     Raises:
-        OSError: it cannot.
+        OSError: the drive did not take it.
     """
     fd = os.open(file, os.O_RDWR)
     try:
@@ -275,10 +276,10 @@ def sync_directory(directory: Path) -> None:
 
 
 def write_file(file: Path, contents: bytes) -> None:
-    """A small file, in place all at once and synced.
+    """Write and sync a small file, which replaces what has its name all at once.
 
     Raises:
-        SlowftError: it cannot be written.
+        SlowftError: the file cannot be written.
     """
     partial = file.with_name(file.name + UNFINISHED)
     try:

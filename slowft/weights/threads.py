@@ -1,8 +1,8 @@
 """Threads for MLX work on which nothing is traced.
 
 MLX's tracing state is per thread: on a tracing thread, everything evaluated from a traced array keeps its graph (427 MB
-a block forward, 738 MB backward, measured). So what has to be evaluated while a trace is under way goes to a thread of
-its own, which the tracing one waits for.
+a block forward, 738 MB backward, measured). So what has to be evaluated during a trace goes to a separate thread, and
+the tracing one waits for it.
 """
 
 import atexit
@@ -19,21 +19,21 @@ from ..errors import SlowftError
 
 
 class Worker:
-    """A thread for MLX work: runs functions one after the other.
+    """A thread for MLX work. It runs functions one after the other.
 
-    A thread that is no longer needed waits for the next worker: MLX keeps the threads of its streams, one or two a
-    thread, until the process ends, and wakes all of them again and again (30 opened models made a tiny step take
-    twice as long).
+    A thread that is no longer needed waits for the next worker, because MLX keeps the threads of its streams, one or
+    two per thread, until the process ends, and wakes all of them again and again (30 opened models made a tiny step
+    take twice as long).
 
-    Not a `ThreadPoolExecutor`: MLX aborts the process when a thread that owns streams ends at exit without
-    having destroyed them, and the executor's threads are gone before any exit handler can ask them to.
+    This is not a `ThreadPoolExecutor`: MLX aborts the process when a thread that owns streams ends at exit without
+    having destroyed them, and the executor's threads end before any exit handler can ask them to do so.
     """
 
     def __init__(self, name: str):
         thread = _idle.pop() if _idle else _Thread()
         thread.name = name
         self._jobs = thread.jobs
-        self.close = weakref.finalize(self, _rest, thread)
+        self.close = weakref.finalize(self, _retire, thread)
 
     @property
     def is_open(self) -> bool:
@@ -47,7 +47,7 @@ class Worker:
         return future
 
     def run(self, function: Callable[[], Any]) -> Any:
-        """The result of `function()`, called on this thread."""
+        """Returns `function()`, called on this thread."""
         return self.submit(function).result()
 
 
@@ -78,8 +78,8 @@ class _Thread(threading.Thread):
 _idle: list[_Thread] = []
 
 
-def _rest(thread: _Thread) -> None:
-    """Have the thread do what it was asked to, and then wait for another worker."""
+def _retire(thread: _Thread) -> None:
+    """Wait until the thread has run all its jobs, and keep it for the next worker."""
     if not thread.is_alive():  # the interpreter exits
         return
     if thread is not threading.current_thread():

@@ -1,33 +1,35 @@
-"""Stretches of a file written and read a request at a time, each tried again where that can help.
+"""Writes and reads stretches of a file one request at a time, and tries a request again where that can help.
 
-Comes in: a descriptor, an offset, bytes or room for them. Goes out: all of them, or an error that knows its offset.
-Leaves no more than a request in the file cache, which a memory limit counts.
+Comes in: a descriptor, an offset, bytes or room for them. Goes out: all bytes, or an error that knows its offset. No
+more than one request is left in the file cache, which a memory limit counts.
 """
 
 import errno
 import io
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from .. import platform
 from ..errors import ModelError, SlowftError, reason_of
 
 # Bytes in the file cache at a time. Writing, measured on ext4: 2.3 GB/s at 4 MB, 2.1 at 2, 2.2 at 16. Reading back
-# takes in fresh pages too: 0.8 GB/s, with the kernel's read-ahead or without.
+# includes fresh pages: 0.8 GB/s, with the kernel's read-ahead or without.
 REQUEST_NBYTES = 4 << 20
 
-RETRIED_ERRORS = (errno.EIO, errno.EINTR, errno.EAGAIN)  # what may go better the next time: a loose cable, a busy bus
+RETRIED_ERRORS = (errno.EIO, errno.EINTR, errno.EAGAIN)  # these may not come again: a loose cable, a busy bus
 RETRY_AFTER_S = (0.02, 0.2, 1.0)
 
 
 class RequestError(OSError):
-    """A request failed, and trying again did not help or is no use.
+    """A request failed, and trying again did not help or is of no use.
 
     Attributes:
-        offset: in the file, of what could not be read or written.
+        offset: where in the file the request could not read or write.
     """
 
     def __init__(self, error: OSError, offset: int):
@@ -36,10 +38,10 @@ class RequestError(OSError):
 
 
 def retried(request: Callable[..., Any], *args) -> Any:
-    """`request(*args)`, tried again where that can help.
+    """Returns `request(*args)`, which is tried again where that can help.
 
     Raises:
-        OSError: the last one.
+        OSError: the error of the last try.
     """
     for pause in RETRY_AFTER_S:
         try:
@@ -52,7 +54,7 @@ def retried(request: Callable[..., Any], *args) -> Any:
 
 
 def write_all(fd: int, data: memoryview, offset: int) -> None:
-    """Write the bytes of `data` at `offset`; they are out of memory when this returns.
+    """Write the bytes of `data` at `offset`. They have left the file cache when this returns.
 
     Raises:
         RequestError: they could not be written.
@@ -70,44 +72,44 @@ def write_all(fd: int, data: memoryview, offset: int) -> None:
 
 
 def append_all(file: io.RawIOBase, data: bytes) -> None:
-    """Write all of `data` where an unbuffered file stands: one write may take a part of it.
+    """Write all of `data` at the position of an unbuffered file, as one call of its `write` may write only a part.
 
     Raises:
-        OSError: they could not be written.
+        OSError: the data could not be written.
     """
-    left = memoryview(data)
-    while left:
-        left = left[file.write(left) :]
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
 
 
 def read_all(fd: int, target: memoryview, offset: int, drop: bool = True) -> int:
-    """Fill `target` from `offset`. Returns how many bytes there were, fewer only if the file ends before.
+    """Fill `target` from `offset`. Returns how many bytes were read: fewer than asked only if the file ends before.
 
     Args:
-        drop: let them leave the file cache.
+        drop: whether to drop them from the file cache.
     Raises:
         RequestError: they could not be read.
     """
     done = 0
     while done < len(target):
         try:
-            got = retried(os.preadv, fd, [target[done : done + REQUEST_NBYTES]], offset + done)
+            n_read = retried(os.preadv, fd, [target[done : done + REQUEST_NBYTES]], offset + done)
         except OSError as e:
             raise RequestError(e, offset + done) from None
-        if got == 0:
+        if n_read == 0:
             break
         if drop:
             platform.drop_cached(fd, 0, 0)
-        done += got
+        done += n_read
     return done
 
 
 @contextmanager
 def opened(file: str | os.PathLike, error: type[SlowftError] = ModelError) -> Iterator[int]:
-    """A file's descriptor, for reading, closed at the end.
+    """Open a file for reading while this is entered. Gives its descriptor.
 
     Raises:
-        SlowftError: of the kind `error`; it cannot be opened.
+        SlowftError: of the class `error`. The file cannot be opened.
     """
     try:
         fd = platform.open_uncached(str(file))
@@ -120,10 +122,10 @@ def opened(file: str | os.PathLike, error: type[SlowftError] = ModelError) -> It
 
 
 def read_bytes(file: str | os.PathLike, fd: int, nbytes: int, offset: int, error: type[SlowftError]) -> bytes:
-    """What an open file has at `offset`: `nbytes` bytes, fewer only if it ends before.
+    """Read `nbytes` bytes of an open file at `offset`: fewer only if it ends before.
 
     Raises:
-        SlowftError: of the kind `error`; names the file and the byte that could not be read.
+        SlowftError: of the class `error`. It names the file and the byte that could not be read.
     """
     data = bytearray(nbytes)
     try:
@@ -132,8 +134,14 @@ def read_bytes(file: str | os.PathLike, fd: int, nbytes: int, offset: int, error
         raise error(f"{file}: reading at byte {e.offset} failed: {reason_of(e)}") from None
 
 
+def free_nbytes(path: Path) -> int:
+    """Bytes free on the disk of `path`, which need not exist yet."""
+    existing = next(p for p in (path, *path.absolute().parents) if p.exists())
+    return shutil.disk_usage(existing).free
+
+
 def _write(fd: int, data: memoryview, offset: int) -> int:
-    """Linux tells of a page that it could not write once, and takes it for written: trying again begins here."""
+    """Write and flush one request. A retry writes all of it again, as Linux reports an unwritten page only once."""
     written = os.pwrite(fd, data, offset)
     platform.write_back(fd, offset, written)
     return written
