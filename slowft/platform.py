@@ -264,11 +264,13 @@ def is_memory_filesystem(path: Path) -> bool:
 
 
 def cache_directory() -> Path:
-    """Where this user's programs keep files that can be made again; ours in there. May not exist yet."""
-    if MACOS:
-        return Path.home() / "Library" / "Caches" / "slowft"
+    """Where this user's programs keep files that can be made again; ours in there. May not exist yet.
+
+    `XDG_CACHE_HOME` says so on macOS too, where only its default is another.
+    """
+    usual = Path.home() / ("Library/Caches" if MACOS else ".cache")
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (base if base.is_absolute() else Path.home() / ".cache") / "slowft"
+    return (base if base.is_absolute() else usual) / "slowft"
 
 
 def sync_file(fd: int) -> None:

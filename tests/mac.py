@@ -74,6 +74,7 @@ def mac(monkeypatch, tmp_path):
     """While it is in use, this machine passes for a Mac; gives a `Mac`."""
     double = Mac()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(platform, "MACOS", True)
     monkeypatch.setattr(reader, "MAX_REQUEST_NBYTES", 1 << 30)
     _replace_system(monkeypatch, double)

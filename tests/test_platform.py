@@ -121,17 +121,16 @@ def test_preallocated_bytes_are_on_the_disk(tmp_path):
     assert status.st_size == 3_000_001 and status.st_blocks * 512 >= 3_000_001
 
 
-def test_cache_directory_is_where_the_system_wants_it(monkeypatch, tmp_path):
+@pytest.mark.parametrize(("is_mac", "usual"), [(False, ".cache"), (True, "Library/Caches")])
+def test_cache_directory_is_where_the_user_or_the_system_wants_it(is_mac, usual, monkeypatch, tmp_path):
+    monkeypatch.setattr(platform, "MACOS", is_mac)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    if platform.MACOS:
-        assert platform.cache_directory() == tmp_path / "Library" / "Caches" / "slowft"
-        return
-    assert platform.cache_directory() == tmp_path / ".cache" / "slowft"
+    assert platform.cache_directory() == tmp_path / usual / "slowft"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
     assert platform.cache_directory() == tmp_path / "elsewhere" / "slowft"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # which the specification says to ignore
-    assert platform.cache_directory() == tmp_path / ".cache" / "slowft"
+    assert platform.cache_directory() == tmp_path / usual / "slowft"
 
 
 def test_syncing_makes_do_with_fsync_where_macos_knows_no_more(monkeypatch, tmp_path):
