@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 MACOS = sys.platform == "darwin"
@@ -113,19 +113,39 @@ def open_uncached(path: str) -> int:
     return fd
 
 
+MOST_FILES = 10240  # <sys/syslimits.h>'s OPEN_MAX: macOS refuses a soft limit above it
+
+
+def allow_open_files() -> None:
+    """Let this process open as many files as it may: shells give 256 on macOS, 1024 on Linux. Never lowers the limit.
+
+    A model of 120 shards takes as many descriptors, on Linux twice as many; `slowft serve` one more for each client.
+    """
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(ValueError, OSError):  # the system's own limit (kern.maxfilesperproc) may be lower
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 # Of file offset, memory and length in a read past the file cache: a page, which holds whole sectors of any drive.
 # macOS (16384 on Apple Silicon) reads what lies otherwise through the cache, a stretch at a time: XNU's
 # `cluster_read_direct` wants memory by its `mnt_alignmentmask`, a page unless a drive says otherwise. Linux refuses it.
 DIRECT_ALIGNMENT = mmap.PAGESIZE
 
 
-def open_direct(path: str) -> int | None:
+def open_direct(path: str, uncached_fd: int) -> int | None:
     """Open a file for reads straight from the drive into memory (O_DIRECT, F_NOCACHE). Returns the descriptor.
 
-    None where there is no such thing: some file systems of Linux.
+    Args:
+        uncached_fd: the file's, from `open_uncached`. On macOS it is what is returned, as it serves for both.
+    Returns:
+        None where there is no such thing: some file systems of Linux.
     """
     if MACOS:
-        return open_uncached(path)
+        return uncached_fd
     try:
         return os.open(path, os.O_RDONLY | os.O_DIRECT)
     except OSError as e:

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import os
 import platform as python_platform
+import resource
 import struct
 import subprocess
 import sys
@@ -148,6 +149,32 @@ def test_syncing_makes_do_with_fsync_where_macos_knows_no_more(monkeypatch, tmp_
     assert synced[0] == ("F_FULLFSYNC", 51) and [name for name, _ in synced] == ["F_FULLFSYNC", "fsync"]
 
 
+@pytest.mark.parametrize(
+    ("soft", "hard", "after"),
+    [
+        (256, resource.RLIM_INFINITY, 10240),  # as macOS's shells have it, and no more than it takes
+        (1024, 4096, 4096),
+        (20_000, 50_000, 20_000),
+        (resource.RLIM_INFINITY, resource.RLIM_INFINITY, resource.RLIM_INFINITY),
+    ],
+)
+def test_more_files_may_be_open_and_never_fewer(soft, hard, after, monkeypatch):
+    limits = [(soft, hard)]
+    monkeypatch.setattr(resource, "getrlimit", lambda what: limits[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda what, both: limits.append(both))
+    platform.allow_open_files()
+    assert limits[-1] == (after, hard)
+
+
+def test_a_limit_of_open_files_that_the_system_refuses_stays_as_it_is(monkeypatch):
+    def refuse(*_):
+        raise ValueError("current limit exceeds maximum limit")
+
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (256, resource.RLIM_INFINITY))
+    monkeypatch.setattr(resource, "setrlimit", refuse)
+    platform.allow_open_files()
+
+
 # --- macOS's calls ----------------------------------------------------------------------------------
 
 
@@ -252,12 +279,13 @@ def test_macos_maps_nothing_while_it_streams(mac, tmp_path):
     """F_NOCACHE, set once on each descriptor, keeps pages out."""
     file = tmp_path / "file"
     file.write_bytes(bytes(100_000))
-    for fd in (platform.open_uncached(str(file)), platform.open_direct(str(file))):
-        platform.drop_cached(fd, 0, 0)
-        platform.write_back(fd, 0, 100_000)
-        os.close(fd)
+    fd = platform.open_uncached(str(file))
+    assert platform.open_direct(str(file), fd) == fd  # one descriptor, of the few that there are
+    platform.drop_cached(fd, 0, 0)
+    platform.write_back(fd, 0, 100_000)
+    os.close(fd)
     platform.drop_cached_file(str(file))
-    assert [(name, args[1:]) for name, args in mac.calls] == [("fcntl", (48, 1))] * 3
+    assert [(name, args[1:]) for name, args in mac.calls] == [("fcntl", (48, 1))] * 2
 
 
 # --- Memory and processor ---------------------------------------------------------------------------

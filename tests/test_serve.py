@@ -3,6 +3,7 @@
 import slowft  # noqa: F401, I001  (before mlx: it loads OpenBLAS)
 
 import asyncio
+import errno
 import http.client
 import json
 import os
@@ -16,6 +17,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from socketserver import TCPServer
 
 import mlx.core as mx
 import mlx_lm
@@ -428,6 +430,20 @@ def test_a_drive_that_fails_ends_the_answers_of_that_pass_and_no_others(served, 
     assert row.response["choices"][0]["message"]["content"] == "".join(texts)
     answer = client.chat.completions.create(model="tuned", messages=HELLO)
     assert answer.choices[0].message.content.startswith("".join(texts))
+
+
+def test_a_server_that_may_open_no_more_files_waits_for_some_and_does_not_spin(served, monkeypatch):
+    tries, accept = [], TCPServer.get_request
+
+    def full(server):
+        tries.append(time.monotonic())
+        if len(tries) < 4:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return accept(server)
+
+    monkeypatch.setattr(TCPServer, "get_request", full)
+    assert asked(served.port, "GET", "/health")[0] == 200
+    assert tries[3] - tries[0] >= 0.3
 
 
 def test_what_local_models_cannot_do_is_said(served):

@@ -5,7 +5,7 @@ import sys
 
 import click
 
-from .. import __version__
+from .. import __version__, platform
 from ..errors import ConfigError, Interrupted, SlowftError, reason_of
 
 GROUPS = {
@@ -66,6 +66,7 @@ def slowft():
 
 def main() -> None:
     """Entry point: a user's mistake ends in one line on standard error, status 1 (2 for usage)."""
+    platform.allow_open_files()
     try:
         slowft(prog_name="slowft", standalone_mode=False)
     except click.exceptions.Abort:

@@ -76,8 +76,14 @@ class _State:
 class _File:
     name: str
     fd: int
-    direct_fd: int | None
+    direct_fd: int | None  # on macOS the same as `fd`
     state: _State
+
+    def close_direct(self) -> None:
+        """Read it through the file cache from now on."""
+        if self.direct_fd not in (None, self.fd):
+            os.close(self.direct_fd)
+        self.direct_fd = None
 
 
 class Reader:
@@ -179,8 +185,7 @@ class Reader:
         except OSError as e:
             if e.errno not in NOT_DIRECT_ERRORS:
                 raise
-            os.close(file.direct_fd)
-            file.direct_fd = None
+            file.close_direct()
             return False
 
     def _read_in_place(self, file: _File, offset: int, target: memoryview) -> None:
@@ -248,7 +253,7 @@ class Reader:
     def _read_through_cache(self, file: _File, run: list[ByteRange], nbytes: int, buffer: memoryview) -> None:
         offset, targets, done = run[0].offset, _targets(run, buffer), 0
         while done < nbytes:
-            got = _preadv(file, file.fd, _first_nbytes(targets, MAX_REQUEST_NBYTES), offset + done)
+            got = _preadv(file, _first_nbytes(targets, MAX_REQUEST_NBYTES), offset + done)
             if got == 0:
                 raise _ends_early(file, offset + done, nbytes - done)
             done += got
@@ -280,7 +285,7 @@ class Reader:
                 try:
                     fd = platform.open_uncached(name)
                     self._files[name] = file = _File(name, fd, None, _State.of(os.fstat(fd)))
-                    file.direct_fd = platform.open_direct(name)
+                    file.direct_fd = platform.open_direct(name, fd)
                 except OSError as e:
                     raise ModelError(f"{name} cannot be opened: {reason_of(e)}") from None
                 file.state = self._expected.get(name, file.state)
@@ -328,12 +333,11 @@ class Reader:
 def _close_all(files: dict[str, _File]) -> None:
     while files:
         _, file = files.popitem()
+        file.close_direct()
         os.close(file.fd)
-        if file.direct_fd is not None:
-            os.close(file.direct_fd)
 
 
-def _preadv(file: _File, fd: int, targets: list[memoryview], offset: int) -> int:
+def _preadv(file: _File, targets: list[memoryview], offset: int, is_direct: bool = False) -> int:
     """Bytes read at `offset`, 0 at the end of the file; tried again where that can help.
 
     Raises:
@@ -341,9 +345,9 @@ def _preadv(file: _File, fd: int, targets: list[memoryview], offset: int) -> int
         OSError: of `NOT_DIRECT_ERRORS`, from a direct read.
     """
     try:
-        return retried(os.preadv, fd, targets, offset)
+        return retried(os.preadv, file.direct_fd if is_direct else file.fd, targets, offset)
     except OSError as e:
-        if fd == file.direct_fd and e.errno in NOT_DIRECT_ERRORS:
+        if is_direct and e.errno in NOT_DIRECT_ERRORS:
             raise
         raise ModelError(f"{file.name}: reading at byte {offset} failed: {e.strerror}") from None
 
@@ -352,7 +356,7 @@ def _read_aligned(file: _File, offset: int, target: memoryview, nbytes: int) -> 
     """Fill the first `nbytes` of an aligned target; the file may end between them and the target's end."""
     done = 0
     while done < nbytes:
-        got = _preadv(file, file.direct_fd, [target[done:]], offset + done)
+        got = _preadv(file, [target[done:]], offset + done, is_direct=True)
         if done + got < nbytes and got < platform.DIRECT_ALIGNMENT:
             raise _ends_early(file, offset + done + got, nbytes - done - got)
         done += got if done + got >= nbytes else got // platform.DIRECT_ALIGNMENT * platform.DIRECT_ALIGNMENT
