@@ -236,17 +236,19 @@ class Residency:
             self._is_below_head = self._is_below_head and not is_head
             yield
         finally:
-            mx.eval(self._under_way)
-            self._under_way = []
-            freed = sum(unit.compute_nbytes for unit in self._outside if unit not in self._resident)
-            wanted = max((layout.compute_nbytes for layout in self._layouts), default=0)
-            self.reuse.before_freeing(freed, wanted, are_alike=False)
-            for unit in self._outside:
-                for param in unit.params:
-                    param.clear()
-            self._outside.clear()
-            if self._head:
-                self.cache.release(self._head_item)
+            try:
+                mx.eval(self._under_way)
+            finally:
+                self._under_way = []
+                freed = sum(unit.compute_nbytes for unit in self._outside if unit not in self._resident)
+                wanted = max((layout.compute_nbytes for layout in self._layouts), default=0)
+                self.reuse.before_freeing(freed, wanted, are_alike=False)
+                for unit in self._outside:
+                    for param in unit.params:
+                        param.clear()
+                self._outside.clear()
+                if self._head:
+                    self.cache.release(self._head_item)
 
     @contextmanager
     def everything_in_place(self) -> Iterator[None]:
@@ -286,12 +288,17 @@ class Residency:
         return self._is_gpu and (layout.is_copied or self.cache.slots > 1)
 
     def _finish_pass_before(self) -> None:
-        """Wait for what was handed over while the last block was in place; its buffer may then take another."""
+        """Wait for what was handed over while the last block was in place; its buffer may then take another.
+
+        So it may when the GPU did not finish: nobody wants these results any more, and the next step may be well.
+        """
         if self._pass_before is not None:
             item, results = self._pass_before
             self._pass_before = None
-            mx.eval(results)
-            self.cache.release(item)
+            try:
+                mx.eval(results)
+            finally:
+                self.cache.release(item)
 
     def bring(self, unit: Unit) -> None:
         """Put the weights of a layer outside the blocks in place (once), until the jobs under way are done."""
