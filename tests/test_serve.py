@@ -28,6 +28,7 @@ from mlx_lm.generate import generate_step
 from mlx_lm.sample_utils import make_sampler
 
 from conftest import randomise
+from test_gpu_failures import gpu  # noqa: F401  (a fixture)
 from slowft.cli.main import slowft as command
 from slowft.inference.sampling import place_seed
 from slowft.requests import pruning
@@ -430,6 +431,22 @@ def test_a_drive_that_fails_ends_the_answers_of_that_pass_and_no_others(served, 
     assert row.response["choices"][0]["message"]["content"] == "".join(texts)
     answer = client.chat.completions.create(model="tuned", messages=HELLO)
     assert answer.choices[0].message.content.startswith("".join(texts))
+
+
+def test_a_gpu_that_fails_ends_the_answers_of_that_pass_and_no_others(served, gpu):  # noqa: F811
+    """Whoever samples: what is computed late fails late, and it is the pass that failed."""
+    client = served.client()
+    plain = client.chat.completions.create(model="tuned", messages=HELLO).choices[0].message.content
+    for module in ("slowft.weights.residency", "slowft.inference.sampling", "slowft.weights.residency"):
+        gpu.fail(6, module)
+        with pytest.raises(
+            openai.APIError, match="macOS ended work on the GPU that kept the display waiting"
+        ) as caught:
+            client.chat.completions.create(model="tuned", messages=HELLO, temperature=0.5, seed=1)
+        assert caught.value.status_code == 500 and gpu.left is None
+        (row,) = served.rows()
+        assert row.status == "error" and "Let the display sleep" in row.error
+        assert client.chat.completions.create(model="tuned", messages=HELLO).choices[0].message.content == plain
 
 
 def test_a_server_that_may_open_no_more_files_waits_for_some_and_does_not_spin(served, monkeypatch):
