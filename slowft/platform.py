@@ -9,9 +9,11 @@ import ctypes.util
 import errno
 import mmap
 import os
+import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,6 +27,7 @@ F_ALLOCATEALL, F_PEOFPOSMODE = 4, 3
 MS_INVALIDATE, MS_SYNC = 0x0002, 0x0010
 RUSAGE_INFO_V4 = 4
 
+CAFFEINATE = "/usr/bin/caffeinate"
 BLAS_FIX = "sudo apt-get install libopenblas0-pthread"
 
 
@@ -327,6 +330,33 @@ def be_gentle() -> None:
     number = {"x86_64": 251, "aarch64": 30}.get(os.uname().machine)
     if number is not None:
         ctypes.CDLL(None).syscall(number, IOPRIO_WHO_PROCESS, 0, IOPRIO_IDLE)
+
+
+@contextmanager
+def kept_awake() -> Iterator[None]:
+    """While this is entered, a Mac does not fall asleep because nobody uses it. Its display may, and a lid is obeyed.
+
+    Apple's `caffeinate` sees to that: -i on battery and -s on mains. It ends with this process however that ends (-w),
+    and Ctrl-C, which goes to a terminal's process group, is not for it.
+    """
+    child = None
+    if MACOS:
+        nowhere = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in range(3)]
+        command = [CAFFEINATE, "-is", "-w", str(os.getpid())]
+        with suppress(OSError):  # the machine may sleep then
+            child = os.posix_spawn(CAFFEINATE, command, os.environ, file_actions=nowhere, setpgroup=0)
+    try:
+        yield
+    finally:
+        if child is not None:
+            with suppress(OSError):
+                os.kill(child, signal.SIGTERM)
+                os.waitpid(child, 0)
+
+
+def seconds_by_the_clock() -> float:
+    """Since some moment, those in which the machine slept included, which `time.monotonic` leaves out."""
+    return time.clock_gettime(time.CLOCK_MONOTONIC if MACOS else time.CLOCK_BOOTTIME)
 
 
 def identity_of_process(pid: int) -> str | None:

@@ -6,9 +6,11 @@ import fcntl
 import os
 import platform as python_platform
 import resource
+import signal
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -286,6 +288,55 @@ def test_macos_maps_nothing_while_it_streams(mac, tmp_path):
     os.close(fd)
     platform.drop_cached_file(str(file))
     assert [(name, args[1:]) for name, args in mac.calls] == [("fcntl", (48, 1))] * 2
+
+
+# --- Sleep ------------------------------------------------------------------------------------------
+
+
+def is_there(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+WAITING = """
+import os, signal, sys
+from slowft import platform
+platform.MACOS, platform.CAFFEINATE = True, sys.argv[1]
+spawn = os.posix_spawn
+def noted(*args, **how):
+    print(child := spawn(*args, **how), flush=True)
+    return child
+os.posix_spawn = noted
+with platform.kept_awake():
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a program that waits for a process is made with Linux's tail")
+def test_a_process_that_is_killed_leaves_no_other(tmp_path):
+    (tmp_path / "caffeinate").write_text(
+        '#!/bin/sh\n[ "$1 $2" = "-is -w" ] && exec tail -s 0.05 --pid=$3 -f /dev/null\n'
+    )
+    (tmp_path / "caffeinate").chmod(0o755)
+    command = [sys.executable, "-c", WAITING, str(tmp_path / "caffeinate")]
+    done = subprocess.run(command, capture_output=True, text=True)  # returns when nobody has its output open any more
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    until = time.monotonic() + 10
+    while is_there(int(done.stdout)):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def test_where_nothing_keeps_a_machine_awake_it_works_nevertheless(monkeypatch):
+    with platform.kept_awake():
+        pass
+    monkeypatch.setattr(platform, "MACOS", True)
+    monkeypatch.setattr(platform, "CAFFEINATE", "/no/such/program")
+    with platform.kept_awake():
+        pass
 
 
 # --- Memory and processor ---------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from socketserver import TCPServer
@@ -29,6 +30,7 @@ from mlx_lm.sample_utils import make_sampler
 
 from conftest import randomise
 from test_gpu_failures import gpu  # noqa: F401  (a fixture)
+from slowft import platform
 from slowft.cli.main import slowft as command
 from slowft.inference.sampling import place_seed
 from slowft.requests import pruning
@@ -447,6 +449,23 @@ def test_a_gpu_that_fails_ends_the_answers_of_that_pass_and_no_others(served, gp
         (row,) = served.rows()
         assert row.status == "error" and "Let the display sleep" in row.error
         assert client.chat.completions.create(model="tuned", messages=HELLO).choices[0].message.content == plain
+
+
+def test_a_server_keeps_the_machine_awake_while_it_answers(served, monkeypatch):
+    events = []
+
+    @contextmanager
+    def kept_awake():
+        events.append("awake")
+        yield
+        events.append("as it was")
+
+    monkeypatch.setattr(platform, "kept_awake", kept_awake)
+    for n in (1, 2):
+        with served.client().chat.completions.create(model="tuned", messages=HELLO, stream=True) as stream:
+            for _ in stream:
+                assert len(events) >= 2 * n - 1
+        wait_until(lambda n=n: events == ["awake", "as it was"] * n)
 
 
 def test_a_server_that_may_open_no_more_files_waits_for_some_and_does_not_spin(served, monkeypatch):

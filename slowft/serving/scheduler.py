@@ -16,6 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from .. import platform
 from ..engine.budget import Budget, Wave
 from ..errors import SlowftError, gpu_error
 from ..inference.decoder import Decoder
@@ -260,10 +261,12 @@ class Scheduler:
             self._is_open.set()
         try:
             while self._wait_for_work():
-                self._take_in()
-                self._forget_cancelled()
-                self._admit()
-                self._round()
+                with platform.kept_awake():
+                    while self._has_work and not self._is_closing:
+                        self._take_in()
+                        self._forget_cancelled()
+                        self._admit()
+                        self._round()
         finally:
             for wanted in (*self._active, *self._waiting, *self._inbox):
                 wanted.events.put(SlowftError("the server is ending"))
@@ -271,9 +274,13 @@ class Scheduler:
 
     def _wait_for_work(self) -> bool:
         with self._changed:
-            while not (self._is_closing or self._inbox or self._waiting or self._active):
+            while not (self._is_closing or self._has_work):
                 self._changed.wait(ANYWAY_S)
             return not self._is_closing
+
+    @property
+    def _has_work(self) -> bool:
+        return bool(self._inbox or self._waiting or self._active)
 
     def _take_in(self) -> None:
         while self._inbox:
