@@ -68,5 +68,42 @@ class PeerLost(SlowftError):  # noqa: N818  (what happened, not whose error it i
         self.loss = loss
 
 
+class GpuError(SlowftError):
+    """The GPU did not finish what it was given. The process lives on, and what it computed before is as it was.
+
+    Attributes:
+        what: happened. advice: what to do.
+    """
+
+    def __init__(self, what: str, advice: str):
+        super().__init__(f"{what}. {advice}")
+        self.what, self.advice = what, advice
+
+
+# What MLX 0.32 raises on Metal (mlx/backend/metal/device.cpp, allocator.cpp), once for each failure.
+_OF_METAL = ("[METAL] Command buffer execution failed: ", "[metal::malloc] ")
+_OF_METAL_S_TIME = ("Impacting Interactivity", "Timeout", "Hang")
+_OF_METAL_S_MEMORY = ("Insufficient Memory", "OutOfMemory", "[metal::malloc]")
+
+
+def gpu_error(error: BaseException) -> GpuError | None:
+    """What to say of an error of MLX's, if it is one of the GPU's; None: it is another."""
+    said = str(error)
+    if isinstance(error, GpuError):
+        return error
+    if not isinstance(error, RuntimeError) or not said.startswith(_OF_METAL):
+        return None
+    reason = printable(said.removeprefix(_OF_METAL[0]).rstrip("."))
+    if any(word in said for word in _OF_METAL_S_MEMORY):
+        return GpuError(f"the GPU ran out of memory ({reason})", "Give a lower --memory, or close other programs")
+    if any(word in said for word in _OF_METAL_S_TIME):  # https://github.com/ml-explore/mlx/issues/3267
+        return GpuError(
+            f"macOS ended work on the GPU that kept the display waiting ({reason})",
+            "Let the display sleep, or give the GPU less at a time: lower --batch-size, --max-seq-length or --wave. "
+            "AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1 in the environment helps on some Macs",
+        )
+    return GpuError(f"the GPU failed ({reason})", "Start again; if it fails again, restart the Mac")
+
+
 class SlowftWarning(UserWarning):
     """Something that will work, but not as well as it could."""

@@ -9,11 +9,13 @@ import ctypes.util
 import errno
 import mmap
 import os
+import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 MACOS = sys.platform == "darwin"
@@ -25,6 +27,7 @@ F_ALLOCATEALL, F_PEOFPOSMODE = 4, 3
 MS_INVALIDATE, MS_SYNC = 0x0002, 0x0010
 RUSAGE_INFO_V4 = 4
 
+CAFFEINATE = "/usr/bin/caffeinate"
 BLAS_FIX = "sudo apt-get install libopenblas0-pthread"
 
 
@@ -113,6 +116,23 @@ def open_uncached(path: str) -> int:
     return fd
 
 
+MOST_FILES = 10240  # <sys/syslimits.h>'s OPEN_MAX: macOS refuses a soft limit above it
+
+
+def allow_open_files() -> None:
+    """Let this process open as many files as it may: shells give 256 on macOS, 1024 on Linux. Never lowers the limit.
+
+    A model of 120 shards takes as many descriptors, on Linux twice as many; `slowft serve` one more for each client.
+    """
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(ValueError, OSError):  # the system's own limit (kern.maxfilesperproc) may be lower
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 # In a read past the file cache, file offset, memory address and length are multiples of this: a page (16384 on Apple
 # Silicon), which holds whole sectors of any drive. macOS reads other requests through the cache, a stretch at a time:
 # XNU's `cluster_read_direct` wants memory aligned by its `mnt_alignmentmask`, a page unless a drive says otherwise.
@@ -120,13 +140,16 @@ def open_uncached(path: str) -> int:
 DIRECT_ALIGNMENT = mmap.PAGESIZE
 
 
-def open_direct(path: str) -> int | None:
+def open_direct(path: str, uncached_fd: int) -> int | None:
     """Open a file for reads straight from the drive into memory (O_DIRECT, F_NOCACHE). Returns the descriptor.
 
-    Returns None on some file systems of Linux, which have no such reads.
+    Args:
+        uncached_fd: the file's descriptor from `open_uncached`. On macOS it serves for both, and is returned.
+    Returns:
+        None on some file systems of Linux, which have no such reads.
     """
     if MACOS:
-        return open_uncached(path)
+        return uncached_fd
     try:
         return os.open(path, os.O_RDONLY | os.O_DIRECT)
     except OSError as e:
@@ -265,11 +288,13 @@ def is_memory_filesystem(path: Path) -> bool:
 
 
 def cache_directory() -> Path:
-    """Where this user's programs keep files that can be made again; ours in there. May not exist yet."""
-    if MACOS:
-        return Path.home() / "Library" / "Caches" / "slowft"
+    """Where this user's programs keep files that can be made again; ours in there. May not exist yet.
+
+    `XDG_CACHE_HOME` says so on macOS too, where only its default is another.
+    """
+    usual = Path.home() / ("Library/Caches" if MACOS else ".cache")
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (base if base.is_absolute() else Path.home() / ".cache") / "slowft"
+    return (base if base.is_absolute() else usual) / "slowft"
 
 
 def sync_file(fd: int) -> None:
@@ -306,6 +331,33 @@ def be_gentle() -> None:
     number = {"x86_64": 251, "aarch64": 30}.get(os.uname().machine)
     if number is not None:
         ctypes.CDLL(None).syscall(number, IOPRIO_WHO_PROCESS, 0, IOPRIO_IDLE)
+
+
+@contextmanager
+def kept_awake() -> Iterator[None]:
+    """While this is entered, a Mac does not fall asleep because nobody uses it. Its display may, and a lid is obeyed.
+
+    Apple's `caffeinate` sees to that: -i on battery and -s on mains. It ends with this process however that ends (-w),
+    and Ctrl-C, which goes to a terminal's process group, is not for it.
+    """
+    child = None
+    if MACOS:
+        nowhere = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in range(3)]
+        command = [CAFFEINATE, "-is", "-w", str(os.getpid())]
+        with suppress(OSError):  # the machine may sleep then
+            child = os.posix_spawn(CAFFEINATE, command, os.environ, file_actions=nowhere, setpgroup=0)
+    try:
+        yield
+    finally:
+        if child is not None:
+            with suppress(OSError):
+                os.kill(child, signal.SIGTERM)
+                os.waitpid(child, 0)
+
+
+def seconds_by_the_clock() -> float:
+    """Since some moment, those in which the machine slept included, which `time.monotonic` leaves out."""
+    return time.clock_gettime(time.CLOCK_MONOTONIC if MACOS else time.CLOCK_BOOTTIME)
 
 
 def identity_of_process(pid: int) -> str | None:

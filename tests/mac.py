@@ -50,6 +50,7 @@ class Mac:
 
     Attributes:
         calls: (name, arguments) of system calls that only macOS has.
+        children: processes that stand for programs that only macOS has.
         wired: the limits that were set, in order.
         memory_limit, cache_limit: MLX's, as they are now.
         attention: how often it was computed (inside, outside) of a gradient trace.
@@ -57,6 +58,7 @@ class Mac:
 
     def __init__(self, memory_nbytes: int = 16 << 30):
         self.calls: list[tuple] = []
+        self.children: list[int] = []
         self.wired: list[int] = []
         self.memory_nbytes = memory_nbytes
         self.recommended_nbytes = memory_nbytes * 2 // 3
@@ -74,6 +76,7 @@ def mac(monkeypatch, tmp_path):
     """While it is in use, this machine passes for a Mac; gives a `Mac`."""
     double = Mac()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(platform, "MACOS", True)
     monkeypatch.setattr(reader, "MAX_REQUEST_NBYTES", 1 << 30)
     _replace_system(monkeypatch, double)
@@ -108,7 +111,16 @@ class _Hiding:
 
 def _replace_system(monkeypatch, double: Mac) -> None:
     libc = _Libc(double)
-    monkeypatch.setattr(platform, "os", _Hiding(os, ONLY_LINUX["os"]))
+
+    def posix_spawn(path, command, environment, **how):
+        """`caffeinate -is -w PID` does nothing but wait for the process; coreutils' tail can do that."""
+        double.calls.append(("posix_spawn", path, command))
+        assert path == command[0] == "/usr/bin/caffeinate" and command[1:-1] == ["-is", "-w"]
+        tail = ["tail", "-s", "0.1", f"--pid={command[-1]}", "-f", os.devnull]
+        double.children.append(os.posix_spawnp("tail", tail, environment, **how))
+        return double.children[-1]
+
+    monkeypatch.setattr(platform, "os", _Hiding(os, ONLY_LINUX["os"], posix_spawn=posix_spawn))
     monkeypatch.setattr(platform, "ctypes", _Hiding(ctypes, CDLL=lambda *_, **__: libc))
     import mmap
 

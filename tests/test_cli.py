@@ -10,6 +10,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -759,6 +760,54 @@ def test_help_ends_its_text_in_an_example_that_parses(command, finetune):
     known = finetune.bare(example[1], "--help").out
     for word in shlex.split(" ".join(example)):
         assert not word.startswith("--") or f" {word}" in known
+
+
+@pytest.fixture
+def awake(monkeypatch) -> list[str]:
+    """What was begun and ended while the machine had to stay awake."""
+    said = []
+
+    @contextmanager
+    def kept_awake():
+        said.append("awake")
+        yield said
+        said.append("as it was")
+
+    monkeypatch.setattr("slowft.platform.kept_awake", kept_awake)
+    return said
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["compare", "no.yaml"],
+        ["data", "make", "no.yaml"],
+        ["distil", "--student", "s", "--recipe", "no.yaml", "--output", "o"],
+        ["finetune", "--model", "m", "--data", "d", "--iters", "0"],
+        ["fuse", "--model", "/no/model"],
+        ["prepare", "/no/model", "--output", "o"],
+        ["requests", "--db", "no.db", "relabel", "--model", "m"],
+        ["score", "--model", "m", "--data", "/no/data"],
+        ["verify", "/no/model"],
+    ],
+)
+def test_commands_that_work_long_keep_the_machine_awake(words, awake, finetune):
+    assert finetune.bare(*words).status in (1, 2)
+    assert awake[0] == "awake"
+
+
+def test_a_conversation_keeps_the_machine_awake_while_it_answers(awake, finetune, monkeypatch):
+    said = iter(["Why?", "Really?", "/exit"])
+
+    def ask(prompt):
+        assert awake[-1:] != ["awake"]
+        return next(said)
+
+    monkeypatch.setattr("builtins.input", ask)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    outcome = finetune.bare("generate", "--model", finetune.model, "--memory", "1GB", "--max-tokens", 2)
+    assert outcome.status == 0, outcome
+    assert awake == ["awake", "as it was"] * 2
 
 
 def test_every_command_is_in_one_group_of_the_help():

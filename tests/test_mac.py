@@ -4,6 +4,7 @@ These find what Python can see go wrong there. None of it was run on a Mac.
 """
 
 import math
+import os
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -150,6 +151,16 @@ def test_files_are_read_past_the_cache_and_written_to_room_that_is_there(mac, tm
         platform.sync_file(file.fileno())
     assert (tmp_path / "spill").stat().st_size == 12345
     assert F_PREALLOCATE in [command for command, *_ in mac.called("fcntl")]
+
+
+def test_the_machine_is_kept_awake_as_long_as_something_is_done(mac):
+    with platform.kept_awake():
+        (child,) = mac.children
+        assert os.getpgid(child) == child  # Ctrl-C is not for it
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
+    command = ["/usr/bin/caffeinate", "-is", "-w", str(os.getpid())]
+    assert mac.called("posix_spawn") == [["/usr/bin/caffeinate", command]]
 
 
 def test_limits_are_metals(mac):

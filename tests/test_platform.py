@@ -5,9 +5,12 @@ import errno
 import fcntl
 import os
 import platform as python_platform
+import resource
+import signal
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -121,17 +124,16 @@ def test_preallocated_bytes_are_on_the_disk(tmp_path):
     assert status.st_size == 3_000_001 and status.st_blocks * 512 >= 3_000_001
 
 
-def test_cache_directory_is_where_the_system_wants_it(monkeypatch, tmp_path):
+@pytest.mark.parametrize(("is_mac", "usual"), [(False, ".cache"), (True, "Library/Caches")])
+def test_cache_directory_is_where_the_user_or_the_system_wants_it(is_mac, usual, monkeypatch, tmp_path):
+    monkeypatch.setattr(platform, "MACOS", is_mac)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    if platform.MACOS:
-        assert platform.cache_directory() == tmp_path / "Library" / "Caches" / "slowft"
-        return
-    assert platform.cache_directory() == tmp_path / ".cache" / "slowft"
+    assert platform.cache_directory() == tmp_path / usual / "slowft"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
     assert platform.cache_directory() == tmp_path / "elsewhere" / "slowft"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # which the specification says to ignore
-    assert platform.cache_directory() == tmp_path / ".cache" / "slowft"
+    assert platform.cache_directory() == tmp_path / usual / "slowft"
 
 
 def test_syncing_makes_do_with_fsync_where_macos_knows_no_more(monkeypatch, tmp_path):
@@ -147,6 +149,32 @@ def test_syncing_makes_do_with_fsync_where_macos_knows_no_more(monkeypatch, tmp_
     monkeypatch.setattr(os, "fsync", lambda fd: synced.append(("fsync", fd)))
     sync_directory(tmp_path)
     assert synced[0] == ("F_FULLFSYNC", 51) and [name for name, _ in synced] == ["F_FULLFSYNC", "fsync"]
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "after"),
+    [
+        (256, resource.RLIM_INFINITY, 10240),  # as macOS's shells have it, and no more than it takes
+        (1024, 4096, 4096),
+        (20_000, 50_000, 20_000),
+        (resource.RLIM_INFINITY, resource.RLIM_INFINITY, resource.RLIM_INFINITY),
+    ],
+)
+def test_more_files_may_be_open_and_never_fewer(soft, hard, after, monkeypatch):
+    limits = [(soft, hard)]
+    monkeypatch.setattr(resource, "getrlimit", lambda what: limits[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda what, both: limits.append(both))
+    platform.allow_open_files()
+    assert limits[-1] == (after, hard)
+
+
+def test_a_limit_of_open_files_that_the_system_refuses_stays_as_it_is(monkeypatch):
+    def refuse(*_):
+        raise ValueError("current limit exceeds maximum limit")
+
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (256, resource.RLIM_INFINITY))
+    monkeypatch.setattr(resource, "setrlimit", refuse)
+    platform.allow_open_files()
 
 
 # --- macOS's calls ----------------------------------------------------------------------------------
@@ -253,12 +281,62 @@ def test_macos_maps_nothing_while_it_streams(mac, tmp_path):
     """F_NOCACHE, set once on each descriptor, keeps pages out."""
     file = tmp_path / "file"
     file.write_bytes(bytes(100_000))
-    for fd in (platform.open_uncached(str(file)), platform.open_direct(str(file))):
-        platform.drop_cached(fd, 0, 0)
-        platform.write_back(fd, 0, 100_000)
-        os.close(fd)
+    fd = platform.open_uncached(str(file))
+    assert platform.open_direct(str(file), fd) == fd  # one descriptor, of the few that there are
+    platform.drop_cached(fd, 0, 0)
+    platform.write_back(fd, 0, 100_000)
+    os.close(fd)
     platform.drop_cached_file(str(file))
-    assert [(name, args[1:]) for name, args in mac.calls] == [("fcntl", (48, 1))] * 3
+    assert [(name, args[1:]) for name, args in mac.calls] == [("fcntl", (48, 1))] * 2
+
+
+# --- Sleep ------------------------------------------------------------------------------------------
+
+
+def is_there(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+WAITING = """
+import os, signal, sys
+from slowft import platform
+platform.MACOS, platform.CAFFEINATE = True, sys.argv[1]
+spawn = os.posix_spawn
+def noted(*args, **how):
+    print(child := spawn(*args, **how), flush=True)
+    return child
+os.posix_spawn = noted
+with platform.kept_awake():
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a program that waits for a process is made with Linux's tail")
+def test_a_process_that_is_killed_leaves_no_other(tmp_path):
+    (tmp_path / "caffeinate").write_text(
+        '#!/bin/sh\n[ "$1 $2" = "-is -w" ] && exec tail -s 0.05 --pid=$3 -f /dev/null\n'
+    )
+    (tmp_path / "caffeinate").chmod(0o755)
+    command = [sys.executable, "-c", WAITING, str(tmp_path / "caffeinate")]
+    done = subprocess.run(command, capture_output=True, text=True)  # returns when nobody has its output open any more
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    until = time.monotonic() + 10
+    while is_there(int(done.stdout)):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def test_where_nothing_keeps_a_machine_awake_it_works_nevertheless(monkeypatch):
+    with platform.kept_awake():
+        pass
+    monkeypatch.setattr(platform, "MACOS", True)
+    monkeypatch.setattr(platform, "CAFFEINATE", "/no/such/program")
+    with platform.kept_awake():
+        pass
 
 
 # --- Memory and processor ---------------------------------------------------------------------------

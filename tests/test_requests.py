@@ -228,6 +228,21 @@ def test_a_request_that_was_taken_for_broken_is_what_its_own_process_says_in_the
     store._writing.execute("INSERT INTO texts (texts) VALUES ('integrity-check')")
 
 
+def test_what_is_copied_into_the_file_reaches_the_drive_on_macos_too(file, monkeypatch):
+    """By F_FULLFSYNC, whichever connection copies it: this process's, a reader's, or a forked child's."""
+    connections, connect = [], sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda *a, **k: connections.append(connect(*a, **k)) or connections[-1])
+    with RequestStore(file) as store:
+        recorded(store, "Why?")
+        store.list()
+        child = os.getpid() + 1
+        monkeypatch.setattr(os, "getpid", lambda: child)
+        recorded(store, "How?")
+        assert len(connections) == 3
+        assert [db.execute("PRAGMA checkpoint_fullfsync").fetchone() for db in connections] == [(1,)] * 3
+        monkeypatch.undo()
+
+
 FORK = """
 import os, sys
 from slowft.requests.store import RequestStore

@@ -21,6 +21,7 @@ import pytest
 import faults
 from conftest import LLAMA, save_random
 from faults import Rule
+from slowft import platform
 from slowft.data.store import TokenDataset
 from slowft.errors import AdapterError, ConfigError, Interrupted
 from slowft.reports.base import Report
@@ -28,7 +29,7 @@ from slowft.training import checkpoint as checkpoints
 from slowft.training import status
 from slowft.training.config import TrainConfig
 from slowft.training.fitting import Fit
-from slowft.training.stopping import parse_seconds
+from slowft.training.stopping import Stop, parse_seconds
 
 
 class Notes(Report):
@@ -373,6 +374,18 @@ def test_durations_are_read_as_people_write_them():
     for wrong in ("", "8x", "h", "-1", "0", "nan"):
         with pytest.raises(ConfigError, match="must be a time such as 8h"):
             parse_seconds(wrong)
+
+
+@pytest.mark.parametrize(("is_mac", "clock"), [(False, "CLOCK_BOOTTIME"), (True, "CLOCK_MONOTONIC")])
+def test_the_time_that_a_machine_sleeps_counts(is_mac, clock, monkeypatch):
+    """Which is in this clock of each system and not in `time.monotonic`."""
+    monkeypatch.setattr(platform, "MACOS", is_mac)
+    now = {getattr(time, clock): 100.0}
+    monkeypatch.setattr(time, "clock_gettime", lambda which: now[which])
+    stop = Stop(3600)
+    assert not stop.take([stop.asks])
+    now[getattr(time, clock)] += 3601
+    assert stop.take([stop.asks])
 
 
 # --- Best, early, not a number ------------------------------------------------------------------------

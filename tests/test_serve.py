@@ -3,6 +3,7 @@
 import slowft  # noqa: F401, I001  (before mlx: it loads OpenBLAS)
 
 import asyncio
+import errno
 import http.client
 import json
 import os
@@ -14,8 +15,10 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from socketserver import TCPServer
 
 import mlx.core as mx
 import mlx_lm
@@ -26,6 +29,8 @@ from mlx_lm.generate import generate_step
 from mlx_lm.sample_utils import make_sampler
 
 from conftest import randomise
+from test_gpu_failures import gpu  # noqa: F401  (a fixture)
+from slowft import platform
 from slowft.cli.main import slowft as command
 from slowft.inference.sampling import place_seed
 from slowft.requests import pruning
@@ -444,6 +449,53 @@ def test_a_drive_that_fails_ends_the_answers_of_that_pass_and_no_others(served, 
     assert row.response["choices"][0]["message"]["content"] == "".join(texts)
     answer = client.chat.completions.create(model="tuned", messages=HELLO)
     assert answer.choices[0].message.content.startswith("".join(texts))
+
+
+def test_a_gpu_that_fails_ends_the_answers_of_that_pass_and_no_others(served, gpu):  # noqa: F811
+    """Whoever samples: what is computed late fails late, and it is the pass that failed."""
+    client = served.client()
+    plain = client.chat.completions.create(model="tuned", messages=HELLO).choices[0].message.content
+    for module in ("slowft.weights.residency", "slowft.inference.sampling", "slowft.weights.residency"):
+        gpu.fail(6, module)
+        with pytest.raises(
+            openai.APIError, match="macOS ended work on the GPU that kept the display waiting"
+        ) as caught:
+            client.chat.completions.create(model="tuned", messages=HELLO, temperature=0.5, seed=1)
+        assert caught.value.status_code == 500 and gpu.left is None
+        (row,) = served.rows()
+        assert row.status == "error" and "Let the display sleep" in row.error
+        assert client.chat.completions.create(model="tuned", messages=HELLO).choices[0].message.content == plain
+
+
+def test_a_server_keeps_the_machine_awake_while_it_answers(served, monkeypatch):
+    events = []
+
+    @contextmanager
+    def kept_awake():
+        events.append("awake")
+        yield
+        events.append("as it was")
+
+    monkeypatch.setattr(platform, "kept_awake", kept_awake)
+    for n in (1, 2):
+        with served.client().chat.completions.create(model="tuned", messages=HELLO, stream=True) as stream:
+            for _ in stream:
+                assert len(events) >= 2 * n - 1
+        wait_until(lambda n=n: events == ["awake", "as it was"] * n)
+
+
+def test_a_server_that_may_open_no_more_files_waits_for_some_and_does_not_spin(served, monkeypatch):
+    tries, accept = [], TCPServer.get_request
+
+    def full(server):
+        tries.append(time.monotonic())
+        if len(tries) < 4:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return accept(server)
+
+    monkeypatch.setattr(TCPServer, "get_request", full)
+    assert asked(served.port, "GET", "/health")[0] == 200
+    assert tries[3] - tries[0] >= 0.3
 
 
 def test_what_local_models_cannot_do_is_said(served):

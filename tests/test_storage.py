@@ -8,6 +8,8 @@ import itertools
 import json
 import os
 import random
+import resource
+import shutil
 import signal
 import struct
 import sys
@@ -22,7 +24,7 @@ from safetensors import safe_open
 
 import filecache
 import macos
-from conftest import must_run
+from conftest import LLAMA, must_run, random_batch, save_random
 from slowft import platform
 from slowft.bench import cgroup
 from slowft.errors import ModelError
@@ -509,7 +511,7 @@ def test_file_cache_stays_small_where_nothing_is_read_directly(reader, cold_file
     reason = filecache.why_unavailable(cold_file.parent)
     if reason:
         must_run(reason)
-    monkeypatch.setattr(platform, "open_direct", lambda path: None)
+    monkeypatch.setattr(platform, "open_direct", lambda *_: None)
     held, preadv = [], os.preadv
     with open(cold_file, "r+b") as file:
 
@@ -543,9 +545,44 @@ def direct_calls(reader: Reader, monkeypatch) -> list[tuple[int, int]]:
     return calls
 
 
+def test_a_model_has_more_shards_than_a_shell_lets_be_open(tmp_path):
+    """256 on macOS; here 32 more than there are."""
+    whole, sharded = save_random(tmp_path / "whole", LLAMA | {"num_hidden_layers": 8}), tmp_path / "sharded"
+    sharded.mkdir()
+    shutil.copy(whole / "config.json", sharded)
+    tensors = mx.load(str(whole / "model.safetensors"))
+    for name, tensor in tensors.items():
+        mx.save_safetensors(str(sharded / f"model-{name}.safetensors"), {name: tensor})
+    weight_map = {name: f"model-{name}.safetensors" for name in tensors}
+    (sharded / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 512:
+        must_run("no more files may be open")
+    in_use = set(map(int, os.listdir("/dev/fd")))
+    free = itertools.islice((number for number in itertools.count() if number not in in_use), 32)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(free) + 1, hard))
+    try:
+        losses = []
+        for directory in (sharded, whole):
+            with slowft.open_model(directory) as model:
+                losses.append(model.loss(*random_batch(256))[0].item())
+                assert len(model.engine.cut.files) == (len(tensors) if directory == sharded else 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(tensors) > 64 and losses[0] == losses[1]
+
+
+def opens_directly(file: str) -> bool:
+    fd = platform.open_uncached(file)
+    direct_fd = platform.open_direct(file, fd)
+    for one in {fd, direct_fd} - {None}:
+        os.close(one)
+    return direct_fd is not None
+
+
 @pytest.fixture
 def large_blob(tmp_path) -> Path:
-    if not buffers.reads_directly() or platform.open_direct(__file__) is None:
+    if not buffers.reads_directly() or not opens_directly(__file__):
         must_run("nothing is read directly here")
     file = tmp_path / "large"
     file.write_bytes(np.random.default_rng(0).bytes(5 * MB + 1234))

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from .finetune import make_report, warnings_noted
+from .options import awake
 
 
 @click.command()
@@ -16,6 +17,7 @@ from .finetune import make_report, warnings_noted
 @click.option("--again", is_flag=True, help="Ask for all answers anew, whatever was answered before.")
 @click.option("--memory", metavar="SIZE", help="Ceiling for the whole process, in place of the suite's.")
 @click.option("--example", is_flag=True, help="Print a suite with every field explained, and stop.")
+@awake
 def compare(suite, html, as_json, again, memory, example):
     """Compare models, adapters and prompts: variants answer scenarios, checks and a judge say how well.
 

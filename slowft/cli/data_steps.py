@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from .finetune import make_report, warnings_noted
-from .options import as_json
+from .options import as_json, awake
 
 OVERLAP_WORDS = 13  # as in the recipe
 OUT_HELP = "Lines of JSON to write; not written again while nothing has changed."
@@ -35,6 +35,7 @@ def left_out(command):
 @click.option(
     "--json", "as_json", is_flag=True, help="Notes and counts as JSON lines on standard output, nothing else."
 )
+@awake
 def make(recipe, output, memory, example, as_json):
     """Make a data set: a large model writes questions and answers; rules, marks and duplicates thin them out.
 

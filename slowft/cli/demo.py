@@ -7,12 +7,14 @@ from pathlib import Path
 import click
 
 from .finetune import make_report, warnings_noted
+from .options import awake
 
 
 @click.command()
 @click.option("--dir", "directory", default="slowft-demo", show_default=True, help="Where model, data and adapter go.")
 @click.option("--iters", default=24, show_default=True, type=click.IntRange(1), help="Iterations to train for.")
 @click.option("--json", "as_json", is_flag=True, help="Metrics as JSON lines on standard output, nothing else.")
+@awake
 def demo(directory, iters, as_json):
     """Fine-tune SmolLM2-135M on the Jargon File and compare its loss and one answer, before and after.
 

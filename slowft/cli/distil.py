@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from .finetune import make_report, option, warnings_noted
+from .options import awake
 
 
 @click.command()
@@ -33,6 +34,7 @@ from .finetune import make_report, option, warnings_noted
 @option("chat_template", metavar="FILE")
 @click.option("-c", "--config", metavar="FILE.yaml", help="YAML file of options of training, as for finetune.")
 @click.option("--json", "as_json", is_flag=True, help="Everything as JSON lines on standard output, nothing else.")
+@awake
 def distil(teacher, student, recipe, output, held_out, top_k, config, as_json, **options):
     """Make data with a large model, train a small one on it, and say what that was worth.
 

@@ -10,6 +10,7 @@ import click
 from ..errors import Interrupted, SlowftError, SlowftWarning
 from ..reports.base import Report
 from ..training.config import NEEDLESS, OPTIMIZERS, TrainConfig, load_config
+from .options import awake
 
 _HELP = {f.name: f.metadata.get("help", "") for f in fields(TrainConfig)}
 _DEFAULT = {
@@ -81,6 +82,7 @@ def option(name: str, **kwargs):
 @click.option("--use-dora", is_flag=True, default=None, hidden=True)
 @click.option("--wandb", hidden=True)
 @click.option("--json", "as_json", is_flag=True, help="Metrics as JSON lines on standard output, nothing else.")
+@awake
 def finetune(config, grad_checkpoint, clear_cache_threshold, as_json, **options):
     """Train a LoRA or DoRA adapter, the base model streamed block by block from disk.
 

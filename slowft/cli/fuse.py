@@ -22,6 +22,7 @@ from .prepare import writing_model
 @options.memory
 @options.trust_remote_code
 @options.as_json
+@options.awake
 def fuse(model, adapter_path, save_path, dequantize, memory, trust_remote_code, as_json):
     """Add an adapter to the weights of its base model, and write the result as a model of its own.
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from .. import platform
 from . import options
 from .finetune import make_report, warnings_noted
 
@@ -102,11 +103,12 @@ def generate(
         with Session(model, settings, adapter_path, memory, compute_dtype, trust_remote_code, chat_template) as session:
             if prompts is not None:
                 found = session.read(Path(prompts).expanduser())
-                if output is None:
+                with platform.kept_awake():
+                    if output is not None:
+                        session.answer_into(Path(output).expanduser(), found, report)
+                        return
                     for answer in session.answers(found):
                         click.echo(json.dumps(_line(answer, found[answer.number].prompt), ensure_ascii=False))
-                    return
-                session.answer_into(Path(output).expanduser(), found, report)
             elif prompt is not None:
                 _answer(session, session.asked(prompt), as_json)
             else:
@@ -144,7 +146,8 @@ def _answer(session, one, as_json: bool) -> str:
             click.echo(text, nl=False)
             sys.stdout.flush()
 
-    (answer,) = session.answers([one], on_text=show)
+    with platform.kept_awake():  # not while a person thinks of what to say next
+        (answer,) = session.answers([one], on_text=show)
     click.echo(json.dumps(_line(answer, one.prompt), ensure_ascii=False) if as_json else "")
     return answer.text
 

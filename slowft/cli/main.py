@@ -5,8 +5,8 @@ import sys
 
 import click
 
-from .. import __version__
-from ..errors import ConfigError, Interrupted, SlowftError, reason_of
+from .. import __version__, platform
+from ..errors import ConfigError, Interrupted, SlowftError, gpu_error, reason_of
 
 GROUPS = {
     "Train": "finetune data distil plan status",
@@ -66,6 +66,7 @@ def slowft():
 
 def main() -> None:
     """Entry point: a user's mistake ends in one line on standard error, status 1 (2 for usage)."""
+    platform.allow_open_files()
     try:
         slowft(prog_name="slowft", standalone_mode=False)
     except click.exceptions.Abort:
@@ -84,6 +85,11 @@ def main() -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.stderr.close()
+        sys.exit(1)
+    except RuntimeError as e:
+        if (of_gpu := gpu_error(e)) is None:
+            raise
+        click.echo(f"Error: {of_gpu}", err=True)
         sys.exit(1)
     except OSError as e:  # a disk or a limit that no room below has words for, such as a folder that cannot be listed
         click.echo(f"Error: {e.filename or 'a file, or standard output,'} cannot be used: {reason_of(e)}", err=True)

@@ -1,6 +1,10 @@
 """Options that several commands have, each said once."""
 
+import functools
+
 import click
+
+from .. import platform
 
 MODEL_HELP = "Base model: a directory that mlx-lm loads, or a hub id"
 
@@ -42,6 +46,17 @@ def emulation(command):
     ):
         command = option(command)
     return command
+
+
+def awake(command):
+    """Of commands that work long: a Mac does not fall asleep meanwhile. No option; the innermost decorator."""
+
+    @functools.wraps(command)
+    def working(*args, **kwargs):
+        with platform.kept_awake():
+            return command(*args, **kwargs)
+
+    return working
 
 
 def trust_remote_code(command):

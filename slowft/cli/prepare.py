@@ -10,6 +10,7 @@ import click
 
 from ..errors import ConfigError
 from .finetune import warnings_noted
+from .options import awake
 
 RECIPES = ["mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6"]
 DTYPES = ["float16", "bfloat16", "float32"]
@@ -34,6 +35,7 @@ DTYPES = ["float16", "bfloat16", "float32"]
 @click.option("--memory", help="Ceiling for the whole process, such as 2GB [default: half of this machine's].")
 @click.option("--trust-remote-code", is_flag=True, help="Let the model run code of its own.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output, nothing else.")
+@awake
 def prepare(model, output, memory, trust_remote_code, as_json, **options):
     """Write a model anew so that it can be streamed: experts stacked, a file for each block, checksums.
 

@@ -9,7 +9,7 @@ import click
 
 from ..errors import printable
 from .finetune import make_report, warnings_noted
-from .options import trust_remote_code
+from .options import awake, trust_remote_code
 
 SHOWN = 60  # characters of a question in a list
 
@@ -206,6 +206,7 @@ def import_(files, db, redact, prices, tags, as_json):
 @click.option("--memory", metavar="SIZE", help="Ceiling for the whole process. [default: half of the machine's]")
 @trust_remote_code
 @as_json
+@awake
 def relabel(db, where, model, adapter_path, name, limit, memory, trust_remote_code, as_json, **how):
     """Have another model answer requests anew, many in each reading of its weights.
 

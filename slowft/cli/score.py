@@ -45,6 +45,7 @@ SPLITS = ("test", "valid", "train")  # of a folder, the first that is there
 @option("trust_remote_code", is_flag=True)
 @option("chat_template", metavar="FILE")
 @click.option("--json", "as_json", is_flag=True, help="Each sample, then the scores, as JSON lines, nothing else.")
+@options.awake
 def score(adapters, emulate, delta, delta_top_p, split, judge, plain, top_k, output, as_json, **given):
     """Score texts: perplexity and log-probabilities, of the base model and of adapters, in one pass over the weights.
 

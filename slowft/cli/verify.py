@@ -8,6 +8,7 @@ from dataclasses import asdict
 import click
 
 from ..errors import ModelError
+from .options import awake
 from .prepare import progress_bar
 
 WITHOUT = {
@@ -21,6 +22,7 @@ WITHOUT = {
 @click.command()
 @click.argument("directory")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output, nothing else.")
+@awake
 def verify(directory, as_json):
     """Read a model's files and compare them with the checksums that slowft prepare wrote (slowft.json).
 

@@ -23,6 +23,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from .. import platform
 from ..errors import ModelError, printable
 from ..weights.extents import Extent, Weights, find_weights
 from ..weights.inside import is_inside
@@ -218,7 +219,8 @@ def _build(path: Path, extents: dict[str, Extent], mixin: type | None, trust: bo
 
 
 def _load(extents: dict[str, Extent]) -> dict[str, mx.array]:
-    """The tensors, none of them read."""
+    """The tensors, none of them read: MLX has all of the files open until the last tensor is gone."""
+    platform.allow_open_files()
     by_file: dict[str, list[str]] = {}
     for name, extent in extents.items():
         by_file.setdefault(extent.file, []).append(name)

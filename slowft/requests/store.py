@@ -383,6 +383,8 @@ class RequestStore:
         uri = f"{self.path.absolute().as_uri()}?mode={'ro' if self._read_only else 'rw'}"
         db = sqlite3.connect(uri, uri=True, timeout=self._busy_s, isolation_level=None, check_same_thread=False)
         db.execute("PRAGMA temp_store = FILE")  # the ids seen by an export are many
+        # macOS's fsync stops at the drive's own cache. Any connection may be the one that copies the log into the file.
+        db.execute("PRAGMA checkpoint_fullfsync = ON")
         return db
 
     def _open(self) -> None:

@@ -21,7 +21,7 @@ from mlx_lm import server as mlx_server
 from mlx_lm.generate import TextStateMachine, make_text_state_machine
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import SlowftError
+from ..errors import GpuError, SlowftError
 from ..inference.prompts import encode
 from .guard import Refused
 from .replies import OWN_HEADERS, Gone, Reply, error_of
@@ -276,7 +276,7 @@ class LocalAnswer(mlx_server.APIHandler):
         except Exception as e:
             message = next(iter(str(e).splitlines()), "") or type(e).__name__
             if not self.stream:
-                raise Refused(500 if isinstance(e, OSError) else 400, message) from e
+                raise Refused(500 if isinstance(e, OSError | GpuError) else 400, message) from e
             self._send(error_of(500, message))
             reply.end()
             return

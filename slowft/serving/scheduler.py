@@ -16,8 +16,9 @@ from typing import Any
 
 import mlx.core as mx
 
+from .. import platform
 from ..engine.budget import Budget, Wave
-from ..errors import SlowftError
+from ..errors import SlowftError, gpu_error
 from ..inference.decoder import Decoder
 from ..inference.drafts import Depth, DraftModel
 from ..inference.generate import OWN_DRAFT, USUAL_WAVE, Text, kept_nbytes
@@ -141,6 +142,8 @@ class OneRow:
         try:
             found = self._chooser.choose(logits, [(0, place, tokens) for _, place, tokens in rows])
         except Exception as e:
+            if gpu_error(e) is not None:  # of the whole pass
+                raise
             self._wanted.error = e
             return [0] * len(rows), [0.0] * len(rows)
         for (_, place, _), likeliest in zip(rows, self._likeliest):
@@ -258,10 +261,12 @@ class Scheduler:
             self._is_open.set()
         try:
             while self._wait_for_work():
-                self._take_in()
-                self._forget_cancelled()
-                self._admit()
-                self._round()
+                with platform.kept_awake():
+                    while self._has_work and not self._is_closing:
+                        self._take_in()
+                        self._forget_cancelled()
+                        self._admit()
+                        self._round()
         finally:
             for wanted in (*self._active, *self._waiting, *self._inbox):
                 wanted.events.put(SlowftError("the server is ending"))
@@ -269,9 +274,13 @@ class Scheduler:
 
     def _wait_for_work(self) -> bool:
         with self._changed:
-            while not (self._is_closing or self._inbox or self._waiting or self._active):
+            while not (self._is_closing or self._has_work):
                 self._changed.wait(ANYWAY_S)
             return not self._is_closing
+
+    @property
+    def _has_work(self) -> bool:
+        return bool(self._inbox or self._waiting or self._active)
 
     def _take_in(self) -> None:
         while self._inbox:
@@ -308,7 +317,11 @@ class Scheduler:
         if self._active:
             shape = self._shape(self._active)
             self.wave = self._size(*shape)[0]
-            self._follow(min(self.wave, 1 << (len(self._active) + len(self._waiting) - 1).bit_length()), *shape)
+            try:
+                self._follow(min(self.wave, 1 << (len(self._active) + len(self._waiting) - 1).bit_length()), *shape)
+            except Exception as e:  # it reads weights that are to stay
+                for voice in self.voices:
+                    self._drop_all(voice, e)
 
     def _begin(self, wanted: Wanted) -> bool:
         number = next(self._numbers)
@@ -334,15 +347,19 @@ class Scheduler:
             try:
                 steps = voice.waves.step()
             except Exception as e:  # a drive that fails, memory that is not there: the next pass may be well
-                for wanted in [wanted for wanted in self._active if wanted.voice is voice]:
-                    wanted.events.put(e)
-                    self._leave(wanted)
-                voice.drop_all()
-                self._followed = None
+                self._drop_all(voice, e)
                 continue
             for step in steps:
                 self._tell(step.row.state, step.tokens, step.logprobs)
         self.rounds += 1
+
+    def _drop_all(self, voice: Voice, error: Exception) -> None:
+        """A pass failed: its rows end."""
+        for wanted in [wanted for wanted in self._active if wanted.voice is voice]:
+            wanted.events.put(gpu_error(error) or error)
+            self._leave(wanted)
+        voice.drop_all()
+        self._followed = None
 
     def _tell(self, wanted: Wanted, tokens: Sequence[int], logprobs: Sequence[float]) -> None:
         row, text, own = wanted.row, wanted.text, wanted.voice.own.get(repr(wanted.row.id))

@@ -3,6 +3,7 @@
 Comes in: connections. Goes out: what `Local`, `Upstream` and `Pages` answer. Chat and plain completions are recorded.
 """
 
+import errno
 import json
 import socket
 import threading
@@ -30,6 +31,7 @@ IDLE_S = 60  # that a client may take to send a request, or to take in a piece o
 WAITING = 512  # connections that the system holds until a thread takes them
 COMPLETIONS = ("/v1/chat/completions", "/v1/completions")
 ENDING_S = 0.5  # that answers have when the server ends, and then records twice that
+FULL_S = 0.1  # between two looks at connections that wait, while no more files can be opened
 ENDED = "the server was stopped"
 
 
@@ -102,6 +104,15 @@ class Server(ThreadingHTTPServer):
     def server_bind(self) -> None:
         """Without asking name servers for this machine's name, as `http.server` does: nobody needs it."""
         TCPServer.server_bind(self)
+
+    def get_request(self) -> Any:
+        """The next connection. `serve_forever` asks at once again where there was no descriptor for it."""
+        try:
+            return super().get_request()
+        except OSError as e:
+            if e.errno in (errno.EMFILE, errno.ENFILE):
+                time.sleep(FULL_S)
+            raise
 
     def answering(self, change: int) -> None:
         """One more request is being answered, or one less."""

@@ -6,7 +6,7 @@ Comes in: a trainer, an optimizer, the data. Goes out: what `Trainer.fit` return
 import json
 import math
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
@@ -18,7 +18,7 @@ from .. import platform
 from ..data.batches import BatchStream
 from ..data.store import TokenDataset
 from ..engine.budget import STEPS_TO_LEARN_FROM
-from ..errors import AdapterError, Interrupted, ModelError, PeerLost, SlowftError
+from ..errors import AdapterError, GpuError, Interrupted, ModelError, PeerLost, SlowftError, gpu_error
 from ..memory import limits
 from ..weights.journal import Journal
 from .checkpoint import Checkpoint, Checkpoints, check_finite
@@ -59,6 +59,8 @@ class Fit:
         self._is_taken_up = trainer.taken_up is not None
         self._cuts = [self._model.cuts]
         self._window = _Window(self._model)
+        self._moment: tuple[dict[str, np.ndarray], dict[str, Any]] | None = None
+        self._saved_at: int | None = None
         if trainer.taken_up is not None:
             self._go_on_from(trainer.taken_up)
 
@@ -69,7 +71,7 @@ class Fit:
         while p.iteration < c.iters and not is_over:
             n = min(c.grad_accumulation_steps, c.iters - p.iteration)
             if p.iteration == 0:
-                self._note_order()
+                self._note_moment()
                 if not self._is_journalling and self._takes_long():
                     self._is_journalling = True
                     self._write_checkpoint()
@@ -113,6 +115,7 @@ class Fit:
             gradients = self._joint(gradients)
             if c.max_grad_norm is not None:
                 gradients, _ = clip_grad_norm(gradients, c.max_grad_norm)
+            self._moment = None  # until the next is noted, adapter and optimizer are of no whole step
             self._optimizer.update(model, gradients)
             mx.eval(model.trainable_parameters(), self._optimizer.state)
             p.trained_tokens += n_tokens
@@ -200,7 +203,7 @@ class Fit:
     def _after_step(self) -> bool:
         """What is due after a step: a checkpoint, reports, validation, adapters. Returns whether the run is over."""
         c, p = self._config, self.progress
-        self._note_order()
+        self._note_moment()
         self._model.budget.remember()
         is_last = p.iteration == c.iters
         self._is_journalling = self._takes_long()
@@ -239,10 +242,21 @@ class Fit:
             return True
         return False
 
-    def _note_order(self) -> None:
-        """Where the data and NumPy's random numbers are: a checkpoint is of this moment."""
-        self._random_state = np.random.get_state()
-        self._order, self._at_step = (self._batches.permutation, self._batches.at), self._model.step
+    def _note_moment(self) -> None:
+        """What a checkpoint holds besides adapter and optimizer: whenever it is written, it is of this moment."""
+        _, keys, position, has_gauss, gauss = np.random.get_state()
+        w = self._window
+        self._moment = (
+            {"random": keys, "permutation": self._batches.permutation},
+            {
+                "progress": replace(self.progress),
+                "cuts": self._cuts if self._machines.size > 1 else self._model.cuts,
+                "step": self._model.step,
+                "at": self._batches.at,
+                "random": [position, has_gauss, gauss],
+                "window": [w.iterations, w.tokens, w.loss_sum, w.seconds],
+            },
+        )
 
     def _due(self, every: int) -> bool:
         return self.progress.iteration // every > self.progress.previous // every
@@ -318,26 +332,33 @@ class Fit:
         self._machines.end_soon(said)
         return PeerLost(said, lost.loss)
 
+    def save_after_failure(self, failed: GpuError) -> GpuError:
+        """The GPU did not finish a step: write what the last whole one left, and say how to go on."""
+        p = self.progress
+        if p.iteration and self._moment is not None:
+            try:
+                self._write_checkpoint()
+                self.checkpoints.wait()
+            except RuntimeError as e:  # it takes nothing more
+                if gpu_error(e) is None:
+                    raise
+        how = "begins again" if self._saved_at is None else f"with --resume goes on after iteration {self._saved_at}"
+        what = f"{failed.what}, in the step after iteration {p.iteration}"
+        return GpuError(what, f"The same command {how}. {failed.advice}")
+
     def _write_checkpoint(self, lost: PeerLost | None = None) -> None:
         check_finite(self._model)
         if not self._machines.leads(None if lost is None else lost.loss):
             return
-        permutation, at = self._order
-        _, keys, position, has_gauss, gauss = self._random_state
+        of_data, state = self._moment
+        progress: Progress = state["progress"]
         arrays = {f"adapter.{name}": array for name, array in tree_flatten(self._model.trainable_parameters())}
         arrays |= {f"optimizer.{name}": array for name, array in tree_flatten(self._optimizer.state)}
+        keys, permutation = of_data["random"], of_data["permutation"]
         arrays |= {"random": mx.array(keys), "permutation": mx.array(permutation.astype(np.int64))}
-        window = [self._window.iterations, self._window.tokens, self._window.loss_sum, self._window.seconds]
-        state = {
-            "identity": self._identity,
-            "progress": asdict(self.progress),
-            "cuts": self._cuts if self._machines.size > 1 else self._model.cuts,
-            "step": self._at_step,
-            "at": at,
-            "random": [position, has_gauss, gauss],
-            "window": window,
-        }
-        self.checkpoints.write(self.progress.iteration, arrays, state, only_adds=self._machines.rank > 0)
+        state = state | {"identity": self._identity, "progress": asdict(progress)}
+        self.checkpoints.write(progress.iteration, arrays, state, only_adds=self._machines.rank > 0)
+        self._saved_at = progress.iteration
 
     def _go_on_from(self, found: Checkpoint) -> None:
         arrays, state = found.arrays, found.state
@@ -358,6 +379,7 @@ class Fit:
             self._cuts = state["cuts"]
         self.progress = Progress(**state["progress"])
         self._trainer.trained_tokens, self._began_at = self.progress.trained_tokens, self.progress.iteration
+        self._saved_at = self._began_at
         w = self._window
         w.iterations, w.tokens, w.loss_sum, w.seconds = state["window"]
         self._report.note(f"Going on after iteration {self.progress.iteration}, from {found.file}")

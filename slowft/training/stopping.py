@@ -7,10 +7,10 @@ signal ends the run at once.
 import re
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 
+from .. import platform
 from ..errors import ConfigError, PeerLost
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -21,19 +21,20 @@ class Stop:
 
     Attributes:
         signal: the number of the signal that asked for it; None: none did.
-        deadline: on `time.monotonic`'s clock; None: no limit.
+        deadline: on `platform.seconds_by_the_clock`; None: no limit.
         is_over: whether a machine's time was over when they last agreed.
     """
 
     def __init__(self, max_time_s: float | None = None):
         self.signal: int | None = None
         self.is_over = False
-        self.deadline = None if max_time_s is None else time.monotonic() + max_time_s
+        self.deadline = None if max_time_s is None else platform.seconds_by_the_clock() + max_time_s
 
     @property
     def asks(self) -> tuple[int | None, bool]:
         """(the signal, whether the time is over) as this machine knows; `take` has what all of them know."""
-        return self.signal, self.is_over or (self.deadline is not None and time.monotonic() > self.deadline)
+        is_over = self.deadline is not None and platform.seconds_by_the_clock() > self.deadline
+        return self.signal, self.is_over or is_over
 
     def take(self, asks: Iterable[tuple[int | None, bool]]) -> bool:
         """One that is asked to end asks all: returns whether to end now. `asks` are the machines', by rank."""

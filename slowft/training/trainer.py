@@ -19,7 +19,7 @@ from ..data.datasets import check_size
 from ..data.store import Samples, TokenDataset, as_datasets
 from ..data.teacher import TeacherCache
 from ..engine.model import parse_nbytes, usual_activation_cache
-from ..errors import AdapterError, ConfigError, DataError, Interrupted, PeerLost, SlowftError, reason_of
+from ..errors import AdapterError, ConfigError, DataError, Interrupted, PeerLost, SlowftError, gpu_error, reason_of
 from ..planning.caching import Caching
 from ..reports.base import Report
 from ..requests import pruning
@@ -233,6 +233,7 @@ class Trainer:
         Raises:
             SlowftError: the data is too small, the loss is not finite, or the adapter cannot be written.
             Interrupted: a signal asked to stop; a checkpoint was written.
+            GpuError: the GPU did not finish a step; a checkpoint of the one before was written.
         """
         c, model = self.config, self.model
         train, valid = as_datasets(train, valid)
@@ -260,6 +261,10 @@ class Trainer:
                     result = run.go()
                 except PeerLost as e:
                     raise run.save_after(e) from None
+                except RuntimeError as e:
+                    if (of_gpu := gpu_error(e)) is None:
+                        raise
+                    raise run.save_after_failure(of_gpu) from None
         except BaseException as e:
             stopped = "stopped" if isinstance(e, KeyboardInterrupt | Interrupted) else "failed"
             run.status(stopped, e if isinstance(e, PeerLost) else None, error=str(e))

@@ -78,8 +78,14 @@ class _State:
 class _File:
     name: str
     fd: int
-    direct_fd: int | None
+    direct_fd: int | None  # on macOS the same as `fd`
     state: _State
+
+    def close_direct(self) -> None:
+        """Read it through the file cache from now on."""
+        if self.direct_fd not in (None, self.fd):
+            os.close(self.direct_fd)
+        self.direct_fd = None
 
 
 class Reader:
@@ -181,8 +187,7 @@ class Reader:
         except OSError as e:
             if e.errno not in NOT_DIRECT_ERRORS:
                 raise
-            os.close(file.direct_fd)
-            file.direct_fd = None
+            file.close_direct()
             return False
 
     def _read_in_place(self, file: _File, offset: int, target: memoryview) -> None:
@@ -254,7 +259,7 @@ class Reader:
     def _read_through_cache(self, file: _File, run: list[ByteRange], nbytes: int, buffer: memoryview) -> None:
         offset, targets, done = run[0].offset, _targets(run, buffer), 0
         while done < nbytes:
-            n_read = _preadv(file, file.fd, _first_nbytes(targets, MAX_REQUEST_NBYTES), offset + done)
+            n_read = _preadv(file, _first_nbytes(targets, MAX_REQUEST_NBYTES), offset + done)
             if n_read == 0:
                 raise _ends_early(file, offset + done, nbytes - done)
             done += n_read
@@ -285,7 +290,7 @@ class Reader:
                 try:
                     fd = platform.open_uncached(name)
                     self._files[name] = file = _File(name, fd, None, _State.of(os.fstat(fd)))
-                    file.direct_fd = platform.open_direct(name)
+                    file.direct_fd = platform.open_direct(name, fd)
                 except OSError as e:
                     raise ModelError(f"{name} cannot be opened: {reason_of(e)}") from None
                 file.state = self._expected.get(name, file.state)
@@ -333,12 +338,11 @@ class Reader:
 def _close_all(files: dict[str, _File]) -> None:
     while files:
         _, file = files.popitem()
+        file.close_direct()
         os.close(file.fd)
-        if file.direct_fd is not None:
-            os.close(file.direct_fd)
 
 
-def _preadv(file: _File, fd: int, targets: list[memoryview], offset: int) -> int:
+def _preadv(file: _File, targets: list[memoryview], offset: int, is_direct: bool = False) -> int:
     """Fill the targets from `offset`, once more where that can help. Returns how many bytes; 0 at the end of the file.
 
     Raises:
@@ -346,9 +350,9 @@ def _preadv(file: _File, fd: int, targets: list[memoryview], offset: int) -> int
         OSError: a direct read failed with one of `NOT_DIRECT_ERRORS`.
     """
     try:
-        return retried(os.preadv, fd, targets, offset)
+        return retried(os.preadv, file.direct_fd if is_direct else file.fd, targets, offset)
     except OSError as e:
-        if fd == file.direct_fd and e.errno in NOT_DIRECT_ERRORS:
+        if is_direct and e.errno in NOT_DIRECT_ERRORS:
             raise
         raise ModelError(f"{file.name}: reading at byte {offset} failed: {e.strerror}") from None
 
@@ -357,7 +361,7 @@ def _read_aligned(file: _File, offset: int, target: memoryview, nbytes: int) -> 
     """Fill at least the first `nbytes` of an aligned target. The file may end before the rest of the target is full."""
     done = 0
     while done < nbytes:
-        n_read = _preadv(file, file.direct_fd, [target[done:]], offset + done)
+        n_read = _preadv(file, [target[done:]], offset + done, is_direct=True)
         if done + n_read < nbytes and n_read < platform.DIRECT_ALIGNMENT:
             raise _ends_early(file, offset + done + n_read, nbytes - done - n_read)
         done += n_read if done + n_read >= nbytes else n_read // platform.DIRECT_ALIGNMENT * platform.DIRECT_ALIGNMENT
