@@ -59,7 +59,7 @@ class Reuse:
             self._graph_kind, self._graph_cache_nbytes = kind, None
         elif self._graph_cache_nbytes is None:
             self._graph_cache_nbytes = mx.get_cache_memory()
-        # What arrays leave at this moment is more than what they leave within the graph, where they are `active_nbytes`.
+        # What arrays leave now is more than what they leave within the graph, where they take `active_nbytes`.
         limit = max(self._cache_nbytes, self._total_nbytes - self._schedule.active_nbytes)
         limits().keep_freed(limit, self._graph_cache_nbytes)  # gives back what no graph has asked for since
 
