@@ -66,8 +66,8 @@ def read_peft(directory: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
     if with_dora and len(with_dora) < len(layers):
         raise AdapterError(f"{file}: {with_dora[0]} has DoRA's magnitudes and others have none; mlx-lm has all or none")
     if bool(config.get("use_dora")) != bool(with_dora):
-        said = "without" if with_dora else "with"
-        raise AdapterError(f"{config_file} says an adapter {said} DoRA, and its tensors say the opposite")
+        claim = "without" if with_dora else "with"
+        raise AdapterError(f"{config_file} says an adapter {claim} DoRA, and its tensors say the opposite")
     ranks_of(layers, file)
     parameters, weights = assemble(layers, scales, dropout)
     entries = {"fine_tune_type": "dora" if with_dora else "lora", "num_layers": -1, "lora_parameters": parameters}

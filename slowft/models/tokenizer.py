@@ -196,7 +196,7 @@ def read_sentencepiece(file: Path, added: dict[int, Any] | None = None):
     Args:
         added: AddedTokens by id. They come after the pieces, or replace them.
     Raises:
-        NotSentencePieceError: the file is no SentencePiece model (Llama 3's `tokenizer.model` is none) of a known kind.
+        NotSentencePieceError: the file is no SentencePiece model (Llama 3's is none), or not one of unigrams or BPE.
     """
     from google.protobuf.message import DecodeError
     from sentencepiece.sentencepiece_model_pb2 import ModelProto

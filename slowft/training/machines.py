@@ -117,12 +117,12 @@ class Machines:
             self.fail(e)
             raise
 
-    def end_soon(self, said: str) -> None:
+    def end_soon(self, message: str) -> None:
         """End the process by force after `END_S`: a machine was lost, so something may wait for MLX for ever."""
 
         def end() -> None:
             if self.speaks:
-                print(f"Error: {said}", file=sys.stderr, flush=True)
+                print(f"Error: {message}", file=sys.stderr, flush=True)
             os._exit(1)
 
         timer = threading.Timer(END_S, end)

@@ -19,7 +19,7 @@ from ..errors import AdapterError, ConfigError, DataError, SlowftError
 from ..reports.base import Report, Reports
 from ..reports.json_lines import CallbackReport
 from .config import TrainConfig
-from .machines import of_launch
+from .machines import Machines, of_launch
 from .trainer import Trainer, check_writable, rows_of
 
 
@@ -56,42 +56,46 @@ def _run(config: TrainConfig, report: Report) -> dict:
         trust_remote_code=config.trust_remote_code,
     )
     try:
-        if machines.size > 1:
-            report.joined(machines.size, config.batch_size // machines.size)
-        reports = report
-        if config.report_to and machines.rank == 0:
-            reports = Reports(report, CallbackReport(_callback(config)))
-        trainer = Trainer(model, config, reports)
-        if config.train:
-            trainer.attach()
-        else:
-            _load_adapter_to_test(model, config, report)
-        for note in model.adapter_notes:
-            report.note(note)
-        train, valid, test = _load_data(model, config, report, trainer.lessons)
-        trainer.agree(train, valid, test)
-        if config.train:
-            trainer.find_checkpoint(train, valid)
-        memory = default_memory() if config.memory is None else config.memory
-        plan = trainer.plan(train, valid, test, memory=memory, follow=not config.dry_run)
-        caching = trainer.cache_activations(plan, train, valid, use=not config.dry_run)
-        note = " (half of this machine's memory; --memory sets it)" if config.memory is None else ""
-        report.planned(plan, note, caching)
-        if config.train:
-            _note_replaced_adapter(config, report)
-        if config.dry_run:
-            trainer.note_schedule()
-            return {}
-        if config.train and trainer.pruning:
-            report.note(f"The prompts were pruned by {len(trainer.pruning)} rules, which go with the adapter")
-        with model.trace(config.trace) if config.trace and machines.rank == 0 else nullcontext():
-            result = trainer.fit(train, valid) if config.train else {}
-            if config.test:
-                result |= _test(trainer, test)
-                reports.tested({key: result[key] for key in ("test_loss", "test_ppl")})
-        return result
+        return _train_and_test(model, config, report, machines)
     finally:
         model.close()
+
+
+def _train_and_test(model, config: TrainConfig, report: Report, machines: Machines) -> dict:
+    if machines.size > 1:
+        report.joined(machines.size, config.batch_size // machines.size)
+    reports = report
+    if config.report_to and machines.rank == 0:
+        reports = Reports(report, CallbackReport(_callback(config)))
+    trainer = Trainer(model, config, reports)
+    if config.train:
+        trainer.attach()
+    else:
+        _load_adapter_to_test(model, config, report)
+    for note in model.adapter_notes:
+        report.note(note)
+    train, valid, test = _load_data(model, config, report, trainer.lessons)
+    trainer.agree(train, valid, test)
+    if config.train:
+        trainer.find_checkpoint(train, valid)
+    memory = default_memory() if config.memory is None else config.memory
+    plan = trainer.plan(train, valid, test, memory=memory, follow=not config.dry_run)
+    caching = trainer.cache_activations(plan, train, valid, use=not config.dry_run)
+    note = " (half of this machine's memory; --memory sets it)" if config.memory is None else ""
+    report.planned(plan, note, caching)
+    if config.train:
+        _note_replaced_adapter(config, report)
+    if config.dry_run:
+        trainer.note_schedule()
+        return {}
+    if config.train and trainer.pruning:
+        report.note(f"The prompts were pruned by {len(trainer.pruning)} rules, which go with the adapter")
+    with model.trace(config.trace) if config.trace and machines.rank == 0 else nullcontext():
+        result = trainer.fit(train, valid) if config.train else {}
+        if config.test:
+            result |= _test(trainer, test)
+            reports.tested({key: result[key] for key in ("test_loss", "test_ppl")})
+    return result
 
 
 def _note_replaced_adapter(config: TrainConfig, report: Report) -> None:

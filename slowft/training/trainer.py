@@ -243,8 +243,8 @@ class Trainer:
         Args:
             train, valid: sequences of (tokens, prompt offset), as `load_data` gives them.
         Returns:
-            {"train_loss": the last report's, "valid_loss_before", "valid_loss": None without valid, "stopped": why the
-            run ended before the last step; not there if it did not}.
+            {"train_loss": the last report's, "valid_loss_before", "valid_loss": None without `valid`}. If the run ended
+            before the last step, "stopped" says why.
         Raises:
             SlowftError: the data is too small, the loss is not finite, or the adapter cannot be written.
             Interrupted: a signal asked to stop. A checkpoint was written.
