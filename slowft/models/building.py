@@ -222,7 +222,7 @@ def _build(path: Path, extents: dict[str, Extent], mixin: type | None, trust: bo
 
 
 def _load(extents: dict[str, Extent]) -> dict[str, mx.array]:
-    """The tensors, unevaluated."""
+    """The tensors, none of them read."""
     by_file: dict[str, list[str]] = {}
     for name, extent in extents.items():
         by_file.setdefault(extent.file, []).append(name)

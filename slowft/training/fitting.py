@@ -246,7 +246,7 @@ class Fit:
         return False
 
     def _note_order(self) -> None:
-        """Remember the position in the data and the random states, as the next checkpoint has to have them."""
+        """Where the data and NumPy's random numbers are: a checkpoint is of this moment."""
         self._random_state = np.random.get_state()
         self._order, self._at_step = (self._batches.permutation, self._batches.at), self._model.step
 

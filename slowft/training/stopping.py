@@ -20,9 +20,9 @@ class Stop:
     """Whether a run is asked to end.
 
     Attributes:
-        signal: the number of the signal that asked for it, or None.
-        deadline: when the time is over, on `time.monotonic`'s clock; None for no limit.
-        is_over: whether the time of some machine was over at the last `take`.
+        signal: the number of the signal that asked for it; None: none did.
+        deadline: on `time.monotonic`'s clock; None: no limit.
+        is_over: whether a machine's time was over when they last agreed.
     """
 
     def __init__(self, max_time_s: float | None = None):
@@ -32,7 +32,7 @@ class Stop:
 
     @property
     def asks(self) -> tuple[int | None, bool]:
-        """(The signal, whether the time is over) on this machine."""
+        """(the signal, whether the time is over) as this machine knows; `take` has what all of them know."""
         return self.signal, self.is_over or (self.deadline is not None and time.monotonic() > self.deadline)
 
     def take(self, asks: Iterable[tuple[int | None, bool]]) -> bool:

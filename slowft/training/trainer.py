@@ -247,7 +247,7 @@ class Trainer:
             before the last step, "stopped" says why.
         Raises:
             SlowftError: the data is too small, the loss is not finite, or the adapter cannot be written.
-            Interrupted: a signal asked to stop. A checkpoint was written.
+            Interrupted: a signal asked to stop; a checkpoint was written.
         """
         c, model = self.config, self.model
         train, valid = as_datasets(train, valid)
