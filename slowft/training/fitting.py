@@ -155,9 +155,7 @@ class Fit:
     def _takes_long(self) -> bool:
         """Whether the next step takes so long that its finished blocks are journalled."""
         engine, plan = self._model.engine, self._model.followed_plan
-        if self._machines.size > 1 or not engine.cut.is_chain or engine.schedule.in_memory:
-            return False
-        if plan is None:
+        if plan is None or self._machines.size > 1 or not engine.cut.is_chain or engine.schedule.in_memory:
             return False
         if self._repeats_after_step and self.journal.is_there:  # the run so far journalled this step
             return True

@@ -255,10 +255,7 @@ def _read_json(file: str) -> Any:
 
 @contextmanager
 def _interrupted_after(seconds: float) -> Iterator[None]:
-    """Interrupt this context after some seconds by a signal.
-
-    MLX holds Python's lock and waits for ever while it joins the others, so nothing else can end its wait.
-    """
+    """Interrupt this context by a signal after `seconds`: MLX may wait for ever, and holds Python's lock meanwhile."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
