@@ -1,8 +1,8 @@
-"""Whether slowft works on this machine: what the machine is, then small jobs whose results are known.
+"""Checks whether slowft works on this machine: what the machine is, then small trials whose results are known.
 
-Comes in: nothing but the machine. Goes out: one `Check` after the other, plain data. MLX never runs in this process:
-`trials.py` has the jobs, each run in a process of its own, so that a crash in MLX is one more result. Nothing stays
-on the disk, and no result holds the user's name or a path of the home directory.
+Comes in: nothing but the machine. Goes out: one `Check` after the other, plain data. MLX never runs in this process.
+`trials.py` has the trials, and each runs in a process of its own, so that a crash in MLX is just another result.
+Nothing stays on the disk, and no result holds the user's name or a path of the home directory.
 """
 
 import importlib.metadata
@@ -29,12 +29,12 @@ from .errors import SlowftError
 
 REPORT = "please report it, with the output of slowft doctor --json"
 PACKAGES = ("mlx", "mlx-metal", "mlx-lm", "numpy", "safetensors", "transformers")
-TRIAL_LIMIT_S = 240  # a trial takes from 2 to 10 s: it hangs if it takes this long
+TRIAL_LIMIT_S = 240  # a trial takes 2 to 10 s, so one that takes this long hangs
 LITTLE_DISK_NBYTES = 5_000_000_000
 
 MODELS = ("llama", "qwen3_moe", "gemma3 4-bit")
 SETTINGS = ("no ceiling", "small ceiling", "everything fits")
-LAYERS = 16  # of the model that is read, and trained within a ceiling
+LAYERS = 16  # number of blocks of the model that is read, and trained within a ceiling
 LAYER_NBYTES = 26_000_000
 
 
@@ -45,9 +45,9 @@ class Check:
     Attributes:
         result: what was found, in a few words.
         verdict: "ok", "note" (it works, but not as well as it could, or was not checked) or "failed".
-        todo: what to do about it; empty if nothing.
-        figures: the same for programs; sizes in bytes, rates per second.
-        traceback: of the exception that the check ended in, if it did.
+        todo: what to do about it; empty if there is nothing to do.
+        figures: the result for programs, with sizes in bytes and rates per second.
+        traceback: the traceback of the exception that ended the check, if one did.
     """
 
     name: str
@@ -58,14 +58,14 @@ class Check:
     traceback: str | None = None
 
 
-def examine(told: Callable[[str], None] = lambda doing: None, layers: int = LAYERS) -> Iterator[Check]:
+def examine(progress: Callable[[str], None] = lambda doing: None, layers: int = LAYERS) -> Iterator[Check]:
     """Check everything, and yield each result when it is there. Closing the generator ends it and removes all files.
 
     Args:
-        told: of what is about to be checked.
-        layers: blocks of the model that is trained within a ceiling; with 16 it has 400 MB.
+        progress: is called with words for what is about to be checked.
+        layers: number of blocks of the model that is trained within a ceiling; with 16 it has 400 MB.
     """
-    told("the machine")
+    progress("the machine")
     yield from caught("machine", _machine)
     yield from caught("Python", _python)
     yield from caught("versions", _versions)
@@ -74,25 +74,25 @@ def examine(told: Callable[[str], None] = lambda doing: None, layers: int = LAYE
     yield from caught("temporary directory", lambda name: _directory(name, Path(tempfile.gettempdir()), "TMPDIR"))
     yield from caught("cache directory", lambda name: _directory(name, platform.cache_directory(), "XDG_CACHE_HOME"))
     with _scratch(2 * layers * LAYER_NBYTES) as (scratch, has_room):
-        told("how fast MLX computes")
+        progress("how fast MLX computes")
         yield from _trial("compute", ["device", "matrix products"], scratch)
         if has_room:
-            told("how fast the drive is read")
+            progress("how fast the drive is read")
             yield from _trial("read", ["reading"], scratch, layers=layers)
-            told("that memory stays below a ceiling")
+            progress("that memory stays below a ceiling")
             yield from _trial("train_within_ceiling", ["memory ceiling"], scratch)
         else:
             todo = f"free {2 * layers * LAYER_NBYTES / 1e9:.1f} GB in the temporary or the cache directory"
             for name in ("reading", "memory ceiling"):
                 yield Check(name, "not checked: no room on a disk for a model", "note", todo)
         for model in MODELS:
-            told(f"that gradients of {model} are mlx-lm's own")
+            progress(f"that gradients of {model} are mlx-lm's own")
             names = [f"gradients, {model}, {setting}" for setting in SETTINGS]
             yield from _trial("compare_gradients", names, scratch, model=model)
 
 
 def caught(name: str, check: Callable[[str], Check]) -> Iterator[Check]:
-    """The check's result, or the exception that it ended in as a failed one."""
+    """The check's result, or a failed `Check` if it raised an exception."""
     try:
         yield check(name)
     except Exception as e:
@@ -102,7 +102,7 @@ def caught(name: str, check: Callable[[str], Check]) -> Iterator[Check]:
 
 
 def _scrubbed(text: str) -> str:
-    """The text without home directories, whose names are the users'."""
+    """The text without paths of home directories, which contain users' names."""
     home = str(Path.home())
     if len(home) > 1:
         text = text.replace(home, "~")
@@ -137,27 +137,27 @@ def _python(name: str) -> Check:
 
 
 def _versions(name: str) -> Check:
-    """Of slowft, and of the packages that it says it needs."""
+    """The versions of slowft and of the packages that it requires."""
     from packaging.requirements import Requirement
 
     versions = {"slowft": __version__} | {package: _version(package) for package in PACKAGES}
-    found = ", ".join(f"{package} {version}" for package, version in versions.items() if version is not None)
+    shown = ", ".join(f"{package} {version}" for package, version in versions.items() if version is not None)
     try:
         requirements = [Requirement(line) for line in importlib.metadata.requires("slowft") or []]
     except importlib.metadata.PackageNotFoundError:
-        return Check(name, found, "note", "install slowft with pip: what it needs can then be checked", versions)
-    wrong, right = [], []
-    for needed in requirements:
-        if needed.marker is not None and not needed.marker.evaluate({"extra": ""}):
+        return Check(name, shown, "note", "install slowft with pip: what it needs can then be checked", versions)
+    problems, fixes = [], []
+    for required in requirements:
+        if required.marker is not None and not required.marker.evaluate({"extra": ""}):
             continue
-        version = _version(needed.name)
-        if version is None or not needed.specifier.contains(version, prereleases=True):
-            wrong.append(f"{needed.name} is missing" if version is None else f"{needed.name} {version} is too old")
-            right.append(f'"{needed.name}{needed.specifier}"')
-    if wrong:
-        todo = f"pip install --upgrade {' '.join(right)}"
-        return Check(name, f"{', '.join(wrong)} ({found})", "failed", todo, versions)
-    return Check(name, found, figures=versions)
+        version = _version(required.name)
+        if version is None or not required.specifier.contains(version, prereleases=True):
+            problems.append(f"{required.name} {'is missing' if version is None else f'{version} is too old'}")
+            fixes.append(f'"{required.name}{required.specifier}"')
+    if problems:
+        todo = f"pip install --upgrade {' '.join(fixes)}"
+        return Check(name, f"{', '.join(problems)} ({shown})", "failed", todo, versions)
+    return Check(name, shown, figures=versions)
 
 
 def _version(package: str) -> str | None:
@@ -206,7 +206,7 @@ def _existing(path: Path) -> Path:
 
 @contextmanager
 def _scratch(nbytes: int) -> Iterator[tuple[str, bool]]:
-    """(a directory that is removed afterwards, whether it is on a disk with `nbytes` free)."""
+    """A temporary directory. Yields (its path, whether it is on a disk with `nbytes` free)."""
     temporary, cache = Path(tempfile.gettempdir()), platform.cache_directory()
     disks = [
         directory
@@ -214,9 +214,9 @@ def _scratch(nbytes: int) -> Iterator[tuple[str, bool]]:
         if not platform.is_memory_filesystem(_existing(directory))
         and shutil.disk_usage(_existing(directory)).free >= nbytes
     ]
-    where = disks[0] if disks else temporary
-    where.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="slowft-doctor-", dir=where, ignore_cleanup_errors=True) as scratch:
+    parent = disks[0] if disks else temporary
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="slowft-doctor-", dir=parent, ignore_cleanup_errors=True) as scratch:
         yield scratch, bool(disks)
 
 
@@ -224,10 +224,10 @@ def _scratch(nbytes: int) -> Iterator[tuple[str, bool]]:
 
 
 def _trial(trial: str, names: list[str], scratch: str, **options: Any) -> Iterator[Check]:
-    """Checks of these names by a function of `trials.py`, in a process of its own; where it ended early, why."""
+    """The checks `names`, made by a function of `trials.py` in its own process. If that ends early, the rest failed."""
     missing, is_late = names.copy(), threading.Event()
     command = [sys.executable, "-m", "slowft.trials", trial, json.dumps({"names": names, "scratch": scratch} | options)]
-    environment = os.environ | {"TMPDIR": scratch}  # MLX too leaves files in the temporary directory
+    environment = os.environ | {"TMPDIR": scratch}  # MLX leaves files in the temporary directory too
     with tempfile.TemporaryFile("w+", errors="replace") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
 
@@ -249,14 +249,14 @@ def _trial(trial: str, names: list[str], scratch: str, **options: Any) -> Iterat
             process.wait()
             process.stdout.close()
         errors.seek(0)
-        said = _scrubbed(errors.read().strip())
-    reason = f"took more than {TRIAL_LIMIT_S} s" if is_late.is_set() else _ending(status, said)
+        printed = _scrubbed(errors.read().strip())
+    reason = f"took more than {TRIAL_LIMIT_S} s" if is_late.is_set() else _ending(status, printed)
     if status and not missing:
         missing.append(f"end of {trial}")
     for name in missing:
-        yield Check(name, reason, "failed", REPORT, traceback=said[-8000:])
+        yield Check(name, reason, "failed", REPORT, traceback=printed[-8000:])
 
 
-def _ending(status: int, said: str) -> str:
+def _ending(status: int, printed: str) -> str:
     how = f"exit status {status}" if status >= 0 else signal.Signals(-status).name
-    return f"the process ended with {how}: {(said.splitlines() or ['it said nothing'])[-1]}"
+    return f"the process ended with {how}: {(printed.splitlines() or ['it said nothing'])[-1]}"

@@ -1,7 +1,7 @@
-"""The jobs of `slowft doctor` that need MLX: small, and each with a result that is known beforehand.
+"""The trials of `slowft doctor`, which need MLX. They are small, and each has a result that is known beforehand.
 
 Comes in: the checks' names, a scratch directory. Goes out: `Check`s, as JSON lines of `python -m slowft.trials TRIAL
-OPTIONS`, a process for each trial. What is tried is slowft's public API, what is expected comes from mlx-lm alone.
+OPTIONS`, a process for each trial. A trial calls slowft's public API, and compares with mlx-lm alone.
 """
 
 import slowft  # noqa: F401, I001  (before mlx: it loads OpenBLAS)
@@ -32,8 +32,8 @@ from .memory import computes_on_gpu, limits
 SLOW_READING_BYTES_PER_S = 300e6
 LORA = {"num_layers": -1, "rank": 8, "scale": 10.0}
 
-# Weights of all of these are random, in bfloat16 unless quantized.
-LARGE = {  # 25 MB a block: the process itself (100 to 200 MB) and two blocks are well below 16 of them
+# Configs of models with random weights, in bfloat16 unless quantized.
+LARGE = {  # 25 MB a block: the process itself (100 to 200 MB) and two blocks take far less than 16 blocks
     "model_type": "llama",
     "hidden_size": 1024,
     "intermediate_size": 2816,
@@ -54,7 +54,7 @@ SMALL = LARGE | {  # 49 MB, so that there are ceilings between two blocks and al
 }
 CONFIGS = {
     "llama": SMALL,
-    # Two experts for each token: a GPU may add up their gradients in any order, and of two numbers both give the same.
+    # Two experts for each token: a GPU may add their gradients in any order, and the sum of two does not depend on it.
     "qwen3_moe": SMALL
     | {
         "model_type": "qwen3_moe",
@@ -112,17 +112,17 @@ def _matrix_products(name: str) -> Check:
 
 
 def _flops_per_s(dtype: mx.Dtype) -> float:
-    """Of square matrices that grow until a product takes long enough (512 takes 0.2 s on the reference BLAS)."""
+    """The rate of matrix products, of a size that takes at least 0.05 s (512 takes 0.2 s on the reference BLAS)."""
     best = 0.0
     for n in (512, 1024, 2048, 4096):
-        a, took = mx.ones((n, n), dtype), []
+        a, seconds = mx.ones((n, n), dtype), []
         mx.eval(a)
-        for _ in range(3):  # the first one wakes the device
-            at = time.perf_counter()
+        for _ in range(3):  # the first product wakes the device
+            begin = time.perf_counter()
             mx.eval(a @ a)
-            took.append(time.perf_counter() - at)
-        best = max(best, 2 * n**3 / min(took))
-        if min(took) > 0.05:
+            seconds.append(time.perf_counter() - begin)
+        best = max(best, 2 * n**3 / min(seconds))
+        if min(seconds) > 0.05:
             break
     return best
 
@@ -148,7 +148,7 @@ def read(names: Sequence[str], scratch: str, layers: int) -> Iterator[Check]:
 
 
 def train_within_ceiling(names: Sequence[str], scratch: str) -> Iterator[Check]:
-    """Train a model in less memory than it has on disk, and ask the operating system what the process took."""
+    """Train a model in less memory than it takes on disk, and ask the operating system what the process used."""
     directory, tokens, steps = Path(scratch) / "large", 64, 4
 
     def train(model) -> int:
@@ -159,7 +159,7 @@ def train_within_ceiling(names: Sequence[str], scratch: str) -> Iterator[Check]:
             optimizer.update(model, gradients)
             mx.eval(model.trainable_parameters(), optimizer.state)
             del gradients
-            peak = max(peak, platform.peak_memory(), model.stats.total.peak_memory)  # each step begins to count anew
+            peak = max(peak, platform.peak_memory(), model.stats.total.peak_memory)  # each step resets the count
         return peak
 
     def check(name: str) -> Check:
@@ -175,7 +175,7 @@ def train_within_ceiling(names: Sequence[str], scratch: str) -> Iterator[Check]:
     mx.random.seed(0)
     batch, lengths = mx.random.randint(0, LARGE["vocab_size"], (1, tokens + 1)), mx.array([[0, tokens]])
     mx.eval(batch, lengths)
-    _import_mlx_lm()  # what that takes is there before the ceiling is set
+    _import_mlx_lm()  # before the ceiling is set, so that the memory it takes counts as used
     yield from caught(*names, check)
 
 
@@ -185,15 +185,14 @@ def _import_mlx_lm() -> None:
 
 
 def _within(rooms: Sequence[float | None], directory: Path, use: Callable[[Any], Any]) -> tuple[int | None, int, Any]:
-    """(ceiling, bytes in use before, what `use` gives of the model, opened within it, with LoRA).
+    """(The ceiling, bytes in use before, what `use` returns for the model, opened within the ceiling and with LoRA).
 
     Args:
-        rooms: bytes that ceilings leave beside those in use, of which the first that is enough is taken; None: no
-            ceiling.
+        rooms: bytes that a ceiling leaves beside those in use; None for no ceiling. They are tried until one is enough.
     Raises:
         ConfigError: none of them is enough.
     """
-    gc.collect()  # what was done before must not seem to be in use: the ceiling would leave more than `room`
+    gc.collect()  # garbage must not count as in use, or the ceiling would leave more than `room`
     limits().give_back()
     platform.release_freed_memory()
     before = platform.memory_in_use()
@@ -229,19 +228,19 @@ def compare_gradients(names: Sequence[str], scratch: str, model: str) -> Iterato
     if not math.isfinite(own):
         raise SlowftError(f"mlx-lm's own {tensor} is NaN or infinite when computed once more")
 
-    nbytes = 2 * _nbytes(directory)  # about what it takes in float32
-    # beside what the process has: the first that is enough is taken
+    nbytes = 2 * _nbytes(directory)  # about its size in float32
+    # bytes beside those in use, for `_within`
     rooms: dict[str, list[float | None]] = dict(zip(SETTINGS, ([None], [nbytes, 2 * nbytes], [4 * nbytes + 5e8])))
 
     def use(opened) -> dict[str, Any]:
         if opened.memory is not None:
             schedule = opened.plan(*batch[:, 1:].shape).schedule
             if schedule.rows or schedule.mlp_tokens:
-                raise ConfigError("sums over tokens would come in parts, and be rounded otherwise")
+                raise ConfigError("sums over tokens would be computed in parts, and rounded in another way")
         _randomise(opened)
         opened.train()
         differences = []
-        for _ in range(4):  # the first ones are measured, and those that follow are planned by that
+        for _ in range(4):  # the first steps are measured, and the plan of the later ones follows from that
             (loss, _), gradients = opened.loss_and_grads(batch, lengths)
             differences.append(_largest_difference(expected, (loss, gradients)))
         difference, tensor = max(differences)
@@ -261,7 +260,7 @@ def compare_gradients(names: Sequence[str], scratch: str, model: str) -> Iterato
 
 
 def _compared(name: str, figures: dict[str, Any]) -> Check:
-    """The verdict: identical is expected. What mlx-lm differs by from one run of its own to the next is no fault."""
+    """The verdict: identical is expected. Up to twice the difference between mlx-lm's own two runs is no fault."""
     difference, own = figures["difference"], figures["of_mlx_lm_to_itself"]
     if difference == 0:
         return Check(name, "identical to mlx-lm in memory", figures=figures)
@@ -277,22 +276,22 @@ def _compared(name: str, figures: dict[str, Any]) -> Check:
 
 
 def _of_mlx_lm(directory: Path, batch: mx.array, lengths: mx.array) -> list[tuple[mx.array, dict]]:
-    """(loss, gradients) of the whole model in memory, computed twice, in the dtype that slowft computes in here."""
+    """(Loss, gradients) of the whole model in memory, twice, in the dtype in which slowft computes on this device."""
     from mlx_lm.tuner.trainer import default_loss
     from mlx_lm.tuner.utils import linear_to_lora_layers
     from mlx_lm.utils import dequantize_model, load_model
 
-    whole, _ = load_model(directory)
+    model, _ = load_model(directory)
     if _is_cpu():
-        whole.update(tree_map(_to_float32, whole.parameters()))
-        whole = dequantize_model(whole)
-    whole.freeze()
-    linear_to_lora_layers(whole, len(whole.layers), {"rank": LORA["rank"], "scale": LORA["scale"], "dropout": 0.0})
-    _randomise(whole)
-    whole.train()
+        model.update(tree_map(_to_float32, model.parameters()))
+        model = dequantize_model(model)
+    model.freeze()
+    linear_to_lora_layers(model, len(model.layers), {"rank": LORA["rank"], "scale": LORA["scale"], "dropout": 0.0})
+    _randomise(model)
+    model.train()
     results = []
     for _ in range(2):
-        (loss, _), gradients = nn.value_and_grad(whole, default_loss)(whole, batch, lengths)
+        (loss, _), gradients = nn.value_and_grad(model, default_loss)(model, batch, lengths)
         mx.eval(loss, gradients)
         results.append((loss, gradients))
     return results
@@ -303,22 +302,22 @@ def _to_float32(array: mx.array) -> mx.array:
 
 
 def _randomise(model: nn.Module) -> None:
-    """The same random adapter for both: a fresh one has zeros, and so have half of its gradients."""
+    """Give the model always the same random adapter. A fresh one has zeros, so half of its gradients are zero."""
     mx.random.seed(2)
     shapes = sorted((name, array.shape) for name, array in tree_flatten(model.trainable_parameters()))
     model.update(tree_unflatten([(name, 0.05 * mx.random.normal(shape)) for name, shape in shapes]))
     mx.eval(model.trainable_parameters())
 
 
-def _largest_difference(expected: tuple[mx.array, dict], found: tuple[mx.array, dict]) -> tuple[float, str]:
-    """(the largest difference relative to the largest value of the tensor, the tensor's name), loss included.
+def _largest_difference(expected: tuple[mx.array, dict], actual: tuple[mx.array, dict]) -> tuple[float, str]:
+    """(The largest difference relative to the largest value of its tensor, that tensor's name).
 
-    Infinite where a value is NaN.
+    The loss counts as a tensor. The difference is infinite if a value is NaN.
 
     Raises:
-        SlowftError: tensors of other names or shapes, or nothing to compare with.
+        SlowftError: names or shapes of tensors differ, or a tensor has no value to compare with.
     """
-    a, b = (dict(tree_flatten({"loss": loss, "gradients": gradients})) for loss, gradients in (expected, found))
+    a, b = (dict(tree_flatten({"loss": loss, "gradients": gradients})) for loss, gradients in (expected, actual))
     if {name: array.shape for name, array in a.items()} != {name: array.shape for name, array in b.items()}:
         raise SlowftError(f"gradients of {len(b) - 1} tensors, of mlx-lm {len(a) - 1}, or of other names or shapes")
     differences = []
@@ -341,8 +340,8 @@ TRIALS: dict[str, Callable[..., Iterator[Check]]] = {
 
 def main() -> None:
     lines = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no result
-    sys.modules["torch"] = None  # transformers would import PyTorch if it is there, and nobody here needs it
+    os.dup2(2, 1)  # libraries may print, and standard output has results only
+    sys.modules["torch"] = None  # keeps transformers from importing PyTorch, which is not needed
     trial, options = sys.argv[1:]
     for check in TRIALS[trial](**json.loads(options)):
         print(json.dumps(asdict(check)), file=lines, flush=True)

@@ -1,7 +1,7 @@
-"""Samples in batches: which go together, in which order, and how they are padded. The batches are mlx-lm's.
+"""Puts samples into batches: which go together, in which order, and how they are padded. The batches are mlx-lm's.
 
 Comes in: a `TokenDataset`. Goes out: `[B, T+1]` token ids and `[B, 2n]` lengths, as `StreamedModel.loss_and_grads`
-takes them; with a teacher's cache also what the teacher holds for probable.
+takes them. With a teacher's cache, the teacher's probabilities go out as well.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,14 +15,14 @@ from ..errors import DataError
 from .store import TokenDataset
 from .teacher import TeacherCache, counted
 
-PADDING = 32  # sequences are padded to multiples of it, and one
+PADDING = 32  # sequences are padded to a multiple of this, plus one
 
 
 def batch_order(dataset: TokenDataset, batch_size: int, seed: int | None = None) -> np.ndarray:
-    """Which samples go together, `[n, batch_size]`. Of a set that is no multiple, the last few are left out.
+    """Numbers of the samples of each batch, `[n, batch_size]`. Samples that do not fill a batch are left out.
 
-    In file order, as `mlx_lm.lora` has them (it means to sort by length, but asks each raw sample for the number of its
-    keys). With a seed, samples of like length go together, those of equal length in an order drawn from it.
+    Samples are in file order, as in `mlx_lm.lora` (which means to sort by length, but asks each raw sample for the
+    number of its keys). With a seed, samples of similar length go together, and the seed orders those of equal length.
     """
     n = len(dataset) // batch_size
     order = np.arange(len(dataset), dtype=np.int32)
@@ -33,15 +33,15 @@ def batch_order(dataset: TokenDataset, batch_size: int, seed: int | None = None)
 
 
 def padded_tokens(length: int, max_seq_length: int) -> int:
-    """Targets in a row of a batch whose longest sample has `length` tokens: all but the first are."""
+    """Number of targets in a row of a batch whose longest sample has `length` tokens. The first token is no target."""
     return min(-(-length // PADDING) * PADDING, max_seq_length - 1)
 
 
 @dataclass(frozen=True)
 class Lessons:
-    """What a teacher holds for probable, and how much that counts: see `engine/distillation.py`.
+    """A teacher's probabilities, and how they count in the loss: see `engine/distillation.py`.
 
-    `vocab_size` is of the student: its logits of a token.
+    `vocab_size` is the student's number of logits per token.
     """
 
     cache: TeacherCache
@@ -50,7 +50,7 @@ class Lessons:
     vocab_size: int
 
     def of(self, dataset: TokenDataset, numbers: Sequence[int], n_targets: int) -> Teacher:
-        """For the samples of a batch."""
+        """The teacher's probabilities for the samples of a batch."""
         shape, k = (len(numbers), n_targets), self.cache.top_k
         ids = np.broadcast_to(np.arange(k, dtype=np.int32), (*shape, k)).copy()
         known = np.zeros((*shape, k + 1), np.float32)
@@ -72,13 +72,14 @@ class Lessons:
 
 
 class BatchStream:
-    """The batches of `order` without end, drawn anew for each epoch from NumPy's random state, as mlx-lm draws them.
+    """The batches of `order` without end. NumPy's random state permutes them for each epoch, as in mlx-lm.
 
     Args:
-        lessons: if there are any, a batch's come third.
+        lessons: with these, the teacher's probabilities are the third item of a batch.
 
     Attributes:
-        permutation, at: of this epoch, and how many of it were taken. With them set, it goes on from there.
+        permutation, at: this epoch's permutation, and how many of its batches were taken. If they are set, the stream
+            goes on from there.
     """
 
     def __init__(self, dataset: TokenDataset, order: np.ndarray, max_seq_length: int, lessons: Lessons | None = None):
@@ -91,20 +92,20 @@ class BatchStream:
             self.permutation, self.at = np.random.permutation(len(self._order)), 0
         self.at += 1
         numbers = self._order[self.permutation[self.at - 1]]
-        made = batch(self._dataset, numbers, self._max_tokens)
+        ids, lengths = batch(self._dataset, numbers, self._max_tokens)
         if self._lessons is None:
-            return made
-        return *made, self._lessons.of(self._dataset, numbers, made[0].shape[1] - 1)
+            return ids, lengths
+        return ids, lengths, self._lessons.of(self._dataset, numbers, ids.shape[1] - 1)
 
 
 def iterate(dataset: TokenDataset, order: np.ndarray, max_seq_length: int) -> Iterator[tuple[mx.array, mx.array]]:
-    """The batches of `order`, once."""
+    """The batches of `order`, once, permuted by NumPy's random state."""
     for i in np.random.permutation(len(order)):
         yield batch(dataset, order[i], max_seq_length)
 
 
 def batch(dataset: TokenDataset, numbers: np.ndarray, max_seq_length: int) -> tuple[mx.array, mx.array]:
-    """(token ids `[B, T+1]`, lengths `[B, 2n]`) of these samples; pairs that a row has not predict nothing."""
+    """(Token ids `[B, T+1]`, lengths `[B, 2n]`) of these samples. A row with fewer pairs gets pairs without targets."""
     samples = [dataset.sample(int(i)) for i in numbers]
     longest = max(len(tokens) for tokens, _ in samples)
     ids = np.zeros((len(samples), padded_tokens(longest, max_seq_length) + 1), np.int32)

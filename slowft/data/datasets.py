@@ -1,7 +1,7 @@
-"""A job's data: found, read, rendered and tokenised, every bad sample named before any work is lost.
+"""Finds, reads, renders and tokenises the data of a run, and names every bad sample before any work is lost.
 
-Comes in: what `--data` says, a tokenizer, the options. Goes out: a `TokenDataset` for each split that is wanted. What
-was tokenised before, from the same files in the same way, is taken from disk.
+Comes in: what `--data` says, a tokenizer, the options. Goes out: a `TokenDataset` for each split that is asked for.
+Files that were tokenised before in the same way are not tokenised again: their tokens are on disk.
 """
 
 import hashlib
@@ -21,11 +21,11 @@ from .rendering import Renderer
 from .samples import BadSample, form_of, understand
 from .store import TokenDataset, TokenWriter, digest_of
 
-FORMAT = 1  # of what is stored, and how samples become tokens: a change makes stored sets useless
+FORMAT = 1  # version of the stored records, and of how samples become tokens. Sets of another version are not used
 SHOWN = 20  # bad samples that a report names one by one
-STORED_NBYTES = 1 << 20  # of files, below which tokenising them again is as fast as finding them stored
+STORED_NBYTES = 1 << 20  # files smaller than this are tokenised as fast as their stored tokens are found
 
-Progress = Callable[[Iterable, str, int], Iterable]  # (items, description, how many) -> the same items
+Progress = Callable[[Iterable, str, int], Iterable]  # (items, description, number of items) -> the same items
 
 
 def load_data(
@@ -41,20 +41,21 @@ def load_data(
     Args:
         config: a `TrainConfig`: `max_seq_length`, `mask_prompt`, `train_on`, `valid_split`, `skip_bad_samples` and the
             names of the features are used.
-        splits: those to load; the others come back empty, and what is wrong with them is not looked for.
+        splits: the splits to load. The others are returned empty, and are not checked.
         embedding_rows: token ids must be below this.
     Raises:
-        DataError: no such data, or samples that cannot train; names file, line and reason of each.
+        DataError: there is no such data, or samples cannot be trained on; names file, line and reason of each.
+        ConfigError: `valid_split` is set, and there is a validation set.
     """
     sources, notes = find(path, config)
-    wanted = set(splits)
+    asked_for = set(splits)
     share = getattr(config, "valid_split", None)
     if share is not None and sources["valid"]:
         raise ConfigError("--valid-split has no effect: there is a validation set already. Leave the option out")
     loading = _Loading(tokenizer, config, embedding_rows, progress)
     result = {split: TokenDataset() for split in SPLITS}
     for split in SPLITS:
-        if split not in wanted or not sources[split]:
+        if split not in asked_for or not sources[split]:
             continue
         if split == "train" and share is not None:
             result["train"], result["valid"] = loading.load(sources[split], ("train", "valid"), share)
@@ -67,7 +68,7 @@ def load_data(
 
 
 def check_size(dataset: TokenDataset, batch_size: int, name: str) -> None:
-    """Raises DataError when a set has samples, but fewer than one batch takes."""
+    """Raises DataError if a set has samples, but fewer than one batch takes."""
     if 0 < len(dataset) < batch_size:
         raise DataError(
             f"the {name} set has {len(dataset)} samples, --batch-size is {batch_size}. Lower it or add samples"
@@ -80,11 +81,11 @@ class _Loading:
     def __init__(self, tokenizer, config: Any, embedding_rows: int | None, progress: Progress | None):
         self._tokenizer, self._config, self._rows, self._progress = tokenizer, config, embedding_rows, progress
         self._skips = bool(getattr(config, "skip_bad_samples", False))
-        self._bad: list[str] = []  # the first of them
+        self._bad: list[str] = []  # the first `SHOWN` bad samples
         self._n_bad = 0
 
     def load(self, source: Source, names: tuple[str, ...], share: float = 0.0) -> list[TokenDataset]:
-        """The source as a dataset; with two names, about this share of it goes to the second."""
+        """The source as a dataset. With two names, about `share` of the samples go to the second one."""
         directory, key = platform.cache_directory() / "tokens", None
         if source.files and source.nbytes > STORED_NBYTES:
             key = self._key(source, share)
@@ -104,7 +105,7 @@ class _Loading:
                 writer.abandon()
 
     def raise_for_bad_samples(self) -> None:
-        """Raises DataError that names the bad samples, unless they are to be left out."""
+        """Raises DataError if there are bad samples and they are not to be left out; names them."""
         if not self._n_bad or self._skips:
             return
         if self._n_bad == 1:
@@ -121,10 +122,10 @@ class _Loading:
         notes: list[str] = []
         train_on = getattr(c, "train_on", None)
         renderer = Renderer(self._tokenizer, c.max_seq_length, bool(c.mask_prompt), train_on, notes.append)
-        found, n_bad, first = _of_one_form(source.read()), self._n_bad, ""
+        samples, n_bad, first = _of_one_form(source.read()), self._n_bad, ""
         if self._progress is not None:
-            found = self._progress(found, f"Tokenising {name}", source.n_samples)
-        for sample in found:
+            samples = self._progress(samples, f"Tokenising {name}", source.n_samples)
+        for sample in samples:
             try:
                 self._add(sample, renderer, writers, share)
             except (BadSample, RecursionError) as e:
@@ -136,7 +137,7 @@ class _Loading:
             except DataError as e:
                 raise DataError(f"{sample.place}: {e}") from None
         if share:
-            _keep_one_at_least(writers)
+            _check_both_have_samples(writers)
         n_skipped = self._n_bad - n_bad
         if n_skipped and self._skips:
             notes.append(f"{n_skipped} bad samples are left out, such as: {first}")
@@ -159,7 +160,7 @@ class _Loading:
             writers[side].summary.n_cut += rendered.is_cut
 
     def _key(self, source: Source, share: float) -> str:
-        """A hash of everything that tokens are made from: the files' contents, the tokenizer, the options."""
+        """A hash of all that decides the tokens: the files' contents, the tokenizer, the options."""
         c = self._config
         options = [FORMAT, c.max_seq_length, bool(c.mask_prompt), getattr(c, "train_on", None), share, self._skips]
         options += [vars(source.features), self._rows, [str(file) for file in source.files]]
@@ -175,7 +176,7 @@ class _Loading:
 
 
 def _fingerprint(tokenizer) -> bytes:
-    """A hash of what decides how text becomes tokens."""
+    """A hash of the tokenizer and its chat template."""
     parts = [type(tokenizer._tokenizer).__name__, str(getattr(tokenizer, "chat_template", None))]
     parts.append(f"{sorted(tokenizer.eos_token_ids)} {tokenizer.bos_token_id} {tokenizer.eos_token_id}")
     backend = getattr(tokenizer._tokenizer, "backend_tokenizer", None)
@@ -184,7 +185,7 @@ def _fingerprint(tokenizer) -> bytes:
 
 
 def _of_one_form(samples: Iterable[Found]) -> Iterator[Found]:
-    """The samples; one of another form than the first of its file is bad. mlx-lm reads a file by its first line."""
+    """Mark samples that lack a key of their file's first sample as bad: mlx-lm reads a file by its first line."""
     forms: dict[str, tuple[str, ...]] = {}
     for found in samples:
         if not found.reason:
@@ -201,12 +202,12 @@ def _of_one_form(samples: Iterable[Found]) -> Iterator[Found]:
 
 
 def _is_held_back(tokens: list[int], share: float) -> int:
-    """1 for about this share of all samples, by their hash: the same sample is always on the same side."""
+    """1 for about this share of all samples, by their hash, so that the same sample always gets the same result."""
     number = int.from_bytes(digest_of(np.asarray(tokens, np.int32)), "little")
     return int(number < share * 2**64)
 
 
-def _keep_one_at_least(writers: list[TokenWriter]) -> None:
+def _check_both_have_samples(writers: list[TokenWriter]) -> None:
     train, valid = writers
     if not valid.lengths or not train.lengths:
         lacks = "validation" if not valid.lengths else "training"

@@ -1,7 +1,8 @@
-"""YAML files whose every field is known: from the file to a dataclass, or an error that names field and line.
+"""Reads a YAML file into a dataclass, or raises an error that names field and line.
 
-A dataclass says what there is: its fields' types are checked, `check()` says what is wrong with them together, and
-`complete()` adds what goes without saying. `folder` and other fields that `load` is given are not the file's.
+Comes in: a file and a dataclass, whose fields are the only ones that the file may have. Goes out: an instance. The
+fields' types are checked. If the dataclass has them, `complete()` adds fields that the file need not name, and
+`check()` raises an error for values that are wrong together. Fields that `load` is given are not read from the file.
 """
 
 import difflib
@@ -23,14 +24,16 @@ WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or f
 
 
 def load(file: Path, kind: type, what: str, such_as: Mapping[str, str], example: str, /, **given: Any) -> Any:
-    """A dataclass `kind` of what a file holds.
+    """An instance of the dataclass `kind` from a file.
 
     Args:
-        what: the file is, such as "recipe". such_as: one field of it. example: the command that prints one.
+        what: what the file is, such as "recipe".
+        such_as: an example of a field.
+        example: the command that prints an example of such a file.
         given: fields that do not come from the file.
 
     Raises:
-        ConfigError: it cannot be read, or a field is unknown or wrong; names field and line.
+        ConfigError: the file cannot be read, or a field is unknown or wrong; names field and line.
     """
     try:
         text = file.read_text("utf-8")
@@ -51,7 +54,7 @@ def load(file: Path, kind: type, what: str, such_as: Mapping[str, str], example:
 
 
 class _Reader:
-    """From YAML's nodes, which know their lines, to dataclasses."""
+    """Makes dataclasses of YAML's nodes, which know their lines."""
 
     def __init__(self, file: str, loader: yaml.SafeLoader, what: str, such_as: Mapping[str, str]):
         self._file, self._loader, self._what = file, loader, what
@@ -90,10 +93,11 @@ class _Reader:
             if hasattr(made, "check"):
                 made.check()
         except ConfigError as e:
-            said = re.sub(r"--([a-z-]+)", lambda option: option[1].replace("-", "_"), str(e))  # of a command's option
-            words = said.split()
-            culprit = next((found[w.strip(",.:")][1] for w in words if w.strip(",.:") in found), node)
-            raise self._wrong(culprit, f"{name + ': ' if name else ''}{said}") from None
+            # the error may name a command's options; here they are fields
+            message = re.sub(r"--([a-z-]+)", lambda option: option[1].replace("-", "_"), str(e))
+            words = [word.strip(",.:") for word in message.split()]
+            culprit = next((found[word][1] for word in words if word in found), node)
+            raise self._wrong(culprit, f"{name + ': ' if name else ''}{message}") from None
         return made
 
     def _value(self, hint: Any, node: yaml.Node, path: str) -> Any:

@@ -1,4 +1,4 @@
-"""Finds and reads the files that people have data in: what is in them, sample by sample, and where each one stands.
+"""Finds and reads the files that people have data in, sample by sample, with the place of each.
 
 Comes in: a folder, a file, or the id of a dataset on the hub. Goes out: `Found` samples as they were written, or the
 reason why one cannot be read. Knows nothing of what a sample means, and never holds a whole file of lines in memory.
@@ -17,19 +17,19 @@ from .. import platform
 from ..errors import DataError, printable, reason_of
 
 SPLITS = ("train", "valid", "test")
-NAMES = {"train": ("train",), "valid": ("valid", "validation", "val"), "test": ("test",)}  # what people call each
+NAMES = {"train": ("train",), "valid": ("valid", "validation", "val"), "test": ("test",)}  # names of their files
 TABLES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".tsv", ".parquet")
 TEXTS = (".txt", ".md")
 SUFFIXES = (*TABLES, *TEXTS)
 DROP_EVERY = 100_000  # lines
 MAX_LINE_NBYTES = 64 << 20  # far beyond any --max-seq-length; a few kilobytes of gzip may hold a line of gigabytes
-ROWS_AT_ONCE = 1000  # of a Parquet file
+ROWS_AT_ONCE = 1000  # read from a Parquet file
 KNOWN = "Known are " + ", ".join(SUFFIXES)
 
 
 @dataclass(frozen=True)
 class Features:
-    """Under which keys a sample has what; the defaults are mlx-lm's."""
+    """The keys of a sample's parts. The defaults are mlx-lm's."""
 
     prompt: str = "prompt"
     completion: str = "completion"
@@ -38,9 +38,9 @@ class Features:
 
     @classmethod
     def of(cls, config: Any) -> "Features":
-        """Those that a `TrainConfig`, or an entry of its `hf_dataset`, names."""
-        get = config.get if isinstance(config, dict) else lambda name, usual: getattr(config, name, usual)
-        return cls(**{name: get(f"{name}_feature", usual) for name, usual in vars(cls()).items()})
+        """The keys that a `TrainConfig`, or an entry of its `hf_dataset`, names."""
+        get = config.get if isinstance(config, dict) else lambda name, default: getattr(config, name, default)
+        return cls(**{name: get(f"{name}_feature", default) for name, default in vars(cls()).items()})
 
 
 @dataclass
@@ -48,9 +48,10 @@ class Found:
     """One sample as it stands in a file.
 
     Attributes:
-        file, unit, number: where, as in "train.jsonl", "line", 7; a document is its whole file.
-        sample: what is there; None if it cannot be read, and then `reason` says why.
-        is_document: a whole text file, which is cut into pieces.
+        file, unit, number: its place, as in "train.jsonl", "line", 7. A document has no unit.
+        sample: what is there. None if it cannot be read, and then `reason` says why.
+        is_document: the sample is a whole text file, which is cut into pieces.
+        features: the keys by which it is read.
     """
 
     file: str
@@ -67,13 +68,13 @@ class Found:
 
 
 def place(file: str, unit: str, number: int) -> str:
-    """Such as "train.jsonl line 7"."""
+    """A sample's place in words, such as "train.jsonl line 7"."""
     return f"{file} {unit} {number}" if unit else file
 
 
 @dataclass
 class Source:
-    """Where a split comes from: files, or rows of a dataset on the hub (each with the features it is read by)."""
+    """Where a split comes from: files, or (name, rows, features) of datasets on the hub."""
 
     files: list[Path] = field(default_factory=list)
     rows: list[tuple[str, Any, Features]] = field(default_factory=list)
@@ -88,14 +89,14 @@ class Source:
 
     @property
     def n_samples(self) -> int:
-        """How many there are, about: lines are counted by the size of the first few."""
+        """About how many samples there are. The lines of a large file are estimated from its first MB."""
         return sum(_n_samples(file) for file in self.files) + sum(len(rows) for _, rows, _ in self.rows)
 
     def read(self) -> Iterator[Found]:
         """Every sample, in order.
 
         Raises:
-            DataError: a file that cannot be read at all.
+            DataError: a file cannot be read at all.
         """
         for file in self.files:
             for found in _read(file):
@@ -107,7 +108,7 @@ class Source:
 
 
 def find(path: str | Path | None, config: Any) -> tuple[dict[str, Source], list[str]]:
-    """The source of each split, and notes on what is there and not read.
+    """The source of each split, and notes about files there that are not read.
 
     Args:
         config: a `TrainConfig`; `hf_dataset` and the names of the features are used.
@@ -119,31 +120,31 @@ def find(path: str | Path | None, config: Any) -> tuple[dict[str, Source], list[
         return _on_hub(config.hf_dataset, bool(getattr(config, "test", False))), notes
     if path is None:
         raise DataError("no data given. Use --data with a folder that holds train.jsonl, or with a file")
-    there = Path(path).expanduser()
+    location = Path(path).expanduser()
     sources = {split: Source(features=features) for split in SPLITS}
-    if there.is_file():
-        if _suffix(there) not in SUFFIXES:
-            raise DataError(f"{there} is of no kind that slowft reads. {KNOWN}")
-        sources["train"].files = [there]
-    elif there.is_dir():
+    if location.is_file():
+        if _suffix(location) not in SUFFIXES:
+            raise DataError(f"{location} is of no kind that slowft reads. {KNOWN}")
+        sources["train"].files = [location]
+    elif location.is_dir():
         for split in SPLITS:
-            sources[split].files, others = _of_split(there, split)
+            sources[split].files, others = _files_of_split(location, split)
             if others:
                 names = ", ".join(file.name for file in others)
-                notes.append(f"{names} in {there} is not read: {sources[split].files[0].name} is")
+                notes.append(f"{names} in {location} is not read: {sources[split].files[0].name} is")
         if not sources["train"]:
-            sources["train"].files = _texts(there, [file for source in sources.values() for file in source.files])
+            sources["train"].files = _texts(location, [file for source in sources.values() for file in source.files])
         if not any(sources.values()):
-            raise DataError(f"{there} holds no data. {_what_instead(there)}")
-    elif not there.exists() and _looks_like_hub_id(str(path)):
+            raise DataError(f"{location} holds no data. {_what_instead(location)}")
+    elif not location.exists() and _looks_like_hub_id(str(path)):
         return _on_hub(str(path), features), notes
     else:
-        raise DataError(f"{there} is not a folder or file that is there. Give one that holds train.jsonl")
+        raise DataError(f"{location} is not a folder or file that is there. Give one that holds train.jsonl")
     return sources, notes
 
 
-def _of_split(folder: Path, split: str) -> tuple[list[Path], list[Path]]:
-    """(the split's file, or files where it is in numbered parts; others of its name, which are not read)."""
+def _files_of_split(folder: Path, split: str) -> tuple[list[Path], list[Path]]:
+    """(The split's file, or its numbered parts; other files with the split's name, which are not read)."""
     kinds: list[list[Path]] = []
     for name in NAMES[split]:
         for suffix in SUFFIXES:
@@ -154,10 +155,10 @@ def _of_split(folder: Path, split: str) -> tuple[list[Path], list[Path]]:
 
 
 def _texts(folder: Path, taken: list[Path]) -> list[Path]:
-    """All text files below a folder, but those taken and those in hidden folders."""
-    found = sorted(file for file in folder.rglob("*") if file.suffix.lower() in TEXTS and file.is_file())
-    hidden = [f for f in found if any(part.startswith(".") for part in f.relative_to(folder).parts)]
-    return [file for file in found if file not in taken and file not in hidden]
+    """All text files below a folder, except those taken and those in hidden folders."""
+    texts = sorted(file for file in folder.rglob("*") if file.suffix.lower() in TEXTS and file.is_file())
+    hidden = [f for f in texts if any(part.startswith(".") for part in f.relative_to(folder).parts)]
+    return [file for file in texts if file not in taken and file not in hidden]
 
 
 def _what_instead(folder: Path) -> str:
@@ -197,7 +198,7 @@ def _n_samples(file: Path) -> int:
         with open(file, "rb") as data:
             start = data.read(1 << 20)
         nbytes = file.stat().st_size
-    except OSError:  # whoever reads it says so
+    except OSError:  # reading it raises the error
         return 1
     lines = max(start.count(b"\n"), 1)
     return lines if len(start) < 1 << 20 else round(nbytes * lines / len(start))
@@ -208,7 +209,7 @@ def _open(file: Path) -> BinaryIO:
 
 
 def _lines(file: Path) -> Iterator[Found]:
-    """Of JSON lines. Lines end with a newline and nothing else: a text may hold Unicode's other line ends."""
+    """The samples of a file of JSON lines. Only a newline ends a line: a text may contain Unicode's other line ends."""
     with _open(file) as lines:
         for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE_NBYTES), b""), 1):
             if len(line) == MAX_LINE_NBYTES and not line.endswith(b"\n"):
@@ -222,7 +223,7 @@ def _lines(file: Path) -> Iterator[Found]:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if line.strip():
                 yield _parsed(str(file), number, line)
-            if number % DROP_EVERY == 0:  # what was read leaves the file cache, which counts as the process's memory
+            if number % DROP_EVERY == 0:  # pages in the file cache count as the process's memory
                 platform.drop_cached(lines.fileno(), 0, 0)
 
 
@@ -257,7 +258,7 @@ def _check_encoding(file: Path, start: bytes) -> None:
 
 
 def _json(file: Path) -> Iterator[Found]:
-    """A list of objects, one such list under some key, or lines of objects that were named .json."""
+    """The samples of a JSON file: a list of objects, an object with one such list, or JSON lines in a .json file."""
     text = _text_of(file)
     start = len(text) - len(text.lstrip())
     if text[start : start + 1] == "[":
@@ -265,7 +266,7 @@ def _json(file: Path) -> Iterator[Found]:
         return
     try:
         whole, end = json.JSONDecoder().raw_decode(text, start)
-    except (ValueError, RecursionError):  # the lines say where it is wrong
+    except (ValueError, RecursionError):  # reading it as lines says where it is wrong
         yield from _lines(file)
         return
     lists = [(key, v) for key, v in whole.items() if isinstance(v, list)] if isinstance(whole, dict) else []
@@ -279,7 +280,7 @@ def _json(file: Path) -> Iterator[Found]:
 
 
 def _listed_objects(file: Path, text: str, at: int) -> Iterator[Found]:
-    """Of a JSON list, one at a time: as objects they would take several times their text."""
+    """The items of a JSON list, parsed one at a time: all objects together take several times the text's memory."""
     decoder, item = json.JSONDecoder(), 0
     while True:
         while at < len(text) and text[at] in " \t\r\n,":
@@ -289,7 +290,7 @@ def _listed_objects(file: Path, text: str, at: int) -> Iterator[Found]:
             return
         try:
             sample, at = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError) as e:  # where the next one begins, nobody can say
+        except (ValueError, RecursionError) as e:  # nobody can tell where the next item begins
             reason = f"{e.msg} at line {e.lineno} column {e.colno}" if isinstance(e, json.JSONDecodeError) else str(e)
             yield Found(str(file), "item", item, reason=f"is not JSON: {reason}. Nothing after it was read")
             return
@@ -307,7 +308,7 @@ def _text_of(file: Path) -> str:
 
 
 def _table(file: Path) -> Iterator[Found]:
-    """Rows of cells under a line of names; a cell that holds a list or an object holds it as JSON."""
+    """The rows of a CSV file, whose first line has the names. A cell may hold a list or an object as JSON."""
     with open(file, "rb") as start:
         _check_encoding(file, start.read(4096))
     with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
@@ -356,9 +357,9 @@ def _parquet(file: Path) -> Iterator[Found]:
             for row in batch.to_pylist():
                 number += 1
                 yield Found(str(file), "row", number, row)
-    except (ValueError, OSError) as e:  # pyarrow's own errors are of these kinds
-        said = printable((str(e) or type(e).__name__).splitlines()[0])
-        raise DataError(f"{file} is not a Parquet file that can be read: {said}") from None
+    except (ValueError, OSError) as e:  # pyarrow's own errors are of these classes
+        reason = printable((str(e) or type(e).__name__).splitlines()[0])
+        raise DataError(f"{file} is not a Parquet file that can be read: {reason}") from None
 
 
 def _document(file: Path) -> Iterator[Found]:
@@ -373,35 +374,35 @@ def _looks_like_hub_id(path: str) -> bool:
     return not path.startswith((".", "/", "~")) and path.count("/") == 1
 
 
-def _on_hub(wanted: Any, how: Any) -> dict[str, Source]:
-    """Splits of a hub dataset by its id, or of those that `hf_dataset` configures, in mlx-lm's way.
+def _on_hub(dataset: str | dict | list[dict], options: Any) -> dict[str, Source]:
+    """Splits of a hub dataset given by its id, or of the datasets that `hf_dataset` configures, in mlx-lm's way.
 
     Args:
-        how: features of a dataset given by its id; of others, whether a test set is wanted.
+        options: for an id, the features of the dataset; else whether a test set is needed.
     """
-    name = wanted if isinstance(wanted, str) else "hf_dataset"
+    name = dataset if isinstance(dataset, str) else "hf_dataset"
     try:
         from datasets import load_dataset
     except ImportError:
         raise DataError(f"{name} is not a folder here; a hub dataset needs: pip install 'slowft[datasets]'") from None
     sources = {split: Source() for split in SPLITS}
     try:
-        if isinstance(wanted, str):
-            loaded = load_dataset(wanted)
+        if isinstance(dataset, str):
+            loaded = load_dataset(dataset)
             for split in SPLITS:
-                found = next((n for n in NAMES[split] if n in loaded), None)
-                sources[split].rows = [(f"{wanted} {split}", loaded[found], how)] if found else []
+                on_hub = next((n for n in NAMES[split] if n in loaded), None)
+                sources[split].rows = [(f"{dataset} {split}", loaded[on_hub], options)] if on_hub else []
             return sources
-        for entry in [wanted] if isinstance(wanted, dict) else wanted:
+        for entry in [dataset] if isinstance(dataset, dict) else dataset:
             parts = {
                 "train": entry.get("train_split", "train[:80%]"),
                 "valid": entry.get("valid_split", "train[-10%:]"),
             }
-            parts |= {"test": entry.get("test_split")} if how else {}
+            parts |= {"test": entry.get("test_split")} if options else {}
             for split, part in parts.items():
                 rows = load_dataset(entry["path"], split=part, **entry.get("config", {}))
                 sources[split].rows.append((f"{entry['path']} {split}", rows, Features.of(entry)))
-    except Exception as e:  # the library raises many kinds
+    except Exception as e:  # the library raises many classes of errors
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise DataError(f"{name} cannot be loaded from the hub: {reason}") from None
     return sources

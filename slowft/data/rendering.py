@@ -1,11 +1,11 @@
-"""From a sample to tokens, and which of them are trained: the model's chat template, and checks of what it made.
+"""Turns a sample into tokens by the model's chat template, decides which are trained, and checks the result.
 
 Comes in: a `Text` or a `Chat`, and mlx-lm's tokenizer. Goes out: `Rendered` tokens. One rule stands over all: what is
-rendered contains what the sample says, and what is trained is what its author meant to be trained; a sample of which
-that is not true is refused.
+rendered contains everything that the sample says, and what is trained is what its author meant to be trained. A sample
+for which this is not true is refused.
 
-Targets are counted as in mlx-lm's `default_loss`: a pair (first, last) says that of the tokens from `first` to `last`,
-both included, each is to be predicted. mlx-lm's last is the number of tokens, so that one padding token counts too.
+Targets are counted as in mlx-lm's `default_loss`: a pair (first, last) says that the tokens from `first` to `last`,
+both included, are predicted. mlx-lm's last is the number of tokens, so one padding token is predicted too.
 """
 
 import json
@@ -18,14 +18,14 @@ from ..errors import DataError
 from .samples import REASONING, BadSample, Chat, Text
 from .tokenizer import one_line
 
-OVERLAP = 16  # pieces of a document share this part of their length: one in so many tokens
-PATTERNS = 10_000  # of roles, of which it is remembered whether the template takes all
+OVERLAP = 16  # pieces of a document share one in this many of their tokens
+PATTERNS = 10_000  # sequences of roles for which the template's answer is remembered
 MARK = "slowft{}mark"
 
 
 @dataclass
 class Rendered:
-    """Tokens, and pairs (first, last) of those that are predicted. `is_cut`: there were more tokens."""
+    """Tokens, and pairs (first, last) of those that are predicted. `is_cut` says that there were more tokens."""
 
     tokens: list[int]
     pairs: list[tuple[int, int]]
@@ -36,8 +36,9 @@ class Renderer:
     """Renders samples for one tokenizer and one way to train.
 
     Args:
-        mask_prompt: train the last answer only; train_on: "assistant" trains every answer; None: everything.
-        note: told, once each, what a person should know.
+        mask_prompt: train only the last answer.
+        train_on: "assistant" trains every answer; None trains everything, unless `mask_prompt` is set.
+        note: is called once with each thing that a person should know.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class Renderer:
         self._tokenizer, self._max_tokens = tokenizer, max_seq_length
         self._mask_prompt, self._train_on = mask_prompt, train_on
         self._note, self._noted = note, set()
-        self._dropped: dict[tuple, list[int] | None] = {}  # roles -> numbers of the messages that the template drops
+        self._dropped: dict[tuple, list[int] | None] = {}  # roles -> see `_dropped_of`
         tags = {("<think>", "</think>")}
         if getattr(tokenizer, "has_thinking", False):
             tags.add((tokenizer.think_start, tokenizer.think_end))
@@ -55,11 +56,11 @@ class Renderer:
         ]
 
     def render(self, sample: Text | Chat) -> Iterator[Rendered]:
-        """What is trained of a sample: one sequence of at most `max_seq_length` tokens; of a document, several.
+        """The tokens of a sample: one sequence of at most `max_seq_length` tokens, or several for a document.
 
         Raises:
-            BadSample: it cannot be trained on, or not as its author meant it.
-            DataError: nothing like it can, such as a conversation without a chat template.
+            BadSample: the sample cannot be trained on, or not as its author meant it.
+            DataError: no sample of this form can be trained on, such as a conversation without a chat template.
         """
         if isinstance(sample, Chat):
             tokens, pairs = self._chat(sample)
@@ -97,7 +98,7 @@ class Renderer:
             )
         if begin is not None and begin != end and tokens[:2] == [begin, begin]:
             tokens = tokens[1:]
-            self._say(f"Texts begin with {self._tokenizer.bos_token} already; the tokenizer's own is left out")
+            self._note_once(f"Texts begin with {self._tokenizer.bos_token} already; the tokenizer's own is left out")
         if not tokens:
             raise BadSample("is empty. Remove it")
         return tokens if tokens[-1] == end else [*tokens, end]
@@ -120,7 +121,7 @@ class Renderer:
         self._check_meaning(chat)
         chat, text, places = self._rendered(self._with_known_roles(chat))
         tokens = self._encode(text)
-        self._say_what_is_seldom_meant(chat, tokens)
+        self._note_missing_end(chat, tokens)
         if self._train_on:
             answers = [i for i, m in enumerate(chat.messages) if m["role"] == "assistant" and m.get("weight", 1)]
             return tokens, self._answers(chat, text, tokens, places, answers)
@@ -129,9 +130,9 @@ class Renderer:
         return tokens, [(self._offset(chat, text, tokens, places), len(tokens))]
 
     def _rendered(self, chat: Chat) -> tuple[Chat, str, list[tuple[int, int]]]:
-        """(the chat, its text, where each message stands in it).
+        """(The chat, its text, where each message stands in it).
 
-        Templates expect a tool call's arguments as an object, but for some (DeepSeek's), which expect JSON.
+        Most templates expect a tool call's arguments as an object. Some (DeepSeek's) expect JSON, which is tried next.
         """
         try:
             return chat, (text := self._apply(chat)), self._locate(chat, text)
@@ -139,16 +140,16 @@ class Renderer:
             written = [_with_arguments_as_json(message) for message in chat.messages]
             if written == chat.messages:
                 raise
-            again = Chat(written, chat.tools, chat.n_prompt)
+            chat = Chat(written, chat.tools, chat.n_prompt)
             try:
-                return again, (text := self._apply(again)), self._locate(again, text)
+                return chat, (text := self._apply(chat)), self._locate(chat, text)
             except BadSample:
                 raise e from None
 
     def _apply(self, chat: Chat) -> str:
         try:
             return self._template(chat)
-        except Exception as e:  # a template refuses in its own words
+        except Exception as e:  # a template may raise anything
             raise BadSample(f"cannot be tokenised: the chat template says: {one_line(e)}") from None
 
     def _check_meaning(self, chat: Chat) -> None:
@@ -158,7 +159,9 @@ class Renderer:
         if not self._train_on and any(not message.get("weight", 1) for message in chat.messages):
             raise BadSample("has a message of weight 0, which only --train-on assistant leaves untrained")
         if self._mask_prompt and roles[:-1].count("assistant"):
-            self._say("Of conversations with several answers, --mask-prompt trains the last; --train-on assistant, all")
+            self._note_once(
+                "Of conversations with several answers, --mask-prompt trains the last; --train-on assistant, all"
+            )
         begin = self._tokenizer.bos_token
         for i, message in enumerate(chat.messages):
             if begin and begin in message["content"]:
@@ -167,15 +170,16 @@ class Renderer:
                 )
 
     def _with_known_roles(self, chat: Chat) -> Chat:
-        """The chat, with "developer" as "system" unless the template names it: most models know the latter only.
+        """The chat, with the role "developer" renamed to "system" unless the template names it: few templates do.
 
-        Whether the template takes every role is tried with marks for contents: a short text could be found anywhere.
+        Raises:
+            BadSample: the template leaves out a message because of its role.
         """
         if any(message["role"] == "developer" for message in chat.messages):
             if "developer" not in str(getattr(self._tokenizer, "chat_template", "")):
                 renamed = [m | {"role": "system"} if m["role"] == "developer" else m for m in chat.messages]
                 chat = Chat(renamed, chat.tools, chat.n_prompt)
-                self._say("The chat template does not know the role developer: it is written as system")
+                self._note_once("The chat template does not know the role developer: it is written as system")
         if dropped := self._dropped_of(chat):
             i = dropped[0]
             role = chat.messages[i]["role"]
@@ -183,26 +187,29 @@ class Renderer:
         return chat
 
     def _dropped_of(self, chat: Chat) -> list[int] | None:
-        """Numbers of messages that the template leaves out by their roles; None if it refuses them."""
+        """Numbers of the messages that the template leaves out because of their roles; None if it refuses the roles.
+
+        The template is tried with marks as contents: a short text could be found anywhere in what it writes.
+        """
         key = tuple((m["role"], tuple(m), not m["content"]) for m in chat.messages), chat.tools is not None
         if key not in self._dropped:
             marks = {i: MARK.format(i) for i, message in enumerate(chat.messages) if message["content"]}
             messages = [m | {"content": marks[i]} if i in marks else m for i, m in enumerate(chat.messages)]
             try:
                 text = self._template(Chat(messages, chat.tools, chat.n_prompt))
-                found: list[int] | None = [i for i, mark in marks.items() if mark not in text]
-            except Exception:  # what it says of the real contents is what counts
-                found = None
+                dropped: list[int] | None = [i for i, mark in marks.items() if mark not in text]
+            except Exception:  # it may accept the real contents
+                dropped = None
             if len(self._dropped) >= PATTERNS:
                 self._dropped.clear()
-            self._dropped[key] = found
+            self._dropped[key] = dropped
         return self._dropped[key]
 
     def _locate(self, chat: Chat, text: str) -> list[tuple[int, int]]:
         """Where each message stands in the rendered text, (begin, end) in characters.
 
         Raises:
-            BadSample: something that the sample says is not there.
+            BadSample: the text lacks something that the sample says.
         """
         places, at = [], 0
         for i, message in enumerate(chat.messages):
@@ -225,9 +232,9 @@ class Renderer:
         return places
 
     def _parts(self, message: dict[str, Any], is_last: bool) -> Iterator[tuple[str, list[str], bool]]:
-        """(what it is, how it may be written, whether it must be there) of all that a message says, in order.
+        """(What it is, how it may be written, whether it must be there) for each part of a message, in order.
 
-        Templates drop the reasoning of earlier answers, as they do when the model is used.
+        Reasoning must be there in the last message only: templates drop it from earlier answers, as in use.
         """
         content = message["content"].strip()
         for key in REASONING:
@@ -246,16 +253,16 @@ class Renderer:
                 yield "a tool call's argument", _forms(value), True
 
     def _thought(self, content: str) -> tuple[str, str] | None:
-        """(reasoning, what follows it) of an answer that has both in its content."""
+        """(The reasoning, what follows it) if an answer has both in its content."""
         matches = (pattern.match(content) for pattern in self._thoughts)
-        found = next((match for match in matches if match and match[1].strip()), None)
-        return (found[1], found[2]) if found else None
+        match = next((match for match in matches if match and match[1].strip()), None)
+        return (match[1], match[2]) if match else None
 
     def _offset(self, chat: Chat, text: str, tokens: list[int], places: Sequence[tuple[int, int]]) -> int:
-        """Where the answer begins: after the prompt's own tokens, as in mlx-lm, if the text begins with those.
+        """The token at which the answer begins: after the prompt's tokens, as in mlx-lm, if the text begins with them.
 
-        Else (reasoning that the prompt begins and the answer does not have, a word that goes over from one to the
-        other) where the texts or tokens of the two part.
+        It may not: the prompt may begin reasoning that the answer does not have, or one token may span the end of the
+        prompt. Then the answer begins where the texts or tokens of the two first differ.
         """
         prompt = self._prompt(chat, chat.n_prompt)
         if prompt is not None and text.startswith(prompt) and tokens[: len(own := self._encode(prompt))] == own:
@@ -274,9 +281,9 @@ class Renderer:
             begin = self._begin(chat, i, text, places)
             end = len(text)
             if i < len(chat.messages) - 1:
-                # what the template writes after the answer, its end token above all
-                upto = self._try_template(Chat(chat.messages[: i + 1], chat.tools, i))
-                after = upto[_end_of(upto, text[places[i][0] : places[i][1]]) :] if upto else ""
+                # train what the template writes after the answer too, above all its end token
+                part = self._try_template(Chat(chat.messages[: i + 1], chat.tools, i))
+                after = part[_end_of(part, text[places[i][0] : places[i][1]]) :] if part else ""
                 end = places[i][1] + _common(text[places[i][1] :], after)
             first = self._n_tokens(text[:begin], tokens)
             last = len(tokens) if end == len(text) else self._n_tokens(text[:end], tokens)
@@ -292,13 +299,15 @@ class Renderer:
         return min(begin, places[i][0]) if begin > before or (not i and begin) else places[i][0]
 
     def _prompt(self, chat: Chat, n: int) -> str | None:
-        """What the model is given to answer after `n` messages; None where the template cannot."""
+        """The prompt for an answer after `n` messages; None if the template fails."""
         return self._try_template(Chat(chat.messages[:n], chat.tools, n), add_generation_prompt=True)
 
-    def _say_what_is_seldom_meant(self, chat: Chat, tokens: list[int]) -> None:
+    def _note_missing_end(self, chat: Chat, tokens: list[int]) -> None:
         ends = set(self._tokenizer.eos_token_ids)
         if chat.messages[-1]["role"] == "assistant" and not ends & set(tokens[-8:]):
-            self._say("The chat template ends an answer without an end token: the model does not learn where to stop")
+            self._note_once(
+                "The chat template ends an answer without an end token: the model does not learn where to stop"
+            )
 
     # --- The tokenizer ------------------------------------------------------------------------------
 
@@ -320,23 +329,23 @@ class Renderer:
         return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
     def _n_tokens(self, begin: str, tokens: list[int]) -> int:
-        """How many whole tokens of the text lie in its beginning."""
+        """How many whole tokens of the text lie within `begin`, the text's beginning."""
         return _common(tokens, self._encode(begin))
 
-    def _say(self, what: str) -> None:
-        if what not in self._noted:
-            self._noted.add(what)
-            self._note(what)
+    def _note_once(self, text: str) -> None:
+        if text not in self._noted:
+            self._noted.add(text)
+            self._note(text)
 
 
 def _forms(value: str) -> list[str]:
-    """How a template may write it: as it is, or in JSON."""
+    """How a template may write a value: as it is, or in JSON."""
     value = value.strip()
     return list(dict.fromkeys([value, *(json.dumps(value, ensure_ascii=ascii)[1:-1] for ascii in (False, True))]))
 
 
 def _leaves(value: Any) -> Iterator[str]:
-    """Names and values in a tool call's arguments."""
+    """The names and values in a tool call's arguments, as text."""
     if isinstance(value, dict):
         for key, item in value.items():
             yield str(key)
@@ -362,7 +371,7 @@ def _with_arguments_as_json(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _names(tools: Any) -> list[str]:
-    """Of functions that a model is offered."""
+    """The names of the functions that a model is offered."""
     if not isinstance(tools, list):
         return []
     functions = [tool.get("function", tool) for tool in tools if isinstance(tool, dict)]
@@ -370,7 +379,7 @@ def _names(tools: Any) -> list[str]:
 
 
 def _find(text: str, forms: Sequence[str], start: int) -> tuple[int, int] | None:
-    """Where one of the forms stands: the first place after `start`, else any."""
+    """Where one of the forms stands: the first place after `start` or, if there is none, in the whole text."""
     for at in (start, 0):
         found = [(place, place + len(form)) for form in forms if (place := text.find(form, at)) >= 0]
         if found:
@@ -379,13 +388,13 @@ def _find(text: str, forms: Sequence[str], start: int) -> tuple[int, int] | None
 
 
 def _end_of(text: str, part: str) -> int:
-    """Where the last occurrence of a part ends; of nothing, the end."""
+    """Where the last occurrence of a part ends; the end of the text if there is none."""
     at = text.rfind(part) if part else -1
     return at + len(part) if at >= 0 else len(text)
 
 
 def _common(a: Sequence, b: Sequence) -> int:
-    """Length of the beginning that two texts, or lists of tokens, share."""
+    """Length of the beginning that two texts, or two lists of tokens, have in common."""
     if a[: len(b)] == b:
         return len(b)
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))

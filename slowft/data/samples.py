@@ -1,7 +1,7 @@
-"""What a sample says: a text, or a conversation, out of the several forms in which people write either.
+"""Reads a sample, in any of the forms in which people write texts and conversations.
 
-Comes in: an object out of a file. Goes out: a `Text` or a `Chat` in one form, or `BadSample` with the reason. What is
-not understood is refused; nothing is guessed, and nothing that was said is left out.
+Comes in: an object from a file. Goes out: a `Text` or a `Chat`, or `BadSample` with the reason. A sample that is not
+understood is refused. Nothing is guessed, and nothing that the sample says is left out.
 """
 
 import json
@@ -11,7 +11,7 @@ from typing import Any
 
 from .files import Features
 
-# Roles in "conversations", whose turns are {"from": ..., "value": ...}, as ShareGPT has them.
+# What "from" may be in "conversations", whose turns are {"from": ..., "value": ...} as in ShareGPT -> the role.
 FROM = {
     "system": "system",
     "human": "user",
@@ -28,13 +28,13 @@ FROM = {
 REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of a message beside its content
 
 
-class BadSample(Exception):  # noqa: N818  (not an error of the program: it is counted and reported)
-    """A sample that must not be trained on; the text goes on where its place begins: "is empty"."""
+class BadSample(Exception):  # noqa: N818  (it is counted and reported, and no error of the program)
+    """A sample that must not be trained on. The text continues a sentence that begins with its place: "is empty"."""
 
 
 @dataclass
 class Text:
-    """Plain text; of a document, which may be long, pieces are trained."""
+    """Plain text. A document may be long, and is trained in pieces."""
 
     text: str
     is_document: bool = False
@@ -42,7 +42,7 @@ class Text:
 
 @dataclass
 class Chat:
-    """Messages with a role and a content that is a string. The first `n_prompt` are what is answered."""
+    """Messages with a role and a content that is a string. The first `n_prompt` are the prompt."""
 
     messages: list[dict[str, Any]]
     tools: list[Any] | None
@@ -50,10 +50,10 @@ class Chat:
 
 
 def form_of(sample: dict[str, Any], features: Features) -> tuple[str, ...]:
-    """The keys that make a sample what it is, in mlx-lm's order of preference.
+    """The keys that decide a sample's form. If a sample has several, mlx-lm's order decides.
 
     Raises:
-        BadSample: there are none.
+        BadSample: the sample has no such keys.
     """
     forms = (features.prompt, features.completion), (features.chat,), (features.text,)
     for form in (*forms, ("conversations",), ("instruction", "output")):
@@ -66,10 +66,10 @@ def form_of(sample: dict[str, Any], features: Features) -> tuple[str, ...]:
 
 
 def understand(sample: dict[str, Any], features: Features, is_document: bool = False) -> Text | Chat:
-    """The sample in one of two forms. What mlx-lm reads is read as it reads it.
+    """What a sample says. Samples that mlx-lm can read are read in the same way.
 
     Raises:
-        BadSample: it is of no known form, or something in it is not what it should be.
+        BadSample: the sample has no known form, or a part of it has a wrong type.
     """
     form = form_of(sample, features)
     if form == (features.prompt, features.completion):
@@ -92,11 +92,11 @@ def understand(sample: dict[str, Any], features: Features, is_document: bool = F
 
 
 def _instruction(sample: dict[str, Any]) -> list[dict[str, Any]]:
-    """Turns of {"instruction", "input", "output"}, Alpaca's form, with "system" and "history" as some have them."""
-    asked = string(sample["instruction"], "its instruction")
-    more = sample.get("input")
-    if more is not None and (more := string(more, "its input")).strip():
-        asked = f"{asked}\n\n{more}"
+    """Turns of Alpaca's form, {"instruction", "input", "output"}, with "system" and "history" if they are there."""
+    question = string(sample["instruction"], "its instruction")
+    given = sample.get("input")
+    if given is not None and (given := string(given, "its input")).strip():
+        question = f"{question}\n\n{given}"
     turns = []
     if (system := sample.get("system")) is not None and string(system, "its system").strip():
         turns.append({"role": "system", "content": system})
@@ -104,7 +104,7 @@ def _instruction(sample: dict[str, Any]) -> list[dict[str, Any]]:
         if not (isinstance(pair, list | tuple) and len(pair) == 2):
             raise BadSample("has a history that is no list of [question, answer]")
         turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    return [*turns, {"role": "user", "content": asked}, {"role": "assistant", "content": sample["output"]}]
+    return [*turns, {"role": "user", "content": question}, {"role": "assistant", "content": sample["output"]}]
 
 
 def _turns(value: Any, role: str, key: str) -> list[Any]:
@@ -144,7 +144,7 @@ def _chat(turns: list[Any], sample: dict[str, Any], n_prompt: int | None = None)
 
 
 def _message(turn: dict[str, Any], i: int, n: int) -> dict[str, Any]:
-    """A message whose content is a string and whose tool calls have objects for arguments."""
+    """The message with a string as content, and with objects as arguments of its tool calls."""
     role = turn.get("role")
     if not isinstance(role, str) or not role:
         raise BadSample(f"has no role in message {i + 1}")
@@ -178,7 +178,7 @@ def _part(part: Any, i: int) -> str:
 
 
 def _call(call: Any, i: int) -> dict[str, Any]:
-    """A tool call; arguments in a JSON string become the object that chat templates expect."""
+    """A tool call. If its arguments are a JSON string, they become an object, which chat templates expect."""
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise BadSample(f"has a tool call without a function's name in message {i + 1}")
@@ -198,7 +198,7 @@ def _as_list(value: Any, what: str) -> list[Any]:
 
 
 def parsed(text: str, what: str) -> Any:
-    """What JSON says."""
+    """The value of JSON. Raises BadSample if it is none; `what` says where it is."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -206,7 +206,7 @@ def parsed(text: str, what: str) -> Any:
 
 
 def string(value: Any, what: str) -> str:
-    """The value, if it is text."""
+    """The value, if it is text. Raises BadSample if it is not; `what` names it."""
     if isinstance(value, str):
         return value
     if value is None:

@@ -1,11 +1,11 @@
-"""Tokenised samples: in memory while they are few; when they are many, in a file on disk from which each is read.
+"""Holds tokenised samples: a few in memory, many in a file on disk from which each is read when it is used.
 
-Comes in: tokens and what is trained of them, sample by sample. Goes out: a `TokenDataset`. A file is written under a
-temporary name and renamed when it is whole; it is found again by the hash of everything that it was made from.
+Comes in: tokens and which of them are trained, sample by sample. Goes out: a `TokenDataset`. A file is written under a
+temporary name and renamed when it is whole. Its name has a hash of everything that it was made from.
 
-A record is, in int32: the number of tokens, of pairs, where the sample is in its file, the file's number, a hash (two),
-the pairs, the tokens. Where each begins is in memory, 12 bytes a sample; records are read rather than mapped, as pages
-that are mapped count as the process's own.
+A record consists of int32 numbers: the number of tokens, the number of pairs, the sample's line (or item) in its file,
+the file's number, a hash (two numbers), the pairs, the tokens. Memory holds where each record begins, 12 bytes a
+sample. Records are read and not mapped, because mapped pages count as the process's memory.
 """
 
 import hashlib
@@ -27,11 +27,11 @@ from ..sizes import size_in_words
 from ..weights.transfers import read_bytes
 from .files import place
 
-IN_MEMORY_NBYTES = 16 << 20  # of records, above which they go to disk
-DROP_EVERY = 8192  # reads of records, after which their pages leave it
-DROP_NBYTES = 64 << 20  # written before they leave the file cache
-READ_NBYTES = 1 << 20  # at a time, of all of them
-HEAD = 6  # numbers before the pairs of a record
+IN_MEMORY_NBYTES = 16 << 20  # larger sets of records go to disk
+DROP_EVERY = 8192  # after this many reads of records, their pages are dropped from the file cache
+DROP_NBYTES = 64 << 20  # after this many bytes were written, they are dropped from the file cache
+READ_NBYTES = 1 << 20  # read at a time where all records are read
+HEAD = 6  # numbers in a record before its pairs
 INDEX, RECORDS = "index.npz", "records"
 
 Pairs = Sequence[tuple[int, int]]
@@ -39,12 +39,12 @@ Pairs = Sequence[tuple[int, int]]
 
 @dataclass
 class Summary:
-    """What there is to say of a dataset beside its samples.
+    """What a person should know about a dataset.
 
     Attributes:
-        n_cut: samples that were longer than they may be.
-        n_skipped: samples that were left out as bad.
-        notes: what a person should know.
+        n_cut: number of samples that were too long and were cut.
+        n_skipped: number of samples that were left out as bad.
+        notes: other things, a sentence each.
     """
 
     n_cut: int = 0
@@ -56,11 +56,12 @@ class TokenDataset:
     """Tokenised samples: `[i]` gives (int32 tokens, prompt offset), `where(i)` the file and line it came from.
 
     Args:
-        samples: (tokens, prompt offset) of each; places: where each came from.
+        samples: (tokens, prompt offset) of each sample.
+        places: where each sample came from.
 
     Attributes:
-        lengths: int32, tokens of each sample.
-        summary: what there is to say of it.
+        lengths: number of tokens of each sample, int32.
+        summary: what a person should know about it.
     """
 
     def __init__(self, samples: Sequence[tuple[np.ndarray, int]] = (), places: Sequence[str] = (), n_cut: int = 0):
@@ -72,19 +73,19 @@ class TokenDataset:
     def _take(
         self, records: "bytes | Path", begins, lengths, files: Sequence[tuple[str, str]], summary: Summary
     ) -> None:
-        """`records`: themselves, or the file that they are in."""
+        """Set the attributes. `records` are the records themselves, or the file that has them."""
         self._begins, self.lengths = np.asarray(begins, np.int64), np.asarray(lengths, np.int32)
         self._files, self.summary = [tuple(file) for file in files], summary
         self._n_reads = 0
         self._name = str(records) if isinstance(records, Path) else ""
-        self._records = records if isinstance(records, bytes) else os.open(records, os.O_RDONLY)  # or its descriptor
+        self._records = records if isinstance(records, bytes) else os.open(records, os.O_RDONLY)
         if isinstance(self._records, int):
             platform.read_nothing_ahead(self._records)
             weakref.finalize(self, os.close, self._records)
 
     @property
     def n_cut(self) -> int:
-        """Samples that were longer than they may be."""
+        """Number of samples that were too long and were cut."""
         return self.summary.n_cut
 
     def __len__(self) -> int:
@@ -95,7 +96,7 @@ class TokenDataset:
         return tokens, int(pairs[0, 0])
 
     def sample(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """(int32 tokens, int32 pairs [n, 2]): of tokens from `first` to `last` of a pair, each is predicted."""
+        """(int32 tokens, int32 pairs [n, 2]). The tokens from the first to the last number of a pair are predicted."""
         record = self._record(i)
         end = HEAD + 2 * int(record[1])
         return record[end:], record[HEAD:end].reshape(-1, 2)
@@ -106,29 +107,28 @@ class TokenDataset:
         return place(*self._files[int(record[3])], int(record[2]))
 
     def digest(self, i: int) -> int:
-        """A hash of the sample's tokens and of what is trained of them."""
+        """A hash of the sample's tokens and of which of them are trained."""
         return int(self._record(i)[4:6].copy().view(np.int64)[0])
 
     def fingerprint(self) -> str:
         """A hash of all samples, in their order."""
-        found = hashlib.blake2b(self.lengths.tobytes(), digest_size=16)
+        hashed = hashlib.blake2b(self.lengths.tobytes(), digest_size=16)
         for begin in range(0, int(self._begins[-1]), READ_NBYTES):
-            found.update(self._read(begin, min(begin + READ_NBYTES, int(self._begins[-1]))))
-        return found.hexdigest()
+            hashed.update(self._read(begin, min(begin + READ_NBYTES, int(self._begins[-1]))))
+        return hashed.hexdigest()
 
     def _record(self, i: int) -> np.ndarray:
         return np.frombuffer(self._read(int(self._begins[i]), int(self._begins[i + 1])), np.int32)
 
     def _read(self, begin: int, end: int) -> bytes:
-        if isinstance(self._records, int):
-            data = read_bytes(self._name, self._records, end - begin, begin, DataError)
-            self._n_reads += 1
-            if self._n_reads % DROP_EVERY == 0:
-                platform.drop_cached(self._records, 0, 0)
-            if len(data) < end - begin:
-                raise DataError(f"{self._name} (tokenised samples) was cut while it was in use. Start again")
-        else:
-            data = self._records[begin:end]
+        if isinstance(self._records, bytes):
+            return self._records[begin:end]
+        data = read_bytes(self._name, self._records, end - begin, begin, DataError)
+        self._n_reads += 1
+        if self._n_reads % DROP_EVERY == 0:
+            platform.drop_cached(self._records, 0, 0)
+        if len(data) < end - begin:
+            raise DataError(f"{self._name} (tokenised samples) was cut while it was in use. Start again")
         return data
 
 
@@ -137,7 +137,7 @@ Samples = TokenDataset | Sequence[tuple[Sequence[int], int]]
 
 
 def as_datasets(*samples: Samples | None) -> list[TokenDataset | None]:
-    """Each as a dataset."""
+    """Each set of samples as a dataset."""
     return [
         s if s is None or isinstance(s, TokenDataset) else TokenDataset(s, [f"sample {i + 1}" for i in range(len(s))])
         for s in samples
@@ -145,10 +145,11 @@ def as_datasets(*samples: Samples | None) -> list[TokenDataset | None]:
 
 
 class TokenWriter:
-    """Collects samples, in memory at first; above `IN_MEMORY_NBYTES` in a file in `directory`, if there is one.
+    """Collects samples in memory or, above `IN_MEMORY_NBYTES`, in a file in `directory` (if one is given).
 
     Attributes:
-        begins, lengths: where each record begins in bytes, with the end of the last; and its tokens.
+        begins: the byte at which each record begins, and the end of the last one.
+        lengths: number of tokens of each sample.
     """
 
     def __init__(self, directory: Path | None = None):
@@ -164,14 +165,14 @@ class TokenWriter:
 
     @property
     def files(self) -> list[tuple[str, str]]:
-        """(file, unit) of what was added."""
+        """(File, unit) pairs that samples came from, by their number."""
         return list(self._numbers)
 
     def add(self, tokens: Sequence[int], pairs: Pairs, file: str, unit: str, number: int) -> None:
-        """One sample, and where it came from."""
+        """Add a sample, and where it came from."""
         body = np.concatenate([np.asarray(pairs, np.int32).reshape(-1), np.asarray(tokens, np.int32)])
-        of_file = self._numbers.setdefault((file, unit), len(self._numbers))
-        head = np.array([len(tokens), len(pairs), number, of_file, 0, 0], np.int32)
+        file_number = self._numbers.setdefault((file, unit), len(self._numbers))
+        head = np.array([len(tokens), len(pairs), number, file_number, 0, 0], np.int32)
         head[4:] = np.frombuffer(digest_of(body), np.int32)
         record = head.tobytes() + body.tobytes()
         self.begins.append(self.begins[-1] + len(record))
@@ -187,7 +188,7 @@ class TokenWriter:
                 self._write(self._drop)
 
     def finish(self, name: str) -> TokenDataset:
-        """The samples as a dataset. `name`: of its files in the directory, where they went to disk."""
+        """The samples as a dataset. If they went to disk, its files there are called `name`."""
         dataset = TokenDataset.__new__(TokenDataset)
         if self._file is None:
             dataset._take(bytes(self.records), self.begins, self.lengths, self.files, self.summary)
@@ -214,9 +215,9 @@ class TokenWriter:
         return dataset
 
     def abandon(self) -> None:
-        """Delete what was written."""
+        """Delete the file, unless `finish` has renamed it."""
         if self._file is not None:
-            with suppress(OSError):  # what is left of it cannot be written, and need not be
+            with suppress(OSError):  # its buffer may not fit on the disk, and need not be written
                 self._file.close()
             Path(self._file.name).unlink(missing_ok=True)
 
@@ -232,9 +233,9 @@ class TokenWriter:
         self.records = bytearray()
 
     def _drop(self) -> None:
-        """Let what was written leave the file cache, which counts as the process's memory."""
+        """Drop what was written from the file cache, which counts as the process's memory."""
         self._file.flush()
-        if not platform.MACOS:  # where nothing is dropped
+        if not platform.MACOS:  # on macOS nothing is dropped
             os.fdatasync(self._file.fileno())
         platform.drop_cached(self._file.fileno(), 0, 0)
 
@@ -249,12 +250,12 @@ class TokenWriter:
 
 
 def digest_of(numbers: np.ndarray) -> bytes:
-    """Eight bytes that two samples share only if they are the same."""
+    """A hash of eight bytes. Two samples have the same hash only if they are the same."""
     return hashlib.blake2b(numbers.tobytes(), digest_size=8).digest()
 
 
 def load(directory: Path, name: str) -> TokenDataset | None:
-    """The dataset that was stored under this name; None if there is none, or not a whole one."""
+    """The dataset that was stored under this name; None if there is none that is whole."""
     records = directory / f"{name}.{RECORDS}"
     try:
         with np.load(directory / f"{name}.{INDEX}") as index:

@@ -1,6 +1,6 @@
-"""What a dataset holds, in numbers: for a person to see what will be trained on before it is paid for.
+"""Counts what a dataset holds, so that a person sees it before paying for the training.
 
-Comes in: a `TokenDataset`. Goes out: `Counts`, a histogram of lengths, a sample's tokens as trained or masked.
+Comes in: a `TokenDataset`. Goes out: `Counts`, a histogram of lengths, and which tokens of a sample are trained.
 """
 
 from collections.abc import Iterator
@@ -16,14 +16,15 @@ BINS = 10
 
 @dataclass
 class Counts:
-    """Of one split.
+    """The counts of one split.
 
     Attributes:
-        tokens: of all samples; trained_tokens: those that are predicted; masked_share: the part that is not.
-        longest, median: tokens of a sample.
-        cut: samples that were longer than --max-seq-length; skipped: left out as bad.
-        duplicates: samples that are the same as an earlier one; in_train: as one of the training set.
-        padding_share: of what batches hold.
+        tokens: number of tokens of all samples.
+        trained_tokens: number of tokens that are predicted; masked_share: share of the tokens that are not.
+        longest, median: number of tokens of a sample.
+        cut: samples that were longer than --max-seq-length; skipped: samples that were left out as bad.
+        duplicates: samples that equal an earlier one; in_train: samples that equal one of the training set.
+        padding_share: share of padding in the batches.
     """
 
     samples: int
@@ -45,11 +46,11 @@ class Counts:
 def survey(
     dataset: TokenDataset, batch_size: int, max_seq_length: int, seed: int | None, train: np.ndarray | None = None
 ) -> tuple[Counts, np.ndarray]:
-    """(counts, hashes of the samples).
+    """(The counts, hashes of the samples).
 
     Args:
-        seed: of batches of samples of like length; None: batches in file order.
-        train: hashes of the training set, where this is another.
+        seed: makes batches of samples of similar length; with None they are in file order.
+        train: hashes of the training set's samples, if this is another set.
     """
     n, trained = len(dataset), 0
     hashes = np.empty(n, np.int64)
@@ -60,8 +61,8 @@ def survey(
         hashes[i] = dataset.digest(i)
     total = int(dataset.lengths.sum())
     order = batch_order(dataset, batch_size, seed)
-    of_batches = dataset.lengths[order]
-    padded = sum(batch_size * (padded_tokens(int(longest), max_seq_length) + 1) for longest in of_batches.max(axis=1))
+    lengths = dataset.lengths[order]
+    padded = sum(batch_size * (padded_tokens(int(longest), max_seq_length) + 1) for longest in lengths.max(axis=1))
     counts = Counts(
         samples=n,
         tokens=total,
@@ -73,13 +74,13 @@ def survey(
         skipped=dataset.summary.n_skipped,
         duplicates=n - len(np.unique(hashes)),
         in_train=0 if train is None else int(np.isin(hashes, train).sum()),
-        padding_share=1 - int(of_batches.sum()) / padded if padded else 0.0,
+        padding_share=1 - int(lengths.sum()) / padded if padded else 0.0,
     )
     return counts, hashes
 
 
 def histogram(dataset: TokenDataset) -> list[tuple[int, int, int]]:
-    """(from, up to, samples) by tokens, in bins of one width."""
+    """(First, last number of tokens, samples) of bins of equal width."""
     longest = int(dataset.lengths.max(initial=1))
     width = max(1, -(-longest // BINS))
     numbers = np.bincount((dataset.lengths - 1) // width)
@@ -87,7 +88,7 @@ def histogram(dataset: TokenDataset) -> list[tuple[int, int, int]]:
 
 
 def stretches(dataset: TokenDataset, i: int) -> Iterator[tuple[bool, list[int]]]:
-    """(whether they are trained, tokens) of a sample, in order."""
+    """(Whether they are trained, tokens) of the stretches of a sample, in order."""
     tokens, pairs = dataset.sample(i)
     is_trained = np.zeros(len(tokens), bool)
     for first, last in pairs:

@@ -1,13 +1,13 @@
-"""What a teacher holds for probable, on disk: of every trained token of a data set its K most probable tokens.
+"""Stores a teacher's probabilities on disk: the K most probable tokens at every trained token of a data set.
 
 Comes in: ids and log-probabilities, sample after sample. Goes out: those of a sample, found by the hash of its tokens
-and of what is trained of them, so that other data, or the same data rendered otherwise, finds nothing.
+and of which of them are trained. So other data, or the same data rendered in another way, finds nothing.
 
 A cache is a directory. `rows` has a record for each token: K ids in 3 bytes each (vocabularies have up to 2^18 ids, and
-a few more), then K + 1 log-probabilities in 3 bytes each, the last of all other tokens together. Those are float32
-without their last 8 bits, good to one part in 65,536, where float16 would be to one in 2,048: at K = 64 that makes 384
-bytes a token, and 3. `samples` has (hash, tokens) of each sample in the order of its rows,
-`vocabulary.json` the text of each id. `manifest.json` comes last: a cache that has it is whole.
+a few more), then K + 1 log-probabilities in 3 bytes each; the last one is that of all other tokens together. These are
+float32 without the last 8 bits, exact to one part in 65,536, where float16 is exact to one in 2,048. With K = 64 a
+record has 387 bytes. `samples` has (hash, tokens) of each sample in the order of the rows, `vocabulary.json` the text
+of each id. `manifest.json` is written last: a cache that has it is whole.
 """
 
 import hashlib
@@ -27,16 +27,15 @@ from ..weights.transfers import append_all, read_bytes
 from .store import TokenDataset
 
 FORMAT = 1
-MANIFEST, UNFINISHED, ROWS, SAMPLES, VOCABULARY = (
-    *("manifest.json", "unfinished.json", "rows", "samples", "vocabulary.json"),
-)
+MANIFEST, UNFINISHED, ROWS, SAMPLES = "manifest.json", "unfinished.json", "rows", "samples"
+VOCABULARY = "vocabulary.json"
 SAMPLE = np.dtype([("hash", "<i8"), ("tokens", "<i4")])
 READ_NBYTES = 1 << 20
 ANOTHER = "Give another --output, or remove that directory"
 
 
 def counted(pairs: np.ndarray, n_tokens: int) -> np.ndarray:
-    """Numbers of a sample's tokens that are trained, from 1: what `pairs` name, but for the padding after the end."""
+    """Numbers (from 1) of a sample's trained tokens: those that `pairs` name, without the padding after the end."""
     is_counted = np.zeros(n_tokens, bool)
     for first, last in pairs:
         is_counted[max(first, 1) : last + 1] = True
@@ -56,9 +55,9 @@ def pack(ids: np.ndarray, log_probabilities: np.ndarray) -> bytes:
 
 def unpack(data: bytes, top_k: int) -> tuple[np.ndarray, np.ndarray]:
     """(int32 ids `[n, K]`, float32 log-probabilities `[n, K + 1]`) of records."""
-    three = np.frombuffer(data, np.uint8).reshape(-1, 2 * top_k + 1, 3)
-    numbers = np.zeros((*three.shape[:2], 4), np.uint8)
-    numbers[..., :3] = three
+    low_bytes = np.frombuffer(data, np.uint8).reshape(-1, 2 * top_k + 1, 3)
+    numbers = np.zeros((*low_bytes.shape[:2], 4), np.uint8)
+    numbers[..., :3] = low_bytes
     numbers = numbers.view("<u4")[..., 0]
     return numbers[:, :top_k].astype(np.int32), (numbers[:, top_k:] << 8).view("<f4").astype(np.float32)
 
@@ -67,20 +66,20 @@ def unpack(data: bytes, top_k: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 class TeacherWriter:
-    """Writes a cache, a sample's rows after the other's; one that was stopped is gone on with.
+    """Writes a cache, one sample's rows after the other's. It goes on with an unfinished cache in the directory.
 
     Args:
-        about: whose probabilities these are, and how many: what another run must have too to go on.
-        samples: `SAMPLE`s in the order in which rows will come.
+        about: whose probabilities these are, and how many. It has to be the same for a run that goes on.
+        samples: `SAMPLE`s, in the order of the rows.
         vocabulary: text -> id.
 
     Attributes:
-        is_whole: there is nothing to do.
-        there: samples whose rows were written before.
+        is_whole: the cache is finished already.
+        there: number of samples whose rows were written before.
 
     Raises:
         ConfigError: the directory holds a cache of another teacher or of other samples.
-        SlowftError: it cannot be read or written.
+        SlowftError: the directory cannot be read or written.
     """
 
     def __init__(self, directory: Path, about: Mapping[str, Any], samples: np.ndarray, vocabulary: Mapping[str, int]):
@@ -111,17 +110,17 @@ class TeacherWriter:
         self.there = int(np.searchsorted(self._ends, n, side="right"))
 
     def go_on_from(self, n_samples: int) -> None:
-        """Keep the rows of so many samples, and write those of the next ones."""
-        self._at = int(self._ends[n_samples - 1]) if n_samples else 0
-        self._write(lambda: (self._file.truncate(self._at), self._file.seek(self._at)))
+        """Keep the rows of the first `n_samples` samples, and write the next ones after them."""
+        at = int(self._ends[n_samples - 1]) if n_samples else 0
+        self._write(lambda: (self._file.truncate(at), self._file.seek(at)))
 
     def add(self, ids: np.ndarray, log_probabilities: np.ndarray) -> None:
-        """The next sample's."""
+        """Write the rows of the next sample."""
         data = pack(ids, log_probabilities)
         self._write(lambda: append_all(self._file, data))
 
     def sync(self) -> None:
-        """What was added is on the drive."""
+        """Wait until everything that was added is on the drive."""
 
         def write() -> None:
             platform.sync_file(self._file.fileno())
@@ -130,7 +129,7 @@ class TeacherWriter:
         self._write(write)
 
     def finish(self) -> None:
-        """All rows are there."""
+        """Finish the cache. All rows have been added."""
         self._file.close()
         write_file(self.directory / SAMPLES, self._samples.tobytes())
         digest = hashlib.sha256()
@@ -147,17 +146,17 @@ class TeacherWriter:
             self._file.close()
 
     def _is_same(self, name: str) -> bool:
-        """Whether a file says what is to be written now.
+        """Whether there is a file `name`, which describes the same cache.
 
         Raises:
-            ConfigError: it says something else.
+            ConfigError: the file describes another cache.
         """
-        there = _read_json(self.directory / name)
-        if there is None:
+        written = _read_json(self.directory / name)
+        if written is None:
             return False
         for key, what in WHAT.items():
-            if there.get(key) != self._about.get(key):
-                shown = "" if key in HASHES else f" ({there.get(key)}, now {self._about.get(key)})"
+            if written.get(key) != self._about.get(key):
+                shown = "" if key in HASHES else f" ({written.get(key)}, now {self._about.get(key)})"
                 raise ConfigError(f"{self.directory} was written with another {what}{shown}. {ANOTHER}")
         return True
 
@@ -171,7 +170,7 @@ class TeacherWriter:
             ) from None
 
 
-# key of a manifest -> what it is of
+# key of a manifest -> what it describes
 WHAT = {
     "format": "version of slowft",
     "top_k": "--top-k",
@@ -188,13 +187,14 @@ HASHES = ("vocabulary", "teacher", "adapter", "samples")
 
 
 class TeacherCache:
-    """A whole cache.
+    """A finished cache.
 
     Attributes:
-        top_k: tokens of each place. fingerprint: a hash of everything in it.
+        top_k: number of tokens in a record.
+        fingerprint: a hash of everything in the cache.
 
     Raises:
-        DataError: the directory holds none, or not a whole one.
+        DataError: the directory holds no cache, or one that is not whole.
     """
 
     def __init__(self, directory: str | Path):
@@ -225,9 +225,9 @@ class TeacherCache:
         self._begins = (ends - samples["tokens"])[order]
 
     def check_vocabulary(self, vocabulary: Mapping[str, int], whose: Path) -> None:
-        """Raises ConfigError unless a student knows the teacher's tokens by the same ids; names the first it does not.
+        """Raises ConfigError unless the student's vocabulary is the teacher's; names the first id that differs.
 
-        How many rows embeddings are padded to does not matter.
+        The number of rows of the embeddings does not matter.
         """
         theirs = {int(i): text for i, text in (_read_json(self.directory / VOCABULARY) or {}).items()}
         if len(theirs) != self._manifest["n_ids"]:
@@ -243,7 +243,7 @@ class TeacherCache:
         )
 
     def check_samples(self, dataset: TokenDataset) -> None:
-        """Raises DataError unless the teacher has seen every sample, with the same of it trained; names the first."""
+        """Raises DataError if the cache lacks a sample with the same tokens trained; names the first one."""
         hashes = np.fromiter((dataset.digest(i) for i in range(len(dataset))), np.int64, len(dataset))
         missing = np.flatnonzero(~np.isin(hashes, self._hashes))
         if missing.size:
@@ -266,9 +266,9 @@ class TeacherCache:
 
 
 def samples_of(datasets: Sequence[TokenDataset]) -> tuple[np.ndarray, np.ndarray]:
-    """(`SAMPLE`s, each once; where each is: number of its dataset, number in there `[n, 2]`).
+    """(`SAMPLE`s without duplicates; the place of each: (number of its dataset, number in that), `[n, 2]`).
 
-    The longest come first, and those of which nothing is trained last.
+    The longest samples come first. Samples without trained tokens come last.
     """
     places = np.array([(d, i) for d, dataset in enumerate(datasets) for i in range(len(dataset))], np.int64)
     lengths = np.concatenate([dataset.lengths for dataset in datasets])
@@ -288,11 +288,11 @@ def _hash(data: bytes) -> str:
 
 def _read_json(file: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(file.read_text("utf-8"))
+        content = json.loads(file.read_text("utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as e:
         raise DataError(f"{file} cannot be read: {e}") from None
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise DataError(f"{file} is not what slowft wrote. Write it anew")
-    return found
+    return content

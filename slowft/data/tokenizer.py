@@ -1,7 +1,7 @@
-"""The tokenizer of a model directory, as mlx-lm loads it, checked against the model.
+"""Loads the tokenizer of a model directory as mlx-lm does, and checks it against the model.
 
 Comes in: a directory, the number of rows of the model's embedding, and perhaps a chat template. Goes out: mlx-lm's
-tokenizer, or a one-line error; what is only odd is a warning. Never asks a question, and opens no weights.
+tokenizer, or a one-line error. What is only unusual is a warning. Never asks a question, and opens no weights.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from ..weights.recognise import read_json, recognise
 # (Gemma 3 1B: an image token that no text gives). Ids that the data does give are checked one by one.
 LEAST_VOCABULARY_SHARE = 0.9
 CHECKED = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "special_tokens_map.json", "added_tokens.json")
-SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.py", "*.model", "*.tiktoken"]  # of a model on the hub: no weights
+SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.py", "*.model", "*.tiktoken"]  # all but a model's weights
 
 
 def load_tokenizer(
@@ -36,17 +36,17 @@ def load_tokenizer(
 ):
     """mlx-lm's tokenizer of a model directory, checked against the model's embedding and configuration.
 
-    Of a directory with a SentencePiece model only (tokenizer.model), one that encodes as SentencePiece does.
+    If the directory has a SentencePiece model only (tokenizer.model), the tokenizer encodes as SentencePiece does.
 
     Args:
-        embedding_rows: of the model; token ids must be below. None: not known.
-        trust_remote_code: let the tokenizer run code of its own.
+        embedding_rows: number of rows of the model's embedding, which token ids must be below. None if not known.
+        trust_remote_code: let the tokenizer run Python code in its directory.
         chat_template: a file with the template to use in place of the model's own: Jinja, or JSON with
             "chat_template".
     Raises:
-        DataError: no tokenizer, a broken one, one that belongs to another model, or one that wants to run code.
-        ModelError: a file that is not inside the directory.
-        ConfigError: `chat_template` is not there, or is no template.
+        DataError: the tokenizer is missing or broken, belongs to another model, or wants to run code.
+        ModelError: a file lies outside the directory.
+        ConfigError: `chat_template` does not exist, or is no template.
     """
     from mlx_lm.utils import load_config
     from mlx_lm.utils import load_tokenizer as load
@@ -62,22 +62,22 @@ def load_tokenizer(
         with _with_tokenizer_json(model_path) as directory, contextlib.redirect_stdout(io.StringIO()):
             config = {"trust_remote_code": trust_remote_code}
             if template is not None:
-                config["chat_template"] = template  # how tools are called is read off it
+                config["chat_template"] = template  # mlx-lm infers from it how tools are called
             tokenizer = load(directory, config, eos_token_ids=ending)
         vocabulary = tokenizer.get_vocab()
-        tokenizer.encode("a b"), tokenizer.all_special_ids, tokenizer.eos_token_id  # some fail when they are used
+        tokenizer.encode("a b"), tokenizer.all_special_ids, tokenizer.eos_token_id  # some tokenizers fail only in use
     except SlowftError:
         raise
-    except Exception as e:  # transformers raises many kinds, all of which mean: not a usable tokenizer
-        if "trust_remote_code" in str(e):  # transformers would ask, if it were not told
+    except Exception as e:  # transformers raises many classes, and all of them mean that the tokenizer cannot be used
+        if "trust_remote_code" in str(e):  # transformers refuses to run the tokenizer's code
             raise DataError(_wants_code(model_path)) from None
         raise DataError(f"the tokenizer in {model_path} cannot be loaded: {one_line(e)}") from None
     if template is None and not tokenizer.has_chat_template:
         template = _template_of_processor(model_path)
     if template is not None:
         tokenizer.chat_template = template
-        tokenizer._chat_template = None  # of a chat_template_type, which mlx-lm prefers
-        object.__setattr__(tokenizer, "has_chat_template", True)  # mlx-lm's wrapper hands others to what it wraps
+        tokenizer._chat_template = None  # mlx-lm prefers this one, which a chat_template_type makes
+        object.__setattr__(tokenizer, "has_chat_template", True)  # setattr would set it on the wrapped tokenizer
     _check_size_of_vocabulary(model_path, tokenizer, vocabulary, embedding_rows)
     _check_ending(model_path, tokenizer, vocabulary, [ending] if isinstance(ending, int) else ending or [])
     return tokenizer
@@ -87,13 +87,13 @@ def read_chat_template(file: Path) -> str:
     """The chat template in a file of Jinja, or of JSON with "chat_template".
 
     Raises:
-        ConfigError: it cannot be read, or is no template; names the line.
+        ConfigError: the file cannot be read, or holds no template; names the line.
     """
     import jinja2
     from jinja2.ext import Extension, loopcontrols
 
     class Generation(Extension):
-        """Transformers' own tag around the words of the assistant."""
+        """The tag of transformers around the assistant's text."""
 
         tags = {"generation"}
 
@@ -130,7 +130,7 @@ def _template_in(content: Any, file: Path) -> str:
 
 
 def _template_of_processor(model_path: Path) -> str | None:
-    """Of models that also see or hear: the template lies in a file of their processor's."""
+    """The template of a model for images or sound too, which is in a file of the model's processor."""
     file = model_path / "chat_template.json"
     return read_chat_template(file) if file.exists() else None
 
@@ -142,9 +142,9 @@ def _refuse_impostors(model_path: Path) -> None:
                 read_json(model_path / name, DataError)
             except DataError as e:
                 raise DataError(f"the tokenizer in {model_path} cannot be loaded: {e}") from None
-    known = recognise(model_path / "tokenizer.model")  # which may be text
-    if known is not None and known[0].startswith(("an empty", "a pointer", "an HTML", "an XML")):
-        raise DataError(f"the tokenizer in {model_path} cannot be loaded: tokenizer.model is {known[0]}. {known[1]}")
+    kind = recognise(model_path / "tokenizer.model")  # a good one may be text
+    if kind is not None and kind[0].startswith(("an empty", "a pointer", "an HTML", "an XML")):
+        raise DataError(f"the tokenizer in {model_path} cannot be loaded: tokenizer.model is {kind[0]}. {kind[1]}")
 
 
 def _wants_code(model_path: Path) -> str:
@@ -173,7 +173,7 @@ def _mapping(file: Path) -> dict:
 
 @contextmanager
 def _with_tokenizer_json(model_path: Path) -> Iterator[Path]:
-    """The directory, or a temporary one of the same with the tokenizer.json that it lacks."""
+    """The directory or, if it has a SentencePiece model only, a temporary copy that has a tokenizer.json too."""
     if not has_sentencepiece_only(model_path):
         yield model_path
         return
@@ -191,7 +191,7 @@ def _with_tokenizer_json(model_path: Path) -> Iterator[Path]:
 
 
 def _check_size_of_vocabulary(model_path: Path, tokenizer, vocabulary: dict[str, int], rows: int | None) -> None:
-    """Refuse ids beyond the embedding, but for a few added tokens, which texts rarely give; note far fewer ids."""
+    """Refuse ids beyond the embedding, except a few added tokens, which are rare in texts. Warn of far too few ids."""
     if rows is None or not vocabulary:
         return
     n_ids = max(vocabulary.values()) + 1
@@ -216,7 +216,7 @@ def _check_size_of_vocabulary(model_path: Path, tokenizer, vocabulary: dict[str,
 
 
 def _check_ending(model_path: Path, tokenizer, vocabulary: dict[str, int], ending: list[int]) -> None:
-    """One of the tokens that end a text by config.json is usually special in the tokenizer."""
+    """Warn if none of config.json's end tokens is a special token of the tokenizer: usually one is."""
     special = set(tokenizer.all_special_ids) | set(getattr(tokenizer, "added_tokens_decoder", {}))
     if ending and special and not special & set(ending):
         token = next((t for t, i in vocabulary.items() if i == ending[0]), None)
@@ -232,15 +232,15 @@ def _note(text: str) -> None:
 
 
 def one_line(error: Exception) -> str:
-    """What other libraries say, on one line."""
+    """The message of another library's error, on one line."""
     return textwrap.shorten(str(error), 240) or type(error).__name__
 
 
 def tokenizer_files(path_or_hub_id: str) -> Path:
-    """The local directory of a model; of one on the hub, with everything but its weights, which is downloaded.
+    """The local directory of a model. For a hub id, everything but the weights is downloaded to it.
 
     Raises:
-        ModelError: no such directory, or the hub does not have it or cannot be reached.
+        ModelError: there is no such directory, and the hub does not have the model or cannot be reached.
     """
     if (local := find_local(path_or_hub_id)) is not None:
         return local
@@ -248,5 +248,5 @@ def tokenizer_files(path_or_hub_id: str) -> Path:
 
     try:
         return Path(snapshot_download(path_or_hub_id, allow_patterns=SMALL_FILES))
-    except Exception as e:  # huggingface-hub and its HTTP library raise many kinds
+    except Exception as e:  # huggingface-hub and its HTTP library raise many classes
         raise ModelError(explain_hub(e, path_or_hub_id)) from None

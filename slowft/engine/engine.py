@@ -553,7 +553,7 @@ class Engine:
         """Have every block called on a few tokens (or on these, with a key-value cache), unevaluated."""
         with keeping_random_state():
             if cache is None:
-                self.probe(Probe(self.cut, 0.25))
+                self.probe(Probe(0.25))
                 return
             with self.running_part(CachedProbe()):
                 self.model(tokens, cache=cache)

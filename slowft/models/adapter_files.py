@@ -1,7 +1,7 @@
-"""Adapters on disk: directories of mlx-lm's (and slowft's), and of PEFT's, which are converted as they are read.
+"""Reads and writes adapter directories: mlx-lm's (and slowft's), and PEFT's, which are converted as they are read.
 
-Comes in: a directory. Goes out: an `Adapter`, whose tensors are not evaluated; or the other way round, a directory
-that `mlx_lm.generate --adapter-path` loads. Never half-writes a file.
+Comes in: a directory. Goes out: an `Adapter`, whose tensors are not evaluated. Or an adapter comes in, and a directory
+that `mlx_lm.generate --adapter-path` loads goes out. Never leaves a half-written file.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from .peft import by_layer, ranks_of, read_peft, read_tensors
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """What was attached: `fine_tune_type` is "lora" or "dora", `parameters` mlx-lm's `lora_parameters`."""
+    """What is attached: `fine_tune_type` is "lora" or "dora", `parameters` are mlx-lm's `lora_parameters`."""
 
     fine_tune_type: str
     num_layers: int
@@ -46,10 +46,10 @@ class Adapter:
 
     Attributes:
         spec: how it is attached.
-        weights: `lora_a`, `lora_b` and of DoRA `m` of each layer, by name, unevaluated.
+        weights: `lora_a`, `lora_b` and, with DoRA, `m` of each layer, by name, unevaluated.
         others: further entries of its `adapter_config.json`: the base model, what it was trained with.
-        file: that the tensors are in; None of one that was made.
-        is_peft: it was PEFT's, and is as if mlx-lm had written it.
+        file: the file that has the tensors; None for an adapter that was not read from one.
+        is_peft: it was read from PEFT's files. Everything here is as if mlx-lm had written them.
     """
 
     spec: AdapterSpec
@@ -60,17 +60,17 @@ class Adapter:
 
     @property
     def layers(self) -> dict[str, dict[str, mx.array]]:
-        """The arrays of each layer, by its name and then by theirs."""
+        """Name of a layer -> name of an array (`lora_a`, ...) -> the array. Block 10 comes after block 9."""
         layers = by_layer(self.weights)
         return {name: layers[name] for name in sorted(layers, key=in_order)}
 
     @property
     def base(self) -> str | None:
-        """The model it was trained on, as its configuration names it."""
+        """The model that it was trained on, as its configuration names it."""
         return self.others.get("model")
 
     def save(self, directory: str | Path) -> Path:
-        """Write it as `mlx_lm.generate --adapter-path` reads it.
+        """Write the adapter as `mlx_lm.generate --adapter-path` reads it. Returns the directory.
 
         Raises:
             AdapterError: the directory cannot be written.
@@ -86,10 +86,12 @@ def in_order(name: str) -> list[tuple[int, str]]:
 
 
 def load_peft(directory: str | Path) -> Adapter:
-    """A LoRA or DoRA adapter that PEFT saved, as mlx-lm has it. The directory given as `adapter_path` does the same.
+    """Convert a LoRA or DoRA adapter that PEFT saved to mlx-lm's form.
+
+    To use such an adapter, it is enough to give its directory as `adapter_path`.
 
     Raises:
-        AdapterError: none of PEFT's, damaged, pickled, or something that mlx-lm's adapters cannot express.
+        AdapterError: the adapter is not PEFT's, damaged, pickled, or cannot be expressed as one of mlx-lm's.
     """
     directory = Path(directory).expanduser()
     adapter = describe_adapter(directory)
@@ -102,7 +104,7 @@ def read_adapter(directory: Path) -> Adapter:
     """The adapter in a directory, mlx-lm's or PEFT's.
 
     Raises:
-        AdapterError: not an adapter directory, or not one of LoRA or DoRA.
+        AdapterError: the directory holds no LoRA or DoRA adapter, or a damaged one.
     """
     entries, is_peft = _read_entries(directory)
     spec = _spec(entries, directory / CONFIG)
@@ -121,22 +123,22 @@ def read_adapter(directory: Path) -> Adapter:
 
 
 def digest(directory: Path) -> str:
-    """Of the files of the adapter in `directory`."""
-    found = hashlib.blake2b(digest_size=16)
+    """A hash of the files of the adapter in `directory`."""
+    hashed = hashlib.blake2b(digest_size=16)
     for name in (CONFIG, WEIGHTS, PEFT_WEIGHTS[0]):
         if (file := directory / name).exists():
-            found.update(file.read_bytes())
-    return found.hexdigest()
+            hashed.update(file.read_bytes())
+    return hashed.hexdigest()
 
 
 def read_spec(directory: Path) -> AdapterSpec:
-    """What the adapter in `directory`, mlx-lm's or PEFT's, was trained with.
+    """The spec of the adapter in `directory`, mlx-lm's or PEFT's.
 
     Raises:
-        AdapterError: not an adapter directory, or not one of LoRA or DoRA.
+        AdapterError: the directory holds no LoRA or DoRA adapter, or a damaged one.
     """
     spec = _spec(_read_entries(directory)[0], directory / CONFIG)
-    if (file := directory / WEIGHTS).exists():  # a rank that is none of theirs may ask for any amount of memory
+    if (file := directory / WEIGHTS).exists():  # a wrong rank could ask for any amount of memory
         longest = max((n for e in read_tensors(read_header, file).values() for n in e.shape), default=0)
         if isinstance(rank := spec.parameters["rank"], int) and rank > longest:
             raise AdapterError(
@@ -146,7 +148,7 @@ def read_spec(directory: Path) -> AdapterSpec:
 
 
 def _read_entries(directory: Path) -> tuple[dict[str, Any], bool]:
-    """What an `adapter_config.json` says in mlx-lm's words, and whether it is PEFT's."""
+    """(The entries of `adapter_config.json` under mlx-lm's names, whether the file is PEFT's)."""
     adapter = describe_adapter(directory)
     if adapter is not None and adapter.is_peft:
         return read_peft(directory)[0], True
@@ -171,13 +173,13 @@ def _spec(config: dict[str, Any], file: Path) -> AdapterSpec:
 
 
 def read_weights(file: Path, lazily: bool = False) -> tuple[dict[str, mx.array], Path]:
-    """The tensors of an adapter file by mlx-lm's names, and the file they are in.
+    """(The tensors of an adapter file by mlx-lm's names, the file that has them).
 
     Args:
-        file: of mlx-lm's or of PEFT's; mlx-lm's name in a directory of PEFT's means PEFT's.
-        lazily: leave it to MLX to read each one when it is used.
+        file: mlx-lm's or PEFT's. In a directory of PEFT's, mlx-lm's file name means PEFT's file.
+        lazily: MLX reads each tensor when it is used.
     Raises:
-        AdapterError: unreadable, or no adapter.
+        AdapterError: the file cannot be read, or holds no adapter.
     """
     if file.name in (WEIGHTS, *PEFT_WEIGHTS):
         adapter = describe_adapter(file.parent)
@@ -210,10 +212,14 @@ def _evaluate(weights: dict[str, mx.array], file: Path) -> None:
 def save(
     weights: dict[str, mx.array], directory: Path, config: dict, numbered: int | None = None, is_current: bool = True
 ) -> Path:
-    """Write `adapter_config.json` and the adapter's tensors; with `numbered`, also a numbered copy.
+    """Write `adapter_config.json` and the adapter's tensors. Returns the first tensor file.
 
-    All files are written under temporary names and synced before any is renamed, so a reader sees a whole old or
-    new file, and a failure leaves every earlier one as it was.
+    All files are written under temporary names and synced before any is renamed. So a reader sees a whole old or
+    new file, and a failure leaves every earlier file as it was.
+
+    Args:
+        numbered: also write a copy of the tensors whose name begins with this number.
+        is_current: write `adapters.safetensors`; False leaves only the numbered copy.
 
     Raises:
         AdapterError: the directory cannot be written, or its disk is full.
@@ -235,8 +241,8 @@ def save(
             os.replace(temporary, file)
     except OSError as e:
         nbytes = sum(array.nbytes for array in weights.values())
-        said = cannot_write(directory / names[0], e, nbytes)
-        raise AdapterError(f"{said}. Earlier adapters there are untouched") from None
+        reason = cannot_write(directory / names[0], e, nbytes)
+        raise AdapterError(f"{reason}. Earlier adapters there are untouched") from None
     finally:
         for temporary in staged.values():
             if directory.is_dir():

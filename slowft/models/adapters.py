@@ -1,7 +1,7 @@
-"""LoRA and DoRA adapters as mlx-lm defines them, in a model: attach, load, switch between them.
+"""Attaches mlx-lm's LoRA and DoRA adapters to a model, loads their weights and switches between them.
 
-Comes in: an opened model whose weights are placeholders. Goes out: the same model with trainable layers. Which files
-an adapter has is known to `adapter_files` alone.
+Comes in: an opened model whose weights are placeholders. Goes out: the same model with trainable layers. Only
+`adapter_files` knows which files an adapter has.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,23 +20,38 @@ from .adapter_files import WEIGHTS, AdapterSpec, digest, read_spec, read_weights
 from .directories import PEFT_WEIGHTS
 
 __all__ = ["WEIGHTS", "AdapterSpec", "AdapterSwitch", "attach", "digest", "load_weights", "read_spec", "save"]
-DEFAULT_NUM_LAYERS = 16  # mlx_lm.lora's; it fails with it on smaller models, here it means all their blocks
-HEADS = ("lm_head", "output", "embed_out", "head", "ff_out", "output_layer")  # names of a layer of its own for it
+DEFAULT_NUM_LAYERS = 16  # mlx_lm.lora's default. mlx_lm.lora fails on a model with fewer blocks; here it means all
+HEADS = ("lm_head", "output", "embed_out", "head", "ff_out", "output_layer")  # names of a head that is not tied
 
 
 def attach(model: nn.Module, spec: AdapterSpec) -> list[str]:
     """Replace linear layers by LoRA or DoRA layers, with mlx-lm's `linear_to_lora_layers`.
 
-    DoRA magnitudes (`m`) come out of placeholders here; the caller computes them from the weights.
+    DoRA magnitudes (`m`) are computed from placeholders here, so the caller has to compute them from the weights.
 
     Returns:
-        What a person should know of keys that match less than one may think, a sentence each.
+        Notes for a person about keys that match fewer layers than they may seem to, a sentence each.
     Raises:
         ConfigError: an impossible value, or keys that match no layer.
     """
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
-    n_layers, p = len(model.layers), spec.parameters
+    _check_spec(spec, len(model.layers))
+    keys = spec.parameters.get("keys")
+    before = {id(module) for module in model.modules()}
+    notes = [] if keys is None else _check_keys(model, keys, spec.num_layers)
+    try:
+        linear_to_lora_layers(model, spec.num_layers, dict(spec.parameters), use_dora=spec.fine_tune_type == "dora")
+    except (ValueError, KeyError) as e:
+        raise ConfigError(f"LoRA cannot be attached: {e.args[0]}") from None
+    if not any(id(module) not in before for module in model.modules()):
+        raise ConfigError(f"LoRA keys {', '.join(keys or [])} match no layer of the last {spec.num_layers} blocks")
+    return notes
+
+
+def _check_spec(spec: AdapterSpec, n_layers: int) -> None:
+    """Raises ConfigError if a value is impossible for a model of `n_layers` blocks."""
+    p = spec.parameters
     if spec.num_layers < 1 and spec.num_layers != -1:
         raise ConfigError(f"num_layers must be at least 1, or -1 for all, got {spec.num_layers}")
     if spec.num_layers > n_layers and spec.num_layers != DEFAULT_NUM_LAYERS:
@@ -50,39 +65,35 @@ def attach(model: nn.Module, spec: AdapterSpec) -> list[str]:
     keys = p.get("keys")
     if keys is not None and not (isinstance(keys, (list, tuple)) and keys and all(isinstance(k, str) for k in keys)):
         raise ConfigError(f"LoRA keys must be a list of layer names such as self_attn.q_proj, got {keys!r}")
-    before = {id(module) for module in model.modules()}
-    notes: list[str] = []
-    if keys is not None:
-        names = {name for layer in model.layers for name, _ in layer.named_modules()}
-        names |= {name for name, _ in model.named_modules()}
-        absent = sorted(set(keys) - names)
-        if absent:
-            linear = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding, *_kinds_of_experts())
-            possible = sorted({n for layer in model.layers for n, m in layer.named_modules() if isinstance(m, linear)})
-            raise ConfigError(
-                f"LoRA keys {', '.join(absent)} match no layer of the model. Its blocks have: {', '.join(possible)}"
-            )
-        notes = _partly_matched(keys, model.layers[-spec.num_layers :] if spec.num_layers > 0 else model.layers)
-    try:
-        linear_to_lora_layers(model, spec.num_layers, dict(p), use_dora=spec.fine_tune_type == "dora")
-    except (ValueError, KeyError) as e:
-        raise ConfigError(f"LoRA cannot be attached: {e.args[0]}") from None
-    if not any(id(module) not in before for module in model.modules()):
-        raise ConfigError(f"LoRA keys {', '.join(keys or [])} match no layer of the last {spec.num_layers} blocks")
-    return notes
+
+
+def _check_keys(model: nn.Module, keys: Sequence[str], num_layers: int) -> list[str]:
+    """Notes about keys that only match in part. Raises ConfigError if one matches no layer of the model."""
+    names = {name for layer in model.layers for name, _ in layer.named_modules()}
+    names |= {name for name, _ in model.named_modules()}
+    absent = sorted(set(keys) - names)
+    if absent:
+        linear = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding, *_expert_classes())
+        possible = sorted({n for layer in model.layers for n, m in layer.named_modules() if isinstance(m, linear)})
+        raise ConfigError(
+            f"LoRA keys {', '.join(absent)} match no layer of the model. Its blocks have: {', '.join(possible)}"
+        )
+    return _partly_matched(keys, model.layers[-num_layers:] if num_layers > 0 else model.layers)
 
 
 def without_hidden_weights(
     model: nn.Module, spec: AdapterSpec, run: Callable[[], Any]
 ) -> tuple[AdapterSpec, list[str]]:
-    """Take adapters off layers whose weights the model uses itself, as gemma3n's altup clips them: LoRA hides those.
+    """Remove adapters from layers whose weights the model's own code reads, as gemma3n's altup does to clip them.
+
+    A LoRA layer has no such attribute, so with the adapter the model's call would fail.
 
     Args:
         run: calls the model.
     Returns:
-        What is attached then, and what a person should know of it, a sentence each.
+        The spec of what is attached now, and notes about it for a person, a sentence each.
     Raises:
-        ConfigError: keys name such a layer.
+        ConfigError: `keys` names such a layer.
     """
     left_out: list[str] = []
     while True:
@@ -110,22 +121,22 @@ def without_hidden_weights(
 
 
 def _partly_matched(keys: Sequence[str], blocks: Sequence[nn.Module]) -> list[str]:
-    """Keys that only some of the blocks to be trained have, and layers of experts left out beside others."""
+    """Notes about keys that only some of the trained blocks have, and about expert layers that no key names."""
     names = [{name for name, _ in block.named_modules()} for block in blocks]
     notes = []
     for key in keys:
-        n = sum(key in of_block for of_block in names)
+        n = sum(key in names_in_block for names_in_block in names)
         if 0 < n < len(blocks):
             notes.append(f"{key} is trained in {n} of {len(blocks)} blocks: the others have no such layer")
-    kinds = _kinds_of_experts()
-    experts = sorted({name for block in blocks for name, layer in block.named_modules() if isinstance(layer, kinds)})
+    classes = _expert_classes()
+    experts = sorted({name for block in blocks for name, layer in block.named_modules() if isinstance(layer, classes)})
     left_out = [name for name in experts if name not in keys]
     if left_out and len(left_out) < len(experts):
         notes.append(f"Of the experts' layers, {', '.join(left_out)} are not trained: LoRA keys name the others only")
     return notes
 
 
-def _kinds_of_experts() -> tuple[type, ...]:
+def _expert_classes() -> tuple[type, ...]:
     from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
     return SwitchLinear, QuantizedSwitchLinear
@@ -136,10 +147,10 @@ def load_weights(model: nn.Module, expected: dict[str, mx.array], file: Path) ->
 
     Args:
         expected: the attached adapter's parameters, by name.
-        file: of a PEFT directory, mlx-lm's name will do.
+        file: may be the name that mlx-lm would use in a directory of PEFT's.
     Raises:
-        AdapterError: unreadable file, or tensors that do not belong to the model; names one and both shapes.
-        ConfigError: DoRA outside the blocks, where the weights that its norms are of are not at hand.
+        AdapterError: the file cannot be read, or a tensor does not belong to the model; names it and both shapes.
+        ConfigError: DoRA is on a layer outside the blocks, whose weights are not there to compute its norms.
     """
     weights, file = read_weights(file)
     in_blocks = {id(module) for block in model.layers for module in block.modules()}
@@ -153,7 +164,7 @@ def put_weights(model: nn.Module, expected: dict[str, mx.array], weights: dict[s
     """Put an adapter's tensors, evaluated or not, into the attached layers.
 
     Raises:
-        AdapterError: they do not belong to the model; names one and both shapes.
+        AdapterError: a tensor does not belong to the model; names it and both shapes.
     """
     for name, array in weights.items():
         if name not in expected:
@@ -172,7 +183,7 @@ def put_weights(model: nn.Module, expected: dict[str, mx.array], weights: dict[s
 
 
 def refuse_tied_embeddings(model: nn.Module, file: Path) -> None:
-    """Raises AdapterError if an embedding that is the head as well has LoRA: PEFT adapts the one, mlx-lm both."""
+    """Raises AdapterError if LoRA is on an embedding that is the head as well: PEFT adapts only the embedding then."""
     modules = dict(model.named_modules())
     tied = [name for name, m in modules.items() if hasattr(m, "lora_a") and "embedding" in m]
     if tied and not any(name.rpartition(".")[2] in HEADS for name in modules):
@@ -183,22 +194,21 @@ def refuse_tied_embeddings(model: nn.Module, file: Path) -> None:
 
 
 class AdapterSwitch:
-    """Has a model computed without its adapter, or with another one, for as long as that is asked for.
+    """Switches a model to no adapter, or to another one, for a while.
 
-    Adapters that are added by name lie around the model's own layers, whose weights come and go, and are not trained.
+    Adapters that are added by name wrap the model's own layers, whose weights come and go. They are not trained.
     """
 
     def __init__(self, model: nn.Module):
         self._model = model
-        self._named: dict[
-            str, dict[str, nn.Module]
-        ] = {}  # -> name of a layer in the model -> the layer with its adapter
+        # name of an adapter -> name of a layer in the model -> that layer with the adapter
+        self._named: dict[str, dict[str, nn.Module]] = {}
 
     def add(self, name: str, directory: Path) -> None:
         """Load the adapter saved in `directory` under a name.
 
         Raises:
-            AdapterError: it is none, or belongs to another model.
+            AdapterError: the directory holds no adapter, or one of another model.
         """
         spec = read_spec(directory)
         with self.using(False):
@@ -222,19 +232,20 @@ class AdapterSwitch:
 
     @property
     def names(self) -> list[str]:
-        """Of the adapters that were added."""
+        """Names of the adapters that were added."""
         return list(self._named)
 
     def layers(self, name: str) -> dict[str, nn.Module]:
-        """Name of a layer in the model -> that layer with the adapter that was added under `name` around it."""
+        """Name of a layer in the model -> that layer with the adapter that was added under `name`."""
         return dict(self._named[name])
 
     @contextmanager
     def using(self, adapter: bool | str, root: str = "") -> Iterator[None]:
-        """While this is entered, layers have this adapter: True, the one that is attached; False, none; or a name.
+        """Within this context, layers have the given adapter.
 
         Args:
-            root: name of the module whose layers are meant, such as a block; the whole model if it is empty.
+            adapter: True for the one that is attached, False for none, or the name of one that was added.
+            root: name of the module whose layers are switched, such as a block. Empty for the whole model.
         """
         if adapter is True:
             yield
@@ -245,9 +256,9 @@ class AdapterSwitch:
         before = {f"{prefix}{path}": m for path, m in module.named_modules() if hasattr(m, "lora_a")}
         now = {path: _without_adapter(layer) for path, layer in before.items()}
         if adapter is not False:
-            of_name = {path: m for path, m in self._named[adapter].items() if path.startswith(prefix)}
-            before = {path: _without_adapter(m) for path, m in of_name.items()} | before
-            now |= of_name
+            added = {path: m for path, m in self._named[adapter].items() if path.startswith(prefix)}
+            before = {path: _without_adapter(m) for path, m in added.items()} | before
+            now |= added
         for path, layer in now.items():
             self._put(path, layer)
         try:

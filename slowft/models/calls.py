@@ -1,8 +1,8 @@
-"""Calls as flat lists of arrays: what goes into a block and what comes out, as MLX's transformations want it.
+"""A block's inputs and outputs as flat lists of arrays, which is the form that MLX's transformations take.
 
 Comes in: arguments, a tree of tuples, lists, dicts and plain objects. Goes out: their arrays, and calls with other
-arrays in their places. What a call writes into lists, dicts and objects that it is handed comes out like what it
-returns, so that whoever is handed them next depends on it.
+arrays in their places. A call may write into lists, dicts and objects that it is handed. What it writes is an output
+just like what it returns, so the next block that is handed the same object depends on it.
 """
 
 import copy
@@ -16,12 +16,12 @@ ATOMS = (type(None), bool, int, float, complex, str, bytes, mx.Dtype)
 
 
 def pack(tree: Any, arrays: list[mx.array], state_objects: Collection[type] = ()) -> Any:
-    """Append the arrays of a tree to `arrays`; returns what `unpack` needs to put them back."""
+    """Append the arrays of a tree to `arrays`. Returns the spec with which `unpack` puts them back."""
     return _Packer(arrays, state_objects).pack(tree)
 
 
 def unpack(spec: Any, arrays: Sequence[mx.array], containers: Sequence[Any] = ()) -> Any:
-    """The tree with these arrays in it. `containers` stand for those that the packed tree was written into."""
+    """The tree of a spec, with these arrays and containers in the places of the packed ones."""
     kind, value = spec
     if kind == "array":
         return arrays[value]
@@ -39,16 +39,17 @@ def unpack(spec: Any, arrays: Sequence[mx.array], containers: Sequence[Any] = ()
 
 
 class Arguments:
-    """The arguments of one call, apart from what becomes of them.
+    """The arguments of one call, as they are before the call.
 
-    Lists, dicts and objects among them are containers: the callee may write into them.
+    Lists, dicts and state objects among them are containers: the callee may write into them.
 
     Args:
-        state_objects: the classes of objects that carry arrays from call to call. Others, such as a key-value cache
-            that a user hands to the model, stay what they are: one and the same object for every call.
+        state_objects: the classes of objects that carry arrays from call to call. Objects of other classes, such as a
+            key-value cache that a user hands to the model, are not looked into: every call gets the same object.
 
     Attributes:
-        arrays: every array in the arguments, containers included, each once. The first positional argument's first.
+        arrays: every array in the arguments and their containers, each once. Those of the first positional argument
+            come first.
     """
 
     def __init__(self, args: tuple, kwargs: dict, state_objects: Collection[type] = ()):
@@ -60,36 +61,39 @@ class Arguments:
 
     @property
     def objects(self) -> list[Any]:
-        """Every leaf that is neither an array nor a plain value: static to this call."""
+        """Every leaf that is neither an array nor a plain value."""
         return _objects(self._spec, *self._contents)
 
     @property
     def has_containers(self) -> bool:
-        """Whether there is something that arrays could be handed on in."""
+        """Whether there is a container in which arrays could be handed on: a state object, or one that has arrays."""
         return any(
             not isinstance(container, (list, dict)) or any(kind == "array" for kind, _ in _leaves(contents))
             for container, contents in zip(self._containers, self._contents)
         )
 
     def signature(self) -> str:
-        """Equal for calls that compute the same on arrays of the same shapes and dtypes."""
+        """A text that is equal for calls that compute the same on arrays of the same shapes and dtypes."""
         shapes = [(a.shape, a.dtype) for a in self.arrays]
-        return str([_outline(spec) for spec in (self._spec, *self._contents)] + shapes)
+        return str([_without_objects(spec) for spec in (self._spec, *self._contents)] + shapes)
 
     def with_arrays(self, arrays: Sequence[mx.array]) -> tuple[tuple, dict, list]:
-        """(args, kwargs, their containers) with these arrays in their places; the arguments stay as they are."""
+        """(args, kwargs, their containers): a copy of the arguments with these arrays in their places."""
         containers = [_empty(container) for container in self._containers]
         for container, contents in zip(containers, self._contents):
             _fill(container, unpack(contents, arrays, containers))
         return *unpack(self._spec, arrays, containers), containers
 
     def call(self, function: Callable, arrays: Sequence[mx.array]) -> "Outcome":
-        """`function` on these arrays in the arguments' places."""
+        """Call `function` with a copy of the arguments that has these arrays."""
         args, kwargs, containers = self.with_arrays(arrays)
         return Outcome(function(*args, **kwargs), containers, arrays, self._state_objects)
 
     def take_over(self, outcome: "Outcome", arrays: Sequence[mx.array]) -> Any:
-        """The call's result, with `arrays` as what came out; its writes are done to the arguments' containers."""
+        """The call's result, with `arrays` in the places of the outcome's.
+
+        What the call wrote into its containers is written into the arguments' own containers.
+        """
         for container, contents in zip(self._containers, outcome.contents):
             _fill(container, unpack(contents, arrays, self._containers))
         return unpack(outcome.result, arrays, self._containers)
@@ -99,10 +103,10 @@ class Outcome:
     """What a call returned and left in its containers.
 
     Attributes:
-        arrays: each once. The caller may take them away.
-        handed_on: (place in `arrays`, place among the call's arrays) of those that are its arguments, untouched.
-            They come out too: gradients of what is used by several blocks are then summed in one order, the very
-            order in which they are without seams.
+        arrays: every output array, each once. The caller may empty this list to free them.
+        handed_on: (place in `arrays`, place among the call's inputs) of inputs that came out unchanged. They are
+            outputs too, so that the gradients of an array that several blocks use are summed in the same order as
+            without streaming.
     """
 
     def __init__(
@@ -112,8 +116,10 @@ class Outcome:
         packer = _Packer(self.arrays, state_objects, containers)
         self.result = packer.pack(result)
         self.contents = [packer.structure(_contents(container)) for container in containers]
-        place = {id(array): i for i, array in enumerate(inputs)}
-        self.handed_on = [(i, place[id(array)]) for i, array in enumerate(self.arrays) if id(array) in place]
+        input_place = {id(array): i for i, array in enumerate(inputs)}
+        self.handed_on = [
+            (i, input_place[id(array)]) for i, array in enumerate(self.arrays) if id(array) in input_place
+        ]
 
     @property
     def objects(self) -> list[Any]:
@@ -121,7 +127,7 @@ class Outcome:
         return _objects(self.result, *self.contents)
 
     def returned(self) -> set[int]:
-        """Places in `arrays` of what is returned; the others are only in containers."""
+        """Places in `arrays` of those that the call returned. The others are only in containers."""
         specs, seen, places = [self.result], set(), set()
         while specs:
             for kind, value in _leaves(specs.pop()):
@@ -134,11 +140,13 @@ class Outcome:
 
 
 class _Packer:
-    """Packs trees. Containers that are taken by reference appear once, however often they are met.
+    """Packs trees into specs: (kind, value), where kind is "array", "container", "static", "object" or a class.
+
+    A container is packed as its place in `containers`, however often it occurs.
 
     Args:
-        containers: those that are known.
-        by_reference: whether others, as they are met, are taken so too.
+        containers: lists, dicts and state objects to pack in this way.
+        by_reference: also pack every other list, dict and state object in this way, and append it to `containers`.
     """
 
     def __init__(
@@ -180,7 +188,7 @@ class _Packer:
 
 
 def is_state_object(node: Any) -> bool:
-    """Whether it is a plain object, whose attributes are all it is: neither a layer nor a function."""
+    """Whether `node` is a plain object, which consists of its attributes: neither a layer nor a function."""
     return hasattr(node, "__dict__") and not isinstance(node, (nn.Module, type, *ATOMS)) and not callable(node)
 
 
@@ -193,13 +201,13 @@ def _contents(container: Any) -> list | dict:
 
 
 def _empty(container: Any) -> Any:
-    other = copy.copy(container)
-    _contents(other).clear()
-    return other
+    empty = copy.copy(container)
+    _contents(empty).clear()
+    return empty
 
 
 def _fill(container: Any, contents: list | dict) -> None:
-    """Replace what is in the container."""
+    """Replace the container's contents."""
     inside = _contents(container)
     inside.clear()
     inside.extend(contents) if isinstance(inside, list) else inside.update(contents)
@@ -225,12 +233,14 @@ def _objects(*specs: Any) -> list[Any]:
     return [leaf for leaf in leaves if not isinstance(leaf, ATOMS)]
 
 
-def _outline(spec: Any) -> Any:
-    """The spec without objects, which have names of their own."""
+def _without_objects(spec: Any) -> Any:
+    """The spec with only the classes of objects: an object's `repr` may contain its address."""
     kind, value = spec
     if kind == "static":
         return kind, value if isinstance(value, ATOMS) else type(value)
     if kind in ("array", "container"):
         return spec
     parts = value[1] if kind == "object" else value
-    return kind, {k: _outline(v) for k, v in parts.items()} if isinstance(parts, dict) else [_outline(v) for v in parts]
+    if isinstance(parts, dict):
+        return kind, {k: _without_objects(v) for k, v in parts.items()}
+    return kind, [_without_objects(v) for v in parts]

@@ -1,7 +1,7 @@
-"""The config of a model as mlx-lm's class for it reads it: settings that it would pass over, put where it looks.
+"""Moves settings of a model's config, which mlx-lm's class would overlook, to where that class looks for them.
 
-Comes in: config.json, and mlx-lm's classes. Goes out: a config that mlx-lm understands, and what was changed. A
-setting that cannot be passed on is refused.
+Comes in: config.json, and mlx-lm's classes. Goes out: a config that mlx-lm understands, and notes about the changes.
+A setting for which mlx-lm's class has no place is refused.
 """
 
 import contextlib
@@ -18,11 +18,11 @@ import mlx.nn as nn
 from ..errors import ModelError
 from ..weights.recognise import read_json
 
-Classes = Callable[[dict], tuple[type[nn.Module], type]]  # a config -> mlx-lm's classes of the model and its arguments
+Classes = Callable[[dict], tuple[type[nn.Module], type]]  # a config -> mlx-lm's classes of model and arguments
 NESTED = ("text_config", "llm_config", "language_config", "thinker_config")
-MAX_LAYERS = 2_000  # the deepest published have 126
+MAX_LAYERS = 2_000  # the deepest published models have 126
 LAYERS = re.compile(r"layers?$")
-# Names in mlx-lm's classes for what transformers 5 keeps in rope_parameters.
+# Names that mlx-lm's classes have for the settings that transformers 5 keeps in rope_parameters.
 BASE = ("rope_theta", "rotary_emb_base", "rope_freq_constant", "rope_embedding_base")
 LOCAL_BASE = ("rope_local_base_freq", "rope_local_theta", "swa_rope_theta")
 FRACTION = ("partial_rotary_factor", "rotary_pct", "rope_pct")
@@ -33,7 +33,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """The config.json of a model directory.
 
     Raises:
-        ModelError: there is none, or it is something else under that name.
+        ModelError: there is none, or the file holds something else.
     """
     config = read_json(path / "config.json")
     if not isinstance(config, dict):
@@ -43,10 +43,10 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def check_depth(file: Path, config: dict[str, Any]) -> None:
-    """Refuse more layers than any model has: mlx-lm would make an object of each until memory is full.
+    """Refuse more layers than any model has: mlx-lm would make an object for each, until memory is full.
 
     Raises:
-        ModelError: names the setting.
+        ModelError: a setting asks for more than `MAX_LAYERS`; names it.
     """
     for part in (config, *(config.get(name) for name in NESTED)):
         for name, value in part.items() if isinstance(part, dict) else ():
@@ -58,43 +58,43 @@ def check_depth(file: Path, config: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _arguments_noted() -> Iterator[list[tuple[type, dict]]]:
-    """Note which of mlx-lm's classes of arguments are made from which mapping, the model's own and nested ones."""
+def _arguments_recorded() -> Iterator[list[tuple[type, dict]]]:
+    """Record from which mapping each of mlx-lm's classes of arguments is made: the model's and those of its parts."""
     from mlx_lm.models.base import BaseModelArgs
 
-    noted: list[tuple[type, dict]] = []
+    made: list[tuple[type, dict]] = []
     original = BaseModelArgs.__dict__["from_dict"]
 
     def from_dict(cls, params):
-        noted.append((cls, params))
+        made.append((cls, params))
         return original.__func__(cls, params)
 
     BaseModelArgs.from_dict = classmethod(from_dict)
     try:
-        yield noted
+        yield made
     finally:
         BaseModelArgs.from_dict = original
 
 
 def arguments(config: dict, classes: Classes) -> list[tuple[type, dict]]:
-    """(mlx-lm's class of arguments, the part of `config` that it is made from) of a model and of what it consists of.
+    """(mlx-lm's class of arguments, the part of `config` that it is made from), for a model and the models within it.
 
-    The class of a model that only wraps another (a text model among those for images) is left out.
+    A model that only wraps another (as one for images and text wraps the text model) is left out.
     """
     model_class, args_class = classes(config)
     wraps = any(has(args_class, name) for name in NESTED)
     nested = [config[name] for name in NESTED if isinstance(config.get(name), dict)]
-    with _arguments_noted() as noted, contextlib.redirect_stdout(io.StringIO()):
-        with contextlib.suppress(Exception):  # what mlx-lm cannot build, it says itself later
+    with _arguments_recorded() as made, contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.suppress(Exception):  # if mlx-lm cannot build the model, loading reports it later
             args = args_class.from_dict(copy.deepcopy(config))
             if wraps:
                 model_class(args)  # nothing is evaluated
-    found = [] if wraps else [(args_class, config)]
-    for cls, params in noted:
-        if cls is not args_class and not any(cls is other for other, _ in found):
+    parts = [] if wraps else [(args_class, config)]
+    for cls, params in made:
+        if cls is not args_class and not any(cls is other for other, _ in parts):
             part = max(nested, key=lambda part: len(params.keys() & part.keys()), default=config)
-            found.append((cls, part))
-    return found
+            parts.append((cls, part))
+    return parts
 
 
 def has(cls: type, name: str) -> bool:
@@ -105,27 +105,30 @@ def has(cls: type, name: str) -> bool:
 
 
 def pass_on_rope(path: Path, config: dict, classes: Classes) -> tuple[dict, list[str]]:
-    """`config` with the rotary embedding that transformers 5 describes in rope_parameters, where mlx-lm looks for it.
+    """Put the rotary embedding that transformers 5 describes in rope_parameters where mlx-lm's class looks for it.
 
+    Returns:
+        The changed config, and notes for a person.
     Raises:
-        ModelError: mlx-lm's class has no place for a value that is given.
+        ModelError: mlx-lm's class has no place for one of the values.
     """
     if not any(_described(part) for part in (config, *(config.get(name) or {} for name in NESTED))):
         return config, []
     config, notes = copy.deepcopy(config), []
     for cls, part in arguments(config, classes):
-        # what a text model's own part does not say, the whole one does
+        # the whole config's description holds for a text model whose own part has none
         if (described := _described(part) or _described(config)) is None:
             continue
         before = dict(part)
         theta, is_plain = described.get("rope_theta"), _kind(described) == "default"
         if theta is not None and not any(has(cls, name) for name in (*BASE, "rope_parameters")):
             if set(_bases(config, classes)) <= {theta}:
-                continue  # it has no rotary embedding, or just that one
+                continue  # the model has no rotary embedding, or has this base already
         kinds = set(part.get("layer_types") or ())
         if theta is not None and kinds and has(cls, "rope_parameters") and not has(cls, "rope_theta"):
             if (bases := _bases(config, classes)) and theta not in bases:
-                part["rope_parameters"] = described | {kind: described for kind in sorted(kinds)}  # wanted for each
+                # the class looks for an entry of each kind of layer
+                part["rope_parameters"] = described | {kind: described for kind in sorted(kinds)}
         with contextlib.redirect_stdout(io.StringIO()):
             _pass_on(path, cls, part, described)
         changed = {key: part[key] for key in part if part[key] != before.get(key) and part[key] is not None}
@@ -133,7 +136,7 @@ def pass_on_rope(path: Path, config: dict, classes: Classes) -> tuple[dict, list
             continue
         bases = _bases(config, classes)
         if theta is not None and is_plain and bases and theta not in bases:
-            raise _Refusal(path, cls)("rope_theta", theta)  # an argument that the class takes and does not use
+            raise _Refusal(path, cls)("rope_theta", theta)  # the class takes the argument and ignores it
         given = ", ".join(f"{k} {v if not isinstance(v, dict) else _kind(v)}" for k, v in changed.items())
         notes.append(
             f"{path / 'config.json'} has its rotary embedding in rope_parameters, as transformers 5 writes it: "
@@ -143,7 +146,7 @@ def pass_on_rope(path: Path, config: dict, classes: Classes) -> tuple[dict, list
 
 
 def _bases(config: dict, classes: Classes) -> list[float]:
-    """The bases of the rotary embeddings of mlx-lm's model; of those that keep only their frequencies, none."""
+    """The bases of the rotary embeddings in mlx-lm's model. Those that keep only their frequencies are not included."""
     with contextlib.suppress(Exception), contextlib.redirect_stdout(io.StringIO()):
         model_class, args_class = classes(config)
         model = model_class(args_class.from_dict(copy.deepcopy(config)))
@@ -152,7 +155,7 @@ def _bases(config: dict, classes: Classes) -> list[float]:
 
 
 def _described(part: dict) -> dict | None:
-    """What transformers 5 says of the rotary embedding, if it says anything that older versions said elsewhere."""
+    """The part's description of the rotary embedding in the form of transformers 5, if it has one."""
     given = part.get("rope_parameters")
     if isinstance(given, dict) and given:
         return given
@@ -163,7 +166,7 @@ def _described(part: dict) -> dict | None:
 def _pass_on(path: Path, cls: type, part: dict, described: dict) -> None:
     by_layer = {key: value for key, value in described.items() if isinstance(value, dict)}
     if by_layer and has(cls, "rope_parameters"):
-        return  # such a class reads it for each kind of layer
+        return  # the class reads an entry for each kind of layer itself
     refuse = _Refusal(path, cls)
     full = next((by_layer[key] for key in FULL if key in by_layer), None)
     if by_layer and full is None:
@@ -192,6 +195,8 @@ def _pass_on(path: Path, cls: type, part: dict, described: dict) -> None:
 
 
 class _Refusal:
+    """Makes the errors for settings of `path`'s config for which the class has no place."""
+
     def __init__(self, path: Path, cls: type):
         self.path, self.cls = path, cls
 
@@ -208,7 +213,7 @@ def _kind(rope: dict) -> str:
 
 
 def _read(cls: type, part: dict, name: str) -> Any:
-    """What the class makes of its argument `name`; None if it cannot be made, or leaves it out."""
+    """The value of `name` in the arguments that the class makes from `part`; None if it fails or has no such value."""
     try:
         return getattr(cls.from_dict(copy.deepcopy(part)), name, None)
     except Exception:
@@ -224,7 +229,7 @@ def _put_base(refuse: _Refusal, part: dict, names: tuple[str, ...], called: str,
     name = next((name for name in names if has(cls, name)), None)
     if name is None:
         if has(cls, "rope_parameters"):
-            return  # where it is read without a name of its own
+            return  # the class reads the base from there
         raise refuse(called, value)
     if _read(cls, part, name) == value:
         return
@@ -254,7 +259,7 @@ def _put_fraction(refuse: _Refusal, part: dict, rope: dict) -> None:
 
 def _put_scaling(refuse: _Refusal, part: dict, rope: dict) -> None:
     cls, kind = refuse.cls, _kind(rope)
-    if kind in ("default", "mrope"):  # mrope is the default for text
+    if kind in ("default", "mrope"):  # for text, mrope computes the same as the default
         if has(cls, "rope_scaling") and "rope_scaling" not in part and _is_required(cls, "rope_scaling"):
             part["rope_scaling"] = None
         return
@@ -262,18 +267,17 @@ def _put_scaling(refuse: _Refusal, part: dict, rope: dict) -> None:
         if has(cls, "rope_parameters") and _read(cls, part, "rope_scaling") is not None:
             return
         if has(cls, "rope_parameters") and "rope_parameters" in part and not has(cls, "rope_theta"):
-            return  # a class that has its rotary embedding from there alone
+            return  # the class reads its rotary embedding from there alone
         raise refuse("rope_type", kind)
     if not part.get("rope_scaling"):
-        if not _read(cls, part, "rope_scaling"):
-            left_out = ("rope_theta", "partial_rotary_factor")
-            scaling = {key: value for key, value in rope.items() if key not in left_out}
-            length = part.get("original_max_position_embeddings") or part.get("max_position_embeddings")
-            if kind in ("llama3", "yarn", "longrope") and length:  # as transformers has it where it is left out
-                scaling.setdefault("original_max_position_embeddings", length)
-            part["rope_scaling"] = scaling | {"rope_type": kind, "type": kind}
-        else:
+        if _read(cls, part, "rope_scaling"):
             return
+        left_out = ("rope_theta", "partial_rotary_factor")
+        scaling = {key: value for key, value in rope.items() if key not in left_out}
+        length = part.get("original_max_position_embeddings") or part.get("max_position_embeddings")
+        if kind in ("llama3", "yarn", "longrope") and length:  # transformers' default for it
+            scaling.setdefault("original_max_position_embeddings", length)
+        part["rope_scaling"] = scaling | {"rope_type": kind, "type": kind}
     if not _read(cls, part, "rope_scaling"):
         raise refuse("rope_type", kind)
 

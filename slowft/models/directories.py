@@ -1,4 +1,4 @@
-"""What a directory is that was given for a model or for an adapter and is not one: words for an error message.
+"""Explains, for an error message, what a directory is that was given as a model or as an adapter and is not one.
 
 Comes in: a directory (or a file). Goes out: what it is and what to give instead. Reads small files only.
 """
@@ -18,7 +18,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter by what is in its directory; `base` is the model it names."""
+    """What kind of adapter a directory holds. `base` is the base model that it names."""
 
     is_peft: bool
     kind: str
@@ -75,7 +75,7 @@ def describe_adapter(path: Path) -> Adapter | None:
 
 
 def explain_no_adapter(path: Path, needed: str) -> str:
-    """One line on a directory given for an adapter that is none."""
+    """One line on a directory that was given as an adapter and holds none: what it is, and what it needs."""
     if gguf := sorted(file.name for file in path.glob("*.gguf")):
         return f"{path} holds {gguf[0]}. Once: slowft adapter import {path / gguf[0]} --model MODEL --output DIR"
     try:
@@ -90,29 +90,29 @@ def explain_no_adapter(path: Path, needed: str) -> str:
 
 
 def snapshot_of_cache(path: Path, marked_by: str = "config.json") -> Path | None:
-    """The snapshot that is meant by the hub cache's outer directory of a model (`models--org--name`); None of others.
+    """The snapshot to use in a model's directory of the hub's cache (`models--org--name`); None for other directories.
 
     Args:
         marked_by: the file that a snapshot has to have.
     Raises:
-        ModelError: it is such a directory, and has no snapshot or several of which none is the main one.
+        ModelError: such a directory has no whole snapshot, or several and none of them is the main one.
     """
     snapshots = path / "snapshots"
     is_cache = path.name.startswith("models--") or (path / "refs").is_dir() or (path / "blobs").is_dir()
     if (path / marked_by).exists() or not snapshots.is_dir() or not is_cache:
         return None
-    there = sorted(p for p in snapshots.iterdir() if p.is_dir())
+    versions = sorted(p for p in snapshots.iterdir() if p.is_dir())
     main = path / "refs" / "main"
     if main.is_file():
         name = main.read_text("utf-8", "replace").strip()
         if is_inside(name) and (snapshots / name / marked_by).exists():
             return snapshots / name
-    whole = [p for p in there if (p / marked_by).exists()]
+    whole = [p for p in versions if (p / marked_by).exists()]
     if len(whole) == 1:
         return whole[0]
     if whole:
         raise ModelError(f"{path} is the hub's cache of a model, with {len(whole)} versions. Give one: {whole[0]}")
-    if adapters := [p for p in there if describe_adapter(p) is not None]:
+    if adapters := [p for p in versions if describe_adapter(p) is not None]:
         raise ModelError(explain_directory(adapters[0]))
     hub_id = path.name.removeprefix("models--").replace("--", "/")
     raise ModelError(

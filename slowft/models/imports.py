@@ -1,24 +1,24 @@
-"""mlx-lm without transformers, for a process that never asks for a tokenizer.
+"""Imports mlx-lm without transformers, for a process that needs no tokenizer.
 
-Comes in: nothing. Goes out: an imported mlx-lm. Of the second that importing it takes, transformers takes 0.7 (it
-looks into the thousand directories of its models), for tokenizers alone.
+Comes in: nothing. Goes out: an imported mlx-lm. The import takes a second, 0.7 of it for transformers (which looks into
+the thousand directories of its models), and mlx-lm uses transformers for tokenizers alone.
 """
 
 import importlib
 import sys
 from types import ModuleType
 
-IMPORTED = ("mlx_lm", "mlx_lm.tuner")  # whose modules import transformers when they are imported
-TOKENIZERS_NBYTES = 30_000_000  # that using a tokenizer leaves in a process (27 to 31 MB, of 50,000 to 256,000 pieces)
-STOOD_IN_FOR = ("transformers", "transformers.tokenization_utils_base")
+IMPORTED = ("mlx_lm", "mlx_lm.tuner")  # they import transformers when they are imported
+TOKENIZERS_NBYTES = 30_000_000  # a tokenizer's memory in a process: 27 to 31 MB, with 50,000 to 256,000 pieces
+REPLACED = ("transformers", "transformers.tokenization_utils_base")
 
 
 class _Nothing:
-    """Stands for a class of transformers: to derive from and to annotate with."""
+    """Takes the place of a class of transformers that mlx-lm derives from or annotates with."""
 
     @classmethod
     def register(cls, *args, **kwargs) -> None:
-        """As `AutoTokenizer.register`."""
+        """Does nothing, in the place of `AutoTokenizer.register`."""
 
 
 class _StandIn(ModuleType):
@@ -31,11 +31,11 @@ class _StandIn(ModuleType):
 
 
 def import_mlx_lm_without_tokenizers() -> None:
-    """Import mlx-lm, of which tokenizers are then of no use for the rest of the process.
+    """Import mlx-lm with stand-ins for transformers. Its tokenizers cannot be used in this process afterwards.
 
-    An mlx-lm that needs more of transformers than a stand-in gives is imported in the usual way, when it is needed.
+    If this mlx-lm needs more of transformers than the stand-ins have, it is imported in the usual way when needed.
     """
-    sys.modules.update((name, _StandIn(name)) for name in STOOD_IN_FOR)
+    sys.modules.update((name, _StandIn(name)) for name in REPLACED)
     try:
         for name in IMPORTED:
             importlib.import_module(name)
@@ -43,5 +43,5 @@ def import_mlx_lm_without_tokenizers() -> None:
         for name in [name for name in sys.modules if name.partition(".")[0] == "mlx_lm"]:
             del sys.modules[name]
     finally:
-        for name in STOOD_IN_FOR:  # whoever asks from here on gets transformers itself
+        for name in REPLACED:  # later imports get transformers itself
             del sys.modules[name]

@@ -1,6 +1,6 @@
-"""The layers of experts in a block, whose weights may come apart from the block's others.
+"""Finds the layers of experts in a block. Their weights can be offloaded: read apart from the block's other weights.
 
-Comes in: a unit. Goes out: its layers of experts, whose weights have an entry of the first axis for each expert. Never
+Comes in: a unit. Goes out: its layers of experts, whose weights have one entry on the first axis for each expert. Never
 reads weights.
 """
 
@@ -11,16 +11,16 @@ import mlx.nn as nn
 from ..weights.sources import Param
 from .seams import Unit
 
-MATRIX = ("weight", "scales", "biases")  # what of a layer comes in groups; the rest is small
+MATRIX = ("weight", "scales", "biases")  # the parameters that are read by groups of experts; the others are small
 
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A layer of experts of a block: each input goes to some of them.
+    """A layer of experts in a block. Each input goes to some of the experts.
 
     Attributes:
-        name: within the block; see `name_of`.
-        params: the parts of its matrices, all of `n` entries on the first axis.
+        name: its name within the block; see `name_of`.
+        params: the parts of its matrices. All have `n` entries on the first axis.
     """
 
     name: str
@@ -29,7 +29,7 @@ class Layer:
 
     @property
     def n(self) -> int:
-        """How many experts there are."""
+        """Number of experts."""
         return self.params[0].source.shape[0]
 
     @property
@@ -39,7 +39,7 @@ class Layer:
 
     @property
     def compute_nbytes(self) -> int:
-        """Bytes once they are arrays to compute with."""
+        """Bytes as arrays to compute with."""
         return sum(param.compute_nbytes for param in self.params)
 
 
@@ -59,12 +59,12 @@ def expert_layers(unit: Unit) -> list[Layer]:
 
 
 def name_of(path: str) -> str:
-    """A frozen layer's name, from its path within the block: the same with an adapter around it as without."""
+    """A frozen layer's name, from its path within the block. An adapter around the layer does not change the name."""
     return path.removesuffix(".linear")
 
 
 def _original_class(module: nn.Module) -> type:
-    """Its class as it was before calls of the module were intercepted."""
+    """The module's class before its calls were intercepted."""
     kind = type(module)
     while (base := kind.__base__) is not None and (base.__name__, base.__module__) == (kind.__name__, kind.__module__):
         kind = base

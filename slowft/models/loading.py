@@ -1,7 +1,8 @@
-"""A model directory or hub id -> mlx-lm's own model object, no weight in memory, each mapped to its bytes.
+"""A model directory or hub id -> mlx-lm's own model object without weights, and where each weight's bytes lie.
 
-The model is built lazily (`building`). Which file tensor became which parameter is seen by identity: what `sanitize`
-passed through untouched is streamed from where it lies. Never evaluates a weight.
+Comes in: a path or hub id. Goes out: a `Skeleton`. The model is built lazily (`building`). A parameter that is the very
+array loaded from a file, because `sanitize` passed it through, is streamed from where it lies. The few parameters that
+`sanitize` computed are kept in memory; no other weight is evaluated here.
 """
 
 import shlex
@@ -21,13 +22,14 @@ from ..weights.sources import Packed, Param, Plain, Source, locate, placeholder
 from .building import Built, build_lazily
 from .directories import describe_adapter, explain_directory, gguf_is_adapter, snapshot_of_cache
 
-MAX_TRANSFORMED_SHARE = 0.02  # of a model's bytes that `sanitize` may rewrite: kept in memory from the start
-MAX_TRANSFORMED_NBYTES = 4 << 20  # always allowed
+# `sanitize` may rewrite this share of a model's bytes, or this many bytes if that is more. They stay in memory.
+MAX_TRANSFORMED_SHARE = 0.02
+MAX_TRANSFORMED_NBYTES = 4 << 20
 
 
 @dataclass
 class Skeleton:
-    """A model without weights, and where in the files of `path` each of its `params` lies."""
+    """A model without weights. Each of its `params` says where in the files of `path` it lies."""
 
     model: nn.Module
     path: Path
@@ -35,10 +37,10 @@ class Skeleton:
 
 
 def resolve(path_or_hub_id: str) -> Path:
-    """The local directory of a model; a hub id is downloaded first (huggingface-hub resumes what was cut off).
+    """The local directory of a model. A hub id is downloaded first; huggingface-hub resumes an interrupted download.
 
     Raises:
-        ModelError: no such directory, or the hub does not have it or cannot be reached.
+        ModelError: there is no such directory, and the hub does not have the model or cannot be reached.
     """
     if (local := find_local(path_or_hub_id)) is not None:
         return local
@@ -46,7 +48,7 @@ def resolve(path_or_hub_id: str) -> Path:
 
     try:
         return _download(str(path_or_hub_id))
-    except Exception as e:  # huggingface-hub raises many kinds, all of which mean: not here
+    except Exception as e:  # huggingface-hub raises many classes, and all of them mean that there is no model
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise ModelError(
             f"{path_or_hub_id} is neither a directory here nor could it be downloaded ({reason}). "
@@ -55,51 +57,58 @@ def resolve(path_or_hub_id: str) -> Path:
 
 
 def find_local(path_or_hub_id: str) -> Path | None:
-    """The local directory of a model; None if it looks like a hub id.
+    """The local directory of a model; None if `path_or_hub_id` looks like a hub id.
 
     Raises:
-        ModelError: something that is neither.
+        ModelError: it is neither, or it does not exist; says what it is and what to give.
     """
     path = Path(path_or_hub_id).expanduser()
     if path.is_dir():
         path = snapshot_of_cache(path) or path
-        check_inside(path)
-        if not (path / "config.json").exists() and not (path / "config.json").is_symlink():
-            if (path / manifest.JOURNAL).exists():
-                raise ModelError(
-                    f"{path} is an unfinished slowft prepare or fuse. Run the same command again: it goes on"
-                )
-            raise ModelError(explain_directory(path))
-        if describe_adapter(path) is not None and not any(path.glob("*.safetensors.index.json")):
-            own = [file for file in path.glob("*.safetensors") if not file.name.startswith("adapter")]
-            if not own:
-                raise ModelError(explain_directory(path))
+        _check_directory(path)
         return path
     if path.exists():
-        if path.suffix.lower() == ".gguf":
-            if gguf_is_adapter(path):
-                raise ModelError(f"{path} is a LoRA adapter in GGUF, not a model. Give the model it was trained on")
-            raise ModelError(f"{path} has to be prepared first. Once: slowft prepare {path} --output {path.stem}")
-        if describe_adapter(path.parent) is not None and path.name.startswith("adapter"):
-            raise ModelError(explain_directory(path.parent))
-        raise ModelError(f"{path} is a file. Give the directory that holds config.json and model*.safetensors")
-    looks_local = (
-        path.is_absolute() or str(path_or_hub_id).startswith((".", "~")) or str(path_or_hub_id).count("/") != 1
-    )
-    if looks_local:
+        raise ModelError(_explain_file(path))
+    text = str(path_or_hub_id)
+    if path.is_absolute() or text.startswith((".", "~")) or text.count("/") != 1:
         raise ModelError(f"{path} does not exist. Give a model directory, or a hub id such as Qwen/Qwen3-0.6B")
     return None
+
+
+def _check_directory(path: Path) -> None:
+    """Raises ModelError if a directory is no model."""
+    check_inside(path)
+    if not (path / "config.json").exists() and not (path / "config.json").is_symlink():
+        if (path / manifest.JOURNAL).exists():
+            raise ModelError(f"{path} is an unfinished slowft prepare or fuse. Run the same command again: it goes on")
+        raise ModelError(explain_directory(path))
+    if describe_adapter(path) is not None and not any(path.glob("*.safetensors.index.json")):
+        if all(file.name.startswith("adapter") for file in path.glob("*.safetensors")):
+            raise ModelError(explain_directory(path))
+
+
+def _explain_file(path: Path) -> str:
+    """One line on a file that was given for a model: what it is, and what to give instead."""
+    if path.suffix.lower() == ".gguf":
+        if gguf_is_adapter(path):
+            return f"{path} is a LoRA adapter in GGUF, not a model. Give the model it was trained on"
+        return f"{path} has to be prepared first. Once: slowft prepare {path} --output {path.stem}"
+    if describe_adapter(path.parent) is not None and path.name.startswith("adapter"):
+        return explain_directory(path.parent)
+    return f"{path} is a file. Give the directory that holds config.json and model*.safetensors"
 
 
 def load_skeleton(path: Path, mixin: type, compute_dtype: mx.Dtype | None, trust_remote_code: bool = False) -> Skeleton:
     """Build the model of `path` as a subclass of `mixin` and of mlx-lm's class, without its weights.
 
     Args:
-        compute_dtype: floating parameters are used in this dtype; None keeps the files'. With a dtype, quantized
-            layers become dense ones, dequantized as they arrive (on a CPU `quantized_matmul` runs at 1.7 GFLOP/s).
-        trust_remote_code: the model's class may be code of its own.
+        compute_dtype: floating-point parameters are computed with in this dtype; None keeps the files' dtype. With a
+            dtype, quantized layers become dense layers, whose weights are dequantized as they are read (on a CPU
+            `quantized_matmul` runs at 1.7 GFLOP/s).
+        trust_remote_code: the model's class may be Python code in its directory.
     Raises:
-        ModelError: files missing or cut short, unknown architecture, or weights that do not fit it.
+        ModelError: files are missing or truncated, the architecture is unknown, or the weights do not fit it.
+        NeedsPreparing: `sanitize` rewrites too much of the weights to keep it in memory.
     """
     built = build_lazily(path, mixin, trust_remote_code)
     for note in built.notes:
@@ -111,20 +120,16 @@ def load_skeleton(path: Path, mixin: type, compute_dtype: mx.Dtype | None, trust
     for param in params:
         param.clear()
     for owner, key, array in rewritten:
-        floating = compute_dtype is not None and mx.issubdtype(array.dtype, mx.floating)
-        owner[key] = array.astype(compute_dtype) if floating else array
+        is_cast = compute_dtype is not None and mx.issubdtype(array.dtype, mx.floating)
+        owner[key] = array.astype(compute_dtype) if is_cast else array
         mx.eval(owner[key])
-    del raw, built
     model.freeze()
     return Skeleton(model, path, params)
 
 
 def _map_parameters(model, source_of: dict[int, Extent], compute_dtype):
-    """Parameters that lie in a file as they are, and those that `sanitize` made anew."""
-    if compute_dtype is not None:
-        packed = _replace_quantized(model, source_of, compute_dtype)
-    else:
-        packed = {}
+    """(The Params of what lies in a file as it is, (owner, key, array) of what `sanitize` computed)."""
+    packed = {} if compute_dtype is None else _replace_quantized(model, source_of, compute_dtype)
     params, rewritten = [], []
     for name, array in tree_flatten(model.parameters()):
         owner, key = locate(model, name)
@@ -139,7 +144,7 @@ def _map_parameters(model, source_of: dict[int, Extent], compute_dtype):
 
 
 def _replace_quantized(model, source_of: dict[int, Extent], dtype: mx.Dtype) -> dict[str, Packed]:
-    """Swap quantized layers for dense ones, and say how each one's weight is to be dequantized."""
+    """Replace quantized layers by dense ones. Returns, by parameter name, how each weight is to be dequantized."""
     from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
     from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
@@ -189,5 +194,5 @@ def _check_rewritten(path: Path, built: Built, rewritten, extents: dict[str, Ext
 
 
 def prepare_command(model: str) -> str:
-    """The command that makes of a model (a directory or hub id) one that can be streamed."""
+    """The command that converts a model (a directory or hub id) to one that can be streamed."""
     return f"slowft prepare {shlex.quote(model)} --output {shlex.quote(Path(model).resolve().name + '-prepared')}"

@@ -1,8 +1,8 @@
-"""A model directory with true headers and no weights, for a hub id not downloaded or a config.json alone.
+"""A model directory with true headers and no weights, for a hub id that is not downloaded or for a config.json alone.
 
-Comes in: a hub id, or a config file. Goes out: a temporary directory whose `model*.safetensors` have a header
-and, for data, a hole that takes no disk space, so that whatever reads headers opens it like any other.
-Never fetches, computes or writes a weight; what is read from the files is zeros.
+Comes in: a hub id, or a config file. Goes out: a temporary directory whose `model*.safetensors` have their header and,
+in place of the data, a hole that takes no disk space. Code that reads only headers opens it like any other model.
+Never computes or writes a weight. From the hub it fetches at most samples of head and embedding; other data is zeros.
 """
 
 import fnmatch
@@ -32,9 +32,9 @@ from .tying import EMBEDDING
 STORED = {dtype: stored for stored, (dtype, _) in reversed(DTYPES.items())}  # MLX dtype -> safetensors type
 FLOATS = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
-# What load_model reads besides the weights. The tokenizer is not among it.
+# Files that load_model reads besides the weights. The tokenizer's files are not needed.
 SMALL_FILES = ("config.json", INDEX, "hf_quant_config.json")
-SAMPLE_NBYTES = 16 << 10  # of head and embedding, where the config does not say whether they are the same
+SAMPLE_NBYTES = 16 << 10  # compared of head and embedding, where the config does not say whether they are the same
 FIRST_NBYTES = 100_000  # huggingface-hub's figure: 97% of headers are shorter, so one request is enough
 TIMEOUT_S = 30
 CONNECTIONS = 8
@@ -42,13 +42,14 @@ CONNECTIONS = 8
 
 @contextmanager
 def outline_of_hub(hub_id: str) -> Iterator[Path]:
-    """The outline of a model on the hub: its config and headers are fetched (range requests), no weights.
+    """The outline of a model on the hub: its config and headers are fetched (by range requests), no weights.
 
     Yields:
-        A directory with config.json and the repository's `model*.safetensors`, of their true sizes, all holes;
-        it is removed on exit. ModelErrors that name the directory leave here naming `hub_id` instead.
+        A directory with config.json and the repository's `model*.safetensors`, which have their true sizes and are
+        holes. It is removed on exit. A ModelError that names the directory names `hub_id` instead once it leaves here.
     Raises:
-        ModelError: no such repository, gated, no config.json or safetensors in it, or the hub is out of reach.
+        ModelError: there is no such repository, it is gated or has no config.json or safetensors, or the hub cannot
+            be reached.
     """
     with _directory(hub_id.rsplit("/", 1)[-1], hub_id) as path:
         try:
@@ -66,17 +67,17 @@ def outline_of_config(
 ) -> Iterator[Path]:
     """The outline of the model that mlx-lm would build for a config file: one safetensors file, blocks in order.
 
-    Floating parameters are of the config's dtype (bfloat16 if it names none). Quantized layers, as "quantization"
-    or "quantization_config" ask for them, are laid out as `mlx_lm.convert` would write them.
+    Floating-point parameters have the config's dtype (bfloat16 if it names none). Layers that "quantization" or
+    "quantization_config" asks to quantize are laid out as `mlx_lm.convert` would write them.
 
     Args:
-        config: taken instead of what is in the file.
-        trust_remote_code: the model's class may be code of its own, beside the file.
+        config: used instead of the file's content.
+        trust_remote_code: the model's class may be Python code beside the file.
     Yields:
-        A directory with config.json and model.safetensors, all holes; it is removed on exit. ModelErrors that name
-        the directory leave here naming `config_file` instead.
+        A directory with config.json and a model.safetensors that is a hole. It is removed on exit. A ModelError that
+        names the directory names `config_file` instead once it leaves here.
     Raises:
-        ModelError: no such file, not JSON, or an architecture that mlx-lm does not know.
+        ModelError: there is no such file, it is not JSON, or mlx-lm does not know the architecture.
     """
     config_file = Path(config_file).expanduser()
     with _directory(config_file.stem, str(config_file)) as path:
@@ -103,7 +104,7 @@ def _directory(name: str, shown_as: str) -> Iterator[Path]:
 
 
 def _write_hollow(file: Path, start: bytes, size: int) -> None:
-    """A file of `size` bytes that begins with `start` and is a hole from there on."""
+    """Write a file of `size` bytes that begins with `start` and is a hole after that."""
     try:
         with open(file, "wb") as out:
             out.write(start)
@@ -123,19 +124,11 @@ def _fetch(hub_id: str, path: Path) -> None:
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
     api = HfApi()
-    info = api.model_info(hub_id)  # the commit, so that all files are of one
+    info = api.model_info(hub_id)  # names the commit, so that all files are of the same one
     names = sorted(sibling.rfilename for sibling in info.siblings or [])
-    here = [name for name in names if "/" not in name and name.endswith(".safetensors")]
-    shards = [name for name in here if fnmatch.fnmatch(name, "model*.safetensors")]
-    if "config.json" not in names:
-        raise ModelError(f"{hub_id} has no config.json: it is not a model that mlx-lm loads. Give another hub id")
-    if not shards and INDEX not in names:
-        other = [name for name in names if name.endswith((".safetensors", ".bin", ".gguf"))]
-        found = f" (found {', '.join(other[:3])})" if other else ""
-        raise ModelError(
-            f"{hub_id} has no model*.safetensors{found}, and mlx-lm loads nothing else. "
-            "Look for a copy of the model in safetensors"
-        )
+    top_level = [name for name in names if "/" not in name and name.endswith(".safetensors")]
+    shards = [name for name in top_level if fnmatch.fnmatch(name, "model*.safetensors")]
+    _check_names(hub_id, names, shards)
 
     def get(name: str, span: str | None = None):
         url = hf_hub_url(hub_id, name, revision=info.sha, endpoint=api.endpoint)
@@ -156,7 +149,7 @@ def _fetch(hub_id: str, path: Path) -> None:
                 raise ModelError(
                     f"{name} of {hub_id} is not a safetensors file ({size} bytes) but {what}. Give another hub id"
                 )
-            end = len(start)  # beside the model: whatever it is, it is not read
+            end = len(start)  # the index does not name it, so it is never read
         if end > len(start):
             start += get(name, f"{len(start)}-{end - 1}").content
         _write_hollow(path / name, start[:end], size)
@@ -171,20 +164,33 @@ def _fetch(hub_id: str, path: Path) -> None:
             (path / name).write_bytes(get(name).content)
     config = read_json(path / "config.json")
     if isinstance(config, dict) and _is_code(code := config.get("model_file")) and code in names:
-        (path / code).write_bytes(get(code).content)  # which runs only if it is trusted
+        (path / code).write_bytes(get(code).content)  # it runs only if it is trusted
     named: set[str] = set()
     if INDEX in names:
         try:
             named = set(map(str, read_json(path / INDEX)["weight_map"].values()))
         except (ModelError, KeyError, TypeError, AttributeError):
-            pass  # `find_weights` notes it
-    shards = sorted({*shards, *(named & set(here))})
-    for name in set(here) - set(shards):
-        (path / name).touch()  # for the note that names it
+            pass  # `find_weights` reports a damaged index
+    shards = sorted({*shards, *(named & set(top_level))})
+    for name in set(top_level) - set(shards):
+        (path / name).touch()  # `find_weights` names it in a note
     with ThreadPoolExecutor(CONNECTIONS) as pool:
         list(pool.map(copy_header, shards))
     for sample in _samples(path, config):
         copy_sample(*sample)
+
+
+def _check_names(hub_id: str, names: list[str], shards: list[str]) -> None:
+    """Raises ModelError if a repository with these files is no model that mlx-lm loads."""
+    if "config.json" not in names:
+        raise ModelError(f"{hub_id} has no config.json: it is not a model that mlx-lm loads. Give another hub id")
+    if not shards and INDEX not in names:
+        others = [name for name in names if name.endswith((".safetensors", ".bin", ".gguf"))]
+        found = f" (found {', '.join(others[:3])})" if others else ""
+        raise ModelError(
+            f"{hub_id} has no model*.safetensors{found}, and mlx-lm loads nothing else. "
+            "Look for a copy of the model in safetensors"
+        )
 
 
 def _is_code(name: object) -> bool:
@@ -192,14 +198,14 @@ def _is_code(name: object) -> bool:
 
 
 def _samples(path: Path, config: dict) -> Iterator[tuple[str, int, int]]:
-    """What tells whether the head is the embedding, where the config does not: (file, offset, bytes) of both."""
-    said = ((config.get("text_config") or {}) | config) if isinstance(config, dict) else {}
-    if "tie_word_embeddings" in said:
+    """(File, offset, bytes) of samples of head and embedding, if the config does not say whether they are the same."""
+    settings = ((config.get("text_config") or {}) | config) if isinstance(config, dict) else {}
+    if "tie_word_embeddings" in settings:
         return
     try:
         extents = index_model(path)
     except ModelError:
-        return  # opening the outline says it
+        return  # opening the outline raises the same error
     if any(name.endswith("lm_head.weight") for name in extents):
         for name, extent in extents.items():
             if name.endswith("lm_head.weight") or EMBEDDING.match(name):
@@ -227,7 +233,7 @@ def explain_hub(error: Exception, hub_id: str) -> str:
 def _write_outline(path: Path, beside: Path, trust_remote_code: bool) -> None:
     from mlx_lm.utils import load_config
 
-    read_json(path / "config.json")  # for what is said of something else under that name
+    read_json(path / "config.json")  # raises a better error than load_config if it is no JSON
     config = load_config(path)
     if not isinstance(config, dict):
         raise ModelError(f"{path / 'config.json'} holds a {type(config).__name__}. Give a model's config.json")
@@ -245,9 +251,9 @@ def _write_outline(path: Path, beside: Path, trust_remote_code: bool) -> None:
     dtype, is_cast = _dtype(config), getattr(model, "cast_predicate", None) or (lambda name: True)
     header, end = {}, 0
     for name, array in tree_flatten(model.parameters()):  # shapes only: these arrays are never evaluated
-        of = dtype if mx.issubdtype(array.dtype, mx.floating) and is_cast(name) else array.dtype
-        begin, end = end, end + math.prod(array.shape) * of.size
-        stored = STORED[str(of).removeprefix("mlx.core.")]
+        written = dtype if mx.issubdtype(array.dtype, mx.floating) and is_cast(name) else array.dtype
+        begin, end = end, end + math.prod(array.shape) * written.size
+        stored = STORED[str(written).removeprefix("mlx.core.")]
         header[name] = {"dtype": stored, "shape": list(array.shape), "data_offsets": [begin, end]}
     text = json.dumps({"__metadata__": {"format": "mlx"}} | header).encode()
     text += b" " * (-len(text) % 8)
@@ -255,9 +261,9 @@ def _write_outline(path: Path, beside: Path, trust_remote_code: bool) -> None:
 
 
 def _build(config: dict, classes: Classes) -> tuple[nn.Module, dict]:
-    """mlx-lm's model for `config`, as `mlx_lm.utils.load_model` would quantize it; every array unevaluated.
+    """(mlx-lm's model, quantized as `mlx_lm.utils.load_model` would, with unevaluated arrays; the config to write).
 
-    Also the config with which load_model takes the weights under the model's own names.
+    With that config, load_model accepts weights under the model's own names.
     """
     model_class, args_class = classes(config)
     method = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
@@ -273,7 +279,7 @@ def _build(config: dict, classes: Classes) -> tuple[nn.Module, dict]:
             model = bitnet_quantize(model, method)
         elif quantization := _as_mlx(method):
             _quantize(model, quantization, _selects(method))
-            # awq and gptq names would be unpacked; packed as MLX has them, they are ordinary quantized layers
+            # load_model would unpack awq's and gptq's tensors; these are laid out as MLX's own quantized layers
             config["quantization"] = quantization
     return model, config
 
@@ -287,9 +293,9 @@ def _dtype(config: dict) -> mx.Dtype:
 
 
 def _tie(model: nn.Module, config: dict) -> None:
-    """Drop the head of an architecture that goes by its absence from the files (Gemma), unless the config unties it.
+    """Drop the head if the config does not untie it and the class ties it where the files have none (Gemma).
 
-    Transformers writes "tie_word_embeddings" only where it is false, its own default being true.
+    Transformers writes "tie_word_embeddings" only if it is false, because its own default is true.
     """
     if not ((config.get("text_config") or {}) | config).get("tie_word_embeddings", True):
         return
@@ -300,7 +306,7 @@ def _tie(model: nn.Module, config: dict) -> None:
 
 
 def _quantize(model: nn.Module, quantization: dict, select: Callable[[str, nn.Module], bool | dict]) -> None:
-    """As `mlx_lm.utils.quantize_model` does, except that layers the config names are as it says."""
+    """Quantize as `mlx_lm.utils.quantize_model` does, but a layer that the config names follows the config."""
 
     def predicate(name: str, layer: nn.Module) -> bool | dict:
         if name in quantization:
@@ -314,7 +320,7 @@ def _quantize(model: nn.Module, quantization: dict, select: Callable[[str, nn.Mo
 
 
 def _as_mlx(method: dict) -> dict | None:
-    """What load_model makes of a "quantization_config"; None where it dequantizes, or takes no notice."""
+    """mlx-lm's "quantization" for a "quantization_config"; None if load_model dequantizes it or ignores it."""
     from mlx_lm.utils import _compressed_tensors_quantization
 
     match method["quant_method"]:
@@ -344,7 +350,7 @@ def _as_mlx(method: dict) -> dict | None:
 
 
 def _selects(method: dict) -> Callable[[str, nn.Module], bool]:
-    """Which layers a "quantization_config" quantizes: linear ones but the head, less those it excepts."""
+    """A function that says whether a "quantization_config" quantizes a layer: linear, not the head, not excepted."""
     from mlx_lm.models.switch_layers import SwitchLinear
 
     # transformers' mxfp4 packs experts only

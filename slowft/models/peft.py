@@ -1,13 +1,13 @@
 """PEFT's LoRA and DoRA adapters <-> mlx-lm's: names, transposes, scale and alpha, ranks of each layer.
 
-Comes in: a directory that PEFT saved, or an adapter of mlx-lm's as arrays. Goes out: the other one, as arrays that are
-not evaluated and entries of `adapter_config.json`. Writes no file, runs no pickle, and refuses by name what has no
-exact equal on the other side.
+Comes in: a directory that PEFT saved, or an adapter of mlx-lm's as arrays. Goes out: the adapter in the other form, as
+unevaluated arrays and entries of `adapter_config.json`. Writes no file and runs no pickle. What the other form cannot
+express exactly is refused by name.
 
-PEFT has `lora_A.weight` [r, in] and `lora_B.weight` [out, r], mlx-lm `lora_a` [in, r] and `lora_b` [r, out]; an
-embedding of V rows `lora_embedding_A` [r, V] and `lora_embedding_B` [D, r], here `lora_a` [V, r] and `lora_b` [r, D].
-mlx-lm has one rank and one scale for all layers, so layers of a smaller rank get zeros behind, and those of another
-scale have it multiplied into `lora_b`: the product is the same, and rows of zeros on both sides are never trained.
+PEFT has `lora_A.weight` [r, in] and `lora_B.weight` [out, r]; mlx-lm has `lora_a` [in, r] and `lora_b` [r, out]. For an
+embedding of V rows, PEFT has `lora_embedding_A` [r, V] and `lora_embedding_B` [D, r], mlx-lm `lora_a` [V, r] and
+`lora_b` [r, D]. mlx-lm has one rank and one scale for all layers. So a smaller rank is padded with zeros, and another
+scale is multiplied into `lora_b`. The product is the same; the zeros, on both sides of it, are never trained.
 """
 
 import collections
@@ -27,25 +27,25 @@ from .directories import ADAPTER_CONFIG, PEFT_WEIGHTS
 PREFIX = "base_model.model."
 EXPERT = re.compile(r"(.*)\.experts\.(\d+)\.(\w+)")
 EXPERTS_NAMES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}  # Mixtral's
-MAX_EXPERTS = 4096  # of a layer; real ones have up to 512
+MAX_EXPERTS = 4096  # in one layer; real models have up to 512
 EMBEDDING = re.compile(r"(?:^|\.)(?:\w*embed\w*|wte|wpe)$")
-# Settings of PEFT's that are used here, or change nothing about what the tensors mean.
+# Settings of PEFT's that are used here, or do not change what the tensors mean.
 HARMLESS = frozenset(
     "peft_type peft_version task_type auto_mapping base_model_name_or_path revision inference_mode r lora_alpha "
     "lora_dropout use_rslora use_dora rank_pattern alpha_pattern target_modules exclude_modules layers_to_transform "
     "layers_pattern fan_in_fan_out megatron_config megatron_core qalora_group_size ensure_weight_tying runtime_config "
     "ephemeral_gpu_offload loftq_config eva_config corda_config lora_ga_config".split()
 )
-# Ways to begin training that leave the base model's weights alone; the others' adapters go with changed weights.
-HARMLESS_BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
-NOTHING: tuple = (None, False, [], {}, "none")
+# Initialisations that do not change the base model's weights. With any other, the adapter needs the changed weights.
+HARMLESS_INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
+UNSET: tuple = (None, False, [], {}, "none")
 
 
 def read_peft(directory: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
-    """(Entries of mlx-lm's `adapter_config.json`, its tensors, unevaluated float32) of a directory that PEFT saved.
+    """(Entries of mlx-lm's `adapter_config.json`, its tensors, unevaluated float32) from a directory that PEFT saved.
 
     Raises:
-        AdapterError: damaged, pickled, or something that mlx-lm's adapters cannot express; names it.
+        AdapterError: a file is damaged or pickled, or has something that mlx-lm's adapters cannot express; names it.
     """
     config_file = directory / ADAPTER_CONFIG
     if not config_file.exists():
@@ -62,15 +62,15 @@ def read_peft(directory: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
     except (TypeError, ValueError, AttributeError, OverflowError, re.error) as e:
         raise AdapterError(f"{config_file} is not a LoRA configuration: {type(e).__name__} {e}") from None
     layers, scales = _stack_experts(layers, scales, file)
-    with_m = [name for name, parts in layers.items() if "m" in parts]
-    if with_m and len(with_m) < len(layers):
-        raise AdapterError(f"{file}: {with_m[0]} has DoRA's magnitudes and others have none; mlx-lm has all or none")
-    if bool(config.get("use_dora")) != bool(with_m):
-        said = "without" if with_m else "with"
-        raise AdapterError(f"{config_file} says an adapter {said} DoRA, and its tensors say the opposite")
+    with_dora = [name for name, parts in layers.items() if "m" in parts]
+    if with_dora and len(with_dora) < len(layers):
+        raise AdapterError(f"{file}: {with_dora[0]} has DoRA's magnitudes and others have none; mlx-lm has all or none")
+    if bool(config.get("use_dora")) != bool(with_dora):
+        claim = "without" if with_dora else "with"
+        raise AdapterError(f"{config_file} says an adapter {claim} DoRA, and its tensors say the opposite")
     ranks_of(layers, file)
     parameters, weights = assemble(layers, scales, dropout)
-    entries = {"fine_tune_type": "dora" if with_m else "lora", "num_layers": -1, "lora_parameters": parameters}
+    entries = {"fine_tune_type": "dora" if with_dora else "lora", "num_layers": -1, "lora_parameters": parameters}
     if isinstance(base := config.get("base_model_name_or_path"), str):
         entries["model"] = base
     return entries, weights
@@ -79,7 +79,7 @@ def read_peft(directory: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
 def assemble(
     layers: dict[str, dict[str, mx.array]], scales: dict[str, float], dropout: float
 ) -> tuple[dict[str, Any], dict[str, mx.array]]:
-    """(mlx-lm's `lora_parameters`, its tensors) of layers with ranks and scales of their own: one rank, one scale."""
+    """(mlx-lm's `lora_parameters`, its tensors), with one rank and scale, from layers whose ranks and scales differ."""
     rank = max(rank_of(parts["lora_a"]) for parts in layers.values())
     scale = collections.Counter(scales.values()).most_common(1)[0][0]
     weights = {}
@@ -90,16 +90,16 @@ def assemble(
         weights[f"{name}.lora_a"], weights[f"{name}.lora_b"] = with_rank(a, b, rank)
         if "m" in parts:
             weights[f"{name}.m"] = parts["m"]
-    # whole names, which attach to exactly these layers
+    # full names as keys attach to exactly these layers
     return {"rank": rank, "scale": scale, "dropout": dropout, "keys": sorted(layers)}, weights
 
 
 def with_rank(a: mx.array, b: mx.array, rank: int) -> tuple[mx.array, mx.array]:
-    """`lora_a` and `lora_b` with zeros behind their rank: the same product."""
+    """`lora_a` and `lora_b` padded with zeros to a rank: the same product."""
     missing = rank - rank_of(a)
     if not missing:
         return a, b
-    if a.ndim == 3:  # experts: [E, r, in], [E, out, r]
+    if a.ndim == 3:  # layers of experts have [E, r, in] and [E, out, r]
         return mx.pad(a, ((0, 0), (0, missing), (0, 0))), mx.pad(b, ((0, 0), (0, 0), (0, missing)))
     return mx.pad(a, ((0, 0), (0, missing))), mx.pad(b, ((0, missing), (0, 0)))
 
@@ -124,7 +124,7 @@ def ranks_of(layers: dict[str, dict[str, mx.array]], file: Path | None) -> dict[
 
 
 def rank_of(a: mx.array) -> int:
-    """Of `lora_a`: `[in, r]`, or of experts `[E, r, in]`."""
+    """The rank r of a `lora_a`: `[in, r]`, or `[E, r, in]` in a layer of experts."""
     return a.shape[1]
 
 
@@ -137,8 +137,8 @@ def _refuse_unequal(config: dict, file: Path) -> None:
         raise AdapterError(
             f"{file}: peft_type {ascii(kind)[:50]} is no LoRA. Of PEFT's adapters LoRA and DoRA can be read"
         )
-    for key, value in config.items():  # what a newer PEFT has added is refused as well, if it is in use
-        if key in HARMLESS or value in (HARMLESS_BEGINNINGS if key == "init_lora_weights" else NOTHING):
+    for key, value in config.items():  # a setting that a newer PEFT has added is refused as well, if it is set
+        if key in HARMLESS or value in (HARMLESS_INITIALISATIONS if key == "init_lora_weights" else UNSET):
             continue
         raise AdapterError(
             f"{file}: {ascii(key)[:50]} {ascii(value)[:80]} has no equal in mlx-lm. Merge the adapter into "
@@ -146,18 +146,18 @@ def _refuse_unequal(config: dict, file: Path) -> None:
         )
 
 
-def read_tensors(how: Callable[[Path], Any], file: Path) -> Any:
-    """`how(file)`, of a file of adapter weights.
+def read_tensors(read: Callable[[Path], Any], file: Path) -> Any:
+    """`read(file)`, for a file of adapter weights.
 
     Raises:
-        AdapterError: it cannot be read, or is something else.
+        AdapterError: the file cannot be read, or holds something else; says what.
     """
     try:
-        return how(file)
+        return read(file)
     except (ModelError, RuntimeError, ValueError) as e:
-        known = recognise(file)
-        said = f"it is {known[0]}. {known[1]}" if known else printable(str(e).splitlines()[0])
-        raise AdapterError(f"{file} is not a readable safetensors file: {said}") from None
+        recognised = recognise(file)
+        reason = f"it is {recognised[0]}. {recognised[1]}" if recognised else printable(str(e).splitlines()[0])
+        raise AdapterError(f"{file} is not a readable safetensors file: {reason}") from None
 
 
 def _read(file: Path, directory: Path) -> dict[str, mx.array]:
@@ -172,7 +172,7 @@ def _read(file: Path, directory: Path) -> dict[str, mx.array]:
 
 
 def _layers(tensors: dict[str, mx.array], file: Path) -> dict[str, dict[str, mx.array]]:
-    """Each adapted layer's arrays as mlx-lm lays them out, float32 (as PEFT computes with them), by its name."""
+    """Name of an adapted layer -> its arrays as mlx-lm lays them out, in float32, in which PEFT computes with them."""
     kinds = {
         ".lora_A.weight": ("lora_a", True),
         ".lora_B.weight": ("lora_b", True),
@@ -203,7 +203,7 @@ def _layers(tensors: dict[str, mx.array], file: Path) -> dict[str, dict[str, mx.
 
 
 def _scale(config: dict, name: str, rank: int) -> float:
-    """What PEFT multiplies a layer's product by: alpha over the rank or its root, with its patterns."""
+    """The scale of a layer in PEFT: alpha (which may depend on the layer's name) over the rank or its square root."""
     alpha = config.get("lora_alpha", 8)
     for pattern, value in (config.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", name):
@@ -216,7 +216,7 @@ def _scale(config: dict, name: str, rank: int) -> float:
 
 
 def _stack_experts(layers, scales: dict[str, float], file: Path):
-    """Experts with layers of their own, as Mixtral's, are one layer here: `lora_a` [E, r, in], `lora_b` [E, out, r]."""
+    """Stack layers of single experts, as Mixtral has them, to one: `lora_a` [E, r, in], `lora_b` [E, out, r]."""
     groups: dict[str, dict[int, str]] = {}
     for name in layers:
         if (match := EXPERT.fullmatch(name)) is not None:
@@ -227,19 +227,19 @@ def _stack_experts(layers, scales: dict[str, float], file: Path):
         if max(members) >= MAX_EXPERTS:
             raise AdapterError(f"{file}: {members[max(members)]} has a number that no expert has")
         parts = {e: layers.pop(name) for e, name in members.items()}
-        of_each = {e: scales.pop(name) for e, name in members.items()}
+        own_scales = {e: scales.pop(name) for e, name in members.items()}
         if any("m" in p for p in parts.values()):
             raise AdapterError(f"{file}: {members[min(members)]} is DoRA of an expert, which mlx-lm does not have")
-        rank, scale = max(rank_of(p["lora_a"]) for p in parts.values()), of_each[min(of_each)]
+        rank, scale = max(rank_of(p["lora_a"]) for p in parts.values()), own_scales[min(own_scales)]
         first = parts[min(parts)]
         shapes = (first["lora_a"].shape[0], rank), (rank, first["lora_b"].shape[1])
         stack_a, stack_b = [], []
-        for e in range(max(members) + 1):  # an expert without an adapter has one of zeros
+        for e in range(max(members) + 1):  # an expert without an adapter gets zeros
             if e in parts:
                 a, b = with_rank(parts[e]["lora_a"], parts[e]["lora_b"], rank)
                 if (a.shape, b.shape) != shapes:
                     raise AdapterError(f"{file}: {members[e]} is of another shape than {members[min(members)]}")
-                b = b * (of_each[e] / scale) if of_each[e] != scale else b
+                b = b * (own_scales[e] / scale) if own_scales[e] != scale else b
             else:
                 a, b = (mx.zeros(shape) for shape in shapes)
             stack_a.append(a.T)
@@ -254,13 +254,13 @@ def _stack_experts(layers, scales: dict[str, float], file: Path):
 def to_peft(
     entries: dict[str, Any], weights: dict[str, mx.array], base: str | None = None
 ) -> tuple[dict[str, Any], dict[str, mx.array]]:
-    """(PEFT's `adapter_config.json`, its tensors) of an mlx-lm adapter.
+    """(PEFT's `adapter_config.json`, its tensors) for an mlx-lm adapter.
 
     Args:
-        entries: of mlx-lm's `adapter_config.json`.
+        entries: mlx-lm's `adapter_config.json`.
         base: name or directory of the base model.
     Raises:
-        AdapterError: experts' layers, which PEFT has in another way.
+        AdapterError: the adapter has layers of experts, which PEFT lays out in another way.
     """
     layers = by_layer(weights)
     tensors, ranks = {}, {}
@@ -292,7 +292,7 @@ def to_peft(
         "lora_dropout": float(parameters.get("dropout") or 0.0),
         "use_dora": entries["fine_tune_type"] == "dora",
         "use_rslora": False,
-        "target_modules": sorted(layers),  # whole names: exactly these layers
+        "target_modules": sorted(layers),  # full names select exactly these layers
         "rank_pattern": others,
         "alpha_pattern": {name: scale * r for name, r in others.items()},
         "bias": "none",
@@ -303,7 +303,7 @@ def to_peft(
 
 
 def by_layer(weights: dict[str, mx.array]) -> dict[str, dict[str, mx.array]]:
-    """An adapter's arrays (`lora_a`, `lora_b`, of DoRA `m`) by the name of their layer."""
+    """Name of a layer -> the adapter's arrays there (`lora_a`, `lora_b`, with DoRA `m`)."""
     layers: dict[str, dict[str, mx.array]] = {}
     for name, array in weights.items():
         layer, _, part = name.rpartition(".")

@@ -1,7 +1,7 @@
-"""Who quantized a model whose weights mlx-lm cannot read, by its config and the names of its tensors.
+"""Tells from config and tensor names which software quantized a model whose weights mlx-lm cannot read.
 
-Comes in: a config and tensors. Goes out: a name for an error message. What mlx-lm reads is mlx-lm's to say: this is
-asked only when it could not.
+Comes in: a config and names of tensors. Goes out: a name for an error message. It is called only after mlx-lm has
+failed, because only mlx-lm knows what it can read.
 """
 
 import re
@@ -34,7 +34,7 @@ NAMES = {
     "vptq": "VPTQ",
 }
 
-# Names of tensors that only this method writes; the first that is found counts.
+# Patterns of tensor names that only this method writes. The first method that matches is named.
 SIGNS = {
     "GPTQ": r"\.g_idx$",
     "bitsandbytes": r"\.(absmax|quant_map|nested_absmax|SCB)$|\.quant_state\.|\.weight_format$",
@@ -60,7 +60,7 @@ def method_of(config: dict) -> dict[str, Any] | None:
 
 
 def quantizer(config: dict, tensors: Iterable[str]) -> str | None:
-    """The name of who quantized a model; None if neither its config nor its tensors say so."""
+    """The software that quantized a model; None if neither config nor tensors tell."""
     names = list(tensors)
     method = method_of(config)
     by_names = next((who for who, sign in SIGNS.items() if any(re.search(sign, name) for name in names)), None)

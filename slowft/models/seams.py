@@ -1,8 +1,8 @@
 """Where a model is cut: its blocks, its embedding tables, its large layers outside the blocks.
 
-Comes in: a model without weights. Goes out: a `CutModel`: units whose weights can come and go, each intercepted
-so that calling it reaches a handler, and what the model's own `__call__` does with them, found by running
-it on dummy values. A model that cannot be cut is refused here with its reason. Never reads weights.
+Comes in: a model without weights. Goes out: a `CutModel`. It has the units whose weights can come and go; a call of
+a unit reaches a handler. It also says what the model's own `__call__` does with the units, which is found by running
+that call on dummy values. A model that cannot be cut is refused here with its reason. This room never reads weights.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from ..errors import ModelError, SlowftError
 from ..weights.sources import Param, locate
-from .calls import Arguments, is_state_object
+from .calls import Arguments, Outcome, is_state_object
 
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 
@@ -29,9 +29,9 @@ class Unit:
 
     Attributes:
         params: its parameters that lie in files.
-        constants: (owner, key, array) of arrays mlx-lm made itself, such as RoPE tables: always in memory.
-        scratch: (id of the owner, key) of what the module's call puts on itself: made of its weights alone, every time
-            anew, so it goes when the weights do.
+        constants: (owner, key, array) of arrays that mlx-lm made itself, such as RoPE tables: always in memory.
+        scratch: (id of the owner, key) of arrays that the module's call puts on the module. Each call makes them anew,
+            from the weights alone, so they are removed together with the weights.
     """
 
     name: str
@@ -51,8 +51,8 @@ class Unit:
 
     def adapter(self) -> list[tuple[Any, Any]]:
         """(owner, key) of every array that is neither in a file nor a constant: adapters, frozen parts included."""
-        other = {(id(p.owner), p.key) for p in self.params} | {(id(owner), key) for owner, key, _ in self.constants}
-        return [(owner, key) for owner, key, _ in array_entries(self.module) if (id(owner), key) not in other]
+        base = {(id(p.owner), p.key) for p in self.params} | {(id(owner), key) for owner, key, _ in self.constants}
+        return [(owner, key) for owner, key, _ in array_entries(self.module) if (id(owner), key) not in base]
 
     def trainable(self) -> list[tuple[str, Any, Any]]:
         """(name, owner, key) of the unit's trainable parameters, in a fixed order."""
@@ -63,22 +63,22 @@ class Unit:
             owner[key] = array
 
     def call(self, inner: Callable, *args, **kwargs) -> Any:
-        """`inner`, the module's own method, on these arguments; the module is left as it was.
+        """Call `inner`, the module's own method, and leave the module as it was before.
 
         Raises:
-            SlowftError: it kept arrays that it did not keep when the model was opened.
+            SlowftError: the call kept arrays on the module that it did not keep when the model was opened.
         """
         before = Arrays(self.module)
         output = inner(*args, **kwargs)
         written = before.restore()
         new = {(id(owner), key) for owner, key, _ in written} - self.scratch
-        if new - {(id(p.owner), p.key) for p in self.params}:  # (weights may be brought within the call)
+        if new - {(id(p.owner), p.key) for p in self.params}:  # weights may have been put in place within the call
             raise SlowftError(f"{self.name} keeps arrays on itself between calls, which cannot be streamed")
         return output
 
 
 def inner_call(unit: Unit) -> Callable:
-    """The block's own method, past the seam."""
+    """The block's own `__call__`, which does not go through the handler."""
     return partial(unit.call, super(type(unit.module), unit.module).__call__)
 
 
@@ -91,24 +91,25 @@ class Use(Enum):
 
 @dataclass
 class CutModel:
-    """A model taken apart.
+    """A model and where it is cut.
 
     Attributes:
-        blocks: in the order of `model.layers`; what is in them and called, if the model's call goes past them.
+        blocks: the blocks, in the order of `model.layers`. If the model's call goes past its layers, the blocks are the
+            modules within the layers that it does call.
         outside: large layers outside the blocks, by use: looked up by row, or multiplied with.
         head: those of the outside layers that the model's call multiplies with.
-        resident: every other parameter: norms, biases. Always in memory.
-        order: indices of `blocks` in the order in which a forward pass visits them.
+        resident: every other parameter, such as norms and biases. These are always in memory.
+        order: indices of `blocks` in the order in which a forward pass calls them.
         head_is_separable: what follows the last block depends on that block's output alone, so it can be
             computed by itself.
         plain_blocks: each block takes an array first, nearly always `[B, T, D]`, and returns one of the same shape.
-        is_chain: besides, each block's first argument is the very output of the one before, and nothing else in the
-            model sees that output: then the values between blocks need not go through the model's own call.
+        is_chain: the blocks are plain, each block's first argument is the very output of the one before, and nothing
+            else in the model sees that output. Then the values between blocks need not go through the model's own call.
         state_objects: classes of the objects that the model makes and hands to its blocks to carry values between them.
         keeps_arrays: the model's call puts arrays on modules outside the blocks.
-        hidden_shape: of what the first block is handed, for two rows of five tokens, if the blocks are plain.
-        hidden_nbytes: of what any of them is handed, per token.
-        vocab_size: logits of a token.
+        hidden_shape: shape of the first block's input, for two rows of five tokens. Empty if the blocks are not plain.
+        hidden_nbytes: bytes per token of the largest input of a block. 0 if the blocks are not plain.
+        vocab_size: number of logits per token.
     """
 
     blocks: list[Unit]
@@ -138,9 +139,9 @@ Handler = Callable[[Unit, Callable, tuple, dict], Any]
 
 
 def intercept(module: nn.Module, method: str, unit: Any, handler: Callable) -> None:
-    """Send calls of `module.method` to `handler` (see `Handler`), which is handed `unit` with them.
+    """Send calls of `module.method` to `handler` (see `Handler`) together with `unit`.
 
-    The module keeps its class's name and everything else.
+    The module gets a subclass of its class with the same name. Nothing else about it changes.
     """
     cls = type(module)
     inner = getattr(cls, method)
@@ -152,7 +153,7 @@ def intercept(module: nn.Module, method: str, unit: Any, handler: Callable) -> N
 
 
 def find_units(model: nn.Module, params: list[Param]) -> CutModel:
-    """Sort the parameters into blocks, large outside layers, and the resident rest.
+    """Sort the parameters into blocks, large layers outside the blocks, and the resident rest.
 
     Raises:
         ModelError: the model has no list of blocks.
@@ -190,7 +191,7 @@ def find_units(model: nn.Module, params: list[Param]) -> CutModel:
     return CutModel(blocks, outside, resident)
 
 
-TOKENS = [[0, 1, 2, 3, 0], [1, 0, 3, 2, 1]]  # what a model is tried on
+TOKENS = [[0, 1, 2, 3, 0], [1, 0, 3, 2, 1]]  # token ids that a model is tried on
 
 
 class _Reached(Exception):
@@ -198,7 +199,7 @@ class _Reached(Exception):
 
 
 def _reaches(model: nn.Module, layers: list[nn.Module]) -> bool:
-    """Whether the model's call calls one of its layers, or fails on the way."""
+    """Whether the model's call calls one of its layers. A call that fails before it gets there counts as yes."""
 
     def on_call(*_):
         raise _Reached
@@ -212,7 +213,7 @@ def _reaches(model: nn.Module, layers: list[nn.Module]) -> bool:
 
 
 def _called_inside(model: nn.Module, layers: list[nn.Module]) -> list[nn.Module]:
-    """The outermost modules with matrices within the layers that the model's call reaches (as in iquestloopcoder)."""
+    """The outermost modules with matrices, within the layers, that the model's call calls (as in iquestloopcoder)."""
     called: dict[int, nn.Module] = {}
     depth = 0
 
@@ -233,7 +234,7 @@ def _called_inside(model: nn.Module, layers: list[nn.Module]) -> list[nn.Module]
 
 @contextmanager
 def _intercepted(modules: list[nn.Module], handler: Handler) -> Iterator[None]:
-    """While this is entered, calls of the modules go to the handler."""
+    """Within this context, calls of the modules go to the handler."""
     classes = [type(module) for module in modules]
     for module in modules:
         if callable(module):
@@ -264,47 +265,41 @@ def install(cut: CutModel, on_block: Handler, on_rows: Handler, on_matmul: Handl
 
 
 class Probe:
-    """Answers every unit's call with dummy values of the right shapes, and notes what was asked.
+    """Answers every unit's call with dummy values of the right shapes, and records the calls.
 
     The units' real methods are called for their output shapes only: MLX infers shapes without evaluating.
+
+    Args:
+        fill: the floating-point dummy values are this number.
+        last_visit: the place in `visits` of the last block, whose output is 0.5 whatever `fill` is.
+
+    Attributes:
+        visits: indices of the blocks that were called, in order.
+        called: (id of the module, use) of the units outside the blocks that were called.
+        plain: see `CutModel.plain_blocks`.
+        chained: each block was handed the output of the one before.
+        calls: the arguments of each block's call.
+        first: the first positional argument of each block's call, or None.
+        problem: the first reason found why the model cannot be streamed, if there is one.
+        state_objects: see `CutModel.state_objects`.
     """
 
-    def __init__(self, cut: CutModel, fill: float, last_visit: int | None = None):
+    def __init__(self, fill: float, last_visit: int | None = None):
         self.visits: list[int] = []
-        self.called: set[int] = set()  # ids of the outside units' modules, by use
+        self.called: set[tuple[int, Use]] = set()
         self.plain = True
-        self.chained = True  # each block was handed the output of the one before
-        self.calls: list[Arguments] = []  # the blocks' arguments, by visit
-        self.first: list[Any] = []  # the first positional argument of each, or None
+        self.chained = True
+        self.calls: list[Arguments] = []
+        self.first: list[Any] = []
         self.problem: str | None = None
         self.state_objects: set[type] = set()
-        self._cut, self._fill, self._last_visit = cut, fill, last_visit
+        self._fill, self._last_visit = fill, last_visit
         self._previous: Any = None  # the last block's output
-        self._handed: list[tuple[Unit, mx.array, mx.array]] = []  # arrays in arguments, before and after the call
+        self._inputs: list[tuple[Unit, mx.array, mx.array]] = []  # arrays in arguments, before and after the call
 
     def on_block(self, unit: Unit, inner: partial, args, kwargs):
-        (inner,) = inner.args  # past the guard: what it would refuse is looked into here
-        while self._notes_objects(unit, Arguments(args, kwargs, self.state_objects).objects):
-            pass  # what they hold, in its turn
-        arguments = Arguments(args, kwargs, self.state_objects)
-        handed = [mx.array(array) for array in arguments.arrays]
-        before = Arrays(unit.module)
-        try:
-            outcome = arguments.call(inner, arguments.arrays)
-            while self._notes_objects(unit, outcome.objects):
-                before.restore()
-                arguments = Arguments(args, kwargs, self.state_objects)
-                outcome = arguments.call(inner, arguments.arrays)
-        except Exception as e:
-            self.problem = self.problem or f"{unit.name} fails on placeholder weights: {e}"
-            raise
-        self._handed += [(unit, was, mx.array(array)) for was, array in zip(handed, arguments.arrays)]
-        written = before.restore()
-        if written and not _is_of_weights_alone(unit, inner, arguments):
-            self.problem = self.problem or (
-                f"{unit.name} keeps arrays on itself between calls, which would carry gradients past the seam"
-            )
-        unit.scratch |= {(id(owner), key) for owner, key, _ in written}
+        (inner,) = inner.args  # without `Unit.call`, because what that refuses is examined here
+        arguments, outcome = self._call(unit, inner, args, kwargs)
         first = args[0] if args else None
         result = arguments.take_over(outcome, outcome.arrays)
         if not outcome.arrays:
@@ -312,19 +307,43 @@ class Probe:
         is_array = isinstance(result, mx.array) and isinstance(first, mx.array)
         if not is_array or result.shape != first.shape or arguments.has_containers:
             self.plain = False
-        is_last = self._last_visit is not None and len(self.visits) == self._last_visit
+        is_last = len(self.visits) == self._last_visit
         self.chained = self.chained and (not self.visits or first is self._previous)
         self.visits.append(unit.index)
         self.calls.append(arguments)
         self.first.append(first)
         handed_on, returned = {i for i, _ in outcome.handed_on}, outcome.returned()
-        fills = [0.5 if is_last and i in returned else self._fill for i in range(len(outcome.arrays))]
         dummies = [
-            array if i in handed_on else _dummies(array, fill)
-            for i, (array, fill) in enumerate(zip(outcome.arrays, fills))
+            array if i in handed_on else _dummies(array, 0.5 if is_last and i in returned else self._fill)
+            for i, array in enumerate(outcome.arrays)
         ]
         self._previous = arguments.take_over(outcome, dummies)
         return self._previous
+
+    def _call(self, unit: Unit, inner: Callable, args: tuple, kwargs: dict) -> tuple[Arguments, Outcome]:
+        """Call a block for its output shapes, and examine which objects it is handed and which arrays it writes."""
+        while self._adds_state_objects(unit, Arguments(args, kwargs, self.state_objects).objects):
+            pass  # a new state object may hold others
+        arguments = Arguments(args, kwargs, self.state_objects)
+        inputs = [mx.array(array) for array in arguments.arrays]
+        before = Arrays(unit.module)
+        try:
+            outcome = arguments.call(inner, arguments.arrays)
+            while self._adds_state_objects(unit, outcome.objects):
+                before.restore()
+                arguments = Arguments(args, kwargs, self.state_objects)
+                outcome = arguments.call(inner, arguments.arrays)
+        except Exception as e:
+            self.problem = self.problem or f"{unit.name} fails on placeholder weights: {e}"
+            raise
+        self._inputs += [(unit, was, mx.array(array)) for was, array in zip(inputs, arguments.arrays)]
+        written = before.restore()
+        if written and not _depends_on_weights_alone(unit, inner, arguments):
+            self.problem = self.problem or (
+                f"{unit.name} keeps arrays on itself between calls, which would carry gradients past the seam"
+            )
+        unit.scratch |= {(id(owner), key) for owner, key, _ in written}
+        return arguments, outcome
 
     def on_rows(self, unit: Unit, inner, args, kwargs):
         self.called.add((id(unit.module), Use.ROWS))
@@ -335,8 +354,8 @@ class Probe:
         output = inner(*args, **kwargs)
         return mx.broadcast_to(args[0].astype(mx.float32).sum(-1, keepdims=True), output.shape).astype(output.dtype)
 
-    def _notes_objects(self, unit: Unit, objects: list[Any]) -> bool:
-        """Whether some are state objects of which nothing was known; an object of any other kind is a problem."""
+    def _adds_state_objects(self, unit: Unit, objects: list[Any]) -> bool:
+        """Whether `objects` include state objects of new classes, which are noted. Any other object is a problem."""
         new = {type(leaf) for leaf in objects if is_state_object(leaf)} - self.state_objects
         self.state_objects |= new
         for leaf in objects:
@@ -348,10 +367,10 @@ class Probe:
         return bool(new)
 
     def check_arrays(self) -> None:
-        """Notice arrays that a block was handed and wrote into, which it would do to a copy."""
-        same = [mx.array_equal(now, was, equal_nan=was.dtype in FLOATS) for _, was, now in self._handed]
+        """Make it a problem if a block wrote into an array that it was handed: streamed, it would write into a copy."""
+        same = [mx.array_equal(now, was, equal_nan=was.dtype in FLOATS) for _, was, now in self._inputs]
         mx.eval(same)
-        for (unit, _, _), is_same in zip(self._handed, same):
+        for (unit, _, _), is_same in zip(self._inputs, same):
             if not is_same.item():
                 self.problem = self.problem or f"{unit.name} writes into an array that it is handed"
 
@@ -362,8 +381,9 @@ def probe(
     """Fill in what `CutModel` says about the model's own `__call__`, and refuse what cannot be streamed.
 
     Args:
-        run_part: calls the model on a few tokens with its units answered by the probe, and returns the logits.
-        make_resident: brings parameters into memory for good, where their module is used in a way no seam sees.
+        run_part: calls the model on a few tokens, lets the probe answer the units' calls, and returns the logits.
+        make_resident: reads parameters into memory for good. It is called for modules that the model uses other than
+            by calling them.
     Raises:
         ModelError: a side channel between blocks, or weights used outside the calls that can be intercepted.
     """
@@ -373,9 +393,9 @@ def probe(
         try:
             return run_part(part)
         finally:
-            cut.keeps_arrays |= bool(before.restore())  # what was made of placeholders may not stay
+            cut.keeps_arrays |= bool(before.restore())  # arrays made of placeholders must not stay
 
-    first = Probe(cut, 0.25)
+    first = Probe(0.25)
     try:
         logits = run(first)
         first.check_arrays()
@@ -392,12 +412,12 @@ def probe(
     for param in cut.resident:
         if mx.isnan(param.placeholder).any().item():
             raise ModelError(f"{param.source.extents[0].file}: {param.name} holds NaN. Download the model again")
-    if mx.isnan(logits).any().item():  # some weight is used other than by calling its layer: keep those in memory
+    if mx.isnan(logits).any().item():  # the model uses some weight without calling its layer: keep that in memory
         make_resident([p for unit in unused for p in unit.params])
         before = Arrays(model)
         for units in cut.outside.values():
             units[:] = [unit for unit in units if unit not in unused]
-        first = Probe(cut, 0.25)
+        first = Probe(0.25)
         logits = run(first)
         if mx.isnan(logits).any().item():
             raise ModelError(_refusal(model, "it uses weights of its layers other than by calling them"))
@@ -409,28 +429,29 @@ def probe(
     if first.plain:
         hidden = first.first[0]
         cut.hidden_shape = hidden.shape
-        largest = max(array.nbytes for array in first.first)  # an embedding may be in fewer bits than what follows
+        largest = max(array.nbytes for array in first.first)  # an embedding may have a smaller dtype than the others
         cut.hidden_nbytes = largest * cut.vocab_size // logits.size
     last = len(first.visits) - 1
-    probes = [Probe(cut, fill, last_visit=last) for fill in (0.25, 0.75)]
+    probes = [Probe(fill, last_visit=last) for fill in (0.25, 0.75)]
     cut.head_is_separable = mx.array_equal(*(run(probe) for probe in probes)).item()
     cut.is_chain = cut.head_is_separable and first.plain and first.chained and _same_side_inputs(*probes)
 
 
 def _same_side_inputs(a: Probe, b: Probe) -> bool:
-    """Whether what blocks were handed besides the hidden state was the same for different outputs of blocks."""
-    for mine, theirs in zip(a.calls, b.calls):
-        if mine.signature() != theirs.signature():
+    """Whether the blocks got the same arguments besides the hidden state, although the outputs of blocks differed."""
+    for call_a, call_b in zip(a.calls, b.calls):
+        if call_a.signature() != call_b.signature():
             return False
-        if not all(mx.array_equal(x, y).item() for x, y in zip(mine.arrays[1:], theirs.arrays[1:])):
+        if not all(mx.array_equal(x, y).item() for x, y in zip(call_a.arrays[1:], call_b.arrays[1:])):
             return False
     return True
 
 
-def _is_of_weights_alone(unit: Unit, inner: Callable, arguments: Arguments) -> bool:
-    """Whether what the block's call puts on itself depends on its weights alone, and would be the same the next time.
+def _depends_on_weights_alone(unit: Unit, inner: Callable, arguments: Arguments) -> bool:
+    """Whether the arrays that the block's call puts on the block depend on its weights alone, and are always the same.
 
-    Then it may be forgotten between calls. Tried on random weights, lazily: only what it is made of is computed.
+    Such arrays may be removed between calls. This is tried on random weights. MLX is lazy, so only what the arrays
+    depend on is computed.
     """
 
     def randoms(arrays: list[mx.array], seed: int) -> list[mx.array]:
@@ -438,11 +459,11 @@ def _is_of_weights_alone(unit: Unit, inner: Callable, arguments: Arguments) -> b
         return [mx.random.normal(a.shape, a.dtype, key=k) if a.dtype in FLOATS else a for a, k in zip(arrays, keys)]
 
     def written(inputs: list[mx.array]) -> dict:
-        before = Arrays(unit.module)
+        before_call = Arrays(unit.module)
         arguments.call(inner, inputs)
-        return {(id(owner), key): array for owner, key, array in before.changes()}
+        return {(id(owner), key): array for owner, key, array in before_call.changes()}
 
-    everything = Arrays(unit.module)
+    before = Arrays(unit.module)
     weights = randoms([param.placeholder for param in unit.params], 0)
     results = []
     try:
@@ -450,10 +471,10 @@ def _is_of_weights_alone(unit: Unit, inner: Callable, arguments: Arguments) -> b
             for param, weight in zip(unit.params, weights):
                 param.set(weight)
             results += [written(randoms(arguments.arrays, seed)) for seed in seeds]
-            everything.restore()
+            before.restore()
     finally:
-        everything.restore()
-    first, again, other = results  # `again` is on top of what the first call left
+        before.restore()
+    first, again, other = results  # `again` found on the block what the first call had left there
     return first.keys() == other.keys() and all(
         mx.array_equal(first[place], array).item() for result in (again, other) for place, array in result.items()
     )
@@ -475,7 +496,7 @@ def _dummies(tree, fill: float):
 
 
 def _containers(module: nn.Module):
-    """Every module, dict and list in `module`, itself included: whatever can own a parameter."""
+    """Everything in `module` that can own a parameter: each module, dict and list, `module` itself included."""
     stack = [module]
     while stack:
         node = stack.pop()
@@ -500,12 +521,12 @@ def _constants(module: nn.Module, params: list[Param]):
 
 
 class Arrays:
-    """The arrays on a module, and on the plain objects it holds, at one moment."""
+    """Remembers the arrays on a module, and on the plain objects that it holds, at the time this is made."""
 
     def __init__(self, module: nn.Module):
         self._module, self._modules = module, module.modules()
         self._arrays = {(id(owner), key): (owner, array) for owner, key, array in self._entries()}
-        # where a module may put an array later
+        # attributes that are None: a call may put an array there
         self._nones = {(id(m), key) for m in self._modules for key, value in vars(m).items() if value is None}
 
     def _entries(self):
@@ -516,7 +537,7 @@ class Arrays:
                     yield from ((vars(value), key, a) for key, a in vars(value).items() if isinstance(a, mx.array))
 
     def changes(self) -> list[tuple[Any, Any, mx.array]]:
-        """(owner, key, array) of those that are new since then."""
+        """(owner, key, array) of the arrays that are new since then."""
         old = self._arrays
         return [
             (owner, key, array)
@@ -525,7 +546,7 @@ class Arrays:
         ]
 
     def restore(self) -> list[tuple[Any, Any, mx.array]]:
-        """Put back what was there then; returns what was there instead."""
+        """Put back the arrays of that time. Returns (owner, key, array) of those that were new."""
         changes = self.changes()
         for owner, key, _ in changes:
             if (id(owner), key) in self._arrays:

@@ -1,10 +1,10 @@
-"""tokenizer.json from what a GGUF file or a SentencePiece model knows: pieces, scores or merges, kinds of pieces.
+"""Makes a tokenizer.json from the pieces, their kinds, and scores or merges in a GGUF file or SentencePiece model.
 
 Comes in: a GGUF header, or a `tokenizer.model`. Goes out: a Tokenizer of the `tokenizers` library, and the files that
 mlx-lm loads. Imports neither MLX nor transformers.
 
-Transformers 5 turns a `tokenizer.model` into merges in the order of the ids; SentencePiece merges in the order of the
-scores, and in Mistral's the two differ for runs of spaces. Here it is SentencePiece's.
+Transformers 5 turns a `tokenizer.model` into merges in the order of the ids. SentencePiece merges in the order of the
+scores, and so does this room. In Mistral's tokenizer the two differ for runs of spaces.
 """
 
 import json
@@ -21,10 +21,10 @@ SPACE = "▁"
 
 
 class NotSentencePieceError(DataError):
-    """A `tokenizer.model` of another kind."""
+    """A `tokenizer.model` that is not a SentencePiece model of unigrams or BPE."""
 
 
-# --- How byte-level BPE splits text, by the name that llama.cpp has for it --------------------------------
+# --- How byte-level BPE splits text, by llama.cpp's name for it -------------------------------------------
 
 _CONTRACTION = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -66,7 +66,7 @@ SPLITS = {
 }
 WHOLE_WORDS_FIRST = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "lfm2", "tekken", "glm4")
 BEGIN_UNLESS_SAID = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "lfm2", "tekken")
-NFC = ("qwen2", "deepseek-r1-qwen", "command-r", "olmo", "mpt")  # of their tokenizer.json
+NFC = ("qwen2", "deepseek-r1-qwen", "command-r", "olmo", "mpt")  # their tokenizer.json normalises text to NFC
 
 
 # --- GGUF ------------------------------------------------------------------------------------------------
@@ -76,9 +76,9 @@ def write_gguf_tokenizer(gguf: Gguf, n_rows: int, directory: Path) -> dict[str, 
     """Write tokenizer.json and tokenizer_config.json. Returns config.json's entries about special tokens.
 
     Args:
-        n_rows: of the model's embedding.
+        n_rows: number of rows of the model's embedding.
     Raises:
-        ModelError: no tokenizer, or of a kind not known here, or of another model.
+        ModelError: there is no tokenizer, its kind is not known here, or it belongs to another model.
     """
     metadata = gguf.metadata
 
@@ -102,7 +102,7 @@ def write_gguf_tokenizer(gguf: Gguf, n_rows: int, directory: Path) -> dict[str, 
             tokenizer = sentencepiece_bpe(tokens, types, get("scores", []), get("add_space_prefix", True))
         else:
             tokenizer = _byte_level_bpe(tokens, types, get("merges", []), pre)
-    except Exception as e:  # the library raises no other kind
+    except Exception as e:  # the library raises no more specific class
         raise ModelError(f"{gguf.file}: its tokenizer contradicts itself ({e}). Download it again") from None
     begins = get("add_bos_token", kind == "llama" or pre in BEGIN_UNLESS_SAID)
 
@@ -157,13 +157,13 @@ def has_sentencepiece_only(model_path: Path) -> bool:
 
 
 def write_sentencepiece_tokenizer(model_path: Path, directory: Path) -> None:
-    """Write tokenizer.json and tokenizer_config.json of a model directory that has a tokenizer.model only.
+    """Write tokenizer.json and tokenizer_config.json for a model directory that has a tokenizer.model only.
 
     Texts begin with the begin token if tokenizer_config.json says so (`add_bos_token`), as with mlx-lm.
 
     Raises:
         NotSentencePieceError: see `read_sentencepiece`.
-        DataError: files that contradict each other.
+        DataError: files contradict each other.
     """
     from tokenizers import AddedToken
 
@@ -191,12 +191,12 @@ def _content(token: str | dict | None) -> str | None:
 
 
 def read_sentencepiece(file: Path, added: dict[int, Any] | None = None):
-    """(Tokenizer that encodes as SentencePiece does, its begin, end and unknown piece as in tokenizer_config.json).
+    """(A Tokenizer that encodes as SentencePiece does, its begin, end and unknown piece as in tokenizer_config.json).
 
     Args:
-        added: AddedTokens by id, beyond the pieces or instead of them.
+        added: AddedTokens by id. They come after the pieces, or replace them.
     Raises:
-        NotSentencePieceError: it is of another kind (Llama 3's `tokenizer.model` is), or a kind not known here.
+        NotSentencePieceError: the file is no SentencePiece model (Llama 3's is none), or not one of unigrams or BPE.
     """
     from google.protobuf.message import DecodeError
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
@@ -223,7 +223,7 @@ def read_sentencepiece(file: Path, added: dict[int, Any] | None = None):
     make = sentencepiece_bpe if trained.model_type == trained.BPE else _sentencepiece_unigram
     charsmap = normalizer.precompiled_charsmap
     tokenizer = make(tokens, types, scores, normalizer.add_dummy_prefix, charsmap, normalizer.remove_extra_whitespaces)
-    for token in (added or {}).values():  # as they are described there: with spaces around, and so on
+    for token in (added or {}).values():  # with their own settings, such as whether spaces around them are stripped
         tokenizer.add_special_tokens([token]) if token.special else tokenizer.add_tokens([token])
     return tokenizer, named
 
@@ -236,12 +236,12 @@ def sentencepiece_bpe(
     charsmap: bytes = b"",
     squeeze: bool = False,
 ):
-    """BPE that merges as SentencePiece does: always the pair whose piece has the highest score.
+    """A BPE Tokenizer that merges as SentencePiece does: always the pair whose piece has the highest score.
 
     Args:
-        prefix: text begins with a space more.
+        prefix: put a space before every text.
         charsmap: SentencePiece's table of characters to replace.
-        squeeze: spaces at the ends, and of several all but one, are left out.
+        squeeze: remove spaces at both ends, and replace runs of spaces by one.
     """
     from tokenizers import Tokenizer, models
 
@@ -281,7 +281,7 @@ def _sentencepiece(tokenizer, tokens, types, prefix: bool, charsmap: bytes, sque
 
 
 def _as_matched(token: str, kind: int) -> str:
-    """Pieces that the user defined are looked for in the text as it comes."""
+    """The piece as it occurs in the text: user-defined pieces are matched before spaces are replaced."""
     return token.replace(SPACE, " ") if kind == USER_DEFINED else token
 
 
@@ -289,7 +289,7 @@ def _as_matched(token: str, kind: int) -> str:
 
 
 def _mark(tokenizer, tokens: Sequence[str], types: Sequence[int]) -> None:
-    """Make pieces that are never merged the added tokens that they are in a tokenizer.json."""
+    """Add control, unknown and user-defined pieces as added tokens, which are never split or merged."""
     from tokenizers import AddedToken
 
     for kinds, special in (((CONTROL, UNKNOWN), True), ((USER_DEFINED,), False)):

@@ -2,7 +2,7 @@
 
 Comes in: a config and where the tensors lie. Goes out: a config that says it, and the tensors that are not used.
 Transformers leaves a setting out of config.json if it is the default of its own class, and mlx-lm's class may have the
-other default. So the tensors themselves are compared: a head equal to the embedding is the embedding.
+other default. So the tensors themselves are compared: if the head's bytes equal the embedding's, the two are tied.
 """
 
 import contextlib
@@ -28,10 +28,10 @@ PIECE_NBYTES = 8 << 20
 def settle_head(
     path: Path, config: dict, classes: Classes, extents: dict[str, Extent]
 ) -> tuple[dict, list[str], list[str]]:
-    """Give a head that lies in the files its due.
+    """Decide whether a head that lies in the files is used or the embedding in its place.
 
     Returns:
-        The config, the tensors that are not to be used, and what a person should know, a sentence each.
+        The config, the names of tensors that are not used, and what a person should know, a sentence each.
     Raises:
         ModelError: the files have a head of their own, and mlx-lm's class has no place for one.
     """
@@ -42,17 +42,17 @@ def settle_head(
     if config.get("tie_word_embeddings") is False and not nested:
         return config, [], []
     parts = [(cls, part) for cls, part in arguments(config, classes) if has(cls, "tie_word_embeddings")]
-    said = next((part["tie_word_embeddings"] for _, part in parts if "tie_word_embeddings" in part), None)
-    if said is None:
-        said = config.get("tie_word_embeddings")
-    has_head, ties_without = _heads_of_class(config, classes, extents, head)
-    if has_head and not ties_without:
-        return config, [], []  # it is used, as mlx-lm uses it
-    if said is None and _is_embedding(extents, head):
+    tied = next((part["tie_word_embeddings"] for _, part in parts if "tie_word_embeddings" in part), None)
+    if tied is None:
+        tied = config.get("tie_word_embeddings")
+    has_head, drops_head = _heads_of_class(config, classes, extents, head)
+    if has_head and not drops_head:
+        return config, [], []  # mlx-lm uses the head
+    if tied is None and _is_embedding(extents, head):
         return config, head, []
-    if said is None and has_head:
+    if tied is None and has_head:
         return config, [], []
-    if said is True:
+    if tied is True:
         differs = not _is_embedding(extents, head, most=PIECE_NBYTES)
         note = f"{path}: config.json ties the head to the embedding, so {head[0]}, which differs, is not used"
         return config, head, [note] if differs else []
@@ -64,7 +64,7 @@ def settle_head(
     config = copy.deepcopy(config)
     for _, part in arguments(config, classes):
         part["tie_word_embeddings"] = False
-    if said is False:
+    if tied is False:
         return config, [], []
     note = (
         f"{path}: config.json does not say whether the head is tied to the embedding, and {head[0]} differs from it: "
@@ -74,7 +74,7 @@ def settle_head(
 
 
 def _heads_of_class(config: dict, classes: Classes, extents: dict[str, Extent], head: list[str]) -> tuple[bool, bool]:
-    """Whether mlx-lm's model has a head of its own, and whether it does without one where the files have none."""
+    """(Whether mlx-lm's model has a head of its own, whether it has none if the files have none)."""
 
     def has_head(model) -> bool:
         return any(re.search(r"(^|\.)lm_head\.\w+$", name) for name, _ in tree_flatten(model.parameters()))
@@ -86,18 +86,18 @@ def _heads_of_class(config: dict, classes: Classes, extents: dict[str, Extent], 
         if before and hasattr(model, "sanitize"):
             with contextlib.suppress(Exception):
                 weights = {n: mx.zeros(e.shape, getattr(mx, e.dtype)) for n, e in extents.items() if n not in head}
-                model.sanitize(weights)  # Gemma's goes by what is there; nothing is evaluated
+                model.sanitize(weights)  # Gemma's drops the head if there are no weights for it; nothing is evaluated
         return before, not has_head(model)
-    return True, False  # what mlx-lm cannot build, it says itself later
+    return True, False  # if mlx-lm cannot build the model, loading reports it later
 
 
 def _is_embedding(extents: dict[str, Extent], head: list[str], most: int | None = None) -> bool:
-    """Whether the head's tensors are the embedding's, byte by byte (as far as `most`)."""
-    of_head = {name.rpartition(HEAD)[2]: extents[name] for name in head}
-    prefixes = {found[0] for name in extents if (found := EMBEDDING.match(name))}
+    """Whether the head's tensors equal those of an embedding, byte by byte. Compares only `most` bytes if given."""
+    head_extents = {name.rpartition(HEAD)[2]: extents[name] for name in head}
+    prefixes = {match[0] for name in extents if (match := EMBEDDING.match(name))}
     for prefix in prefixes:
-        of_embedding = {key: extents.get(prefix + key) for key in of_head}
-        if all(other is not None and _are_equal(of_head[key], other, most) for key, other in of_embedding.items()):
+        pairs = [(extent, extents.get(prefix + key)) for key, extent in head_extents.items()]
+        if all(other is not None and _are_equal(extent, other, most) for extent, other in pairs):
             return True
     return False
 

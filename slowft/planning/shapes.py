@@ -218,7 +218,7 @@ class Shapes:
         if chunking.rows is not None:
             micro_batches *= -(-rows // chunking.rows)
             rows = min(chunking.rows, rows)
-        probe = Probe(cut, 0.25)
+        probe = Probe(0.25)
         with self._engine.running_part(probe), noting(nn.Module(), rows * tokens) as (_, noted):
             logits = self._model(mx.zeros((rows, tokens), mx.int32))
         lowest = next((i for i, index in enumerate(cut.order) if self._trained[index]), len(cut.order))

@@ -1,4 +1,4 @@
-"""What a report is told, and when. This one shows nothing."""
+"""The methods by which a run tells a report what happens. The base class shows nothing."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -6,62 +6,62 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-BAR_AFTER_S = 2  # what is done sooner needs no bar
+BAR_AFTER_S = 2  # work that is done sooner needs no bar
 
 
 class Report:
-    """Told of a run by the trainer. Subclasses show it."""
+    """What the trainer calls during a run. Subclasses show it."""
 
     def begin(self, config, model) -> None:
-        """Before the first step; the adapter is attached."""
+        """The first step is next, and the adapter is attached."""
 
     def joined(self, machines: int, rows: int) -> None:
-        """Several machines train together, each with `rows` of a micro-batch; memory is the first's."""
+        """Several machines train together, each with `rows` of a micro-batch. Memory is the first machine's."""
 
     def planned(self, plan, note: str = "", caching=None) -> None:
-        """What the run keeps in memory and is predicted to take; `note` says where its ceiling comes from."""
+        """The plan of the run is made. `note` says where its ceiling comes from."""
 
     def advance(self, iterations: int, loss: float, model) -> None:
-        """After every optimizer step."""
+        """An optimizer step was made."""
 
     def trained(self, info: dict[str, Any]) -> None:
-        """Every `steps_per_report` iterations: loss, speed, reads, memory since the last time."""
+        """`steps_per_report` iterations were made. `info` has their loss, speed, reads and memory."""
 
     def validated(self, info: dict[str, Any]) -> None:
-        """After an evaluation: iteration, val_loss, val_time."""
+        """An evaluation is done. `info` has iteration, val_loss, val_time."""
 
     def tested(self, info: dict[str, Any]) -> None:
-        """After the test set: test_loss, test_ppl."""
+        """The test set is evaluated. `info` has test_loss, test_ppl."""
 
     def saved(self, file: Path) -> None:
         """An adapter file was written."""
 
     def note(self, text: str) -> None:
-        """Something the user should know."""
+        """There is something that the user should know."""
 
     def end(self) -> None:
-        """After the last save, or when a run breaks off."""
+        """The last file is saved, or the run breaks off."""
 
     @contextmanager
     def evaluating(self, n_batches: int) -> Iterator[Callable[[], None]]:
-        """Around an evaluation; the function it gives is called after every batch."""
+        """A context for an evaluation. The function that it yields is called after every batch."""
         yield lambda: None
 
     def progress(self, items: Iterable, description: str, total: int) -> Iterable:
-        """The same items, their number shown as they are taken."""
+        """The same items. Shows how many were taken."""
         return items
 
     @contextmanager
     def generating(self, n_prompts: int) -> Iterator[Callable[[Any, int], None]]:
-        """Around a generation; `tell(generation, prompts answered)` is called after every reading of the weights."""
+        """A context for a generation. After each reading, what it yields is called: (generation, n answered)."""
         yield lambda generation, answered: None
 
     def generated(self, generation, seconds: float, file: Path) -> None:
-        """All prompts are answered, and the answers in `file`."""
+        """All prompts are answered. The answers are in `file`."""
 
 
 class Reports(Report):
-    """Tells several reports the same."""
+    """Passes every call on to several reports. The first one shows progress bars."""
 
     def __init__(self, *reports: Report):
         self._first, self._all = reports[0], reports
@@ -121,20 +121,23 @@ class Reports(Report):
 
 
 def late(report: Report, items: Iterable, description: str, total: int) -> Iterator:
-    """The same items, their number shown once they have taken two seconds."""
-    begin, left = time.monotonic(), iter(items)
-    for n, item in enumerate(left, 1):
+    """The same items. Shows how many were taken once they have taken `BAR_AFTER_S`."""
+    begin, remaining = time.monotonic(), iter(items)
+    for n, item in enumerate(remaining, 1):
         yield item
         if time.monotonic() - begin > BAR_AFTER_S:
-            yield from report.progress(left, description, max(total - n, 0))
+            yield from report.progress(remaining, description, max(total - n, 0))
 
 
 @contextmanager
 def late_bar(report: Report, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar of the blocks that are still to be computed, once that has taken two seconds."""
+    """Shows a bar of the computed block passes once they have taken `BAR_AFTER_S`.
+
+    Yields a function to call with the number of passes that were computed since the last call.
+    """
     begin, done, bar, advance = time.perf_counter(), 0, None, None
 
-    def on_visit(n: int) -> None:
+    def on_passes(n: int) -> None:
         nonlocal done, bar, advance
         done += n
         if bar is None and time.perf_counter() - begin > BAR_AFTER_S:
@@ -144,7 +147,7 @@ def late_bar(report: Report, total: int) -> Iterator[Callable[[int], None]]:
             advance()
 
     try:
-        yield on_visit
+        yield on_passes
     finally:
         if bar is not None:
             bar.__exit__(None, None, None)

@@ -9,9 +9,9 @@ from .plan import as_dict
 
 
 class JsonReport(Report):
-    """Events: machines (if they are several), plan, begin, train, valid, test, saved, note, generated.
+    """Events: machines (if there are several), plan, begin, train, valid, test, saved, note, generated.
 
-    Keys are mlx-lm's, sizes in GB (in the plan, where a key ends in nbytes, in bytes), times in seconds; NaN is null.
+    Keys are mlx-lm's. Sizes are in GB (in bytes where a key of the plan ends in nbytes), times in seconds. NaN is null.
     """
 
     def __init__(self, out=None):

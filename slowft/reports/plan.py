@@ -1,6 +1,6 @@
-"""A plan in words and numbers: three lines before a run, a page for `slowft plan`, or a dict for programs.
+"""Describes a plan: three lines before a run, a page for `slowft plan`, or a dict for programs.
 
-Comes in: `Plan`s, the machine they were made for. Goes out: text or plain values. Sizes are powers of ten.
+Comes in: `Plan`s, and the machine that they were made for. Goes out: text or plain values. A GB is 10^9 bytes.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ def duration(seconds: float) -> str:
 
 
 def choices(plan: Plan) -> str:
-    """What is kept and how work is cut, in a few words."""
+    """What is kept in memory and how work is cut, in a few words."""
     s, job = plan.schedule, plan.job
     words = []
     if plan.is_ordinary:
@@ -45,7 +45,7 @@ def choices(plan: Plan) -> str:
             words.append(f"{plan.resident_blocks} more blocks resident")
         n_kept = sum(map(len, s.kept))
         if n_kept:
-            words.append(f"outputs of {n_kept} frozen layers kept" + _beforehand(plan))
+            words.append(f"outputs of {n_kept} frozen layers kept" + _temporarily_resident(plan))
         words.append("head in memory" if s.keep_head else "head read ahead" if s.head_ahead else "head streamed")
     if s.spilled > 1:
         words.append(f"inputs of {s.spilled - max(job.lowest_trained, 1)} blocks on disk")
@@ -65,8 +65,8 @@ def choices(plan: Plan) -> str:
     return ", ".join(words)
 
 
-def _beforehand(plan: Plan) -> str:
-    """What is in the room of outputs that are not made yet."""
+def _temporarily_resident(plan: Plan) -> str:
+    """Which blocks use the memory of kept outputs until these are computed; empty if none do."""
     nbytes = max(plan.schedule.temporary_nbytes, default=0)
     n = nbytes // max(visit.stored_nbytes for visit in plan.job.visits)
     return f", until then up to {n} blocks in their room" if n else ""
@@ -96,14 +96,14 @@ def later_step(later: Plan) -> str:
 
 
 def several_lines(several: Sequence[Shared]) -> list[str]:
-    """What more machines would take for the same step."""
-    known = [one for one in several if one.rows]
+    """How long the same step would take on more machines."""
+    possible = [shared for shared in several if shared.rows]
     lines = []
-    if known:
-        steps = ", ".join(f"{duration(one.step_s)} by {one.machines}" for one in known)
-        link = f"{duration(known[-1].sum_s)} of it to sum gradients, at an assumed {LINK_NBYTES_S * 8e-9:g} Gbit/s"
+    if possible:
+        steps = ", ".join(f"{duration(shared.step_s)} by {shared.machines}" for shared in possible)
+        link = f"{duration(possible[-1].sum_s)} of it to sum gradients, at an assumed {LINK_NBYTES_S * 8e-9:g} Gbit/s"
         lines.append(f"  the same step, shared by machines like this one: {steps} ({link})")
-    return lines + [f"  {one.reason}" for one in several if one.reason]
+    return lines + [f"  {shared.reason}" for shared in several if shared.reason]
 
 
 def describe_machine(machine: Machine) -> str:
@@ -132,8 +132,9 @@ def describe_job(plan: Plan) -> list[str]:
 
 
 def as_dict(plan: Plan, caching: Caching | None = None) -> dict[str, Any]:
-    """Everything a program may want, in bytes and seconds."""
+    """Everything that a program may want, in bytes and seconds."""
     job = plan.job
+    blocks = {visit.block: visit for visit in job.visits}.values()
     stored = {} if caching is None else {"activation_cache": _caching(caching)}
     return stored | {
         "memory": plan.memory,
@@ -155,9 +156,9 @@ def as_dict(plan: Plan, caching: Caching | None = None) -> dict[str, Any]:
             "micro_batches": job.micro_batches,
             "rows": job.rows,
             "tokens": job.tokens,
-            "blocks": len({visit.block for visit in job.visits}),
-            "block_nbytes": [v.stored_nbytes for v in {visit.block: visit for visit in job.visits}.values()],
-            "block_compute_nbytes": [v.compute_nbytes for v in {visit.block: visit for visit in job.visits}.values()],
+            "blocks": len(blocks),
+            "block_nbytes": [block.stored_nbytes for block in blocks],
+            "block_compute_nbytes": [block.compute_nbytes for block in blocks],
             "head_nbytes": job.head_stored_nbytes,
             "head_compute_nbytes": job.head_compute_nbytes,
             "adapter_nbytes": job.trainable_nbytes,

@@ -1,4 +1,4 @@
-"""A run on the screen: a progress bar in a terminal, plain lines elsewhere."""
+"""Shows a run on the screen: a progress bar in a terminal, plain lines elsewhere."""
 
 import time
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ SECONDS_BETWEEN_LINES = 30
 
 
 def describe_run(config, model) -> str:
-    """One line on what is about to be trained."""
+    """One line about the training that is about to begin."""
     n_trained = sum(array.size for array in _leaves(model.trainable_parameters()))
     kind = {"lora": "LoRA", "dora": "DoRA"}[config.fine_tune_type]
     return (
@@ -37,7 +37,7 @@ def validation_line(info: dict[str, Any]) -> str:
 
 
 def generation_state(generation) -> str:
-    """How fast a generation is."""
+    """How fast a generation is, in words."""
     speed = generation.tokens / max(generation.seconds, 1e-9)
     drafts = f", {100 * generation.accepted / generation.drafted:.0f}% of drafts right" if generation.drafted else ""
     drafts += f", {generation.gain:.2g} times as fast as without drafts" if generation.gain is not None else ""
@@ -45,7 +45,7 @@ def generation_state(generation) -> str:
 
 
 class LineReport(Report):
-    """One plain line per report, for files and pipes."""
+    """Prints a plain line for each event, for files and pipes."""
 
     def __init__(self, out=None):
         self._out, self._machines = out, 1
@@ -89,22 +89,22 @@ class LineReport(Report):
 
     @contextmanager
     def generating(self, n_prompts):
-        told = time.monotonic()
+        last = time.monotonic()
 
-        def tell(generation, answered):
-            nonlocal told
-            if time.monotonic() - told >= SECONDS_BETWEEN_LINES:
-                told = time.monotonic()
+        def advance(generation, answered):
+            nonlocal last
+            if time.monotonic() - last >= SECONDS_BETWEEN_LINES:
+                last = time.monotonic()
                 self._print(f"{answered} of {n_prompts} answered: {generation_state(generation)}")
 
-        yield tell
+        yield advance
 
     def generated(self, generation, seconds, file):
         self._print(f"{generation.prompts} answers in {file}: {generation_state(generation)}, {_duration(seconds)}")
 
 
 class BarReport(LineReport):
-    """A progress bar with loss, speed, reads, waiting and memory; reports scroll past above it."""
+    """Shows a progress bar with loss, speed, reads, waiting and memory. Lines scroll past above it."""
 
     def __init__(self, console: Console | None = None):
         super().__init__()
@@ -165,7 +165,7 @@ class BarReport(LineReport):
 
 
 def _timed_bar(console: Console) -> Progress:
-    """A bar of tasks that have a `state` in words, with the time gone and left."""
+    """A bar whose tasks have a `state` in words. It shows the time gone and the time left."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),

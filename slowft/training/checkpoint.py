@@ -1,8 +1,8 @@
-"""Everything that a run needs to go on as if it had never been stopped, in one file, in place all at once.
+"""Writes and reads checkpoints: one file with all that a run needs to go on as if it had never been stopped.
 
 Comes in: arrays (adapter, optimizer, order of the data) and numbers (where the run is). Goes out: a safetensors file in
-`checkpoints/` of the adapter's directory, or what the newest whole one holds. Never leaves a half-written file under a
-checkpoint's name. What lasts, the drive taking it, happens behind the next step; nothing is copied for that.
+`checkpoints/` of the adapter's directory, or the contents of the newest whole one. Never leaves a half-written file
+under a checkpoint's name. A thread waits for the drive during the next step, which needs no copy of the arrays.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ NAME = re.compile(r"(\d{7,})\.safetensors")
 
 @dataclass
 class Checkpoint:
-    """What a file holds. `state` is JSON; `file` is where it was read from, `digest` of all that is in it."""
+    """What a file holds. `state` is JSON, `file` is where it was read from, `digest` is a hash of the contents."""
 
     arrays: dict[str, mx.array]
     state: dict[str, Any]
@@ -38,24 +38,24 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoints of the run that writes its adapter to `directory`; the newest `keep` of them stay."""
+    """The checkpoints of the run that writes its adapter to `directory`. The newest `keep` are kept."""
 
     def __init__(self, directory: Path, keep: int):
         self.directory, self._keep = directory / DIRECTORY, keep
         self._writer: ThreadPoolExecutor | None = None
         self._pending: Future | None = None
-        self._nbytes = 0  # of the last one's arrays
-        self._own: list[Path] = []
+        self._nbytes = 0  # size of the last checkpoint's arrays
+        self._own: list[Path] = []  # written by this run
 
     def write(
         self, iteration: int, arrays: Mapping[str, mx.array], state: Mapping[str, Any], only_adds: bool = False
     ) -> Path:
-        """Write a checkpoint; `wait` tells when it is on the drive.
+        """Write a checkpoint. It is on the drive when `wait` has returned.
 
         Args:
-            only_adds: older ones stay: other processes write theirs now, of this step or the one before.
+            only_adds: remove no older file, because other processes write checkpoints of this step or the one before.
         Raises:
-            AdapterError: it cannot be written, or the one before could not. Earlier checkpoints are untouched.
+            AdapterError: this checkpoint or the one before it cannot be written. Earlier checkpoints are untouched.
         """
         self.wait()
         file = self.directory / f"{iteration:07d}.safetensors"
@@ -87,24 +87,24 @@ class Checkpoints:
                 raise self._cannot_write(e) from None
 
     def close(self) -> None:
-        """End the thread that writes."""
+        """End the writing thread."""
         if self._writer is not None:
             self._writer.shutdown()
             self._writer = None
 
     def newest(self) -> tuple[Checkpoint | None, list[str]]:
-        """(the newest checkpoint that is whole, what is wrong with newer ones)."""
-        wrong = []
+        """(The newest checkpoint that is whole, what is wrong with newer ones)."""
+        problems = []
         for file in reversed(self._files()):
             try:
-                return read(file), wrong
+                return read(file), problems
             except AdapterError as e:
-                wrong.append(str(e))
-        return None, wrong
+                problems.append(str(e))
+        return None, problems
 
     def _files(self) -> list[Path]:
-        found = [(int(m[1]), f) for f in self.directory.glob("*.safetensors") if (m := NAME.fullmatch(f.name))]
-        return [file for _, file in sorted(found)]
+        numbered = [(int(m[1]), f) for f in self.directory.glob("*.safetensors") if (m := NAME.fullmatch(f.name))]
+        return [file for _, file in sorted(numbered)]
 
     def _put(self, partial: Path, file: Path, only_adds: bool) -> None:
         try:
@@ -116,26 +116,26 @@ class Checkpoints:
             raise
         self._own = [other for other in self._own if other != file] + [file]
         keep = self._own[-self._keep :]
-        for other in [] if only_adds else self._files():  # of an earlier run too, which this one does not go on with
+        for other in [] if only_adds else self._files():  # those of an earlier run go too
             if other not in keep:
                 other.unlink(missing_ok=True)
 
     def _cannot_write(self, error: OSError) -> AdapterError:
-        said = cannot_write(self.directory, error, self._nbytes)
-        return AdapterError(f"a checkpoint in {said}. Earlier ones are untouched")
+        reason = cannot_write(self.directory, error, self._nbytes)
+        return AdapterError(f"a checkpoint in {reason}. Earlier ones are untouched")
 
 
 def read(file: Path) -> Checkpoint:
-    """What the file holds.
+    """Read a checkpoint.
 
     Raises:
-        AdapterError: it is no checkpoint, or not as it was written.
+        AdapterError: the file is no checkpoint, or differs from what was written.
     """
     return _read(str(file), file)
 
 
 def parse(data: bytes, file: Path) -> Checkpoint:
-    """What `file` of another machine holds, given its bytes. Raises as `read` does."""
+    """The checkpoint in `file` of another machine, from the file's bytes. Raises as `read` does."""
     return _read(io.BytesIO(data), file)
 
 
@@ -161,15 +161,15 @@ def _read(source: str | io.BytesIO, file: Path) -> Checkpoint:
 
 def digest(arrays: Mapping[str, mx.array], text: str) -> str:
     """A hash of everything in a checkpoint."""
-    found = hashlib.blake2b(text.encode(), digest_size=16)
+    hashed = hashlib.blake2b(text.encode(), digest_size=16)
     for name, array in sorted(arrays.items()):
-        found.update(f"{name} {array.dtype} {array.shape}".encode())
-        found.update(memoryview(array.reshape(-1).view(mx.uint8)) if array.size else b"")
-    return found.hexdigest()
+        hashed.update(f"{name} {array.dtype} {array.shape}".encode())
+        hashed.update(memoryview(array.reshape(-1).view(mx.uint8)) if array.size else b"")
+    return hashed.hexdigest()
 
 
 def check_finite(model) -> None:
-    """Raises SlowftError if a trainable parameter is not finite: nothing of it is worth saving."""
+    """Raises SlowftError if a trainable parameter is not finite: such an adapter is not worth saving."""
     for name, array in tree_flatten(model.trainable_parameters()):
-        if not mx.isfinite(array).all().item():  # the last update's doing: no loss has seen it yet
+        if not mx.isfinite(array).all().item():  # the last update can cause it, and no loss has shown it yet
             raise SlowftError(f"{name} is no longer finite, so the adapter is not saved. Lower --learning-rate")

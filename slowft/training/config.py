@@ -1,7 +1,7 @@
-"""The options of a training run, named and defaulted as in `mlx_lm.lora`, so that its configs run unchanged.
+"""The options of a training run. Names and defaults are those of `mlx_lm.lora`, so its configs run unchanged.
 
-Comes in: a YAML file and command-line options. Goes out: a checked `TrainConfig`. An option that slowft does
-not know, or that would have no effect, is an error or is named; never silently dropped.
+Comes in: a YAML file and command-line options. Goes out: a checked `TrainConfig`. An option that slowft does not know,
+or that would have no effect, is an error or is named in a note. None is dropped silently.
 """
 
 import math
@@ -14,47 +14,49 @@ from ..errors import ConfigError
 from .stopping import parse_seconds
 
 OPTIMIZERS = ("adam", "adamw", "muon", "sgd", "adafactor")
-# how many times the trainable parameters each keeps at most
+# how many arrays of the size of the trainable parameters each optimizer keeps at most
 OPTIMIZER_COPIES = {"adam": 2, "adamw": 2, "muon": 1, "sgd": 1, "adafactor": 2}
 
-# Options of mlx_lm.lora that ask for what slowft always does, or for what streaming has no use for.
+# Options of mlx_lm.lora that are accepted and ignored -> why slowft does not need them.
 NEEDLESS = {
     "grad_checkpoint": "slowft always recomputes blocks in the backward pass",
     "clear_cache_threshold": "slowft bounds MLX's cache itself",
 }
-# What may be another when a run goes on: it changes no number that the run computes.
+# Options that may change when a run is resumed: they change no number that the run computes.
 OPERATIONAL = frozenset(
     "data memory spill_dir teacher_cache adapter_path activation_cache activation_cache_size dry_run trace report_to "
     "project_name resume resume_anyway keep_checkpoints max_time gentle model train test test_batches on_nan "
     "steps_per_report".split()
 )
-# What each of several machines may have its own of.
+# Options that may differ between the machines that train together.
 MACHINES_OWN = frozenset(
     "model data spill_dir teacher_cache adapter_path resume_adapter_file activation_cache activation_cache_size memory "
     "trace report_to project_name max_time gentle".split()
 )
-# Options that slowft or mlx_lm.lora once had, or that mlx-lm's example once had wrong -> what to do instead.
+# Options that slowft or mlx_lm.lora once had, or that mlx-lm's example once misspelled -> what to do instead.
 REMOVED = {
     "resident_bits": "slowft prepare MODEL --output DIR --quantize stores the base in 4 bits",
     "adapter_file": "Write adapter_path: DIR, the directory that the adapter goes to",
     "wand": "Write report_to: wandb and project_name: NAME",
 }
-# Options of older versions of mlx-lm that mean one thing today -> how today's are set to a given value.
+# Options of older versions of mlx-lm -> a function from their value to today's options.
 RENAMED = {
     "lora_layers": lambda value: {"num_layers": value},
     "steps_per_save": lambda value: {"save_every": value},
     "use_dora": lambda value: {"fine_tune_type": "dora"},
     "wandb": lambda value: {"report_to": "wandb", "project_name": value},
 }
-DISTIL = 0.5, 1.0  # weight and temperature, where there is a teacher's cache and nothing else is said
-# Schedules that reach a last value -> which of their arguments counts the steps until then.
+DISTIL = 0.5, 1.0  # default weight and temperature of distillation
+# Schedules that reach a last value -> index of the argument that counts the steps until then.
 STEPS_OF_SCHEDULE = {"cosine_decay": 1, "linear_schedule": 2}
 
 
 @dataclass
 class TrainConfig:
-    """One run of `slowft finetune`. `iters` counts micro-batches, as in mlx-lm: the optimizer steps every
-    `grad_accumulation_steps` of them."""
+    """The options of one run of `slowft finetune`.
+
+    `iters` counts micro-batches, as in mlx-lm. The optimizer steps once every `grad_accumulation_steps` of them.
+    """
 
     model: str | None = field(default=None, metadata={"help": "Model directory or hub id."})
     data: str | None = field(
@@ -65,7 +67,7 @@ class TrainConfig:
         },
     )
     train: bool = field(default=True, metadata={"help": "Train (the default, unless only --test is given)."})
-    test: bool = field(default=False, metadata={"help": "Evaluate on the test set, after training if there is any."})
+    test: bool = field(default=False, metadata={"help": "Evaluate on the test set, after any training."})
     fine_tune_type: str = field(default="lora", metadata={"help": "lora or dora."})
     optimizer: str = field(default="adam", metadata={"help": ", ".join(OPTIMIZERS) + "."})
     optimizer_config: dict = field(default_factory=dict, metadata={"help": "Optimizer arguments, by optimizer name."})
@@ -77,7 +79,7 @@ class TrainConfig:
     )
     valid_split: float | None = field(
         default=None,
-        metadata={"help": "Share of the training set to validate on instead, such as 0.05, where there is no other."},
+        metadata={"help": "Share of the training set to validate on, such as 0.05, if there is no validation set."},
     )
     skip_bad_samples: bool = field(
         default=False, metadata={"help": "Leave out samples that cannot be trained on, and say how many."}
@@ -85,17 +87,17 @@ class TrainConfig:
     group_by_length: bool = field(
         default=False,
         metadata={
-            "help": "Batches of samples of like length, so that little is padding, in an order drawn from the seed."
+            "help": "Put samples of similar length into a batch, for little padding; the seed gives the batches' order."
         },
     )
     num_layers: int = field(default=16, metadata={"help": "Blocks to fine-tune, counted from the last; -1 for all."})
-    batch_size: int = field(default=4, metadata={"help": "Sequences in a micro-batch, of all machines together."})
+    batch_size: int = field(default=4, metadata={"help": "Sequences in a micro-batch, on all machines together."})
     iters: int = field(default=1000, metadata={"help": "Micro-batches to train for."})
     val_batches: int = field(default=25, metadata={"help": "Validation batches, -1 for the whole validation set."})
     learning_rate: float = field(default=1e-5, metadata={"help": "Learning rate of the optimizer."})
     lr_schedule: dict | None = field(
         default=None,
-        metadata={"help": "Schedule, as mlx_lm.lora configures it; it and its warmup count optimizer steps."},
+        metadata={"help": "Schedule, written as for mlx_lm.lora; it and its warmup count optimizer steps."},
     )
     steps_per_report: int = field(default=10, metadata={"help": "Iterations between reports of the loss."})
     steps_per_eval: int = field(default=200, metadata={"help": "Iterations between validations."})
@@ -105,7 +107,7 @@ class TrainConfig:
     resume_adapter_file: str | None = field(
         default=None,
         metadata={
-            "help": "Adapter weights to start from, of the same rank and layers; optimizer, step and order of the data "
+            "help": "Adapter weights to start from, of the same rank and layers. Optimizer, step and order of the data "
             "begin anew."
         },
     )
@@ -114,33 +116,33 @@ class TrainConfig:
         metadata={"help": "Go on with the run whose checkpoints are in --adapter-path, as if it had not been stopped."},
     )
     resume_anyway: bool = field(
-        default=False, metadata={"help": "With --resume: also if model, data or options have changed."}
+        default=False, metadata={"help": "With --resume: go on even if model, data or options have changed."}
     )
-    keep_checkpoints: int = field(default=1, metadata={"help": "Checkpoints to keep, the newest."})
+    keep_checkpoints: int = field(default=1, metadata={"help": "How many of the newest checkpoints to keep."})
     keep: str | None = field(
         default=None,
-        metadata={"help": "best makes adapters.safetensors that of the lowest validation loss, not of the last step."},
+        metadata={
+            "help": "best keeps the adapter of the lowest validation loss in adapters.safetensors, not the last."
+        },
     )
     early_stop: int | None = field(
-        default=None, metadata={"help": "Stop when so many validations in turn have not lowered the loss."}
+        default=None, metadata={"help": "Stop after this many validations in a row that did not lower the loss."}
     )
     max_time: str | None = field(
-        default=None, metadata={"help": "Stop after this time, such as 8h or 90m, with a checkpoint to go on from."}
+        default=None, metadata={"help": "Stop after this time, such as 8h or 90m, with a checkpoint to resume from."}
     )
     max_grad_norm: float | None = field(
-        default=None, metadata={"help": "Scale gradients down whose norm, of all together, is larger."}
+        default=None, metadata={"help": "Scale all gradients down if their joint norm is larger than this."}
     )
     on_nan: str = field(
         default="stop",
-        metadata={
-            "help": "stop or skip the step, when loss or gradients are not finite. The adapter takes none of it."
-        },
+        metadata={"help": "stop, or skip the step, if loss or gradients are not finite. The adapter stays as it was."},
     )
     gentle: bool = field(
         default=False,
-        metadata={"help": "Give way to whoever works on this machine: low priority for reads and computing."},
+        metadata={"help": "Give other programs on this machine priority, for reads and computing."},
     )
-    adapter_path: str = field(default="adapters", metadata={"help": "Directory the adapter is written to."})
+    adapter_path: str = field(default="adapters", metadata={"help": "Directory that the adapter is written to."})
     save_every: int = field(default=100, metadata={"help": "Iterations between saved checkpoints."})
     test_batches: int = field(default=500, metadata={"help": "Test batches, -1 for the whole test set."})
     max_seq_length: int = field(default=2048, metadata={"help": "Longest sequence, in tokens; longer ones are cut."})
@@ -152,40 +154,40 @@ class TrainConfig:
     memory: str | None = field(
         default=None,
         metadata={
-            "help": "Ceiling for the whole process's memory, such as 8GB; by default half of the machine's. What is "
-            "kept in memory is planned to fill it."
+            "help": "Ceiling for the whole process's memory, such as 8GB; by default half of the machine's. A plan of "
+            "what to keep in memory fills it."
         },
     )
     spill_dir: str | None = field(
         default=None,
-        metadata={"help": "Where activations go that memory has no room for; by default the user's cache directory."},
+        metadata={"help": "Directory for activations that memory has no room for; by default in the user's cache."},
     )
     activation_cache: str | None = field(
         default=None,
         metadata={
-            "help": "Directory for the activations below the lowest trained block, which later epochs begin from; or "
-            "off. By default in the user's cache directory, if there are several epochs and it saves time."
+            "help": "Directory for the activations below the lowest trained block, from which later epochs begin; or "
+            "off. By default they go to the user's cache directory, if there are several epochs and it saves time."
         },
     )
     activation_cache_size: str | None = field(
         default=None,
-        metadata={"help": "The most it may take on disk, such as 20GB; by default a quarter of what is free."},
+        metadata={"help": "The most it may take on disk, such as 20GB; by default a quarter of the free space."},
     )
     teacher_cache: str | None = field(
         default=None,
         metadata={
-            "help": "Directory that slowft score --top-k wrote: what a large model holds for probable of this data, to "
-            "learn that too."
+            "help": "Directory that slowft score --top-k wrote: a large model's probabilities for this data, for the "
+            "adapter to learn as well."
         },
     )
     distil_weight: float | None = field(
         default=None,
         metadata={
-            "help": "How much that counts: 1 is nothing but the divergence from it, 0 nothing of it [default: 0.5]."
+            "help": "Weight of the divergence from the teacher in the loss, above 0; 1 is that alone [default: 0.5]."
         },
     )
     distil_temperature: float | None = field(
-        default=None, metadata={"help": "Both models' probabilities are made softer by this first [default: 1]."}
+        default=None, metadata={"help": "Temperature that softens both models' probabilities first [default: 1]."}
     )
     dry_run: bool = field(default=False, metadata={"help": "Check everything, print the plan, and stop."})
     compute_dtype: str | None = field(
@@ -197,8 +199,7 @@ class TrainConfig:
     trace: str | None = field(
         default=None,
         metadata={
-            "help": "File for a trace of the run (Perfetto, chrome://tracing): what is read, cast, computed and waited "
-            "for, when."
+            "help": "File for a trace of the run (Perfetto, chrome://tracing): when it reads, casts, computes, waits."
         },
     )
     report_to: str | None = field(default=None, metadata={"help": "wandb, swanlab or both, if installed."})
@@ -210,34 +211,31 @@ class TrainConfig:
             "help": "File with a chat template, Jinja or JSON with chat_template, used instead of the model's own."
         },
     )
-    hf_dataset: Any = field(default=None, metadata={"help": "Hub dataset(s), as mlx_lm.lora configures them."})
+    hf_dataset: Any = field(default=None, metadata={"help": "Hub dataset(s), written as for mlx_lm.lora."})
     prompt_feature: str = field(default="prompt", metadata={"help": "Key of the prompt in a sample."})
     completion_feature: str = field(default="completion", metadata={"help": "Key of the completion in a sample."})
     chat_feature: str = field(default="messages", metadata={"help": "Key of the messages in a sample."})
     text_feature: str = field(default="text", metadata={"help": "Key of the text in a sample."})
 
     def __post_init__(self):
-        for f in fields(self):  # paths may be given as such, but go into a JSON file
+        for f in fields(self):  # a Path may be given, but the options go into a JSON file
             if isinstance(getattr(self, f.name), Path):
                 setattr(self, f.name, str(getattr(self, f.name)))
         if isinstance(self.lora_parameters, dict | None):
             self.lora_parameters = {"rank": 8, "dropout": 0.0, "scale": 20.0, **(self.lora_parameters or {})}
 
     def check(self) -> None:
-        """Raises ConfigError for a value no run can use, before anything is loaded."""
+        """Raises ConfigError for a value that no run can use, before anything is loaded."""
         for f in fields(self):
-            for kind, wanted in ((str, "text"), (bool, "true or false"), (dict, "a mapping of names to values")):
+            for kind, expected in ((str, "text"), (bool, "true or false"), (dict, "a mapping of names to values")):
                 if f.type in (kind, kind | None) and not isinstance(getattr(self, f.name), f.type):
-                    raise ConfigError(f"{f.name} must be {wanted}, got {getattr(self, f.name)!r}")
-        for name in (
-            "batch_size",
-            "iters",
-            "steps_per_report",
-            "steps_per_eval",
-            "grad_accumulation_steps",
-            "save_every",
-            "keep_checkpoints",
-        ):
+                    raise ConfigError(f"{f.name} must be {expected}, got {getattr(self, f.name)!r}")
+        self._check_values()
+        self._check_combinations()
+
+    def _check_values(self) -> None:
+        counts = "batch_size iters steps_per_report steps_per_eval grad_accumulation_steps save_every keep_checkpoints"
+        for name in counts.split():
             self._check(name, int, lambda v: v >= 1, "a whole number of at least 1")
         self._check("max_seq_length", int, lambda v: v >= 2, "a whole number of at least 2")
         for name in ("val_batches", "test_batches"):
@@ -260,6 +258,9 @@ class TrainConfig:
         if self.max_time is not None:
             parse_seconds(self.max_time)
         self._check("on_nan", str, lambda v: v in ("stop", "skip"), "stop or skip")
+
+    def _check_combinations(self) -> None:
+        """Raises ConfigError for options that exclude each other or have no effect, and for values of rarer options."""
         if self.resume_anyway and not self.resume:
             raise ConfigError("--resume-anyway has no effect without --resume. Give both")
         if self.resume and self.resume_adapter_file is not None:
@@ -270,12 +271,12 @@ class TrainConfig:
                 raise ConfigError("--train-on assistant and --mask-prompt exclude each other. Leave one out")
         if self.valid_split is not None:
             self._check("valid_split", (int, float), lambda v: 0 < v < 1, "a number between 0 and 1")
-        for name, is_possible, wanted in (
+        for name, accepts, expected in (
             ("distil_weight", lambda v: 0 < v <= 1, "a number above 0, and at most 1"),
             ("distil_temperature", lambda v: 0 < v < math.inf, "a number above 0"),
         ):
             if getattr(self, name) is not None:
-                self._check(name, (int, float), is_possible, wanted)
+                self._check(name, (int, float), accepts, expected)
                 if self.teacher_cache is None:
                     raise ConfigError(f"--{name.replace('_', '-')} has no effect without --teacher-cache. Give both")
         if self.teacher_cache is not None and not self.train:
@@ -290,22 +291,22 @@ class TrainConfig:
         if not self.train and not self.test:
             raise ConfigError("nothing to do: neither train nor test is asked for")
 
-    def _check(self, name: str, kind, accepts, wanted: str) -> None:
+    def _check(self, name: str, kind: type | tuple[type, ...], accepts: Callable[[Any], bool], expected: str) -> None:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, kind) or not accepts(value):
-            raise ConfigError(f"--{name.replace('_', '-')} must be {wanted}, got {value!r}")
+            raise ConfigError(f"--{name.replace('_', '-')} must be {expected}, got {value!r}")
 
     def schedule_note(self) -> str | None:
-        """A sentence, with both numbers, if the run is over before the learning rate's schedule or its warmup is.
+        """A warning, with both numbers, if the run ends before the learning rate's schedule or its warmup does.
 
-        In mlx-lm both count optimizer steps, while `iters` counts micro-batches.
+        In mlx-lm these count optimizer steps, while `iters` counts micro-batches.
         """
         if not self.lr_schedule:
             return None
         n_steps = -(-self.iters // self.grad_accumulation_steps)
         warmup = self.lr_schedule.get("warmup") or 0
-        counted = STEPS_OF_SCHEDULE.get(self.lr_schedule["name"])
-        end = warmup + (self.lr_schedule["arguments"][counted] if counted else 0)
+        index = STEPS_OF_SCHEDULE.get(self.lr_schedule["name"])
+        end = warmup + (self.lr_schedule["arguments"][index] if index else 0)
         if n_steps >= end:
             return None
         if n_steps < warmup:
@@ -336,19 +337,18 @@ class TrainConfig:
 def load_config(file: str | None, options: dict[str, Any]) -> tuple[TrainConfig, list[str]]:
     """A checked config from a YAML file, if given, overridden by the options that are not None.
 
-    Names that older versions of mlx-lm had for today's options (`RENAMED`) are taken in both.
+    Both may use names that today's options had in older versions of mlx-lm (`RENAMED`).
 
     Returns:
-        The config, and one line for each entry that has another name now, or asks for nothing slowft does not do
-        anyway.
+        The config, and one line for each entry that has another name now or is ignored.
     Raises:
-        ConfigError: unreadable file, unknown entry, or a value no run can use.
+        ConfigError: the file cannot be read, an entry is unknown, or a value cannot be used.
     """
     entries = _read_yaml(Path(file)) if file else {}
     notes = [f"{key} is ignored: {why}" for key, why in NEEDLESS.items() if entries.pop(key, None)]
-    entries = _by_todays_names(entries, lambda name, value: f"{name}: {value}", notes)
-    options = _by_todays_names(options, _as_option, notes)
-    notes += _settle_alpha(entries) + _settle_hub_names(entries)
+    entries = _rename_old_options(entries, lambda name, value: f"{name}: {value}", notes)
+    options = _rename_old_options(options, _as_option, notes)
+    notes += _remove_alpha(entries) + _rename_hub_names(entries)
     known = {f.name for f in fields(TrainConfig)}
     unknown = sorted(map(str, set(entries) - known - {"config"}))
     if unknown:
@@ -366,27 +366,27 @@ def load_config(file: str | None, options: dict[str, Any]) -> tuple[TrainConfig,
     return config, notes
 
 
-def _by_todays_names(given: dict, spelled: Callable[[str, Any], str], notes: list[str]) -> dict:
-    """The same options without the names in `RENAMED`; adds a note for each that was there.
+def _rename_old_options(options: dict, written: Callable[[str, Any], str], notes: list[str]) -> dict:
+    """The same options under today's names (see `RENAMED`). Appends a note for each that was renamed.
 
     Args:
-        spelled: how the user writes an option and its value.
+        written: gives an option and its value as the user writes them.
     Raises:
-        ConfigError: both names are given, and differ.
+        ConfigError: an option is given under both names, with different values.
     """
-    given = dict(given)
-    for old, todays in RENAMED.items():
-        value = given.pop(old, None)
-        if value is None or value is False:  # as if it were not there; use_dora: false asks for the usual
+    options = dict(options)
+    for old, renamed in RENAMED.items():
+        value = options.pop(old, None)
+        if value is None or value is False:  # use_dora: false asks for the default
             continue
-        new = todays(value)
-        for name, meant in new.items():
-            if given.get(name) not in (None, meant):
-                both = f"{spelled(old, value)} and {spelled(name, given[name])}"
+        new = renamed(value)
+        for name, new_value in new.items():
+            if options.get(name) not in (None, new_value):
+                both = f"{written(old, value)} and {written(name, options[name])}"
                 raise ConfigError(f"{both} contradict each other. Leave the first out: it is an old name")
-        given |= new
-        notes.append(f"{spelled(old, value)} is read as {' and '.join(spelled(*item) for item in new.items())}")
-    return given
+        options |= new
+        notes.append(f"{written(old, value)} is read as {' and '.join(written(*item) for item in new.items())}")
+    return options
 
 
 def _as_option(name: str, value: Any) -> str:
@@ -394,40 +394,43 @@ def _as_option(name: str, value: Any) -> str:
     return option if value is True else f"{option} {value}"
 
 
-def _settle_alpha(entries: dict) -> list[str]:
-    """Takes `alpha` out of a file's lora_parameters where it has no effect; returns the note to make of it.
+def _remove_alpha(entries: dict) -> list[str]:
+    """Remove `alpha` from a file's lora_parameters if there is a scale, and return a note about it.
 
-    mlx-lm before 0.14.2 (June 2024) trained with scale * alpha / rank; since then it trains with scale, whatever
-    stands beside it. Other programs know no scale, and train with alpha / rank.
+    mlx-lm before 0.14.2 (June 2024) trained with scale * alpha / rank. Since then it trains with scale and ignores
+    alpha. Other programs have no scale, and train with alpha / rank.
+
+    Raises:
+        ConfigError: there is an alpha and no scale.
     """
     parameters = entries.get("lora_parameters")
     if not isinstance(parameters, dict) or "alpha" not in parameters:
         return []
-    alpha, rank, scale = (parameters.get(name, usual) for name, usual in (("alpha", None), ("rank", 8), ("scale", 1)))
-    numbers = all(isinstance(n, int | float) and n > 0 for n in (alpha, rank, scale))
+    alpha, rank, scale = parameters["alpha"], parameters.get("rank", 8), parameters.get("scale", 1)
+    are_numbers = all(isinstance(n, int | float) and n > 0 for n in (alpha, rank, scale))
     if "scale" not in parameters:
-        instead = f"scale: {alpha / rank:g}" if numbers else "scale"
+        instead = f"scale: {alpha / rank:g}" if are_numbers else "scale"
         raise ConfigError(f"lora_parameters has no alpha. Write {instead} instead, which is alpha / rank")
     entries["lora_parameters"] = {name: value for name, value in parameters.items() if name != "alpha"}
-    was = f": write scale: {scale * alpha / rank:g} for that" if numbers else ""
+    was = f": write scale: {scale * alpha / rank:g} for that" if are_numbers else ""
     return [
         f"lora_parameters: alpha is ignored, as mlx-lm ignores it: scale: {scale} is used. "
         f"mlx-lm before 0.14.2 used scale * alpha / rank{was}"
     ]
 
 
-def _settle_hub_names(entries: dict) -> list[str]:
-    """Calls a hub dataset's `name` its `path`, as mlx-lm does since March 2025; returns the notes to make of it."""
+def _rename_hub_names(entries: dict) -> list[str]:
+    """Rename a hub dataset's `name` to `path`, as mlx-lm did in March 2025. Returns notes about it."""
     hub, notes = entries.get("hf_dataset"), []
 
-    def settled(one):
-        if not isinstance(one, dict) or "name" not in one or "path" in one:
-            return one
-        notes.append(f"hf_dataset: name: {one['name']} is read as path: {one['name']}")
-        return {"path" if key == "name" else key: value for key, value in one.items()}
+    def renamed(dataset):
+        if not isinstance(dataset, dict) or "name" not in dataset or "path" in dataset:
+            return dataset
+        notes.append(f"hf_dataset: name: {dataset['name']} is read as path: {dataset['name']}")
+        return {"path" if key == "name" else key: value for key, value in dataset.items()}
 
     if hub is not None:
-        entries["hf_dataset"] = list(map(settled, hub)) if isinstance(hub, list) else settled(hub)
+        entries["hf_dataset"] = list(map(renamed, hub)) if isinstance(hub, list) else renamed(hub)
     return notes
 
 

@@ -1,6 +1,6 @@
-"""One run of a `Trainer`, step by step: what happens in a step and after it, and how it goes on from a checkpoint.
+"""One run of a `Trainer`: what happens in a step and after it, and how a run goes on from a checkpoint.
 
-Comes in: a trainer, an optimizer, the data. Goes out: what `Trainer.fit` returns. Every step is in `Fit.go`.
+Comes in: a trainer, an optimizer, the data. Goes out: what `Trainer.fit` returns. The loop over steps is `Fit.go`.
 """
 
 import json
@@ -26,17 +26,22 @@ from .machines import checksum
 from .status import Status
 from .stopping import Stop, StopAsked, parse_seconds
 
-# Finished blocks of a step are journalled where it takes longer than this, and where that writes no more than so many
-# bytes a second: 40 MB are 3.5 TB a day, and a laptop's SSD is good for some hundreds of TB.
+# Finished blocks of a step are journalled if the step takes longer than this, and if that writes at most this many
+# bytes a second: 40 MB/s are 3.5 TB a day, and a laptop's SSD lasts for some hundreds of TB.
 JOURNALLED_STEP_S = 120.0
 JOURNALLED_NBYTES_PER_S = 40e6
 
 
 class Fit:
-    """One `Trainer.fit`: where it is, and what happens after each step.
+    """One call of `Trainer.fit`.
 
-    A checkpoint is of the moment right after an optimizer step. What follows a step (reports, validation, adapters) is
-    done again by the run that goes on from there, from the same random state, so it comes out the same.
+    A checkpoint has the state right after an optimizer step. The run that goes on from it repeats what follows that
+    step (reports, validation, saving adapters) from the same random state, so the results are the same.
+
+    Attributes:
+        stop: whether the run is asked to end.
+        checkpoints, journal: where the run's state, and the finished blocks of a step, are written.
+        progress: where the run is.
     """
 
     def __init__(self, trainer, optimizer, train: TokenDataset, valid: TokenDataset | None):
@@ -54,20 +59,20 @@ class Fit:
         self._status = Status(trainer.directory)
         self._begin_s, self._began_at = time.perf_counter(), 0
         self.progress = Progress()
-        self._model.seed, self._model.step = c.seed + (self._machines.rank << 32), 0  # dropout of each row is its own
+        self._model.seed, self._model.step = c.seed + (self._machines.rank << 32), 0  # each machine has its own dropout
         np.random.seed(c.seed)
-        self._is_taken_up = trainer.taken_up is not None
+        self._repeats_after_step = trainer.checkpoint is not None  # see above
         self._cuts = [self._model.cuts]
         self._window = _Window(self._model)
         self._moment: tuple[dict[str, np.ndarray], dict[str, Any]] | None = None
         self._saved_at: int | None = None
-        if trainer.taken_up is not None:
-            self._go_on_from(trainer.taken_up)
+        if trainer.checkpoint is not None:
+            self._go_on_from(trainer.checkpoint)
 
     def go(self) -> dict[str, Any]:
-        """Steps until the last, or until asked to stop."""
+        """Train until the last step, or until asked to stop. Returns what `Trainer.fit` does."""
         c, p = self._config, self.progress
-        is_over = self._is_taken_up and self._after_step()
+        is_over = self._repeats_after_step and self._after_step()
         while p.iteration < c.iters and not is_over:
             n = min(c.grad_accumulation_steps, c.iters - p.iteration)
             if p.iteration == 0:
@@ -94,8 +99,8 @@ class Fit:
                 self._report.saved(self._trainer.save())
             self.checkpoints.wait()
             self.journal.clear()
-            self._machines.gather(None)  # what is saved is saved, for all of them
-        self._say_how_it_went()
+            self._machines.gather(None)  # no machine ends before everything is saved
+        self._note_summary()
         self.status("finished" if p.stopped is None else "stopped")
         if self.stop.signal is not None and p.stopped is not None:
             raise Interrupted(p.stopped, self.stop.signal)
@@ -127,36 +132,36 @@ class Fit:
         self._report.advance(n, loss, model)
 
     def _loss_and_grads(self, micro_batches: list[tuple[mx.array, mx.array]]):
-        """Those of a step, which may go on where it was broken off.
+        """Loss and gradients of a step. A journalled step that was interrupted goes on after its last finished block.
 
         Raises:
-            StopAsked: after a block of a step that is journalled.
+            StopAsked: a stop is asked for, and the step is journalled.
         """
         engine = self._model.engine
         if not self._is_journalling:
             engine.journal_steps(None)
             return self._model.loss_and_grads(micro_batches)
-        self.checkpoints.wait()  # only then may the journal of the step before go
+        self.checkpoints.wait()  # the journal of the step before is needed until its checkpoint is on the drive
         had_problem = self.journal.problem
         engine.journal_steps(self.journal, json.dumps(self._identity), self._stop_if_asked)
         try:
             result = self._model.loss_and_grads(micro_batches)
-        except ModelError:  # what was computed of files that were changed meanwhile is worth nothing
+        except ModelError:  # the model's files were changed meanwhile, so the finished blocks are wrong
             self.journal.clear()
             raise
         if self.journal.problem != had_problem:
             self._report.note(f"Warning: {self.journal.problem}")
         if engine.blocks_found:
-            self._report.note(f"Of this step, {engine.blocks_found} visits of blocks were finished before")
+            self._report.note(f"{engine.blocks_found} block passes of this step were finished before")
         return result
 
     def _takes_long(self) -> bool:
-        """Whether finished blocks of the next step are journalled, or were by the run that this one goes on with."""
+        """Whether the next step takes so long that its finished blocks are journalled."""
         engine, plan = self._model.engine, self._model.followed_plan
-        if self._machines.size > 1 or not engine.cut.is_chain or engine.schedule.in_memory:
+        if plan is None or self._machines.size > 1 or not engine.cut.is_chain or engine.schedule.in_memory:
             return False
-        if plan is None or (self._is_taken_up and self.journal.is_there):
-            return plan is not None
+        if self._repeats_after_step and self.journal.is_there:  # the run so far journalled this step
+            return True
         job, seconds = plan.job, plan.step_s
         n_arrays = job.micro_batches * (2 * len(job.visits) - job.lowest_trained)
         nbytes = n_arrays * job.hidden_nbytes + job.trainable_nbytes
@@ -167,10 +172,10 @@ class Fit:
             raise StopAsked
 
     def _agree(self, loss: float, n_tokens: int, gradients) -> tuple[float, int, bool]:
-        """(loss, tokens, whether all is finite) of the machines' rows together, of which these are this one's.
+        """(loss, tokens, whether all is finite) of all machines' rows together, from those of this machine's rows.
 
         Raises:
-            SlowftError: their adapters are not the same any more.
+            SlowftError: the machines' adapters are not the same any more.
         """
         if self._machines.size == 1:
             return loss, n_tokens, math.isfinite(loss) and _are_finite(gradients)
@@ -188,12 +193,12 @@ class Fit:
         return joint, total, all(finite) and math.isfinite(joint)
 
     def _joint(self, gradients):
-        """The gradients of all machines' rows together: each machine's weighs as many tokens as it was taken over."""
+        """The gradients of all machines' rows together: the mean of the machines', weighted by their tokens."""
         if self._machines.size == 1:
             return gradients
         names, own = zip(*tree_flatten(gradients))
         weighted = [gradient.astype(mx.float32).reshape(-1) * self._weight for gradient in own]
-        if not self._weight:  # of no tokens, a gradient is no number
+        if not self._weight:  # without tokens, gradients are NaN
             weighted = [mx.zeros_like(gradient) for gradient in weighted]
         joint = self._machines.sum(mx.concatenate(weighted))
         ends = np.cumsum([gradient.size for gradient in own]).tolist()
@@ -201,18 +206,18 @@ class Fit:
         return tree_unflatten(list(zip(names, parts)))
 
     def _after_step(self) -> bool:
-        """What is due after a step: a checkpoint, reports, validation, adapters. Returns whether the run is over."""
+        """Do what is due after a step: checkpoint, report, validation, adapters. Returns whether the run is over."""
         c, p = self._config, self.progress
         self._note_moment()
         self._model.budget.remember()
         is_last = p.iteration == c.iters
         self._is_journalling = self._takes_long()
-        if not self._is_taken_up and (self._due(c.save_every) or is_last or self._is_journalling):
+        if not self._repeats_after_step and (self._due(c.save_every) or is_last or self._is_journalling):
             self._write_checkpoint()
         if not self._is_journalling and self.journal.is_there:
             self.checkpoints.wait()
             self.journal.clear()
-        self._is_taken_up = False
+        self._repeats_after_step = False
         if self.stop.take(self._machines.gather(self.stop.asks)) and not is_last:
             return self._stop()
         if (self._due(c.steps_per_report) or is_last) and self._window.tokens:
@@ -265,8 +270,8 @@ class Fit:
         """The loss on the validation set.
 
         Raises:
-            StopAsked: meanwhile. Before the first step only a signal is heard: a run whose time is over by then would
-                come no further however often it is resumed.
+            StopAsked: a stop is asked for meanwhile. Before the first step the time limit is ignored: a run whose time
+                was over by then would come no further however often it was resumed.
         """
         begin, c = time.perf_counter(), self._config
         loss = self._trainer.evaluate(self._valid, c.val_batches, self.stop, only_signals=not self.progress.iteration)
@@ -276,14 +281,18 @@ class Fit:
         return loss
 
     def _stop(self, in_step: bool = False) -> bool:
-        """Write what the last whole step left. After `in_step` that is done, and the journal has blocks of the next."""
+        """End the run with a checkpoint of the last whole step. Returns True.
+
+        Args:
+            in_step: the stop comes within a journalled step. The checkpoint is written then, and the journal is kept.
+        """
         p = self.progress
         if not in_step:
             self._write_checkpoint()
         self.checkpoints.wait()
-        if not in_step and p.iteration > self._began_at:  # else an earlier run's blocks of the next step may be there
+        if not in_step and p.iteration > self._began_at:  # else it may have an earlier run's blocks of the next step
             self.journal.clear()
-        self._machines.gather(None)  # it is written, whoever ends first
+        self._machines.gather(None)  # no machine ends before the checkpoint is written
         why = f"--max-time {self._config.max_time} is over" if self.stop.signal is None else "Interrupted"
         part = " and some blocks of the next step" if in_step else ""
         p.stopped = f"{why} after iteration {p.iteration}{part}. To go on: the same command with --resume"
@@ -292,7 +301,11 @@ class Fit:
         return True
 
     def _refuse(self, loss: float, micro_batches, gradients) -> None:
-        """Loss or gradients are not finite: say where, and raise unless such steps are skipped."""
+        """Handle a step whose loss or gradients are not finite: say where they are not.
+
+        Raises:
+            SlowftError: unless such steps are skipped.
+        """
         p, c = self.progress, self._config
         self.journal.clear()
         where = self._machines.gather(self._where_not_finite(loss, micro_batches, gradients))
@@ -300,19 +313,17 @@ class Fit:
             where = [f"{place} on machine {rank + 1}" for rank, place in enumerate(where) if place]
         where = next(filter(None, where), None)
         what = f"the loss is {loss}" if not math.isfinite(loss) else "gradients are not finite"
-        said = f"{what} at iteration {p.iteration + 1}" + (f", first in {where}" if where else "")
+        message = f"{what} at iteration {p.iteration + 1}" + (f", first in {where}" if where else "")
         if c.on_nan == "skip":
-            self._report.note(f"Warning: {said}. The step is skipped")
+            self._report.note(f"Warning: {message}. The step is skipped")
             return
-        helps = "Lower --learning-rate, or check the weights for NaN"
-        if "float16" == str(self._model.engine.compute_dtype).rsplit(".", 1)[-1]:
-            helps = (
-                "float16 overflows above 65504: --compute-dtype bfloat16 or float32 helps. Else lower --learning-rate"
-            )
-        raise SlowftError(f"{said}; nothing was saved since the last checkpoint. {helps}")
+        fix = "Lower --learning-rate, or check the weights for NaN"
+        if self._model.engine.compute_dtype == mx.float16:
+            fix = "float16 overflows above 65504: --compute-dtype bfloat16 or float32 helps. Else lower --learning-rate"
+        raise SlowftError(f"{message}; nothing was saved since the last checkpoint. {fix}")
 
     def _where_not_finite(self, loss: float, micro_batches, gradients) -> str | None:
-        """A forward pass over this machine's rows tells, unless they are finite while another machine's are not."""
+        """Where this machine's rows are not finite, found by a forward pass. None if only another machine's are not."""
         if self._machines.size > 1 and _are_finite(gradients):
             return None
         return self._model.first_not_finite(micro_batches) or _first_gradient(gradients)
@@ -360,17 +371,19 @@ class Fit:
         self.checkpoints.write(progress.iteration, arrays, state, only_adds=self._machines.rank > 0)
         self._saved_at = progress.iteration
 
-    def _go_on_from(self, found: Checkpoint) -> None:
-        arrays, state = found.arrays, found.state
+    def _go_on_from(self, checkpoint: Checkpoint) -> None:
+        arrays, state = checkpoint.arrays, checkpoint.state
 
-        def of(prefix: str) -> list[tuple[str, mx.array]]:
+        def with_prefix(prefix: str) -> list[tuple[str, mx.array]]:
             return [(name.removeprefix(prefix), a) for name, a in arrays.items() if name.startswith(prefix)]
 
         expected = {name: (a.shape, a.dtype) for name, a in tree_flatten(self._model.trainable_parameters())}
-        if {name: (a.shape, a.dtype) for name, a in of("adapter.")} != expected:
-            raise AdapterError(f"{found.file} holds another adapter: other layers, rank or dtype than are trained now")
-        self._model.update(tree_unflatten(of("adapter.")))
-        self._optimizer.state = tree_unflatten(of("optimizer."))
+        if {name: (a.shape, a.dtype) for name, a in with_prefix("adapter.")} != expected:
+            raise AdapterError(
+                f"{checkpoint.file} holds another adapter: other layers, rank or dtype than are trained now"
+            )
+        self._model.update(tree_unflatten(with_prefix("adapter.")))
+        self._optimizer.state = tree_unflatten(with_prefix("optimizer."))
         position, has_gauss, gauss = state["random"]
         np.random.set_state(("MT19937", np.array(arrays["random"]), position, has_gauss, gauss))
         self._batches.permutation, self._batches.at = np.array(arrays["permutation"]), state["at"]
@@ -382,9 +395,9 @@ class Fit:
         self._saved_at = self._began_at
         w = self._window
         w.iterations, w.tokens, w.loss_sum, w.seconds = state["window"]
-        self._report.note(f"Going on after iteration {self.progress.iteration}, from {found.file}")
+        self._report.note(f"Going on after iteration {self.progress.iteration}, from {checkpoint.file}")
 
-    # --- What it says -------------------------------------------------------------------------------
+    # --- Status and notes ---------------------------------------------------------------------------
 
     def status(self, state: str, lost: PeerLost | None = None, **fields: Any) -> None:
         """Write the run's status beside its adapter."""
@@ -410,7 +423,7 @@ class Fit:
             **fields,
         )
 
-    def _say_how_it_went(self) -> None:
+    def _note_summary(self) -> None:
         model, p, step_s = self._model, self.progress, self._step_s
         if self._config.keep == "best" and p.best_iteration is not None:
             self._report.note(
@@ -430,7 +443,7 @@ class Fit:
 
 @dataclass
 class Progress:
-    """Where a run is. The last step began at iteration `previous`; `losses` are [iteration, loss, tokens]."""
+    """Where a run is. The last step began at iteration `previous`. `losses` has [iteration, loss, tokens] per step."""
 
     iteration: int = 0
     previous: int = 0
@@ -451,13 +464,13 @@ def _are_finite(gradients) -> bool:
 
 
 def _first_gradient(gradients) -> str | None:
-    """The first gradient that the backward pass came to, the last in the model, that is not finite."""
+    """The gradient that is not finite and is the last in the model, which the backward pass computes first."""
     names = [name for name, gradient in tree_flatten(gradients) if not mx.isfinite(gradient).all().item()]
     return f"the gradient of {names[-1]}" if names else None
 
 
 class _Window:
-    """What happened since the last report."""
+    """Sums over the steps since the last report."""
 
     def __init__(self, model):
         self._model, self._begin = model, model.stats.total

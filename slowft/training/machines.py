@@ -1,8 +1,9 @@
-"""The machines that train together: sums and messages over MLX's engine, and no hang when one is lost.
+"""Connects the machines that train together: sums and messages over MLX's engine, and no hang when one is lost.
 
-Comes in: what `mlx.launch` sets in the environment. Goes out: `Machines`, which every run has; usually it is one alone,
-and nothing of MLX's engine begins. Its calls run on a thread of their own: when a machine is lost some of them never
-return (MLX 0.32.4's ring: of three one killed, one of the two others waits), and the caller's thread has to go on.
+Comes in: what `mlx.launch` sets in the environment. Goes out: `Machines`, which every run has. Usually there is one
+machine alone, and nothing of MLX's engine is started. MLX is called on a thread of its own: when a machine is lost,
+some calls never return (with MLX 0.32.4's ring, when one of three is killed, one of the others waits), and the
+caller's thread has to go on.
 """
 
 import atexit
@@ -27,22 +28,22 @@ from ..errors import ConfigError, PeerLost
 from .peers import FAIL_S, JOIN_S, Loss, Peers
 
 T = TypeVar("T")
-SMALL_NBYTES = 512  # of a message that takes one round: its length and its text
-END_S = 10.0  # that a process has to end by itself after a loss
-COPIES = 3  # of the trainable parameters that a sum takes at most: what goes in, MLX's, what comes out
+SMALL_NBYTES = 512  # a message of at most this size, with its length, takes one collective
+END_S = 10.0  # a process that has not ended this long after a loss is ended by force
+COPIES = 3  # a sum takes at most this many copies of the trainable parameters: input, MLX's own, output
 
 
 class Machines:
-    """This machine and the others. Whatever is called here is called by all of them, in the same order.
+    """This machine and the others. All machines have to call the same collective methods in the same order.
 
     Attributes:
-        rank, size: this one's number, from 0, and how many there are.
+        rank, size: this machine's number, from 0, and the number of machines.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, peers: Peers | None = None, group: Any = None):
         self.rank, self.size = rank, size
         self._peers, self._group = peers, group
-        self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], Future]] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Future]] = queue.SimpleQueue()
         if peers is not None:
             threading.Thread(target=self._work, name="slowft-machines", daemon=True).start()
             atexit.register(self._at_exit)
@@ -54,7 +55,7 @@ class Machines:
         return _name(self.rank, self.size)
 
     def gather(self, values: T) -> list[T]:
-        """What each machine gives, by rank. Values are such that JSON has."""
+        """The values of all machines, by rank. JSON has to be able to hold them."""
         if self.size == 1:
             return [values]
         text = json.dumps(values).encode()
@@ -70,58 +71,58 @@ class Machines:
     def sum(self, vector: mx.array) -> mx.array:
         """The sum of the machines' float32 vectors, the same bits on all of them.
 
-        It is taken on the CPU, of values that are computed: MLX's engine has no sum on a GPU's stream.
+        The vector is evaluated first, and the sum is computed on the CPU: MLX's engine has no sum on a GPU's stream.
         """
         if self.size == 1:
             return vector
         mx.eval(vector)
-        return mx.array(self._together(mx.distributed.all_sum, np.asarray(vector)))
+        return mx.array(self._collect(mx.distributed.all_sum, np.asarray(vector)))
 
     def send(self, source: int, data: bytes | None) -> bytes:
-        """On all machines, the `data` of the one of rank `source`."""
+        """Send `data` of the machine of rank `source` to all machines, which return it."""
         (nbytes,) = {n for n in self.gather(None if data is None else len(data)) if n is not None}
         padded = (data or b"").ljust(-(-nbytes // 4) * 4, b"\0") if self.rank == source else bytes(-(-nbytes // 4) * 4)
         values = np.frombuffer(padded, np.int32)  # a sum with zeros keeps every bit of an integer
-        return self._together(mx.distributed.all_sum, values).tobytes()[:nbytes]
+        return self._collect(mx.distributed.all_sum, values).tobytes()[:nbytes]
 
     def in_turn(self, function: Callable[[], object]) -> None:
-        """`function()` on one machine after the other: for what would meet on a disk that they share."""
+        """Call `function` on one machine after the other, because they may share a disk."""
         for rank in range(self.size):
             if rank == self.rank:
                 function()
             self.gather(None)
 
     def leads(self, loss: Loss | None = None) -> bool:
-        """Whether this machine writes files and speaks: the first does, and every one that is left without it."""
+        """Whether this machine writes files and shows messages: the first does, or all others if the first is lost."""
         return self.rank == 0 or (loss is not None and loss.rank == 0)
 
     @property
     def speaks(self) -> bool:
-        """Whether an error that ends the run on all machines is to be shown here."""
+        """Whether this machine shows an error that ends the run on all machines."""
         loss = None if self._peers is None else self._peers.loss
         return self.leads(None if loss is not None and loss.said and not self._is_stuck else loss)
 
     def fail(self, error: BaseException) -> None:
-        """What ends the run on this machine; the others are told."""
+        """Tell the other machines of the error that ends the run on this one."""
         if self._peers is not None and self._error is None:
             self._error = str(error) or type(error).__name__
             self._peers.leave(self._error)
 
     @contextmanager
     def failing(self) -> Iterator[None]:
-        """Tell the others of an error that leaves this."""
+        """Tell the other machines of any error that is raised within this context."""
         try:
             yield
         except BaseException as e:
             self.fail(e)
             raise
 
-    def end_soon(self, said: str) -> None:
-        """A machine was lost, and all is written: should anything else wait for MLX, the process ends nevertheless."""
+    def end_soon(self, message: str) -> None:
+        """End the process by force after `END_S`: a machine was lost, so something may wait for MLX for ever."""
 
         def end() -> None:
             if self.speaks:
-                print(f"Error: {said}", file=sys.stderr, flush=True)
+                print(f"Error: {message}", file=sys.stderr, flush=True)
             os._exit(1)
 
         timer = threading.Timer(END_S, end)
@@ -131,25 +132,25 @@ class Machines:
     # --- MLX's thread ---------------------------------------------------------------------------------
 
     def _gather_bytes(self, data: bytes) -> list[bytes]:
-        found = self._together(mx.distributed.all_gather, np.frombuffer(data, np.uint8))
-        return [row.tobytes() for row in found.reshape(self.size, -1)]
+        gathered = self._collect(mx.distributed.all_gather, np.frombuffer(data, np.uint8))
+        return [row.tobytes() for row in gathered.reshape(self.size, -1)]
 
-    def _together(self, collective: Callable[..., mx.array], values: np.ndarray) -> np.ndarray:
+    def _collect(self, collective: Callable[..., mx.array], values: np.ndarray) -> np.ndarray:
         def take_part() -> np.ndarray:
-            found = collective(mx.array(values), group=self._group, stream=mx.cpu)
-            mx.eval(found)  # lets other threads run meanwhile, which the conversion to NumPy does not
-            return np.array(found)
+            result = collective(mx.array(values), group=self._group, stream=mx.cpu)
+            mx.eval(result)  # lets other threads run meanwhile, which the conversion to NumPy does not
+            return np.array(result)
 
         return self._run(take_part)
 
     def _run(self, function: Callable[[], T]) -> T:
-        """`function()` on MLX's thread.
+        """Call `function` on MLX's thread.
 
         Raises:
-            PeerLost: a machine is lost, so that it will not end, or has not.
+            PeerLost: a machine is lost, so the call failed or will never return.
         """
         future: Future = Future()
-        self._jobs.put((function, future))
+        self._calls.put((function, future))
         while not wait([future], 0.1).done:
             if self._peers.loss is not None:
                 raise self._lost(self._peers.loss)
@@ -157,12 +158,12 @@ class Machines:
                 raise self._lost(Loss(None, "it has ended its run"))
         try:
             return future.result()
-        except RuntimeError as e:  # MLX noticed first; who it is comes a moment later
+        except RuntimeError as e:  # MLX noticed the loss first; which machine it is becomes known a moment later
             self._peers.wait(FAIL_S, lambda: self._peers.loss is not None)
             raise self._lost(self._peers.loss or Loss(None, str(e))) from None
 
     def _lost(self, loss: Loss) -> PeerLost:
-        """The error to raise; from now on the process can only end by force: a thread may be inside of MLX for ever."""
+        """The error to raise. From now on the process can only end by force: a thread may wait in MLX for ever."""
         self._peers.lose(loss)
         self._is_stuck = True
         return PeerLost(self.describe(loss), loss)
@@ -174,7 +175,7 @@ class Machines:
 
     def _work(self) -> None:
         while True:
-            function, future = self._jobs.get()
+            function, future = self._calls.get()
             try:
                 future.set_result(function())
             except Exception as e:
@@ -189,18 +190,18 @@ class Machines:
             os._exit(1)
 
 
-@functools.cache  # a process joins once, as MLX's engine does
+@functools.cache  # a process can join only once
 def of_launch() -> Machines:
-    """The machines that `mlx.launch` started this process with; this one alone if none did.
+    """The machines on which `mlx.launch` started this program, or this one alone.
 
     Raises:
-        ConfigError: the launch is of a kind that slowft has no way to watch.
-        PeerLost: not all came.
+        ConfigError: slowft cannot watch the machines of this kind of launch.
+        PeerLost: not all machines came.
     """
-    found = _launched()
-    if found is None:
+    launched = _launched()
+    if launched is None:
         return Machines()
-    backend, rank, size, address = found
+    backend, rank, size, address = launched
     peers = Peers(rank, size, address)
     with _interrupted_after(JOIN_S):
         try:
@@ -214,16 +215,16 @@ def of_launch() -> Machines:
 
 
 def checksum(model) -> int:
-    """Of the trainable parameters."""
-    found = 0
+    """A checksum (CRC-32) of the trainable parameters."""
+    crc = 0
     for name, array in tree_flatten(model.trainable_parameters()):
-        found = zlib.crc32(name.encode(), found)
-        found = zlib.crc32(memoryview(array.reshape(-1).view(mx.uint8)) if array.size else b"", found)
-    return found
+        crc = zlib.crc32(name.encode(), crc)
+        crc = zlib.crc32(memoryview(array.reshape(-1).view(mx.uint8)) if array.size else b"", crc)
+    return crc
 
 
 def _launched() -> tuple[str, int, int, tuple[str, int]] | None:
-    """(MLX's name of the engine, rank, number of machines, where the first can be reached); None: not launched."""
+    """(MLX's name of the engine, rank, number of machines, address of the first); None if this is the only machine."""
     env = os.environ
     if int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1 or int(env.get("MLX_WORLD_SIZE", 1)) > 1:
         raise ConfigError("several machines train over MLX's ring or JACCL. Give mlx.launch --backend ring or jaccl")
@@ -232,11 +233,11 @@ def _launched() -> tuple[str, int, int, tuple[str, int]] | None:
     try:
         if "MLX_JACCL_COORDINATOR" in env:
             size = len(_read_json(env["MLX_IBV_DEVICES"]) or [0])
-            backend, where = "jaccl", env["MLX_JACCL_COORDINATOR"]
+            backend, address = "jaccl", env["MLX_JACCL_COORDINATOR"]
         else:
             hosts = _read_json(env["MLX_HOSTFILE"]) or [["127.0.0.1:0"]]
-            backend, size, where = "ring", len(hosts), hosts[0][0]
-        host, _, port = where.rpartition(":")
+            backend, size, address = "ring", len(hosts), hosts[0][0]
+        host, _, port = address.rpartition(":")
         rank = int(env["MLX_RANK"])
         return None if size == 1 else (backend, rank, size, (host, int(port)))
     except (OSError, ValueError, KeyError, IndexError, TypeError) as e:
@@ -246,7 +247,7 @@ def _launched() -> tuple[str, int, int, tuple[str, int]] | None:
 
 
 def _read_json(file: str) -> Any:
-    """None of an empty file, which mlx.launch makes for one machine."""
+    """What a JSON file holds; None for an empty file, which mlx.launch writes for one machine."""
     with open(file) as f:
         text = f.read().strip()
     return json.loads(text) if text else None
@@ -254,7 +255,7 @@ def _read_json(file: str) -> Any:
 
 @contextmanager
 def _interrupted_after(seconds: float) -> Iterator[None]:
-    """MLX joins while it holds Python's lock, and waits for its peers for ever: a signal breaks its wait off."""
+    """Interrupt this context by a signal after `seconds`: MLX may wait for ever, and holds Python's lock meanwhile."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,6 +1,7 @@
-"""A whole run as its config says: open, check, train, test. What `slowft finetune` does behind its options.
+"""Does a whole run as its config says: open, check, train, test. This is what `slowft finetune` does.
 
-Whatever can be found wrong is looked for in the order of its cost: options, model, adapter, data, weights.
+Comes in: a config. Goes out: the result, and an adapter on disk. Checks are made in the order of their cost: options,
+model, adapter, data, weights.
 """
 
 import math
@@ -18,7 +19,7 @@ from ..errors import AdapterError, ConfigError, DataError, SlowftError
 from ..reports.base import Report, Reports
 from ..reports.json_lines import CallbackReport
 from .config import TrainConfig
-from .machines import of_launch
+from .machines import Machines, of_launch
 from .trainer import Trainer, check_writable, rows_of
 
 
@@ -26,9 +27,9 @@ def run(config: TrainConfig, report: Report) -> dict:
     """Train and test.
 
     Returns:
-        What `Trainer.fit` returns, and test_loss and test_ppl if the test set was asked for. Nothing after --dry-run.
+        What `Trainer.fit` returns, with test_loss and test_ppl if the config asks for a test. Empty after a dry run.
     Raises:
-        SlowftError: whatever the user can put right, as one line.
+        SlowftError: something that the user can put right; the message is one line.
     """
     with of_launch().failing():
         return _run(config, report)
@@ -55,43 +56,49 @@ def _run(config: TrainConfig, report: Report) -> dict:
         trust_remote_code=config.trust_remote_code,
     )
     try:
-        if machines.size > 1:
-            report.joined(machines.size, config.batch_size // machines.size)
-        told = Reports(report, CallbackReport(_callback(config))) if config.report_to and machines.rank == 0 else report
-        trainer = Trainer(model, config, told)
-        if config.train:
-            trainer.attach()
-        else:
-            _load_adapter_to_test(model, config, report)
-        for note in model.adapter_notes:
-            report.note(note)
-        train, valid, test = _load_data(model, config, report, trainer.lessons)
-        trainer.agree(train, valid, test)
-        if config.train:
-            trainer.take_up(train, valid)
-        memory = default_memory() if config.memory is None else config.memory
-        plan = trainer.plan(train, valid, test, memory=memory, follow=not config.dry_run)
-        caching = trainer.cache_activations(plan, train, valid, use=not config.dry_run)
-        note = " (half of this machine's memory; --memory sets it)" if config.memory is None else ""
-        report.planned(plan, note, caching)
-        if config.train:
-            _say_what_is_replaced(config, report)
-        if config.dry_run:
-            trainer.note_schedule()
-            return {}
-        if config.train and trainer.pruning:
-            report.note(f"The prompts were pruned by {len(trainer.pruning)} rules, which go with the adapter")
-        with model.trace(config.trace) if config.trace and machines.rank == 0 else nullcontext():
-            result = trainer.fit(train, valid) if config.train else {}
-            if config.test:
-                result |= _test(trainer, test)
-                told.tested({key: result[key] for key in ("test_loss", "test_ppl")})
-        return result
+        return _train_and_test(model, config, report, machines)
     finally:
         model.close()
 
 
-def _say_what_is_replaced(config: TrainConfig, report: Report) -> None:
+def _train_and_test(model, config: TrainConfig, report: Report, machines: Machines) -> dict:
+    if machines.size > 1:
+        report.joined(machines.size, config.batch_size // machines.size)
+    reports = report
+    if config.report_to and machines.rank == 0:
+        reports = Reports(report, CallbackReport(_callback(config)))
+    trainer = Trainer(model, config, reports)
+    if config.train:
+        trainer.attach()
+    else:
+        _load_adapter_to_test(model, config, report)
+    for note in model.adapter_notes:
+        report.note(note)
+    train, valid, test = _load_data(model, config, report, trainer.lessons)
+    trainer.agree(train, valid, test)
+    if config.train:
+        trainer.find_checkpoint(train, valid)
+    memory = default_memory() if config.memory is None else config.memory
+    plan = trainer.plan(train, valid, test, memory=memory, follow=not config.dry_run)
+    caching = trainer.cache_activations(plan, train, valid, use=not config.dry_run)
+    note = " (half of this machine's memory; --memory sets it)" if config.memory is None else ""
+    report.planned(plan, note, caching)
+    if config.train:
+        _note_replaced_adapter(config, report)
+    if config.dry_run:
+        trainer.note_schedule()
+        return {}
+    if config.train and trainer.pruning:
+        report.note(f"The prompts were pruned by {len(trainer.pruning)} rules, which go with the adapter")
+    with model.trace(config.trace) if config.trace and machines.rank == 0 else nullcontext():
+        result = trainer.fit(train, valid) if config.train else {}
+        if config.test:
+            result |= _test(trainer, test)
+            reports.tested({key: result[key] for key in ("test_loss", "test_ppl")})
+    return result
+
+
+def _note_replaced_adapter(config: TrainConfig, report: Report) -> None:
     directory = Path(config.adapter_path).expanduser()
     if config.resume or not (directory / "adapters.safetensors").exists() or config.dry_run:
         return
@@ -103,11 +110,11 @@ def _say_what_is_replaced(config: TrainConfig, report: Report) -> None:
 
 def _load_adapter_to_test(model, config: TrainConfig, report: Report) -> None:
     directory = Path(config.adapter_path).expanduser()
-    if config.adapter_path == "":  # mlx_lm.lora's way to ask for it
+    if config.adapter_path == "":  # mlx_lm.lora's way to ask for the base model
         report.note("No --adapter-path: testing the base model")
     elif directory.exists():
         model.load_adapter(directory)
-    elif config.adapter_path == TrainConfig.adapter_path:  # nobody named it
+    elif config.adapter_path == TrainConfig.adapter_path:  # the user named none
         report.note(f"No adapter in {directory}: testing the base model")
     else:
         raise AdapterError(f"{directory} does not exist. Leave --adapter-path out to test the base model")
@@ -144,7 +151,7 @@ def _test(trainer: Trainer, test) -> dict[str, float]:
     loss = trainer.evaluate(test, trainer.config.test_batches)
     if not math.isfinite(loss):
         raise SlowftError(f"the loss on the test set is {loss}. Check the weights of model and adapter for NaN")
-    return {"test_loss": loss, "test_ppl": math.exp(min(loss, 700))}  # e^710 is no float any more
+    return {"test_loss": loss, "test_ppl": math.exp(min(loss, 700))}  # e^710 is more than a float can be
 
 
 def _callback(config: TrainConfig):

@@ -1,7 +1,7 @@
-"""How a run stands, in a small file beside its adapter: for `slowft status`, and for whoever looks later.
+"""Writes how a run stands to a small file beside its adapter, which `slowft status` reads.
 
-Comes in: what the trainer knows after a step. Goes out: `status.json`, replaced all at once. That it cannot be written
-never stops a run.
+Comes in: what the trainer knows after a step. Goes out: `status.json`, replaced all at once. A run never stops because
+this file cannot be written.
 """
 
 import json
@@ -26,8 +26,8 @@ class Status:
         self._begin = time.time()
 
     def write(self, state: str, **fields: Any) -> None:
-        """`state`: running, finished, stopped or failed."""
-        if state == "failed" and not self._written_at:  # there was no run yet
+        """Write the status. `state` is running, finished, stopped or failed."""
+        if state == "failed" and not self._written_at:  # the run had not begun
             return
         if state == "running" and time.monotonic() - self._written_at < EVERY_S:
             return
@@ -45,23 +45,23 @@ class Status:
 
 
 def read(directory: Path) -> dict[str, Any]:
-    """The status of the run that writes to `directory`; one that ended without a word is "killed".
+    """The status of the run that writes to `directory`; its state is "killed" if the process ended without a word.
 
     Raises:
         AdapterError: there is none.
     """
     file = directory / FILE
     try:
-        found = json.loads(file.read_text())
+        status = json.loads(file.read_text())
     except FileNotFoundError:
         raise AdapterError(
             f"{directory} has no {FILE}: no run writes its adapter there. Give its --adapter-path"
         ) from None
     except (OSError, ValueError) as e:
         raise AdapterError(f"{file} cannot be read: {e}") from None
-    if found.get("state") == "running" and not _is_alive(found.get("pid", 0)):
-        found["state"] = "killed"
-    return found
+    if status.get("state") == "running" and not _is_alive(status.get("pid", 0)):
+        status["state"] = "killed"
+    return status
 
 
 def _is_alive(pid: int) -> bool:

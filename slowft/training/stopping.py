@@ -1,6 +1,6 @@
-"""When a run is asked to end before its last step: by Ctrl-C, by SIGTERM, or by its own time limit.
+"""Asks a run to end before its last step: on Ctrl-C, on SIGTERM, or when its time limit is over.
 
-Comes in: signals and a number of seconds. Goes out: a reason, which the trainer looks for after each step. A second
+Comes in: signals and a number of seconds. Goes out: a `Stop`, which the trainer looks at after each step. A second
 signal ends the run at once.
 """
 
@@ -37,7 +37,7 @@ class Stop:
         return self.signal, self.is_over or is_over
 
     def take(self, asks: Iterable[tuple[int | None, bool]]) -> bool:
-        """One that is asked to end asks all: returns whether to end now. `asks` are the machines', by rank."""
+        """Whether to end now, given the `asks` of all machines by rank. One machine that is asked to end is enough."""
         for number, is_over in asks:
             self.signal = self.signal or number
             self.is_over = self.is_over or is_over
@@ -45,17 +45,18 @@ class Stop:
 
 
 class StopAsked(Exception):  # noqa: N818  (no error)
-    """Raised out of an evaluation, when a stop is asked for."""
+    """Raised from within an evaluation, or a journalled step, when a stop is asked for."""
 
 
 @contextmanager
 def listening(stop: Stop, note: Callable[[str], None], is_launched: bool = False) -> Iterator[None]:
-    """While this is entered, the first Ctrl-C or SIGTERM asks to stop, and the second is what it always was.
+    """Within this context, the first Ctrl-C or SIGTERM asks `stop` to end the run. The second one acts as usual.
 
-    A hangup asks too, of a process that `mlx.launch` started: so it ends those elsewhere, and sends SIGTERM then.
-    After a machine was lost SIGTERM has nothing to say: those that are left end anyway, and write a checkpoint first.
+    In a process that `mlx.launch` started, a hangup (SIGHUP) asks as well: it ends remote processes by a hangup, and
+    then sends SIGTERM. After a machine was lost, SIGTERM is ignored: the remaining processes end anyway, and write a
+    checkpoint first.
 
-    In a thread other than the main one, which gets no signals, nothing changes.
+    In a thread other than the main one, which gets no signals, this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -68,12 +69,12 @@ def listening(stop: Stop, note: Callable[[str], None], is_launched: bool = False
         if number != signal.SIGHUP:
             for other, handler in before.items():
                 signal.signal(other, handler)
-        with suppress(OSError):  # after a hangup nobody may be there to read it
+        with suppress(OSError):  # after a hangup the terminal may be gone
             note("Stopping after this step, batch or journalled block; once more stops now")
 
     try:
         for number, handler in before.items():
-            if handler not in (signal.SIG_IGN, None):  # a job that was started in the background stays deaf
+            if handler not in (signal.SIG_IGN, None):  # a job started in the background keeps ignoring it
                 signal.signal(number, ask)
         yield
     except PeerLost:
@@ -86,10 +87,10 @@ def listening(stop: Stop, note: Callable[[str], None], is_launched: bool = False
 
 
 def parse_seconds(duration: str | float, what: str = "--max-time") -> float:
-    """Seconds of a duration such as "8h", "90m" or "1h30m", or a number of seconds.
+    """The seconds of a duration such as "8h", "90m" or "1h30m", or of a number of seconds.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: it is no duration; names the option `what`.
     """
     text = str(duration).strip().lower()
     parts = re.findall(r"(\d+(?:\.\d+)?)([smhd])", text)

@@ -1,7 +1,7 @@
-"""Fits an adapter: batches, steps, evaluation, saving, reports. Knows nothing of blocks or files of weights.
+"""Trains an adapter: batches, steps, evaluation, saving, reports. Knows nothing of blocks or of files of weights.
 
-Batches come in mlx-lm's order and padding, initial adapters from its own initialisation:
-in float32, without dropout and accumulation, a run ends with the very adapter `mlx_lm.lora` trains.
+Batches have mlx-lm's order and padding, and adapters its initialisation. So in float32, without dropout and
+accumulation, a run ends with the same adapter, bit for bit, that `mlx_lm.lora` trains.
 """
 
 import json
@@ -37,13 +37,17 @@ class Trainer:
         slowft.Trainer(model, slowft.TrainConfig(iters=100)).fit(train, valid)
 
     Args:
-        model: from `slowft.open_model`; an adapter is attached as `config` says unless it has one.
+        model: from `slowft.open_model`. If it has no adapter, one is attached as `config` says.
         config: a `TrainConfig`.
-        report: is told what happens; by default nothing is shown. Of several machines only the first's is told.
+        report: is called with what happens; by default nothing is shown. With several machines, only the first's is.
 
     Attributes:
-        machines: that train together, each its rows of every batch.
-        lessons: of a teacher, if the config names its cache.
+        machines: the machines that train together. Each takes its own rows of every batch.
+        rows: rows of a batch that this machine takes.
+        lessons: what a teacher gave for the training data, if the config names its cache.
+        caching: whether and where activations are stored between epochs; None before that is decided.
+        checkpoint: the checkpoint that this run goes on from; None if it begins anew.
+        pruning: rules by which the data's prompts were pruned. They are saved with the adapter.
     """
 
     def __init__(self, model, config: TrainConfig | None = None, report: Report | None = None):
@@ -55,13 +59,13 @@ class Trainer:
         self._have_agreed = False
         self.lessons: Lessons | None = None
         if self.config.teacher_cache is not None:
-            c, usual = self.config, DISTIL
-            values = (u if v is None else v for v, u in zip((c.distil_weight, c.distil_temperature), usual))
+            c = self.config
+            values = (d if v is None else v for v, d in zip((c.distil_weight, c.distil_temperature), DISTIL))
             self.lessons = Lessons(TeacherCache(c.teacher_cache), *values, model.n_logits)
         self.trained_tokens = 0
         self.caching: Caching | None = None
-        self.taken_up: Checkpoint | None = None
-        self.pruning = [] if self.config.data is None else pruning.load(self.config.data)  # go with the adapter
+        self.checkpoint: Checkpoint | None = None
+        self.pruning = [] if self.config.data is None else pruning.load(self.config.data)
 
     def attach(self) -> None:
         """Attach the adapter that the config asks for, initialised from its seed, if none is attached."""
@@ -73,12 +77,13 @@ class Trainer:
             self.model.load_adapter(c.resume_adapter_file)
 
     def plan(self, *datasets: Samples | None, memory: str | int | None = None, follow: bool = True):
-        """The plan for steps on these datasets (see `StreamedModel.plan`), which the steps then follow.
+        """The plan for steps on these datasets (see `StreamedModel.plan`).
 
         Args:
-            memory: ceiling; None: the one the model was opened with.
+            memory: the ceiling; None means the one that the model was opened with.
+            follow: the steps follow this plan.
         Raises:
-            ConfigError: the ceiling is too low; names the least that would do.
+            ConfigError: the ceiling is too low; names the lowest that is enough.
         """
         c, datasets = self.config, as_datasets(*datasets)
         longest = max((int(data.lengths.max()) for data in datasets if data is not None and len(data)), default=1)
@@ -90,22 +95,34 @@ class Trainer:
         )
 
     def cache_activations(self, plan, *datasets: Samples | None, use: bool = True) -> Caching:
-        """Have the model store activations between epochs, where the config says so or, without a word, where it pays.
+        """Have the model store activations between epochs, if the config says so or, by default, if that saves time.
 
         Args:
-            plan: of the steps; None if there is none, and then only the config decides.
-            datasets: the training set first.
-            use: False only looks whether it would.
+            plan: the plan of the steps. Without one, only the config decides.
+            datasets: the training set comes first.
+            use: False decides without storing anything.
         Raises:
-            ConfigError: the config names a directory, and this model has no use for it, or it cannot be used.
+            ConfigError: the config names a directory that cannot be used, or this model cannot store activations.
         """
-        c, datasets = self.config, as_datasets(*datasets)
+        caching = self._plan_caching(plan, as_datasets(*datasets))
+        if use and caching.directory is not None:
+            try:
+                self.model.cache_activations(caching.directory, self.config.activation_cache_size)
+            except SlowftError as e:
+                if self.config.activation_cache is not None:
+                    raise
+                caching = replace(caching, directory=None, reason=str(e))
+        self.caching = caching
+        return caching
+
+    def _plan_caching(self, plan, datasets: list[TokenDataset | None]) -> Caching:
+        c = self.config
         caching = Caching(reason="there is no plan of the steps")
         if plan is not None:
             n_batches = len(datasets[0]) // c.batch_size if datasets[0] is not None and c.train else 0
-            first, later = min(c.iters, n_batches), max(c.iters - n_batches, 0) if n_batches else 0
-            steps = c.grad_accumulation_steps
-            caching = self.model.plan_caching(plan, first / steps, later / steps)
+            first_epoch, later_epochs = min(c.iters, n_batches), max(c.iters - n_batches, 0) if n_batches else 0
+            n = c.grad_accumulation_steps
+            caching = self.model.plan_caching(plan, first_epoch / n, later_epochs / n)
             per_token = plan.job.hidden_nbytes / (plan.job.rows * plan.job.tokens)
             caching = replace(caching, nbytes=int(per_token * sum(map(self._padded_tokens, datasets))))
         if c.activation_cache == "off":
@@ -115,23 +132,15 @@ class Trainer:
             if (reason := self.model.why_no_activation_cache()) is not None:
                 raise ConfigError(f"--activation-cache {c.activation_cache} has no use here: {reason}")
         elif caching.reason is None:
-            where = usual_activation_cache()
+            directory = usual_activation_cache()
             size = c.activation_cache_size
-            limit = ActivationCache.usual_limit(where) if size is None else parse_nbytes(size)
+            limit = ActivationCache.usual_limit(directory) if size is None else parse_nbytes(size)
             full = f"{caching.nbytes / 1e9:.2f} GB would not fit into the {limit / 1e9:.2f} GB it may take on disk"
-            caching = replace(caching, reason=full) if caching.nbytes > limit else replace(caching, directory=where)
-        if use and caching.directory is not None:
-            try:
-                self.model.cache_activations(caching.directory, c.activation_cache_size)
-            except SlowftError as e:
-                if c.activation_cache is not None:
-                    raise
-                caching = replace(caching, directory=None, reason=str(e))
-        self.caching = caching
+            caching = replace(caching, reason=full) if caching.nbytes > limit else replace(caching, directory=directory)
         return caching
 
     def _padded_tokens(self, dataset: TokenDataset | None) -> int:
-        """Of all batches of a dataset together, as mlx-lm pads them."""
+        """Number of tokens of all batches of a dataset together, with mlx-lm's padding."""
         if dataset is None or not len(dataset):
             return 0
         c = self.config
@@ -139,10 +148,10 @@ class Trainer:
         return sum(self.rows * padded_tokens(int(length), c.max_seq_length) for length in longest)
 
     def agree(self, *datasets: Samples | None) -> None:
-        """Make sure that all machines are about to do the same: model, data, options, adapter to begin with.
+        """Check that all machines have the same model, data, options and initial adapter.
 
         Raises:
-            ConfigError: one is not; names it, and what differs from the first.
+            ConfigError: a machine differs from the first; names the machine and what differs.
         """
         if self.machines.size == 1 or self._have_agreed:
             return
@@ -154,7 +163,7 @@ class Trainer:
         first, *others = self.machines.gather(json.loads(json.dumps(own)))
         for rank, other in enumerate(others, 1):
             differ = [name for name in first if other.get(name) != first[name]]
-            if "adapter" in differ and len(differ) > 1:  # it follows from the others
+            if "adapter" in differ and len(differ) > 1:  # the others are the cause
                 differ.remove("adapter")
             if differ:
                 shown = [
@@ -166,29 +175,29 @@ class Trainer:
                     "first. All need copies of the same files, and the same command"
                 )
 
-    def take_up(self, train: Samples, valid: Samples | None = None) -> None:
+    def find_checkpoint(self, train: Samples, valid: Samples | None = None) -> None:
         """With `resume`: find the checkpoint to go on from, and have the model cut its work as that run did.
 
         Raises:
-            AdapterError: there is none that is whole.
+            AdapterError: there is no checkpoint that is whole.
             ConfigError: model, data or options have changed since, and `resume_anyway` is not set.
         """
         c = self.config
-        if not c.resume or self.taken_up is not None:
+        if not c.resume or self.checkpoint is not None:
             return
         train, valid = as_datasets(train, valid)
-        found, wrong = self._newest(now := self.identity(train, valid))
-        for what in wrong:
-            self.report.note(f"Warning: {what}")
-        if found is None and wrong:
-            raise AdapterError(f"--resume: no checkpoint in {self.directory / DIRECTORY} can be read: {wrong[0]}")
-        if found is None:
+        checkpoint, problems = self._newest(now := self.identity(train, valid))
+        for problem in problems:
+            self.report.note(f"Warning: {problem}")
+        if checkpoint is None and problems:
+            raise AdapterError(f"--resume: no checkpoint in {self.directory / DIRECTORY} can be read: {problems[0]}")
+        if checkpoint is None:
             raise AdapterError(f"--resume: {self.directory / DIRECTORY} has no checkpoint. Leave --resume out to begin")
-        then = {"machines": 1} | found.state["identity"]
+        then = {"machines": 1} | checkpoint.state["identity"]
         changed = [name for name in ("model", "data") if now[name] != then[name]]
-        options = {name: (then["options"].get(name), value) for name, value in now["options"].items()}
         if now["machines"] != then["machines"]:
             changed.append(f"number of machines ({then['machines']}, now {now['machines']})")
+        options = {name: (then["options"].get(name), value) for name, value in now["options"].items()}
         changed += [f"{name} ({old!r}, now {new!r})" for name, (old, new) in options.items() if old != new]
         if changed and not c.resume_anyway:
             raise ConfigError(
@@ -197,30 +206,36 @@ class Trainer:
             )
         if now["software"] != then["software"]:
             self.report.note("Warning: MLX, mlx-lm or the BLAS are not those of the run so far: last bits may differ")
-        cuts = found.state["cuts"]
-        if isinstance(cuts, list):  # of each machine
+        cuts = checkpoint.state["cuts"]
+        if isinstance(cuts, list):  # one entry per machine
             cuts = cuts[self.machines.rank if self.machines.rank < len(cuts) else 0]
         self.model.keep_cuts(cuts)
-        self.taken_up = found
+        self.checkpoint = checkpoint
 
     def _newest(self, identity: dict[str, Any]) -> tuple[Checkpoint | None, list[str]]:
-        """As `Checkpoints.newest`, over all machines: when the first is lost, another has the newest, and sends it."""
-        found, wrong = Checkpoints(self.directory, self.config.keep_checkpoints).newest()
+        """As `Checkpoints.newest`, over all machines. The one that has the newest checkpoint sends it to the others.
+
+        It need not be the first machine: if that was lost, another one wrote the last checkpoint.
+        """
+        checkpoint, problems = Checkpoints(self.directory, self.config.keep_checkpoints).newest()
         own = None
-        if found is not None:
-            own = [found.state["identity"] == identity, found.state["progress"]["iteration"], found.digest]
+        if checkpoint is not None:
+            state = checkpoint.state
+            own = [state["identity"] == identity, state["progress"]["iteration"], checkpoint.digest]
         every = self.machines.gather(own)
-        there = [rank for rank, one in enumerate(every) if one is not None]
-        if not there:
-            return None, wrong
-        source = max(there, key=lambda rank: (*every[rank][:2], -rank))  # of another run none, if one is of this
+        ranks = [rank for rank, one in enumerate(every) if one is not None]
+        if not ranks:
+            return None, problems
+        source = max(
+            ranks, key=lambda rank: (*every[rank][:2], -rank)
+        )  # checkpoints of this run before those of others
         if all(one is not None and one[2] == every[source][2] for one in every):
-            return found, wrong
-        data = self.machines.send(source, found.file.read_bytes() if source == self.machines.rank else None)
+            return checkpoint, problems
+        data = self.machines.send(source, checkpoint.file.read_bytes() if source == self.machines.rank else None)
         if source == self.machines.rank:
-            return found, wrong
+            return checkpoint, problems
         iteration = every[source][1]
-        return parse(data, Path(f"the checkpoint of iteration {iteration} of machine {source + 1}")), wrong
+        return parse(data, Path(f"the checkpoint of iteration {iteration} of machine {source + 1}")), problems
 
     def fit(self, train: Samples, valid: Samples | None = None) -> dict[str, Any]:
         """Train for `config.iters` micro-batches; evaluate before, between and after; save as configured.
@@ -228,8 +243,8 @@ class Trainer:
         Args:
             train, valid: sequences of (tokens, prompt offset), as `load_data` gives them.
         Returns:
-            {"train_loss": of the last report, "valid_loss_before", "valid_loss": None without valid; "stopped": why,
-            if it was before the last step}.
+            {"train_loss": the last report's, "valid_loss_before", "valid_loss": None without `valid`}. If the run ended
+            before the last step, "stopped" says why.
         Raises:
             SlowftError: the data is too small, the loss is not finite, or the adapter cannot be written.
             Interrupted: a signal asked to stop; a checkpoint was written.
@@ -248,7 +263,7 @@ class Trainer:
         optimizer = c.build_optimizer()
         self.attach()
         self.agree(train, valid)
-        self.take_up(train, valid)
+        self.find_checkpoint(train, valid)
         plan = self.plan(train, valid) if model.memory is not None else None
         if self.caching is None:
             self.cache_activations(plan, train, valid)
@@ -280,7 +295,7 @@ class Trainer:
         return Path(self.config.adapter_path).expanduser()
 
     def identity(self, train: TokenDataset, valid: TokenDataset | None) -> dict[str, Any]:
-        """What a run is of: what must not change when it goes on."""
+        """Model, data, options, software and number of machines: what must not change when the run goes on."""
         import mlx_lm
 
         options = {k: v for k, v in asdict(self.config).items() if k not in OPERATIONAL}
@@ -289,21 +304,22 @@ class Trainer:
         software = [mx.__version__, mlx_lm.__version__, platform.blas_description(), str(mx.default_device())]
         identity = {"model": self.model.fingerprint(), "data": data, "options": options, "software": software}
         identity["machines"] = self.machines.size
-        return json.loads(json.dumps(identity))  # as a checkpoint has it: lists for tuples
+        return json.loads(json.dumps(identity))  # as a checkpoint stores it: tuples become lists
 
     def note_schedule(self) -> None:
-        """Report that the run is over before the learning rate's schedule, if it is. `fit` does; a dry run has to."""
+        """Note if the run ends before the learning rate's schedule does. `fit` calls this; a dry run has to."""
         if self.config.train and (note := self.config.schedule_note()) is not None:
             self.report.note(note)
 
     def save(self, numbered: int | None = None, is_current: bool = True) -> Path:
-        """Write the adapter with this run's configuration, on the first machine; returns the (numbered) file.
+        """Write the adapter with this run's configuration, on the first machine. Returns the (numbered) file.
 
         Args:
+            numbered: also write a copy with this number in its name.
             is_current: False leaves adapters.safetensors as it is.
 
         Raises:
-            SlowftError: the adapter is not finite, or cannot be written; what was saved before stays as it is.
+            SlowftError: the adapter is not finite, or cannot be written. What was saved before stays as it is.
         """
         check_finite(self.model)
         if self.machines.rank:
@@ -316,11 +332,13 @@ class Trainer:
     def evaluate(
         self, dataset: Samples, num_batches: int = -1, stop: Stop | None = None, only_signals: bool = False
     ) -> float:
-        """Mean loss per token over `num_batches` batches (-1: all), as mlx-lm's `evaluate` counts it.
+        """Mean loss per token over `num_batches` batches (-1 for all), as mlx-lm's `evaluate` counts it.
 
         Args:
-            stop: looked at after each batch, on all machines; where one asks to end, `StopAsked` is raised.
-            only_signals: its time limit is not heard.
+            stop: is looked at after each batch, on all machines.
+            only_signals: ignore the time limit of `stop`.
+        Raises:
+            StopAsked: `stop` of one machine asks to end.
         """
         self.model.eval()
         (dataset,) = as_datasets(dataset)
@@ -342,19 +360,19 @@ class Trainer:
         return total / tokens
 
     def order(self, dataset: TokenDataset) -> np.ndarray:
-        """The samples of each batch, `[n, rows]`, that this machine has: of several machines each takes every n-th."""
+        """This machine's samples of each batch, `[batches, rows]`: of n machines, each takes every n-th sample."""
         order = batch_order(dataset, self.config.batch_size, self.config.seed if self.config.group_by_length else None)
         return order[:, self.machines.rank :: self.machines.size]
 
 
 def rows_of(config: TrainConfig, machines: Machines) -> int:
-    """Of a batch, the rows that one machine takes.
+    """The rows of a batch that one machine takes.
 
     Raises:
-        ConfigError: they cannot be shared evenly.
+        ConfigError: the rows cannot be shared evenly.
     """
-    rows, n = divmod(config.batch_size, machines.size)
-    if n:
+    rows, remainder = divmod(config.batch_size, machines.size)
+    if remainder:
         raise ConfigError(
             f"--batch-size {config.batch_size}, of all machines together, cannot be shared by {machines.size}. Choose "
             f"{(rows + 1) * machines.size}" + (f" or {rows * machines.size}" if rows else "")
