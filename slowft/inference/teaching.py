@@ -24,7 +24,7 @@ from .passes import Row, batches_of, log_probabilities
 PART_TOKENS = 4 << 20
 
 
-class TeachingJob:
+class TeachingSession:
     """One cache to be written.
 
     Args:

@@ -21,7 +21,7 @@ from .passes import Row, n_visits
 SPLIT_ORDER = ("test", "valid", "train")
 
 
-class ScoreJob:
+class ScoringSession:
     """One scoring. `kind` is "texts", "choices", "answers" or "marks".
 
     Args:
