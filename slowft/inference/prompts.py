@@ -37,20 +37,25 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Template:
-    """How prompts become conversations. Names and meanings are `mlx_lm.generate`'s.
+class TemplateOptions:
+    """How prompts become conversations. Names and meanings are those of the options of `mlx_lm.generate`.
 
     Attributes:
-        system_prompt: that goes before each; prefill_response: with which each answer begins.
-        ignore_chat_template: prompts are texts to go on with, as they are.
+        system_prompt: goes before each prompt. prefill_response: each answer begins with it.
+        ignore_chat_template: the model continues prompts as they are.
         chat_template_config: variables for the template.
-        pruning: texts that are removed from messages, see `requests.pruning`.
     """
 
     system_prompt: str | None = None
     prefill_response: str | None = None
     ignore_chat_template: bool = False
     chat_template_config: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Template(TemplateOptions):
+    """Turns prompts into token ids. `pruning`: texts that are removed from messages, see `requests.pruning`."""
+
     pruning: Sequence[str] = ()
 
     def tokens(self, tokenizer: Any, prompt: Prompt) -> list[int]:

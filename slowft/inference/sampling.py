@@ -18,14 +18,14 @@ Processor = Callable[[mx.array, mx.array], mx.array]
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen. Names and meanings are `mlx_lm.generate`'s.
+class SamplingOptions:
+    """How tokens are chosen. Names, defaults and meanings are those of the options of `mlx_lm.generate`.
 
     Attributes:
         temp: 0 takes the likeliest token.
-        top_p, min_p, top_k: 0 leaves them out. xtc_probability, xtc_threshold: as in `mlx_lm.sample_utils`.
-        repetition_penalty, presence_penalty, frequency_penalty: over the last `repetition_context_size` tokens.
-        seed: of random numbers.
+        top_p, min_p, top_k: 0 turns them off. xtc_probability, xtc_threshold: as in `mlx_lm.sample_utils`.
+        repetition_penalty: for tokens that are among the last `repetition_context_size`.
+        seed: of the random numbers.
     """
 
     temp: float = 0.0
@@ -36,10 +36,16 @@ class Sampling:
     xtc_probability: float = 0.0
     xtc_threshold: float = 0.0
     repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
     repetition_context_size: int = 20
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class Sampling(SamplingOptions):
+    """The options with two penalties more, which only Python and suites can give. They cover the same tokens."""
+
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
 
     def __post_init__(self):
         limits = {"temp": (0, None), "top_p": (0, 1), "min_p": (0, 1), "top_k": (0, None), "xtc_probability": (0, 1)}

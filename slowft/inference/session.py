@@ -5,7 +5,7 @@ Between the command and `generate`: opens model, tokenizer, adapter and draft mo
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,39 +19,20 @@ from ..models.loading import resolve
 from ..requests import pruning
 from .decoder import opened
 from .generate import Generation
-from .prompts import Asked, Prompt, Template, asked, read
+from .prompts import Asked, Prompt, Template, TemplateOptions, asked, read
 from .results import Results
-from .sampling import Sampling
+from .sampling import Sampling, SamplingOptions
 from .vocabularies import check_same_vocabulary
 from .waves import KeyValues
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(KeyValues, TemplateOptions, SamplingOptions):
     """How to generate; names and meanings are `mlx_lm.generate`'s where that has them."""
 
     max_tokens: int = 256
-    temp: float = 0.0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    top_k: int = 0
-    min_tokens_to_keep: int = 1
-    xtc_probability: float = 0.0
-    xtc_threshold: float = 0.0
-    repetition_penalty: float | None = None
-    repetition_context_size: int = 20
-    seed: int = 0
     stop: Sequence[str] = ()
     extra_eos_token: Sequence[str] = ()
-    system_prompt: str | None = None
-    prefill_response: str | None = None
-    ignore_chat_template: bool = False
-    chat_template_config: dict[str, Any] = field(default_factory=dict)
-    max_kv_size: int | None = None
-    kv_bits: int | None = None
-    kv_group_size: int = 64
-    quantized_kv_start: int = 5000
-    spill_kv: bool = False
     draft_model: str | None = None
     draft_lookup: bool = False
     num_draft_tokens: int | None = None

@@ -14,7 +14,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from mlx_lm import server as mlx_server
@@ -26,6 +26,7 @@ from ..inference.prompts import encode
 from .guard import Refused
 from .replies import OWN_HEADERS, Gone, Reply, error_of
 from .scheduler import Piece, Scheduler, Token, Voice, Wanted
+from .settings import Settings
 
 SILENT_S = 15  # after so long without a token, a stream gets a comment: the connection is alive
 TOP_LOGPROBS = 20  # OpenAI's most
@@ -53,26 +54,15 @@ class Name:
     prune: Callable[[list[dict]], list[dict]] | None = None
 
 
-@dataclass(frozen=True)
-class Defaults:
-    """Of requests that do not say; names are `mlx_lm.server`'s."""
-
-    temp: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    max_tokens: int = 512
-    chat_template_args: Mapping[str, Any] = field(default_factory=dict)
-
-
 class Local:
     """The models of this machine, by name.
 
     Args:
         names: what answers; the first is for requests that name none.
+        defaults: sampling options of requests that give none.
     """
 
-    def __init__(self, scheduler: Scheduler, names: Mapping[str, Name], defaults: Defaults):
+    def __init__(self, scheduler: Scheduler, names: Mapping[str, Name], defaults: Settings):
         self.scheduler, self.names, self.defaults = scheduler, dict(names), defaults
         self.fingerprint = mlx_server.get_system_fingerprint()
         self.created = int(time.time())

@@ -3,9 +3,8 @@
 import logging
 import signal
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,47 +15,11 @@ from .guard import Guard
 from .pages import Pages
 from .recorder import Recorder
 from .server import Parts, Server
+from .settings import Settings as Settings
 from .upstream import Upstream
 
 EMULATED = "emulated"  # the name of what --emulate and --delta make
 PASS_S = 0.5  # that a pass over the weights may take to end, when the server does
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to serve; names and meanings are `mlx_lm.server`'s where that has them.
-
-    Attributes:
-        adapter: NAME=PATH of each. emulate, delta, delta_top_p: as in `slowft generate`.
-        upstream: base URL of what answers for other models. record: file. cache: equal requests are answered from it.
-        token: that clients have to send; None: none.
-        wave: rows at a time; None: as many as memory lets, up to 32.
-    """
-
-    model: str | None = None
-    adapter: Sequence[str] = ()
-    emulate: str | None = None
-    delta: Sequence[str] = ()
-    delta_top_p: float | None = None
-    upstream: str | None = None
-    record: str | None = None
-    cache: bool = False
-    redact: Sequence[str] = ()
-    prices: str | None = None
-    host: str = "127.0.0.1"
-    port: int = 8080
-    token: str | None = None
-    temp: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    max_tokens: int = 512
-    chat_template: str | None = None
-    chat_template_args: Mapping[str, Any] = field(default_factory=dict)
-    wave: int | None = None
-    memory: str | int | None = None
-    compute_dtype: str | None = None
-    trust_remote_code: bool = False
 
 
 class Service:
@@ -112,14 +75,14 @@ class Service:
             self.store.close()
 
     def _open_local(self, s: Settings):
-        from .local import Defaults, Local
+        from .local import Local
         from .scheduler import Scheduler
 
         opened: dict[str, Any] = {}
         scheduler = Scheduler(lambda: _open(s, opened), s.wave)
         scheduler.start()
         self._closing.callback(scheduler.close, PASS_S)
-        return Local(scheduler, opened, Defaults(s.temp, s.top_p, s.top_k, s.min_p, s.max_tokens, s.chat_template_args))
+        return Local(scheduler, opened, s)
 
 
 def serve(settings: Settings, say: Callable[[str], None], on_answer: Callable[[str], None] | None) -> None:
