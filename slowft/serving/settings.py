@@ -10,10 +10,13 @@ class Settings:
     """How to serve; names and meanings are `mlx_lm.server`'s where that has them.
 
     Attributes:
-        adapter: NAME=PATH of each. emulate, delta, delta_top_p: as in `slowft generate`.
-        upstream: base URL of what answers for other models. record: file. cache: equal requests are answered from it.
-        token: that clients have to send; None: none.
-        wave: rows at a time; None: as many as memory lets, up to 32.
+        adapter: NAME=PATH of each adapter. emulate, delta, delta_top_p: as in `slowft generate`.
+        upstream: base URL of the server that answers for other models.
+        record: file of requests and answers. cache: a request equal to a recorded one is answered from it.
+        redact: regular expressions; what matches is replaced in the file. prices: file with the cost of tokens.
+        token: clients have to send it; None: there is none.
+        temp, top_p, top_k, min_p, max_tokens, chat_template_args: of requests that do not give them.
+        wave: rows at a time; None: as many as fit into memory, up to 32.
     """
 
     model: str | None = None
