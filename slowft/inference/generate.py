@@ -147,7 +147,7 @@ class Generation:
         total = max(len(row.prompt) + row.limit for row in rows)
         if kept.spill_kv and (kept.kv_bits is not None or not model.can_spill):
             raise ConfigError(
-                "--spill-kv goes neither with --kv-bits nor with a model whose blocks form no chain. Leave one out"
+                "--spill-kv cannot be used with --kv-bits, or with a model whose blocks form no chain. Leave it out"
             )
         if model.memory is None:
             n = min(n, wave or USUAL_WAVE)

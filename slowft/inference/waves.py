@@ -95,8 +95,8 @@ class Waves:
         if drafter is not None and not can_forget(caches := self._new_cache()):
             kinds = sorted({type(cache).__name__ for cache in caches if not room_to_cut_back(cache)})
             raise ConfigError(
-                f"drafts cannot be used with this model: what it keeps of a text ({', '.join(kinds)}) cannot forget "
-                "tokens again. Leave --draft-model and --draft-lookup out"
+                f"drafts cannot be used with this model: its caches ({', '.join(kinds)}) cannot forget tokens again. "
+                "Leave --draft-model and --draft-lookup out"
             )
         if drafter is not None and self._may_merge:
             self._may_merge = all(isinstance(cache, KVCache) for cache in self._new_cache())

@@ -64,10 +64,10 @@ class Guard:
             raise Refused(400, f"a request needs one Host header, and this one has {len(hosts)}")
         name = _name(hosts[0])
         if name is None:
-            raise Refused(400, "the Host header is no host")
+            raise Refused(400, "the Host header is no valid host")
         is_any_address = self.host in ("", "0.0.0.0", "::")  # then there is a token, which no page knows
         if not (is_any_address or is_loopback(name) or name == self.host.lower()):
-            raise Refused(403, "this server is not used under that host's name", "bad_host")
+            raise Refused(403, "this server does not answer to the name in the Host header", "bad_host")
         return hosts[0].lower()
 
     def _check_origin(self, host: str, path: str, headers: Message) -> None:
@@ -98,7 +98,7 @@ def path_of(target: str) -> str:
         or any(part in (".", "..") for part in decoded.split("/"))
         or not decoded.isprintable()
     ):
-        raise Refused(400, "the request's path has parts that lead elsewhere", "bad_path")
+        raise Refused(400, "the request's path has parts that may lead out of it", "bad_path")
     return path
 
 
@@ -117,7 +117,7 @@ def length_of(headers: Message) -> int:
         raise Refused(400, "Content-Length must be one number")
     length = int(lengths[0])
     if length > BODY_NBYTES:
-        raise Refused(413, f"the body has {length} bytes, and {BODY_NBYTES} are taken")
+        raise Refused(413, f"the body has {length} bytes, and at most {BODY_NBYTES} are accepted")
     return length
 
 

@@ -320,7 +320,7 @@ class Handler(BaseHTTPRequestHandler):
             else:
                 raise Refused(404, self._unknown(name), "model_not_found", "model")
         elif self.command != "GET":
-            raise Refused(405, "/v1/models is only read")
+            raise Refused(405, "/v1/models can only be read, with GET")
         elif not local and parts.upstream is not None:
             self._forward(body, reply)
         else:
