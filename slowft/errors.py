@@ -54,6 +54,11 @@ def reason_of(error: OSError) -> str:
     return reason
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or the name of its class if there is none."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
 def printable(quoted: str) -> str:
     """On one line of no great length, whatever it is of a file or from another program: it goes to a terminal."""
     shown = quoted if len(quoted) <= QUOTED else f"{quoted[: QUOTED - 4]} ..."

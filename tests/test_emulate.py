@@ -339,8 +339,8 @@ def test_scores_of_a_small_base_with_the_delta_of_a_large_model_that_streams(mod
         asked = slowft.MicroBatch(mx.array([TEXTS[1], TEXTS[2][:9], TEXTS[0][:9]]), mx.array([[1, 8], [2, 5], [3, 8]]))
         found = engine.log_probabilities([(asked.batch, asked.lengths, False)] * 2, 0, (), lambda n: None)
         assert [part.per_row.tolist() for part in found] == [[8, 4, 6]] * 2
-        mixing = down._mixing([False, True], down._asked([False, True]), 8)
-        given = [(asked.batch, asked.lengths, adapter) for adapter in down._asked([False, True])]
+        mixing = down._mixing([False, True], down._streamed_adapters([False, True]), 8)
+        given = [(asked.batch, asked.lengths, adapter) for adapter in down._streamed_adapters([False, True])]
         base, emulated = engine.log_probabilities(given, 0, range(259), lambda n: None, mixing)
         assert_close(emulated.of_tokens[12:], of_sum(asked.batch[2:, :-1])[0, 2:])
         assert_close(base.of_tokens[8:12], models.logprobs(models.small, None, asked.batch[1:2, :-1])[0, 1:5])

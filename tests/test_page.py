@@ -13,7 +13,7 @@ import pytest
 
 import browser
 from slowft.comparing import page
-from slowft.serving.job import Service, Settings
+from slowft.serving.service import Service, Settings
 
 HOSTILE = '</script><img src=x onerror="window.hit=1"><script>window.hit=1</script><!--<script>\u2028</SCRIPT >&lt;'
 SAID = ["The cat sat on the mat.", "The dog sat on a mat.", HOSTILE]

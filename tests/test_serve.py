@@ -38,7 +38,7 @@ from slowft.requests.filters import Filter
 from slowft.requests.store import RequestStore
 from slowft.serving import answers
 from slowft.serving.guard import Guard, Refused
-from slowft.serving.job import Service, Settings
+from slowft.serving.service import Service, Settings
 from slowft.serving.recorder import tags_of
 from slowft.serving.scheduler import OneRow, Wanted, passes_ahead
 from upstreams import RECORDED, Recorded

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from conftest import LLAMA, save_random
 from slowft.cli.main import slowft as command
-from slowft.serving.job import Service, Settings
+from slowft.serving.service import Service, Settings
 
 # Training's text of a conversation begins with the very text that is answered.
 TEMPLATE = (

@@ -75,7 +75,7 @@ def score(adapters, emulate, delta, delta_top_p, split, judge, plain, top_k, out
         raise click.UsageError("no model given. Use --model with a directory or a hub id such as Qwen/Qwen3-0.6B")
     if settings.data is None:
         raise click.UsageError("no data given. Use --data with a file, or with a folder that holds test.jsonl")
-    from ..inference.job import ScoreJob
+    from ..inference.scoring_session import ScoringSession
     from ..reports.base import late_bar
 
     report, emulation = make_report(as_json), (emulate, delta, delta_top_p)
@@ -87,20 +87,20 @@ def score(adapters, emulate, delta, delta_top_p, split, judge, plain, top_k, out
     if settings.valid_split is not None:
         raise click.UsageError("--valid-split has no effect without --top-k: --split says which set is scored")
     with warnings_noted(report):
-        job = ScoreJob(settings, _named(adapters), split, judge, plain, report, emulation)
+        session = ScoringSession(settings, _named(adapters), split, judge, plain, report, emulation)
         try:
             begin = time.perf_counter()
-            with late_bar(report, job.n_visits) as on_visit:
-                result = job.run(on_visit)
-            work = job.work() | {"seconds": time.perf_counter() - begin}
+            with late_bar(report, session.n_visits) as on_visit:
+                result = session.run(on_visit)
+            work = session.work() | {"seconds": time.perf_counter() - begin}
             if as_json:
-                for sample in job.samples(result):
+                for sample in session.samples(result):
                     _print_json("sample", sample)
-                _print_json("score", {"kind": job.kind, "scores": job.summary(result)} | work)
+                _print_json("score", {"kind": session.kind, "scores": session.summary(result)} | work)
             else:
-                _print_table(job.kind, job.summary(result), work)
+                _print_table(session.kind, session.summary(result), work)
         finally:
-            job.close()
+            session.close()
 
 
 def _refuse_beside_cache(top_k, output, given) -> None:
@@ -112,17 +112,17 @@ def _refuse_beside_cache(top_k, output, given) -> None:
 
 
 def _write_cache(settings, adapters, top_k, output, report, as_json, emulation) -> None:
-    from ..inference.teaching import TeachingJob
+    from ..inference.teaching import TeachingSession
     from ..reports.base import late_bar
 
-    job = TeachingJob(settings, adapters, top_k, output, report, emulation)
+    session = TeachingSession(settings, adapters, top_k, output, report, emulation)
     try:
         begin = time.perf_counter()
-        with late_bar(report, job.n_visits) as on_visit:
-            job.run(on_visit)
-        work = job.work() | {"seconds": time.perf_counter() - begin}
+        with late_bar(report, session.n_visits) as on_visit:
+            session.run(on_visit)
+        work = session.work() | {"seconds": time.perf_counter() - begin}
     finally:
-        job.close()
+        session.close()
     if as_json:
         _print_json("cache", {"output": output} | work)
     elif work["was_done"]:

@@ -51,7 +51,7 @@ def serve(model, model_option, chat_template_args, **how):
     """
     if model is not None and model_option is not None:
         raise click.UsageError("give MODEL once")
-    from ..serving.job import Settings, serve
+    from ..serving.service import Settings, serve
 
     variables = _variables(chat_template_args)
     shown = sys.stderr.isatty()

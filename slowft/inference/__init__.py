@@ -1,1 +1,1 @@
-"""Uses an opened model: generates and scores text, for as many rows in each reading of the weights as there can be."""
+"""Generates and scores text with an opened model. A reading of the weights serves as many rows as memory can hold."""

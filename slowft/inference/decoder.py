@@ -1,6 +1,6 @@
-"""What generating and scoring ask of a model: all that they know of a `StreamedModel` or an `Emulated` one.
+"""The interface of a model that text is generated and scored with: a `StreamedModel` or an `Emulated` one.
 
-Such a model is opened here, by the options that commands have.
+This room knows no more of a model than `Decoder` says. `opened` opens one by the options of a command.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,54 +18,54 @@ from ..errors import ConfigError
 
 
 class Decoder(Protocol):
-    """A model that gives logits of many rows in each reading of its weights."""
+    """A model that gives the logits of many rows in each reading of its weights."""
 
     @property
     def path(self) -> Path:
-        """The directory whose tokenizer and chat template it is used with."""
+        """The directory that has the model's tokenizer and chat template."""
 
     @property
     def embedding_rows(self) -> int | None:
-        """Token ids must be below."""
+        """Token ids must be below this number; None: there is no such limit."""
 
     @property
     def memory(self) -> int | None:
-        """The ceiling, in bytes."""
+        """The memory ceiling, in bytes; None: there is none."""
 
     @property
     def budget(self) -> Budget:
-        """Plans within it."""
+        """Makes plans that keep within the ceiling."""
 
     @property
     def stats(self) -> Stats:
-        """What was read, waited for and computed."""
+        """Bytes that were read, seconds of waiting and of computing."""
 
     @property
     def passengers_of_row(self) -> int:
-        """How many times a row goes through in one reading."""
+        """How many times each row goes through the blocks in one reading."""
 
     @property
     def can_spill(self) -> bool:
-        """Whether its caches can be on disk."""
+        """Whether the caches of rows can be on disk."""
 
     def new_cache(self, max_kv_size: int | None = None) -> list[Any]:
-        """mlx-lm's caches of a new row."""
+        """A new row's caches, which are mlx-lm's."""
 
     def streamed_caches(self, caches: Sequence[Any]) -> Sequence[Any]:
-        """Of what goes by the list of a row's caches, the part that belongs to blocks which are streamed."""
+        """The part of a list that belongs to streamed blocks; the list has an entry for each of a row's caches."""
 
     def beside_nbytes(self, rows: int, drafted: int, tokens: int) -> int:
-        """What a pass over rows takes that the budget's own plan does not know of.
+        """Bytes that a pass over the rows needs beside those in the budget's own plan.
 
         Args:
-            drafted: tokens of a draft at most. tokens: of a row with its answer.
+            drafted: tokens of a draft at most. tokens: of the longest prompt with its answer.
         """
 
     def beside_s(self, rows: int) -> float:
-        """Seconds that a pass giving each of so many rows a token takes beside what streams."""
+        """Seconds of a pass that gives each row one token, without the time of the streamed model."""
 
     def drafter_model(self) -> Any:
-        """A model in memory, with mlx-lm's call, that guesses well what this one says; None: there is none."""
+        """A model in memory, with mlx-lm's call, that is likely to choose the same tokens; None: there is none."""
 
     def decode(
         self,
@@ -73,13 +73,13 @@ class Decoder(Protocol):
         take: Callable[[int, int, mx.array], None],
         spilled: SpilledCaches | None = None,
     ) -> None:
-        """One reading of the weights; see `StreamedModel.decode`."""
+        """Read the weights once; see `StreamedModel.decode`."""
 
     def look(self, tokens: mx.array, cache: list[Any]) -> None:
-        """Give the caches the shapes that they have after these tokens. Nothing is read."""
+        """Give the caches the shapes that they have after these tokens. No weights are read."""
 
     def takes(self, tokens: mx.array, cache: list[Any]) -> bool:
-        """Whether the model's call goes through with these caches. Only shapes are computed; the caches are spoilt."""
+        """Whether the model accepts these caches. Only shapes are computed. The caches are of no use afterwards."""
 
     def fingerprint(self) -> str:
         """A digest of the weights' files."""
@@ -92,22 +92,22 @@ class Decoder(Protocol):
 
     @property
     def has_adapter(self) -> bool:
-        """Whether one is attached."""
+        """Whether an adapter is attached."""
 
     @property
     def scored(self) -> dict[str, bool | str]:
-        """Name -> adapter of a `MicroBatch`: what is scored whatever else is."""
+        """What is always scored: name -> adapter of a `MicroBatch`."""
 
     @property
     def adapter_names(self) -> Sequence[str]:
-        """Of those that `add_adapter` loaded."""
+        """Names of the adapters that `add_adapter` loaded."""
 
     def add_adapter(self, name: str, path: str | Path) -> None:
-        """Load an adapter that is scored with by its name."""
+        """Load an adapter, so that micro-batches can name it."""
 
     @property
     def n_logits(self) -> int:
-        """Of a token."""
+        """Number of logits of one token."""
 
     def block_passes(self, adapters: Sequence[bool | str]) -> int:
         """How often a block is computed for a micro-batch that is scored with each of these adapters."""
@@ -121,7 +121,7 @@ class Decoder(Protocol):
         *,
         first: int = 0,
     ) -> Iterator[LogProbabilities]:
-        """Of one micro-batch after the other; see `StreamedModel.log_probabilities`."""
+        """Log-probabilities of each micro-batch in turn; see `StreamedModel.log_probabilities`."""
 
 
 def opened(
@@ -133,12 +133,12 @@ def opened(
     adapter_path: str | None = None,
     **how: Any,
 ) -> Decoder:
-    """The model of a command's options: --emulate, --delta and --delta-top-p beside those of `open_model`."""
+    """Open the model that a command's options name: --emulate, --delta, --delta-top-p and those of `open_model`."""
     if emulated is not None:
         from .emulate import emulate, parse_delta  # imports mlx-lm
 
-        learnt = [parse_delta(text) for text in deltas]
-        return emulate(model, emulated, learnt, memory=memory, adapter_path=adapter_path, nucleus=top_p, **how)
+        parsed = [parse_delta(text) for text in deltas]
+        return emulate(model, emulated, parsed, memory=memory, adapter_path=adapter_path, nucleus=top_p, **how)
     if deltas or top_p is not None:
         raise ConfigError("--delta says what another model learnt. Give that model's base too: --emulate SMALL")
     return open_model(model, memory, adapter_path, **how)

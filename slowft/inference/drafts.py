@@ -1,8 +1,8 @@
-"""Tokens that may come next, so that one reading of the weights pays for several: guessed here, checked by the model.
+"""Guesses the next tokens of rows. The model checks them all in one reading of its weights, which then gives several.
 
-A draft never changes what is generated: the model chooses its own token at every place, with the random numbers of
-that place, and the draft counts as far as it is the same. (Leviathan et al., arXiv 2211.17192; prompt look-up is
-Saxena's, github.com/apoorvumang/prompt-lookup-decoding.)
+A draft never changes what is generated. The model chooses its own token at every place, with the random numbers of
+that place, and a draft is accepted up to the first token that differs. (Leviathan et al., arXiv 2211.17192; prompt
+look-up is Saxena's, github.com/apoorvumang/prompt-lookup-decoding.)
 """
 
 from collections.abc import Sequence
@@ -14,27 +14,27 @@ from .rows import Row
 from .sampling import Chooses
 
 LONGEST_MATCH = 3  # tokens that prompt look-up compares
-CHUNK = 64  # tokens of a prompt that a drafter takes in at a time
-PLAIN_AFTER = 16  # passes with drafts, one goes without any: what it takes says what drafts gain
+CHUNK = 64  # tokens of a prompt that go through a draft model at a time
+PLAIN_AFTER = 16  # after so many passes with drafts, one pass has none: its time says how much drafts gain
 DEPTHS = (1, 2, 4, 8, 16, 32, 64)
-USUAL_ACCEPTANCE = 0.6  # of a draft's token, before any was checked
+USUAL_ACCEPTANCE = 0.6  # assumed probability that a draft's token is right, before any was checked
 
 
 class Drafter(Protocol):
-    """Guesses how rows go on."""
+    """Guesses the next tokens of rows."""
 
     def draft(self, rows: Sequence[Row], depth: int) -> None:
-        """Set `draft` of each row, at most `depth` tokens and no more than it may still say."""
+        """Set `draft` of each row: at most `depth` tokens, and no more than the row's limit allows."""
 
     def checked(self, row: Row, n_known: int) -> None:
-        """Of what was guessed, only the row's first `n_known` tokens, prompt and all, came true."""
+        """The row's first `n_known` tokens, prompt included, are final; guesses after them were wrong."""
 
     def forget(self, row: Row) -> None:
-        """A row is finished."""
+        """Drop what is kept of a row, because it is finished."""
 
 
 class PromptLookup:
-    """Guesses that what followed the last few tokens, the last time they were there, follows again."""
+    """Looks for the last few tokens earlier in the row, and guesses that the same tokens follow again."""
 
     def draft(self, rows: Sequence[Row], depth: int) -> None:
         for row in rows:
@@ -48,7 +48,10 @@ class PromptLookup:
 
 
 def continuation(tokens: Sequence[int], depth: int) -> list[int]:
-    """What followed the latest earlier occurrence of the longest ending of `tokens` (up to three) that has one."""
+    """Up to `depth` tokens that followed an earlier copy of the last tokens.
+
+    The last three tokens are looked for first, then the last two, then the last one. The latest copy counts.
+    """
     if depth <= 0:
         return []
     for length in range(min(LONGEST_MATCH, len(tokens) - 1), 0, -1):
@@ -60,16 +63,16 @@ def continuation(tokens: Sequence[int], depth: int) -> list[int]:
 
 
 class DraftModel:
-    """Guesses what a small model in memory would say, sampled with the same random numbers.
+    """Guesses the tokens of a small model in memory, which are sampled with the same random numbers.
 
     Args:
-        model: mlx-lm's, in memory. chooser: as the large model's tokens are chosen.
-        embedding_rows: token ids that the large model knows.
+        model: mlx-lm's, in memory. chooser: the one that chooses the large model's tokens.
+        embedding_rows: number of token ids of the large model.
     """
 
     def __init__(self, model: Any, chooser: Chooses, embedding_rows: int | None = None):
         self.model, self._chooser, self._embedding_rows = model, chooser, embedding_rows
-        self._caches: dict[int, tuple[list[Any], int]] = {}  # row -> (its cache, how many tokens that has seen)
+        self._caches: dict[int, tuple[list[Any], int]] = {}  # row -> (its cache, number of tokens in it)
 
     def draft(self, rows: Sequence[Row], depth: int) -> None:
         from mlx_lm.models.cache import make_prompt_cache
@@ -79,36 +82,36 @@ class DraftModel:
             n = min(depth, row.limit - len(row.answer) - 1)
             if n <= 0:
                 continue
-            cache, seen = self._caches.get(row.number) or (make_prompt_cache(self.model), 0)
-            while (ahead := len(tokens) - seen) > 1:  # a prompt: whose logits nobody wants
-                self.model(mx.array([tokens[seen : seen + min(ahead - 1, CHUNK)]]), cache=cache)
+            cache, n_cached = self._caches.get(row.number) or (make_prompt_cache(self.model), 0)
+            while (n_new := len(tokens) - n_cached) > 1:  # all but the last token: their logits are not needed
+                self.model(mx.array([tokens[n_cached : n_cached + min(n_new - 1, CHUNK)]]), cache=cache)
                 mx.eval([c.state for c in cache])
-                seen += min(ahead - 1, CHUNK)
+                n_cached += min(n_new - 1, CHUNK)
             while len(row.draft) < n:
-                logits = self.model(mx.array([tokens[seen:]]), cache=cache)[:, -1, : self._embedding_rows]
-                seen = len(tokens)
+                logits = self.model(mx.array([tokens[n_cached:]]), cache=cache)[:, -1, : self._embedding_rows]
+                n_cached = len(tokens)
                 (token,), _ = self._chooser.choose(logits, [(row.id, len(row.answer) + len(row.draft), tokens)])
                 row.draft.append(token)
                 tokens = [*tokens, token]
-            self._caches[row.number] = cache, seen
+            self._caches[row.number] = cache, n_cached
 
     def checked(self, row: Row, n_known: int) -> None:
-        """Of what the row's cache has seen, the first `n_known` tokens are the row's: forget the others."""
+        """Remove all tokens after the first `n_known` from the row's cache."""
         if row.number in self._caches:
-            cache, seen = self._caches[row.number]
-            for c in cache if seen > n_known else ():
-                c.trim(seen - n_known)
-            self._caches[row.number] = cache, min(seen, n_known)
+            cache, n_cached = self._caches[row.number]
+            for c in cache if n_cached > n_known else ():
+                c.trim(n_cached - n_known)
+            self._caches[row.number] = cache, min(n_cached, n_known)
 
     def forget(self, row: Row) -> None:
         self._caches.pop(row.number, None)
 
 
 class Depth:
-    """How many tokens to guess: as many as make the most tokens a second, by what was measured so far.
+    """Chooses how many tokens to guess: the number that gives the most tokens a second, by what was measured so far.
 
-    Of a draft of k tokens, each right with probability a if those before it are, (1 - a^(k+1)) / (1 - a) tokens come
-    of a pass on average. A pass takes as long as reading, or as computing so many tokens.
+    If a draft has k tokens, and each is right with probability a when those before it are, a pass gives
+    (1 - a^(k+1)) / (1 - a) tokens on average. It takes the time of reading, or that of computing, whichever is longer.
     """
 
     def __init__(self, most: int | None = None):
@@ -121,13 +124,13 @@ class Depth:
 
     @property
     def gain(self) -> float | None:
-        """How many times as fast drafts made it, by passes with and without them; None: not known yet."""
+        """How many times as fast generating is with drafts, by passes with and without them; None: not known yet."""
         if not self._plain_passes or not self._drafted_passes:
             return None
         return self._tokens_of_row / self._drafted_s * self._plain_s / self._plain_passes
 
     def gave(self, tokens_of_row: float, seconds: float, is_drafted: bool) -> None:
-        """A pass, with the drafting before it, took so long and gave a row so many tokens on average."""
+        """Note a pass: tokens that it gave a row on average, and its seconds, those of drafting included."""
         if is_drafted:
             self._drafted_passes += 1
             self._tokens_of_row, self._drafted_s = self._tokens_of_row + tokens_of_row, self._drafted_s + seconds
@@ -136,33 +139,33 @@ class Depth:
 
     @property
     def acceptance(self) -> float:
-        """Of a draft's token whose predecessors were right."""
+        """Share of right tokens among those of drafts whose predecessors were right."""
         return self._right / self._checked
 
-    def checked(self, right: int, of: int) -> None:
-        """A draft of so many tokens was right in the first so many."""
-        self._right, self._checked = self._right + right, self._checked + min(right + 1, of)
+    def checked(self, right: int, n_drafted: int) -> None:
+        """Note that the first `right` tokens of a draft of `n_drafted` were right."""
+        self._right, self._checked = self._right + right, self._checked + min(right + 1, n_drafted)
 
     def drafted(self, seconds: float, tokens: int) -> None:
-        """A drafter took so long for so many tokens."""
+        """Note how many seconds a drafter took for so many tokens."""
         self._draft_s, self._drafted = self._draft_s + seconds, self._drafted + tokens
 
     def passed(self, seconds: float, waited_s: float, tokens: int) -> None:
-        """A pass over so many tokens took so long, and waited so long of it for reads."""
+        """Note a pass over so many tokens: its seconds, and how many of them it waited for reads."""
         if tokens:
             self._token_s = max(seconds - waited_s, 0.0) / tokens
             self._read_s = seconds if waited_s > 0.05 * seconds else self._read_s
 
     def choose(self, n_rows: int) -> int:
-        """Tokens to guess for each of so many rows; 0: guessing does not pay, or what it gains is to be measured."""
+        """Tokens to guess for each row; 0 if guessing does not pay, or if a pass without drafts is to be measured."""
         if self._drafted_passes >= PLAIN_AFTER and not self._plain_passes:
             return 0
+        if not self._token_s:  # nothing was measured
+            return min(4, self.most)
         a, per_draft = min(self.acceptance, 0.99), self._draft_s / self._drafted if self._drafted else 0.0
 
         def tokens_per_s(k: int) -> float:
             seconds = max(self._read_s, self._token_s * n_rows * (k + 1)) + per_draft * n_rows * k
             return (1 - a ** (k + 1)) / (1 - a) / max(seconds, 1e-9)
 
-        return (
-            max((0, *(k for k in DEPTHS if k <= self.most)), key=tokens_per_s) if self._token_s else min(4, self.most)
-        )
+        return max((0, *(k for k in DEPTHS if k <= self.most)), key=tokens_per_s)

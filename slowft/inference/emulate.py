@@ -1,13 +1,13 @@
-"""A large model that behaves as if it had been fine-tuned as a small one was, at decoding, without any training.
+"""A large model that behaves as if it had been fine-tuned as a small one was, without any training, at decoding.
 
     log p(x) = log p_large(x) + sum_i w_i (log p_small,tuned_i(x) - log p_small,base(x)) - log Z
 
-at every token, over the vocabulary, in float32 (Mitchell et al., arXiv 2310.12962). Read the other way, a mixture of
+at every token, over the vocabulary, in float32 (Mitchell et al., arXiv 2310.12962). Seen in another way, a mixture of
 small models, sum_i w_i log p_small,tuned_i + (1 - sum_i w_i) log p_small,base, is scaled up by p_large / p_small,base.
 
-Comes in: two models of one vocabulary, and what the second learnt. Goes out: an object that is generated and scored
-with as a streamed model is. The larger of the two streams and the other one is in memory, whichever is which: a small
-base with the deltas of a large one (down-scaling) is the same sum.
+Comes in: two models of one vocabulary, and what the second learnt (its deltas). Goes out: an object for generating and
+scoring, used like a streamed model. The larger model streams and the other one is in memory. A small base with the
+deltas of a large model (down-scaling) is the same sum.
 """
 
 import itertools
@@ -34,8 +34,9 @@ from ..models.loading import resolve
 from .variants import CHUNK, LOGITS_NBYTES, Variants
 from .vocabularies import check_same_vocabulary
 
-EMULATED = "emulated"  # name of a score: of the sum
-# Of tokens that a model never says (phi3small gives some a logit of minus infinity): differences have to be numbers.
+EMULATED = "emulated"  # name of the emulated model's score
+# Log-probability of tokens that a model never gives (phi3small's logit of some is minus infinity), so that differences
+# are numbers.
 NEVER = -1e4
 
 
@@ -44,8 +45,8 @@ class Term:
     """One of the log-probabilities that are added up.
 
     Attributes:
-        weight: in the sum. of_mixture: in the mixture of small models.
-        adapter: of a streamed model: False or a name; None: the one that the row asks for.
+        weight: its weight in the sum. of_mixture: its weight in the mixture of small models.
+        adapter: False for none, or a name; None: the adapter that the row asks for.
     """
 
     weight: float
@@ -53,22 +54,24 @@ class Term:
     adapter: bool | str | None = None
 
 
-OF_LARGE = Term(1.0, 0.0)  # the model that behaves as another one learnt to, with the adapter that a row asks for
+OF_LARGE = Term(1.0, 0.0)  # the large model, with the adapter that a row asks for
 
 
 class Emulated:
-    """Two models and deltas, generated with as one model. Made by `emulate`.
+    """Two models and deltas, used as one model. Made by `emulate`.
 
     `emulated(tokens, cache=None)` gives log-probabilities `[B, T, V]` in float32, by mlx-lm's call signature.
 
     Args:
-        streamed: the larger model, with the terms that it gives.
-        in_memory: variants of models in memory, each with the terms that they give.
-        vocab_size: token ids that all of them know.
-        nucleus: outside of the mixture's tokens that have this probability together, the large model has no say;
-            None: it has everywhere.
-        path: of the tokenizer and chat template that the tuned model was tuned with.
-        about: what makes it say what it says, for a row of a file of answers.
+        streamed: the larger model. of_streamed: its terms.
+        in_memory: variants of models in memory, each with its terms.
+        vocab_size: number of token ids that all models have.
+        nucleus: a probability. The large model counts only for the mixture's likeliest tokens that have it together,
+            and the mixture alone counts for the others. None: the large model counts for all tokens.
+        path: directory of the tokenizer and chat template that the tuned model was tuned with.
+        fingerprint: of the large model.
+        about: the models, adapters and weights that the output depends on, for a row of a file of answers.
+        is_up: the large model is the one that streams (up-scaling).
     """
 
     def __init__(
@@ -93,11 +96,11 @@ class Emulated:
 
     def __call__(self, tokens: mx.array, cache: list[Any] | None = None) -> mx.array:
         """Log-probabilities float32 `[B, T, V]`."""
-        found: list[mx.array] = []
+        chunks: list[mx.array] = []
         cache = self.new_cache() if cache is None else cache
         batch = tokens.astype(mx.int32), cache, mx.arange(tokens.size), True
-        self.decode([batch], lambda _, first, logits: found.append(logits))
-        return mx.concatenate(found).reshape(*tokens.shape, -1)
+        self.decode([batch], lambda _, first, logits: chunks.append(logits))
+        return mx.concatenate(chunks).reshape(*tokens.shape, -1)
 
     def make_cache(self) -> list[Any]:
         """One list with the caches of all models."""
@@ -105,7 +108,7 @@ class Emulated:
 
     @property
     def layers(self) -> list[nn.Module]:
-        """The streamed model's."""
+        """The streamed model's layers."""
         return self.streamed.layers
 
     # --- What generating asks for (`Decoder`) --------------------------------------------------------
@@ -135,7 +138,7 @@ class Emulated:
         return self.streamed.can_spill
 
     def new_cache(self, max_kv_size: int | None = None) -> list[Any]:
-        """Of a new row: the streamed model's for each of its terms, then those of models in memory."""
+        """A new row's caches: the streamed model's for each of its terms, then those of models in memory."""
         streamed = [cache for _ in self._terms for cache in self.streamed.new_cache(max_kv_size)]
         return streamed + [cache for variants, _ in self._in_memory for cache in variants.make_cache(max_kv_size)]
 
@@ -143,12 +146,11 @@ class Emulated:
         return caches[: sum(self._sizes[: len(self._terms)])]
 
     def beside_nbytes(self, rows: int, drafted: int, tokens: int) -> int:
-        logits = 4 * self._vocab_size
-        # The sums wait for the streamed model. What is added to them copies them once.
-        n = rows * (drafted + 1) * logits * (2 + (self._nucleus is not None))
+        # The sums of a pass stay in memory until the streamed model's logits come. Adding to them makes one copy.
+        sums = rows * (drafted + 1) * 4 * self._vocab_size * (2 + (self._nucleus is not None))
         computing = [variants.workspace_nbytes(rows, drafted + 1, tokens) for variants, _ in self._in_memory]
         drafting = [variants.workspace_nbytes(1, 1, tokens) for variants in self._drafter.variants]
-        return n + max(computing + drafting)
+        return sums + max(computing + drafting)
 
     def beside_s(self, rows: int) -> float:
         return sum(variants.pass_s(rows) for variants, _ in self._in_memory)
@@ -162,17 +164,17 @@ class Emulated:
         take: Callable[[int, int, mx.array], None],
         spilled: SpilledCaches | None = None,
     ) -> None:
-        """As `StreamedModel.decode`; what models in memory say is computed first, then the weights are read once."""
-        sums, passengers, whose = [], [], []
+        """As `StreamedModel.decode`. Models in memory are computed first, then the streamed weights are read once."""
+        sums, passengers, owners = [], [], []
         for number, (tokens, cache, places, adapter) in enumerate(batches):
             parts = self._parts(cache)
             sums.append(self._of_models_in_memory(tokens, parts[len(self._terms) :], places.tolist()))
             for term, part in zip(self._terms, parts):
                 passengers.append((tokens, part, places, adapter if term.adapter is None else term.adapter))
-                whose.append((number, term))
+                owners.append((number, term))
 
         def take_term(passenger: int, first: int, logits: mx.array) -> None:
-            number, term = whose[passenger]
+            number, term = owners[passenger]
             sums[number].add(term, first, logits)
             if term is self._terms[-1]:
                 take(number, first, sums[number].pop(first))
@@ -196,7 +198,7 @@ class Emulated:
 
     @property
     def nbytes_on_disk(self) -> int:
-        """Of the model that streams."""
+        """Bytes of the streamed model's weights."""
         return self.streamed.nbytes_on_disk
 
     @property
@@ -212,7 +214,7 @@ class Emulated:
         return self.streamed.adapter_names
 
     def add_adapter(self, name: str, path: str | Path) -> None:
-        """Of the large model, to be scored beside the sum.
+        """Load an adapter of the large model, to be scored beside the sum.
 
         Raises:
             ConfigError: the large model is the one in memory.
@@ -229,7 +231,7 @@ class Emulated:
         return self._vocab_size
 
     def block_passes(self, adapters: Sequence[bool | str]) -> int:
-        return self.streamed.block_passes(self._asked(adapters))
+        return self.streamed.block_passes(self._streamed_adapters(adapters))
 
     def log_probabilities(
         self,
@@ -242,64 +244,68 @@ class Emulated:
         """As `StreamedModel.log_probabilities`, with the sum in the place of an attached adapter.
 
         A micro-batch's `adapter` is True for the sum, False for the large model by itself, or a name for that model
-        with the adapter of this name. What follows each other of the same `batch` goes through once.
+        with the adapter of this name. Neighbouring micro-batches with the same `batch` share one pass.
         """
-        of_tokens = [list(group) for _, group in itertools.groupby(micro_batches, lambda one: id(one.batch))]
-        for adapters, groups in itertools.groupby(of_tokens, lambda group: tuple(one.adapter for one in group)):
+        by_batch = [list(group) for _, group in itertools.groupby(micro_batches, lambda one: id(one.batch))]
+        for adapters, groups in itertools.groupby(by_batch, lambda group: tuple(one.adapter for one in group)):
             groups = list(groups)
-            asked = self._asked(adapters)
-            passengers = [MicroBatch(group[0].batch, group[0].lengths, one) for group in groups for one in asked]
+            streamed = self._streamed_adapters(adapters)
+            passengers = [MicroBatch(group[0].batch, group[0].lengths, one) for group in groups for one in streamed]
             tokens = max(group[0].batch.shape[1] for group in groups) - 1
-            mixing = self._mixing(adapters, asked, tokens)
-            left_out = min(first // len(adapters), len(groups))
-            first -= left_out * len(adapters)
-            how = top_k, token_ids, on_visit, mixing, left_out * len(asked)
-            yield from self.streamed.log_probabilities(passengers, *how)
+            mixing = self._mixing(adapters, streamed, tokens)
+            n_skipped = min(first // len(adapters), len(groups))
+            first -= n_skipped * len(adapters)
+            options = top_k, token_ids, on_visit, mixing, n_skipped * len(streamed)
+            yield from self.streamed.log_probabilities(passengers, *options)
 
-    def _asked(self, adapters: Sequence[bool | str]) -> list[bool | str]:
-        """The adapters of the streamed model that its logits are needed with."""
-        found = [adapter for adapter in adapters if adapter is not True] if self.is_up_scaling else []
-        if True in adapters or not found:
-            found += map(self._adapter, self._terms)
-        return list(dict.fromkeys(found))
+    def _by_itself(self, adapters: Sequence[bool | str]) -> list[bool | str]:
+        """The adapters with which the streamed model is scored by itself: none if it is not the large model."""
+        return [adapter for adapter in adapters if adapter is not True] if self.is_up_scaling else []
+
+    def _streamed_adapters(self, adapters: Sequence[bool | str]) -> list[bool | str]:
+        """The adapters with which the streamed model's logits are needed."""
+        needed = self._by_itself(adapters)
+        if True in adapters or not needed:
+            needed += map(self._adapter, self._terms)
+        return list(dict.fromkeys(needed))
 
     def _adapter(self, term: Term) -> bool | str:
-        """Of the streamed model, where no row asks for another one."""
+        """The streamed model's adapter in a term, if no row asks for another one."""
         return self.streamed.has_adapter if term.adapter is None else term.adapter
 
-    def _mixing(self, adapters: Sequence[bool | str], asked: Sequence[bool | str], tokens: int) -> Mixing:
+    def _mixing(self, adapters: Sequence[bool | str], streamed: Sequence[bool | str], tokens: int) -> Mixing:
+        """How logits of the streamed model, with the adapters `streamed`, become those of `adapters`."""
         chunk = max(1, min(CHUNK, LOGITS_NBYTES // (4 * self._vocab_size)))
 
         def begin(tokens: mx.array) -> Mix:
-            along = Along([variants for variants, _ in self._in_memory], tokens)
+            in_memory = RowsInMemory([variants for variants, _ in self._in_memory], tokens)
 
             def mix(numbers: np.ndarray, logits: Sequence[mx.array]) -> list[mx.array]:
-                found = dict(zip(asked, logits))
-                others = [adapter for adapter in adapters if adapter is not True] if self.is_up_scaling else []
-                by_itself = {adapter: found[adapter] for adapter in others}
+                of_streamed = dict(zip(streamed, logits))
+                by_itself = {adapter: of_streamed[adapter] for adapter in self._by_itself(adapters)}
                 if len(by_itself) == len(adapters):
                     return [by_itself[adapter] for adapter in adapters]
                 sums = Sums(len(numbers), self._vocab_size, self._nucleus)
-                for i, places, of_variants in along.logits(numbers):
+                for i, places, of_variants in in_memory.logits(numbers):
                     for term, of_variant in zip(self._in_memory[i][1], of_variants):
                         sums.add_places(term, places, of_variant)
                 if not self.is_up_scaling:
-                    by_itself[False] = sums.total()  # nothing else is in memory
+                    by_itself[False] = sums.total()  # the large model is the only one in memory
                 for term in self._terms:
-                    sums.add(term, 0, found[self._adapter(term)])
+                    sums.add(term, 0, of_streamed[self._adapter(term)])
                 return [sums.pop(0) if adapter is True else by_itself[adapter] for adapter in adapters]
 
             return mix
 
-        logits = 4 * chunk * self._vocab_size
-        # of each passenger, and of the sums: as they come, in float32, and less their sum of exponentials
-        nbytes = 3 * logits * (len(asked) + len(adapters) + 1)
+        # Each passenger and each sum has three arrays: logits as computed, in float32, and after subtracting their
+        # logsumexp.
+        nbytes = 3 * 4 * chunk * self._vocab_size * (len(streamed) + len(adapters) + 1)
         nbytes += max(variants.workspace_nbytes(1, chunk, tokens) for variants, _ in self._in_memory)
         nbytes += sum(variants.cache_nbytes(tokens) for variants, _ in self._in_memory)
-        return Mixing(len(asked), len(adapters), begin, chunk, nbytes)
+        return Mixing(len(streamed), len(adapters), begin, chunk, nbytes)
 
     def fingerprint(self) -> str:
-        """Of the model whose knowledge is used; what is added to it is in `about`."""
+        """The fingerprint of the large model; those of the deltas are in `about`."""
         return self._fingerprint
 
     def __enter__(self) -> "Emulated":
@@ -315,63 +321,63 @@ class Emulated:
     # --- Underneath -----------------------------------------------------------------------------------
 
     def _parts(self, cache: list[Any]) -> list[list[Any]]:
-        """A row's caches, by the model that they belong to."""
-        parts, at = [], 0
+        """A row's caches, in one list for each streamed term and each model in memory."""
+        parts, begin = [], 0
         for size in self._sizes:
-            parts.append(cache[at : at + size])
-            at += size
+            parts.append(cache[begin : begin + size])
+            begin += size
         return parts
 
     def _of_models_in_memory(self, tokens: mx.array, parts: list[list[Any]], places: list[int]) -> "Sums":
         sums = Sums(len(places), self._vocab_size, self._nucleus)
         for (variants, terms), cache in zip(self._in_memory, parts):
-            for wanted, logits in variants.logits(tokens, cache, places):
+            for some, logits in variants.logits(tokens, cache, places):
                 for term, of_variant in zip(terms, logits):
-                    sums.add_places(term, wanted, of_variant)
+                    sums.add_places(term, some, of_variant)
         return sums
 
     def _drafting(self) -> list[tuple[Variants, list[float]]]:
-        """Of what is in memory, what guesses best: the mixture of small models, or the small base itself."""
-        found = []
+        """Variants in memory that draft, with their weights: the mixture of small models, or the small base itself."""
+        drafting = []
         for variants, terms in self._in_memory:
             weights = [term.of_mixture if self.is_up_scaling else term.weight for term in terms]
             which = [i for i, weight in enumerate(weights) if weight]
             if which:
                 part = variants if len(which) == len(terms) else variants.only(which)
-                found.append((part, [weights[i] for i in which]))
-        return found
+                drafting.append((part, [weights[i] for i in which]))
+        return drafting
 
 
-class Along:
-    """What models in memory say of rows of tokens `[B, T]`, asked for from the first token of the first row on."""
+class RowsInMemory:
+    """Takes rows of tokens `[B, T]` through models in memory, some at a time, from the first row's first token on."""
 
     def __init__(self, models: Sequence[Variants], tokens: mx.array):
         self._models, self._tokens = models, tokens
-        self._row, self._at = -1, 0
+        self._row, self._column = -1, 0  # the next token to compute
         self._caches: list[list[Any]] = []
 
     def logits(self, numbers: np.ndarray) -> Iterator[tuple[int, list[int], list[mx.array]]]:
-        """(number of a model, which of the numbers, logits `[m, V]` of each variant there), until all were given.
+        """(number of a model, indices into `numbers`, logits `[m, V]` of each variant there), until all were given.
 
         Args:
-            numbers: among all `B * T` tokens, rising, and above those of earlier calls.
+            numbers: of tokens among all `B * T`, in rising order, and above those of earlier calls.
         """
         rows, columns = np.divmod(numbers, self._tokens.shape[1])
         for row in np.unique(rows):
             if row != self._row:
-                self._row, self._at = row, 0
+                self._row, self._column = row, 0
                 self._caches = [variants.make_cache() for variants in self._models]
             here = np.flatnonzero(rows == row)
-            end = int(columns[here[-1]]) + 1
-            tokens, wanted = self._tokens[int(row) : int(row) + 1, self._at : end], (columns[here] - self._at).tolist()
+            begin, end = self._column, int(columns[here[-1]]) + 1
+            tokens, places = self._tokens[int(row) : int(row) + 1, begin:end], (columns[here] - begin).tolist()
             for i, (variants, cache) in enumerate(zip(self._models, self._caches)):
-                for which, logits in variants.logits(tokens, cache, wanted):
+                for which, logits in variants.logits(tokens, cache, places):
                     yield i, here[which].tolist(), logits
-            self._at = end
+            self._column = end
 
 
 class Mixture:
-    """Models in memory whose log-probabilities are added up; has mlx-lm's call."""
+    """Models in memory whose log-probabilities are added up. It has mlx-lm's call."""
 
     def __init__(self, parts: Sequence[tuple[Variants, Sequence[float]]], vocab_size: int):
         self._parts, self._vocab_size = tuple(parts), vocab_size
@@ -386,20 +392,20 @@ class Mixture:
     def __call__(self, tokens: mx.array, cache: list[Any] | None = None) -> mx.array:
         """Logits `[B, T, V]`, unevaluated."""
         cache = self.make_cache() if cache is None else cache
-        total, at = 0.0, 0
+        total, begin = 0.0, 0
         for variants, weights in self._parts:
-            part = cache[at : at + variants.n_caches]
-            at += variants.n_caches
+            part = cache[begin : begin + variants.n_caches]
+            begin += variants.n_caches
             for weight, logits in zip(weights, variants(tokens, part)):
                 total = total + weight * logprobs(logits, self._vocab_size)
         return total
 
 
 class Sums:
-    """Adds up terms for the wanted places of one batch.
+    """Adds up the terms of one batch, at the places whose logits are needed.
 
     Args:
-        n: places. nucleus: as in `Emulated`.
+        n: number of places. nucleus: as in `Emulated`.
     """
 
     def __init__(self, n: int, vocab_size: int, nucleus: float | None):
@@ -408,21 +414,21 @@ class Sums:
         self._mixture = None if nucleus is None else mx.zeros((n, vocab_size), mx.float32)
 
     def add(self, term: Term, first: int, logits: mx.array) -> None:
-        """Of the places from `first` on."""
+        """Add a term at the places from `first` on, of logits `[m, V]`."""
         self.add_places(term, slice(first, first + logits.shape[0]), logits)
 
     def add_places(self, term: Term, places: Any, logits: mx.array) -> None:
-        """Logits `[m, V]` of these places."""
-        found = logprobs(logits, self._vocab_size)
+        """Add a term at these places, of logits `[m, V]`."""
+        of_term = logprobs(logits, self._vocab_size)
         places = places if isinstance(places, slice) else mx.array(places, mx.int32)
-        self._total[places] = self._total[places] + term.weight * found
+        self._total[places] = self._total[places] + term.weight * of_term
         if self._mixture is not None:
-            self._mixture[places] = self._mixture[places] + term.of_mixture * found
+            self._mixture[places] = self._mixture[places] + term.of_mixture * of_term
         mx.eval(self._total, [] if self._mixture is None else self._mixture)
         self._last = logits.shape[0]
 
     def total(self) -> mx.array:
-        """What was added so far, of all places; another one than what is added to later."""
+        """A copy of the sums at all places, as they are now."""
         return mx.array(self._total)
 
     def pop(self, first: int) -> mx.array:
@@ -436,13 +442,13 @@ class Sums:
 
 
 def logprobs(logits: mx.array, vocab_size: int | None = None) -> mx.array:
-    """Natural, of the first `vocab_size` tokens, in float32. None is below `NEVER`."""
+    """Natural log-probabilities of the first `vocab_size` tokens, in float32. None is below `NEVER`."""
     logits = logits[..., :vocab_size].astype(mx.float32)
     return mx.maximum(logits - mx.logsumexp(logits, axis=-1, keepdims=True), NEVER)
 
 
 def in_nucleus(of_tokens: mx.array, p: float) -> mx.array:
-    """Which tokens are among the likeliest that have a probability of `p` together, of log-probabilities `[m, V]`."""
+    """Which of the tokens with log-probabilities `[m, V]` are the likeliest that have a probability of `p` together."""
     falling = -mx.sort(-of_tokens, axis=-1)
     likelier = mx.cumsum(mx.exp(falling), axis=-1) - mx.exp(falling)
     least = mx.where(likelier < p, falling, mx.inf).min(axis=-1, keepdims=True)
@@ -450,7 +456,7 @@ def in_nucleus(of_tokens: mx.array, p: float) -> mx.array:
 
 
 def parse_delta(text: str) -> tuple[str, float]:
-    """ADAPTER or ADAPTER:WEIGHT.
+    """(path, weight) of ADAPTER or ADAPTER:WEIGHT.
 
     Raises:
         ConfigError: the weight is no number.
@@ -479,30 +485,23 @@ def emulate(
 
     Args:
         large: directory or hub id, or an opened model, which then is the one that streams.
-        small: directory or hub id of the base that was tuned. It may be the larger one: then it streams.
-        deltas: (adapter of `small`, or a whole tuned model's directory; its weight) of each. A weight of 0.5 is half of
-            what was learnt, a negative one its opposite; several add up.
-        memory: as in `open_model`; for both models together. An opened model has its own.
-        adapter_path: of `large` itself.
+        small: directory or hub id of the base that was tuned. If it is larger than `large`, it streams.
+        deltas: (adapter of `small`, or directory of a whole tuned model; its weight) of each. A weight of 0.5 adds half
+            of what was learnt, a negative weight subtracts it. Several deltas add up.
+        memory: as in `open_model`, for both models together. An opened model keeps its own.
+        adapter_path: adapter of `large` itself.
         nucleus: as in `Emulated`: the paper's conservative filter of what the large model adds.
     Raises:
-        ConfigError: models of different vocabularies (names the first difference), or too little memory for the one
-            that is not streamed.
-        AdapterError: a delta that belongs to another model.
+        ConfigError: the vocabularies differ (names the first difference), or memory is too little for the model that
+            does not stream.
+        AdapterError: a delta belongs to another model.
     """
-    if not deltas:
-        raise ConfigError(f"nothing is to be added of what {small} learnt. Give an adapter: --delta ADAPTER")
-    for path, weight in deltas:
-        if not math.isfinite(weight):
-            raise ConfigError(f"the weight of delta {path} must be a number, got {weight}")
-    if nucleus is not None and not 0 < nucleus <= 1:
-        raise ConfigError(f"--delta-top-p must be above 0 and at most 1, got {nucleus}")
-    learnt = [Delta.of(f"delta {i}", path, float(weight)) for i, (path, weight) in enumerate(deltas)]
+    learnt = _parsed(small, deltas, nucleus)
     whole = [delta for delta in learnt if not delta.is_adapter]
     small_path, is_opened = resolve(str(small)), isinstance(large, StreamedModel)
     large_path = large.path if is_opened else resolve(str(large))
     others = [small_path, *(delta.path for delta in whole)]
-    unknown = [other for other in others if not check_same_vocabulary(large_path, other)]
+    uncompared = [other for other in others if not check_same_vocabulary(large_path, other)]
     is_up = is_opened or _nbytes(small_path) <= _nbytes(large_path)
     if whole and not is_up:
         raise ConfigError(
@@ -523,37 +522,35 @@ def emulate(
         if is_up:
             of_streamed, in_memory = [OF_LARGE], _deltas_in_memory(load(small_path), learnt, load)
         else:
-            of_streamed, in_memory = (
-                _deltas_streamed(streamed, learnt),
-                [_base_in_memory(load(large_path), adapter_path)],
-            )
+            of_streamed = _deltas_streamed(streamed, learnt)
+            in_memory = [_base_in_memory(load(large_path), adapter_path)]
         models = [streamed, *(variants.model for variants, _ in in_memory)]
         sizes = [streamed.engine.cut.vocab_size, *(model.vocab_size for model in models[1:])]
-        of_paths = dict(zip([model.path for model in models], sizes))
-        for other in unknown:
-            check_same_vocabulary(large_path, other, (of_paths[large_path], of_paths[other]))
-        prints = [model.fingerprint() for model in models]
-        of_whole = dict(zip([delta.name for delta in whole], prints[2:]))
-        about: dict[str, Any] = {"small": prints[1 if is_up else 0]}
+        size_of = dict(zip([model.path for model in models], sizes))
+        for other in uncompared:
+            check_same_vocabulary(large_path, other, (size_of[large_path], size_of[other]))
+        fingerprints = [model.fingerprint() for model in models]
+        of_large, of_small = fingerprints[:2] if is_up else reversed(fingerprints[:2])
+        of_whole = dict(zip([delta.name for delta in whole], fingerprints[2:]))
+        about: dict[str, Any] = {"small": of_small}
         about["deltas"] = [[of_whole.get(delta.name) or digest(delta.path), delta.weight] for delta in learnt]
         if nucleus is not None:
             about["top_p"] = nucleus
         tokenizer_path = whole[0].path if whole else small_path
-        large_print = prints[0 if is_up else 1]
-        found = Emulated(
-            streamed, of_streamed, in_memory, min(sizes), nucleus, tokenizer_path, large_print, about, is_up
+        emulated = Emulated(
+            streamed, of_streamed, in_memory, min(sizes), nucleus, tokenizer_path, of_large, about, is_up
         )
         streamed.budget.measure_anew()  # the other model is in memory now
     except BaseException:
         if not is_opened:
             streamed.close()
         raise
-    return found
+    return emulated
 
 
 @dataclass(frozen=True)
 class Delta:
-    """What was learnt: a directory with an adapter or with a whole tuned model, and its weight."""
+    """What fine-tuning changed: a directory with an adapter or with a whole tuned model, and its weight."""
 
     name: str
     path: Path
@@ -568,11 +565,24 @@ class Delta:
 
     @property
     def term(self) -> Term:
+        """The tuned model's term in the sum."""
         return Term(self.weight, self.weight, self.name)
 
 
+def _parsed(small: str | Path, deltas: Sequence[tuple[str | Path, float]], nucleus: float | None) -> list[Delta]:
+    """The deltas; raises a ConfigError for weights and probabilities that are impossible."""
+    if not deltas:
+        raise ConfigError(f"nothing is to be added of what {small} learnt. Give an adapter: --delta ADAPTER")
+    for path, weight in deltas:
+        if not math.isfinite(weight):
+            raise ConfigError(f"the weight of delta {path} must be a number, got {weight}")
+    if nucleus is not None and not 0 < nucleus <= 1:
+        raise ConfigError(f"--delta-top-p must be above 0 and at most 1, got {nucleus}")
+    return [Delta.of(f"delta {i}", path, float(weight)) for i, (path, weight) in enumerate(deltas)]
+
+
 def _base_term(deltas: Sequence[Delta]) -> Term:
-    """Of the base that was tuned."""
+    """The term of the base that was tuned. Its weight makes the deltas add up to differences."""
     total = sum(delta.weight for delta in deltas)
     return Term(-total, 1 - total, adapter=False)
 
@@ -580,13 +590,13 @@ def _base_term(deltas: Sequence[Delta]) -> Term:
 def _deltas_in_memory(
     small: ModelInMemory, deltas: Sequence[Delta], load: Callable[[Path], ModelInMemory]
 ) -> list[tuple[Variants, list[Term]]]:
-    """The base with its adapters, one model; and each whole tuned model."""
+    """The base with its adapters, which are variants of one model, then each whole tuned model."""
     adapters = [delta for delta in deltas if delta.is_adapter]
     for delta in adapters:
         small.add_adapter(delta.name, delta.path)
     terms = [_base_term(deltas), *(delta.term for delta in adapters)]
-    found = [(Variants(small, [term.adapter for term in terms]), terms)]
-    return found + [(Variants(load(d.path), [False]), [d.term]) for d in deltas if not d.is_adapter]
+    of_base = Variants(small, [term.adapter for term in terms]), terms
+    return [of_base, *((Variants(load(d.path), [False]), [d.term]) for d in deltas if not d.is_adapter)]
 
 
 def _deltas_streamed(large: StreamedModel, deltas: Sequence[Delta]) -> list[Term]:

@@ -3,7 +3,7 @@
     for answer in slowft.generate(model, ["What is a heisenbug?", "Define: bogon."], max_tokens=100, temp=0.7):
         print(answer.id, answer.text)
 
-Comes in: an opened model, prompts. Goes out: answers as they are finished, and pieces of text as they are known.
+Comes in: an opened model, prompts. Goes out: answers as they are finished, and pieces of their text before that.
 """
 
 import math
@@ -25,22 +25,22 @@ from .rows import Row
 from .sampling import Chooser, Choosers, Processor, Sampler, Sampling
 from .waves import KeyValues, Waves, can_forget
 
-OWN_DRAFT = 16  # tokens that a model's own drafter guesses at most: if nine in ten are right, eight come true
+OWN_DRAFT = 16  # most tokens that a model's own drafter guesses: if nine in ten are right, about eight are accepted
 PIECE = 256  # tokens that mlx-lm's caches grow by
-USUAL_WAVE = 32  # rows at a time where there is no ceiling to tell
+USUAL_WAVE = 32  # rows at a time where no memory ceiling gives a number
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What was generated for one prompt.
+    """The answer to one prompt.
 
     Attributes:
-        id: the prompt's; number: its place among all.
-        text: the answer, its end token and whatever follows a stop text left out.
-        tokens: ids, the end token included; logprobs: of each, natural, before sampling cut anything off.
+        id: the prompt's id. number: the prompt's place among all.
+        text: the answer, without the end token and without a stop text and what follows it.
+        tokens: ids, the end token included. logprobs: natural, of each token, before sampling removed any token.
         finish_reason: "stop" or "length".
-        prompt_tokens: of the prompt.
-        seconds: from when its prompt went through to its last token; rows that share passes wait for each other.
+        prompt_tokens: number of tokens of the prompt.
+        seconds: from the pass that took in the prompt to the last token; rows that share passes wait for each other.
     """
 
     id: Any
@@ -60,12 +60,12 @@ class Generation:
     """A run over some prompts: iterate over it for answers, in the order in which they are finished.
 
     Attributes:
-        wave: rows at a time; plan: that is followed, None without a ceiling.
-        predicted: what a pass over the whole wave takes of what streams; None where nothing is known of this machine,
-            or all weights are in memory.
-        prompts: how many there are.
-        passes: readings of the weights so far; tokens: of answers; prompt_tokens: that were taken in.
-        drafted, accepted: tokens that were guessed, and of them those that came true.
+        wave: rows at a time. plan: the plan that is followed; None without a ceiling.
+        predicted: times of a pass of the streamed model over the whole wave; None where nothing is known of this
+            machine, or where all weights are in memory.
+        prompts: number of prompts.
+        passes: readings of the weights so far. tokens, prompt_tokens: of all answers and of all prompts so far.
+        drafted, accepted: tokens that were guessed, and how many of them were right.
         seconds: of all passes.
     """
 
@@ -94,17 +94,7 @@ class Generation:
         sampling, kept = sampling or Sampling(), kept or KeyValues()
         self._model, self._tokenizer, self._on_text = model, tokenizer, on_text
         self._prompts = list(prompts)
-
-        def choosing(how: Sampling) -> Chooser:
-            processors = [*how.processors(), *logits_processors]
-            is_greedy = sampler is None and how.is_greedy
-            return Chooser(sampler or how.sampler(tokenizer), processors, how.seed, is_greedy)
-
-        kinds = {how: choosing(how) for how in {sampling, *(one.sampling for one in prompts)} - {None}}
-        chooser = kinds[sampling]
-        if len(kinds) > 1:
-            own = {repr(one.id): kinds[one.sampling] for one in prompts if one.sampling is not None}
-            chooser = Choosers(chooser, own)
+        chooser = _chooser(sampling, prompts, tokenizer, sampler, logits_processors)
         if drafter is None and draft_tokens != 0 and can_forget(model.new_cache(kept.max_kv_size)):
             drafter = model.drafter_model()
             draft_tokens = draft_tokens or OWN_DRAFT
@@ -129,7 +119,7 @@ class Generation:
         passengers = self.wave * model.passengers_of_row
         self.predicted = None if self.plan is None else model.budget.predict_decoding(passengers, self.plan)
         if self.predicted is not None and (self.predicted.is_for_assumed_machine or self.plan.is_ordinary):
-            self.predicted = None  # of products with a few rows, with nothing to read, too little is known
+            self.predicted = None  # rates of matrix products with few rows are not known well enough without reads
         self._waves = Waves(
             model,
             self.wave,
@@ -150,70 +140,70 @@ class Generation:
     def _sizes(
         self, rows: Sequence[Row], wave: int | None, kept: KeyValues, drafter: Any, draft_tokens: int | None
     ) -> tuple[int, int, Plan | None]:
+        """(rows at a time, prompts that go through in one pass at most, the plan). Opens the spill file, if any."""
         model, n = self._model, min(len(rows), wave or len(rows))
         if not n:
             return 1, 1, None
-        longest = max(len(row.prompt) for row in rows)
         total = max(len(row.prompt) + row.limit for row in rows)
         if kept.spill_kv and (kept.kv_bits is not None or not model.can_spill):
             raise ConfigError(
-                "--spill-kv goes neither with --kv-bits nor with a model whose blocks form no chain. Leave one out"
+                "--spill-kv cannot be used with --kv-bits, or with a model whose blocks form no chain. Leave it out"
             )
         if model.memory is None:
             n = min(n, wave or USUAL_WAVE)
             if kept.spill_kv:
                 self._spill(n, total, kept)
             return n, n, None
-        beside, most = 0, (draft_tokens or Depth().most) if drafter is not None else 0
+        most_drafted = (draft_tokens or Depth().most) if drafter is not None else 0
+        drafter_nbytes = 0
         if isinstance(drafter, DraftModel):
-            beside = sum(kept_nbytes(drafter.model, KeyValues(), total))
-        tokens = max(longest, most + 1)
+            drafter_nbytes = sum(kept_nbytes(drafter.model, KeyValues(), total))
+        tokens = max(*(len(row.prompt) for row in rows), most_drafted + 1)
         model.budget.measure_anew()  # tokenizer and drafter are in memory now
         of_layers = kept_nbytes(model, kept, total)
-        # what is spilled comes a block at a time, the next one's too
         in_memory = list(of_layers)
-        if kept.spill_kv:
+        if kept.spill_kv:  # the newest tokens stay in memory; the budget adds two layers that are read back
             pieces = model.streamed_caches(kept_nbytes(model, kept, PIECE))
             in_memory[: len(pieces)] = pieces
-        row_nbytes = sum(in_memory) + beside
-        least = Wave(
-            n,
-            tokens,
-            total,
-            row_nbytes,
-            max(of_layers),
-            lambda n: model.beside_nbytes(n, most, total),
-            model.passengers_of_row,
+        sizes = model.budget.cover_decoding(
+            Wave(
+                n,
+                tokens,
+                total,
+                sum(in_memory) + drafter_nbytes,
+                max(of_layers),
+                lambda n: model.beside_nbytes(n, most_drafted, total),
+                model.passengers_of_row,
+            )
         )
-        sizes = model.budget.cover_decoding(least)
         if kept.spill_kv:
             self._spill(sizes[0], total, kept)
         return sizes
 
     def _spill(self, rows: int, tokens: int, kept: KeyValues) -> None:
-        piece, two = (self._model.streamed_caches(kept_nbytes(self._model, kept, n * PIECE)) for n in (1, 2))
-        grows = [more > nbytes for more, nbytes in zip(two, piece)]
-        of_token = [nbytes // PIECE if g else 0 for nbytes, g in zip(piece, grows)]
+        """Open the file that takes the rows' keys and values. Caches that do not grow with the text stay in memory."""
+        one, two = (self._model.streamed_caches(kept_nbytes(self._model, kept, n * PIECE)) for n in (1, 2))
+        of_token = [nbytes // PIECE if more > nbytes else 0 for nbytes, more in zip(one, two)]
         self._spilled = SpilledCaches(self._model.budget.directory, rows, tokens, of_token)
 
     def close(self) -> None:
-        """Give back what rows on disk take. Answers that are not finished are lost."""
+        """Remove the rows' keys and values from the disk. Answers that are not finished are lost."""
         if self._spilled is not None:
             self._spilled.close()
 
     @property
     def predicted_s(self) -> float | None:
-        """Of a pass over the whole wave, with what does not stream; None where `predicted` is."""
+        """Seconds of a pass over the whole wave, models in memory included; None where `predicted` is None."""
         return None if self.predicted is None else self.predicted.step_s + self._model.beside_s(self.wave)
 
     @property
     def tokens_per_reading(self) -> float:
-        """Of answers, for each reading of the weights so far."""
+        """Tokens of answers for each reading of the weights so far."""
         return self.tokens / self.passes if self.passes else 0.0
 
     @property
     def gain(self) -> float | None:
-        """How many times as fast drafts made it, as measured; None: not known."""
+        """How many times as fast generating is with drafts, as measured; None: not known."""
         return self._waves.gain
 
     @property
@@ -240,12 +230,12 @@ class Generation:
             self.close()
 
     def step(self) -> list[Answer]:
-        """One reading of the weights; the answers that it finished."""
+        """Read the weights once; returns the answers that this finished."""
         begin = time.perf_counter()
         finished = []
         for step in self._waves.step():
             row, text = step.row, step.row.state
-            text.begun = text.begun or begin
+            text.began = text.began or begin
             self.drafted += step.drafted
             self.accepted += max(len(step.tokens) - 1, 0) if step.drafted else 0
             segment = text.add(step.tokens, step.logprobs, self._tokenizer.eos_token_ids)
@@ -267,7 +257,7 @@ class Generation:
                         text.logprobs,
                         row.finish_reason,
                         len(row.prompt),
-                        time.perf_counter() - text.begun,
+                        time.perf_counter() - text.began,
                     )
                 )
         self.seconds += time.perf_counter() - begin
@@ -275,12 +265,13 @@ class Generation:
 
 
 class Text:
-    """The text of an answer, as far as it cannot change any more.
+    """The text of an answer, as far as later tokens cannot change it.
 
     Attributes:
-        text: what was given out. is_stopped: a stop text came, and was left out with all that followed.
-        tokens, logprobs: that the text is made of.
-        begun: when the first pass with the row began, 0 before that.
+        text: what was given out so far.
+        is_stopped: a stop text came. It is left out, and so is all that follows.
+        tokens, logprobs: those that the text is made of.
+        began: when the first pass with the row began, by `time.perf_counter`; 0 before that.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str]):
@@ -290,10 +281,10 @@ class Text:
         self.is_stopped = False
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
-        self.begun = 0.0
+        self.began = 0.0
 
     def add(self, tokens: Sequence[int], logprobs: Sequence[float], ends: Iterable[int]) -> str:
-        """More tokens; what is known of the text now that was not before."""
+        """Add tokens; returns the text that is certain now and was not before."""
         for token, logprob in zip(tokens, logprobs):
             if self.is_stopped:
                 break
@@ -303,10 +294,10 @@ class Text:
                 break
             self._detokenizer.add_token(token)
             self._take(self._detokenizer.last_segment)
-        return self._give(self._held_back())
+        return self._give(self._n_held_back())
 
     def finish(self) -> str:
-        """No tokens follow; the rest of the text."""
+        """Note that no tokens follow; returns the rest of the text."""
         if not self.is_stopped:
             self._detokenizer.finalize()
             self._take(self._detokenizer.last_segment)
@@ -314,12 +305,12 @@ class Text:
 
     def _take(self, segment: str) -> None:
         self._pending += segment
-        found = [at for at in (self._pending.find(text) for text in self._stop) if at >= 0]
-        if found:
-            self._pending, self.is_stopped = self._pending[: min(found)], True
+        starts = [start for start in (self._pending.find(text) for text in self._stop) if start >= 0]
+        if starts:
+            self._pending, self.is_stopped = self._pending[: min(starts)], True
 
-    def _held_back(self) -> int:
-        """Characters at the end that may be the beginning of a stop text."""
+    def _n_held_back(self) -> int:
+        """Number of characters at the end that may be the beginning of a stop text."""
         longest = max(map(len, self._stop), default=1)
         for n in range(min(longest - 1, len(self._pending)), 0, -1):
             if any(text.startswith(self._pending[-n:]) for text in self._stop):
@@ -354,19 +345,19 @@ def generate(
     """Answers to prompts, as an iterator that gives each `Answer` when it is finished.
 
     Args:
-        prompts: texts to go on with as they are, conversations (lists of messages) for the chat template, or lists of
-            token ids.
+        prompts: texts that the model continues as they are, conversations (lists of messages) for the chat template,
+            or lists of token ids.
         tokenizer: mlx-lm's; None: the model's own.
         stop: texts that end an answer, and are left out of it.
-        wave: rows at a time; None: as many as the model's memory lets.
-        draft: "lookup", or mlx-lm's small model of the same vocabulary in memory: guesses tokens, which never changes
-            what is generated. None: what is in memory of an emulated model guesses. draft_tokens: at most so many at a
-            time; 0 for none.
-        sampler: mlx-lm's, of log-probabilities `[n, V]`; logits_processors: of tokens `[n]` and logits `[1, V]`.
+        wave: rows at a time; None: as many as fit into the model's memory.
+        draft: "lookup", or mlx-lm's small model of the same vocabulary in memory. It guesses tokens, which never
+            changes what is generated. None: the part of an emulated model that is in memory guesses.
+        draft_tokens: how many tokens are guessed at a time at most; 0 for none.
+        sampler: mlx-lm's, of log-probabilities `[n, V]`. logits_processors: of tokens `[n]` and logits `[1, V]`.
         adapter: as in `MicroBatch`.
         template: how texts become messages; by default they do not.
-        kept: what is done with keys and values.
-        on_text: is told pieces of text as they are known.
+        kept: options of keys and values.
+        on_text: is called with pieces of text as soon as they are certain.
         sampling: fields of `Sampling`: temp, top_p, min_p, top_k, repetition_penalty, seed and so on.
     Raises:
         ConfigError: an impossible setting, or too little memory for one prompt (names the least that would do).
@@ -375,17 +366,17 @@ def generate(
         from ..data.tokenizer import load_tokenizer
 
         tokenizer = load_tokenizer(model.path, model.embedding_rows)
-    found = asked(prompts, tokenizer, template or Template(ignore_chat_template=True))
+    prompts = asked(prompts, tokenizer, template or Template(ignore_chat_template=True))
     try:
-        how = Sampling(**sampling)
+        options = Sampling(**sampling)
     except TypeError as e:
         raise ConfigError(f"generate: {str(e).replace('Sampling.__init__() ', '')}") from None
     return Generation(
         model,
-        found,
+        prompts,
         tokenizer,
         max_tokens,
-        how,
+        options,
         stop,
         wave,
         kept,
@@ -398,13 +389,34 @@ def generate(
     )
 
 
+def _chooser(
+    usual: Sampling,
+    prompts: Sequence[Asked],
+    tokenizer: Any,
+    sampler: Sampler | None,
+    logits_processors: Sequence[Processor],
+) -> Chooser | Choosers:
+    """Chooses tokens by the run's sampling options, or by those of the row's own prompt."""
+
+    def of(options: Sampling) -> Chooser:
+        processors = [*options.processors(), *logits_processors]
+        is_greedy = sampler is None and options.is_greedy
+        return Chooser(sampler or options.sampler(tokenizer), processors, options.seed, is_greedy)
+
+    choosers = {options: of(options) for options in {usual, *(one.sampling for one in prompts)} - {None}}
+    if len(choosers) == 1:
+        return choosers[usual]
+    own = {repr(one.id): choosers[one.sampling] for one in prompts if one.sampling is not None}
+    return Choosers(choosers[usual], own)
+
+
 def kept_nbytes(model: Any, kept: KeyValues, tokens: int) -> list[int]:
-    """Bytes that one row of so many tokens keeps, for each block. Nothing of a streamed model is read or computed."""
+    """Bytes that each block's cache of one row of so many tokens takes. A streamed model reads and computes nothing."""
     few = mx.zeros((1, 8), mx.int32)
     if hasattr(model, "look"):
         caches = model.new_cache(kept.max_kv_size)
         model.look(few, caches)
-    else:  # of mlx-lm, in memory
+    else:  # mlx-lm's own model, in memory
         from mlx_lm.models.cache import make_prompt_cache
 
         caches = make_prompt_cache(model, kept.max_kv_size)
@@ -413,7 +425,7 @@ def kept_nbytes(model: Any, kept: KeyValues, tokens: int) -> list[int]:
 
 
 def _nbytes(cache: Any, kept: KeyValues, tokens: int) -> int:
-    if hasattr(cache, "caches"):  # several in one
+    if hasattr(cache, "caches"):  # a list of several
         return sum(_nbytes(c, kept, tokens) for c in cache.caches)
     keys, values = getattr(cache, "keys", None), getattr(cache, "values", None)
     if not isinstance(keys, mx.array) or keys.ndim != 4:
@@ -423,10 +435,10 @@ def _nbytes(cache: Any, kept: KeyValues, tokens: int) -> int:
     n = math.ceil(tokens / step) * step
     if window is not None:
         n = min(n, window + step)
-    of_token = (keys.nbytes + values.nbytes) / keys.shape[2]
-    if kept.kv_bits is None or window is not None:
-        return int(n * of_token)
+    per_token = (keys.nbytes + values.nbytes) / keys.shape[2]
+    if kept.kv_bits is None or window is not None or n <= kept.quantized_kv_start:
+        return int(n * per_token)
     size = keys.dtype.size
-    quantized = of_token / size * (kept.kv_bits / 8 + 2 * size / kept.kv_group_size)
-    plain = min(n, kept.quantized_kv_start + step) if kept.quantized_kv_start else 0
-    return int(max(n * quantized, plain * of_token) if n > kept.quantized_kv_start else n * of_token)
+    quantized = per_token / size * (kept.kv_bits / 8 + 2 * size / kept.kv_group_size)
+    n_plain = min(n, kept.quantized_kv_start + step) if kept.quantized_kv_start else 0
+    return int(max(n * quantized, n_plain * per_token))

@@ -2,8 +2,8 @@
 
     python -m slowft.inference.harness --model slowft --model_args model=DIR,memory=2GB --tasks hellaswag
 
-is lm_eval's own command line, which finds no models outside of its package, with this module imported first. All
-requests of a task are scored together: each block is read once for as many as memory has room for.
+runs lm_eval's own command line, which finds no models outside of its package, after importing this module. All
+requests of a task are scored together: each reading of a block serves as many of them as memory has room for.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from .decoder import opened
 from .generate import generate
 from .passes import Row, log_probabilities
 
-MAX_TOKENS = 256  # of an answer where the task says nothing: as in lm_eval's class for transformers
+MAX_TOKENS = 256  # of an answer, if the task gives no limit: as in lm_eval's class for transformers
 
 
 @register_model("slowft")
@@ -28,9 +28,9 @@ class SlowftLM(TemplateLM):
         model: a directory or hub id.
         memory: a ceiling such as "2GB"; None: half of the machine's memory.
         adapter_path: directory of an adapter.
-        emulate, delta, delta_top_p: as in `slowft generate`; several deltas with "+" between them.
-        max_length: tokens of a prompt and its answer; of longer ones the beginning is left out. None: no limit.
-        batch_size, max_batch_size, device: of lm_eval's command line, of no use here.
+        emulate, delta, delta_top_p: as in `slowft generate`; several deltas are joined by "+".
+        max_length: tokens of a prompt and its answer; longer prompts lose their beginning. None: no limit.
+        batch_size, max_batch_size, device: lm_eval's command line gives them; they are ignored.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class SlowftLM(TemplateLM):
         self._model = opened(model, *emulation, memory, adapter_path, **how)
         self.tokenizer = load_tokenizer(self._model.path, self._model.embedding_rows, trust_remote_code)
         self._max_length = max_length
-        self._model.budget.measure_anew()  # with the tokenizer in memory
+        self._model.budget.measure_anew()  # the tokenizer is in memory now
 
     @property
     def eot_token_id(self) -> int:
@@ -79,7 +79,7 @@ class SlowftLM(TemplateLM):
         )
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
-        """A text that begins with the begin token, as chat templates write it, gets no other."""
+        """Token ids. The begin token is added unless the text begins with it, as texts of chat templates do."""
         if add_special_tokens is None:
             add_special_tokens = not (self.tokenizer.bos_token and string.startswith(self.tokenizer.bos_token))
         return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens))
@@ -92,9 +92,10 @@ class SlowftLM(TemplateLM):
         return results
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-        """Each text whole, in one row; its first token is given, as in mlx-lm: the begin token where there is one.
+        """Log-probability of each whole text. As in mlx-lm, its first token (the begin token, if any) is not scored.
 
-        With `max_length`, rows of so many tokens, each of which begins with the last token of the one before.
+        A text is one row. With `max_length` it is several rows of at most so many tokens, and each row begins with the
+        last token of the row before.
         """
         rows, texts = [], []
         for i, request in enumerate(requests):
@@ -109,16 +110,16 @@ class SlowftLM(TemplateLM):
         return totals
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        """Greedily, or as the task says, until one of its stop texts; all prompts of one setting together."""
+        """Answers that end at one of the task's stop texts. Prompts with the same settings are generated together."""
         results = [""] * len(requests)
-        alike: dict[tuple, list[int]] = {}
+        by_settings: dict[tuple, list[int]] = {}
         for i, request in enumerate(requests):
-            asked = request.args[1]
-            until = asked.get("until") or []
-            temp = asked.get("temperature", 0.0) if asked.get("do_sample") else 0.0
+            settings = request.args[1]
+            until = settings.get("until") or []
+            temp = settings.get("temperature", 0.0) if settings.get("do_sample") else 0.0
             stop = (until,) if isinstance(until, str) else tuple(until)
-            alike.setdefault((asked.get("max_gen_toks", MAX_TOKENS), stop, temp), []).append(i)
-        for (max_tokens, stop, temp), numbers in alike.items():
+            by_settings.setdefault((settings.get("max_gen_toks", MAX_TOKENS), stop, temp), []).append(i)
+        for (max_tokens, stop, temp), numbers in by_settings.items():
             prompts = [self._prompt(requests[i].args[0], max_tokens) for i in numbers]
             options = {"max_tokens": max_tokens, "stop": [text for text in stop if text], "temp": temp}
             answers = generate(self._model, prompts, tokenizer=self.tokenizer, **options)
@@ -128,21 +129,21 @@ class SlowftLM(TemplateLM):
         return results
 
     def _prompt(self, text: str, max_tokens: int) -> list[int]:
-        """As much of the prompt's end as leaves room for the answer."""
+        """The prompt's token ids, without its beginning if prompt and answer are longer than `max_length`."""
         tokens = self.tok_encode(text)
         return tokens if self._max_length is None else tokens[-max(self._max_length - max_tokens, 1) :]
 
     def _row(self, tokens: list[int], n_prompt: int) -> Row:
-        """The answer after as much of the prompt's end as there is room for."""
-        over = 0 if self._max_length is None else min(max(len(tokens) - self._max_length, 0), n_prompt - 1)
-        return Row.answer(tokens[over:], n_prompt - over)
+        """Prompt and answer, without the prompt's beginning if they are longer than `max_length`."""
+        n_cut = 0 if self._max_length is None else min(max(len(tokens) - self._max_length, 0), n_prompt - 1)
+        return Row.answer(tokens[n_cut:], n_prompt - n_cut)
 
     def _scores(self, rows: list[Row]) -> list[tuple[float, bool]]:
-        """(log-probability, whether greedy decoding gives it) of each row's answer; an empty one is certain."""
+        """(log-probability, whether greedy decoding gives it) of each row's answer; an empty answer is certain."""
         results = [(0.0, True)] * len(rows)
         numbers = [i for i, row in enumerate(rows) if row.n_counted]
-        for i, _, found in log_probabilities(self._model, [rows[i] for i in numbers]):
-            results[numbers[i]] = float(found.target.sum()), bool(found.is_greedy.all())
+        for i, _, of_row in log_probabilities(self._model, [rows[i] for i in numbers]):
+            results[numbers[i]] = float(of_row.target.sum()), bool(of_row.is_greedy.all())
         return results
 
 

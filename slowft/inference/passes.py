@@ -1,7 +1,7 @@
-"""Rows of tokens through an opened model, as many at a time as memory has room for, with several adapters in one pass.
+"""Takes rows of tokens through an opened model, as many at a time as memory has room for, with several adapters.
 
-Comes in: rows, each with the tokens that count in it. Goes out: log-probabilities of each row with each adapter, as
-passes find them. Knows nothing of texts.
+Comes in: rows, and which of their tokens count. Goes out: log-probabilities of each row with each adapter, as passes
+over the weights give them. Knows nothing of texts.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,8 +15,8 @@ from ..engine.log_probabilities import LogProbabilities
 from ..engine.model import MicroBatch
 from .decoder import Decoder
 
-# Tokens of a micro-batch: with so many, products of matrices run at full speed, while hidden states of other
-# micro-batches, not the computation of this one, take most of the memory.
+# Tokens of a micro-batch. Matrix products run at full speed with so many, and most of the memory is still left for the
+# hidden states of other micro-batches.
 BATCH_TOKENS = 2048
 
 
@@ -29,7 +29,7 @@ class Row:
 
     @classmethod
     def answer(cls, tokens: Sequence[int], n_prompt: int) -> "Row":
-        """In which all tokens count but the first `n_prompt`."""
+        """A row in which all tokens count but the first `n_prompt`."""
         return cls(tokens, [(n_prompt, len(tokens) - 1)])
 
     @property
@@ -47,36 +47,36 @@ def log_probabilities(
     on_visit: Callable[[int], object] = lambda n: None,
     first: int = 0,
 ) -> Iterator[tuple[int, bool | str, LogProbabilities]]:
-    """(number of a row, adapter, its log-probabilities) of every row with every adapter, the longest rows first.
+    """(number of a row, adapter, log-probabilities) of every row with every adapter, the longest rows first.
 
     Args:
         rows: each has at least one token that counts.
-        adapters: False, none; True, the attached one; names of those that were added.
+        adapters: False: none; True: the attached one; or names of adapters that were added.
         top_k, token_ids, on_visit: see `Decoder.log_probabilities`.
-        first: so many of `batches_of` are left out; the others are computed as with them, to the last bit.
+        first: number of the first of `batches_of` to compute. Results do not depend on it, to the last bit.
     """
-    together = batches_of([len(row.tokens) for row in rows])
+    batches = batches_of([len(row.tokens) for row in rows])
     micro_batches = []
-    for numbers in together:
+    for numbers in batches:
         batch = _padded([rows[number] for number in numbers])
         micro_batches += [MicroBatch(*batch, adapter) for adapter in adapters]
-    what = {"top_k": top_k, "token_ids": token_ids, "on_visit": on_visit, "first": first * len(adapters)}
-    found = model.log_probabilities(micro_batches, **what) if micro_batches else iter(())
-    for numbers in together[first:]:
+    options = {"top_k": top_k, "token_ids": token_ids, "on_visit": on_visit, "first": first * len(adapters)}
+    results = model.log_probabilities(micro_batches, **options) if micro_batches else iter(())
+    for numbers in batches[first:]:
         for adapter in adapters:
-            for number, of_row in zip(numbers, next(found).rows()):
+            for number, of_row in zip(numbers, next(results).rows()):
                 yield number, adapter, of_row
 
 
 def n_visits(model: Decoder, rows: Sequence[Row], adapters: Sequence[bool | str]) -> int:
-    """How often a block is computed for a micro-batch in `log_probabilities`: the sum of what it tells `on_visit`."""
+    """Block passes of all micro-batches in `log_probabilities`: the sum of the numbers that `on_visit` is given."""
     return len(batches_of([len(row.tokens) for row in rows])) * model.block_passes(adapters)
 
 
 def batches_of(lengths: Sequence[int]) -> list[list[int]]:
-    """Which rows go together, of like length, the longest first.
+    """Numbers of the rows of each micro-batch: rows of similar length go together, the longest first.
 
-    No micro-batch has more tokens, padding included, than that of the longest row.
+    No micro-batch has more tokens, padding included, than the one with the longest row.
     """
     order = np.argsort(-np.asarray(lengths, np.int64), kind="stable").tolist()
     batches: list[list[int]] = []
@@ -91,12 +91,12 @@ def batches_of(lengths: Sequence[int]) -> list[list[int]]:
 
 
 def _targets(n_tokens: int) -> int:
-    """Targets in a row of a batch whose longest row has so many tokens: few widths, so that buffers are used again."""
+    """Targets in each row of a batch whose longest row has so many tokens. Few widths let buffers be reused."""
     return max(1, -(-(n_tokens - 1) // PADDING)) * PADDING
 
 
 def _padded(rows: Sequence[Row]) -> tuple[mx.array, mx.array]:
-    """(token ids `[B, T+1]`, lengths `[B, 2n]`); pairs that a row has not count nothing."""
+    """(token ids `[B, T+1]`, lengths `[B, 2n]`). Rows with fewer than n pairs are filled up with pairs of no token."""
     ids = np.zeros((len(rows), _targets(max(len(row.tokens) for row in rows)) + 1), np.int32)
     lengths = np.tile(np.array([1, 0], np.int32), (len(rows), max(len(row.pairs) for row in rows)))
     for i, row in enumerate(rows):

@@ -1,7 +1,7 @@
 """Multiple choice, exact match and a judge's marks: questions whose answers are scored in one pass, not generated.
 
-Comes in: samples as they stand in a file. Goes out: rows of tokens, and what their log-probabilities say. Nothing is
-decoded and nothing is parsed: an answer is right if the model holds it for the most probable.
+Comes in: samples as they stand in a file. Goes out: rows of tokens, then scores made of their log-probabilities. No
+text is generated or parsed: an answer is right if it is the most probable one.
 """
 
 import math
@@ -20,7 +20,7 @@ from ..errors import ConfigError, DataError
 from .decoder import Decoder
 from .passes import Row, log_probabilities
 
-ASKED = ("messages", "prompt", "question")  # keys under which a sample may have what is asked
+PROMPT_KEYS = ("messages", "prompt", "question")  # keys that a sample may have its prompt under
 SHOWN = 20  # bad samples that an error names one by one
 
 
@@ -29,8 +29,9 @@ class Question:
     """One question and the answers to score.
 
     Attributes:
-        rows: of each answer, the prompt's tokens before it.
-        lengths: of each answer in characters.
+        where: the sample's place, such as "test.jsonl line 7".
+        rows: for each answer, the tokens of the prompt and of this answer.
+        lengths: characters of each answer.
         right: number of the right answer.
     """
 
@@ -42,13 +43,13 @@ class Question:
 
 @dataclass(frozen=True)
 class QuestionScore:
-    """Of one question with one adapter.
+    """The score of one question with one adapter.
 
     Attributes:
         totals: log-probability of each answer, the sum over its tokens.
-        chosen: number of the answer with the highest; chosen_by_length: with the highest a character.
-        is_right, is_right_by_length: whether that is the right one.
-        is_exact: greedy decoding of the prompt begins with the right answer's tokens.
+        chosen: number of the answer with the highest total. chosen_by_length: with the highest total per character.
+        is_right, is_right_by_length: whether the chosen answer is the right one.
+        is_exact: whether greedy decoding of the prompt begins with the right answer's tokens.
     """
 
     where: str
@@ -62,7 +63,13 @@ class QuestionScore:
 
 @dataclass(frozen=True)
 class Mark:
-    """What a judge gives: the expected value over the marks, and the share of probability that is on marks at all."""
+    """A judge's mark.
+
+    Attributes:
+        value: the mean of the marks, weighted by their probabilities.
+        share: the probability that the next token is one of the marks at all.
+        probabilities: of each mark, relative to the others.
+    """
 
     where: str
     value: float
@@ -71,10 +78,10 @@ class Mark:
 
 
 class Prompts:
-    """Turns what is asked into the text that an answer follows.
+    """Makes the text and the token ids that come before an answer.
 
     Args:
-        uses_template: write the prompt by the chat template; None: if the tokenizer has one.
+        uses_template: whether the chat template writes prompts; None: it does if the tokenizer has one.
     """
 
     def __init__(self, tokenizer, uses_template: bool | None = None):
@@ -85,11 +92,12 @@ class Prompts:
         """The prompt of a sample.
 
         Raises:
-            BadSample: it has none, or the template refuses it.
+            BadSample: the sample has no prompt, or the template refuses it.
         """
-        key = next((key for key in ASKED if key in sample), None)
+        key = next((key for key in PROMPT_KEYS if key in sample), None)
         if key is None:
-            raise BadSample(f"has the keys {', '.join(map(str, sample))}; one of {', '.join(ASKED)} has to be there")
+            names = ", ".join(PROMPT_KEYS)
+            raise BadSample(f"has the keys {', '.join(map(str, sample))}; one of {names} has to be there")
         if key != "messages" and not self.uses_template:
             return string(sample[key], f"its {key}")
         if not self.tokenizer.has_chat_template:
@@ -98,21 +106,21 @@ class Prompts:
         messages = understand({"messages": asked}, Features()).messages
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception as e:  # a template refuses in its own words
+        except Exception as e:  # templates raise exceptions of any class
             raise BadSample(f"cannot be tokenised: the chat template says: {one_line(e)}") from None
 
     def is_templated(self, sample: Mapping[str, Any]) -> bool:
         return self.uses_template or "messages" in sample
 
     def encode(self, text: str, is_templated: bool) -> list[int]:
-        """A template writes the begin token itself."""
+        """Token ids. The begin token is added unless a template wrote the text, with its own begin token."""
         return list(self.tokenizer.encode(text, add_special_tokens=not is_templated))
 
     def answered(self, sample: Mapping[str, Any], answer: str) -> Row:
-        """The prompt and an answer, whose tokens count.
+        """A row of the prompt and an answer, in which the answer's tokens count.
 
-        As in lm-evaluation-harness, a space follows a plain prompt, the two are tokenized together, and spaces that end
-        the prompt belong to the answer.
+        As in lm-evaluation-harness, a space follows a plain prompt, prompt and answer are tokenized together, and
+        spaces at the end of the prompt count as the answer's.
         """
         prompt, is_templated = self.text(sample), self.is_templated(sample)
         whole = prompt + ("" if is_templated or prompt[-1:].isspace() else " ") + answer
@@ -129,12 +137,12 @@ class Prompts:
 
 
 def is_question(sample: Any) -> bool:
-    """Whether a sample has answers to score, rather than being a text."""
+    """Whether a sample is a question with answers to score, not a text."""
     return isinstance(sample, dict) and ("choices" in sample or "answer" in sample)
 
 
 def questions(samples: Iterable[Found], prompts: Prompts, max_tokens: int) -> list[Question]:
-    """Of samples such as {"question", "choices", "answer"}, or without choices: then only the right answer is scored.
+    """Questions of samples such as {"question", "choices", "answer"}. Without choices, only the answer is scored.
 
     Raises:
         DataError: names every sample that is no question, by file and line.
@@ -175,27 +183,27 @@ def choose(
     variants: Mapping[str, bool | str],
     on_visit: Callable[[int], object] = lambda n: None,
 ) -> dict[str, list[QuestionScore]]:
-    """Of every question with every adapter, by the adapter's name."""
+    """Scores of all questions with every adapter, by name of the adapter."""
     rows = [row for question in asked for row in question.rows]
-    found = _by_row(model, rows, variants, (), on_visit)
+    by_row = _by_row(model, rows, variants, (), on_visit)
     result: dict[str, list[QuestionScore]] = {}
     for name, adapter in variants.items():
-        of_rows = iter([found[i, adapter] for i in range(len(rows))])
-        result[name] = [_chosen(question, [next(of_rows) for _ in question.rows]) for question in asked]
+        of_adapter = iter([by_row[i, adapter] for i in range(len(rows))])
+        result[name] = [_chosen(question, [next(of_adapter) for _ in question.rows]) for question in asked]
     return result
 
 
-def _chosen(question: Question, found: Sequence[LogProbabilities]) -> QuestionScore:
-    totals = [float(of_row.target.sum(dtype=np.float64)) for of_row in found]
+def _chosen(question: Question, of_answers: Sequence[LogProbabilities]) -> QuestionScore:
+    totals = [float(of_answer.target.sum(dtype=np.float64)) for of_answer in of_answers]
     chosen = int(np.argmax(totals))
     by_length = int(np.argmax([total / length for total, length in zip(totals, question.lengths)]))
     right = question.right
-    is_exact = bool(found[right].is_greedy.all())
+    is_exact = bool(of_answers[right].is_greedy.all())
     return QuestionScore(question.where, totals, chosen, by_length, chosen == right, by_length == right, is_exact)
 
 
 def share(values: Sequence[bool]) -> tuple[float, float]:
-    """(mean, its standard error) of yes and no; the latter NaN for one of them."""
+    """(share of True, its standard error); the standard error is NaN for a single value."""
     mean, n = sum(values) / len(values), len(values)
     return mean, math.sqrt(mean * (1 - mean) / (n - 1)) if n > 1 else math.nan
 
@@ -204,10 +212,10 @@ def share(values: Sequence[bool]) -> tuple[float, float]:
 
 
 def parse_marks(text: str) -> list[int]:
-    """Of "0-9" or "1-5", the marks.
+    """The marks in a range such as "0-9" or "1-5".
 
     Raises:
-        ConfigError: it is no such thing.
+        ConfigError: the text is no such range, or has over 100 marks.
     """
     match = re.fullmatch(r"(\d+)-(\d+)", text.strip())
     if match is None or int(match[1]) >= int(match[2]):
@@ -220,35 +228,36 @@ def parse_marks(text: str) -> list[int]:
 def to_judge(samples: Iterable[Found], prompts: Prompts, marks: Sequence[int], max_tokens: int):
     """(rows, where each came from, token ids of the marks) of samples {"messages"} or {"prompt"} that ask for a mark.
 
-    A mark has to be a single token where the answer begins, for all of them after the same tokens.
+    Each mark has to be a single token where the answer begins, and the tokens before it must be the same for all marks.
 
     Raises:
         DataError: names every sample that asks for nothing, and marks that this tokenizer does not write as one token.
     """
     ids: list[int] = []
 
-    def ending_in(sample: Mapping[str, Any], mark: int) -> list[int]:
+    def encode_with(sample: Mapping[str, Any], mark: int) -> list[int]:
         prompt, is_templated = prompts.text(sample), prompts.is_templated(sample)
         space = "" if is_templated or prompt[-1:].isspace() else " "
         return prompts.encode(f"{prompt}{space}{mark}", is_templated)
 
     def row(found: Found) -> tuple[Row, str]:
-        # how a mark is split can only depend on where it stands, and all prompts end alike: the others try two
+        # Tokens of a mark depend only on the text before it, and all prompts end alike. So the first sample tries all
+        # marks, and the others try two.
         tried = list(marks) if not ids else [marks[0], marks[-1]]
-        written = [ending_in(found.sample, mark) for mark in tried]
-        for mark, tokens in zip(tried, written):
-            if len(tokens) < 2 or tokens[:-1] != written[0][:-1]:
+        encoded = [encode_with(found.sample, mark) for mark in tried]
+        for mark, tokens in zip(tried, encoded):
+            if len(tokens) < 2 or tokens[:-1] != encoded[0][:-1]:
                 raise BadSample(
                     f"asks for a mark that is not one token of this tokenizer: {mark}. Choose marks that are, such as "
                     "0-9, or end the prompt with a space"
                 )
         if not ids:
-            ids.extend(tokens[-1] for tokens in written)
-        if [tokens[-1] for tokens in written] != [ids[marks.index(mark)] for mark in tried]:
+            ids.extend(tokens[-1] for tokens in encoded)
+        if [tokens[-1] for tokens in encoded] != [ids[marks.index(mark)] for mark in tried]:
             raise BadSample("ends so that the tokenizer writes marks otherwise than in the first sample")
-        found_row = Row.answer(written[0], len(written[0]) - 1)
-        _check_length([found_row], max_tokens)
-        return found_row, found.place
+        made = Row.answer(encoded[0], len(encoded[0]) - 1)
+        _check_length([made], max_tokens)
+        return made, found.place
 
     rows, places = zip(*_each(samples, row))
     if len(set(ids)) < len(marks):
@@ -265,29 +274,29 @@ def judge(
     variants: Mapping[str, bool | str],
     on_visit: Callable[[int], object] = lambda n: None,
 ) -> dict[str, list[Mark]]:
-    """The mark of every row with every adapter: the mean of the marks, weighted by their probabilities."""
-    found = _by_row(model, rows, variants, token_ids, on_visit)
+    """The mark of every row with every adapter, by name of the adapter."""
+    by_row = _by_row(model, rows, variants, token_ids, on_visit)
     return {
-        name: [_mark(place, marks, found[i, adapter].of_tokens[0]) for i, place in enumerate(places)]
+        name: [_mark(place, marks, by_row[i, adapter].of_tokens[0]) for i, place in enumerate(places)]
         for name, adapter in variants.items()
     }
 
 
 def _mark(place: str, marks: Sequence[int], log_probabilities: np.ndarray) -> Mark:
-    each = np.exp(log_probabilities.astype(np.float64))
-    total = float(each.sum())
+    share_of_marks = float(np.exp(log_probabilities.astype(np.float64)).sum())
     relative = np.exp(log_probabilities.astype(np.float64) - log_probabilities.max())
     relative /= relative.sum()
-    return Mark(place, float((relative * np.array(marks)).sum()), total, dict(zip(marks, relative.tolist())))
+    return Mark(place, float((relative * np.array(marks)).sum()), share_of_marks, dict(zip(marks, relative.tolist())))
 
 
 # --- Both ---------------------------------------------------------------------------------------------
 
 
 def _by_row(model, rows, variants, token_ids, on_visit) -> dict[tuple[int, bool | str], LogProbabilities]:
+    """The log-probabilities by (number of the row, adapter)."""
     adapters = list(variants.values())
-    found = log_probabilities(model, rows, adapters, token_ids=token_ids, on_visit=on_visit)
-    return {(number, adapter): of_row for number, adapter, of_row in found}
+    results = log_probabilities(model, rows, adapters, token_ids=token_ids, on_visit=on_visit)
+    return {(number, adapter): of_row for number, adapter, of_row in results}
 
 
 def _check_length(rows: Sequence[Row], max_tokens: int) -> None:
@@ -297,7 +306,7 @@ def _check_length(rows: Sequence[Row], max_tokens: int) -> None:
 
 
 def _each(samples: Iterable[Found], make: Callable[[Found], Any]) -> list[Any]:
-    """What `make` makes of each sample; DataError names those that it refuses."""
+    """The results of `make` for all samples; raises a DataError that names the samples that `make` refuses."""
     made, bad, n_bad = [], [], 0
     for found in samples:
         try:

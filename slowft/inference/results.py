@@ -1,7 +1,7 @@
-"""A file of answers, a JSON object a line, that a run which was stopped goes on with.
+"""A file of answers, one JSON object a line, which a run continues after it was stopped.
 
 Answers are appended, and synced to the disk, as they are finished. When all are there, they are put in the order of
-the prompts. Never changes a file of answers to something else.
+the prompts. A file of another run's answers, or of anything else, is never changed.
 """
 
 import io
@@ -17,14 +17,14 @@ from ..weights.transfers import append_all
 from .generate import Answer
 from .prompts import Asked
 
-SAME = ("sampler", "model", "adapter", "emulated")  # of a row: what another run must have too to go on with the file
+SAME = ("sampler", "model", "adapter", "emulated")  # keys of a row that must be the same in a run that continues a file
 
 
 def append(out: io.RawIOBase, file: Path, line: bytes, n_whole: int) -> None:
-    """Append a line to an unbuffered file of `n_whole` answers; when this returns, it is on the disk.
+    """Append a line to an unbuffered file of `n_whole` answers. When this returns, the line is on the disk.
 
     Raises:
-        SlowftError: it cannot be written.
+        SlowftError: the file cannot be written.
     """
     try:
         append_all(out, line)
@@ -40,14 +40,14 @@ class Results:
     """The answers of one run, in `file`.
 
     Args:
-        about: what is the same in all rows: "sampler", "model" and "adapter" (fingerprints), "emulated".
+        about: keys that are the same in all rows: "sampler", "model" and "adapter" (fingerprints), "emulated".
 
     Attributes:
         done: numbers of the prompts that were answered before.
 
     Raises:
         ConfigError: the file holds answers of another run.
-        SlowftError: it cannot be read or written.
+        SlowftError: the file cannot be read or written.
     """
 
     def __init__(self, file: Path, prompts: Sequence[Asked], about: dict[str, Any]):
@@ -58,7 +58,7 @@ class Results:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             self._out = open(file, "r+b" if whole else "w+b", buffering=0)
-            self._out.truncate(whole)  # a line that a kill cut off
+            self._out.truncate(whole)  # removes a line that a kill cut off
             self._out.seek(whole)
         except OSError as e:
             raise SlowftError(f"{file} cannot be written: {e.strerror}") from None
@@ -81,7 +81,7 @@ class Results:
         self._lines[answer.number] = line
 
     def finish(self) -> None:
-        """All answers are there: put them in order."""
+        """Put the answers in order, now that all are there."""
         numbers = list(self._lines)
         self._out.close()
         if numbers == sorted(numbers):
@@ -95,7 +95,7 @@ class Results:
         self._out.close()
 
     def _read(self) -> int:
-        """Take up the answers that are there; bytes of them."""
+        """Read the answers that are there; returns how many bytes their whole lines take."""
         try:
             content = self._file.read_bytes() if self._file.exists() else b""
         except OSError as e:
@@ -107,24 +107,24 @@ class Results:
         return whole
 
     def _number(self, line: bytes, n: int) -> int:
-        """Of the prompt that a line answers."""
-        another = "Give another --output, or move it away"
+        """The number of the prompt that a line answers."""
+        remedy = "Give another --output, or move it away"
         try:
             row = json.loads(line)
             number = self._numbers.get(json.dumps(row["id"]))
         except (ValueError, KeyError, TypeError):
-            raise ConfigError(f"{self._file} line {n} is no answer of slowft generate. {another}") from None
+            raise ConfigError(f"{self._file} line {n} is no answer of slowft generate. {remedy}") from None
         if number is None or row.get("prompt") != _plain(self._prompts[number].prompt):
-            raise ConfigError(f"{self._file} line {n} answers a prompt that is not among those given. {another}")
+            raise ConfigError(f"{self._file} line {n} answers a prompt that is not among those given. {remedy}")
         for name in SAME:
             if row.get(name) != _plain(self._about.get(name)):
                 raise ConfigError(
                     f"{self._file} line {n} was generated with another {name}: {row.get(name)}, now "
-                    f"{self._about.get(name)}. {another}"
+                    f"{self._about.get(name)}. {remedy}"
                 )
         return number
 
 
 def _plain(value: Any) -> Any:
-    """As it comes out of a JSON file."""
+    """The value as it comes back from a JSON file: with lists for tuples, and text keys."""
     return json.loads(json.dumps(value))

@@ -1,7 +1,7 @@
 """Rows that are being generated, and the key-value caches that groups of them share.
 
-Comes in: tokens of prompts, tokens that were chosen. Goes out: what a pass over the model is given, `[B, T]` tokens and
-mlx-lm's own caches. Knows neither weights nor text.
+Comes in: tokens of prompts, and tokens that were chosen. Goes out: what the model is called with, which is `[B, T]`
+tokens and mlx-lm's own caches. Knows neither weights nor text.
 """
 
 import copy
@@ -11,22 +11,22 @@ from typing import Any
 
 import mlx.core as mx
 
-MERGED = ("extend", "filter", "prepare", "finalize")  # what mlx-lm's caches of several rows can do
+MERGED = ("extend", "filter", "prepare", "finalize")  # methods of mlx-lm's caches of several rows
 NO_LIMIT = 1 << 30
-AGREE = 0.03  # of the largest logit: rounding in 16 bits is less
+AGREE = 0.03  # tolerance, as a share of the largest logit: 16-bit rounding is less
 
 
 @dataclass(eq=False)
 class Row:
-    """One prompt, and what was generated of its answer so far.
+    """One prompt, and as much of its answer as was generated so far.
 
     Attributes:
-        number: among all prompts; id: the user's name for it.
-        prompt, answer: token ids. fed: how many of both together the cache has seen.
-        limit: of tokens of the answer.
-        draft: tokens that may come next, to be checked in the next pass.
-        finish_reason: "stop", "length", or None while it is under way.
-        state: whatever who decodes keeps of it.
+        number: the row's place among all prompts. id: the user's name for it.
+        prompt, answer: token ids. fed: how many tokens of prompt and answer together are in the cache.
+        limit: the most tokens that the answer may have.
+        draft: guessed next tokens, which the next pass checks.
+        finish_reason: "stop" or "length"; None while the answer is unfinished.
+        state: whatever the caller wants to keep beside the row.
     """
 
     number: int
@@ -42,22 +42,22 @@ class Row:
 
     @property
     def tokens(self) -> list[int]:
-        """Of prompt and answer."""
+        """Token ids of prompt and answer."""
         return self.prompt + self.answer
 
     @property
     def next_tokens(self) -> list[int]:
-        """What the next pass takes: all that the cache has not seen, and the draft."""
+        """The tokens of the next pass: all that are not in the cache, and the draft."""
         return self.tokens[self.fed :] + self.draft
 
 
 class Group:
-    """Rows whose caches are one: they go through the model together.
+    """Rows that share one cache and go through the model together.
 
-    A row's prompt goes alone, with the cache that mlx-lm generates one text with. Later it may be merged with others.
+    A row's prompt goes alone, with the cache that mlx-lm has for a single text. Later the row may join others.
 
     Args:
-        cache: of one row, as `make_prompt_cache` gives it, or of all of them.
+        cache: of a single row, as `make_prompt_cache` makes it, or of all rows together.
     """
 
     def __init__(self, rows: Sequence[Row], cache: list[Any], is_merged: bool = False):
@@ -66,9 +66,9 @@ class Group:
         self._padding: list[int] = []
 
     def begin(self) -> tuple[mx.array, list[int]]:
-        """(tokens `[B, T]` of the next pass, padded on the right; places in it, flat, whose logits are wanted).
+        """(tokens `[B, T]` of the next pass, padded on the right; flat indices of those whose logits are needed).
 
-        Of a row's n tokens, d of them a draft, the logits of the last d + 1 are wanted.
+        A row with a draft of d tokens needs the logits of its last d + 1 tokens.
         """
         tokens = [row.next_tokens for row in self.rows]
         lengths = [len(ts) for ts in tokens]
@@ -82,26 +82,26 @@ class Group:
         return mx.array([ts + [0] * (width - len(ts)) for ts in tokens], mx.int32), places
 
     def accept(self, counts: Sequence[int]) -> None:
-        """The pass is over, and of each row's draft the first `counts` tokens are its answer's: forget the others."""
-        back = [padding + len(row.draft) - n for row, n, padding in zip(self.rows, counts, self._padding)]
+        """After a pass: keep the first `counts` tokens of each row's draft, and remove the rest from the cache."""
+        n_removed = [padding + len(row.draft) - n for row, n, padding in zip(self.rows, counts, self._padding)]
         for row, n in zip(self.rows, counts):
             row.fed += len(row.next_tokens) - len(row.draft) + n
             row.draft = []
-        if not any(back):
+        if not any(n_removed):
             return
-        for cache in self.cache:  # a layer after the other: each is copied
-            if cache.empty():  # of a block without attention
+        for cache in self.cache:  # one layer at a time, because each is copied
+            if cache.empty():  # the layer has no attention
                 continue
             if self.is_merged:
-                cache.prepare(right_padding=back)
+                cache.prepare(right_padding=n_removed)
                 cache.finalize()
-                cache.filter(list(range(len(self.rows))))  # gives back what no row needs any more
+                cache.filter(list(range(len(self.rows))))  # frees padding that all rows have
             else:
-                cache.trim(back[0])
+                cache.trim(n_removed[0])
             mx.eval(cache.state)
 
     def drop_finished(self) -> None:
-        """Leave out the rows that are finished."""
+        """Remove the rows that are finished."""
         keep = [i for i, row in enumerate(self.rows) if row.finish_reason is None]
         if len(keep) == len(self.rows):
             return
@@ -114,34 +114,37 @@ class Group:
 
     def join(self, others: Sequence["Group"]) -> None:
         """Take in other groups of one row each."""
-        alone = [*([] if self.is_merged else [self]), *others]
-        for i in range(len(self.cache)):  # a layer after the other, of which there are two for that long
-            of_others = merged([group.cache[i] for group in alone])
-            for group in alone:
+        single = [*([] if self.is_merged else [self]), *others]
+        for i in range(len(self.cache)):  # one layer at a time: meanwhile its cache is in memory twice
+            joined = merged([group.cache[i] for group in single])
+            for group in single:
                 group.cache[i] = None
             if self.is_merged:
-                self.cache[i].extend(of_others)
+                self.cache[i].extend(joined)
             else:
-                self.cache[i] = of_others
+                self.cache[i] = joined
             mx.eval(self.cache[i].state)
         self.rows += [row for group in others for row in group.rows]
         self.is_merged = True
 
     def room_for_drafts(self) -> int:
-        """How many tokens the next pass may be given that may have to be forgotten again."""
+        """How many tokens of a draft the next pass may have: the cache must be able to remove them again."""
         return min(map(room_to_cut_back, self.cache))
 
 
 def merged(caches: Sequence[Any]) -> Any:
-    """One layer's cache of several rows, from those of each."""
+    """One layer's cache of several rows, made of the caches of single rows."""
     return type(caches[0]).merge(list(caches))
 
 
 def room_to_cut_back(cache: Any) -> int:
-    """How many of its next tokens a cache can forget: none that a recurrence takes in, or that a window overwrites."""
+    """How many of the next tokens a cache could remove again.
+
+    It is 0 for a recurrent state, and a rotating window can remove tokens only as long as it overwrites none.
+    """
     from mlx_lm.models.cache import BatchKVCache
 
-    if hasattr(cache, "filter"):  # of several rows
+    if hasattr(cache, "filter"):  # a cache of several rows
         return NO_LIMIT if isinstance(cache, BatchKVCache) else 0
     if not cache.is_trimmable():
         return 0
@@ -150,23 +153,26 @@ def room_to_cut_back(cache: Any) -> int:
 
 
 class MergeTrial:
-    """Finds out, along with the first passes, whether rows say the same together as alone.
+    """Finds out, during the first passes, whether merged rows get the logits that they get alone.
 
     Not every architecture of mlx-lm takes caches of several rows, and some compute something else with them. Two short
-    rows go through the model alone, then both alone and merged; what comes out is compared. That takes no reading of
-    its own.
+    rows go through the model alone, then both alone and merged, and their logits are compared. They go along with the
+    first passes, so the trial reads no weights of its own.
+
+    Args:
+        new_cache: makes the caches of one row.
 
     Attributes:
-        verdict: None as long as it is not known.
+        verdict: whether rows may be merged; None: not known yet.
     """
 
-    def __init__(self, model: Any, fresh: Callable[[], list[Any]], tokens: Sequence[int], adapter: bool | str):
+    def __init__(self, model: Any, new_cache: Callable[[], list[Any]], tokens: Sequence[int], adapter: bool | str):
         self._adapter, self._tokens, self._passes = adapter, [*tokens] * 8, 0
-        self._alone, self._together, self._logits = [fresh(), fresh()], [], {}
-        self.verdict = None if self._can_be_tried(model, fresh) else False
+        self._alone, self._together, self._logits = [new_cache(), new_cache()], [], {}
+        self.verdict = None if self._can_be_tried(model, new_cache) else False
 
     def batches(self) -> list[tuple[mx.array, list[Any], mx.array, bool | str]]:
-        """What goes along in the next pass."""
+        """The batches of the trial in the next pass."""
         if self.verdict is not None:
             return []
         n = self._passes
@@ -180,15 +186,15 @@ class MergeTrial:
         return [*(self._batch([t], cache) for t, cache in zip(token, self._alone)), self._batch(token, self._together)]
 
     def take(self, number: int, logits: mx.array) -> None:
-        """Of one of the batches."""
+        """Take the logits of one of the batches."""
         self._logits[number] = logits.astype(mx.float32)
 
     def after_pass(self) -> None:
         self._passes += 1
         if self._passes > 1 and self.verdict is None:
             alone, together = mx.concatenate([self._logits[0], self._logits[1]]), self._logits[2]
-            apart = (mx.abs(alone - together).max() / mx.abs(alone).max()).item()
-            if not apart < AGREE:
+            difference = (mx.abs(alone - together).max() / mx.abs(alone).max()).item()
+            if not difference < AGREE:
                 self.verdict = False
             elif self._passes == 3:
                 self.verdict = True
@@ -200,15 +206,15 @@ class MergeTrial:
         return mx.array(tokens, mx.int32), cache, mx.array([width * (i + 1) - 1 for i in range(n)]), self._adapter
 
     @staticmethod
-    def _can_be_tried(model: Any, fresh: Callable[[], list[Any]]) -> bool:
-        """Whether there are such caches, and the model's call takes them. It is tried on placeholders.
+    def _can_be_tried(model: Any, new_cache: Callable[[], list[Any]]) -> bool:
+        """Whether mlx-lm has such caches, and the model's call accepts them, which is tried on placeholders.
 
-        With a number of rows that no other axis has: another one might fit an axis that it does not belong to.
+        The trial has 11 rows, a number that no other axis has: a number that others have might fit a wrong axis.
         """
         from mlx_lm.models.cache import CacheList
 
-        cache = fresh()
-        # Of attention that picks its tokens (minimax_m3_vl), a CacheList's, a few tokens do not show what many do.
+        cache = new_cache()
+        # A CacheList is for attention that selects tokens (minimax_m3_vl): with few tokens a difference would not show.
         if not all(hasattr(type(c), "merge") and not isinstance(c, CacheList) for c in cache):
             return False
         together = [merged([c, *(copy.deepcopy(c) for _ in range(10))]) for c in cache]

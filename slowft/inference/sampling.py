@@ -1,7 +1,7 @@
-"""The next token of a row from its logits: mlx-lm's processors and samplers, with random numbers that belong to places.
+"""Chooses the next token of a row from its logits, by mlx-lm's processors and samplers.
 
-A row's token at a place is drawn with a seed made of the run's seed, the row's id and the place, so that it does not
-depend on which rows are generated together, on memory, on drafts, or on a run having been stopped.
+Each token is drawn with a seed made of the run's seed, the row's id and the token's place in the answer. So it does not
+depend on which rows are generated together, on memory, on drafts, or on whether a run was stopped.
 """
 
 import hashlib
@@ -18,14 +18,14 @@ Processor = Callable[[mx.array, mx.array], mx.array]
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen. Names and meanings are `mlx_lm.generate`'s.
+class SamplingOptions:
+    """How tokens are chosen. Names, defaults and meanings are those of the options of `mlx_lm.generate`.
 
     Attributes:
         temp: 0 takes the likeliest token.
-        top_p, min_p, top_k: 0 leaves them out. xtc_probability, xtc_threshold: as in `mlx_lm.sample_utils`.
-        repetition_penalty, presence_penalty, frequency_penalty: over the last `repetition_context_size` tokens.
-        seed: of random numbers.
+        top_p, min_p, top_k: 0 turns them off. xtc_probability, xtc_threshold: as in `mlx_lm.sample_utils`.
+        repetition_penalty: for tokens that are among the last `repetition_context_size`.
+        seed: of the random numbers.
     """
 
     temp: float = 0.0
@@ -36,10 +36,16 @@ class Sampling:
     xtc_probability: float = 0.0
     xtc_threshold: float = 0.0
     repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
     repetition_context_size: int = 20
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class Sampling(SamplingOptions):
+    """The options with two penalties more, which only Python and suites can give. They cover the same tokens."""
+
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
 
     def __post_init__(self):
         limits = {"temp": (0, None), "top_p": (0, 1), "min_p": (0, 1), "top_k": (0, None), "xtc_probability": (0, 1)}
@@ -54,7 +60,7 @@ class Sampling:
         return self.temp == 0
 
     def sampler(self, tokenizer: Any = None) -> Sampler:
-        """mlx-lm's, of log-probabilities `[n, V]`."""
+        """mlx-lm's sampler, which takes log-probabilities `[n, V]`."""
         from mlx_lm.sample_utils import make_sampler
 
         special = []
@@ -72,7 +78,7 @@ class Sampling:
         )
 
     def processors(self) -> list[Processor]:
-        """mlx-lm's, of tokens `[n]` so far and logits `[1, V]`."""
+        """mlx-lm's processors, which take the tokens `[n]` so far and logits `[1, V]`."""
         from mlx_lm.sample_utils import make_logits_processors
 
         n = self.repetition_context_size
@@ -81,7 +87,7 @@ class Sampling:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """What is not left out, for a row of a file."""
+        """Options that differ from their defaults, with temp and seed always, for a row of a file."""
         usual = asdict(Sampling())
         return {name: value for name, value in asdict(self).items() if value != usual[name] or name in ("temp", "seed")}
 
@@ -89,14 +95,14 @@ class Sampling:
 def place_seed(seed: int, row: Any, place: int) -> int:
     """The seed of the random numbers for one token of a row's answer.
 
-    A hash, so that neighbouring seeds, rows and places get unrelated ones.
+    It is a hash, so that neighbouring seeds, rows and places get unrelated random numbers.
     """
     digest = hashlib.blake2b(f"{seed}\0{row!r}\0{place}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
 
 class Chooses(Protocol):
-    """What waves and drafts ask: a `Chooser`, or `Choosers`."""
+    """The interface that waves and drafts use: a `Chooser`, or `Choosers`."""
 
     @property
     def reads_tokens(self) -> bool: ...
@@ -107,10 +113,10 @@ class Chooses(Protocol):
 
 
 class Choosers:
-    """Chooses tokens of rows that are sampled in several ways: each row's by its own chooser.
+    """Chooses tokens of rows that are sampled in several ways, each by the row's own chooser.
 
     Args:
-        usual: of rows that have none of their own. own: by `repr` of the row's id.
+        usual: the chooser of rows that have none of their own. own: choosers by `repr` of the row's id.
     """
 
     def __init__(self, usual: "Chooser", own: Mapping[str, "Chooser"]):
@@ -121,16 +127,16 @@ class Choosers:
         return any(chooser.reads_tokens for chooser in (self._usual, *self._own.values()))
 
     def choose(self, logits: mx.array, rows: Sequence[tuple[Any, int, Sequence[int]]]) -> tuple[list[int], list[float]]:
-        """As `Chooser.choose`; rows of one chooser go together."""
+        """As `Chooser.choose`. Rows of one chooser are chosen for together."""
         places: dict[int, list[int]] = {}
         choosers = [self._own.get(repr(row), self._usual) for row, _, _ in rows]
         for i, chooser in enumerate(choosers):
             places.setdefault(id(chooser), []).append(i)
         chosen: list[tuple[int, float]] = [(0, 0.0)] * len(rows)
-        for of_one in places.values():
-            part = logits if len(places) == 1 else logits[mx.array(of_one)]
-            found = choosers[of_one[0]].choose(part, [rows[i] for i in of_one])
-            for i, *token_and_logprob in zip(of_one, *found):
+        for numbers in places.values():
+            part = logits if len(places) == 1 else logits[mx.array(numbers)]
+            tokens_and_logprobs = choosers[numbers[0]].choose(part, [rows[i] for i in numbers])
+            for i, *token_and_logprob in zip(numbers, *tokens_and_logprobs):
                 chosen[i] = tuple(token_and_logprob)
         tokens, logprobs = zip(*chosen)
         return list(tokens), list(logprobs)
@@ -140,7 +146,7 @@ class Chooser:
     """Chooses tokens.
 
     Args:
-        processors: of logits; each is given the row's tokens so far, prompt included.
+        processors: change logits; each is given the row's tokens so far, prompt included.
         is_greedy: the sampler draws no random numbers, and takes many rows at once.
     """
 
@@ -149,14 +155,14 @@ class Chooser:
 
     @property
     def reads_tokens(self) -> bool:
-        """Whether what was said before has a part in what is chosen."""
+        """Whether a choice depends on the row's earlier tokens."""
         return bool(self._processors)
 
     def choose(self, logits: mx.array, rows: Sequence[tuple[Any, int, Sequence[int]]]) -> tuple[list[int], list[float]]:
-        """(a token for each row of the logits `[n, V]`, its log-probability before sampling cuts anything off).
+        """(a token for each row of the logits `[n, V]`, their log-probabilities before sampling removes any token).
 
         Args:
-            rows: (id, place in the answer, tokens before it, which only `reads_tokens` needs) of each.
+            rows: (id, place in the answer, tokens before it) of each. The tokens are only needed if `reads_tokens`.
         """
         if self._processors:
             parts = []

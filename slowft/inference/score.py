@@ -1,7 +1,7 @@
 """Log-probabilities and perplexity of texts, of the base model and of adapters, in one pass over the weights.
 
-Comes in: an opened model, texts (or samples, or tokens), adapters. Goes out: a `Score` for each of them. Texts become
-tokens as in training, so that a score is the loss that training would report, token by token.
+Comes in: an opened model, texts (or samples, or tokens), adapters. Goes out: a `Score` for each adapter. Texts become
+tokens as in training, so that scores are the losses of training, token by token.
 """
 
 import math
@@ -24,17 +24,17 @@ from ..errors import ConfigError, DataError, SlowftError, SlowftWarning
 from .decoder import Decoder
 from .passes import Row, log_probabilities
 
-ATTACHED = "adapter"  # name of a score: with the adapter that is attached
+ATTACHED = "adapter"  # name of the score with the attached adapter
 
 Adapters = Mapping[str, str | Path] | Iterable[str | Path] | None
 
 
 @dataclass
 class SampleScore:
-    """Of one text with one adapter.
+    """The score of one text with one adapter.
 
     Attributes:
-        where: it came from, such as "test.jsonl line 7".
+        where: the text's place, such as "test.jsonl line 7".
         found: the log-probabilities of its tokens that count.
     """
 
@@ -43,12 +43,12 @@ class SampleScore:
 
     @property
     def tokens(self) -> int:
-        """Those that count."""
+        """Number of tokens that count."""
         return len(self.found.target)
 
     @property
     def log_probabilities(self) -> np.ndarray:
-        """float32 `[tokens]`."""
+        """Log-probabilities of the tokens that count, float32 `[tokens]`."""
         return self.found.target
 
     @property
@@ -66,13 +66,13 @@ class SampleScore:
 
     @property
     def is_exact(self) -> bool:
-        """Whether each token that counts is the most probable one: what greedy decoding of the prompt begins with."""
+        """Whether each token that counts is the most probable one, so that greedy decoding of the prompt gives them."""
         return bool(self.found.is_greedy.all())
 
 
 @dataclass
 class Score:
-    """Of all texts with one adapter; `samples` are in the order of the texts."""
+    """The score of all texts with one adapter. `samples` are in the order of the texts."""
 
     name: str
     samples: list[SampleScore] = field(default_factory=list)
@@ -92,7 +92,7 @@ class Score:
 
     @property
     def standard_error(self) -> float:
-        """Of `mean`, tokens taken for independent, as in `mlx_lm.perplexity`; NaN for a single token."""
+        """The standard error of `mean` for independent tokens, as in `mlx_lm.perplexity`; NaN for a single token."""
         if self.tokens < 2:
             return math.nan
         mean = self.mean
@@ -106,7 +106,7 @@ class Score:
 
     @property
     def exact(self) -> float:
-        """The share of texts of which every token that counts is the most probable one."""
+        """The share of texts in which every token that counts is the most probable one."""
         return sum(sample.is_exact for sample in self.samples) / len(self.samples)
 
 
@@ -122,23 +122,23 @@ def score(
     top_k: int = 0,
     on_visit: Callable[[int], object] = lambda n: None,
 ) -> dict[str, Score]:
-    """Score texts with the base model and with adapters; each block is read once for all that fit in memory together.
+    """Score texts with the base model and with adapters. A reading of a block serves all texts that fit into memory.
 
     Args:
         texts: strings; samples such as {"prompt": ..., "completion": ...} or {"messages": ...}; a `TokenDataset` of
-            `load_data`; or (tokens, prompt offset) pairs. A string ends with the tokenizer's end token, as in training.
+            `load_data`; or (tokens, prompt offset) pairs. Strings get the tokenizer's end token, as in training.
         adapters: {name: directory}, or directories, which are named after their last part, or names that
             `add_adapter` loaded. None: the attached adapter, if there is one, as "adapter".
         tokenizer: of `load_tokenizer`; None loads the model's own if texts are to be tokenized.
-        mask_prompt, train_on: count the last answer only, or "assistant", every answer, as in training.
+        mask_prompt, train_on: count only the last answer, or with "assistant" every answer, as in training.
         max_seq_length: longer texts are cut, with a warning; None cuts nothing.
-        top_k: keep also the most probable tokens at each place, in `found.top_ids` and `found.top` of each sample.
-        on_visit: called with how many more times a block was computed for a micro-batch.
+        top_k: keep the most probable tokens at each place too, in `found.top_ids` and `found.top` of each sample.
+        on_visit: called with the number of block passes since the last call.
     Returns:
-        A `Score` by name, "base" first; of a model of `emulate`, then "emulated".
+        A `Score` by name. "base" is the first; for a model of `emulate`, "emulated" is the second.
     Raises:
-        DataError: a text that cannot be scored; says which, and why.
-        AdapterError: a directory that holds no adapter of this model.
+        DataError: a text cannot be scored; says which, and why.
+        AdapterError: a directory holds no adapter of this model.
         ConfigError: the model's memory is too little; names the least that would do.
     """
     rows, places = _rows(model, texts, tokenizer, mask_prompt, train_on, max_seq_length)
@@ -154,8 +154,8 @@ def score_rows(
     top_k: int = 0,
     on_visit: Callable[[int], object] = lambda n: None,
 ) -> dict[str, Score]:
-    """The same of rows of tokens, with the variants of `load_variants`."""
-    found: dict[tuple[int, bool | str], LogProbabilities] = {}
+    """Score rows of tokens, with the variants of `load_variants`; see `score`."""
+    by_row: dict[tuple[int, bool | str], LogProbabilities] = {}
     adapters = list(variants.values())
     for number, adapter, of_row in log_probabilities(model, rows, adapters, top_k, on_visit=on_visit):
         if not np.isfinite(of_row.target).all():
@@ -163,15 +163,15 @@ def score_rows(
                 f"{places[number]} has a log-probability that is {of_row.target.min()}. Check the weights of model and "
                 "adapter for NaN"
             )
-        found[number, adapter] = of_row
+        by_row[number, adapter] = of_row
     return {
-        name: Score(name, [SampleScore(place, found[i, adapter]) for i, place in enumerate(places)])
+        name: Score(name, [SampleScore(place, by_row[i, adapter]) for i, place in enumerate(places)])
         for name, adapter in variants.items()
     }
 
 
 def load_variants(model: Decoder, adapters: Adapters) -> dict[str, bool | str]:
-    """What is scored: name -> adapter of a `MicroBatch`, the base model first. Loads adapters that are directories."""
+    """What is scored: name -> adapter of a `MicroBatch`, the base model first. Adapters in directories are loaded."""
     variants = dict(model.scored)
     if adapters is None:
         return variants | ({ATTACHED: True} if model.has_adapter else {})
@@ -192,20 +192,21 @@ def load_variants(model: Decoder, adapters: Adapters) -> dict[str, bool | str]:
 
 
 def rows_of(dataset: TokenDataset) -> tuple[list[Row], list[str]]:
-    """(rows of a dataset, where each came from)."""
+    """(the rows of a dataset, where each came from)."""
     samples = map(dataset.sample, range(len(dataset)))
     rows = [Row(tokens, [(int(first), int(last)) for first, last in pairs]) for tokens, pairs in samples]
     return rows, [dataset.where(i) for i in range(len(dataset))]
 
 
 def perplexity(mean: float) -> float:
-    """Of a mean log-probability."""
-    return math.exp(min(-mean, 700))  # e^710 is no float any more
+    """The perplexity at a mean log-probability."""
+    return math.exp(min(-mean, 700))  # e^710 is above the largest float
 
 
 def _rows(
     model: Decoder, texts, tokenizer, mask_prompt: bool, train_on: str | None, max_seq_length: int | None
 ) -> tuple[list[Row], list[str]]:
+    """(rows of the texts, where each came from). Texts that are cut give a warning."""
     if isinstance(texts, str):
         raise DataError("texts must be a list, got one text. Put it into a list")
     limit = max_seq_length or sys.maxsize
@@ -219,22 +220,12 @@ def _rows(
             from ..data.tokenizer import load_tokenizer
 
             tokenizer = load_tokenizer(model.path, model.embedding_rows)
-            model.budget.measure_anew()  # with the tokenizer in memory
+            model.budget.measure_anew()  # the tokenizer is in memory now
 
-        def note(what: str) -> None:
-            warnings.warn(what, SlowftWarning, stacklevel=2)
+        def note(message: str) -> None:
+            warnings.warn(message, SlowftWarning, stacklevel=2)
 
-        renderer = Renderer(tokenizer, limit, mask_prompt, train_on, note)
-        for i, text in enumerate(texts):
-            place = f"text {i + 1}"
-            try:
-                sample = understand({"text": text} if isinstance(text, str) else text, Features())
-                for rendered in renderer.render(sample):
-                    rows.append(Row(rendered.tokens, rendered.pairs))
-                    places.append(place)
-                    n_cut += rendered.is_cut
-            except (BadSample, DataError) as e:
-                raise DataError(f"{place} {e}" if isinstance(e, BadSample) else f"{place}: {e}") from None
+        rows, places, n_cut = _rendered(texts, Renderer(tokenizer, limit, mask_prompt, train_on, note))
     else:
         n_cut = sum(len(tokens) > limit for tokens, _ in texts)
         rows = [Row(list(tokens)[:limit], [(offset, len(tokens))]) for tokens, offset in texts]
@@ -248,3 +239,19 @@ def _rows(
     if n_cut:
         warnings.warn(f"{n_cut} of {len(rows)} texts are cut to {limit} tokens", SlowftWarning, stacklevel=3)
     return rows, places
+
+
+def _rendered(texts: Sequence[Any], renderer: Renderer) -> tuple[list[Row], list[str], int]:
+    """(rows of strings and samples, where each came from, how many were cut)."""
+    rows, places, n_cut = [], [], 0
+    for i, text in enumerate(texts):
+        place = f"text {i + 1}"
+        try:
+            sample = understand({"text": text} if isinstance(text, str) else text, Features())
+            for rendered in renderer.render(sample):
+                rows.append(Row(rendered.tokens, rendered.pairs))
+                places.append(place)
+                n_cut += rendered.is_cut
+        except (BadSample, DataError) as e:
+            raise DataError(f"{place} {e}" if isinstance(e, BadSample) else f"{place}: {e}") from None
+    return rows, places, n_cut

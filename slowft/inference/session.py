@@ -1,11 +1,12 @@
-"""A model that was opened to generate with, as `slowft generate` does: settings in, answers out.
+"""An opened model to generate with, as `slowft generate` does: settings in, answers out.
 
-Between the command and `generate`: opens model, tokenizer, adapter and draft model, and goes on with files of answers.
+It stands between the command and `generate`: it opens model, tokenizer, adapter and draft model, and continues files of
+answers.
 """
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,39 +20,20 @@ from ..models.loading import resolve
 from ..requests import pruning
 from .decoder import opened
 from .generate import Generation
-from .prompts import Asked, Prompt, Template, asked, read
+from .prompts import Asked, Prompt, Template, TemplateOptions, asked, read
 from .results import Results
-from .sampling import Sampling
+from .sampling import Sampling, SamplingOptions
 from .vocabularies import check_same_vocabulary
 from .waves import KeyValues
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(KeyValues, TemplateOptions, SamplingOptions):
     """How to generate; names and meanings are `mlx_lm.generate`'s where that has them."""
 
     max_tokens: int = 256
-    temp: float = 0.0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    top_k: int = 0
-    min_tokens_to_keep: int = 1
-    xtc_probability: float = 0.0
-    xtc_threshold: float = 0.0
-    repetition_penalty: float | None = None
-    repetition_context_size: int = 20
-    seed: int = 0
     stop: Sequence[str] = ()
     extra_eos_token: Sequence[str] = ()
-    system_prompt: str | None = None
-    prefill_response: str | None = None
-    ignore_chat_template: bool = False
-    chat_template_config: dict[str, Any] = field(default_factory=dict)
-    max_kv_size: int | None = None
-    kv_bits: int | None = None
-    kv_group_size: int = 64
-    quantized_kv_start: int = 5000
-    spill_kv: bool = False
     draft_model: str | None = None
     draft_lookup: bool = False
     num_draft_tokens: int | None = None
@@ -61,7 +43,7 @@ class Settings:
     delta_top_p: float | None = None
 
     def part(self, kind: type) -> Any:
-        """Those that are `kind`'s."""
+        """The settings that are fields of `kind`, as one of these."""
         return kind(**{f.name: getattr(self, f.name) for f in fields(kind) if hasattr(self, f.name)})
 
 
@@ -69,7 +51,7 @@ class Session:
     """An opened model with all that generating needs. A context manager.
 
     Args:
-        model: directory or hub id. memory: a ceiling; None: half of the machine's.
+        model: directory or hub id. memory: the ceiling; None: half of the machine's memory.
     """
 
     def __init__(
@@ -110,21 +92,21 @@ class Session:
         self.model.close()
 
     def asked(self, prompt: Prompt) -> Asked:
-        """One prompt, as it goes to the model."""
+        """One prompt, with the token ids that the model is given."""
         return asked([prompt], self.tokenizer, self._template)[0]
 
     def read(self, file: Path) -> list[Asked]:
-        """Prompts of a file."""
+        """The prompts of a file."""
         return read(file, self.tokenizer, self._template)
 
     def with_question(self, messages: Sequence[dict], question: str) -> list[dict]:
-        """A conversation that goes on with a question."""
+        """The messages of a conversation with one more question."""
         if not self.tokenizer.has_chat_template or self._template.ignore_chat_template:
             raise ConfigError("a conversation needs a chat template, and there is none. Give a --prompt")
         return [*messages, {"role": "user", "content": question}]
 
     def answers(self, prompts: Sequence[Asked], on_text: Callable[[Asked, str], None] | None = None) -> Generation:
-        """Answers, as they are finished."""
+        """The run that answers prompts: an iterator of answers, as they are finished."""
         s = self.settings
         return Generation(
             self.model,
@@ -156,13 +138,13 @@ class Session:
                 run = self.answers(left)
                 report.note(_planned(run))
                 begin = time.perf_counter()
-                with report.generating(len(left)) as tell:
+                with report.generating(len(left)) as show_progress:
                     while len(results.done) < len(prompts):
                         for answer in run.step():
                             number = numbers[answer.number]
                             results.add(answer.with_number(number))
                             results.done.add(number)
-                        tell(run, len(left) - (len(prompts) - len(results.done)))
+                        show_progress(run, len(left) - (len(prompts) - len(results.done)))
                 run.close()
                 report.generated(run, time.perf_counter() - begin, file)
             results.finish()
@@ -170,26 +152,26 @@ class Session:
             results.close()
 
     def about(self) -> dict[str, Any]:
-        """What a row says of how it was generated."""
+        """The keys of a row of a file of answers that say how it was generated."""
         s = self.settings
-        texts = {"max_tokens": s.max_tokens, "stop": list(s.stop), "extra_eos_token": list(s.extra_eos_token)}
+        others = {"max_tokens": s.max_tokens, "stop": list(s.stop), "extra_eos_token": list(s.extra_eos_token)}
         template = self._template
-        texts |= {f.name: getattr(template, f.name) for f in fields(template)}
+        others |= {f.name: getattr(template, f.name) for f in fields(template)}
         kept = {name: value for name, value in vars(self._kept).items() if value != getattr(KeyValues(), name)}
-        sampler = self._sampling.as_dict() | kept | {name: value for name, value in texts.items() if value}
+        sampler = self._sampling.as_dict() | kept | {name: value for name, value in others.items() if value}
         adapter = None if self._adapter_path is None else adapters.digest(self._adapter_path)
         about = {"sampler": sampler, "seed": s.seed, "model": self.model.fingerprint(), "adapter": adapter}
         return about if s.emulate is None else about | {"emulated": self.model.about}
 
     def _load_draft(self, path: str, compute_dtype: str | None, trust_remote_code: bool) -> ModelInMemory:
-        """A model in memory, of the same vocabulary."""
+        """Load a draft model into memory; it must have the same vocabulary."""
         directory = resolve(path)
         check_same_vocabulary(self.model.path, directory)
         return load_in_memory(directory, compute_dtype_of(compute_dtype), trust_remote_code, self.model.budget)
 
 
 def _planned(run: Generation) -> str:
-    """What is kept in memory, and how fast that should be."""
+    """A line about the plan: rows at a time, blocks that stay in memory, peak memory, expected speed."""
     plan, text = run.plan, f"{run.wave} of {run.prompts} rows at a time"
     if plan is None:
         return text

@@ -1,8 +1,8 @@
-"""A teacher's cache: what `slowft score --top-k` does behind its options.
+"""Writes a teacher's cache, as `slowft score --top-k` does.
 
-Comes in: a `TrainConfig` of the options that training has too, an adapter, a directory. Goes out: the directory, as
-`data/teacher.py` has it, of all that is trained of the training set and the validation set. Samples go through the
-model the longest first, as in scoring, and are written as they come.
+Comes in: a `TrainConfig` of the options that training has too, an adapter, a directory. Goes out: a cache in the format
+of `data/teacher.py`, with all places of the training and validation sets that are trained. The longest samples go
+through the model first, as in scoring, and are written in that order.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,23 +20,23 @@ from ..models.adapters import digest
 from .decoder import opened
 from .passes import Row, batches_of, log_probabilities
 
-# Of samples that are in memory at once: 4 million token ids are 16 MB. Each such part ends a reading of the weights.
+# Tokens of the samples that are in memory at once: 4 million ids are 16 MB. Parts do not share readings of the weights.
 PART_TOKENS = 4 << 20
 
 
-class TeachingJob:
-    """One cache to be written.
+class TeachingSession:
+    """An opened teacher and the cache that it writes.
 
     Args:
-        settings: a `TrainConfig`: `model`, `data`, `memory` and what samples are read and rendered by.
-        adapters: directories by name, one at most: of the adapter that the teacher has.
-        top_k: of how many tokens log-probabilities are kept.
+        settings: a `TrainConfig`: `model`, `data`, `memory` and the options of reading and rendering samples.
+        adapters: directories by name: none, or that of the teacher's adapter.
+        top_k: number of tokens whose log-probabilities are kept at each place.
         output: the cache's directory.
-        report: is told notes, and of tokenising.
-        emulation: (base that was tuned, or None; its deltas; top-p): the teacher is then the sum.
+        report: shows notes, and the progress of tokenising.
+        emulation: (base that was tuned, or None; its deltas; top-p): the teacher is then the emulated model.
 
     Attributes:
-        is_whole: the cache is there already.
+        is_whole: the cache was complete before.
     """
 
     def __init__(
@@ -68,10 +68,10 @@ class TeachingJob:
             about["emulated"] = getattr(self.model, "about", None)
             if self.model.n_logits < top_k:
                 raise ConfigError(f"--top-k is {top_k}, the model has {self.model.n_logits} tokens. Choose fewer")
-            code = settings.trust_remote_code, settings.chat_template
-            tokenizer = load_tokenizer(self.model.path, self.model.embedding_rows, *code)
-            what = tokenizer, settings, ("train", "valid"), self.model.embedding_rows, report.progress
-            train, valid, _ = load_data(settings.data, *what)
+            n_ids = self.model.embedding_rows
+            tokenizer = load_tokenizer(self.model.path, n_ids, settings.trust_remote_code, settings.chat_template)
+            splits = ("train", "valid")
+            train, valid, _ = load_data(settings.data, tokenizer, settings, splits, n_ids, report.progress)
             if not len(train):
                 raise DataError(f"{settings.data} has no training samples. Put them into train.jsonl")
             for name, dataset in (("training", train), ("validation", valid)):
@@ -83,22 +83,22 @@ class TeachingJob:
             self._datasets = [dataset for dataset in (train, valid) if len(dataset)]
             self._samples, self._places = samples_of(self._datasets)
             self._writer = TeacherWriter(Path(output).expanduser(), about, self._samples, tokenizer.get_vocab())
-            self.model.budget.measure_anew()  # with tokenizer and samples in memory
+            self.model.budget.measure_anew()  # tokenizer and samples are in memory now
         except BaseException:
             self.model.close()
             raise
         self.is_whole = self._writer.is_whole
-        self._parts = [] if self.is_whole else list(self._left())
+        self._parts = [] if self.is_whole else list(self._unfinished_parts())
         self._n_read = self.model.stats.total.bytes_read
 
     @property
     def n_visits(self) -> int:
-        """The sum of what `run` calls `on_visit` with."""
+        """The sum of the numbers that `run` calls `on_visit` with."""
         blocks = self.model.block_passes([True])
         return sum((len(batches_of(self._lengths(*part))) - first) * blocks for *part, first in self._parts)
 
     def run(self, on_visit: Callable[[int], object] = lambda n: None) -> None:
-        """Write what is not there yet."""
+        """Write what is missing in the cache."""
         if self.is_whole:
             return
         if self._parts:
@@ -107,20 +107,20 @@ class TeachingJob:
         for begin, end, first in self._parts:
             rows = [self._row(number) for number in range(begin, end)]
             ends = set(np.cumsum([len(numbers) for numbers in batches_of(self._lengths(begin, end))]).tolist())
-            what = self.model, rows, [True], self._top_k, (), on_visit, first
-            for number, _, found in log_probabilities(*what):
-                if np.isnan(found.top).any():
+            scored = log_probabilities(self.model, rows, [True], self._top_k, (), on_visit, first)
+            for number, _, of_row in scored:
+                if np.isnan(of_row.top).any():
                     raise SlowftError(
                         f"{self._where(begin + number)} has a log-probability that is no number. Check the weights of "
                         "model and adapter for NaN"
                     )
-                self._writer.add(found.top_ids, np.concatenate([found.top, found.others[:, None]], axis=1))
+                self._writer.add(of_row.top_ids, np.concatenate([of_row.top, of_row.others[:, None]], axis=1))
                 if number + 1 in ends:
                     self._writer.sync()
         self._writer.finish()
 
     def work(self) -> dict[str, Any]:
-        """What there is, and what it took: samples, bytes read, how many times the model's size that is."""
+        """What the cache holds, GB read, readings of the whole model that this equals, and peak memory in GB."""
         total = self.model.stats.total
         n_read = total.bytes_read - self._n_read
         return {
@@ -137,10 +137,10 @@ class TeachingJob:
         self._writer.close()
         self.model.close()
 
-    def _left(self) -> Iterator[tuple[int, int, int]]:
-        """(first sample of a part, end of it, micro-batches of it to leave out) of parts in which something is to do.
+    def _unfinished_parts(self) -> Iterator[tuple[int, int, int]]:
+        """(first sample, end, number of micro-batches that are written already) of each part that is not finished.
 
-        The last micro-batch that is there was perhaps not synced when a run was stopped: it is written again.
+        The newest micro-batch in the cache may not have been synced when a run was stopped. It is written again.
         """
         n = int(np.count_nonzero(self._samples["tokens"]))
         tokens, begin, parts = np.cumsum(self._lengths(0, n)), 0, []
@@ -150,14 +150,16 @@ class TeachingJob:
             ends = begin + np.cumsum([len(numbers) for numbers in batches_of(self._lengths(begin, end))])
             parts.append((begin, end, int(np.count_nonzero(ends <= self._writer.there))))
             begin = end
-        newest = max((i for i, (_, _, there) in enumerate(parts) if there), default=0)
-        for begin, end, there in parts[newest:]:
-            yield begin, end, max(0, there - 1)
+        newest = max((i for i, (_, _, n_written) in enumerate(parts) if n_written), default=0)
+        for begin, end, n_written in parts[newest:]:
+            yield begin, end, max(0, n_written - 1)
 
     def _lengths(self, begin: int, end: int) -> np.ndarray:
+        """Tokens of each of these samples."""
         return np.array([self._datasets[d].lengths[i] for d, i in self._places[begin:end]], np.int64)
 
     def _row(self, number: int) -> Row:
+        """A sample in which the tokens count that are trained."""
         d, i = self._places[number]
         tokens, pairs = self._datasets[d].sample(int(i))
         trained = counted(pairs, len(tokens))

@@ -1,8 +1,9 @@
-"""One model in memory under several adapters at once: the same tokens go through it as a row for each of them.
+"""One model in memory with several adapters at once. A variant is the model with one of them, or with none.
 
-Comes in: a `ModelInMemory`, names of adapters. Goes out: logits of each variant, and mlx-lm's caches, which hold a row
-for each too. Where that would compute something else (adapters on experts or embeddings, DoRA, caches other than plain
-keys and values), variants go one after the other; which it is, a trial on a few tokens says.
+Comes in: a `ModelInMemory`, names of adapters. Goes out: the logits of each variant for the same tokens. Variants are
+rows of one batch, and mlx-lm's caches hold a row for each. Where that would compute something else (adapters on experts
+or embeddings, DoRA, caches other than plain keys and values), they go one after the other. A trial on a few tokens
+decides.
 """
 
 import time
@@ -18,41 +19,40 @@ from mlx_lm.tuner.lora import LoRALinear
 from ..engine.in_memory import ModelInMemory
 from ..weights.sources import locate
 
-CHUNK = 64  # tokens of a variant at a time: matmuls are as fast as with more, and what they take stays small
-LOGITS_NBYTES = 16 << 20  # of all variants at a time
-GROWTH = KVCache.step  # tokens that a cache has room made for at a time, at least `CHUNK`
-AGREE = 1e-3  # of the largest logit, where float32 is computed in; 16 bits round to less than
-AGREE_16 = 0.03
+CHUNK = 64  # tokens of a variant at a time: matmuls are as fast as with more, and their workspace stays small
+LOGITS_NBYTES = 16 << 20  # logits of all variants at a time
+GROWTH = KVCache.step  # tokens that a cache grows by, at least `CHUNK`
+AGREE = 1e-3  # tolerance in float32, as a share of the largest logit
+AGREE_16 = 0.03  # the same where 16 bits are computed in: rounding is less
 
-Change = tuple[Any, str | int, nn.Module, nn.Module]  # (owner, key, the model's own layer, what takes its place)
+Change = tuple[Any, str | int, nn.Module, nn.Module]  # (owner, key, the model's own layer, the layer in its place)
 
 
 class Variants:
-    """A model under several adapters.
+    """A model with several adapters.
 
     Args:
         adapters: False for none, or names that `add_adapter` was given.
 
     Attributes:
-        is_together: variants are rows of one batch. n_caches: of a text.
-        chunk_nbytes: what `CHUNK` tokens of each took, the head left out.
+        is_together: variants are rows of one batch. n_caches: number of caches of a text.
+        chunk_nbytes: peak memory of a pass over `CHUNK` tokens of each variant, without the head.
     """
 
     def __init__(self, model: ModelInMemory, adapters: Sequence[bool | str]):
         self.model, self.adapters = model, list(adapters)
-        self._seconds = {1: 0.0, 8: 0.0}  # of a pass over so many tokens
-        self._apart = [self._changes(self._layers(a)) for a in adapters]
+        self._seconds = {1: 0.0, 8: 0.0}  # tokens -> seconds of a pass over so many
+        self._of_variants = [self._changes(self._layers(a)) for a in adapters]
         self._n_layers = len(make_prompt_cache(model))
         self.is_together = len(adapters) == 1
         if not self.is_together and self._may_be_together():
-            self._together = self._changes(self._layers_of_rows())
-            self.is_together = True
+            self._of_batch = self._changes(self._layers_of_rows())
             self.is_together = self._agrees()
         self.n_caches = len(self.make_cache())
         self._measure()
 
     def make_cache(self, max_kv_size: int | None = None) -> list[Any]:
-        """mlx-lm's caches of a text: one for each layer, or, one after the other, for each layer of each variant."""
+        """mlx-lm's caches of a text: one for each layer, or for each layer of the first variant, of the second ..."""
         n = len(self.adapters)
         if self.is_together and n > 1 and max_kv_size is None:
             return [VariantsCache(n) for _ in make_prompt_cache(self.model)]
@@ -62,77 +62,81 @@ class Variants:
         """Logits `[B, T, V]` of each variant, unevaluated."""
         n = len(self.adapters)
         if n > 1 and self.is_together and (cache is None or len(cache) == self._n_layers):
-            with _in_place(self._together):
+            with _in_place(self._of_batch):
                 logits = self.model(mx.repeat(tokens, n, axis=0), cache=cache)
             return [logits[i::n] for i in range(n)]
-        found, width = [], 0 if cache is None else len(cache) // n
-        for i, changes in enumerate(self._apart):
+        result, n_layers = [], 0 if cache is None else len(cache) // n
+        for i, changes in enumerate(self._of_variants):
             with _in_place(changes):
-                of_variant = None if cache is None else cache[i * width : (i + 1) * width]
-                found.append(self.model(tokens, cache=of_variant))
-        return found
+                of_variant = None if cache is None else cache[i * n_layers : (i + 1) * n_layers]
+                result.append(self.model(tokens, cache=of_variant))
+        return result
 
     def logits(
         self, tokens: mx.array, cache: list[Any], places: Sequence[int]
     ) -> Iterator[tuple[list[int], list[mx.array]]]:
-        """(which of the places, logits `[m, V]` of each variant there), some at a time, until all were given.
+        """(indices of some of the places, logits `[m, V]` of each variant there), until all places were given.
 
         Args:
-            tokens: `[B, T]`, which the caches take in. places: in them, flat.
+            tokens: `[B, T]`, which are added to the caches. places: flat indices of tokens.
         """
         rows, width = tokens.shape
         columns = [place % width for place in places]
-        for begin, end in self._stretches(rows, width, min(columns)):
+        for begin, end in self._chunks(rows, width, min(columns)):
             logits = self(tokens[:, begin:end], cache)
-            wanted = [i for i, column in enumerate(columns) if begin <= column < end]
-            at = mx.array([places[i] // width * (end - begin) + columns[i] - begin for i in wanted], mx.int32)
-            if wanted:
-                found = [of_variant.reshape(-1, of_variant.shape[-1])[at] for of_variant in logits]
-                mx.eval(found)
+            here = [i for i, column in enumerate(columns) if begin <= column < end]
+            flat = mx.array([places[i] // width * (end - begin) + columns[i] - begin for i in here], mx.int32)
+            if here:
+                of_places = [of_variant.reshape(-1, of_variant.shape[-1])[flat] for of_variant in logits]
+                mx.eval(of_places)
             del logits
-            mx.eval([c.state for c in cache])  # of tokens whose logits nobody wants, the head is not computed
-            if wanted:
-                yield wanted, found
+            mx.eval([c.state for c in cache])  # the head is not computed for tokens whose logits are not needed
+            if here:
+                yield here, of_places
 
     def pass_s(self, tokens: int) -> float:
-        """Seconds for so many tokens of different rows, by what one and a few took."""
+        """Seconds of a pass over so many tokens of different rows, extrapolated from one token and a few."""
         (_, of_one), (few, of_few) = self._seconds.items()
         return of_one + max(of_few - of_one, 0.0) * (tokens - 1) / (few - 1)
 
     def only(self, which: Sequence[int]) -> "Variants":
-        """Some of them."""
+        """The variants of these numbers."""
         return Variants(self.model, [self.adapters[i] for i in which])
 
     def workspace_nbytes(self, rows: int, places: int, tokens: int) -> int:
-        """What going through takes, by what a chunk took: rows with so many wanted places and tokens each.
+        """Bytes that a pass needs, from those that a chunk needed.
 
-        Attention is counted as it is computed where nothing is fused: scores of all heads, and their exponentials.
+        Attention is counted as it is where kernels are not fused: scores of all heads, and their exponentials.
+
+        Args:
+            rows, places, tokens: number of rows; places of each whose logits are needed; tokens of each.
         """
         n, at_once = len(self.adapters), max(rows, CHUNK)
         heads = getattr(getattr(self.model, "args", None), "num_attention_heads", 32)
         logits = 4 * n * self.model.vocab_size * rows
-        # of each variant: as they come, in float32, and less their sum of exponentials
+        # Each variant has three arrays: logits as computed, in float32, and after subtracting their logsumexp.
         logits = 3 * max(logits, min(LOGITS_NBYTES, logits * places))
         return self.chunk_nbytes * at_once // CHUNK + 8 * n * at_once * heads * tokens + logits
 
     def cache_nbytes(self, tokens: int) -> int:
-        """Of a text of so many tokens; while a cache grows there are two of one layer."""
+        """Bytes of the caches of a text of so many tokens. While a layer's cache grows, it is in memory twice."""
         n_layers = max(1, len(self.make_cache()))
         return self._growth_nbytes * -(-tokens // GROWTH) * (n_layers + 1) // n_layers
 
-    def _stretches(self, rows: int, width: int, first: int) -> Iterator[tuple[int, int]]:
-        """Columns that go through at a time; `first` is the first whose logits are wanted."""
+    def _chunks(self, rows: int, width: int, first: int) -> Iterator[tuple[int, int]]:
+        """(begin, end) of the columns of each pass; `first` is the first column whose logits are needed."""
         most = max(1, CHUNK // rows)
-        few = max(1, min(most, LOGITS_NBYTES // (4 * self.model.vocab_size * rows * len(self.adapters))))
-        at = 0
-        while at < width:
-            end = min(at + most, first) if at < first else min(at + few, width)
-            yield at, end
-            at = end
+        with_logits = max(1, min(most, LOGITS_NBYTES // (4 * self.model.vocab_size * rows * len(self.adapters))))
+        begin = 0
+        while begin < width:
+            end = min(begin + most, first) if begin < first else min(begin + with_logits, width)
+            yield begin, end
+            begin = end
 
     # --- Rows of one batch ---------------------------------------------------------------------------
 
     def _layers(self, adapter: bool | str) -> dict[str, nn.Module]:
+        """The adapter's layers by path."""
         return {} if adapter is False else self.model.adapter_layers(adapter)
 
     def _may_be_together(self) -> bool:
@@ -141,6 +145,7 @@ class Variants:
         return all(type(layer) is LoRALinear for layer in layers) and all(type(cache) is KVCache for cache in caches)
 
     def _layers_of_rows(self) -> dict[str, nn.Module]:
+        """Layers that compute all variants in one batch, by path."""
         of_variants = [self._layers(adapter) for adapter in self.adapters]
         paths = dict.fromkeys(path for layers in of_variants for path in layers)
         own = {path: next(layers[path] for layers in of_variants if path in layers)["linear"] for path in paths}
@@ -151,8 +156,9 @@ class Variants:
         return [(owner, key, owner[key], layer) for owner, key, layer in places]
 
     def _agrees(self) -> bool:
-        """Whether rows of one batch say what each variant says alone."""
+        """Whether each variant's logits are the same in one batch as alone."""
         text = mx.array([[i % self.model.vocab_size for i in (5, 3, 9, 3, 7)]])
+        self.is_together = True
         try:
             together = self(text, self.make_cache())
         except (ValueError, TypeError, RuntimeError, AttributeError, NotImplementedError):
@@ -170,13 +176,13 @@ class Variants:
         mx.eval([c.state for c in cache])
         self.chunk_nbytes = mx.get_peak_memory() - begin
         self._growth_nbytes = sum(c.nbytes for c in cache)
-        for tokens in self._seconds:  # by now all is in place
+        for tokens in self._seconds:  # measured after the warm-up above
             start = time.perf_counter()
             mx.eval(self(mx.zeros((1, tokens), mx.int32), cache), [c.state for c in cache])
             self._seconds[tokens] = time.perf_counter() - start
 
     def takes(self, tokens: mx.array, cache: list[Any]) -> bool:
-        """Whether the model's call goes through with these caches. Only shapes are computed; the caches are spoilt."""
+        """Whether the model accepts these caches. Only shapes are computed. The caches are of no use afterwards."""
         try:
             self(tokens, cache)
         except (ValueError, TypeError, RuntimeError, AttributeError, NotImplementedError):
@@ -185,14 +191,14 @@ class Variants:
 
 
 class LinearOfRows(nn.Module):
-    """A linear layer of rows that each have their own LoRA layer around it, or none: row i has that of i modulo n."""
+    """A linear layer with n LoRA layers, or fewer: row i of a batch goes through that of number i modulo n, or none."""
 
     def __init__(self, linear: nn.Module, lora: Sequence[LoRALinear | None]):
         super().__init__()
         self.linear, self.lora = linear, list(lora)
 
     def __call__(self, x: mx.array) -> mx.array:
-        """As `LoRALinear` does, of `[B, ..., D]`."""
+        """`x` is `[B, ..., D]`; computes the same as `LoRALinear`."""
         y, n = self.linear(x), len(self.lora)
         rows = [y[i::n] for i in range(n)]
         for i, lora in enumerate(self.lora):
@@ -202,7 +208,7 @@ class LinearOfRows(nn.Module):
 
 
 class VariantsCache(KVCache):
-    """Keys and values of one text in one layer, a row for each variant. Rows are as long as each other."""
+    """Keys and values of one text in one layer, with a row for each variant. All rows have the same length."""
 
     def __init__(self, n: int):
         super().__init__()
@@ -210,7 +216,7 @@ class VariantsCache(KVCache):
 
     @classmethod
     def merge(cls, caches: Sequence["VariantsCache"]) -> "BatchVariantsCache":
-        """Of several texts: the rows of the first, then those of the second."""
+        """The cache of several texts: all rows of the first text, then those of the second, and so on."""
         n = caches[0].n
         together = BatchKVCache.merge([row for cache in caches for row in cache.rows()])
         result = BatchVariantsCache(n, [0])
@@ -218,17 +224,17 @@ class VariantsCache(KVCache):
         return result
 
     def rows(self) -> list[KVCache]:
-        """Of each variant alone."""
-        alone = [KVCache() for _ in range(self.n)]
-        for i, cache in enumerate(alone):
+        """The cache of each variant alone."""
+        of_variants = [KVCache() for _ in range(self.n)]
+        for i, cache in enumerate(of_variants):
             if self.keys is not None:
                 cache.keys, cache.values = self.keys[i : i + 1], self.values[i : i + 1]
             cache.offset = self.offset
-        return alone
+        return of_variants
 
 
 class BatchVariantsCache(BatchKVCache):
-    """Keys and values of several texts, n rows of each beside each other. Whoever filters and pads counts texts."""
+    """Keys and values of several texts, each with n adjacent rows. Arguments count texts, not rows."""
 
     def __init__(self, n: int, left_padding: list[int]):
         super().__init__(left_padding)
@@ -247,7 +253,7 @@ class BatchVariantsCache(BatchKVCache):
 
 @contextmanager
 def _in_place(changes: Sequence[Change]) -> Iterator[None]:
-    """While this is entered, layers are others."""
+    """A context in which layers of the model are replaced."""
     for owner, key, _, layer in changes:
         owner[key] = layer
     try:

@@ -1,4 +1,4 @@
-"""Whether two models have one vocabulary, so that what the one says can be added to, or guessed by, the other."""
+"""Checks that two models have the same vocabulary: then their logits can be added, and one can draft for the other."""
 
 from pathlib import Path
 
@@ -9,29 +9,31 @@ FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tiktoken.model")
 
 
 def check_same_vocabulary(path: Path, other: Path, sizes: tuple[int, int] | None = None) -> bool:
-    """Whether both have a tokenizer; then they are the same. How many rows embeddings are padded to does not matter.
+    """True if both directories have a tokenizer, and the same one. False if one has none, so that nothing was compared.
+
+    The number of rows that embeddings are padded to does not matter.
 
     Args:
-        sizes: token ids that each gives logits of; they are compared where there is no other way. None: not known yet.
+        sizes: numbers of logits of the two models, which are compared if a tokenizer is missing. None: not known yet.
     Raises:
-        ConfigError: the other one's tokenizer has another text for an id (names the first such id), or another size.
+        ConfigError: the tokenizers differ (names the first id whose texts differ), or the sizes do.
     """
     ours, theirs = _texts(path), _texts(other)
     if ours is not None and theirs is not None:
         if ours == theirs:
             return True
         first = min(i for i in ours.keys() | theirs.keys() if ours.get(i) != theirs.get(i))
-        here, there = ("nothing" if first not in texts else repr(texts[first]) for texts in (ours, theirs))
-        differ = f"id {first} is {there} there and {here} here. Give models of one family"
+        our_text, their_text = ("nothing" if first not in texts else repr(texts[first]) for texts in (ours, theirs))
+        reason = f"id {first} is {their_text} there and {our_text} here. Give models of one family"
     elif sizes is not None and sizes[0] != sizes[1]:
-        differ = f"{sizes[1]} token ids there and {sizes[0]} here. Put tokenizer.json beside the weights, to compare"
+        reason = f"{sizes[1]} token ids there and {sizes[0]} here. Put tokenizer.json beside the weights, to compare"
     else:
         return False
-    raise ConfigError(f"{other} has another vocabulary than {path}: {differ}")
+    raise ConfigError(f"{other} has another vocabulary than {path}: {reason}")
 
 
 def _texts(path: Path) -> dict[int, str] | None:
-    """Id -> text. None: the directory has no tokenizer."""
+    """The vocabulary: id -> text. None: the directory has no tokenizer."""
     if not any((path / name).exists() for name in FILES):
         return None
     return {i: text for text, i in load_tokenizer(path, None).get_vocab().items()}

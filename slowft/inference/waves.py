@@ -1,7 +1,7 @@
 """Generates for many rows at once: each reading of the weights gives every row of the wave a token, or several.
 
-Comes in: rows. Goes out: what each pass added to them. A row that is finished makes room for one that waits, whose
-prompt goes through the model in the same pass in which the others get their next tokens.
+Comes in: rows. Goes out: the tokens that each pass added to them. A finished row makes room for a waiting one, whose
+prompt goes through the model in the same pass in which the other rows get their next tokens.
 """
 
 import time
@@ -22,13 +22,14 @@ from .sampling import Chooses
 
 @dataclass(frozen=True)
 class KeyValues:
-    """What is done with the keys and values that rows keep. Names are `mlx_lm.generate`'s.
+    """Options of the keys and values that rows keep. Names are `mlx_lm.generate`'s.
 
     Attributes:
-        max_kv_size: tokens that a row remembers at most, in a rotating cache; None: all.
-        kv_bits: of quantized keys and values, in groups of `kv_group_size`; None: as they were computed.
-        quantized_kv_start: tokens from which a row's are quantized.
-        spill_kv: they go to disk, all but a row's last few hundred tokens, and are read back for each token.
+        max_kv_size: tokens in a row's cache at most, which then is a rotating one; None: no limit.
+        kv_bits: bits of quantized keys and values, in groups of `kv_group_size`; None: they are not quantized.
+        quantized_kv_start: a row's cache is quantized from this number of tokens on.
+        spill_kv: keys and values go to disk, except those of a row's last few hundred tokens, and are read back for
+            each token.
     """
 
     max_kv_size: int | None = None
@@ -40,11 +41,11 @@ class KeyValues:
 
 @dataclass
 class Step:
-    """What one row got from a pass.
+    """What one pass added to one row.
 
     Attributes:
-        tokens: new ones of its answer; logprobs: their log-probabilities.
-        drafted: of a draft, how many tokens were checked.
+        tokens: new tokens of the answer. logprobs: their log-probabilities.
+        drafted: number of guessed tokens that the pass checked.
     """
 
     row: Row
@@ -59,13 +60,13 @@ class Waves:
     Args:
         size: rows at a time.
         ends: token ids that end an answer.
-        kept: what is done with keys and values.
-        drafter, depth: guess tokens, and how many; None: no guessing.
-        prefilled: prompts at most that go through in one pass.
-        spilled: takes the rows' keys and values; None: they stay in memory.
+        kept: options of keys and values.
+        drafter: guesses tokens; None: nothing is guessed. depth: chooses how many.
+        prefilled: prompts that go through in one pass at most.
+        spilled: holds the rows' keys and values; None: they stay in memory.
 
     Attributes:
-        passes: readings of the weights so far; tokens: of answers.
+        passes: readings of the weights so far. tokens, prompt_tokens: of all answers and of all prompts so far.
     """
 
     def __init__(
@@ -91,29 +92,29 @@ class Waves:
         self._trial: MergeTrial | None = None
         self._spilled = spilled
         self._may_merge = size > 1 and self._kept.kv_bits is None and spilled is None
-        if drafter is not None and not can_forget(fresh := self._fresh_cache()):
-            kinds = sorted({type(cache).__name__ for cache in fresh if not room_to_cut_back(cache)})
+        if drafter is not None and not can_forget(caches := self._new_cache()):
+            kinds = sorted({type(cache).__name__ for cache in caches if not room_to_cut_back(cache)})
             raise ConfigError(
-                f"drafts cannot be used with this model: what it keeps of a text ({', '.join(kinds)}) cannot forget "
-                "tokens again. Leave --draft-model and --draft-lookup out"
+                f"drafts cannot be used with this model: its caches ({', '.join(kinds)}) cannot forget tokens again. "
+                "Leave --draft-model and --draft-lookup out"
             )
         if drafter is not None and self._may_merge:
-            self._may_merge = all(isinstance(cache, KVCache) for cache in self._fresh_cache())
+            self._may_merge = all(isinstance(cache, KVCache) for cache in self._new_cache())
 
     def add(self, row: Row) -> None:
-        """Have a row generated, when there is room for it."""
+        """Have a row generated as soon as there is room for it."""
         if not row.prompt:
             raise SlowftError(f"prompt {row.id!r} has no tokens")
         self._waiting.append(row)
 
     @property
     def rows(self) -> list[Row]:
-        """That are being generated now."""
+        """Rows that are being generated now."""
         return [row for group in self._groups for row in group.rows]
 
     @property
     def gain(self) -> float | None:
-        """How many times as fast drafts make it, as measured; None: not known."""
+        """How many times as fast generating is with drafts, as measured; None: not known."""
         return self._depth.gain
 
     @property
@@ -121,18 +122,18 @@ class Waves:
         return not self._waiting and not self._groups
 
     def remove(self, row: Row) -> None:
-        """Generate no more of this row."""
+        """Stop generating this row."""
         row.finish_reason = row.finish_reason or "stop"
         if row in self._waiting:
             self._waiting.remove(row)
         self._drop_finished()
 
     def step(self) -> list[Step]:
-        """One pass over the weights: the next token, or tokens, of every row."""
+        """One pass over the weights, which gives every row its next token or tokens."""
         newcomers = self._newcomers()
         drafting_s = self._guess()
         groups = [*self._groups, *newcomers]
-        batches, asked = [], [_asked(group, self._chooser.reads_tokens) for group in groups]
+        batches, to_choose = [], [_to_choose(group, self._chooser.reads_tokens) for group in groups]
         chosen: list[list[tuple[int, float]]] = [[] for _ in groups]
         for group in groups:
             tokens, places = group.begin()
@@ -141,7 +142,7 @@ class Waves:
 
         def take(number: int, first: int, logits: mx.array) -> None:
             if number < len(groups):
-                rows = asked[number][first : first + logits.shape[0]]
+                rows = to_choose[number][first : first + logits.shape[0]]
                 chosen[number] += zip(*self._chooser.choose(logits, rows))
             else:
                 self._trial.take(number - len(groups), logits)
@@ -156,13 +157,14 @@ class Waves:
             self._trial.after_pass()
         self.passes += 1
         self.prompt_tokens += sum(len(group.rows[0].prompt) for group in newcomers)
-        steps = [step for group, found in zip(groups, chosen) for step in self._take_over(group, found)]
+        steps = [step for group, of_group in zip(groups, chosen) for step in self._extend_answers(group, of_group)]
         if self._drafter is not None and not newcomers:
             n_tokens, is_drafted = sum(len(step.tokens) for step in steps), any(step.drafted for step in steps)
             self._depth.gave(n_tokens / len(steps), drafting_s + seconds, is_drafted)
         self._groups += newcomers
         self._drop_finished()
-        self._settle()
+        self._quantize()
+        self._merge()
         return steps
 
     def __iter__(self) -> Iterator[list[Step]]:
@@ -172,27 +174,27 @@ class Waves:
     # --- Underneath -----------------------------------------------------------------------------------
 
     def _newcomers(self) -> list[Group]:
-        """Rows that there is room for. Each prompt goes alone: padded, not all architectures compute the same."""
+        """Waiting rows that there is room for. A prompt goes alone: padding changes what some architectures compute."""
         n = min(self._size - len(self.rows), len(self._waiting), self._prefilled)
-        groups = [Group([self._waiting.popleft()], self._fresh_cache()) for _ in range(n)]
+        groups = [Group([self._waiting.popleft()], self._new_cache()) for _ in range(n)]
         for group in groups if self._spilled is not None else ():
             self._spilled.add(group.cache)
         return groups
 
     def _trial_batches(self, groups: Sequence[Group]) -> list:
-        """What goes along to find out whether rows can be merged."""
+        """Batches of the trial that finds out whether rows can be merged."""
         if not self._may_merge or len(groups) < 2 and self._trial is None:
             return []
         if self._trial is None:
             row = groups[0].rows[0]
-            self._trial = MergeTrial(self._model, self._fresh_cache, row.tokens, row.adapter)
+            self._trial = MergeTrial(self._model, self._new_cache, row.tokens, row.adapter)
         return self._trial.batches()
 
-    def _fresh_cache(self) -> list[Any]:
+    def _new_cache(self) -> list[Any]:
         return self._model.new_cache(self._kept.max_kv_size)
 
     def _guess(self) -> float:
-        """Have every row's draft guessed; the seconds that took."""
+        """Have the drafts of all rows guessed; returns the seconds that this took."""
         if self._drafter is None or not self._groups:
             return 0.0
         rows = self.rows
@@ -204,22 +206,22 @@ class Waves:
         self._depth.drafted(seconds, sum(len(row.draft) for row in rows))
         return seconds
 
-    def _take_over(self, group: Group, chosen: Sequence[tuple[int, float]]) -> list[Step]:
-        """What was chosen becomes the rows' answers: as far as drafts were right, and one token more."""
-        steps, counts, at = [], [], 0
+    def _extend_answers(self, group: Group, chosen: Sequence[tuple[int, float]]) -> list[Step]:
+        """Add what was chosen to the rows' answers: the tokens of drafts that were right, and one token more."""
+        steps, n_accepted, start = [], [], 0
         for row in group.rows:
-            of_row = chosen[at : at + len(row.draft) + 1]
-            at += len(of_row)
-            right = next((i for i, token in enumerate(row.draft) if of_row[i][0] != token), len(row.draft))
-            new = of_row[: right + 1]
+            of_row = chosen[start : start + len(row.draft) + 1]
+            start += len(of_row)
+            n_right = next((i for i, token in enumerate(row.draft) if of_row[i][0] != token), len(row.draft))
+            new = of_row[: n_right + 1]
             end = next((i for i, (token, _) in enumerate(new) if token in self._ends), None)
             new = new if end is None else new[: end + 1]
             new = new[: row.limit - len(row.answer)]
-            counts.append(right)
+            n_accepted.append(n_right)
             steps.append(Step(row, [token for token, _ in new], [logprob for _, logprob in new], len(row.draft)))
             if row.draft:
-                self._depth.checked(right, len(row.draft))
-        group.accept(counts)
+                self._depth.checked(n_right, len(row.draft))
+        group.accept(n_accepted)
         for row, step in zip(list(group.rows), steps):
             row.answer += step.tokens
             self.tokens += len(step.tokens)
@@ -241,15 +243,19 @@ class Waves:
             group.drop_finished()
         self._groups = [group for group in self._groups if group.rows]
 
-    def _settle(self) -> None:
-        """Rows of one adapter share their caches from now on, or are quantized where that was asked for."""
-        if self._kept.kv_bits is not None:
-            from mlx_lm.generate import maybe_quantize_kv_cache
+    def _quantize(self) -> None:
+        """Quantize the caches that are long enough for it, if that was asked for."""
+        k = self._kept
+        if k.kv_bits is None:
+            return
+        from mlx_lm.generate import maybe_quantize_kv_cache
 
-            k = self._kept
-            for group in self._groups:
-                maybe_quantize_kv_cache(group.cache, k.quantized_kv_start, k.kv_group_size, k.kv_bits)
-                mx.eval([cache.state for cache in group.cache])
+        for group in self._groups:
+            maybe_quantize_kv_cache(group.cache, k.quantized_kv_start, k.kv_group_size, k.kv_bits)
+            mx.eval([cache.state for cache in group.cache])
+
+    def _merge(self) -> None:
+        """Let rows of one adapter share their caches from now on, if the trial says that this changes nothing."""
         if self._trial is None or not self._trial.verdict:
             return
         by_adapter: dict[bool | str, list[Group]] = {}
@@ -262,12 +268,12 @@ class Waves:
 
 
 def can_forget(caches: Iterable[Any]) -> bool:
-    """Whether all of a row's caches can forget tokens again, so that drafts can be checked."""
+    """Whether all of a row's caches can remove tokens again, as wrong drafts need it."""
     return all(room_to_cut_back(cache) for cache in caches)
 
 
-def _asked(group: Group, with_tokens: bool) -> list[tuple[Any, int, list[int]]]:
-    """(id, place in the answer, tokens before it, if they are asked for) of each token that the next pass chooses."""
+def _to_choose(group: Group, with_tokens: bool) -> list[tuple[Any, int, list[int]]]:
+    """(row's id, place in the answer, tokens before it or none) of each token that the next pass chooses."""
     return [
         (row.id, len(row.answer) + j, row.tokens + row.draft[:j] if with_tokens else [])
         for row in group.rows

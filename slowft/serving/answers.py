@@ -1,4 +1,4 @@
-"""What an answer says, of its bytes: JSON, or the chunks of a stream put together; and such a stream, of an answer.
+"""Reads an answer from its bytes: from JSON, or from the chunks of a stream. Also writes an answer as a stream.
 
 Comes in: bytes as they went over the wire. Goes out: the object that the same request would give without streaming.
 """
@@ -15,7 +15,7 @@ DONE = b"[DONE]"
 
 
 def read(body: bytes, content_type: str, coding: str = "") -> dict[str, Any] | None:
-    """The response in an answer's body; None: it holds no JSON object."""
+    """The response in an answer's body; None: the body holds no JSON object."""
     try:
         plain = decoded(body, coding)
         if content_type.partition(";")[0].strip().lower() == "text/event-stream":
@@ -27,15 +27,15 @@ def read(body: bytes, content_type: str, coding: str = "") -> dict[str, Any] | N
 
 
 def decoded(body: bytes, coding: str) -> bytes:
-    """As much as there is of a body in such a Content-Encoding."""
-    for one in reversed([part.strip().lower() for part in coding.split(",") if part.strip()]):
-        if one in ("gzip", "x-gzip", "deflate"):
+    """A body with the Content-Encoding `coding`, decoded as far as it was received."""
+    for name in reversed([part.strip().lower() for part in coding.split(",") if part.strip()]):
+        if name in ("gzip", "x-gzip", "deflate"):
             body = zlib.decompressobj(zlib.MAX_WBITS | 32).decompress(body)
     return body
 
 
 def events(stream: bytes) -> Iterator[dict[str, Any]]:
-    """Objects that the events of a stream carry."""
+    """The objects in the events of a stream."""
     for line in stream.splitlines():
         data = line.removeprefix(DATA).strip() if line.startswith(DATA) else b""
         if data and data != DONE:
@@ -56,19 +56,19 @@ def put_together(chunks: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def as_stream(response: dict[str, Any], with_usage: bool) -> bytes:
-    """Events of a stream that say what a response does."""
+    """The bytes of a stream that gives the same answer as a response."""
     is_chat = response.get("object") == "chat.completion"
     plain = {key: value for key, value in response.items() if key not in ("choices", "usage")}
     plain |= {"object": "chat.completion.chunk"} if is_chat else {}
     chunks = []
     for choice in response.get("choices", ()):
-        said = {key: value for key, value in choice.items() if key != "message"}
+        streamed = {key: value for key, value in choice.items() if key != "message"}
         if is_chat:
-            said["delta"] = dict(choice.get("message") or {})
-            calls = said["delta"].get("tool_calls")
+            streamed["delta"] = dict(choice.get("message") or {})
+            calls = streamed["delta"].get("tool_calls")
             if isinstance(calls, list):
-                said["delta"]["tool_calls"] = [{"index": i, **call} for i, call in enumerate(calls)]
-        chunks.append(plain | {"choices": [said]})
+                streamed["delta"]["tool_calls"] = [{"index": i, **call} for i, call in enumerate(calls)]
+        chunks.append(plain | {"choices": [streamed]})
     if with_usage and response.get("usage"):
         chunks.append(plain | {"choices": [], "usage": response["usage"]})
     lines = [DATA + b" " + text.encode() for text in (*map(json.dumps, chunks), DONE.decode())]

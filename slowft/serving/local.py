@@ -1,7 +1,7 @@
 """Answers requests with models on this machine, by mlx-lm's own server classes.
 
-mlx-lm's `APIHandler` reads a request's settings, checks them and words the answer; its `ResponseGenerator` makes token
-ids of a conversation. Between the two, where mlx-lm has its own batches, are the passes of `scheduler`.
+mlx-lm's `APIHandler` reads a request's settings, checks them and words the answer. Its `ResponseGenerator` makes token
+ids of a conversation. Where mlx-lm then runs its own batches, the passes of `scheduler` take their place.
 """
 
 import argparse
@@ -14,24 +14,25 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from mlx_lm import server as mlx_server
 from mlx_lm.generate import TextStateMachine, make_text_state_machine
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import GpuError, SlowftError
+from ..errors import GpuError, SlowftError, first_line
 from ..inference.prompts import encode
 from .guard import Refused
 from .replies import OWN_HEADERS, Gone, Reply, error_of
 from .scheduler import Piece, Scheduler, Token, Voice, Wanted
+from .settings import Settings
 
-SILENT_S = 15  # after so long without a token, a stream gets a comment: the connection is alive
-TOP_LOGPROBS = 20  # OpenAI's most
-# Of a body, what changes an answer elsewhere and is not known here, with what it usually is. The answer has a header
-# that names those which were given.
-NOT_KNOWN = {
+SILENT_S = 15  # after so many seconds without a token, a stream gets a comment, which keeps the connection alive
+TOP_LOGPROBS = 20  # OpenAI's limit
+# Keys of a body that OpenAI's servers follow and that have no effect here, with their defaults. A header of the answer
+# names those that a request gave another value.
+WITHOUT_EFFECT = {
     "response_format": {"type": "text"},
     "tool_choice": "auto",
     "parallel_tool_calls": True,
@@ -46,54 +47,47 @@ TEMPLATE_NAMES = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_templa
 
 @dataclass(frozen=True)
 class Name:
-    """What answers under a name: `adapter` as in `MicroBatch`, `prune` takes out of messages what rules say."""
+    """What answers requests for a name.
+
+    Attributes:
+        adapter: as in `MicroBatch`. prune: removes texts from messages by the adapter's rules.
+    """
 
     voice: Voice
     adapter: bool | str
     prune: Callable[[list[dict]], list[dict]] | None = None
 
 
-@dataclass(frozen=True)
-class Defaults:
-    """Of requests that do not say; names are `mlx_lm.server`'s."""
-
-    temp: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    max_tokens: int = 512
-    chat_template_args: Mapping[str, Any] = field(default_factory=dict)
-
-
 class Local:
     """The models of this machine, by name.
 
     Args:
-        names: what answers; the first is for requests that name none.
+        names: what answers, by name; the first answers requests that name no model.
+        defaults: its sampling options are those of requests that give none.
     """
 
-    def __init__(self, scheduler: Scheduler, names: Mapping[str, Name], defaults: Defaults):
+    def __init__(self, scheduler: Scheduler, names: Mapping[str, Name], defaults: Settings):
         self.scheduler, self.names, self.defaults = scheduler, dict(names), defaults
         self.fingerprint = mlx_server.get_system_fingerprint()
         self.created = int(time.time())
         self.tokenizing = threading.Lock()  # transformers' tokenizers are one thread's at a time
 
     def name_of(self, body: Any) -> str | None:
-        """The name here that a request asks for; None: it is another's."""
+        """The name of the model here that a request asks for; None: it asks for another model."""
         if not isinstance(body, dict):
             return None
-        asked = body.get("model")
-        if asked is None or asked == "default_model":  # mlx-lm's word for it
+        model = body.get("model")
+        if model is None or model == "default_model":  # mlx-lm's name for the first model
             return next(iter(self.names))
-        return asked if isinstance(asked, str) and asked in self.names else None
+        return model if isinstance(model, str) and model in self.names else None
 
     def answer(self, path: str, body: dict, reply: Reply, on_gone: Callable[[Callable[[], None]], None]) -> None:
         """Answer a request.
 
         Args:
-            on_gone: is told what to call if the client hangs up.
+            on_gone: is called with the function to call if the client hangs up.
         Raises:
-            Refused: settings that are impossible. Gone: the client is.
+            Refused: settings are impossible. Gone: the client has hung up.
         """
         name = self.name_of(body)
         assert name is not None
@@ -106,10 +100,10 @@ class Local:
 
 
 class Asking(mlx_server.ResponseGenerator):
-    """mlx-lm's `ResponseGenerator` for one request: its answers come out of the scheduler's passes."""
+    """mlx-lm's `ResponseGenerator` for one request, whose answer comes from the scheduler's passes."""
 
     def __init__(self, local: Local, name: Name, on_gone: Callable[[Callable[[], None]], None]):
-        # mlx-lm's own begins a thread that generates. Here is one already.
+        # mlx-lm's __init__ is not called: it starts a thread that generates, and the scheduler has one already.
         self.local, self.name, self._on_gone = local, name, on_gone
         self.wanted: Wanted | None = None
         d = local.defaults
@@ -132,7 +126,7 @@ class Asking(mlx_server.ResponseGenerator):
         generation_args: mlx_server.GenerationArguments,
         progress_callback: Any = None,
     ) -> tuple[mlx_server.GenerationContext, Iterator[Piece | None]]:
-        """(what mlx-lm's handler needs to know, the answer's pieces; None where none came for `SILENT_S`)."""
+        """(what mlx-lm's handler needs to know, the answer's pieces, with None where none came for `SILENT_S`)."""
         scheduler, args, tokenizer = self.local.scheduler, generation_args, self.name.voice.tokenizer
         with self.local.tokenizing:
             prompt, initial_state = self._prompt(tokenizer, request, args)
@@ -149,14 +143,14 @@ class Asking(mlx_server.ResponseGenerator):
         )
         self._on_gone(self.cancel)
         scheduler.want(wanted)
-        taken = self._next()
-        if isinstance(taken, Exception):
-            raise taken
+        event = self._next()
+        if isinstance(event, Exception):
+            raise event
         context = mlx_server.GenerationContext(
             has_tool_calling=tokenizer.has_tool_calling,
             has_thinking=tokenizer.has_thinking,
             tool_parser=tokenizer.tool_parser,
-            # Stop texts are the scheduler's: tokens of theirs may be split in other ways.
+            # The scheduler looks for stop texts. In an answer they may be split into tokens in other ways.
             text_sm=make_text_state_machine(tokenizer, []),
             initial_state=initial_state,
             prompt=prompt,
@@ -178,6 +172,7 @@ class Asking(mlx_server.ResponseGenerator):
                 return
 
     def _next(self, timeout_s: float | None = None) -> Any:
+        """The next event of the request; None: none came in `timeout_s`. Without a timeout it waits for one."""
         while True:
             try:
                 return self.wanted.events.get(timeout=timeout_s or SILENT_S)
@@ -205,10 +200,10 @@ class Asking(mlx_server.ResponseGenerator):
 
 
 class LocalAnswer(mlx_server.APIHandler):
-    """mlx-lm's handler for one request that was read already, with the connection's `Reply` to answer by."""
+    """mlx-lm's handler for one request that was read already. It answers by the connection's `Reply`."""
 
     def __init__(self, asking: Asking, path: str, body: dict, n_top: int, reply: Reply):
-        # mlx-lm's own begins to read from the connection.
+        # mlx-lm's __init__ is not called: it would read from the connection.
         self.response_generator, self.path, self.n_top, self.reply = asking, path, n_top, reply
         self.created, self.system_fingerprint = int(time.time()), asking.local.fingerprint
         raw = json.dumps(body).encode()
@@ -216,12 +211,12 @@ class LocalAnswer(mlx_server.APIHandler):
 
     def do_POST(self) -> None:
         super().do_POST()
-        if self.reply.status is None:  # mlx-lm found something wrong, and said it where nobody listens
-            said = self.wfile.getvalue()
+        if self.reply.status is None:  # mlx-lm found an error, and wrote it to `wfile`, which is no connection here
+            written = self.wfile.getvalue()
             try:
-                message = str(json.loads(said)["error"])
+                message = str(json.loads(written)["error"])
             except (ValueError, KeyError, TypeError):
-                message = said.decode(errors="replace")
+                message = written.decode(errors="replace")
             raise Refused(self._status, message)
 
     def _set_completion_headers(self, status_code: int = 200) -> None:
@@ -231,14 +226,14 @@ class LocalAnswer(mlx_server.APIHandler):
         pass
 
     def handle_chat_completions(self) -> mlx_server.CompletionRequest:
-        """As mlx-lm's, but that fetches images from wherever messages say."""
+        """As mlx-lm's, but never fetches the images that messages give addresses of."""
         self.request_id = f"chatcmpl-{secrets.token_hex(12)}"
         self.object_type = "chat.completion.chunk" if self.stream else "chat.completion"
         tools, roles = self.body.get("tools"), self.body.get("role_mapping")
         return mlx_server.CompletionRequest("chat", "", self.body["messages"], tools or None, roles)
 
     def handle_completion(self, request: mlx_server.CompletionRequest, stop_words: list[str]) -> None:
-        """As mlx-lm's, with all tokens of a pass at once, stop texts cut exactly, and errors as OpenAI words them."""
+        """As mlx-lm's, but a pass may give several tokens, stop texts are cut exactly, and errors are like OpenAI's."""
         args = self._arguments(stop_words)
         try:
             context, pieces = self.response_generator.generate(request, args)
@@ -246,15 +241,9 @@ class LocalAnswer(mlx_server.APIHandler):
             raise
         except SlowftError as e:
             raise Refused(400, str(e)) from e
-        except Exception as e:  # of a chat template or a tokenizer
-            raise Refused(400, next(iter(str(e).splitlines()), type(e).__name__)) from e
-        wanted, reply = self.response_generator.wanted, self.reply
-        headers = [("slowft-waits", str(wanted.promised))]
-        ignored = [key for key, usual in NOT_KNOWN.items() if self.body.get(key, usual) != usual]
-        if request.tools and not context.has_tool_calling:
-            ignored.append("tools")
-        if ignored:
-            headers.append(("slowft-ignored", ", ".join(ignored)))
+        except Exception as e:  # a chat template or a tokenizer raised it
+            raise Refused(400, first_line(e)) from e
+        reply, headers = self.reply, self._own_headers(request, context)
         if self.stream:
             reply.begin(200, [("Content-Type", "text/event-stream"), *OWN_HEADERS, *headers], None)
         parts = Parts(context, mlx_server.ToolCallFormatter(context.tool_parser, request.tools, self.stream))
@@ -274,7 +263,7 @@ class LocalAnswer(mlx_server.APIHandler):
         except Gone:
             raise
         except Exception as e:
-            message = next(iter(str(e).splitlines()), "") or type(e).__name__
+            message = first_line(e)
             if not self.stream:
                 raise Refused(500 if isinstance(e, OSError | GpuError) else 400, message) from e
             self._send(error_of(500, message))
@@ -288,27 +277,37 @@ class LocalAnswer(mlx_server.APIHandler):
         reply.write(b"data: [DONE]\n\n")
         reply.end()
 
+    def _own_headers(
+        self, request: mlx_server.CompletionRequest, context: mlx_server.GenerationContext
+    ) -> list[tuple[str, str]]:
+        """Headers that say how many passes the request waits at most, and what of its body has no effect."""
+        ignored = [key for key, usual in WITHOUT_EFFECT.items() if self.body.get(key, usual) != usual]
+        if request.tools and not context.has_tool_calling:
+            ignored.append("tools")
+        headers = [("slowft-waits", str(self.response_generator.wanted.promised))]
+        return headers + ([("slowft-ignored", ", ".join(ignored))] if ignored else [])
+
     def completion_usage_response(self, *counts: int, **others: Any) -> dict:
         return super().completion_usage_response(*counts, **others) | {"object": self.object_type}
 
-    def _send(self, said: dict) -> None:
-        self.reply.write(f"data: {json.dumps(said)}\n\n".encode())
+    def _send(self, chunk: dict) -> None:
+        self.reply.write(f"data: {json.dumps(chunk)}\n\n".encode())
 
     def _worded(self, parts: "Parts", logprobs: Sequence[Token], context: Any, n_tokens: int) -> dict:
-        """What came since the last time, in mlx-lm's words, with log-probabilities in OpenAI's."""
+        """The response of what came since the last time, in mlx-lm's form, with log-probabilities in OpenAI's form."""
         text, reasoning, calls, reason = parts.give()
-        said = self.generate_response(
+        response = self.generate_response(
             text, reason, len(context.prompt), n_tokens, tool_calls=calls, reasoning_text=reasoning
         )
         if logprobs:
-            said["choices"][0]["logprobs"] = {"content": [self._logprob(token) for token in logprobs]}
-        return said
+            response["choices"][0]["logprobs"] = {"content": [self._logprob(token) for token in logprobs]}
+        return response
 
     def _logprob(self, token: Token) -> dict:
         def worded(number: int, logprob: float) -> dict:
             text = self.response_generator.name.voice.tokenizer.decode([number])
-            part = "\ufffd" in text  # of a character that goes on in the next token
-            return {"id": number, "token": text, "logprob": logprob, "bytes": None if part else list(text.encode())}
+            is_part = "\ufffd" in text  # the token has only a part of a character's bytes
+            return {"id": number, "token": text, "logprob": logprob, "bytes": None if is_part else list(text.encode())}
 
         return worded(token.id, token.logprob) | {"top_logprobs": [worded(*one) for one in token.top]}
 
@@ -343,7 +342,7 @@ class LocalAnswer(mlx_server.APIHandler):
 
 
 class Parts:
-    """What of an answer is text, what reasoning and what calls of tools, as mlx-lm's state machine says.
+    """Divides an answer into text, reasoning and tool calls, by mlx-lm's state machine.
 
     Attributes:
         has_news: something came that can be given out before the answer ends.
@@ -363,7 +362,7 @@ class Parts:
 
     def take(self, piece: Piece) -> None:
         self._state, segments = TextStateMachine.split(self._state, piece.text)
-        if piece.finish_reason is not None:  # what might have become a marker is text
+        if piece.finish_reason is not None:  # the beginning of a marker that never came is text
             self._state, rest, part = TextStateMachine.flush(self._state)
             segments.append((part, rest))
         for part, text in segments:
@@ -383,9 +382,9 @@ class Parts:
 
     def give(self) -> tuple[str, str, list[dict], str | None]:
         """(text, reasoning, calls, finish reason) since the last time."""
-        found = self._text, self._reasoning, self._formatted(self._calls), self._reason
+        news = self._text, self._reasoning, self._formatted(self._calls), self._reason
         self._text, self._reasoning, self._calls = "", "", []
-        return found
+        return news
 
     def _end_call(self) -> None:
         self._calls.append(self._tool)
@@ -393,16 +392,16 @@ class Parts:
 
 
 def _is_plain(args: mlx_server.GenerationArguments) -> bool:
-    """Whether the likeliest token is all that is asked for: such rows are chosen for together."""
-    logits, tops = args.logits, args.logprobs and args.top_logprobs > 0
+    """Whether only the likeliest token is asked for. The tokens of such rows are chosen together."""
+    logits, has_top = args.logits, args.logprobs and args.top_logprobs > 0
     penalties = logits.repetition_penalty, logits.presence_penalty, logits.frequency_penalty
-    return args.sampling.temperature == 0 and not (logits.logit_bias or any(penalties) or tops)
+    return args.sampling.temperature == 0 and not (logits.logit_bias or any(penalties) or has_top)
 
 
 def _settled(body: dict, path: str) -> tuple[dict, int]:
-    """(a body that mlx-lm's handler takes, how many of the likeliest tokens are asked for, of which it knows 11).
+    """(a body that mlx-lm's handler takes, `top_logprobs`, which may be more than the handler's 11).
 
-    Nothing is null in it, messages are plain text, and there is nothing that mlx-lm would fetch.
+    Nothing in the body is null, messages are plain text, and it has no address that mlx-lm would fetch.
 
     Raises:
         Refused: names what is wrong.
@@ -419,7 +418,7 @@ def _settled(body: dict, path: str) -> tuple[dict, int]:
     if not isinstance(body.get("stream_options", {}), dict):
         raise Refused(400, "stream_options must be an object", param="stream_options")
     top = body.pop("top_logprobs", 0)
-    if isinstance(body.get("logprobs"), int) and not isinstance(body["logprobs"], bool):  # of plain completions
+    if isinstance(body.get("logprobs"), int) and not isinstance(body["logprobs"], bool):  # in plain completions
         top, body["logprobs"] = body["logprobs"], True
     if not isinstance(top, int) or not 0 <= top <= TOP_LOGPROBS:
         raise Refused(400, f"top_logprobs must be from 0 to {TOP_LOGPROBS}", param="top_logprobs")
@@ -440,7 +439,7 @@ def _settled(body: dict, path: str) -> tuple[dict, int]:
 def _plain_messages(messages: Any) -> list[dict]:
     if not isinstance(messages, list) or not messages or not all(isinstance(one, dict) for one in messages):
         raise Refused(400, "messages must be a list of objects, and not empty", param="messages")
-    found = []
+    plain = []
     for i, message in enumerate(messages):
         where = f"messages[{i}]"
         if not isinstance(message.get("role"), str):
@@ -453,8 +452,8 @@ def _plain_messages(messages: Any) -> list[dict]:
             content = "".join(texts)
         if not isinstance(content, str | None):
             raise Refused(400, f"{where} has a content that is no text", param=where)
-        found.append(message | {"content": content})
-    return found
+        plain.append(message | {"content": content})
+    return plain
 
 
 def _one_prompt(prompt: Any) -> str | list[int]:

@@ -1,4 +1,4 @@
-"""What a browser is shown at `/`, and the recorded requests it asks for under `/api/`.
+"""The page for a browser at `/`, and the recorded requests that the page asks for under `/api/`.
 
 Comes in: paths, a JSON body. Goes out: one page that may load nothing from elsewhere, and JSON.
 
@@ -33,7 +33,7 @@ class Pages:
     """The page and its data.
 
     Args:
-        store: of recorded requests; None: nothing is recorded. file: the page.
+        store: the recorded requests; None: nothing is recorded. file: the page.
     """
 
     def __init__(self, store: RequestStore | None, file: Path = PAGE_FILE):
@@ -44,7 +44,7 @@ class Pages:
         """Answer a request for `/` or `/api/...`.
 
         Raises:
-            Refused: there is no such thing, or it cannot be done.
+            Refused: there is no such page or request, or the change is not possible.
         """
         if path == "/" and method == "GET":
             if self._page is None:
@@ -54,11 +54,12 @@ class Pages:
         if self._store is None:
             raise Refused(404, "nothing is recorded. Start the server with --record requests.db", "not_recorded")
         try:
-            reply.json(200, self._found(self._store, method, path, query, body))
+            reply.json(200, self._requests(self._store, method, path, query, body))
         except SlowftError as e:
             raise Refused(404 if "has no request" in str(e) else 400, str(e)) from e
 
-    def _found(self, store: RequestStore, method: str, path: str, query: str, body: Any) -> Any:
+    def _requests(self, store: RequestStore, method: str, path: str, query: str, body: Any) -> Any:
+        """The JSON answer to a request for `/api/...`, as the file's docstring lists them."""
         one = ONE.fullmatch(path)
         if method == "GET" and path == "/api/requests":
             asked = parse_qs(query, max_num_fields=50)
@@ -85,9 +86,9 @@ class Pages:
 
 
 def page_headers(page: bytes) -> Iterable[tuple[str, str]]:
-    """Nothing runs in the page but its own scripts, by their hashes, and nothing is loaded from elsewhere."""
-    sums = (base64.b64encode(hashlib.sha256(script).digest()).decode() for script in SCRIPT.findall(page))
-    scripts = " ".join(f"'sha256-{one}'" for one in sums) or "'none'"
+    """Headers that let a browser run only the page's own scripts, by their hashes, and load nothing from elsewhere."""
+    hashes = (base64.b64encode(hashlib.sha256(script).digest()).decode() for script in SCRIPT.findall(page))
+    scripts = " ".join(f"'sha256-{one}'" for one in hashes) or "'none'"
     policy = (
         f"default-src 'none'; script-src {scripts}; style-src 'unsafe-inline'; img-src data:; connect-src 'self'; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"

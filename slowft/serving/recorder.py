@@ -1,7 +1,7 @@
-"""Writes down what was asked and answered, on a thread of its own: whatever goes wrong there, no answer waits for it.
+"""Writes down requests and answers, on a thread of its own. Whatever goes wrong there, the answers go on.
 
-Comes in: bodies of requests, answers as they went out. Goes out: rows of a `RequestStore`. Keys and cookies never come
-in here, since headers do not, but for tags.
+Comes in: bodies of requests, answers as they went out. Goes out: rows of a `RequestStore`. Of the headers only tags
+come in here, so keys and cookies never do.
 """
 
 import json
@@ -11,10 +11,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import first_line
 from . import answers
 
-WAITING = 10_000  # requests and answers that wait to be written; what comes then is lost, and counted
-BEGUN_S = 1.0  # that an answer waits, at most, for its request to be in the file
+WAITING = 10_000  # requests and answers that wait to be written at most; further ones are lost, and counted
+BEGUN_S = 1.0  # seconds that an answer waits at most until its request is in the file
 TAGS = 50  # of one request
 TAG_CHARACTERS = 512
 
@@ -24,9 +25,9 @@ class Answered:
     """How a request ended.
 
     Attributes:
-        status: that was sent; None: nothing was.
-        body: of the answer, in the `coding` that its headers say; None: it was too long to be kept.
-        error: why there is none, or not all of it. is_broken: it ended before it was whole.
+        status: that was sent; None: nothing was sent.
+        body: of the answer, in the `coding` of its headers; None: it was too long to be kept.
+        error: why the answer is missing or not whole. is_broken: it ended before it was whole.
     """
 
     status: int | None
@@ -38,7 +39,7 @@ class Answered:
 
 
 class Record:
-    """One request that is written down. Made by `Recorder.begin`."""
+    """One request that is being recorded. Made by `Recorder.begin`."""
 
     def __init__(self, recorder: "Recorder", about: dict[str, Any]):
         self._recorder, self.about = recorder, about
@@ -46,7 +47,10 @@ class Record:
         self.is_begun = threading.Event()
 
     def wait(self) -> None:
-        """Until the request is in the file, so that a crash does not lose it; once at most where that takes long."""
+        """Wait until the request is in the file, so that a crash does not lose it.
+
+        Once this took longer than `BEGUN_S`, no request waits until one was written in time again.
+        """
         if self._recorder.is_prompt:
             self._recorder.is_prompt = self.is_begun.wait(BEGUN_S)
 
@@ -58,10 +62,11 @@ class Recorder:
     """Writes to a store, in the order in which things happened.
 
     Args:
-        store: a `RequestStore`. on_trouble: told the first time that something could not be written.
+        store: a `RequestStore`. on_trouble: is called with a line when writing begins to fail.
 
     Attributes:
-        written, lost: requests. is_well: the last one was written. is_prompt: answers may wait for that.
+        written, lost: numbers of requests. is_well: the last one was written.
+        is_prompt: writing is fast enough for answers to wait for it.
     """
 
     def __init__(self, store: Any, on_trouble: Callable[[str], None] = lambda text: None):
@@ -73,13 +78,13 @@ class Recorder:
         self._thread.start()
 
     def begin(self, path: str, body: bytes, source: str, tags: Mapping[str, str]) -> Record:
-        """A request came. Its row is there as soon as the thread gets to it."""
+        """Begin the record of a request. The thread adds its row to the file."""
         record = Record(self, {"path": path, "body": body, "source": source, "tags": dict(tags)})
         self._put(lambda: self._begin(record), is_last=False)
         return record
 
     def close(self, timeout_s: float) -> bool:
-        """Write what waits, for so long at most; whether all was written."""
+        """Write what waits, within so many seconds; returns whether all was written."""
         try:
             self._queue.put(None, timeout=timeout_s)
         except queue.Full:
@@ -96,12 +101,12 @@ class Recorder:
             self._failed(f"{WAITING} requests wait to be written", is_last)
 
     def _run(self) -> None:
-        while (found := self._queue.get()) is not None:
-            work, is_last = found
+        while (item := self._queue.get()) is not None:
+            work, is_last = item
             try:
                 work()
-            except Exception as e:  # whatever it is, the application must not notice
-                self._failed(next(iter(str(e).splitlines()), "") or type(e).__name__, is_last)
+            except Exception as e:  # whatever went wrong, the application must not notice it
+                self._failed(first_line(e), is_last)
 
     def _begin(self, record: Record) -> None:
         try:
@@ -112,7 +117,7 @@ class Recorder:
 
     def _finish(self, record: Record, answered: Answered) -> None:
         if record.row is None:
-            record.row = self.store.begin(**record.about)  # perhaps it can be written now
+            record.row = self.store.begin(**record.about)  # the first try failed, and this one may not
         response = None
         if answered.body is not None:
             response = answers.read(answered.body, answered.content_type, answered.coding)
@@ -131,7 +136,7 @@ class Recorder:
 
 
 def error_in(response: dict[str, Any] | None) -> str | None:
-    """What a stream that began well ended with."""
+    """The error in a response, such as at the end of a stream that began well; None: there is none."""
     error = None if response is None else response.get("error")
     if isinstance(error, dict):
         return str(error.get("message") or error)
@@ -139,20 +144,20 @@ def error_in(response: dict[str, Any] | None) -> str | None:
 
 
 def tags_of(header: str | None, body: Any) -> dict[str, str]:
-    """Of `op-tags`, a JSON object or k=v,..., and of the body's `metadata`. What is no tag is left out."""
-    found: dict[Any, Any] = {}
+    """Tags in the header `op-tags` (a JSON object or k=v,...) and in the body's `metadata`; the rest is left out."""
+    given: dict[Any, Any] = {}
     metadata = body.get("metadata") if isinstance(body, dict) else None
     if isinstance(metadata, dict):
-        found |= metadata
+        given |= metadata
     if header:
         try:
-            said = json.loads(header)
+            of_header = json.loads(header)
         except (ValueError, RecursionError):
-            said = dict(part.strip().split("=", 1) for part in header.split(",") if "=" in part)
-        if isinstance(said, dict):
-            found |= said
+            of_header = dict(part.strip().split("=", 1) for part in header.split(",") if "=" in part)
+        if isinstance(of_header, dict):
+            given |= of_header
     tags = {}
-    for name, value in found.items():
+    for name, value in given.items():
         if isinstance(value, str | int | float | bool) and str(name).strip():
             text = value if isinstance(value, str) else json.dumps(value)
             tags[str(name).strip()[:TAG_CHARACTERS]] = text[:TAG_CHARACTERS]

@@ -1,11 +1,11 @@
-"""One answer as it goes out to the client, piece by piece. May also be kept, for whoever writes it down afterwards."""
+"""One answer as it goes out to the client, piece by piece. It can be kept too, so that it can be recorded."""
 
 import json
 from collections.abc import Callable, Iterable
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 
-KEPT_NBYTES = 64 << 20  # of an answer that is recorded
+KEPT_NBYTES = 64 << 20  # most bytes of an answer that is recorded
 Headers = Iterable[tuple[str, str]]
 OWN_HEADERS = [
     ("Cache-Control", "no-store"),
@@ -15,18 +15,18 @@ OWN_HEADERS = [
 
 
 class Gone(Exception):  # noqa: N818  (what happened, not whose error it is)
-    """The client is not there any more."""
+    """The client has hung up."""
 
 
 class Reply:
     """The answer to one request.
 
     Attributes:
-        status: that was sent; None: nothing was. is_ended: the answer is whole.
-        kept: its body so far, for whoever sets it to be kept; None when it is too long for that.
+        status: that was sent; None: nothing was sent. is_ended: the answer is whole.
+        kept: the body so far, if the caller sets this to a bytearray; None: it is not kept, or is too long for that.
         headers: that were sent.
-        before: called before anything is sent.
-        is_gone: the client is not there any more, which is noticed by `Watch` too.
+        before: is called before anything is sent.
+        is_gone: the client has hung up; `Watch` notices it too.
     """
 
     def __init__(self, handler: BaseHTTPRequestHandler):
@@ -41,8 +41,8 @@ class Reply:
         """Send the head of the answer.
 
         Args:
-            nbytes: of the body; None: it is not known, and the client sees the end by the last chunk.
-            reason: beside the status; None: the usual one.
+            nbytes: of the body; None: not known, and the last chunk tells the client where the body ends.
+            reason: words beside the status; None: the usual ones.
         """
         handler = self._handler
         if self.before is not None:
@@ -68,10 +68,10 @@ class Reply:
             raise self._gone() from e
 
     def write(self, piece: bytes) -> None:
-        """Send more of the body, at once.
+        """Send more of the body at once.
 
         Raises:
-            Gone: the client is.
+            Gone: the client has hung up.
         """
         if not piece:
             return
@@ -87,8 +87,8 @@ class Reply:
             raise self._gone() from e
 
     def end(self) -> None:
-        """The body is whole."""
-        self.is_ended = True  # what is recorded does not depend on whether the client waits for the last chunk
+        """Note that the body is whole, and send the last chunk."""
+        self.is_ended = True  # set first: an answer counts as whole even if the client does not wait for the last chunk
         try:
             if self._is_chunked:
                 self._handler.wfile.write(b"0\r\n\r\n")
@@ -96,7 +96,7 @@ class Reply:
             raise self._gone() from e
 
     def whole(self, status: int, body: bytes, kind: str, headers: Headers = ()) -> None:
-        """An answer of this server's own."""
+        """Send a whole answer of this server's own."""
         handler = self._handler
         dated = [("Date", handler.date_time_string()), ("Content-Type", kind), *OWN_HEADERS, *headers]
         self.begin(status, dated, len(body))
@@ -110,7 +110,7 @@ class Reply:
         self.json(status, error_of(status, message, code, param))
 
     def header(self, name: str) -> str:
-        """One that was sent, or nothing."""
+        """The value of a header that was sent, or an empty text."""
         return next((value for key, value in self.headers if key.lower() == name), "")
 
     def _gone(self) -> Gone:
@@ -119,7 +119,7 @@ class Reply:
 
 
 class Caught(Reply):
-    """An answer that does not go out, but is kept for whoever makes another one of it."""
+    """An answer that is not sent, but kept to make another answer of it."""
 
     def begin(self, status: int, headers: Headers, nbytes: int | None, reason: str | None = None) -> None:
         self.status, self.headers = status, list(headers)
@@ -132,6 +132,6 @@ class Caught(Reply):
 
 
 def error_of(status: int, message: str, code: str | None = None, param: str | None = None) -> dict:
-    """As OpenAI's servers say it."""
+    """The body of an error, in the form of OpenAI's servers."""
     kind = "server_error" if status >= 500 else "invalid_request_error"
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}

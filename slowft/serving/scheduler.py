@@ -1,7 +1,8 @@
-"""The one thread that owns the models: answers that are wanted join its passes over the weights, and leave them.
+"""The one thread that owns the models. Requests join its passes over the weights, and leave when they are answered.
 
-Comes in: token ids and how to sample, from any thread. Goes out: pieces of text, on the queue of each. Requests are
-taken in the order in which they came, and each is told how many passes it waits at most. Knows nothing of HTTP.
+Comes in: token ids and sampling options, from any thread. Goes out: pieces of text, on a queue for each request.
+Requests are taken in the order in which they came, and each is told how many passes it waits at most. Knows nothing of
+HTTP.
 """
 
 import heapq
@@ -29,14 +30,19 @@ from ..inference.waves import KeyValues, Waves, can_forget
 from ..planning.plan import Plan
 from ..weights.threads import Worker
 
-ANYWAY_S = 0.5  # that an idle thread sleeps at most
-ROUNDED = 64  # tokens: plans are made for prompts and answers rounded up to at least so many
+IDLE_CHECK_S = 0.5  # seconds that an idle thread sleeps at most
+ROUNDED = 64  # tokens: lengths are rounded up to this or more, so that few plans are made
 GREEDY = Sampling()
 
 
 @dataclass(frozen=True)
 class Token:
-    """One of an answer: its log-probability before sampling cut anything off, and the likeliest (id, that) there."""
+    """One token of an answer.
+
+    Attributes:
+        logprob: its log-probability before sampling removed any token.
+        top: (id, log-probability) of the likeliest tokens at its place.
+    """
 
     id: int
     logprob: float
@@ -45,7 +51,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Piece:
-    """What a pass added to an answer. `finish_reason` is "stop" or "length" in the last one."""
+    """What a pass added to an answer. `finish_reason` is "stop" or "length" in the last piece, and None before it."""
 
     text: str
     tokens: list[Token]
@@ -54,15 +60,16 @@ class Piece:
 
 @dataclass(eq=False)
 class Wanted:
-    """An answer that is wanted.
+    """A request for an answer.
 
     Attributes:
-        prompt: token ids. limit: tokens of the answer. stop: texts that end it.
-        voice: who decodes; adapter: as in `MicroBatch`.
+        prompt: token ids. limit: the most tokens of the answer. stop: texts that end it.
+        voice: the model that answers. adapter: as in `MicroBatch`.
         sampler: makes mlx-lm's sampler and processors, on the thread that uses them; None: the likeliest token.
-        seed: of random numbers. n_top: how many of the likeliest tokens are to be told.
-        events: what happens to it: itself when it is taken in, then `Piece`s; an exception ends it.
-        promised: passes that it waits at most; waited: that it did; None: not known yet.
+        seed: of random numbers. n_top: how many of the likeliest tokens `Token.top` has.
+        events: gets the request itself when it was taken in, then `Piece`s. An exception ends it.
+        promised: passes that it waits at most. waited: passes that it waited. None: not known yet.
+        came: the round in which it was taken in.
     """
 
     prompt: list[int]
@@ -90,10 +97,13 @@ class Wanted:
 
 
 class Voice:
-    """A model that rows are decoded with, and its rows.
+    """A model, and the rows that it generates.
 
     Args:
         tokenizer: mlx-lm's. wave: rows at a time at most.
+
+    Attributes:
+        own: choosers of rows that have their own, by `repr` of the row's id.
     """
 
     def __init__(self, model: Decoder, tokenizer: Any, wave: int):
@@ -106,12 +116,12 @@ class Voice:
         self.waves = self._new_waves()
 
     def drop_all(self) -> None:
-        """Forget all rows."""
+        """Remove all rows."""
         self.own.clear()
         self.waves = self._new_waves()
 
     def row_nbytes(self, tokens: int) -> tuple[list[int], int]:
-        """(what a row of so many tokens keeps of each layer, and what its drafts keep)."""
+        """(bytes of each layer's cache for a row of so many tokens, bytes of the draft model's caches)."""
         drafts = 0 if self._drafter is None else sum(kept_nbytes(self._drafter.model, KeyValues(), tokens))
         return kept_nbytes(self.model, KeyValues(), tokens), drafts
 
@@ -121,9 +131,9 @@ class Voice:
 
 
 class OneRow:
-    """Chooses the tokens of one answer as `slowft generate` would for a single prompt, and notes the likeliest.
+    """Chooses the tokens of one answer as `slowft generate` would for a single prompt, and notes the likeliest tokens.
 
-    What goes wrong with it, such as settings that mlx-lm's samplers do not take, ends this answer and no other.
+    An error, such as with settings that mlx-lm's samplers do not take, ends this answer and no other.
     """
 
     def __init__(self, wanted: Wanted):
@@ -163,11 +173,11 @@ class Scheduler:
     """Runs the models' passes.
 
     Args:
-        open_models: called on the thread; gives (voices, what closes the models).
-        wave: rows at a time at most; None: as many as memory lets, up to 32.
+        open_models: is called on the thread; gives (voices, a function that closes the models).
+        wave: rows at a time at most; None: as many as fit into memory, up to 32.
 
     Attributes:
-        voices: that were opened.
+        voices: the models that were opened.
         rounds: how often all voices that had rows made a pass. wave: rows at a time by the last plan.
         longest_wait: (promised, waited) of the request that waited for the most passes.
     """
@@ -189,7 +199,7 @@ class Scheduler:
         self._is_open = threading.Event()
         self._failure: BaseException | None = None
         self._worker = Worker("slowft-passes")
-        self._done: Future | None = None  # of all passes
+        self._done: Future | None = None  # is done when the thread has ended
 
     def start(self) -> None:
         """Open the models.
@@ -203,10 +213,10 @@ class Scheduler:
             raise self._failure
 
     def want(self, wanted: Wanted) -> None:
-        """Have it answered. It is told on its queue whether it was taken in.
+        """Have a request answered. Its queue says whether it was taken in.
 
         Raises:
-            ConfigError, DataError: a prompt that no model takes.
+            ConfigError, DataError: the model cannot take the prompt.
         """
         check([Asked(0, wanted.prompt, wanted.prompt)], wanted.voice.model.embedding_rows)
         with self._changed:
@@ -214,13 +224,13 @@ class Scheduler:
             self._changed.notify()
 
     def cancel(self, wanted: Wanted) -> None:
-        """Nobody waits for it any more."""
+        """End a request whose answer nobody waits for any more."""
         with self._changed:
             wanted.is_cancelled = True
             self._changed.notify()
 
     def close(self, timeout_s: float | None = None) -> None:
-        """End after the pass that runs, answers or not; it is waited for no longer than that."""
+        """End the thread after the current pass, even amid answers; wait for it no longer than `timeout_s`."""
         with self._changed:
             self._is_closing = True
             self._changed.notify()
@@ -231,11 +241,11 @@ class Scheduler:
 
     @property
     def is_well(self) -> bool:
-        """Whether its thread makes passes, or waits for requests."""
+        """Whether the thread is running: it makes passes, or waits for requests."""
         return self._done is not None and not self._done.done()
 
     def state(self) -> dict[str, Any]:
-        """For /health."""
+        """What /health shows."""
         promised, waited = self.longest_wait
         return {
             "wave": self.wave,
@@ -275,7 +285,7 @@ class Scheduler:
     def _wait_for_work(self) -> bool:
         with self._changed:
             while not (self._is_closing or self._has_work):
-                self._changed.wait(ANYWAY_S)
+                self._changed.wait(IDLE_CHECK_S)
             return not self._is_closing
 
     @property
@@ -283,13 +293,14 @@ class Scheduler:
         return bool(self._inbox or self._waiting or self._active)
 
     def _take_in(self) -> None:
+        """Move requests from the inbox to those that wait, and promise each how long."""
         while self._inbox:
             wanted = self._inbox.popleft()
             if wanted.is_cancelled:
                 continue
             try:
                 wanted.promised = self._promise(wanted)
-            except SlowftError as e:  # too long for the memory
+            except SlowftError as e:  # memory is too little for so long a request
                 wanted.events.put(e)
                 continue
             wanted.came = self.rounds
@@ -303,7 +314,7 @@ class Scheduler:
             self._leave(wanted)
 
     def _admit(self) -> None:
-        """Rows join while the plan for the longest of them has room, in the order in which they came."""
+        """Let waiting rows join, in the order in which they came, while the plan for the longest of them has room."""
         n_prompts = 0
         while self._waiting:
             wanted = self._waiting[0]
@@ -341,45 +352,47 @@ class Scheduler:
         return True
 
     def _round(self) -> None:
+        """One pass of each model that has rows."""
         for voice in self.voices:
             if not any(wanted.voice is voice for wanted in self._active):
                 continue
             try:
                 steps = voice.waves.step()
-            except Exception as e:  # a drive that fails, memory that is not there: the next pass may be well
+            except Exception as e:  # such as a failing drive, or too little memory: the next pass may succeed
                 self._drop_all(voice, e)
                 continue
             for step in steps:
-                self._tell(step.row.state, step.tokens, step.logprobs)
+                self._deliver(step.row.state, step.tokens, step.logprobs)
         self.rounds += 1
 
     def _drop_all(self, voice: Voice, error: Exception) -> None:
-        """A pass failed: its rows end."""
+        """End a voice's rows, as their pass failed."""
         for wanted in [wanted for wanted in self._active if wanted.voice is voice]:
             wanted.events.put(gpu_error(error) or error)
             self._leave(wanted)
         voice.drop_all()
         self._followed = None
 
-    def _tell(self, wanted: Wanted, tokens: Sequence[int], logprobs: Sequence[float]) -> None:
+    def _deliver(self, wanted: Wanted, tokens: Sequence[int], logprobs: Sequence[float]) -> None:
+        """Put what a pass added to an answer on its queue, and end the answer if it is finished."""
         row, text, own = wanted.row, wanted.text, wanted.voice.own.get(repr(wanted.row.id))
         if wanted.error is not None:
             wanted.voice.waves.remove(row)
             wanted.events.put(wanted.error)
             self._leave(wanted)
             return
-        known = len(text.tokens)
+        n_before = len(text.tokens)
         segment = text.add(tokens, logprobs, wanted.voice.tokenizer.eos_token_ids)
         if text.is_stopped and row.finish_reason is None:
             wanted.voice.waves.remove(row)
         reason = "stop" if text.is_stopped else row.finish_reason
         if reason is not None:
             segment += text.finish()
-        found = [
+        new = [
             Token(text.tokens[i], text.logprobs[i], () if own is None else own.top.pop(i, ()))
-            for i in range(known, len(text.tokens))
+            for i in range(n_before, len(text.tokens))
         ]
-        wanted.events.put(Piece(segment, found, reason))
+        wanted.events.put(Piece(segment, new, reason))
         if reason is not None:
             self._leave(wanted)
 
@@ -390,9 +403,9 @@ class Scheduler:
     # --- What there is room for ------------------------------------------------------------------------
 
     def _promise(self, wanted: Wanted) -> int:
-        """Passes that it waits at most: as if every answer became as long as it may.
+        """Passes that a request waits at most, if every answer becomes as long as its limit.
 
-        Which rows are together when it is admitted is not known, so the least room is counted that any of them has.
+        It is not known which rows will be together when it is admitted. So the smallest wave of any of them is assumed.
         """
         ahead = [*self._active, *self._waiting, wanted]
         shapes = [self._shape([one]) for one in ahead]
@@ -404,24 +417,22 @@ class Scheduler:
         )
 
     def _shape(self, rows: Sequence[Wanted]) -> tuple[int, int]:
-        """(tokens of the longest prompt, with its answer), rounded up: plans are made for few shapes."""
+        """(most tokens of a prompt, most tokens of a prompt with its answer), rounded up to few shapes."""
         tokens = max(len(one.prompt) for one in rows)
         total = max(len(one.prompt) + one.limit for one in rows)
         return rounded(tokens), rounded(total)
 
     def _size(self, tokens: int, total: int) -> tuple[int, int]:
-        """(rows at a time, of them those whose prompts go through in one pass)."""
-        found = self._sizes.get((tokens, total))
-        if found is None:
-            rows, prompts, _ = self._budget.size_decoding(self._wave_of(self._limit, tokens, total))
-            found = self._sizes[tokens, total] = rows, prompts
-        return found
+        """(rows at a time, prompts that go through in one pass at most)."""
+        if (tokens, total) not in self._sizes:
+            self._sizes[tokens, total] = self._budget.size_decoding(self._wave_of(self._limit, tokens, total))[:2]
+        return self._sizes[tokens, total]
 
     def _follow(self, rows: int, tokens: int, total: int) -> None:
-        """Let memory that no row needs now keep weights."""
+        """Follow the plan for so many rows. Memory that they do not need keeps weights."""
         key = rows, tokens, total
         if self._followed is not None and self._followed[1:] == key[1:] and self._followed[0] // 4 < rows:
-            key = max(key, self._followed)  # rows come and go: weights are not dropped and read again for each
+            key = max(key, self._followed)  # so that weights are not dropped and read again whenever rows come and go
         if key == self._followed:
             return
         if key not in self._plans:
@@ -430,7 +441,7 @@ class Scheduler:
         self._followed = key
 
     def _wave_of(self, rows: int, tokens: int, total: int) -> Wave:
-        """Rows of any voice: of the one that keeps the most."""
+        """So many rows of any voice, with the memory of the voice that needs the most."""
         kept = [voice.row_nbytes(total) for voice in self.voices]
         drafted = max(voice.most_drafted for voice in self.voices)
         models = [voice.model for voice in self.voices]
@@ -450,17 +461,18 @@ class Scheduler:
 
 
 def rounded(tokens: int) -> int:
-    """Up to a quarter of the power of two below, and to `ROUNDED`."""
+    """`tokens` rounded up to a multiple of a quarter of the power of two below, or of `ROUNDED` if that is larger."""
     step = max(ROUNDED, 1 << max(0, tokens.bit_length() - 3))
     return -(-tokens // step) * step
 
 
 def passes_ahead(running: Sequence[int], waiting: Sequence[int], size: int, prefilled: int) -> int:
-    """Passes before the last of those that wait has its first one, if no answer ends before its limit.
+    """Passes until the last of the waiting answers begins, if no answer ends before its limit.
 
     Args:
-        running: tokens that are left of each answer that is being made; waiting: of those that wait, in their order.
-        size: rows at a time. prefilled: prompts in one pass.
+        running: tokens that may still come of each answer that is being made.
+        waiting: tokens of each answer that waits, in their order.
+        size: rows at a time. prefilled: prompts that go through in one pass at most.
     """
     ends = list(running)  # the passes after which rows leave
     heapq.heapify(ends)

@@ -1,6 +1,6 @@
-"""The HTTP server: each connection has a thread, which takes requests in and has them answered by whoever is asked.
+"""The HTTP server: each connection has a thread, which reads requests and has them answered.
 
-Comes in: connections. Goes out: what `Local`, `Upstream` and `Pages` answer. Chat and plain completions are recorded.
+Comes in: connections. Goes out: answers of `Local`, `Upstream` and `Pages`. Chat and plain completions are recorded.
 """
 
 import errno
@@ -15,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError, printable, reason_of
+from ..errors import ConfigError, first_line, printable, reason_of
 from . import answers
 from .guard import Guard, Refused, is_loopback, length_of
 from .pages import Pages
@@ -24,20 +24,20 @@ from .replies import Caught, Gone, Reply, error_of
 from .upstream import Broken, Link, Upstream
 from .watch import Watch
 
-if TYPE_CHECKING:  # importing it imports mlx-lm, which a server that only passes requests on does without
+if TYPE_CHECKING:  # the import would load mlx-lm, which a server that only passes requests on does not need
     from .local import Local
 
-IDLE_S = 60  # that a client may take to send a request, or to take in a piece of an answer
+IDLE_S = 60  # seconds that a client may take to send a request, or to receive a piece of an answer
 WAITING = 512  # connections that the system holds until a thread takes them
 COMPLETIONS = ("/v1/chat/completions", "/v1/completions")
-ENDING_S = 0.5  # that answers have when the server ends, and then records twice that
-FULL_S = 0.1  # between two looks at connections that wait, while no more files can be opened
+ENDING_S = 0.5  # seconds that a server which ends waits for answers; then it waits twice as long for records
+FULL_S = 0.1  # seconds between two looks at waiting connections while no more files can be opened
 ENDED = "the server was stopped"
 
 
 @dataclass
 class Parts:
-    """What a server is made of. What is None is not there."""
+    """The parts of a server. A part that is None does not exist."""
 
     guard: Guard
     pages: Pages
@@ -52,7 +52,7 @@ class Server(ThreadingHTTPServer):
     """Listens, and answers until it is closed.
 
     Raises:
-        ConfigError: an address that others reach, without a token; or one that is in use.
+        ConfigError: the address is in use, or other machines can reach it and there is no token.
     """
 
     daemon_threads = True
@@ -86,9 +86,9 @@ class Server(ThreadingHTTPServer):
         self._thread.start()
 
     def close(self) -> None:
-        """Take no more requests, break off those that are being answered, and finish what is recorded.
+        """Take no more requests, break off answers that are being made, and finish recording.
 
-        That may take long where another program has the file; `is_recorded` says whether it was waited for.
+        Recording takes long if another program has locked the file. `is_recorded` says whether it was finished.
         """
         self.is_ending = True
         if self._thread.is_alive():
@@ -102,7 +102,7 @@ class Server(ThreadingHTTPServer):
         self.watch.close()
 
     def server_bind(self) -> None:
-        """Without asking name servers for this machine's name, as `http.server` does: nobody needs it."""
+        """Bind as `http.server` does, but without asking name servers for this machine's name, which is not needed."""
         TCPServer.server_bind(self)
 
     def get_request(self) -> Any:
@@ -115,13 +115,13 @@ class Server(ThreadingHTTPServer):
             raise
 
     def answering(self, change: int) -> None:
-        """One more request is being answered, or one less."""
+        """Count one more request that is being answered, or one less."""
         with self._changed:
             self._answering += change
             self._changed.notify_all()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A connection that broke is no news."""
+        """Do nothing: connections of clients break all the time."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -148,10 +148,10 @@ class Handler(BaseHTTPRequestHandler):
     do_POST = do_DELETE = do_GET
 
     def log_message(self, *_: Any) -> None:
-        """Nothing: `_take` tells of answers."""
+        """Do nothing: `_take` calls `on_answer`."""
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Of what is no request that could be read."""
+        """Answer something that is no readable request."""
         self.close_connection = True
         body = json.dumps(error_of(code, message or "this is no request")).encode()
         self.send_response_only(code)
@@ -171,22 +171,23 @@ class Handler(BaseHTTPRequestHandler):
         try:
             self._answer(reply)
         except Refused as e:
-            self._say(reply, e.status, str(e), e.code, e.param)
-        except (Gone, Broken):
-            self.close_connection = True
-        except OSError:  # reading the request
+            self._refuse(reply, e.status, str(e), e.code, e.param)
+        except (Gone, Broken, OSError):  # OSError: the request could not be read
             self.close_connection = True
         except Exception as e:  # a fault of ours: the client is told, and the server goes on
-            self._say(reply, 500, f"{type(e).__name__}: {next(iter(str(e).splitlines()), '')}")
+            self._refuse(reply, 500, f"{type(e).__name__}: {next(iter(str(e).splitlines()), '')}")
         finally:
             self.server.answering(-1)
             if self.server.parts.on_answer is not None:
                 status = reply.status if not reply.is_gone else "gone"
-                took = time.perf_counter() - begin
-                self.server.parts.on_answer(f"{self.command} {printable(self.path[:80])} {status} {took:.2f} s")
+                seconds = time.perf_counter() - begin
+                self.server.parts.on_answer(f"{self.command} {printable(self.path[:80])} {status} {seconds:.2f} s")
 
-    def _say(self, reply: Reply, status: int, message: str, code: str | None = None, param: str | None = None) -> None:
-        if reply.status is not None:  # the client has part of an answer: that it breaks off says enough
+    def _refuse(
+        self, reply: Reply, status: int, message: str, code: str | None = None, param: str | None = None
+    ) -> None:
+        """Answer with an error, or break off if a part of an answer was already sent."""
+        if reply.status is not None:
             self.close_connection = True
             return
         with suppress(Gone):
@@ -198,7 +199,7 @@ class Handler(BaseHTTPRequestHandler):
             path = parts.guard.check(self.path, self.headers)
             length = length_of(self.headers)
         except Refused:
-            self.close_connection = True  # its body is not read
+            self.close_connection = True  # the body is not read
             raise
         body = self.rfile.read(length)
         if len(body) < length:
@@ -208,10 +209,9 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(503, ENDED)
         query = self.path.partition("?")[2]
         if path == "/" or path.startswith("/api/"):
-            parts.pages.answer(self.command, path, query, _parsed(body)[1], reply)
+            parts.pages.answer(self.command, path, query, _parsed(body), reply)
         elif path == "/health" and self.command == "GET":
-            status, said = self._health()
-            reply.json(status, said)
+            reply.json(*self._health())
         elif path in COMPLETIONS and self.command == "POST":
             self._complete(path, body, reply)
         elif path == "/v1/models" or path.startswith("/v1/models/"):
@@ -227,33 +227,33 @@ class Handler(BaseHTTPRequestHandler):
 
     def _complete(self, path: str, body: bytes, reply: Reply) -> None:
         parts = self.server.parts
-        is_json, said = _parsed(body)
-        is_local = parts.local is not None and parts.local.name_of(said) is not None
+        parsed = _parsed(body)
+        is_local = parts.local is not None and parts.local.name_of(parsed) is not None
         if not is_local and parts.upstream is None:
-            if not is_json or not isinstance(said, dict):
+            if not isinstance(parsed, dict):
                 raise Refused(400, "the body must be a JSON object")
-            raise Refused(404, self._unknown(said.get("model")), "model_not_found", "model")
-        if parts.is_caching and parts.recorder is not None and self._from_cache(path, body, said, reply):
+            raise Refused(404, self._unknown(parsed.get("model")), "model_not_found", "model")
+        if parts.is_caching and parts.recorder is not None and self._from_cache(path, body, parsed, reply):
             return
         record = None
         if parts.recorder is not None:
-            tags = tags_of(self.headers.get("op-tags"), said)
+            tags = tags_of(self.headers.get("op-tags"), parsed)
             record = parts.recorder.begin(path, body, "local" if is_local else "upstream", tags)
             reply.before, reply.kept = record.wait, bytearray()
         error: str | None = None
         try:
             if is_local:
-                self._answer_here(path, said, reply)
+                self._answer_here(path, parsed, reply)
             else:
                 self._forward(body, reply)
         except Refused as e:
-            self._say(reply, e.status, str(e), e.code, e.param)
+            self._refuse(reply, e.status, str(e), e.code, e.param)
             error = str(e)
         except Gone:
             error = ENDED if self.server.is_ending else "the client hung up"
             raise
         except BaseException as e:
-            error = next(iter(str(e).splitlines()), "") or type(e).__name__
+            error = first_line(e)
             raise
         finally:
             if record is not None:
@@ -264,7 +264,7 @@ class Handler(BaseHTTPRequestHandler):
         kind, coding = reply.header("content-type"), reply.header("content-encoding")
         record.finish(Answered(reply.status, body, kind, coding, error, not reply.is_ended))
 
-    def _answer_here(self, path: str, said: dict, reply: Reply) -> None:
+    def _answer_here(self, path: str, body: dict, reply: Reply) -> None:
         cancels: list[Callable[[], None]] = []
 
         def gone() -> None:
@@ -274,23 +274,23 @@ class Handler(BaseHTTPRequestHandler):
 
         def on_gone(cancel: Callable[[], None]) -> None:
             cancels.append(cancel)
-            if reply.is_gone:  # before there was anything to cancel
+            if reply.is_gone:  # the client hung up before this could be cancelled
                 cancel()
 
         with self.server.watch.watching(self.connection, gone):
-            self.server.parts.local.answer(path, said, reply, on_gone)
+            self.server.parts.local.answer(path, body, reply, on_gone)
 
-    def _from_cache(self, path: str, body: bytes, said: Any, reply: Reply) -> bool:
-        """Answer as an equal request was answered before; False: none was, or the file cannot say."""
+    def _from_cache(self, path: str, body: bytes, parsed: Any, reply: Reply) -> bool:
+        """Answer as an equal request was answered before; False: there was none, or the file cannot be read."""
         try:
             row = self.server.parts.recorder.store.cached(path, body)
-        except Exception:  # whatever is wrong with the file, the application gets its answer
+        except Exception:  # whatever is wrong with the file, the application gets an answer
             return False
         if row is None or not isinstance(row.response, dict):
             return False
         headers = [("slowft-cache", str(row.id))]
-        if isinstance(said, dict) and said.get("stream") is True:
-            options = said.get("stream_options")
+        if isinstance(parsed, dict) and parsed.get("stream") is True:
+            options = parsed.get("stream_options")
             with_usage = isinstance(options, dict) and bool(options.get("include_usage"))
             reply.whole(200, answers.as_stream(row.response, with_usage), "text/event-stream", headers)
         else:
@@ -298,10 +298,10 @@ class Handler(BaseHTTPRequestHandler):
         return True
 
     def _unknown(self, model: Any) -> str:
-        known = ", ".join(self.server.parts.local.names) if self.server.parts.local is not None else "none"
-        return f"the model {str(model)[:100]!r} is not here, and there is no --upstream to ask. Known are: {known}"
+        names = ", ".join(self.server.parts.local.names) if self.server.parts.local is not None else "none"
+        return f"the model {str(model)[:100]!r} is not here, and there is no --upstream to ask. Known are: {names}"
 
-    # --- The rest ---------------------------------------------------------------------------------------
+    # --- Other requests ---------------------------------------------------------------------------------
 
     def _forward(self, body: bytes, reply: Reply) -> None:
         parts = self.server.parts
@@ -316,28 +316,29 @@ class Handler(BaseHTTPRequestHandler):
             link.forward(self.command, self.path, self.headers, body, not is_own, reply)
 
     def _models(self, path: str, body: bytes, reply: Reply) -> None:
-        """Those of this machine, and then the upstream's, if it tells this client of any."""
+        """Answer with the models of this machine and then the upstream's, or with the one that the path names."""
         parts = self.server.parts
-        here = [
-            {"id": name, "object": "model", "created": parts.local.created, "owned_by": "slowft"}
+        local = {
+            name: {"id": name, "object": "model", "created": parts.local.created, "owned_by": "slowft"}
             for name in (parts.local.names if parts.local is not None else ())
-        ]
+        }
         if path != "/v1/models":
-            found = [one for one in here if one["id"] == path.removeprefix("/v1/models/")]
-            if found and self.command == "GET":
-                reply.json(200, found[0])
+            name = path.removeprefix("/v1/models/")
+            if name in local and self.command == "GET":
+                reply.json(200, local[name])
             elif parts.upstream is not None:
                 self._forward(body, reply)
             else:
-                raise Refused(404, self._unknown(path.removeprefix("/v1/models/")), "model_not_found", "model")
+                raise Refused(404, self._unknown(name), "model_not_found", "model")
         elif self.command != "GET":
-            raise Refused(405, "/v1/models is only read")
-        elif not here and parts.upstream is not None:
+            raise Refused(405, "/v1/models can only be read, with GET")
+        elif not local and parts.upstream is not None:
             self._forward(body, reply)
         else:
-            reply.json(200, {"object": "list", "data": here + self._models_upstream()})
+            reply.json(200, {"object": "list", "data": [*local.values(), *self._models_upstream()]})
 
     def _models_upstream(self) -> list[Any]:
+        """The models that the upstream lists for this client; none if it cannot be asked."""
         if self.server.parts.upstream is None:
             return []
         caught = Caught(self)
@@ -347,23 +348,24 @@ class Handler(BaseHTTPRequestHandler):
         if caught.status != 200 or not caught.is_ended:
             return []
         kind, coding = caught.header("content-type"), caught.header("content-encoding")
-        found = (answers.read(bytes(caught.kept), kind, coding) or {}).get("data")
-        return found if isinstance(found, list) else []
+        models = (answers.read(bytes(caught.kept), kind, coding) or {}).get("data")
+        return models if isinstance(models, list) else []
 
     def _health(self) -> tuple[int, dict]:
+        """(HTTP status, body) of the answer to /health."""
         parts = self.server.parts
         is_well = parts.local is None or parts.local.scheduler.is_well
-        said: dict[str, Any] = {"status": "ok" if is_well else "unavailable"}
+        health: dict[str, Any] = {"status": "ok" if is_well else "unavailable"}
         if parts.local is not None:
-            said |= parts.local.scheduler.state()
+            health |= parts.local.scheduler.state()
         if parts.recorder is not None:
-            said["recorded"] = {"requests": parts.recorder.written, "lost": parts.recorder.lost}
-        return (200 if is_well else 503), said
+            health["recorded"] = {"requests": parts.recorder.written, "lost": parts.recorder.lost}
+        return (200 if is_well else 503), health
 
 
-def _parsed(body: bytes) -> tuple[bool, Any]:
-    """(whether it is JSON, what it says)."""
+def _parsed(body: bytes) -> Any:
+    """The value of a body of JSON; None: it is no JSON."""
     try:
-        return True, json.loads(body)
+        return json.loads(body)
     except (ValueError, RecursionError):
-        return False, None
+        return None

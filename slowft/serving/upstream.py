@@ -1,6 +1,6 @@
 """Passes requests on to another server, and its answers back as they come, byte for byte.
 
-Only ever connects to the one host that it was made for, and follows no redirect. Knows nothing of what is in a body.
+It connects only to the one host that it was made for, and follows no redirect. It never looks into a body.
 """
 
 import http.client
@@ -12,16 +12,16 @@ from contextlib import suppress
 from email.message import Message
 from urllib.parse import urlsplit
 
-from ..errors import ConfigError
+from ..errors import ConfigError, first_line
 from .guard import Refused
 from .replies import Gone, Reply
 
 CONNECT_S = 30
 SILENT_S = 600  # the openai package waits as long for an answer
 PIECE_NBYTES = 1 << 16
-OWN_KEY = "SLOWFT_UPSTREAM_KEY"  # in the environment: of requests that bring none
+OWN_KEY = "SLOWFT_UPSTREAM_KEY"  # environment variable with the key for requests that have none
 PREFIX = "/v1"
-# RFC 9110, 7.6.1: between two neighbours only.
+# Headers for one connection only, which a proxy must not pass on (RFC 9110, 7.6.1).
 HOP_BY_HOP = {
     "connection",
     "keep-alive",
@@ -33,7 +33,7 @@ HOP_BY_HOP = {
     "transfer-encoding",
     "upgrade",
 }
-READABLE = ("gzip", "deflate", "identity")  # of the codings that a client may ask for, those that can be recorded
+READABLE = ("gzip", "deflate", "identity")  # codings of answers that can be recorded
 
 
 class Upstream:
@@ -42,7 +42,7 @@ class Upstream:
     Args:
         url: as clients are given it, such as https://api.openai.com/v1.
     Raises:
-        ConfigError: it is none.
+        ConfigError: the text is no base URL.
     """
 
     def __init__(self, url: str):
@@ -60,21 +60,21 @@ class Upstream:
         self._port = port or (443 if self._context else 80)
 
     def link(self) -> "Link":
-        """A connection for the requests that come over one connection of a client's."""
+        """A new connection, which serves the requests of one connection of a client."""
         return Link(self)
 
     def connect(self) -> http.client.HTTPConnection:
         if self._context is not None:
-            made = http.client.HTTPSConnection(self._host, self._port, timeout=CONNECT_S, context=self._context)
+            connection = http.client.HTTPSConnection(self._host, self._port, timeout=CONNECT_S, context=self._context)
         else:
-            made = http.client.HTTPConnection(self._host, self._port, timeout=CONNECT_S)
-        made.connect()
-        made.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        made.sock.settimeout(SILENT_S)
-        return made
+            connection = http.client.HTTPConnection(self._host, self._port, timeout=CONNECT_S)
+        connection.connect()
+        connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.sock.settimeout(SILENT_S)
+        return connection
 
     def target(self, target: str) -> str:
-        """The upstream's, of one of ours that begins with /v1/."""
+        """The upstream's target for one of ours that begins with /v1/."""
         return self._path + target.removeprefix(PREFIX)
 
     @property
@@ -83,7 +83,7 @@ class Upstream:
 
 
 class Link:
-    """One connection to the upstream, kept between requests. Of one thread, but for `cancel`."""
+    """One connection to the upstream, kept between requests. Only `cancel` may be called from other threads."""
 
     def __init__(self, upstream: Upstream):
         self._upstream = upstream
@@ -93,20 +93,20 @@ class Link:
         """Have the upstream answer a request.
 
         Args:
-            target: has been through `guard.path_of`. keep_key: its Authorization is for the upstream.
+            target: was checked by `guard.path_of`. keep_key: the request's Authorization is for the upstream.
         Raises:
-            Refused: the upstream cannot be reached, or says nothing that is HTTP.
-            Broken: its answer ended too early.
-            Gone: the client did.
+            Refused: the upstream cannot be reached, or does not answer in HTTP.
+            Broken: the upstream's answer ended too early.
+            Gone: the client has hung up.
         """
-        sent = request_headers(headers, keep_key)
+        passed_on = request_headers(headers, keep_key)
         try:
-            response = self._ask(method, self._upstream.target(target), sent, body, reply)
+            response = self._ask(method, self._upstream.target(target), passed_on, body, reply)
         except (OSError, http.client.HTTPException) as e:
             self.close()
             if reply.is_gone:
                 raise Gone from e
-            raise Refused(502, f"the upstream {self._upstream.name} cannot be used: {_said(e)}", "upstream") from e
+            raise Refused(502, f"the upstream {self._upstream.name} cannot be used: {first_line(e)}", "upstream") from e
         has_body = response.status not in (204, 304)
         left = response.length if has_body and not response.chunked else None
         try:
@@ -123,12 +123,12 @@ class Link:
         except BaseException:
             self.close()
             raise
-        response.close()  # of a whole answer: the connection stays
+        response.close()  # the answer is whole, and the connection stays open
         if response.will_close:
             self.close()
 
     def cancel(self) -> None:
-        """Have whoever reads from it, on another thread, read no more."""
+        """End the reading from the upstream on another thread."""
         connection = self._connection
         if connection is not None and (sock := connection.sock) is not None:
             with suppress(OSError):
@@ -143,7 +143,7 @@ class Link:
         if self._connection is not None and _is_over(self._connection.sock):
             self.close()
         connection = self._connection = self._connection or self._upstream.connect()
-        if reply.is_gone:  # before there was anything to cancel
+        if reply.is_gone:  # the client hung up before `cancel` could end anything
             raise Gone
         connection.putrequest(method, target, skip_host=True, skip_accept_encoding=True)
         connection.putheader("Host", self._upstream.name)
@@ -161,7 +161,7 @@ class Link:
         except (OSError, http.client.HTTPException, ValueError) as e:
             if reply.is_gone:
                 raise Gone from e
-            raise Broken(f"the upstream's answer ended too early: {_said(e)}") from e
+            raise Broken(f"the upstream's answer ended too early: {first_line(e)}") from e
 
 
 class Broken(Exception):  # noqa: N818  (what happened, not whose error it is)
@@ -169,35 +169,35 @@ class Broken(Exception):  # noqa: N818  (what happened, not whose error it is)
 
 
 def request_headers(headers: Message, keep_key: bool) -> list[tuple[str, str]]:
-    """Of a client's request, those that the upstream gets."""
+    """The headers of a client's request that the upstream gets."""
     left_out = HOP_BY_HOP | _named(headers) | {"host", "content-length", "expect", "op-tags", "accept-encoding"}
-    if "Origin" in headers:  # of a page: its cookies are those of anything on this machine, whatever its port
+    if "Origin" in headers:  # a page sends the cookies of all servers on this machine, whatever their port
         left_out |= {"cookie", "origin", "referer"}
     if not keep_key:
         left_out |= {"authorization"}
-    found = [(name, value) for name, value in headers.items() if name.lower() not in left_out]
+    passed_on = [(name, value) for name, value in headers.items() if name.lower() not in left_out]
     codings = ", ".join(headers.get_all("Accept-Encoding") or ())
-    kept = [one.strip() for one in codings.split(",") if one.strip().partition(";")[0].strip().lower() in READABLE]
-    found.append(("Accept-Encoding", ", ".join(kept) or "identity"))
+    readable = [one.strip() for one in codings.split(",") if one.strip().partition(";")[0].strip().lower() in READABLE]
+    passed_on.append(("Accept-Encoding", ", ".join(readable) or "identity"))
     key = os.environ.get(OWN_KEY)
     if key and not (keep_key and "Authorization" in headers):
-        found.append(("Authorization", f"Bearer {key}"))
-    return found
+        passed_on.append(("Authorization", f"Bearer {key}"))
+    return passed_on
 
 
 def response_headers(headers: Message) -> list[tuple[str, str]]:
-    """Of the upstream's answer, those that the client gets."""
+    """The headers of the upstream's answer that the client gets."""
     left_out = HOP_BY_HOP | _named(headers) | {"content-length"}
     return [(name, value) for name, value in headers.items() if name.lower() not in left_out]
 
 
 def _named(headers: Message) -> set[str]:
-    """That Connection says are between neighbours."""
+    """Names of headers that the Connection header limits to one connection."""
     return {name.strip().lower() for value in headers.get_all("Connection") or () for name in value.split(",")}
 
 
 def _is_over(sock: socket.socket | None) -> bool:
-    """Whether the other side has closed a connection that was idle, or said what nobody asked for."""
+    """Whether the other side has closed an idle connection, or sent something without a request."""
     if sock is None:
         return True
     sock.settimeout(0)
@@ -210,7 +210,3 @@ def _is_over(sock: socket.socket | None) -> bool:
         return True
     finally:
         sock.settimeout(SILENT_S)
-
-
-def _said(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__

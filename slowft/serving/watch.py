@@ -1,4 +1,4 @@
-"""Notices clients that have gone while their answers are still being made."""
+"""Notices clients that hang up while their answers are being made."""
 
 import select
 import socket
@@ -10,7 +10,7 @@ EVERY_S = 0.2
 
 
 class Watch:
-    """Looks after connections from a thread of its own, as long as there are any."""
+    """Checks connections every `EVERY_S` seconds on a thread of its own, as long as there are any."""
 
     def __init__(self):
         self._watched: dict[socket.socket, Callable[[], None]] = {}
@@ -21,7 +21,7 @@ class Watch:
 
     @contextmanager
     def watching(self, client: socket.socket, gone: Callable[[], None]) -> Iterator[None]:
-        """While this is entered, `gone` is called, once and from another thread, if the client hangs up."""
+        """A context in which `gone` is called, once and from another thread, if the client hangs up."""
         with self._changed:
             self._watched[client] = gone
             self._changed.notify()
@@ -34,8 +34,8 @@ class Watch:
     def all_gone(self) -> None:
         """Treat all clients as if they had hung up."""
         with self._changed:
-            found = list(self._watched.values())
-        for gone in found:
+            callbacks = list(self._watched.values())
+        for gone in callbacks:
             gone()
 
     def close(self) -> None:
@@ -47,8 +47,8 @@ class Watch:
     def _run(self) -> None:
         with self._changed:
             while not self._is_closing:
-                found = [(client, gone) for client, gone in self._watched.items() if _has_hung_up(client)]
-                for client, gone in found:
+                hung_up = [(client, gone) for client, gone in self._watched.items() if _has_hung_up(client)]
+                for client, gone in hung_up:
                     del self._watched[client]
                     gone()
                 self._changed.wait(EVERY_S if self._watched else None)
@@ -58,7 +58,7 @@ def _has_hung_up(client: socket.socket) -> bool:
     try:
         poll = select.poll()
         poll.register(client, select.POLLIN)
-        # A socket with a timeout would wait for it in recv.
+        # Without the poll, recv would wait, because the socket has a timeout.
         return bool(poll.poll(0)) and client.recv(1, socket.MSG_PEEK) == b""
     except OSError:
         return True

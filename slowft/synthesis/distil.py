@@ -19,7 +19,7 @@ from ..engine.budget import default_memory
 from ..engine.model import open_model
 from ..errors import DataError
 from ..inference import score
-from ..inference.teaching import TeachingJob
+from ..inference.teaching import TeachingSession
 from ..inference.vocabularies import check_same_vocabulary
 from ..models.adapters import digest
 from ..reports.base import Report, late_bar
@@ -156,14 +156,14 @@ class Distillation:
         def work(counts: steps.Counts, outs: list[Out]) -> None:
             self._begin(folder, [train], options)
             self._report.note("Scoring the made data with the teacher")
-            job = TeachingJob(settings, adapters, self._top_k, folder, self._report)
+            session = TeachingSession(settings, adapters, self._top_k, folder, self._report)
             try:
-                with late_bar(self._report, job.n_visits) as on_visit:
-                    job.run(on_visit)
+                with late_bar(self._report, session.n_visits) as on_visit:
+                    session.run(on_visit)
                 counts.came_in = counts.went_out = count(train)
-                counts.about = {"tokens": job.work()["tokens"]}
+                counts.about = {"tokens": session.work()["tokens"]}
             finally:
-                job.close()
+                session.close()
 
         files = [folder / "manifest.json"]
         counts = steps.run("teacher", self._steps / "teacher.json", [train], [], options, work, made=files)

@@ -1,7 +1,7 @@
-"""What `slowft score` does behind its options: open, read the samples, see what they are, score, sum up.
+"""Scores samples as `slowft score` does: it opens the model, reads the samples, scores them and sums up.
 
-Comes in: a `TrainConfig` of the options that training has too, adapters, what kind of scoring is asked for. Goes out:
-plain values by sample and by adapter. Whatever can be found wrong is looked for in the order of its cost.
+Comes in: a `TrainConfig` of the options that training has too, adapters, and options of scoring. Goes out: plain values
+by sample and by adapter. Mistakes of the user that are cheap to find are looked for first.
 """
 
 import itertools
@@ -21,17 +21,20 @@ from .passes import Row, n_visits
 SPLIT_ORDER = ("test", "valid", "train")
 
 
-class ScoreJob:
-    """One scoring. `kind` is "texts", "choices", "answers" or "marks".
+class ScoringSession:
+    """An opened model and the samples that it scores.
 
     Args:
-        settings: a `TrainConfig`: `model`, `data`, `memory` and what samples are read and rendered by.
+        settings: a `TrainConfig`: `model`, `data`, `memory` and the options of reading and rendering samples.
         adapters: directories by name.
         emulation: (base that was tuned, or None; its deltas; top-p).
-        split: of a folder; None: test, else valid, else train.
+        split: which set of a folder is scored; None: test, or else valid, or else train.
         judge: marks such as "1-5", if samples ask for one.
         plain: prompts of questions are not written by the chat template.
-        report: is told notes, and of tokenising.
+        report: shows notes, and the progress of tokenising.
+
+    Attributes:
+        kind: what the samples are: "texts", "choices", "answers" or "marks".
     """
 
     def __init__(
@@ -54,7 +57,7 @@ class ScoreJob:
         self.kind = "marks" if self._marks else "texts"
         if is_question and not self._marks:
             self.kind = "choices" if "choices" in first.sample else "answers"
-        _refuse_needless(self.kind, settings, plain)
+        _refuse_options_without_effect(self.kind, settings, plain)
         memory = default_memory() if settings.memory is None else settings.memory
         self.model = opened(
             settings.model,
@@ -75,7 +78,7 @@ class ScoreJob:
             else:
                 prompts = questions.Prompts(tokenizer, False if plain else None)
                 self._read_questions(source, prompts, settings.max_seq_length)
-            self.model.budget.measure_anew()  # with tokenizer and samples in memory
+            self.model.budget.measure_anew()  # tokenizer and samples are in memory now
         except BaseException:
             self.model.close()
             raise
@@ -92,11 +95,11 @@ class ScoreJob:
 
     @property
     def n_visits(self) -> int:
-        """The sum of what `run` calls `on_visit` with."""
+        """The sum of the numbers that `run` calls `on_visit` with."""
         return n_visits(self.model, self._rows, list(self._variants))
 
     def run(self, on_visit: Callable[[int], object] = lambda n: None) -> dict[str, Any]:
-        """Scores of all samples, by the adapter's name."""
+        """Scores of all samples, by name of the adapter."""
         if self.kind == "texts":
             return score.score_rows(self.model, self._rows, self._places, self._variants, on_visit=on_visit)
         if self.kind == "marks":
@@ -105,27 +108,27 @@ class ScoreJob:
         return questions.choose(self.model, self._questions, self._variants, on_visit)
 
     def samples(self, result: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Of each sample, where it came from and its scores by the adapter's name."""
+        """Where each sample came from, and its scores by name of the adapter."""
         for i, place in enumerate(self._places):
-            of_sample = {
-                name: _of_sample(self.kind, (found.samples if self.kind == "texts" else found)[i])
-                for name, found in result.items()
+            scores = {
+                name: _of_sample(self.kind, (of_adapter.samples if self.kind == "texts" else of_adapter)[i])
+                for name, of_adapter in result.items()
             }
-            yield {"where": place, "scores": of_sample}
+            yield {"where": place, "scores": scores}
 
     def summary(self, result: dict[str, Any]) -> dict[str, dict[str, float]]:
-        """Of all samples, by the adapter's name."""
-        return {name: _SUMMARIES[self.kind](found) for name, found in result.items()}
+        """Means over all samples, by name of the adapter."""
+        return {name: _SUMMARIES[self.kind](of_adapter) for name, of_adapter in result.items()}
 
     def work(self) -> dict[str, float]:
-        """What it took: samples, bytes read, how many times the model's size that is, peak memory."""
+        """Number of samples, GB read, readings of the whole model that this equals, and peak memory in GB."""
         total = self.model.stats.total
         n_read = total.bytes_read - self._n_read
         return {
             "samples": len(self._places),
             "read_gb": n_read / 1e9,
             "readings": n_read / self.model.nbytes_on_disk,
-            "peak_memory": self.model.stats.total.peak_memory / 1e9,
+            "peak_memory": total.peak_memory / 1e9,
         }
 
     def close(self) -> None:
@@ -133,15 +136,15 @@ class ScoreJob:
 
 
 def _of_split(data: Any, sources: dict[str, Source], split: str | None) -> tuple[str, Source]:
-    found = split or next((name for name in SPLIT_ORDER if sources[name]), SPLITS[0])
-    if not sources[found]:
-        there = ", ".join(name for name in SPLITS if sources[name]) or "nothing"
-        raise ConfigError(f"{data} has no {found} set: there is {there}. Leave out --split {found}")
-    return found, sources[found]
+    """(name of the set to score, its source)."""
+    name = split or next((name for name in SPLIT_ORDER if sources[name]), SPLITS[0])
+    if not sources[name]:
+        existing = ", ".join(name for name in SPLITS if sources[name]) or "nothing"
+        raise ConfigError(f"{data} has no {name} set: there is {existing}. Leave out --split {name}")
+    return name, sources[name]
 
 
-def _refuse_needless(kind: str, settings: Any, plain: bool) -> None:
-    """Options without effect on this kind of samples."""
+def _refuse_options_without_effect(kind: str, settings: Any, plain: bool) -> None:
     if kind == "texts" and plain:
         raise ConfigError("--plain has no effect on texts: it is about the prompts of questions. Leave it out")
     given = {"--mask-prompt": settings.mask_prompt, "--train-on": settings.train_on}
@@ -164,70 +167,70 @@ def _texts(settings: Any, tokenizer: Any, split: str, model: Any, report: Any) -
 
 
 def _of_one_kind(source: Source, kind: str) -> Iterator:
-    """The samples; one of another kind than the first is bad."""
-    for found in source.read():
-        if not found.reason and ("choices" in found.sample) != (kind == "choices"):
-            found.reason = f"has {'no ' if kind == 'choices' else ''}choices, unlike the first sample"
-        yield found
+    """The samples. A sample of another kind than the first gets a `reason` to be refused."""
+    for line in source.read():
+        if not line.reason and ("choices" in line.sample) != (kind == "choices"):
+            line.reason = f"has {'no ' if kind == 'choices' else ''}choices, unlike the first sample"
+        yield line
 
 
 # --- Plain values -------------------------------------------------------------------------------------
 
 
-def _of_sample(kind: str, found: Any) -> dict[str, Any]:
+def _of_sample(kind: str, scored: Any) -> dict[str, Any]:
     if kind == "texts":
         return {
-            "tokens": found.tokens,
-            "log_probability": found.total,
-            "perplexity": found.perplexity,
-            "exact": found.is_exact,
-            "log_probabilities": [round(float(value), 6) for value in found.log_probabilities],
+            "tokens": scored.tokens,
+            "log_probability": scored.total,
+            "perplexity": scored.perplexity,
+            "exact": scored.is_exact,
+            "log_probabilities": [round(float(value), 6) for value in scored.log_probabilities],
         }
     if kind == "marks":
-        return {"mark": found.value, "share": found.share, "probabilities": found.probabilities}
-    of_answer = {"exact": found.is_exact, "log_probabilities": found.totals}
+        return {"mark": scored.value, "share": scored.share, "probabilities": scored.probabilities}
+    of_answer = {"exact": scored.is_exact, "log_probabilities": scored.totals}
     if kind == "answers":
         return of_answer
-    chosen = {"chosen": found.chosen, "chosen_by_length": found.chosen_by_length}
-    return chosen | {"acc": found.is_right, "acc_norm": found.is_right_by_length} | of_answer
+    chosen = {"chosen": scored.chosen, "chosen_by_length": scored.chosen_by_length}
+    return chosen | {"acc": scored.is_right, "acc_norm": scored.is_right_by_length} | of_answer
 
 
-def _of_texts(found: score.Score) -> dict[str, float]:
+def _sum_up_texts(scores: score.Score) -> dict[str, float]:
     return {
-        "perplexity": found.perplexity,
-        "perplexity_stderr": found.perplexity_error,
-        "log_probability": found.mean,
-        "log_probability_stderr": found.standard_error,
-        "tokens": found.tokens,
-        "samples": len(found.samples),
-        "exact": found.exact,
+        "perplexity": scores.perplexity,
+        "perplexity_stderr": scores.perplexity_error,
+        "log_probability": scores.mean,
+        "log_probability_stderr": scores.standard_error,
+        "tokens": scores.tokens,
+        "samples": len(scores.samples),
+        "exact": scores.exact,
     }
 
 
-def _of_choices(found: list[questions.QuestionScore]) -> dict[str, float]:
-    shares = {"acc": [q.is_right for q in found], "acc_norm": [q.is_right_by_length for q in found]}
-    shares["exact"] = [q.is_exact for q in found]
+def _sum_up_choices(scores: list[questions.QuestionScore]) -> dict[str, float]:
+    shares = {"acc": [q.is_right for q in scores], "acc_norm": [q.is_right_by_length for q in scores]}
+    shares["exact"] = [q.is_exact for q in scores]
     result: dict[str, float] = {}
     for name, values in shares.items():
         result[name], result[f"{name}_stderr"] = questions.share(values)
-    return result | {"samples": len(found)}
+    return result | {"samples": len(scores)}
 
 
-def _of_answers(found: list[questions.QuestionScore]) -> dict[str, float]:
-    exact, error = questions.share([q.is_exact for q in found])
-    mean = sum(q.totals[0] for q in found) / len(found)
-    return {"exact": exact, "exact_stderr": error, "log_probability": mean, "samples": len(found)}
+def _sum_up_answers(scores: list[questions.QuestionScore]) -> dict[str, float]:
+    exact, error = questions.share([q.is_exact for q in scores])
+    mean = sum(q.totals[0] for q in scores) / len(scores)
+    return {"exact": exact, "exact_stderr": error, "log_probability": mean, "samples": len(scores)}
 
 
-def _of_marks(found: list[questions.Mark]) -> dict[str, float]:
-    n, mean = len(found), sum(mark.value for mark in found) / len(found)
-    variance = sum((mark.value - mean) ** 2 for mark in found) / (n - 1) if n > 1 else math.nan
+def _sum_up_marks(marks: list[questions.Mark]) -> dict[str, float]:
+    n, mean = len(marks), sum(mark.value for mark in marks) / len(marks)
+    variance = sum((mark.value - mean) ** 2 for mark in marks) / (n - 1) if n > 1 else math.nan
     return {
         "mark": mean,
         "mark_stderr": math.sqrt(variance / n),
-        "share": sum(mark.share for mark in found) / n,
+        "share": sum(mark.share for mark in marks) / n,
         "samples": n,
     }
 
 
-_SUMMARIES = {"texts": _of_texts, "choices": _of_choices, "answers": _of_answers, "marks": _of_marks}
+_SUMMARIES = {"texts": _sum_up_texts, "choices": _sum_up_choices, "answers": _sum_up_answers, "marks": _sum_up_marks}

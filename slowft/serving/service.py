@@ -1,11 +1,10 @@
-"""`slowft serve` from its settings: opens models, the file of requests and the server, and closes them again."""
+"""Runs `slowft serve`: opens the models, the file of requests and the server that settings name, and closes them."""
 
 import logging
 import signal
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,54 +15,18 @@ from .guard import Guard
 from .pages import Pages
 from .recorder import Recorder
 from .server import Parts, Server
+from .settings import Settings as Settings
 from .upstream import Upstream
 
-EMULATED = "emulated"  # the name of what --emulate and --delta make
-PASS_S = 0.5  # that a pass over the weights may take to end, when the server does
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to serve; names and meanings are `mlx_lm.server`'s where that has them.
-
-    Attributes:
-        adapter: NAME=PATH of each. emulate, delta, delta_top_p: as in `slowft generate`.
-        upstream: base URL of what answers for other models. record: file. cache: equal requests are answered from it.
-        token: that clients have to send; None: none.
-        wave: rows at a time; None: as many as memory lets, up to 32.
-    """
-
-    model: str | None = None
-    adapter: Sequence[str] = ()
-    emulate: str | None = None
-    delta: Sequence[str] = ()
-    delta_top_p: float | None = None
-    upstream: str | None = None
-    record: str | None = None
-    cache: bool = False
-    redact: Sequence[str] = ()
-    prices: str | None = None
-    host: str = "127.0.0.1"
-    port: int = 8080
-    token: str | None = None
-    temp: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    max_tokens: int = 512
-    chat_template: str | None = None
-    chat_template_args: Mapping[str, Any] = field(default_factory=dict)
-    wave: int | None = None
-    memory: str | int | None = None
-    compute_dtype: str | None = None
-    trust_remote_code: bool = False
+EMULATED = "emulated"  # the name of the model that --emulate and --delta make
+PASS_S = 0.5  # seconds that the end of the server waits for the end of a pass over the weights
 
 
 class Service:
     """All that `slowft serve` runs. A context manager.
 
     Args:
-        say: told lines for a person. on_answer: told of each request; None: nobody is.
+        say: is called with lines for a person. on_answer: is called with a line about each request, if given.
 
     Attributes:
         url: the base URL for clients. names: models on this machine.
@@ -104,40 +67,40 @@ class Service:
         self.close()
 
     def close(self) -> None:
-        """Break off what is being answered, finish what is recorded, close the models."""
+        """Break off the answers that are being made, finish recording, close the models."""
         self._closing.close()
 
     def _close_store(self) -> None:
-        if self.server is None or self.server.is_recorded:  # else a thread still writes
+        if self.server is None or self.server.is_recorded:  # otherwise a thread is still writing
             self.store.close()
 
     def _open_local(self, s: Settings):
-        from .local import Defaults, Local
+        from .local import Local
         from .scheduler import Scheduler
 
         opened: dict[str, Any] = {}
         scheduler = Scheduler(lambda: _open(s, opened), s.wave)
         scheduler.start()
         self._closing.callback(scheduler.close, PASS_S)
-        return Local(scheduler, opened, Defaults(s.temp, s.top_p, s.top_k, s.min_p, s.max_tokens, s.chat_template_args))
+        return Local(scheduler, opened, s)
 
 
 def serve(settings: Settings, say: Callable[[str], None], on_answer: Callable[[str], None] | None) -> None:
-    """Serve until Ctrl-C or SIGTERM. Threads may still run then: nobody waits long for them."""
+    """Serve until Ctrl-C or SIGTERM. Threads that do not end soon are still running when this returns."""
     ended = threading.Event()
-    before = []
-    logging.getLogger().addHandler(logging.NullHandler())  # what mlx-lm's server logs is in answers' headers
+    earlier_handlers = []
+    logging.getLogger().addHandler(logging.NullHandler())  # headers of answers say what mlx-lm's server logs
     try:
         with Service(settings, say, on_answer) as service:
             for number in (signal.SIGINT, signal.SIGTERM):
-                before.append((number, signal.signal(number, lambda *_: ended.set())))
+                earlier_handlers.append((number, signal.signal(number, lambda *_: ended.set())))
             others = f"; other models: {settings.upstream}" if settings.upstream else ""
             recorded = f"; recorded in {settings.record}" if settings.record else ""
             say(f"Serving at {service.url}: {', '.join(service.names) or 'no local models'}{others}{recorded}")
             while not ended.wait(1.0):
                 pass
     finally:
-        for number, handler in before:
+        for number, handler in earlier_handlers:
             signal.signal(number, handler)
 
 
@@ -155,7 +118,7 @@ def _check(s: Settings) -> None:
 
 
 def _open(s: Settings, names: dict[str, Any]):
-    """(voices, what closes the models), on the thread that uses them; `names` becomes what answers."""
+    """(voices, a function that closes the models). Runs on the thread that uses the models, and fills `names`."""
     from ..data.tokenizer import load_tokenizer
     from ..engine.budget import default_memory
     from ..engine.model import open_model
@@ -201,12 +164,13 @@ def _open(s: Settings, names: dict[str, Any]):
 
 
 def name_of(model: str) -> str:
-    """What a model is asked for by: its hub id, or the name of its directory."""
+    """The name by which requests ask for a model: its hub id, or the name of its directory."""
     path = Path(model).expanduser()
     return path.resolve().name if path.exists() else model
 
 
 def _named(text: str) -> tuple[str, Path]:
+    """(name, path) of NAME=PATH."""
     name, sign, path = text.partition("=")
     if not sign or not name or not path:
         raise ConfigError(f"--adapter {text} is not NAME=PATH. Give such as shop=adapters/shop")
@@ -214,5 +178,6 @@ def _named(text: str) -> tuple[str, Path]:
 
 
 def _pruning(adapter: Path):
+    """A function that prunes messages by the adapter's rules; None: it has no rules."""
     rules = pruning.load(adapter)
     return None if not rules else lambda messages: pruning.apply(rules, messages)
