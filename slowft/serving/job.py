@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..platform import allow_open_files
 from ..requests import prices, pruning
 from ..requests.store import RequestStore
 from .guard import Guard
@@ -19,6 +20,7 @@ from .server import Parts, Server
 from .upstream import Upstream
 
 EMULATED = "emulated"  # the name of what --emulate and --delta make
+OPEN_FILES = 4096  # a client that is passed on takes two connections, and macOS gives a process 256 files
 PASS_S = 0.5  # that a pass over the weights may take to end, when the server does
 
 
@@ -87,6 +89,7 @@ class Service:
             self.names = [] if local is None else list(local.names)
             self.scheduler = None if local is None else local.scheduler
             self.recorder = recorder
+            allow_open_files(OPEN_FILES)
             self.server = Server(
                 s.host, s.port, Parts(guard, Pages(store), local, upstream, recorder, s.cache, on_answer)
             )

@@ -27,7 +27,9 @@ if TYPE_CHECKING:  # importing it imports mlx-lm, which a server that only passe
     from .local import Local
 
 IDLE_S = 60  # that a client may take to send a request, or to take in a piece of an answer
-WAITING = 512  # connections that the system holds until a thread takes them
+# Connections that the system holds until a thread takes them; macOS makes 128 of it (kern.ipc.somaxconn). Of those
+# beyond, clients ask again by themselves: TCP does.
+WAITING = 512
 COMPLETIONS = ("/v1/chat/completions", "/v1/completions")
 ENDING_S = 0.5  # that answers have when the server ends, and then records twice that
 ENDED = "the server was stopped"
