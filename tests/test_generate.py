@@ -434,3 +434,45 @@ def test_one_row_reads_only_the_experts_that_it_goes_to(tmp_path):
         for _ in of:
             read.append(model.stats.last.bytes_read)
         assert max(read[2:]) < 0.2 * model.nbytes_on_disk
+
+
+CONVERSE = """
+import sys
+from types import SimpleNamespace
+from slowft.cli import generate
+
+def answers(prompts, on_text):
+    print("heard", len(prompts[0][-1]["content"]), flush=True)
+    yield SimpleNamespace(text="Yes.")
+
+asking = lambda messages, said: [*messages, {"role": "user", "content": said}]
+generate._converse(SimpleNamespace(with_question=asking, asked=lambda messages: messages, answers=answers))
+"""
+
+
+@pytest.mark.timeout(60)
+def test_a_line_of_any_length_is_heard_on_a_terminal():
+    """A terminal that gives lines by itself cuts them at 4,096 bytes on Linux, 1,024 on macOS."""
+    pytest.importorskip("readline")
+    ours, theirs = os.openpty()
+    process = subprocess.Popen([sys.executable, "-c", CONVERSE], stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+
+    def heard(text: bytes) -> None:
+        found = b""
+        while text not in found:
+            found += os.read(ours, 4096)
+
+    try:
+        heard(b">> ")
+        for _ in range(10):
+            os.write(ours, b"bogon " * 100)
+            heard(b"bogon")  # the terminal's buffer holds 4,096 bytes
+        os.write(ours, b"\n")
+        heard(b"heard 6000")
+        os.write(ours, b"/exit\n")
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
