@@ -1,11 +1,13 @@
-"""The commands of README.md and docs/ as a person types them, in macOS's zsh too."""
+"""The commands of README.md and docs/ as a person types them, in macOS's zsh too; and those of GitHub's workflow."""
 
+import os
 import re
 import shlex
 from pathlib import Path
 
 import click
 import pytest
+import yaml
 
 from slowft.cli.main import slowft as command
 
@@ -70,3 +72,22 @@ def test_extras_are_quoted_everywhere():
 def test_scripts_that_are_named_are_there(page):
     for name in re.findall(r"(?:scripts|benchmarks)/[\w./-]*\w", page.read_text("utf-8")):
         assert list(ROOT.glob(f"{name}*")), f"{page.name} names {name}"
+
+
+def test_the_workflow_runs_what_is_there_and_keeps_what_doctor_says_before_the_tests():
+    workflow = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text("utf-8"))
+    jobs = workflow["jobs"]
+    assert jobs["mac"]["runs-on"] == ["self-hosted", "macOS", "ARM64"] and "workflow_dispatch" in jobs["mac"]["if"]
+    for job in jobs.values():
+        lines = [step["run"] for step in job["steps"] if "run" in step]
+        doctor = next(line for line in lines if " doctor " in line)
+        assert lines.index("scripts/setup") < lines.index(doctor) < lines.index("scripts/demo") < len(lines) - 1
+        assert lines[-1] == "scripts/test"
+        kept = [step["with"]["path"] for step in job["steps"] if step.get("uses", "").startswith("actions/upload")]
+        assert kept == [doctor.partition(" > ")[2]]
+        for line in lines:
+            words = shlex.split(line.partition(" > ")[0])
+            if words[0] == ".venv/bin/slowft":
+                parse(command, words[1:])
+            elif words[0] != "cat":
+                assert os.access(ROOT / words[0], os.X_OK), line
