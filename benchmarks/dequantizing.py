@@ -8,6 +8,7 @@ anew by MLX (zeros first). "C alone" leaves that out. Writes JSON to benchmarks/
 
 import slowft  # noqa: F401, I001  (before mlx: it loads OpenBLAS)
 
+import argparse
 import datetime
 import json
 import os
@@ -79,6 +80,7 @@ def memory_rates() -> dict[str, float]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     cores = os.sched_getaffinity(0)
     results = {"device": mx.device_info().get("device_name"), "cores": len(cores)}
     streams = casting_streams()

@@ -64,6 +64,10 @@ def measure(model: str, memory: int, rows: int, draft: str | None, tokens: int) 
         if len(run._waves.rows) < run.wave:
             break
     counted = passes[3:-1]  # the first make room, and try whether rows can be merged
+    if not counted:
+        sys.exit("no pass is left to count: give more --tokens")
+    if run.predicted is None:
+        sys.exit("all of the model is in memory, so nothing is read: give more --layers, or less --memory")
     seconds = statistics.median(s for _, s, _ in counted)
     return {
         "rows": run.wave,
@@ -73,7 +77,7 @@ def measure(model: str, memory: int, rows: int, draft: str | None, tokens: int) 
         "tokens_per_s": sum(n for n, _, _ in counted) / sum(s for _, s, _ in counted),
         "read_nbytes": opened.stats.last.bytes_read,
         "predicted_read_nbytes": run.predicted.read_nbytes,
-        "predicted_pass_s": run.predicted.step_s if run.predicted else None,
+        "predicted_pass_s": run.predicted.step_s,
         "drafted": run.drafted,
         "accepted": run.accepted,
         "peak_nbytes": opened.stats.total.peak_memory,

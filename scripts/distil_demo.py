@@ -9,6 +9,7 @@ on.
 
 import slowft  # noqa: F401, I001  (before mlx: it loads OpenBLAS)
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -47,9 +48,12 @@ def prepare(directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path)
+    parsed, more = parser.parse_known_args()
+    folder = parsed.directory
     prepare(folder)
     files = ["--recipe", folder / "recipe.yaml", "--output", folder / "distilled", "-c", folder / "training.yaml"]
     models = ["--teacher", folder / "model", "--student", folder / "small"]
-    sys.argv[1:] = ["distil", *map(str, [*models, *files]), *OPTIONS, *sys.argv[2:]]
+    sys.argv[1:] = ["distil", *map(str, [*models, *files]), *OPTIONS, *more]
     main()

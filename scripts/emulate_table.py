@@ -9,8 +9,8 @@ emulation may at best come near to. DIRECTORY keeps what is done already: a run 
 
 import slowft  # noqa: F401, I001  (before mlx: it loads OpenBLAS)
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 from halved_model import healed, note, tune
@@ -60,7 +60,9 @@ SMALL, LARGE = "small base (16 of 30 blocks, healed)", "large base (SmolLM2-135M
 
 
 def main() -> None:
-    directory = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path)
+    directory = parser.parse_args().directory
     small, large = healed(directory), demo.fetch_model(directory, note)
     data = asked(directory / "data", directory / "asked")
     of_small = tune(small, data, directory / "of_small", ITERS)

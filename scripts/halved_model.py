@@ -10,6 +10,7 @@ fused at the end. What is done already is kept: a run that was stopped goes on.
 
 import slowft  # noqa: F401, I001  (before mlx: it loads OpenBLAS)
 
+import argparse
 import json
 import sys
 import time
@@ -113,4 +114,6 @@ def healed(directory: Path) -> Path:
 
 
 if __name__ == "__main__":
-    print(healed(Path(sys.argv[1])))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path)
+    print(healed(parser.parse_args().directory))

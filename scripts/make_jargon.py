@@ -6,6 +6,7 @@ sudo apt-get install dict-jargon && python scripts/make_jargon.py
 import gzip
 import json
 import re
+import sys
 from pathlib import Path
 
 SOURCE = Path("/usr/share/dictd")
@@ -38,6 +39,8 @@ def entries():
 
 
 if __name__ == "__main__":
+    if not (SOURCE / "jargon.dict.dz").exists():
+        sys.exit(f"{SOURCE}/jargon.dict.dz is not there. Run sudo apt-get install dict-jargon, on Debian or Ubuntu")
     seen = {}
     for term, definition in entries():
         if len(definition) in LENGTHS and not term.startswith("00-"):

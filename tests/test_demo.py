@@ -1,5 +1,6 @@
 """The demo's parts on the real model: SmolLM2-135M-Instruct from PyPI, the Jargon File, two cores."""
 
+import importlib.util
 from pathlib import Path
 
 import mlx.core as mx
@@ -96,6 +97,13 @@ def test_fine_tuning_lowers_the_held_back_loss(smollm, tmp_path, capsys):
     result = slowft.Trainer(model, config).fit(train, valid)
     assert result["valid_loss"] < result["valid_loss_before"] - 0.3
     assert (tmp_path / "adapter" / "adapters.safetensors").exists()
+
+
+def test_an_environment_without_pip_is_told_how_to_get_it(tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "pip" else find(name, *a))
+    with pytest.raises(slowft.SlowftError, match="lacks. Run uv pip install pip, or .*python.* -m ensurepip; then"):
+        demo.fetch_model(tmp_path, print)
 
 
 def test_the_questioned_entry_is_held_back(tmp_path):

@@ -429,7 +429,7 @@ def test_a_snapshots_links_within_its_own_tree_are_followed(snapshot, tmp_path):
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json", "sub/mine.py"])
-@pytest.mark.parametrize("to", ["{}/hub/models--org--other/blobs/x", "/etc/hostname", "{}/elsewhere"])
+@pytest.mark.parametrize("to", ["{}/hub/models--org--other/blobs/x", "/etc/hosts", "{}/elsewhere"])
 def test_a_snapshots_link_out_of_its_own_tree_is_refused(file, to, snapshot, tmp_path):
     link = snapshot / file
     link.parent.mkdir(exist_ok=True)

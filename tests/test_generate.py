@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +29,7 @@ from slowft.inference.drafts import Depth, PromptLookup, continuation
 from slowft.inference.generate import Generation, Text
 from slowft.inference.prompts import Asked
 from slowft.inference.rows import Row
-from slowft.inference.sampling import Chooser, Sampling
+from slowft.inference.sampling import Chooser, Sampling, place_seed
 from slowft.inference.waves import KeyValues, Waves
 
 # tied, sliding window, mixture of experts, hybrid, recurrent, latent attention; masks that take one row; no chain;
@@ -143,6 +145,27 @@ def test_sampling_has_mlx_lms_distribution():
     there = theirs > 0
     chi_square = ((ours - theirs)[there] ** 2 / theirs[there]).sum()
     assert chi_square < 27.9 * 1.05  # 0.1% of 9 degrees of freedom, and the reference's own noise
+
+
+@pytest.mark.parametrize("how", [GREEDY, Sampling(temp=0.8, top_p=0.9, seed=3), Sampling(repetition_penalty=1.3)])
+def test_log_probabilities_of_bfloat16_logits_are_reported_in_float32_and_tokens_are_mlx_lms(how):
+    """Reported: against float64 numpy. Sampled: from what mlx-lm's generate_step gives its sampler, bit for bit."""
+    logits = mx.array(np.random.default_rng(1).normal(20, 3, (3, 4000))).astype(mx.bfloat16)
+    rows = [(i, 5, [1, 2, i]) for i in range(3)]
+    noted = []
+    found = Chooser(how.sampler(), how.processors(), how.seed, how.is_greedy, noted.append).choose(logits, rows)
+    expected, processed = [], []
+    for i, (row, place, tokens) in enumerate(rows):
+        one = logits[i : i + 1]
+        for processor in how.processors():
+            one = processor(mx.array(tokens), one)
+        mx.random.seed(place_seed(how.seed, row, place))
+        expected += how.sampler()(one - mx.logsumexp(one, keepdims=True)).tolist()
+        processed.append(np.array(one.astype(mx.float32)).astype(np.float64)[0])
+    assert found[0] == expected
+    exact = np.array([one - np.log(np.exp(one - one.max()).sum()) - one.max() for one in processed])
+    assert np.abs(np.array(noted[0]) - exact).max() < 1e-4
+    assert np.abs(exact[range(3), expected] - found[1]).max() < 1e-4
 
 
 class Four(Depth):
@@ -413,3 +436,55 @@ def test_one_row_reads_only_the_experts_that_it_goes_to(tmp_path):
         for _ in of:
             read.append(model.stats.last.bytes_read)
         assert max(read[2:]) < 0.2 * model.nbytes_on_disk
+
+
+CONVERSE = """
+import sys
+from types import SimpleNamespace
+from slowft.cli import generate
+
+def answers(prompts, on_text):
+    print("heard", len(prompts[0][-1]["content"]), flush=True)
+    yield SimpleNamespace(text="Yes.")
+
+asking = lambda messages, said: [*messages, {"role": "user", "content": said}]
+generate._converse(SimpleNamespace(with_question=asking, asked=lambda messages: messages, answers=answers))
+"""
+
+
+def test_a_line_of_any_length_is_heard_on_a_terminal():
+    """A terminal that gives lines by itself cuts them at 4,096 bytes on Linux, 1,024 on macOS."""
+    pytest.importorskip("readline")
+    ours, theirs = os.openpty()
+    process = subprocess.Popen([sys.executable, "-c", CONVERSE], stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    shown = bytearray()
+
+    def look() -> None:
+        with suppress(OSError):  # the other side is closed
+            while piece := os.read(ours, 4096):
+                shown.extend(piece)
+
+    looking = threading.Thread(target=look, daemon=True)
+    looking.start()
+
+    def heard(text: bytes) -> None:
+        deadline = time.monotonic() + 30
+        while text not in shown:
+            assert time.monotonic() < deadline, bytes(shown[-500:])
+            time.sleep(0.01)
+
+    try:
+        heard(b">> ")
+        for _ in range(10):  # what is typed faster than it is taken waits in the terminal, which holds 4,096 bytes
+            os.write(ours, b"bogon " * 100)
+            time.sleep(0.02)
+        os.write(ours, b"\n")
+        heard(b"heard 6000")
+        os.write(ours, b"/exit\n")
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.wait()
+        looking.join(5)
+        os.close(ours)

@@ -6,18 +6,27 @@ import fcntl
 import os
 import platform as python_platform
 import resource
+import shutil
 import signal
+import ssl
 import struct
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
+import certifi
 import pytest
 
 import macos
 from conftest import must_run
 from slowft import platform
+from slowft.comparing.remote import AskingFailed
+from slowft.comparing.remote import Upstream as UpstreamOfCompare
+from slowft.serving.upstream import Upstream as UpstreamOfServe
 from slowft.weights.tensorfile import sync_directory
 
 MATMUL = """
@@ -105,6 +114,79 @@ kept = Worker("test").run(compiled)
 print("done")
 """
     assert run(code) == "done\n"
+
+
+# --- Connections ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def https(tmp_path, monkeypatch):
+    """(URL of an https server of this machine, the certificate that it is checked with); this Python has no others."""
+    if shutil.which("openssl") is None:
+        must_run("there is no openssl to make a certificate with")
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    make = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=DNS:localhost"
+    subprocess.run([*make.split(), "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Chat)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(ssl, "create_default_context", lambda: ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
+    monkeypatch.setattr(certifi, "where", lambda: str(certificate))
+    empty = tmp_path / "certs"
+    empty.mkdir()
+    paths = ssl.get_default_verify_paths()._replace(cafile=None, capath=str(empty))
+    monkeypatch.setattr(ssl, "get_default_verify_paths", lambda: paths)
+    yield f"https://localhost:{server.server_address[1]}/v1", certificate
+    server.shutdown()
+    server.server_close()
+
+
+class Chat(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        body = b'{"choices": [{"message": {"content": "by TLS"}}]}'
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_) -> None:
+        pass
+
+
+def by_serving(url: str) -> str:
+    link = UpstreamOfServe(url).connect()
+    link.request("POST", "/v1/chat/completions", b"{}")
+    said = link.getresponse().read().decode()
+    link.close()
+    return said
+
+
+def by_comparing(url: str) -> str:
+    suite, who = SimpleNamespace(retries=0, timeout=10), SimpleNamespace(upstream=url, api_key_env=None)
+    return UpstreamOfCompare(suite, who).ask({})["text"]
+
+
+@pytest.mark.parametrize("ask", [by_serving, by_comparing])
+def test_https_is_checked_with_certifis_certificates_where_python_finds_none(https, monkeypatch, ask):
+    """As with python.org's Python on macOS. Whoever names certificates gets those alone."""
+    url, _ = https
+    assert "by TLS" in ask(url)
+    monkeypatch.setenv("SSL_CERT_FILE", os.devnull)
+    with pytest.raises((ssl.SSLCertVerificationError, AskingFailed), match="CERTIFICATE_VERIFY_FAILED"):
+        ask(url)
+
+
+def test_a_directory_of_certificates_is_a_store(https, monkeypatch):
+    """OpenSSL reads them when they are needed, and counts none before."""
+    _, certificate = https
+    paths = ssl.get_default_verify_paths()._replace(capath=str(certificate.parent))
+    monkeypatch.setattr(ssl, "get_default_verify_paths", lambda: paths)
+    assert platform.tls_context().cert_store_stats()["x509_ca"] == 0
 
 
 # --- Files ------------------------------------------------------------------------------------------

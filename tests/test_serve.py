@@ -22,6 +22,7 @@ from socketserver import TCPServer
 
 import mlx.core as mx
 import mlx_lm
+import numpy as np
 import openai
 import pytest
 from click.testing import CliRunner
@@ -380,6 +381,19 @@ def test_on_a_mac_base_and_adapter_answer_what_mlx_lm_says_there(mac, llama_with
                 answer = client.chat.completions.create(model=name, messages=HELLO, logprobs=True, temperature=0)
             prompt = f"<s>user: {HELLO[0]['content']}</s><s>assistant: "
             assert ids_of(answer) == served.in_memory(name == "tuned", prompt, len(ids_of(answer)))
+
+
+def test_the_likeliest_tokens_of_bfloat16_logits_are_told_in_float32():
+    logits = mx.array(np.random.default_rng(1).normal(20, 3, (2, 4000))).astype(mx.bfloat16)
+    one = OneRow(Wanted([1], 2, None, sampler=lambda: (make_sampler(0), []), n_top=5))
+    tokens, logprobs = one.choose(logits, [(7, 3, []), (7, 4, [])])
+    exact = np.array(logits.astype(mx.float32)).astype(np.float64)
+    exact -= np.log(np.exp(exact).sum(-1, keepdims=True))
+    for i, place in enumerate((3, 4)):
+        ids, values = zip(*one.top[place])
+        assert np.abs(exact[i][list(ids)] - values).max() < 1e-4
+        assert list(exact[i][list(ids)]) == sorted(exact[i])[:-6:-1]
+        assert logprobs[i] == values[ids.index(tokens[i])]
 
 
 def test_an_adapter_by_name_is_a_fresh_load_and_sampling_is_generates(served):

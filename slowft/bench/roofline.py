@@ -97,7 +97,7 @@ def check_plot() -> None:
     import importlib.util
 
     if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("a plot needs matplotlib. To fix it: pip install slowft[bench], or use --json")
+        raise ConfigError("a plot needs matplotlib. To fix it: pip install 'slowft[bench]', or use --json")
 
 
 def plot(result: dict[str, Any], file: str | Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import click
@@ -154,6 +155,10 @@ def _answer(session, one, as_json: bool) -> str:
 
 def _converse(session) -> None:
     """Ask and answer until the end of input. The whole conversation goes through the model at each turn."""
+    with suppress(ImportError):
+        # Once this is imported, `input` reads key by key, lines can be edited, and any length comes whole. A terminal's
+        # own lines are cut at 1,024 bytes by macOS and at 4,096 by Linux.
+        import readline  # noqa: F401
     click.echo("A conversation with the model. /reset begins anew, /system TEXT says how to answer, /exit ends it.")
     click.echo('Several lines: begin and end them with """.')
     messages: list[dict] = []

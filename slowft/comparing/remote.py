@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ConfigError, SlowftError, printable
+from ..platform import tls_context
 from ..reports.base import Report, late
 from ..requests import texts
 from ..version import __version__
@@ -72,7 +73,7 @@ class Upstream:
         if name is not None and not self._key:
             raise ConfigError(f"{name} is not set in the environment, and {self.who.upstream} is asked with it")
         self._url = self.who.upstream.rstrip("/") + "/chat/completions"
-        self._opener = urllib.request.build_opener(_NoRedirect)
+        self._opener = urllib.request.build_opener(_NoRedirect, urllib.request.HTTPSHandler(context=tls_context()))
 
     def key_of(self, body: dict[str, Any]) -> str:
         return key_of({"url": self._url, "body": body})

@@ -36,7 +36,7 @@ def load_data(
     embedding_rows: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[TokenDataset, TokenDataset, TokenDataset]:
-    """(train, valid, test) of a data folder, a file, or a hub dataset (needs `pip install slowft[datasets]`).
+    """(train, valid, test) of a data folder, a file, or a hub dataset (needs `pip install 'slowft[datasets]'`).
 
     Args:
         config: a `TrainConfig`: `max_seq_length`, `mask_prompt`, `train_on`, `valid_split`, `skip_bad_samples` and the

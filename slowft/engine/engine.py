@@ -430,6 +430,8 @@ class Engine:
         sizes = schedule.slots, schedule.resident_nbytes, schedule.reads_in_flight
         offloaded = {} if schedule.group_nbytes is None else self.layers.by_block()
         self.weights.resize(*sizes, offloaded, head)
+        if schedule.in_memory:
+            self.weights.cache.clear()  # nothing comes through its buffers
         self.weights.keep_resident(whole)  # after blocks that go have made room
         for unit in self.cut.blocks:
             if any(schedule.kept):

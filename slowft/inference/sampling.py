@@ -148,10 +148,19 @@ class Chooser:
     Args:
         processors: change logits; each is given the row's tokens so far, prompt included.
         is_greedy: the sampler draws no random numbers, and takes many rows at once.
+        told: before anything is chosen, log-probabilities float32 `[n, V]` of the rows; None: nobody asks.
     """
 
-    def __init__(self, sampler: Sampler, processors: Sequence[Processor], seed: int, is_greedy: bool):
+    def __init__(
+        self,
+        sampler: Sampler,
+        processors: Sequence[Processor],
+        seed: int,
+        is_greedy: bool,
+        told: Callable[[mx.array], None] | None = None,
+    ):
         self._sampler, self._processors, self._seed, self._is_greedy = sampler, list(processors), seed, is_greedy
+        self._told = told
 
     @property
     def reads_tokens(self) -> bool:
@@ -172,6 +181,12 @@ class Chooser:
                     part = processor(context, part)
                 parts.append(part)
             logits = mx.concatenate(parts)
+        # What is sampled from is mlx-lm's, in the logits' dtype. What is reported is taken in float32: bfloat16, which
+        # a Mac computes in, would round the sum by up to 0.06 where logits are 16 to 32.
+        exact = logits.astype(mx.float32)
+        total = mx.logsumexp(exact, axis=-1, keepdims=True)
+        if self._told is not None:
+            self._told(exact - total)
         logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         if self._is_greedy:
             chosen = self._sampler(logprobs)
@@ -182,6 +197,6 @@ class Chooser:
                 drawn.append(self._sampler(logprobs[i : i + 1]))
                 mx.eval(drawn[-1])
             chosen = mx.concatenate(drawn)
-        of_chosen = mx.take_along_axis(logprobs, chosen[:, None], axis=-1)[:, 0].astype(mx.float32)
+        of_chosen = (mx.take_along_axis(exact, chosen[:, None], axis=-1) - total)[:, 0]
         mx.eval(chosen, of_chosen)
         return chosen.tolist(), of_chosen.tolist()

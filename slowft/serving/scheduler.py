@@ -139,9 +139,10 @@ class OneRow:
     def __init__(self, wanted: Wanted):
         assert wanted.sampler is not None
         sampler, processors = wanted.sampler()
-        self._wanted, self._sampler, self.top = wanted, sampler, {}
+        self._wanted, self.top = wanted, {}
         self._likeliest: list[list[tuple[int, float]]] = []
-        self._chooser = Chooser(self._sample, processors, wanted.seed, wanted.is_greedy)
+        note = self._note if wanted.n_top else None
+        self._chooser = Chooser(sampler, processors, wanted.seed, wanted.is_greedy, note)
 
     @property
     def reads_tokens(self) -> bool:
@@ -160,13 +161,10 @@ class OneRow:
             self.top[place] = likeliest
         return found
 
-    def _sample(self, logprobs: mx.array) -> mx.array:
-        n = min(self._wanted.n_top, logprobs.shape[-1])
-        if n:
-            ids = mx.argsort(-logprobs, axis=-1)[:, :n]
-            values = mx.take_along_axis(logprobs, ids, axis=-1).astype(mx.float32)
-            self._likeliest += [list(zip(*row)) for row in zip(ids.tolist(), values.tolist())]
-        return self._sampler(logprobs)
+    def _note(self, logprobs: mx.array) -> None:
+        ids = mx.argsort(-logprobs, axis=-1)[:, : self._wanted.n_top]
+        values = mx.take_along_axis(logprobs, ids, axis=-1)
+        self._likeliest = [list(zip(*row)) for row in zip(ids.tolist(), values.tolist())]
 
 
 class Scheduler:

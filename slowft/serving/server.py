@@ -28,7 +28,9 @@ if TYPE_CHECKING:  # the import would load mlx-lm, which a server that only pass
     from .local import Local
 
 IDLE_S = 60  # seconds that a client may take to send a request, or to receive a piece of an answer
-WAITING = 512  # connections that the system holds until a thread takes them
+# Connections that the system holds until a thread takes them; macOS makes 128 of it (kern.ipc.somaxconn). TCP has the
+# clients beyond these ask again by itself.
+WAITING = 512
 COMPLETIONS = ("/v1/chat/completions", "/v1/completions")
 ENDING_S = 0.5  # seconds that a server which ends waits for answers; then it waits twice as long for records
 FULL_S = 0.1  # seconds between two looks at waiting connections while no more files can be opened

@@ -13,6 +13,7 @@ from email.message import Message
 from urllib.parse import urlsplit
 
 from ..errors import ConfigError, first_line
+from ..platform import tls_context
 from .guard import Refused
 from .replies import Gone, Reply
 
@@ -56,7 +57,7 @@ class Upstream:
         self.url = url
         self._host, self._path = parts.hostname, parts.path.rstrip("/")
         self._name = parts.netloc
-        self._context = ssl.create_default_context() if parts.scheme == "https" else None
+        self._context = tls_context() if parts.scheme == "https" else None
         self._port = port or (443 if self._context else 80)
 
     def link(self) -> "Link":
