@@ -259,6 +259,8 @@ def write_back(fd: int, offset: int, nbytes: int) -> None:
 def preallocate(fd: int, nbytes: int) -> None:
     """Give an empty file its `nbytes` on the disk now, so that writing there cannot run out of room.
 
+    Where a file system of macOS has no such thing (XNU's `err_allocate`), the file only gets its length.
+
     Raises:
         OSError: ENOSPC if the disk has less.
     """
@@ -270,7 +272,11 @@ def preallocate(fd: int, nbytes: int) -> None:
     import fcntl
     import struct
 
-    fcntl.fcntl(fd, F_PREALLOCATE, struct.pack("=Iiqqq", F_ALLOCATEALL, F_PEOFPOSMODE, 0, nbytes, 0))  # fstore_t
+    try:
+        fcntl.fcntl(fd, F_PREALLOCATE, struct.pack("=Iiqqq", F_ALLOCATEALL, F_PEOFPOSMODE, 0, nbytes, 0))  # fstore_t
+    except OSError as e:
+        if e.errno not in (errno.ENOTSUP, errno.EINVAL, errno.ENOTTY):
+            raise
     os.ftruncate(fd, nbytes)
 
 

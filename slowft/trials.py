@@ -135,7 +135,8 @@ def read(names: Sequence[str], scratch: str, layers: int) -> Iterator[Check]:
         model = write_random(Path(scratch) / "large", LARGE | {"num_hidden_layers": layers})
         rate, in_flight = measure_reading([str(file) for file in model.glob("*.safetensors")], 0.7)
         if rate is None:
-            raise SlowftError("there was too little to read")
+            text = "not measured: what was just written is read from the file cache, at the speed of memory"
+            return Check(name, text, "note", "free some memory, or run it again", {"read_bytes_per_s": None})
         figures = {"read_bytes_per_s": rate, "reads_in_flight": in_flight}
         slow = rate < SLOW_READING_BYTES_PER_S
         todo = "keep models on a faster drive, or raise --grad-accumulation-steps" if slow else ""

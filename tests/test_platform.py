@@ -323,6 +323,21 @@ def test_macos_tells_a_process_from_a_later_one_of_its_number(mac):
     assert [args[:3] + args[4:] for name, args in mac.calls if name == "proc_pidinfo"][0] == (7, 3, 0, 136)
 
 
+@pytest.mark.parametrize("error", [errno.ENOTSUP, errno.ENOSPC])
+def test_macos_does_without_where_a_file_system_cannot_and_not_where_it_is_full(error, mac, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(fcntl, "fcntl", fail)
+    with open(tmp_path / "file", "wb") as file:
+        if error == errno.ENOSPC:
+            with pytest.raises(OSError, match="No space"):
+                platform.preallocate(file.fileno(), 3_000_001)
+        else:
+            platform.preallocate(file.fileno(), 3_000_001)
+    assert (tmp_path / "file").stat().st_size == (0 if error == errno.ENOSPC else 3_000_001)
+
+
 def test_macos_preallocates_all_from_the_end_or_nothing(mac, tmp_path):
     with open(tmp_path / "file", "wb") as file:
         platform.preallocate(file.fileno(), 3_000_001)

@@ -893,6 +893,26 @@ def test_macos_has_as_many_requests_in_flight_as_asked(shift, in_flight, mac, ma
     assert max(seen) == in_flight
 
 
+@pytest.mark.parametrize("in_flight", [1, 4])
+def test_macos_reads_by_way_of_its_own_pages_where_a_gpus_are_refused(in_flight, mac, mac_blob, reader, monkeypatch):
+    requests = Requests(reader, monkeypatch)
+    watched, buffer = os.preadv, buffers.read_buffer(5 * MB)
+    begin = np.frombuffer(memoryview(buffer), np.uint8).ctypes.data
+
+    def only_to_own_pages(fd, targets, offset):
+        places = [np.frombuffer(target, np.uint8).ctypes.data for target in targets]
+        if any(begin <= place < begin + 5 * MB for place in places):
+            raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
+        return watched(fd, targets, offset)
+
+    monkeypatch.setattr(os, "preadv", only_to_own_pages)
+    reader.reads_in_flight = in_flight
+    for _ in range(2):
+        reader.read_now([ByteRange(str(mac_blob), 0, 5 * MB, 0)], memoryview(buffer))
+        assert bytes(memoryview(buffer)) == mac_blob.read_bytes()[: 5 * MB]
+    assert_uncached(mac, requests)
+
+
 @pytest.mark.parametrize("shift", [0, 64])
 @pytest.mark.parametrize("error", [errno.EINVAL, errno.EFAULT])
 def test_macos_goes_on_through_the_file_cache_where_pages_are_refused(error, shift, mac, mac_blob, reader, monkeypatch):

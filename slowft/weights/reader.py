@@ -104,6 +104,7 @@ class Reader:
         self._files: dict[str, _File] = {}
         self._expected: dict[str, _State] = {}
         self._previous_end: tuple[int, int] | None = None  # (descriptor, end) of the last run through the file cache
+        self._fills_in_place = True  # until the system refuses
         self._lock = threading.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="slowft-reader")
         self._helpers = ThreadPoolExecutor(MAX_READS_IN_FLIGHT - 1, thread_name_prefix="slowft-reader-helper")
@@ -178,11 +179,16 @@ class Reader:
                 self._read_by_bounce(file, run[0].offset, _targets(run, buffer))
                 return True
             for in_place, ranges in _parts(run, buffer):
-                if in_place:
-                    at = ranges[0].at
-                    self._read_in_place(file, ranges[0].offset, buffer[at : at + sum(r.nbytes for r in ranges)])
-                else:
-                    self._read_in_bounces(file, ranges[0].offset, _targets(ranges, buffer))
+                offset, at = ranges[0].offset, ranges[0].at
+                if in_place and self._fills_in_place:
+                    try:
+                        self._read_in_place(file, offset, buffer[at : at + sum(r.nbytes for r in ranges)])
+                        continue
+                    except OSError as e:
+                        if e.errno != errno.EFAULT:
+                            raise
+                        self._fills_in_place = False  # the drive cannot write to this memory, as a GPU's may be
+                self._read_in_bounces(file, offset, _targets(ranges, buffer))
             return True
         except OSError as e:
             if e.errno not in NOT_DIRECT_ERRORS:
