@@ -533,7 +533,7 @@ class Engine:
         facts = [str(self.cuts), self.head_chunk_tokens or self.schedule.head_tokens, is_compiling()]
         in_memory = [a for owner, key, a in array_entries(self.model) if (id(owner), key) not in self._on_disk]
         self._journal.begin(self.chain, batches, self.hidden, facts, in_memory)
-        return self._journal.start, self._journal.below
+        return self._journal.forward_from, self._journal.backward_below
 
     # --- Opening and closing ------------------------------------------------------------------------
 

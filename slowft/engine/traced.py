@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from ..errors import SlowftError
 from ..models.calls import Arguments
@@ -169,15 +168,10 @@ class TracedPath:
     def log_probabilities(
         self, group: Sequence[Passenger], top_k: int, token_ids: Sequence[int], mixing: Mixing
     ) -> list[LogProbabilities]:
-        """Of a group's targets, what is mixed of its micro-batches' logits."""
+        """Log-probabilities of a group's targets, by the logits that `mixing` makes of its micro-batches' logits."""
         first, mix = group[0], mixing.begin(group[0].tokens)
-        each = [self.logits(batch) for batch in group]
-
-        def logits_of(numbers: np.ndarray) -> Sequence[mx.array]:
-            return mix(numbers, [logits[mx.array(numbers)] for logits in each])
-
-        at_once = mixing.at_once(first.tokens.size, None)
-        return log_probabilities(logits_of, mixing.results, first.targets, first.mask, at_once, top_k, token_ids)
+        each = [self.logits(batch).__getitem__ for batch in group]
+        return log_probabilities(each, mixing, mix, first.targets, first.mask, None, top_k, token_ids)
 
     @contextmanager
     def _pass_of_step(self, batch: Passenger) -> Iterator[None]:
