@@ -497,7 +497,7 @@ class Engine:
             if hidden is not None:
                 self.hidden.put((batch.index, self._boundary), hidden, may_spill=self.expects_backward)
                 batch.first = self._boundary
-                self.stats.began_at_stored()
+                self.stats.count_begun_at_stored()
         self.hidden.watch(self._boundary, self._stored.keep)
 
     def _warn_of_lost_activations(self) -> None:
