@@ -6,21 +6,20 @@ a function computes with have to be in place. Knows neither where hidden states 
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..models.adapters import AdapterSwitch
-from ..models.calls import Arguments
 from ..models.seams import FLOATS, CutModel, Unit, inner_call, trainable_entries
 from . import cores
 from .block import BlockFunction
-from .distillation import Teacher
 from .head import Blocks, HeadLoss, token_loss, treats_tokens_alike, usual_chunk
 from .kept import KeptOutputs, LayerOutputs
 from .log_probabilities import LogitsOf, LogProbabilities, Mixing, log_probabilities
+from .micro_batches import Passenger
 from .offloaded import OffloadedExperts
 from .parts import EmbedPart, HeadPart, unevaluated_zeros
 from .pieces import Pieces, PieceWork
@@ -28,34 +27,6 @@ from .randomness import dropout_seed
 from .trees import in_trace
 
 Entry = tuple[str, Any, Any]  # (name in the model, owner, key) of a trainable parameter
-
-
-@dataclass(eq=False)
-class Passenger:
-    """Rows that go through the model together: a micro-batch, or as many of its rows as are computed at a time.
-
-    Attributes:
-        index: its number among those of the step, from 0.
-        tokens, targets: int32 `[B, T]`.
-        mask: bool `[B, T]`, which targets count in the loss.
-        total: int32 `[]`, what the loss is divided by.
-        adapter: True for the adapter that is trained; False for none; a name for the adapter of that name.
-        teacher: the loss is taken against its probabilities too.
-        first: the first visit that the rows take part in. If it is above 0, its input was stored by an earlier step.
-        side: each visit's arguments, as `Chain.embed` notes them.
-        cache: mlx-lm's caches of the tokens before these, one for each block; targets and mask are None then.
-    """
-
-    index: int
-    tokens: mx.array
-    targets: mx.array | None = None
-    mask: mx.array | None = None
-    total: mx.array | None = None
-    adapter: bool | str = True
-    teacher: Teacher | None = None
-    first: int = 0
-    side: list[Arguments] = field(default_factory=list)
-    cache: list[Any] | None = None
 
 
 @dataclass

@@ -34,13 +34,14 @@ from ..weights.reuse import Reuse
 from ..weights.sources import Param, read_whole
 from . import step
 from .boundary import Boundary, why_not
-from .chain import Chain, Passenger
+from .chain import Chain
 from .distillation import Teacher
-from .head import loss_mask, usual_chunk
+from .head import usual_chunk
 from .hidden import HiddenStates
 from .journal import StepJournal
 from .kept import KeptOutputs
 from .log_probabilities import PLAIN, LogProbabilities, Mixing
+from .micro_batches import Passenger, n_parts, passengers
 from .offloaded import OffloadedExperts
 from .parts import CachedProbe
 from .pieces import Pieces, PieceWork
@@ -220,7 +221,8 @@ class Engine:
         entries = trainable_entries(self.model)
         if not entries:
             raise SlowftError("the model has no trainable parameters. Call add_lora first")
-        batches, ntoks = self._batches([(*pair, True) for pair in micro_batches], together=True, teachers=teachers)
+        given = [(*pair, True) for pair in micro_batches]
+        batches, ntoks = passengers(given, self.schedule.rows, together=True, teachers=teachers)
         self.measurements = Measurements(self.peaks_known)
         self.stats.begin_step()
         try:
@@ -230,8 +232,7 @@ class Engine:
                 elif self.schedule.in_memory:
                     losses, gradients = step.loss_and_grads_in_memory(*self._loops(batches), self._boundary)
                 else:
-                    chain, *rest, head_tokens = self._loops(batches)
-                    losses, gradients = step.loss_and_grads(chain, *rest, self.schedule, head_tokens, self._journal)
+                    losses, gradients = step.loss_and_grads(*self._loops(batches), self.schedule, self._journal)
         finally:
             if self._journal is not None:
                 self._journal.finish()
@@ -247,18 +248,18 @@ class Engine:
 
     def losses(self, micro_batches: Sequence[tuple[mx.array, mx.array, bool | str]]) -> list:
         """(loss, ntoks) of each (batch, lengths, adapter), without gradients: blocks are read once for all."""
-        batches, ntoks = self._batches(micro_batches, together=False)
+        batches, ntoks = passengers(micro_batches, self.schedule.rows, together=False)
         with self._step_over(batches, gradients=False):
             if self.cut.is_chain:
                 losses = step.losses(*self._loops(batches))
             else:
                 losses = [self.traced.loss(batch) for batch in batches]
-        found, at = [], iter(losses)
+        results, remaining = [], iter(losses)
         for (batch, _, _), n in zip(micro_batches, ntoks):
-            pieces = [next(at) for _ in range(self._n_pieces(batch))]
-            found.append((sum(pieces[1:], pieces[0]), n))
-        mx.eval(found)
-        return found
+            parts = [next(remaining) for _ in range(n_parts(batch, self.schedule.rows))]
+            results.append((sum(parts[1:], parts[0]), n))
+        mx.eval(results)
+        return results
 
     def decode(
         self,
@@ -271,20 +272,20 @@ class Engine:
         Args:
             batches: (tokens `[B, T]`, caches, wanted places `[n]`, adapter) of each.
         """
-        passengers = [
+        given = [
             Passenger(i, tokens, adapter=adapter, cache=cache) for i, (tokens, cache, _, adapter) in enumerate(batches)
         ]
-        wanted = [places for _, _, places, _ in batches]
-        mx.eval([batch.tokens for batch in passengers], wanted)
-        n_head = self.head_chunk_tokens or self.schedule.head_tokens or usual_chunk(self.cut.vocab_size)
+        places = [of_batch for _, _, of_batch, _ in batches]
+        mx.eval([batch.tokens for batch in given], places)
+        head_tokens = self.head_chunk_tokens or self.schedule.head_tokens or usual_chunk(self.cut.vocab_size)
         self.stats.begin_step()
         try:
-            with self._step_over(passengers, gradients=False):
+            with self._step_over(given, gradients=False):
                 if self.cut.is_chain:
-                    step.decode(self.chain, passengers, self.weights, self.hidden, n_head, wanted, take, spilled)
+                    step.decode(self.chain, given, self.weights, self.hidden, head_tokens, places, take, spilled)
                 else:
-                    for batch, places in zip(passengers, wanted):
-                        take(batch.index, 0, self.traced.logits(batch)[places])
+                    for batch, of_batch in zip(given, places):
+                        take(batch.index, 0, self.traced.logits(batch)[of_batch])
         finally:
             self.stats.end_step(Measurements())
 
@@ -292,7 +293,8 @@ class Engine:
         """Where the last step's forward pass first put out what is not finite; None: nowhere, or it cannot be told."""
         if not self.cut.is_chain:
             return None
-        batches, _ = self._batches([(*pair, True) for pair in micro_batches], together=True)
+        given = [(*pair, True) for pair in micro_batches]
+        batches, _ = passengers(given, self.schedule.rows, together=True)
         self.step -= 1  # with the dropout that it had
         try:
             with uncompiled(), self._step_over(batches, gradients=False):
@@ -301,9 +303,9 @@ class Engine:
             self.step += 1
         if found is None:
             return None
-        pieces = [self._n_pieces(batch) for batch, _ in micro_batches]
-        number = next(i for i in range(len(pieces)) if found[0] < sum(pieces[: i + 1]))
-        return f"micro-batch {number + 1} of {len(pieces)}, {self.chain.visits[found[1]].name}"
+        parts = [n_parts(batch, self.schedule.rows) for batch, _ in micro_batches]
+        number = next(i for i in range(len(parts)) if found[0] < sum(parts[: i + 1]))
+        return f"micro-batch {number + 1} of {len(parts)}, {self.chain.visits[found[1]].name}"
 
     def log_probabilities(
         self,
@@ -319,67 +321,33 @@ class Engine:
             on_visit: called with how many more times a block was computed for a micro-batch.
             mixing: makes results of so many micro-batches that follow each other.
         """
-        batches, _ = self._batches(micro_batches, together=False)
+        batches, _ = passengers(micro_batches, self.schedule.rows, together=False)
         n, at = mixing.passengers, 0
-        groups, pieces = [], [self._n_pieces(batch) for batch, _, _ in micro_batches[::n]]
-        for k in pieces:
-            groups += [batches[at + piece : at + n * k : k] for piece in range(k)]
+        groups, parts = [], [n_parts(batch, self.schedule.rows) for batch, _, _ in micro_batches[::n]]
+        for k in parts:
+            groups += [batches[at + part : at + n * k : k] for part in range(k)]
             at += n * k
         self.stats.begin_step()
         try:
             with self._step_over(batches, gradients=False):
                 if self.cut.is_chain:
                     visited = functools.partial(on_visit, len(micro_batches))
-                    found = step.log_probabilities(*self._loops(batches), top_k, token_ids, visited, groups, mixing)
+                    of_groups = step.log_probabilities(*self._loops(batches), top_k, token_ids, visited, groups, mixing)
                 else:
-                    found = []
+                    of_groups = []
                     for group in groups:
-                        found.append(self.traced.log_probabilities(group, top_k, token_ids, mixing))
+                        of_groups.append(self.traced.log_probabilities(group, top_k, token_ids, mixing))
                         on_visit(n * len(self.cut.order))
         finally:
             self.stats.end_step(Measurements())
-        of_groups = iter(found)
-        of_pieces = [zip(*(next(of_groups) for _ in range(k))) for k in pieces]
-        return [LogProbabilities.joined(parts) for results in of_pieces for parts in results]
-
-    def _n_pieces(self, batch: mx.array) -> int:
-        """How many times so many rows as go at once there are in a micro-batch."""
-        return -(-batch.shape[0] // (self.schedule.rows or batch.shape[0]))
+        remaining = iter(of_groups)
+        by_result = [zip(*(next(remaining) for _ in range(k))) for k in parts]
+        return [LogProbabilities.joined(result) for results in by_result for result in results]
 
     def _loops(self, batches: Sequence[Passenger]) -> tuple:
         """What the loops of `step` go by."""
         head_tokens = self.head_chunk_tokens or self.schedule.head_tokens
         return self.chain, batches, self.weights, self.hidden, head_tokens
-
-    def _batches(
-        self,
-        micro_batches: Sequence[tuple[mx.array, mx.array, bool | str]],
-        together: bool,
-        teachers: Sequence[Teacher | None] = (),
-    ) -> tuple[list[Passenger], list[mx.array]]:
-        """(micro-batches as they go through the model, tokens that each given one's loss is divided by).
-
-        Args:
-            together: by those of all.
-        """
-        masks = [loss_mask(lengths, batch.shape[1] - 1) for batch, lengths, _ in micro_batches]
-        ntoks = [mask.sum() for mask in masks]
-        if together:
-            ntoks = [sum(ntoks)] * len(ntoks)
-        mx.eval(masks, ntoks)
-        if any(n.item() == 0 for n in ntoks):
-            raise SlowftError("no token of the batch counts in the loss (lengths leave none to train on)")
-        batches: list[Passenger] = []
-        teachers = list(teachers) or [None] * len(micro_batches)
-        for (batch, _, adapter), teacher, mask, n in zip(micro_batches, teachers, masks, ntoks, strict=True):
-            rows = self.schedule.rows or batch.shape[0]
-            for i in range(0, batch.shape[0], rows):
-                tokens, of_rows = batch[i : i + rows], mask[i : i + rows]
-                of_teacher = None if teacher is None else teacher.rows(i, i + rows)
-                what = tokens[:, :-1], tokens[:, 1:], of_rows, n, adapter, of_teacher
-                batches.append(Passenger(len(batches), *what))
-        mx.eval([[b.tokens, b.targets, b.mask, b.teacher.arrays if b.teacher else []] for b in batches])
-        return batches, ntoks
 
     @contextmanager
     def _step_over(self, batches: Sequence[Passenger], gradients: bool, measure: bool = False) -> Iterator[None]:

@@ -13,8 +13,9 @@ import mlx.core as mx
 
 from ..errors import SlowftError
 from ..weights.journal import Journal
-from .chain import Chain, Passenger
+from .chain import Chain
 from .hidden import HiddenStates
+from .micro_batches import Passenger
 
 Piece = tuple[str, list[mx.array], list[str]]  # its name, its arrays, names of pieces to drop once it is written
 

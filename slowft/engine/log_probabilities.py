@@ -20,7 +20,7 @@ Mix = Callable[[np.ndarray, Sequence[mx.array]], Sequence[mx.array]]
 
 WHOLE_PIECES = 4  # where all logits exist, they are scored in so many pieces: arrays made of a piece are smaller
 TOP_SHARE = 3  # with top_k, one in so many tokens is scored at once: its partition of all logits takes memory too
-FOUND_NBYTES = 20  # bytes of a target's results; each of the top k tokens takes 8 more, each of `token_ids` 4 more
+RESULT_NBYTES = 20  # bytes of a target's results; each of the top k tokens takes 8 more, each of `token_ids` 4 more
 
 _log_softmax = by_rows(nn.log_softmax)
 _others = by_rows(lambda each, ids: mx.logsumexp(mx.put_along_axis(each, ids, mx.array(-mx.inf), axis=-1), axis=-1))

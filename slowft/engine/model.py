@@ -4,7 +4,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,9 @@ from ..weights.fingerprint import of_contents
 from ..weights.reader import Reader
 from ..weights.sources import placeholder
 from .budget import Budget
-from .distillation import Teacher
 from .engine import Engine
-from .log_probabilities import FOUND_NBYTES, PLAIN, LogProbabilities, Mixing
+from .log_probabilities import PLAIN, RESULT_NBYTES, LogProbabilities, Mixing
+from .micro_batches import MicroBatch, checked, checked_with_adapters, largest_shape, without_teachers
 from .spilled_caches import SpilledCaches
 from .stats import Stats
 
@@ -36,21 +36,6 @@ CACHE_PER_BLOCK = 0.5
 CACHE_FLOOR_NBYTES = 64 << 20
 BASE = "base"  # name of what the model says without adapters
 CUTS = ("rows", "mlp_tokens", "attention_queries", "head_tokens")  # of a schedule
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Rows that go through the model together, and which adapter they go with.
-
-    Attributes:
-        batch: int32 `[B, T+1]` token ids.
-        lengths: int32 `[B, 2]`: prompt offset and length of each row.
-        adapter: True, the attached adapter; False, none; or the name of one that `add_adapter` loaded.
-    """
-
-    batch: mx.array
-    lengths: mx.array
-    adapter: bool | str = True
 
 
 class StreamedModel(nn.Module):
@@ -215,13 +200,14 @@ class StreamedModel(nn.Module):
         Returns:
             ((loss float32 `[]`, ntoks int32 `[]`), gradients as a tree like `trainable_parameters()`).
         """
-        given, teachers = _teachers(batch, lengths)
-        micro_batches = _micro_batches(given, lengths)
+        given, teachers = without_teachers(batch, lengths)
+        micro_batches = checked(given, lengths)
+        shape = largest_shape([tokens for tokens, _ in micro_batches])
         self.budget.expect_teacher(max((t.top_k for t in teachers if t is not None), default=0))
-        self.budget.cover(*_shape(micro_batches))
+        self.budget.cover(*shape)
         result = self.engine.loss_and_grads(micro_batches, self.budget.is_measuring, teachers)
         if not self.engine.blocks_found:  # part of a step tells nothing of a whole one
-            self.budget.after_step(*_shape(micro_batches))
+            self.budget.after_step(*shape)
         return result
 
     def loss(self, batch, lengths: mx.array | None = None):
@@ -236,10 +222,10 @@ class StreamedModel(nn.Module):
         Raises:
             ConfigError: no adapter has such a name.
         """
-        passengers = _passengers(batch, lengths)
-        self._check_adapters(passengers)
-        self.budget.cover(*_shape([(passenger.batch, passenger.lengths) for passenger in passengers]))
-        losses = self.engine.losses([(p.batch, p.lengths, p.adapter) for p in passengers])
+        micro_batches = checked_with_adapters(batch, lengths)
+        self._check_adapters(micro_batches)
+        self.budget.cover(*largest_shape([m.batch for m in micro_batches]))
+        losses = self.engine.losses([(m.batch, m.lengths, m.adapter) for m in micro_batches])
         return losses[0] if lengths is not None else losses
 
     def log_probabilities(
@@ -268,26 +254,26 @@ class StreamedModel(nn.Module):
         Raises:
             ConfigError: no adapter has such a name, or the memory is too little; names the least that would do.
         """
-        passengers = _passengers(list(micro_batches), None)
-        self._check_adapters(passengers)
-        tokens = max(passenger.batch.shape[1] for passenger in passengers) - 1
-        # No micro-batch takes more than this shape: its attention's scores grow with the square of the tokens
-        rows = max(-(-passenger.batch.shape[0] * (passenger.batch.shape[1] - 1) // tokens) for passenger in passengers)
-        adapters = {passenger.adapter for passenger in passengers}
-        found_nbytes = mixing.results * rows * tokens * (FOUND_NBYTES + 8 * top_k + 4 * len(token_ids))
+        given = checked_with_adapters(list(micro_batches), None)
+        self._check_adapters(given)
+        tokens = max(m.batch.shape[1] for m in given) - 1
+        # No micro-batch takes more memory than this shape: attention's scores grow with the square of the tokens
+        rows = max(-(-m.batch.shape[0] * (m.batch.shape[1] - 1) // tokens) for m in given)
+        adapters = {m.adapter for m in given}
+        results_nbytes = mixing.results * rows * tokens * (RESULT_NBYTES + 8 * top_k + 4 * len(token_ids))
         start, n = first, mixing.passengers
-        while start < len(passengers):
-            sizes = n, mixing.nbytes, found_nbytes
-            at_once = n * self.budget.cover_passes(rows, tokens, len(passengers) // n, adapters, *sizes)
-            given = [(p.batch, p.lengths, p.adapter) for p in passengers[start : start + at_once]]
+        while start < len(given):
+            sizes = n, mixing.nbytes, results_nbytes
+            at_once = n * self.budget.cover_passes(rows, tokens, len(given) // n, adapters, *sizes)
+            of_pass = [(m.batch, m.lengths, m.adapter) for m in given[start : start + at_once]]
             with self._not_training():
-                found = self.engine.log_probabilities(given, top_k, token_ids, on_visit, mixing)
+                results = self.engine.log_probabilities(of_pass, top_k, token_ids, on_visit, mixing)
             self.budget.after_pass()
-            yield from found
+            yield from results
             start += at_once
 
-    def _check_adapters(self, passengers: Sequence[MicroBatch]) -> None:
-        for adapter in {passenger.adapter for passenger in passengers} - {True, False}:
+    def _check_adapters(self, micro_batches: Sequence[MicroBatch]) -> None:
+        for adapter in {m.adapter for m in micro_batches} - {True, False}:
             if adapter not in self.engine.chain.adapters.names:
                 raise ConfigError(f"no adapter is named {adapter!r}. Load one with add_adapter")
 
@@ -643,50 +629,6 @@ def open_model(
 def usual_activation_cache() -> Path:
     """Where activations are stored if nobody says."""
     return platform.cache_directory() / "activations"
-
-
-def _shape(micro_batches: list[tuple[mx.array, mx.array]]) -> tuple[int, int, int]:
-    """(rows, tokens, number) of the largest step these micro-batches could be."""
-    rows, tokens = (max(batch.shape[axis] for batch, _ in micro_batches) for axis in (0, 1))
-    return rows, tokens - 1, len(micro_batches)
-
-
-def _passengers(batch, lengths) -> list[MicroBatch]:
-    if lengths is None and all(isinstance(passenger, MicroBatch) for passenger in batch):
-        pairs = _micro_batches([(passenger.batch, passenger.lengths) for passenger in batch], None)
-        return [MicroBatch(*pair, passenger.adapter) for pair, passenger in zip(pairs, batch)]
-    return [MicroBatch(*pair) for pair in _micro_batches(batch, lengths)]
-
-
-def _teachers(batch, lengths) -> tuple[Any, list[Teacher | None]]:
-    """(micro-batches without their teachers, the teacher of each)."""
-    if lengths is not None or isinstance(batch, tuple):
-        return batch, []
-    given = [tuple(one) for one in batch]
-    teachers = [one[2] if len(one) == 3 else None for one in given]
-    for (tokens, *_), teacher in zip(given, teachers):
-        if teacher is not None and teacher.ids.shape[:2] != (tokens.shape[0], tokens.shape[1] - 1):
-            raise SlowftError(f"a teacher of {list(teacher.ids.shape[:2])} targets is given for {list(tokens.shape)}")
-    return [one[:2] if len(one) == 3 else one for one in given], teachers
-
-
-def _micro_batches(batch, lengths) -> list[tuple[mx.array, mx.array]]:
-    """Arrays of the documented shapes and dtypes, in a list."""
-    pairs = [(batch, lengths)] if lengths is not None else [batch] if isinstance(batch, tuple) else list(batch)
-    if not pairs:
-        raise SlowftError("no micro-batch given")
-    result = []
-    for pair in pairs:
-        try:
-            tokens, lengths = (mx.array(part) for part in pair)
-        except (TypeError, ValueError):
-            raise SlowftError("give a batch and its lengths, or a list of such pairs") from None
-        if tokens.ndim != 2 or tokens.shape[1] < 2 or not mx.issubdtype(tokens.dtype, mx.integer):
-            raise SlowftError(f"batch must be integers [B, T+1], got {tokens.dtype} {list(tokens.shape)}")
-        if lengths.ndim != 2 or lengths.shape[0] != tokens.shape[0] or lengths.shape[1] % 2 or not lengths.shape[1]:
-            raise SlowftError(f"lengths must be [{tokens.shape[0]}, 2] for this batch, got {list(lengths.shape)}")
-        result.append((tokens, lengths))
-    return result
 
 
 @functools.cache  # once in a process

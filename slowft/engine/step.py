@@ -16,10 +16,11 @@ import mlx.core as mx
 from ..planning.measure import BACKWARD, FORWARD, GRAPH, HEAD, kept_of
 from ..planning.schedule import Schedule
 from ..weights.residency import Residency
-from .chain import Chain, Entry, Kept, Passenger
+from .chain import Chain, Entry, Kept
 from .hidden import HiddenStates, Key
 from .journal import StepJournal
 from .log_probabilities import LogProbabilities, Mixing
+from .micro_batches import Passenger
 from .spilled_caches import SpilledCaches
 
 BlockPass = Callable[[int, Passenger], None]  # (visit, micro-batch)
@@ -44,9 +45,9 @@ def loss_and_grads(
     batches: Sequence[Passenger],
     weights: Residency,
     hidden: HiddenStates,
-    schedule: Schedule,
     head_tokens: int | None,
-    journal: StepJournal | None = None,
+    schedule: Schedule,
+    journal: StepJournal | None,
 ) -> tuple[list[mx.array], dict[str, mx.array]]:
     """(loss of each micro-batch, gradients by name, summed over them).
 
@@ -54,7 +55,7 @@ def loss_and_grads(
         head_tokens: how many tokens' logits exist at once; None for the usual number.
         journal: says which blocks of this step are finished already, and writes down those that finish now.
     """
-    step = _TrainingStep(chain, batches, weights, hidden, schedule, head_tokens, journal)
+    step = _TrainingStep(chain, batches, weights, hidden, head_tokens, schedule, journal)
     embed(chain, batches, hidden, training=True, start=step.forward_from)
     run_forward(chain, batches, weights, step.forward, step.forward_from)
     if step.backward_below > len(chain.visits):
@@ -80,8 +81,8 @@ class _TrainingStep:
     batches: Sequence[Passenger]
     weights: Residency
     hidden: HiddenStates
-    schedule: Schedule
     head_tokens: int | None
+    schedule: Schedule
     journal: StepJournal | None
 
     def __post_init__(self):

@@ -22,8 +22,9 @@ from ..planning.measure import BACKWARD, FORWARD
 from ..weights.threads import Worker
 from . import cores
 from .block import BlockFunction
-from .chain import Entry, Passenger, plain_loss
+from .chain import Entry, plain_loss
 from .log_probabilities import LogProbabilities, Mixing, log_probabilities
+from .micro_batches import Passenger
 from .randomness import dropout_seed
 from .step import Gradients
 from .trees import attach, detach
