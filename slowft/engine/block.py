@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from ..models.calls import Arguments, Outcome
 from .offloaded import OffloadedExperts
-from .trees import in_trace, uncompiled
+from .trees import arrays_of, in_trace, put, uncompiled
 
 
 class BlockFunction:
@@ -89,8 +89,7 @@ class BlockFunction:
 
     def _run(self, arrays: Sequence[mx.array]) -> list[mx.array]:
         n = len(self._arguments.arrays)
-        for (owner, key), value in zip(self._entries, arrays[n:], strict=True):
-            owner[key] = value
+        put(self._entries, arrays[n:])
         self.outcome = self._arguments.call(self._call, arrays[:n])
         outputs, self.outcome.arrays = self.outcome.arrays, []  # the caller alone keeps them
         return outputs
@@ -98,9 +97,8 @@ class BlockFunction:
     @contextmanager
     def _restoring_entries(self) -> Iterator[None]:
         """Put back into the modules, on leaving, the arrays that are there now: no traced array stays behind."""
-        values = [owner[key] for owner, key in self._entries]
+        arrays = arrays_of(self._entries)
         try:
             yield
         finally:
-            for (owner, key), value in zip(self._entries, values):
-                owner[key] = value
+            put(self._entries, arrays)

@@ -24,7 +24,7 @@ from .offloaded import OffloadedExperts
 from .parts import EmbedPart, HeadPart, unevaluated_zeros
 from .pieces import Pieces, PieceWork
 from .randomness import dropout_seed
-from .trees import in_trace
+from .trees import arrays_of, in_trace, put
 
 Entry = tuple[str, Any, Any]  # (name in the model, owner, key) of a trainable parameter
 
@@ -131,12 +131,12 @@ class Chain:
 
     def embed_gradients(self, batch: Passenger, cotangent: mx.array) -> list[mx.array]:
         """Gradients of the trainable parameters outside the blocks, given the cotangent of the first block's input."""
-        values = [owner[key] for _, owner, key in self.outside]
+        values = arrays_of(self.outside)
         part = EmbedPart(self._cut, self._look_up, self._multiply)
 
         def call(*params: mx.array) -> list[mx.array]:
             part.calls.clear()
-            _put(self.outside, params)
+            put(self.outside, params)
             with self._answering(part):
                 self._model(batch.tokens)
             return [part.calls[0].arrays[0]]
@@ -144,7 +144,7 @@ class Chain:
         try:
             return mx.vjp(call, values, [cotangent])[1]
         finally:
-            _put(self.outside, values)
+            put(self.outside, values)
 
     def forward(
         self, position: int, batch: Passenger, hidden: mx.array, training: bool, keep: Sequence[str] = ()
@@ -190,7 +190,7 @@ class Chain:
         """The loss of a micro-batch, from the last block's output."""
         head = self._head_loss(batch, hidden, chunk_tokens)
         with self._cutting(len(self.visits), batch), self.adapters.using(batch.adapter):
-            return head.loss(hidden, [owner[key] for _, owner, key in self.outside])
+            return head.loss(hidden, arrays_of(self.outside))
 
     def log_probabilities(
         self,
@@ -235,15 +235,8 @@ class Chain:
         The cotangent is None if no block is trained.
         """
         head = self._head_loss(batch, hidden, chunk_tokens)
-        params = [owner[key] for _, owner, key in self.outside]
         needs_cotangent = self.lowest_trained < len(self.visits)
-        differentiated = list(range(0 if needs_cotangent else 1, 1 + len(params)))
-        with self._cutting(len(self.visits), batch):
-            try:
-                loss, gradients = head.loss_and_grads(hidden, params, differentiated)
-            finally:
-                _put(self.outside, params)
-        return loss, gradients[0] if needs_cotangent else None, gradients[1:] if needs_cotangent else gradients
+        return self._differentiate(batch, head, hidden, self.outside, needs_cotangent)
 
     def loss_and_grads(
         self, first: int, batch: Passenger, hidden: mx.array, chunk_tokens: int | None
@@ -253,18 +246,25 @@ class Chain:
         All weights have to be in place. The cotangent is None if no parameter outside the blocks is trained.
         """
         entries = [entry for unit in dict.fromkeys(self.visits) for entry in self._trainable[unit]]
-        params = [owner[key] for _, owner, key in [*entries, *self.outside]]
         head = self._head_loss(batch, hidden, chunk_tokens, entries, lambda h: self._through(first, batch, h))
-        differentiated = list(range(0 if self.outside else 1, 1 + len(params)))
-        with self._cutting(len(self.visits), batch):
-            try:
-                loss, gradients = head.loss_and_grads(hidden, params, differentiated)
-            finally:
-                _put([*entries, *self.outside], params)
-        cotangent = gradients.pop(0) if self.outside else None
-        return loss, cotangent, {name: g for (name, _, _), g in zip([*entries, *self.outside], gradients, strict=True)}
+        entries += self.outside
+        loss, cotangent, gradients = self._differentiate(batch, head, hidden, entries, bool(self.outside))
+        return loss, cotangent, {name: g for (name, _, _), g in zip(entries, gradients, strict=True)}
 
     # --- Underneath -----------------------------------------------------------------------------------
+
+    def _differentiate(
+        self, batch: Passenger, head: HeadLoss, hidden: mx.array, entries: Sequence[Entry], needs_cotangent: bool
+    ) -> tuple[mx.array, mx.array | None, list[mx.array]]:
+        """(loss, cotangent of `hidden` if it is needed, gradients of the entries)."""
+        params = arrays_of(entries)
+        with self._cutting(len(self.visits), batch):
+            try:
+                differentiated = range(0 if needs_cotangent else 1, 1 + len(params))
+                loss, gradients = head.loss_and_grads(hidden, params, differentiated)
+            finally:
+                put(entries, params)
+        return loss, gradients.pop(0) if needs_cotangent else None, gradients
 
     def _through(self, first: int, batch: Passenger, hidden: mx.array) -> mx.array:
         """The last block's output, as one graph from a visit's input on. Ends with setting the head's random seed."""
@@ -279,7 +279,7 @@ class Chain:
         """A visit's block as a function, and the arrays to call it with."""
         unit, side = self.visits[position], batch.side[position]
         entries = [(owner, key) for _, owner, key in self._trainable[unit]] if batch.adapter is True else []
-        arrays = [hidden, *side.arrays[1:], *(owner[key] for owner, key in entries)]
+        arrays = [hidden, *side.arrays[1:], *arrays_of(entries)]
         n = len(side.arrays)
         differentiated = [i for i in range(len(arrays)) if i >= n or i == 0 and self.passes_on(position)]
         differentiated = [i for i in differentiated if arrays[i].dtype in FLOATS]
@@ -355,8 +355,3 @@ def _unread(unit: Unit, inner: Callable, args: tuple, kwargs: dict) -> Any:
 def plain_loss(model: nn.Module, batch: Passenger) -> mx.array:
     """Loss of a micro-batch by the model's own call, with all logits at once."""
     return token_loss(model(batch.tokens), batch.targets, batch.mask, batch.total, batch.teacher)
-
-
-def _put(entries: Sequence[Entry], values: Sequence[mx.array]) -> None:
-    for (_, owner, key), value in zip(entries, values):
-        owner[key] = value

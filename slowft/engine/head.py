@@ -14,6 +14,7 @@ import numpy as np
 from ..planning.plan import LOGITS_NBYTES
 from .distillation import Teacher, cross_entropy
 from .pieces import after
+from .trees import put
 
 # head(hidden, n_rows, n_tokens) -> logits [n_rows, n_tokens, V]
 Head = Callable[[mx.array, int, int], mx.array]
@@ -106,8 +107,8 @@ class HeadLoss:
     def _loss(self, hidden: mx.array, params: Sequence[mx.array], gradients: bool) -> tuple[mx.array, mx.array]:
         """(a scalar whose gradients are the loss's, the loss)."""
         n = len(self._block_entries)
-        _put(self._block_entries, params[:n])
-        _put(self._head_entries, params[n:])
+        put(self._block_entries, params[:n])
+        put(self._head_entries, params[n:])
         hidden = self._blocks(hidden)
         if self._chunk_tokens is not None:
             return self._chunked(hidden, params[n:], gradients)
@@ -125,7 +126,7 @@ class HeadLoss:
         targets, shape = self._targets.reshape(-1), hidden.shape
 
         def losses(h: mx.array, params: Sequence[mx.array], tokens: mx.array) -> mx.array:
-            _put(self._head_entries, params)
+            put(self._head_entries, params)
             logits = self._head(h[None], 1, h.shape[0])[0]
             if self._teacher is not None:
                 return self._teacher.losses(logits, targets[tokens], tokens)
@@ -165,11 +166,6 @@ class HeadLoss:
         # The sum below has these gradients, and its value is never computed
         pairs = zip([of_hidden, *of_params], [hidden, *params])
         return sum((mx.stop_gradient(g) * x).sum().astype(mx.float32) for g, x in pairs), loss
-
-
-def _put(entries: Entries, values: Sequence[mx.array]) -> None:
-    for (owner, key), value in zip(entries, values):
-        owner[key] = value
 
 
 def treats_tokens_alike(head: Head, hidden: mx.array) -> bool:

@@ -46,11 +46,7 @@ class Mixing:
     nbytes: int
 
     def at_once(self, tokens: int, chunk: int | None) -> int:
-        """How many of `tokens` are scored at a time.
-
-        Args:
-            chunk: how many tokens' logits are computed at a time; None if all are.
-        """
+        """How many of `tokens` are scored at a time, if logits are computed for `chunk` at a time (None: for all)."""
         if self.chunk_tokens is None:
             return chunk or -(-tokens // WHOLE_PIECES)
         return min(chunk or tokens, self.chunk_tokens)

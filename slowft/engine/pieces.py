@@ -15,6 +15,7 @@ import mlx.nn as nn
 
 from ..models.seams import array_entries, intercept
 from .randomness import dropout_seed
+from .trees import arrays_of, put
 
 FEED_FORWARD = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe")  # mlx-lm's names of these layers in a block
 TOLERANCE = 1e-4  # relative, between a token's output alone and among others
@@ -94,12 +95,11 @@ def _tokens_in_pieces(inner: Callable, layer: nn.Module, x: mx.array, n: int, se
     """`inner(x)` of x `[B, T, D]`, at most `n` of the T tokens at a time. Each piece has its own dropout masks."""
     entries = [(owner, key) for owner, key, _ in array_entries(layer)]
     trainable = [(o, k) for o, k in entries if _needs_gradient(o, k)]
-    values = [owner[key] for owner, key in trainable]
+    values = arrays_of(trainable)
     starts = range(0, x.shape[1], n)
 
     def call(piece: mx.array, params, start: int) -> mx.array:
-        for (owner, key), value in zip(trainable, params):
-            owner[key] = value
+        put(trainable, params)
         mx.random.seed(dropout_seed(seed, layer_number, start, 0))
         return inner(piece)
 
@@ -126,8 +126,7 @@ def _tokens_in_pieces(inner: Callable, layer: nn.Module, x: mx.array, n: int, se
         return gradients if params else gradients[0]
 
     output = whole(x, *values)
-    for (owner, key), value in zip(trainable, values):
-        owner[key] = value
+    put(trainable, values)
     return output
 
 

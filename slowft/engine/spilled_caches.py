@@ -18,21 +18,13 @@ from ..weights.spill import SpillFile
 
 @dataclass(eq=False)
 class _OnDisk:
-    """The part on disk of one row's cache of one block.
+    """The part on disk of one row's cache of one block."""
 
-    Attributes:
-        offset: where its place in the file begins.
-        piece_nbytes: bytes of each piece.
-        n_tokens: how many tokens are in the file.
-        offset_before: tokens that were in the cache before the pass under way.
-        read: the read that is under way; None if there is none.
-    """
-
-    offset: int
+    offset: int  # where its place in the file begins
     piece_nbytes: int = 0
-    n_tokens: int = 0
-    offset_before: int = 0
-    read: Future | None = None
+    n_tokens: int = 0  # in the file
+    offset_before: int = 0  # the cache's own offset before the pass under way: how many tokens it had
+    read: Future | None = None  # the read that is under way
 
 
 class SpilledCaches:

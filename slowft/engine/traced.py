@@ -27,7 +27,7 @@ from .log_probabilities import LogProbabilities, Mixing, log_probabilities
 from .micro_batches import Passenger
 from .randomness import dropout_seed
 from .step import Gradients
-from .trees import attach, detach
+from .trees import arrays_of, attach, detach, put
 
 # run(job, backward) -> the result of `job()`, on a thread that traces nothing, with the unit's weights in place
 Run = Callable[[Callable[[], Any], bool], Any]
@@ -85,7 +85,7 @@ class TracedPath:
         """
         engine = self._engine
         entries = unit.adapter()
-        params = [owner[key] for owner, key in entries]
+        params = arrays_of(entries)
         arguments = Arguments(args, kwargs, engine.cut.state_objects)
         arrays = [*arguments.arrays, *params]
         n = len(arguments.arrays)
@@ -109,8 +109,7 @@ class TracedPath:
             try:
                 return self._on_thread(run_in_place)
             finally:
-                for (owner, key), value in zip(entries, params):
-                    owner[key] = value
+                put(entries, params)
 
         function = BlockFunction(call, arguments, entries, differentiated, seed, engine.layers)
         in_training = engine.model.training and not any(hasattr(leaf, "state") for leaf in arguments.objects)
@@ -133,11 +132,10 @@ class TracedPath:
     ) -> tuple[list[mx.array], dict[str, mx.array]]:
         """(loss of each micro-batch, gradients of `entries` by name), one micro-batch after the other."""
         losses, gradients = [], Gradients()
-        originals = [owner[key] for _, owner, key in entries]
+        originals = arrays_of(entries)
 
         def loss(parameters: list[mx.array], batch: Passenger) -> mx.array:
-            for (_, owner, key), array in zip(entries, parameters):
-                owner[key] = array
+            put(entries, parameters)
             return plain_loss(self._engine.model, batch)
 
         try:
@@ -147,8 +145,7 @@ class TracedPath:
                     mx.eval(value, gradients.add([name for name, _, _ in entries], of_batch))
                 losses.append(value)
         finally:
-            for (_, owner, key), array in zip(entries, originals):
-                owner[key] = array
+            put(entries, originals)
         return losses, gradients.by_name
 
     def loss(self, batch: Passenger) -> mx.array:

@@ -1,10 +1,10 @@
-"""Takes arrays out of a trace and a thread, and into others; has MLX compute outside a trace as it does inside one."""
+"""Arrays in modules, traces and threads: takes them out and puts them in; has MLX compute outside a trace as inside."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -12,6 +12,17 @@ import numpy as np
 from ..errors import SlowftError
 
 T = TypeVar("T")
+
+
+def arrays_of(entries: Sequence[tuple]) -> list[Any]:
+    """The arrays at (owner, key), or at (name, owner, key)."""
+    return [owner[key] for *_, owner, key in entries]
+
+
+def put(entries: Sequence[tuple], arrays: Sequence[Any]) -> None:
+    """Put the arrays there."""
+    for (*_, owner, key), array in zip(entries, arrays, strict=True):
+        owner[key] = array
 
 
 @dataclass(frozen=True)
