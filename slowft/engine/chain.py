@@ -76,7 +76,7 @@ class Chain:
         self.adapters = AdapterSwitch(model)
         self.seed = self.step = 0
         self.pieces = Pieces()
-        self._head_in_chunks: bool | None = None  # not known before the head's weights were seen
+        self._head_in_chunks: bool | None = None  # None until it is tried, with the head's weights
         self.outside: list[Entry] = []
 
     def begin_step(self, seed: int, step: int, pieces: Pieces) -> None:
@@ -232,7 +232,7 @@ class Chain:
     ) -> tuple[mx.array, mx.array | None, list[mx.array]]:
         """(loss, cotangent of the last block's output, gradients of the parameters outside the blocks).
 
-        The cotangent is None if no block is trained.
+        The cotangent is None if the backward pass ends at the head.
         """
         head = self._head_loss(batch, hidden, chunk_tokens)
         needs_cotangent = self.lowest_trained < len(self.visits)

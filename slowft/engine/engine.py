@@ -232,9 +232,9 @@ class Engine:
                 if not self.cut.is_chain:
                     losses, gradients = self.traced.loss_and_grads(batches, entries)
                 elif self.schedule.in_memory:
-                    losses, gradients = step.loss_and_grads_in_memory(*self._loops(batches), self._boundary_visit)
+                    losses, gradients = step.loss_and_grads_in_memory(*self._inputs(batches), self._boundary_visit)
                 else:
-                    losses, gradients = step.loss_and_grads(*self._loops(batches), self.schedule, self._journal)
+                    losses, gradients = step.loss_and_grads(*self._inputs(batches), self.schedule, self._journal)
         finally:
             if self._journal is not None:
                 self._journal.finish()
@@ -253,7 +253,7 @@ class Engine:
         batches, ntoks = passengers(micro_batches, self.schedule.rows, together=False)
         with self._step_over(batches, gradients=False):
             if self.cut.is_chain:
-                losses = step.losses(*self._loops(batches))
+                losses = step.losses(*self._inputs(batches))
             else:
                 losses = [self.traced.loss(batch) for batch in batches]
         results, remaining = [], iter(losses)
@@ -299,14 +299,15 @@ class Engine:
         self.step -= 1  # so that dropout is what it was
         try:
             with uncompiled(), self._step_over(batches, gradients=False):
-                found = step.first_not_finite(*self._loops(batches))
+                place = step.first_not_finite(self.chain, batches, self.weights, self.hidden)
         finally:
             self.step += 1
-        if found is None:
+        if place is None:
             return None
+        index, position = place
         parts = [n_parts(batch, self.schedule.rows) for batch, _ in micro_batches]
-        number = next(i for i in range(len(parts)) if found[0] < sum(parts[: i + 1]))
-        return f"micro-batch {number + 1} of {len(parts)}, {self.chain.visits[found[1]].name}"
+        number = next(i for i in range(len(parts)) if index < sum(parts[: i + 1]))
+        return f"micro-batch {number + 1} of {len(parts)}, {self.chain.visits[position].name}"
 
     def log_probabilities(
         self,
@@ -335,20 +336,20 @@ class Engine:
             with self._step_over(batches, gradients=False):
                 if self.cut.is_chain:
                     visited = functools.partial(on_visit, len(micro_batches))
-                    of_groups = step.log_probabilities(*self._loops(batches), top_k, token_ids, visited, groups, mixing)
+                    results = step.log_probabilities(*self._inputs(batches), top_k, token_ids, visited, groups, mixing)
                 else:
-                    of_groups = []
+                    results = []
                     for group in groups:
-                        of_groups.append(self.traced.log_probabilities(group, top_k, token_ids, mixing))
+                        results.append(self.traced.log_probabilities(group, top_k, token_ids, mixing))
                         on_visit(n * len(self.cut.order))
         finally:
             self.stats.end_step(Measurements())
-        remaining = iter(of_groups)
+        remaining = iter(results)
         by_result = [zip(*(next(remaining) for _ in range(k))) for k in parts]
-        return [LogProbabilities.joined(result) for results in by_result for result in results]
+        return [LogProbabilities.joined(of_parts) for group in by_result for of_parts in group]
 
-    def _loops(self, batches: Sequence[Passenger]) -> tuple:
-        """The arguments that all loops of `step` begin with, and the tokens whose logits may exist at once."""
+    def _inputs(self, batches: Sequence[Passenger]) -> tuple:
+        """The arguments that the functions of `step` begin with."""
         head_tokens = self.head_chunk_tokens or self.schedule.head_tokens
         return self.chain, batches, self.weights, self.hidden, head_tokens
 

@@ -31,8 +31,7 @@ class StepJournal:
         journal: where the pieces are written.
         identity: says which model, software and other settings, which are not in memory, determine the step's bits.
         after_block: is called after each finished block, and may raise to end the step there.
-        lags: a piece is written when the next one is handed in. A GPU computes that one meanwhile, and nobody waits
-            for it.
+        lags: a piece is written only when the next one is handed in, so that a GPU goes on computing meanwhile.
 
     Attributes:
         forward_from: the visit at which the forward pass goes on; above the head's visit if the head is done too.
@@ -47,12 +46,7 @@ class StepJournal:
         self.blocks_found = 0
 
     def begin(
-        self,
-        chain: Chain,
-        batches: Sequence[Passenger],
-        hidden: HiddenStates,
-        facts: list,
-        arrays: Iterable[mx.array],
+        self, chain: Chain, batches: Sequence[Passenger], hidden: HiddenStates, facts: list, arrays: Iterable[mx.array]
     ) -> None:
         """Begin a step: read which part of it is finished, and put the hidden states that the rest needs into `hidden`.
 
@@ -158,9 +152,9 @@ class StepJournal:
     def _take_cotangents(self) -> bool:
         if not self._chain.passes_on(self.backward_below):
             return True
-        found = [self._read(name) for name in self._names("c", self.backward_below)]
-        self.cotangents = {i: arrays[0] for i, arrays in enumerate(found) if arrays is not None}
-        return len(self.cotangents) == len(found)
+        pieces = [self._read(name) for name in self._names("c", self.backward_below)]
+        self.cotangents = {i: arrays[0] for i, arrays in enumerate(pieces) if arrays is not None}
+        return len(self.cotangents) == len(pieces)
 
     def _journalled(self, position: int) -> list[Passenger]:
         """The micro-batches whose input of this visit only the journal has: others are embedded, or stored anyway."""

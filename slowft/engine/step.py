@@ -213,7 +213,7 @@ def decode(
 
 
 def first_not_finite(
-    chain: Chain, batches: Sequence[Passenger], weights: Residency, hidden: HiddenStates, head_tokens: int | None
+    chain: Chain, batches: Sequence[Passenger], weights: Residency, hidden: HiddenStates
 ) -> tuple[int, int] | None:
     """(micro-batch, visit) of the first block whose output, in a forward pass of training, is not finite; or None."""
     not_finite: list[tuple[int, int]] = []

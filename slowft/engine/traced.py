@@ -45,7 +45,7 @@ class TracedPath:
         self._thread: Worker | None = None  # computes blocks; started when the first one is called
         self._position = -1  # the visit that the pass under way has come to
         self._step = 0  # the step that the pass under way draws its dropout masks for
-        self._is_step = False  # whether the pass belongs to a step of the engine's, so that unused gradients are known
+        self._is_step = False  # whether the pass belongs to an engine's step, of which the needed gradients are known
 
     # --- Calls of units ----------------------------------------------------------------------------------
 
@@ -169,7 +169,7 @@ class TracedPath:
     ) -> list[LogProbabilities]:
         """Log-probabilities of a group's targets, by the logits that `mixing` makes of its micro-batches' logits."""
         first, mix = group[0], mixing.begin(group[0].tokens)
-        each = [self.logits(batch).__getitem__ for batch in group]
+        each = [self.logits(batch).__getitem__ for batch in group]  # gives the logits with some numbers
         return log_probabilities(each, mixing, mix, first.targets, first.mask, None, top_k, token_ids)
 
     @contextmanager
