@@ -75,7 +75,7 @@ class Boundary:
         return {file: self._reader.descriptor(file) for file in self._files}
 
     def _dtypes(self, position: int) -> list[str]:
-        """The dtype, and what it is made from, of each parameter below the boundary."""
+        """For each parameter below the boundary, its name, what it is made from, and the dtype that it computes in."""
         below = [unit for units in self._cut.outside.values() for unit in units]
         below += [self._cut.blocks[index] for index in self._cut.order[:position]]
         params = [p for unit in below for p in unit.params]
