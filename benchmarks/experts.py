@@ -52,12 +52,12 @@ WORKER = """
 import json, statistics, sys, time
 import slowft
 import mlx.core as mx
-from slowft.engine import engine
+from slowft.engine import offloaded
 from slowft.planning.schedule import Schedule
 directory, method, tokens, passes = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 trains = sys.argv[5] == "train"
 if method in ("whole", "routed"):
-    engine.is_read_on_demand = lambda *_: method == "routed"
+    offloaded.is_read_on_demand = lambda *_: method == "routed"
 model = slowft.open_model(directory)
 if trains:
     model.add_lora(num_layers=-1, rank=8)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .data.datasets import load_data as load_data
     from .data.tokenizer import load_tokenizer as load_tokenizer
     from .engine.distillation import Teacher as Teacher
-    from .engine.model import MicroBatch as MicroBatch
+    from .engine.micro_batches import MicroBatch as MicroBatch
     from .engine.model import StreamedModel as StreamedModel
     from .engine.model import open_model as open_model
     from .engine.randomness import dropout_seed as dropout_seed
@@ -50,7 +50,8 @@ _WHERE = {
     "data.datasets": ("load_data",),
     "data.tokenizer": ("load_tokenizer",),
     "engine.distillation": ("Teacher",),
-    "engine.model": ("MicroBatch", "StreamedModel", "open_model"),
+    "engine.micro_batches": ("MicroBatch",),
+    "engine.model": ("StreamedModel", "open_model"),
     "engine.randomness": ("dropout_seed",),
     "errors": ("AdapterError", "ConfigError", "DataError", "ModelError", "SlowftError", "SlowftWarning"),
     "inference.emulate": ("Emulated", "emulate"),

@@ -24,6 +24,7 @@ from conftest import (
 )
 from slowft.bench import cgroup
 from slowft.bench.shapes import write_random
+from slowft.errors import SlowftError
 from slowft.models.seams import intercept
 from slowft.planning.experts import NEARLY_ALL
 from slowft.planning.job import Chunking
@@ -64,6 +65,14 @@ def test_a_block_that_the_model_never_calls_is_not_looked_for(schedule, tmp_path
     assert len(streamed.engine.cut.blocks) == 3 and len(streamed.engine.cut.order) == 2
     batch, lengths = random_batch(config["vocab_size"])
     assert_same_as(reference(whole, batch, lengths), streamed, batch, lengths, schedule)
+
+
+def test_an_adapter_on_a_block_that_the_model_never_calls_is_refused(tmp_path):
+    config = experts("gpt_oss (attention sinks, experts, sliding window)") | {"num_hidden_layers": 3}
+    config.pop("layer_types")
+    with slowft.open_model(save_random(tmp_path / "m", config)).add_lora(num_layers=1).train() as model:
+        with pytest.raises(SlowftError, match=r"never calls the block of model.layers.2.self_attn"):
+            model.loss_and_grads(*random_batch(config["vocab_size"]))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "files"])

@@ -1,7 +1,7 @@
 """One call of a block as a function of arrays: its output, and its gradients with recomputation.
 
-Comes in: the block's own method, what it is called with, and its adapter's arrays. Goes out: arrays, unevaluated. The
-block's weights have to be in place. Never decides when anything is computed, and keeps nothing.
+Comes in: the block's own method, its arguments, and its adapter's arrays. Goes out: unevaluated arrays. The block's
+weights have to be in place. Never decides when anything is computed, and keeps nothing.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,22 +12,22 @@ import mlx.core as mx
 
 from ..models.calls import Arguments, Outcome
 from .offloaded import OffloadedExperts
-from .trees import in_trace, uncompiled
+from .trees import arrays_of, in_trace, put, uncompiled
 
 
 class BlockFunction:
-    """A block's call as a function of flat arrays: those in its arguments first, then its adapter's.
+    """A block's call as a function of a flat list of arrays: those in its arguments, then its adapter's.
 
     Args:
         call: the block's own method.
-        arguments: of the call; the hidden state `[B, T, D]` is the first of their arrays.
+        arguments: the call's arguments; the hidden state `[B, T, D]` is the first of their arrays.
         entries: (owner, key) of the adapter's arrays that are variables.
-        differentiated: places among all the arrays of those whose gradients are asked for.
-        seed: set before each call, so that the recomputation draws the same dropout masks.
-        layers: computes the block's layers of experts that do not come with it.
+        differentiated: numbers in the list of the arrays whose gradients are needed.
+        seed: is set before each call, so that the recomputation draws the same dropout masks.
+        layers: computes the block's layers of experts that are offloaded.
 
     Attributes:
-        outcome: what the last call returned, its arrays left out (see `Arguments.take_over`).
+        outcome: what the last call returned, without its arrays (see `Arguments.take_over`).
     """
 
     def __init__(
@@ -45,13 +45,13 @@ class BlockFunction:
         self.outcome: Outcome | None = None
 
     def forward(self, arrays: Sequence[mx.array], in_training: bool) -> list[mx.array]:
-        """What the call puts out.
+        """The call's outputs.
 
         Args:
-            in_training: a backward pass follows, so that the forward pass has to be what it will recompute, and what
-                training in memory computes, to the last bit.
+            in_training: a backward pass follows. Then the outputs have to be those that it recomputes, and those of
+                training in memory, to the last bit.
         """
-        with self._entries_as_they_are():
+        with self._restoring_entries():
             mx.random.seed(self._seed)
             if not in_training:
                 return self._run(arrays)
@@ -59,10 +59,10 @@ class BlockFunction:
                 return in_trace(lambda: self._run(arrays))
 
     def gradients(self, arrays: Sequence[mx.array], cotangents: Sequence[mx.array]) -> list[mx.array]:
-        """Those of `differentiated`, in that order.
+        """The gradients of the arrays `differentiated`, in that order.
 
         The recomputation's outputs are never evaluated: MLX then skips what only they need, such as the last matmul.
-        Nor are they held: they share a buffer of the hidden state's size with what is.
+        Nor are they kept: that would keep a buffer of the hidden state's size.
         """
 
         def differentiate() -> list[mx.array]:
@@ -73,7 +73,7 @@ class BlockFunction:
             mx.random.seed(self._seed)
             in_trace(lambda: self._run(arrays))
 
-        with self._entries_as_they_are(), uncompiled():
+        with self._restoring_entries(), uncompiled():
             if not self._layers.are_offloaded:
                 return differentiate()
             return self._layers.gradients(recompute, differentiate)
@@ -89,18 +89,16 @@ class BlockFunction:
 
     def _run(self, arrays: Sequence[mx.array]) -> list[mx.array]:
         n = len(self._arguments.arrays)
-        for (owner, key), value in zip(self._entries, arrays[n:], strict=True):
-            owner[key] = value
+        put(self._entries, arrays[n:])
         self.outcome = self._arguments.call(self._call, arrays[:n])
-        outputs, self.outcome.arrays = self.outcome.arrays, []  # not held here
+        outputs, self.outcome.arrays = self.outcome.arrays, []  # the caller alone keeps them
         return outputs
 
     @contextmanager
-    def _entries_as_they_are(self) -> Iterator[None]:
-        """What is in the modules now is there again afterwards, and no traced array."""
-        values = [owner[key] for owner, key in self._entries]
+    def _restoring_entries(self) -> Iterator[None]:
+        """Put back into the modules, on leaving, the arrays that are there now: no traced array stays behind."""
+        arrays = arrays_of(self._entries)
         try:
             yield
         finally:
-            for (owner, key), value in zip(self._entries, values):
-                owner[key] = value
+            put(self._entries, arrays)

@@ -1,7 +1,7 @@
-"""The input of the lowest trained block, which no training changes: stored on disk, so that later epochs begin there.
+"""Stores the input of the lowest trained block, which no training changes, so that later epochs begin there.
 
-Comes in: the token ids of micro-batches, and what blocks below put out. Goes out: hidden states, the very bits that
-those blocks would give. Used on the compute thread, but for `why_not` and `keys`.
+Comes in: the token ids of micro-batches, and the output of the blocks below. Goes out: hidden states, bit for bit those
+that the blocks below would compute. Used on the compute thread, except for `why_not` and `keys`.
 """
 
 import hashlib
@@ -22,20 +22,20 @@ from ..weights.reader import Reader
 from ..weights.recognise import read_json
 from .trees import is_compiling
 
-NUMERICS = 1  # goes up with any change of ours that changes a bit of a forward pass
+NUMERICS = 1  # to be raised with any change of this package that changes a bit of a forward pass
 
 
 class Boundary:
     """Stores and finds the hidden states at the boundary of one opened model.
 
     A key is made of everything that determines their bits: files of weights, configuration, software, the boundary,
-    how the work is cut, and the token ids of the whole padded micro-batch. Not of each sample alone: on MLX's CPU
-    backend a row gets other bits among another number of rows (Llama of hidden size 64, 33 tokens: alone, or one of
-    four) and with other padding (hidden size 1024, 33 tokens or 65). mlx-lm makes up the same batches in every epoch
-    and only changes their order, so nothing is lost by it.
+    how the work is cut, and the token ids of the whole padded micro-batch. A key of each sample alone would not do: on
+    MLX's CPU backend a row's bits depend on the number of rows (Llama of hidden size 64, 33 tokens: alone, or one of
+    four) and on the padding (hidden size 1024, 33 tokens or 65). mlx-lm makes the same batches in every epoch and only
+    changes their order, so nothing is lost.
 
     Args:
-        cache: where they are stored.
+        cache: stores the hidden states.
         path: the model's directory.
     """
 
@@ -48,12 +48,12 @@ class Boundary:
         self._keys: list[str] = []
 
     def find(self, keys: Sequence[str]) -> list[mx.array | None]:
-        """The stored hidden states of a step's micro-batches; `keep` takes those that are missing."""
+        """The stored hidden states of a step's micro-batches, None for each that is missing; `keep` stores those."""
         self._keys = list(keys)
         return [self.cache.read(key) for key in keys]
 
     def keep(self, micro_batch: int, hidden: mx.array) -> None:
-        """Store a hidden state of this step, unless the files have changed since its `find`."""
+        """Store a hidden state of the step that `find` was called for, unless the weight files have changed since."""
         if self._identities == identities(self._open_files()):
             self.cache.write(self._keys[micro_batch], hidden)
 
@@ -63,7 +63,7 @@ class Boundary:
         Args:
             position: the visit at the boundary.
             cuts: how much of a block's work is done at once.
-            ids: `[B, T]` of each micro-batch, padding included.
+            ids: token ids `[B, T]` of each micro-batch, padding included.
         """
         now = identities(self._open_files())
         if now != self._identities:
@@ -75,7 +75,7 @@ class Boundary:
         return {file: self._reader.descriptor(file) for file in self._files}
 
     def _dtypes(self, position: int) -> list[str]:
-        """What each parameter below the boundary is computed in."""
+        """For each parameter below the boundary, its name, what it is made from, and the dtype that it computes in."""
         below = [unit for units in self._cut.outside.values() for unit in units]
         below += [self._cut.blocks[index] for index in self._cut.order[:position]]
         params = [p for unit in below for p in unit.params]
@@ -84,7 +84,7 @@ class Boundary:
 
 
 def why_not(cut: CutModel, position: int, trained_outside: bool) -> str | None:
-    """Why nothing can be stored for a model whose lowest trained visit is `position`; None if it can."""
+    """Why the inputs of the lowest trained visit, `position`, cannot be stored; None if they can."""
     if not cut.is_chain:
         return "its blocks are handed more than the output of the block before, such as values that depend on it"
     if trained_outside:

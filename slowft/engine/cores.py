@@ -1,9 +1,9 @@
-"""Softmax, activations and attention on all cores: MLX's CPU backend computes an operation on one core of a stream.
+"""Softmax, activations and attention on all cores: MLX's CPU backend uses one core for each stream.
 
-Rows (of attention: batch rows or heads) are shared out among streams, one a core, and the parts put together again:
-MLX's own operations on some rows of their arguments, so results and gradients stay the same to the last bit. Their
-vjps run on the streams of what they are vjps of. On a GPU, or with one core, nothing is changed. Products of matrices
-are left alone: OpenBLAS uses all cores for each.
+Rows (in attention: batch rows or heads) are shared out among streams, one for each core, and the results are put
+together again. Each part is MLX's own operation on some of the rows, so results and gradients stay the same to the last
+bit. A part's vjp runs on the part's stream. On a GPU, or with one core, nothing changes. Products of matrices are left
+alone: OpenBLAS uses all cores for each.
 """
 
 import sys
@@ -17,24 +17,24 @@ import mlx.nn as nn
 
 from ..weights.sources import casting_streams
 
-LEAST_ELEMENTS = 1 << 16  # of an array that is worth it: 0.8 ms of exponentials, against 0.05 ms to wait for a stream
-# Compiled functions of MLX and mlx-lm that treat elements one by one and take an exponential or the like of each
+LEAST_ELEMENTS = 1 << 16  # smaller arrays stay whole: these take 0.8 ms of exponentials, waiting for a stream 0.05 ms
+# Compiled functions of MLX and mlx-lm that compute an exponential or the like of each element
 ACTIVATIONS = (
     *("silu", "gelu", "gelu_approx", "gelu_fast_approx", "softplus", "swiglu", "precise_swiglu", "swiglu_oai"),
     *("clamped_swiglu", "geglu", "logit_softcap", "softcap", "_silu_mul", "_situ"),
 )
 _COMPILED = type(nn.silu)
 
-_local = threading.local()  # .streams: those among which the calling thread's work is shared out; None for not at all
+_local = threading.local()  # .streams: the calling thread's work is shared out among these; None for not at all
 _lock = threading.Lock()
-_n_sharing = 0  # contexts for which functions are replaced now
-_found: list[tuple[Any, str, Callable, Callable]] = []  # see _replacements
-_n_modules = 0  # that were looked through for it
+_n_sharing = 0  # entered contexts of `shared`; above 0, functions are replaced
+_replaced: list[tuple[Any, str, Callable, Callable]] = []  # see _replacements
+_n_modules = 0  # how many modules there were when _replaced was made
 
 
 @contextmanager
 def shared(streams: Sequence[mx.Stream] | None = None) -> Iterator[None]:
-    """While this is entered, what the calling thread gives MLX to compute is shared out among streams of its own."""
+    """While this is entered, share out among its own streams what the calling thread gives MLX to compute."""
     streams = list(streams or casting_streams())
     if len(streams) == 1:
         yield
@@ -50,7 +50,7 @@ def shared(streams: Sequence[mx.Stream] | None = None) -> Iterator[None]:
 
 
 def by_rows(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    """`function` of arrays whose first axis is that of independent rows, which are shared out."""
+    """`function`, with the rows of its arguments shared out. The first axis of each has to be independent rows."""
 
     def call(*arrays: mx.array) -> mx.array:
         with _whole() as streams:
@@ -69,11 +69,11 @@ def _in_parts(
     streams: list[mx.Stream],
     axis=0,
 ) -> mx.array:
-    """`function(*arrays)` in one part a stream.
+    """`function(*arrays)`, computed in one part for each stream.
 
     Args:
-        axes: along which the arguments are cut; `size`, or a multiple of it, is their length.
-        axis: along which the parts of the result are put together.
+        axes: along which each argument is cut; its length there is `size` or a multiple of it.
+        axis: along which the results of the parts are put together.
     """
     n = min(len(streams), size)
     if n < 2:
@@ -89,7 +89,7 @@ def _in_parts(
 
 @contextmanager
 def _whole() -> Iterator[list[mx.Stream] | None]:
-    """The streams to share out among; meanwhile, everything else that this thread calls stays whole."""
+    """Give the streams to share out among. While this is entered, other calls of this thread stay whole."""
     streams = getattr(_local, "streams", None)
     _local.streams = None
     try:
@@ -98,7 +98,7 @@ def _whole() -> Iterator[list[mx.Stream] | None]:
         _local.streams = streams
 
 
-# --- What takes the place of MLX's and mlx-lm's functions ---------------------------------------------
+# --- Replacements of MLX's and mlx-lm's functions -----------------------------------------------------
 
 
 def _install() -> None:
@@ -115,26 +115,26 @@ def _uninstall() -> None:
     with _lock:
         _n_sharing -= 1
         if _n_sharing == 0:
-            for owner, name, original, _ in _found:
+            for owner, name, original, _ in _replaced:
                 setattr(owner, name, original)
 
 
 def _replacements() -> list[tuple[Any, str, Callable, Callable]]:
-    """(owner, name, function, what takes its place). Models find their compiled functions in their modules."""
+    """(owner, name, function, its replacement). Models find their compiled functions in their modules."""
     global _n_modules
     if _n_modules != len(sys.modules):
         _n_modules = len(sys.modules)
         attention = mx.fast.scaled_dot_product_attention
-        _found[:] = [(mx.fast, "scaled_dot_product_attention", attention, _attention(attention))]
-        _found.append((mx, "softmax", mx.softmax, _softmax(mx.softmax)))
-        _found.extend((mx, f.__name__, f, _activation(f)) for f in (mx.sigmoid, mx.tanh, mx.exp))
-        places: dict[int, Callable] = {}
+        _replaced[:] = [(mx.fast, "scaled_dot_product_attention", attention, _attention(attention))]
+        _replaced.append((mx, "softmax", mx.softmax, _softmax(mx.softmax)))
+        _replaced.extend((mx, f.__name__, f, _activation(f)) for f in (mx.sigmoid, mx.tanh, mx.exp))
+        by_function: dict[int, Callable] = {}
         for module in [m for name, m in list(sys.modules.items()) if name.startswith(("mlx_lm.models.", "mlx.nn"))]:
             for name, value in list(vars(module).items()):
                 if type(value) is _COMPILED:
                     replacement = (_activation if name in ACTIVATIONS else _as_a_whole)(value)
-                    _found.append((module, name, value, places.setdefault(id(value), replacement)))
-    return _found
+                    _replaced.append((module, name, value, by_function.setdefault(id(value), replacement)))
+    return _replaced
 
 
 def _activation(function: Callable) -> Callable:
@@ -156,7 +156,7 @@ def _activation(function: Callable) -> Callable:
 
 
 def _as_a_whole(function: Callable) -> Callable:
-    """A compiled function, which is not to be compiled with what is in place now."""
+    """A compiled function that MLX must not compile with the replacements inside: everything in it stays whole."""
 
     def call(*args, **kwargs):
         with _whole():
@@ -177,7 +177,7 @@ def _softmax(softmax: Callable) -> Callable:
 
 
 def _rows_in_parts(function: Callable, arrays: Sequence[mx.array], streams: list[mx.Stream]) -> mx.array:
-    """`function` of arrays `[..., D]`, the result's shape too, in one part a stream."""
+    """`function` of arrays `[..., D]`, whose shape the result has too, in one part for each stream."""
     flat = [a.reshape(-1, a.shape[-1]) for a in arrays]
     return _in_parts(function, flat, [0] * len(flat), flat[0].shape[0], streams).reshape(arrays[0].shape)
 
@@ -191,7 +191,7 @@ def _attention(attention: Callable) -> Callable:
             groups = k.shape[1]
             if streams is None or kwargs or rows * heads * length * k.shape[2] < LEAST_ELEMENTS:
                 return attention(q, k, v, scale=scale, mask=mask, sinks=sinks, **kwargs)
-            # rows lie in one piece; but what is added up over them is not to be added up in parts
+            # Parts of rows need no copy. But sinks' gradients are sums over rows, which must not be taken in parts
             axis, size = (0, rows) if rows % len(streams) == 0 and sinks is None else (1, groups)
             if size == 1:
                 return attention(q, k, v, scale=scale, mask=mask, sinks=sinks)

@@ -1,8 +1,8 @@
 """An opened model's engine: answers the calls of its units, and runs steps over micro-batches.
 
 Comes in: token batches. Goes out: loss and gradients, the numbers that `nn.value_and_grad` gives on the whole model in
-memory. Models whose blocks form a chain go through `step`; others, and whatever trace a user has under way, through
-`traced`. Decides which blocks are expected when, and follows schedules.
+memory. `step` computes models whose blocks form a chain. `traced` computes the others, and whatever a user traces.
+Says which blocks are needed in which order, and follows schedules.
 """
 
 import functools
@@ -34,13 +34,14 @@ from ..weights.reuse import Reuse
 from ..weights.sources import Param, read_whole
 from . import step
 from .boundary import Boundary, why_not
-from .chain import Chain, Passenger
+from .chain import Chain
 from .distillation import Teacher
-from .head import loss_mask, usual_chunk
+from .head import usual_chunk
 from .hidden import HiddenStates
 from .journal import StepJournal
 from .kept import KeptOutputs
 from .log_probabilities import PLAIN, LogProbabilities, Mixing
+from .micro_batches import Passenger, n_parts, passengers
 from .offloaded import OffloadedExperts
 from .parts import CachedProbe
 from .pieces import Pieces, PieceWork
@@ -55,15 +56,17 @@ class Engine:
     """Runs the units of one opened model.
 
     Attributes:
-        traced: answers the units' calls in somebody else's trace, or in none.
-        expects_backward: whether the pass under way comes back.
-        seed, step: what dropout masks are drawn from, together with block and micro-batch. `step` goes up by
-            one with every forward pass in training mode, or every `loss_and_grads`.
-        schedule: what is kept in memory; see `follow`.
+        units: the blocks, and the large layers outside of them.
+        traced: answers the units' calls where the engine runs no part of its own.
+        expects_backward: whether a backward pass follows the pass under way.
+        seed, step: what dropout masks are drawn from, together with block and micro-batch. `step` goes up by one with
+            every forward pass in training mode, or every `loss_and_grads`.
+        schedule: what is kept in memory, and how the work is cut; see `follow`.
         peaks_known: (kind, direction) of passes whose memory need not be measured again.
-        measurements: of the last step of `loss_and_grads`, or the one under way.
-        head_chunk_tokens: tokens whose logits may exist at once; None: the schedule's, else as many as fit
-            in 64 MB.
+        measurements: of the last `loss_and_grads`, or of the one under way.
+        head_chunk_tokens: how many tokens' logits may exist at once; None for the schedule's number, or without one
+            for as many as fit in 64 MB.
+        chain: the model as functions; None until `make_chain`.
     """
 
     def __init__(self, model: nn.Module, cut: CutModel, reader: Reader):
@@ -72,16 +75,16 @@ class Engine:
         self.traced = TracedPath(self)
         self._part: Any = self.traced  # answers the units' calls
         self.expects_backward = False
-        units = [*cut.blocks, *(unit for units in cut.outside.values() for unit in units)]
-        self._on_disk = {(id(p.owner), p.key) for unit in units for p in unit.params}
+        self.units = [*cut.blocks, *(unit for units in cut.outside.values() for unit in units)]
+        self._on_disk = {(id(p.owner), p.key) for unit in self.units for p in unit.params}
         self.seed = 0
         self.step = 0
         self.head_chunk_tokens: int | None = None
         self.tokens_of_last_step = 0
         self.schedule = Schedule()
         self.hidden = HiddenStates()
-        self._stored: Boundary | None = None
-        self._boundary = 0  # the visit whose input is stored on disk between steps; 0 for none
+        self._boundary: Boundary | None = None
+        self._boundary_visit = 0  # the visit whose input is stored on disk between steps; 0 for none
         self._has_warned = False
         self._journal: StepJournal | None = None
         self._kinds: dict[Unit, str] = {}
@@ -92,16 +95,16 @@ class Engine:
         self.layers = OffloadedExperts(self.weights)
         for unit in cut.blocks:
             self.layers.watch(unit)
-        self.chain: Chain | None = None  # once it is known how the model's call goes
+        self.chain: Chain | None = None
         self.stats = Stats(reader, self.weights, self.hidden)
 
-    def see(self) -> None:
-        """The model's call is known now (`seams.probe`)."""
+    def make_chain(self) -> None:
+        """Make the model's functions, once `seams.probe` has seen how its call goes."""
         work = self.pieces, self.kept, self.layers
         answers = self.running_part, self.look_up, self._multiply, self.kind_of
         self.chain = Chain(self.model, self.cut, *work, *answers)
 
-    # --- What the model's units do when they are called -------------------------------------------
+    # --- Calls of the model's units ---------------------------------------------------------------
 
     def on_block(self, unit: Unit, inner: Callable, args: tuple, kwargs: dict) -> Any:
         return self._part.on_block(unit, inner, args, kwargs)
@@ -113,7 +116,7 @@ class Engine:
         return self._part.on_rows(unit, inner, args, kwargs)
 
     def look_up(self, unit: Unit, inner: Callable, args: tuple, kwargs: dict) -> Any:
-        """The embedding's rows for these token ids; no others are read."""
+        """The embedding's output for these token ids. Only their rows are read."""
         ids = detach(args[0]).values
         if ids.size == 0:
             return inner(args[0])
@@ -125,38 +128,38 @@ class Engine:
             )
         index = mx.array(inverse.reshape(ids.shape).astype(np.int32))
 
-        def job() -> mx.array:
+        def compute() -> mx.array:
             with tracing.span("compute", unit.name, **{"pass": "forward", "rows": rows.size}):
                 output = inner(index)
                 mx.eval(output)
                 return output
 
-        return self.weights.look_up(unit, rows.tolist(), job)
+        return self.weights.look_up(unit, rows.tolist(), compute)
 
     def _multiply(self, unit: Unit, inner: Callable, args: tuple, kwargs: dict) -> Any:
-        """What a large layer before the blocks puts out."""
+        """The output of a large layer before the blocks."""
         return self.weights.with_params(unit.params, lambda: inner(*args, **kwargs))
 
     @contextmanager
     def running_part(self, part: Any) -> Iterator[Any]:
         """While this is entered, `part` answers the units' calls."""
-        self._part, before = part, self._part
+        self._part, outer = part, self._part
         arrays = Arrays(self.model) if self.cut.keeps_arrays else None
         try:
             yield part
         finally:
-            self._part = before
+            self._part = outer
             if arrays is not None:
                 arrays.restore()
 
-    # --- What comes next ------------------------------------------------------------------------------
+    # --- The order of blocks --------------------------------------------------------------------------
 
     def begin_traced_pass(self, tokens: int | None, is_step: bool) -> int:
-        """A pass by the model's own call begins. Returns the step that its dropout masks are drawn for.
+        """Begin a pass by the model's own call. Returns the step that its dropout masks are drawn for.
 
         Args:
-            tokens: of it; None if it is not known.
-            is_step: it belongs to a step of the engine's, which is counted when it is over.
+            tokens: how many it has; None if that is not known.
+            is_step: the pass belongs to a step of the engine's, which is counted when it is over.
         """
         step = self.step
         self.step += bool(self.model.training and not is_step)
@@ -164,11 +167,11 @@ class Engine:
         return step
 
     def expect(self, backward: bool, batches: Sequence[Passenger] = (), tokens: int | None = None) -> None:
-        """Look at what is trainable now, and tell which blocks will be visited in which order.
+        """Note what is trainable now, and say in which order blocks will be needed.
 
         Args:
-            batches: of a step of our own, which may begin at the boundary.
-            tokens: of each micro-batch; None if it is not known.
+            batches: the micro-batches of an engine's step, which may begin at the boundary.
+            tokens: of each micro-batch; None if that is not known.
         """
         order = self.cut.order
         entries = trainable_entries(self.model)
@@ -178,29 +181,34 @@ class Engine:
                     f"{name} is trainable, but base weights stay on disk. Call model.freeze() and add_lora instead"
                 )
         self.chain.look_at_trainable()
+        if backward and entries and self.chain.lowest_trained == len(order):
+            raise SlowftError(
+                f"nothing would be learnt: the model's own code never calls the block of {entries[0][0]}, nor any "
+                "other that is trained. Check num_hidden_layers in config.json, or raise --num-layers"
+            )
         self.expects_backward = backward
-        self._find_boundary(batches)
-        start, done = self._find_finished(batches) if backward and batches else (0, None)
+        self._begin_at_boundary(batches)
+        start, below = self._begin_journal(batches) if backward and batches else (0, None)
         temporary = self.schedule.temporary_nbytes if backward else ()
         visits = list(itertools.zip_longest(order, temporary, fillvalue=0))
         forward = visits[max(start, min((batch.first for batch in batches), default=0)) :]
-        of_backward = visits[self.chain.lowest_trained : done][::-1] if backward else ()
+        of_backward = visits[self.chain.lowest_trained : below][::-1] if backward else ()
         if self.schedule.group_nbytes is not None:
             offloaded = self.layers.by_block()
-        elif backward or tokens is None:  # on the way back blocks come whole
+        elif backward or tokens is None:  # a backward pass needs whole blocks
             offloaded = {}
         else:
             offloaded = self.layers.on_demand(tokens, len(batches) or 1)
         self.weights.expect(forward, of_backward, offloaded)
 
     def kind_of(self, unit: Unit) -> str:
-        """Equal for blocks that compute the same."""
+        """A text that is equal for blocks that compute the same."""
         if unit not in self._kinds:
             self._kinds[unit] = signature(unit)
         return self._kinds[unit]
 
     def adapter_changed(self) -> None:
-        """Blocks compute something else than before."""
+        """Forget the blocks' kinds: with another adapter they compute something else."""
         self._kinds.clear()
 
     # --- Steps --------------------------------------------------------------------------------------
@@ -211,16 +219,17 @@ class Engine:
         measure: bool = False,
         teachers: Sequence[Teacher | None] = (),
     ):
-        """((loss, ntoks), gradients) over all micro-batches, normalised by their tokens together.
+        """((loss, ntoks), gradients) over all micro-batches, divided by the number of all their tokens.
 
         Args:
-            teachers: whose probabilities the losses are taken against too, of each micro-batch.
-            measure: note in `measurements` what each pass takes; on a GPU each is waited for then.
+            teachers: for each micro-batch, the teacher whose probabilities its loss is taken against too.
+            measure: note in `measurements` the memory and time of each pass. A GPU then finishes each before the next.
         """
         entries = trainable_entries(self.model)
         if not entries:
             raise SlowftError("the model has no trainable parameters. Call add_lora first")
-        batches, ntoks = self._batches([(*pair, True) for pair in micro_batches], together=True, teachers=teachers)
+        given = [(*pair, True) for pair in micro_batches]
+        batches, ntoks = passengers(given, self.schedule.rows, together=True, teachers=teachers)
         self.measurements = Measurements(self.peaks_known)
         self.stats.begin_step()
         try:
@@ -228,10 +237,9 @@ class Engine:
                 if not self.cut.is_chain:
                     losses, gradients = self.traced.loss_and_grads(batches, entries)
                 elif self.schedule.in_memory:
-                    losses, gradients = step.loss_and_grads_in_memory(*self._loops(batches), self._boundary)
+                    losses, gradients = step.loss_and_grads_in_memory(*self._inputs(batches), self._boundary_visit)
                 else:
-                    chain, *rest, head_tokens = self._loops(batches)
-                    losses, gradients = step.loss_and_grads(chain, *rest, self.schedule, head_tokens, self._journal)
+                    losses, gradients = step.loss_and_grads(*self._inputs(batches), self.schedule, self._journal)
         finally:
             if self._journal is not None:
                 self._journal.finish()
@@ -246,19 +254,19 @@ class Engine:
         return (loss, ntoks[0]), tree_unflatten(tree)
 
     def losses(self, micro_batches: Sequence[tuple[mx.array, mx.array, bool | str]]) -> list:
-        """(loss, ntoks) of each (batch, lengths, adapter), without gradients: blocks are read once for all."""
-        batches, ntoks = self._batches(micro_batches, together=False)
+        """(loss, ntoks) of each (batch, lengths, adapter), without gradients. Each block of a chain is read once."""
+        batches, ntoks = passengers(micro_batches, self.schedule.rows, together=False)
         with self._step_over(batches, gradients=False):
             if self.cut.is_chain:
-                losses = step.losses(*self._loops(batches))
+                losses = step.losses(*self._inputs(batches))
             else:
                 losses = [self.traced.loss(batch) for batch in batches]
-        found, at = [], iter(losses)
+        results, remaining = [], iter(losses)
         for (batch, _, _), n in zip(micro_batches, ntoks):
-            pieces = [next(at) for _ in range(self._n_pieces(batch))]
-            found.append((sum(pieces[1:], pieces[0]), n))
-        mx.eval(found)
-        return found
+            parts = [next(remaining) for _ in range(n_parts(batch, self.schedule.rows))]
+            results.append((sum(parts[1:], parts[0]), n))
+        mx.eval(results)
+        return results
 
     def decode(
         self,
@@ -269,41 +277,42 @@ class Engine:
         """A forward pass with key-value caches; see `step.decode`.
 
         Args:
-            batches: (tokens `[B, T]`, caches, wanted places `[n]`, adapter) of each.
+            batches: (tokens `[B, T]`, caches, places `[n]` whose logits are needed, adapter) of each micro-batch.
         """
-        passengers = [
+        given = [
             Passenger(i, tokens, adapter=adapter, cache=cache) for i, (tokens, cache, _, adapter) in enumerate(batches)
         ]
-        wanted = [places for _, _, places, _ in batches]
-        mx.eval([batch.tokens for batch in passengers], wanted)
-        n_head = self.head_chunk_tokens or self.schedule.head_tokens or usual_chunk(self.cut.vocab_size)
+        places = [of_batch for _, _, of_batch, _ in batches]
+        mx.eval([batch.tokens for batch in given], places)
+        head_tokens = self.head_chunk_tokens or self.schedule.head_tokens or usual_chunk(self.cut.vocab_size)
         self.stats.begin_step()
         try:
-            with self._step_over(passengers, gradients=False):
+            with self._step_over(given, gradients=False):
                 if self.cut.is_chain:
-                    step.decode(self.chain, passengers, self.weights, self.hidden, n_head, wanted, take, spilled)
+                    step.decode(self.chain, given, self.weights, self.hidden, head_tokens, places, take, spilled)
                 else:
-                    for batch, places in zip(passengers, wanted):
-                        take(batch.index, 0, self.traced.logits(batch)[places])
+                    for batch, of_batch in zip(given, places):
+                        take(batch.index, 0, self.traced.logits(batch)[of_batch])
         finally:
             self.stats.end_step(Measurements())
 
     def first_not_finite(self, micro_batches: Sequence[tuple[mx.array, mx.array]]) -> str | None:
-        """Where the last step's forward pass first put out what is not finite; None: nowhere, or it cannot be told."""
+        """Where a value was first not finite in the last step's forward pass, in words; None: nowhere, or no chain."""
         if not self.cut.is_chain:
             return None
-        batches, _ = self._batches([(*pair, True) for pair in micro_batches], together=True)
-        self.step -= 1  # with the dropout that it had
+        batches, _ = passengers([(*pair, True) for pair in micro_batches], self.schedule.rows, together=True)
+        self.step -= 1  # so that dropout is what it was
         try:
             with uncompiled(), self._step_over(batches, gradients=False):
-                found = step.first_not_finite(*self._loops(batches))
+                place = step.first_not_finite(self.chain, batches, self.weights, self.hidden)
         finally:
             self.step += 1
-        if found is None:
+        if place is None:
             return None
-        pieces = [self._n_pieces(batch) for batch, _ in micro_batches]
-        number = next(i for i in range(len(pieces)) if found[0] < sum(pieces[: i + 1]))
-        return f"micro-batch {number + 1} of {len(pieces)}, {self.chain.visits[found[1]].name}"
+        index, position = place
+        parts = [n_parts(batch, self.schedule.rows) for batch, _ in micro_batches]
+        number = next(i for i in range(len(parts)) if index < sum(parts[: i + 1]))
+        return f"micro-batch {number + 1} of {len(parts)}, {self.chain.visits[position].name}"
 
     def log_probabilities(
         self,
@@ -313,78 +322,46 @@ class Engine:
         on_visit: Callable[[int], object],
         mixing: Mixing = PLAIN,
     ) -> list[LogProbabilities]:
-        """Of each (batch, lengths, adapter): blocks are read once for all; those of no chain, once for each.
+        """Log-probabilities for each (batch, lengths, adapter).
+
+        Blocks of a chain are read once for all of them; blocks of other models once for each.
 
         Args:
-            on_visit: called with how many more times a block was computed for a micro-batch.
-            mixing: makes results of so many micro-batches that follow each other.
+            on_visit: is called with the number of block passes (one block, one micro-batch) since the last call.
+            mixing: makes its results of each group of micro-batches that follow each other.
         """
-        batches, _ = self._batches(micro_batches, together=False)
+        batches, _ = passengers(micro_batches, self.schedule.rows, together=False)
         n, at = mixing.passengers, 0
-        groups, pieces = [], [self._n_pieces(batch) for batch, _, _ in micro_batches[::n]]
-        for k in pieces:
-            groups += [batches[at + piece : at + n * k : k] for piece in range(k)]
+        groups, parts = [], [n_parts(batch, self.schedule.rows) for batch, _, _ in micro_batches[::n]]
+        for k in parts:
+            groups += [batches[at + part : at + n * k : k] for part in range(k)]
             at += n * k
         self.stats.begin_step()
         try:
             with self._step_over(batches, gradients=False):
                 if self.cut.is_chain:
                     visited = functools.partial(on_visit, len(micro_batches))
-                    found = step.log_probabilities(*self._loops(batches), top_k, token_ids, visited, groups, mixing)
+                    results = step.log_probabilities(*self._inputs(batches), top_k, token_ids, visited, groups, mixing)
                 else:
-                    found = []
+                    results = []
                     for group in groups:
-                        found.append(self.traced.log_probabilities(group, top_k, token_ids, mixing))
+                        results.append(self.traced.log_probabilities(group, top_k, token_ids, mixing))
                         on_visit(n * len(self.cut.order))
         finally:
             self.stats.end_step(Measurements())
-        of_groups = iter(found)
-        of_pieces = [zip(*(next(of_groups) for _ in range(k))) for k in pieces]
-        return [LogProbabilities.joined(parts) for results in of_pieces for parts in results]
+        remaining = iter(results)
+        by_result = [zip(*(next(remaining) for _ in range(k))) for k in parts]
+        return [LogProbabilities.joined(of_parts) for group in by_result for of_parts in group]
 
-    def _n_pieces(self, batch: mx.array) -> int:
-        """How many times so many rows as go at once there are in a micro-batch."""
-        return -(-batch.shape[0] // (self.schedule.rows or batch.shape[0]))
-
-    def _loops(self, batches: Sequence[Passenger]) -> tuple:
-        """What the loops of `step` go by."""
+    def _inputs(self, batches: Sequence[Passenger]) -> tuple:
+        """The arguments that the functions of `step` begin with."""
         head_tokens = self.head_chunk_tokens or self.schedule.head_tokens
         return self.chain, batches, self.weights, self.hidden, head_tokens
 
-    def _batches(
-        self,
-        micro_batches: Sequence[tuple[mx.array, mx.array, bool | str]],
-        together: bool,
-        teachers: Sequence[Teacher | None] = (),
-    ) -> tuple[list[Passenger], list[mx.array]]:
-        """(micro-batches as they go through the model, tokens that each given one's loss is divided by).
-
-        Args:
-            together: by those of all.
-        """
-        masks = [loss_mask(lengths, batch.shape[1] - 1) for batch, lengths, _ in micro_batches]
-        ntoks = [mask.sum() for mask in masks]
-        if together:
-            ntoks = [sum(ntoks)] * len(ntoks)
-        mx.eval(masks, ntoks)
-        if any(n.item() == 0 for n in ntoks):
-            raise SlowftError("no token of the batch counts in the loss (lengths leave none to train on)")
-        batches: list[Passenger] = []
-        teachers = list(teachers) or [None] * len(micro_batches)
-        for (batch, _, adapter), teacher, mask, n in zip(micro_batches, teachers, masks, ntoks, strict=True):
-            rows = self.schedule.rows or batch.shape[0]
-            for i in range(0, batch.shape[0], rows):
-                tokens, of_rows = batch[i : i + rows], mask[i : i + rows]
-                of_teacher = None if teacher is None else teacher.rows(i, i + rows)
-                what = tokens[:, :-1], tokens[:, 1:], of_rows, n, adapter, of_teacher
-                batches.append(Passenger(len(batches), *what))
-        mx.eval([[b.tokens, b.targets, b.mask, b.teacher.arrays if b.teacher else []] for b in batches])
-        return batches, ntoks
-
     @contextmanager
     def _step_over(self, batches: Sequence[Passenger], gradients: bool, measure: bool = False) -> Iterator[None]:
-        """What is before and after a pass over the model."""
-        self._settle_arrays()
+        """Prepare a pass over the model's blocks, and clean up on leaving."""
+        self._evaluate_arrays()
         self.chain.begin_step(self.seed, self.step, self.cuts)
         if gradients:
             self.hidden.reserve([batch.tokens.size * self.cut.hidden_nbytes for batch in batches])
@@ -398,11 +375,11 @@ class Engine:
             self.hidden.clear()
             self._warn_of_lost_activations()
 
-    def _settle_arrays(self) -> None:
-        """Make every array in memory a plain evaluated one.
+    def _evaluate_arrays(self) -> None:
+        """Replace every array in memory by an evaluated one that belongs to no trace.
 
-        `nn.value_and_grad` leaves its tracers in the module, a broken-off one in all of it; `stop_gradient` shares
-        their memory, not their graph.
+        `nn.value_and_grad` leaves traced arrays in the module (in all of it, if it was broken off). `stop_gradient`
+        shares their memory, but not their graph.
         """
         entries = [(o, k, a) for o, k, a in array_entries(self.model) if (id(o), k) not in self._on_disk]
         arrays = [mx.stop_gradient(array) for _, _, array in entries]
@@ -413,10 +390,10 @@ class Engine:
     # --- The schedule ---------------------------------------------------------------------------------
 
     def follow(self, schedule: Schedule, directory: Path | None = None) -> None:
-        """From now on keep in memory what `schedule` says, and give the rest back.
+        """From now on keep in memory what `schedule` says, and free the rest.
 
         Args:
-            directory: where block inputs are spilled to.
+            directory: block inputs are spilled to a file in it.
         Raises:
             SlowftError: the disk has no room for them.
         """
@@ -424,15 +401,15 @@ class Engine:
             raise ValueError("only the blocks of a chain form one graph with the head")
         self.schedule = schedule
         blocks = [self.cut.blocks[index] for index in dict.fromkeys(self.cut.order)] if schedule.in_memory else []
-        whole = [*blocks, *(self.cut.head if schedule.keep_head or blocks else ())]
+        resident = [*blocks, *(self.cut.head if schedule.keep_head or blocks else ())]
         self.layers.use_groups_of(schedule.group_nbytes or GROUP_NBYTES)
-        head = self.cut.head if schedule.head_ahead else ()
+        read_ahead = self.cut.head if schedule.head_ahead else ()
         sizes = schedule.slots, schedule.resident_nbytes, schedule.reads_in_flight
         offloaded = {} if schedule.group_nbytes is None else self.layers.by_block()
-        self.weights.resize(*sizes, offloaded, head)
+        self.weights.resize(*sizes, offloaded, read_ahead)
         if schedule.in_memory:
             self.weights.cache.clear()  # nothing comes through its buffers
-        self.weights.keep_resident(whole)  # after blocks that go have made room
+        self.weights.keep_resident(resident)  # after `resize` has freed memory
         for unit in self.cut.blocks:
             if any(schedule.kept):
                 self.kept.watch(unit.module)
@@ -444,12 +421,12 @@ class Engine:
             limits().keep_freed(schedule.cache_nbytes)
         freed_nbytes = schedule.cache_nbytes or 0
         limits().hold(schedule.active_nbytes, freed_nbytes)
-        resident_nbytes = schedule.resident_nbytes + sum(unit.compute_nbytes for unit in whole)
+        resident_nbytes = schedule.resident_nbytes + sum(unit.compute_nbytes for unit in resident)
         everything = max(resident_nbytes, (schedule.active_nbytes or 0) + freed_nbytes)
         limits().wire(everything if resident_nbytes else 0)
 
     def reuse_more(self, nbytes: int) -> None:
-        """The last step left so many bytes of its memory (below 0: took more): freed buffers may take them."""
+        """Let freed buffers take so many bytes more, which the last step left. Below 0, they have to take less."""
         self.weights.reuse.raise_by(nbytes)
 
     @property
@@ -459,63 +436,63 @@ class Engine:
     # --- The boundary ---------------------------------------------------------------------------------
 
     def store_activations(self, directory: Path, limit_nbytes: int | None, model_path: Path) -> None:
-        """From now on the lowest trained block's input is stored in `directory`, and steps begin there if they can.
+        """From now on store the lowest trained block's input in `directory`, and begin steps there if it is stored.
 
         Raises:
             ConfigError: the directory cannot be used.
         """
         self.forget_activations()
-        self._stored = Boundary(ActivationCache(directory, limit_nbytes), self.cut, self.weights.reader, model_path)
-        self.stats.count_stored(self._stored.cache)
+        self._boundary = Boundary(ActivationCache(directory, limit_nbytes), self.cut, self.weights.reader, model_path)
+        self.stats.count_stored(self._boundary.cache)
 
     @property
     def activation_cache(self) -> ActivationCache | None:
-        return None if self._stored is None else self._stored.cache
+        return None if self._boundary is None else self._boundary.cache
 
     def forget_activations(self) -> None:
-        """Store and use no activations any more. Those that are stored stay."""
-        if self._stored is not None:
-            self._stored.cache.close()
-            self._stored = None
+        """Store and use no activations from now on. Those on disk stay there."""
+        if self._boundary is not None:
+            self._boundary.cache.close()
+            self._boundary = None
 
     def why_no_boundary(self) -> str | None:
-        """Why no activations can be stored for what is trainable now; None if they can."""
+        """Why no activations can be stored with what is trainable now; None if they can."""
         self.expect(backward=self.expects_backward)
         return why_not(self.cut, self.chain.lowest_trained, bool(self.chain.outside))
 
-    def _find_boundary(self, batches: Sequence[Passenger]) -> None:
-        """Put in place what is stored of these micro-batches: they begin at the boundary."""
-        self._boundary = 0
+    def _begin_at_boundary(self, batches: Sequence[Passenger]) -> None:
+        """Let those micro-batches begin at the boundary whose hidden state there is stored, and store the others'."""
+        self._boundary_visit = 0
         self.hidden.watch(None)
         chain = self.chain
-        if self._stored is None or not batches or any(batch.adapter is not True for batch in batches):
+        if self._boundary is None or not batches or any(batch.adapter is not True for batch in batches):
             return
         if why_not(self.cut, chain.lowest_trained, bool(chain.outside)):
             return
-        self._boundary = chain.lowest_trained
+        self._boundary_visit = chain.lowest_trained
         cuts = self.schedule.mlp_tokens, self.schedule.attention_queries
-        if computes_on_gpu():  # whose kernels are others in training, and for other numbers of experts
+        if computes_on_gpu():  # It uses other kernels in training, and for other numbers of experts.
             cuts += (self.schedule.group_nbytes, self.expects_backward)
-        keys = self._stored.keys(self._boundary, cuts, [batch.tokens for batch in batches])
-        for batch, hidden in zip(batches, self._stored.find(keys)):
+        keys = self._boundary.keys(self._boundary_visit, cuts, [batch.tokens for batch in batches])
+        for batch, hidden in zip(batches, self._boundary.find(keys)):
             if hidden is not None:
-                self.hidden.put((batch.index, self._boundary), hidden, may_spill=self.expects_backward)
-                batch.first = self._boundary
-                self.stats.began_at_stored()
-        self.hidden.watch(self._boundary, self._stored.keep)
+                self.hidden.put((batch.index, self._boundary_visit), hidden, may_spill=self.expects_backward)
+                batch.first = self._boundary_visit
+                self.stats.count_begun_at_stored()
+        self.hidden.watch(self._boundary_visit, self._boundary.keep)
 
     def _warn_of_lost_activations(self) -> None:
-        """Say once that activations are no longer stored."""
-        if self._stored is not None and self._stored.cache.problem is not None and not self._has_warned:
+        """Warn once that activations are no longer stored."""
+        if self._boundary is not None and self._boundary.cache.problem is not None and not self._has_warned:
             self._has_warned = True
-            warnings.warn(self._stored.cache.problem, SlowftWarning, stacklevel=5)
+            warnings.warn(self._boundary.cache.problem, SlowftWarning, stacklevel=5)
 
     # --- The journal ----------------------------------------------------------------------------------
 
     def journal_steps(
         self, journal: Journal | None, identity: str = "", after_block: Callable[[], None] = lambda: None
     ) -> None:
-        """From now on finished blocks of a step are written to `journal`, and a step goes on from what is there.
+        """From now on write finished blocks of a step to `journal`, and let a step go on from what is there of it.
 
         Args:
             identity, after_block: see `StepJournal`.
@@ -527,11 +504,11 @@ class Engine:
 
     @property
     def blocks_found(self) -> int:
-        """How many visits of blocks, there and back, the last step found finished."""
+        """How many block passes, forward and backward, the last step found finished in the journal."""
         return 0 if self._journal is None else self._journal.blocks_found
 
-    def _find_finished(self, batches: Sequence[Passenger]) -> tuple[int, int | None]:
-        """Put in place what the journal has of this step. Returns where the way there begins, and that back."""
+    def _begin_journal(self, batches: Sequence[Passenger]) -> tuple[int, int | None]:
+        """Let the journal put in place what it has of this step. Returns its `forward_from` and `backward_below`."""
         if self._journal is None or self.schedule.in_memory or not self.cut.is_chain:
             return 0, None
         facts = [str(self.cuts), self.head_chunk_tokens or self.schedule.head_tokens, is_compiling()]
@@ -539,20 +516,20 @@ class Engine:
             facts.append(self.schedule.group_nbytes)
         in_memory = [a for owner, key, a in array_entries(self.model) if (id(owner), key) not in self._on_disk]
         self._journal.begin(self.chain, batches, self.hidden, facts, in_memory)
-        return self._journal.start, self._journal.below
+        return self._journal.forward_from, self._journal.backward_below
 
     # --- Opening and closing ------------------------------------------------------------------------
 
     def probe(self, part: Probe) -> mx.array:
-        """Logits of a few tokens, every unit's call answered by `part`."""
+        """Logits of a few tokens, while `part` answers every unit's call."""
         tokens = mx.array(TOKENS)
         with self.running_part(part), self.layers.noting() as calls:
             logits = self.model(tokens)
         self.layers.learn_routing(calls, tokens.size)
         return logits
 
-    def look(self, tokens: mx.array | None = None, cache: list[Any] | None = None) -> None:
-        """Have every block called on a few tokens (or on these, with a key-value cache), unevaluated."""
+    def call_on_placeholders(self, tokens: mx.array | None = None, cache: list[Any] | None = None) -> None:
+        """Call every block on a few tokens, or on these with a key-value cache. Nothing is read or evaluated."""
         with keeping_random_state():
             if cache is None:
                 self.probe(Probe(0.25))
@@ -568,23 +545,20 @@ class Engine:
         """Give every DoRA layer the norms of its base weight's rows, one layer at a time.
 
         Raises:
-            ConfigError: a DoRA layer outside the blocks, which would use its base weight past the seam.
+            ConfigError: a DoRA layer is outside the blocks, where its base weight is not put in place for it.
         """
         from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
 
         in_blocks: set[int] = set()
         for unit in self.cut.blocks:
-            layers = [module for module in unit.module.modules() if isinstance(module, DoRALinear)]
-            in_blocks |= {id(layer) for layer in layers}
+            for layer in [module for module in unit.module.modules() if isinstance(module, DoRALinear)]:
+                in_blocks.add(id(layer))
 
-            for layer in layers:
-
-                def job(layer=layer):
+                def compute(layer=layer):
                     layer.set_linear(layer.linear)
                     mx.eval(layer.m)
 
-                params = [param for param in unit.params if param.owner is layer.linear]
-                self.weights.with_params(params, job)
+                self.weights.with_params([param for param in unit.params if param.owner is layer.linear], compute)
         for name, module in self.model.named_modules():
             if isinstance(module, (DoRALinear, DoRAEmbedding)) and id(module) not in in_blocks:
                 raise ConfigError(f"DoRA cannot be attached to {name}, outside the blocks. Use LoRA there")
@@ -597,13 +571,13 @@ class Engine:
 
     @property
     def compute_dtype(self) -> mx.Dtype:
-        """Of the blocks' weights as they are computed with; packed ones have that of their scales."""
+        """The dtype that the blocks' weights are computed with. For packed ones it is that of their scales."""
         dtypes = [p.source.result_dtype for unit in self.cut.blocks for p in unit.params]
         return next((dtype for dtype in dtypes if dtype in FLOATS), mx.float16)
 
     @property
     def head_may_be_cut(self) -> bool:
-        """Whether logits may be computed some tokens at a time, as far as it is known."""
+        """See `Chain.head_may_be_cut`; False for models that are no chain."""
         return self.cut.is_chain and self.chain.head_may_be_cut
 
     def close(self) -> None:
@@ -612,5 +586,5 @@ class Engine:
             self.hidden.close()
         self.traced.close()
         self.weights.close()
-        limits().restore()  # below what is in use, MLX would wait at every operation of whatever follows
-        limits().give_back()  # buffers of sizes that nobody will ask for
+        limits().restore()  # with a limit below what is in use, MLX would wait at every later operation
+        limits().give_back()  # freed buffers, of sizes that nothing will need again

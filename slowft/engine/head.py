@@ -1,8 +1,8 @@
-"""From a hidden state to the loss, and back.
+"""From the last block's output to the loss, and from the loss to gradients.
 
 The head is the model's own call with its blocks skipped: whatever norm, projection and soft cap follow the last block.
-Logits `[tokens, vocab]` exist whole only when they are small; otherwise a chunk at a time, and only for tokens that
-count. Weights have to be in place. In ordinary training all blocks are part of the same graph.
+All logits `[tokens, vocab]` exist at once only if they are small; else a chunk at a time, and only for tokens that
+count. Weights have to be in place. In ordinary training the blocks are part of the same graph.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,26 +14,27 @@ import numpy as np
 from ..planning.plan import LOGITS_NBYTES
 from .distillation import Teacher, cross_entropy
 from .pieces import after
+from .trees import put
 
 # head(hidden, n_rows, n_tokens) -> logits [n_rows, n_tokens, V]
 Head = Callable[[mx.array, int, int], mx.array]
-# blocks(hidden) -> what the last block puts out
+# blocks(hidden) -> the last block's output
 Blocks = Callable[[mx.array], mx.array]
 Entries = Sequence[tuple[Any, Any]]  # (owner, key) of arrays
 
 
 def usual_chunk(vocab_size: int) -> int:
-    """How many tokens' logits may exist at once where nothing else is said."""
+    """How many tokens' logits may exist at once if neither user nor schedule says so."""
     return max(1, LOGITS_NBYTES // (4 * vocab_size))
 
 
 def loss_mask(lengths: mx.array, n_targets: int) -> mx.array:
-    """Which targets count, bool `[B, n_targets]`: mlx-lm's `default_loss`, from lengths `[B, 2]`.
+    """Which targets count, bool `[B, n_targets]`, as in mlx-lm's `default_loss`.
 
-    `lengths` are (prompt offset, tokens) of each sample. A sample of n tokens has n - 1 targets of its own, but n
-    count: one padding token after it does too, as in mlx-lm, where the row has room for one.
+    `lengths` `[B, 2]` are each sample's (prompt offset, tokens). A sample of n tokens has n - 1 targets of its own, but
+    n count: as in mlx-lm, so does one padding token after it, if the row has room for one.
 
-    From `[B, 2n]`, those that count by any of the n pairs (first, last).
+    With lengths `[B, 2n]`, targets count that any of the n pairs (first, last) includes.
     """
     steps = mx.arange(1, n_targets + 1)
     counts = mx.logical_and(steps >= lengths[:, 0:1], steps <= lengths[:, 1:2])
@@ -45,9 +46,9 @@ def loss_mask(lengths: mx.array, n_targets: int) -> mx.array:
 def token_loss(
     logits: mx.array, targets: mx.array, mask: mx.array, total: mx.array, teacher: Teacher | None = None
 ) -> mx.array:
-    """Cross-entropy over the tokens in `mask`, divided by `total`: mlx-lm's `default_loss` when total is theirs.
+    """Cross-entropy over the tokens in `mask`, divided by `total`: mlx-lm's `default_loss` if total is their number.
 
-    With a teacher, what it makes of them (see `distillation`).
+    With a teacher, the loss is that of `distillation`.
     """
     losses = cross_entropy if teacher is None else teacher.losses
     each = losses(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)).reshape(mask.shape) * mask
@@ -58,11 +59,13 @@ class HeadLoss:
     """Loss of one micro-batch and its gradients, as one lazy graph.
 
     Args:
-        targets, mask: `[B, T]`; total: tokens that the whole step's loss is divided by.
+        targets, mask: `[B, T]`.
+        total: tokens that the whole step's loss is divided by.
         chunk_tokens: the most tokens whose logits may exist at once; None computes all at once.
-        head_entries: of the adapters' arrays outside the blocks.
-        blocks: what comes before the head in the same graph; block_entries: of the adapters' arrays in there.
-        teacher: whose probabilities the loss is taken against too.
+        head_entries: the adapters' arrays outside the blocks.
+        blocks: computes the blocks before the head, if they are in the same graph.
+        block_entries: the adapters' arrays in these.
+        teacher: the loss is taken against its probabilities too.
     """
 
     def __init__(
@@ -83,29 +86,29 @@ class HeadLoss:
         self._blocks, self._block_entries = blocks, list(block_entries)
 
     def loss(self, hidden: mx.array, params: Sequence[mx.array]) -> mx.array:
-        """The loss, unevaluated. `params`: values of the blocks' entries, then of the head's."""
+        """The loss, unevaluated. `params` are the values of the blocks' entries, then of the head's."""
         return self._loss(hidden, params, gradients=False)[1]
 
     def loss_and_grads(
         self, hidden: mx.array, params: Sequence[mx.array], differentiated: Sequence[int]
     ) -> tuple[mx.array, list[mx.array]]:
-        """(loss, gradients), unevaluated. `differentiated` counts `hidden` as 0, and the params from 1 on."""
-        everything = [hidden, *params]
+        """(loss, gradients), unevaluated. In `differentiated`, 0 is `hidden`, and the params count from 1 on."""
+        inputs = [hidden, *params]
 
         def loss(variables: list[mx.array]) -> tuple[mx.array, mx.array]:
-            inputs = list(everything)
-            for i, value in zip(differentiated, variables):
-                inputs[i] = value
-            return self._loss(inputs[0], inputs[1:], gradients=True)
+            arrays = list(inputs)
+            for i, variable in zip(differentiated, variables):
+                arrays[i] = variable
+            return self._loss(arrays[0], arrays[1:], gradients=True)
 
-        (_, value), gradients = mx.value_and_grad(loss)([everything[i] for i in differentiated])
+        (_, value), gradients = mx.value_and_grad(loss)([inputs[i] for i in differentiated])
         return value, gradients
 
     def _loss(self, hidden: mx.array, params: Sequence[mx.array], gradients: bool) -> tuple[mx.array, mx.array]:
-        """(what has the loss's gradients, the loss)."""
+        """(a scalar whose gradients are the loss's, the loss)."""
         n = len(self._block_entries)
-        _put(self._block_entries, params[:n])
-        _put(self._head_entries, params[n:])
+        put(self._block_entries, params[:n])
+        put(self._head_entries, params[n:])
         hidden = self._blocks(hidden)
         if self._chunk_tokens is not None:
             return self._chunked(hidden, params[n:], gradients)
@@ -114,22 +117,22 @@ class HeadLoss:
         return loss, loss
 
     def _chunked(self, hidden: mx.array, params: Sequence[mx.array], gradients: bool) -> tuple[mx.array, mx.array]:
-        """The loss with logits of `chunk_tokens` at a time; its gradients are computed along with it.
+        """The same as `_loss`, with logits of `chunk_tokens` tokens at a time.
 
-        Per token, what is computed is what the whole head computes; the order of sums over tokens differs only in
-        the gradients of the head's own parameters.
+        For each token this computes what the whole head computes. Only gradients of the head's own parameters have
+        another order of sums over tokens.
         """
-        counted = np.flatnonzero(np.asarray(self._mask))  # padding and prompts cost nothing
+        counted = np.flatnonzero(np.asarray(self._mask))  # so padding and prompts cost nothing
         targets, shape = self._targets.reshape(-1), hidden.shape
 
         def losses(h: mx.array, params: Sequence[mx.array], tokens: mx.array) -> mx.array:
-            _put(self._head_entries, params)
+            put(self._head_entries, params)
             logits = self._head(h[None], 1, h.shape[0])[0]
             if self._teacher is not None:
                 return self._teacher.losses(logits, targets[tokens], tokens)
             return cross_entropy(logits, targets[tokens])
 
-        def spread(parts: list[mx.array], shape: tuple[int, ...]) -> mx.array:
+        def at_all_tokens(parts: list[mx.array], shape: tuple[int, ...]) -> mx.array:
             values = mx.concatenate(parts)
             whole = mx.zeros((self._mask.size, *values.shape[1:]), values.dtype)
             whole[mx.array(counted)] = values
@@ -143,8 +146,7 @@ class HeadLoss:
             for start in range(0, len(counted), self._chunk_tokens):
                 chunk = counted[start : start + self._chunk_tokens]
                 tokens = mx.array(chunk)
-                before = [*of_tokens[-1:], *of_hidden[-1:], *of_params]  # one chunk after the other
-                h = after(flat[tokens], before)
+                h = after(flat[tokens], [*of_tokens[-1:], *of_hidden[-1:], *of_params])  # one chunk after the other
                 if not gradients:
                     of_tokens.append(losses(h, params, tokens))
                     continue
@@ -155,24 +157,19 @@ class HeadLoss:
                 of_tokens.append(ce)
                 of_hidden.append(of_h)
                 of_params = [a + b for a, b in zip(of_params, of_ps)] or list(of_ps)
-            loss = spread(of_tokens, self._mask.shape).astype(mx.float32).sum() / self._total
-            return loss, spread(of_hidden, shape) if gradients else None, of_params
+            loss = at_all_tokens(of_tokens, self._mask.shape).astype(mx.float32).sum() / self._total
+            return loss, at_all_tokens(of_hidden, shape) if gradients else None, of_params
 
         loss, of_hidden, of_params = compute(mx.stop_gradient(hidden), [mx.stop_gradient(p) for p in params])
         if not gradients:
             return loss, loss
-        # a function that has these gradients; its value is never computed
+        # The sum below has these gradients, and its value is never computed
         pairs = zip([of_hidden, *of_params], [hidden, *params])
         return sum((mx.stop_gradient(g) * x).sum().astype(mx.float32) for g, x in pairs), loss
 
 
-def _put(entries: Entries, values: Sequence[mx.array]) -> None:
-    for (owner, key), value in zip(entries, values):
-        owner[key] = value
-
-
 def treats_tokens_alike(head: Head, hidden: mx.array) -> bool:
-    """Whether the head gives a token the same logits alone as among others, tried on `hidden` `[B, T, D]`.
+    """Whether the head gives a token the same logits alone as among others. It is tried on `hidden` `[B, T, D]`.
 
     Only then may it be computed in chunks. Runs on the compute thread with the head's weights in place.
     """

@@ -1,8 +1,8 @@
-"""What a step keeps from its forward pass: block inputs, in memory or on disk, and products of frozen layers.
+"""The hidden states that a step keeps from its forward pass: block inputs, in memory or on disk.
 
-Comes in: arrays of the compute thread, by micro-batch and visit. Goes out: the same arrays, once. Block inputs
-of the first visits, which are wanted last, may be spilled to a file: written behind compute and read ahead.
-Never used by another thread than the one that computes.
+Comes in: arrays of the compute thread, by micro-batch and visit. Goes out: the same arrays, once. Inputs of the first
+visits, which the backward pass needs last, may be spilled to a file. They are written while blocks compute, and read
+ahead. Never used by another thread than the one that computes.
 """
 
 import time
@@ -16,15 +16,15 @@ from .. import tracing
 from ..weights.spill import SpillFile
 
 Key = tuple[int, int]  # (micro-batch, visit)
-ALIGNMENT = 4096  # of what is written to the file
+ALIGNMENT = 4096  # bytes: arrays begin in the file at multiples of it
 
 
 class HiddenStates:
     """Inputs of blocks, by micro-batch and visit.
 
     Attributes:
-        bytes_written, bytes_read: of the file, so far.
-        wait_s: seconds that the computation was held up by it.
+        bytes_written, bytes_read: of the spill file, so far.
+        wait_s: seconds that the computation waited for the spill file.
     """
 
     def __init__(self):
@@ -39,7 +39,7 @@ class HiddenStates:
         self._watched: tuple[int | None, Callable] = None, lambda *_: None
 
     def watch(self, position: int | None, on_arrival: Callable[[int, mx.array], None] = lambda *_: None) -> None:
-        """From now on `on_arrival(micro_batch, array)` is told of what goes into the visit `position`."""
+        """From now on `on_arrival(micro_batch, array)` is called with each input of the visit `position`."""
         self._watched = position, on_arrival
 
     def spill(self, visits: int, directory: Path | None) -> None:
@@ -48,22 +48,22 @@ class HiddenStates:
         self._spilled, self._directory = visits, directory
 
     def reserve(self, nbytes: Sequence[int]) -> None:
-        """Make room on disk for a step. `nbytes`: of a block's input, for each micro-batch.
+        """Reserve room on disk for a step whose block inputs have `nbytes`, for each micro-batch.
 
         Raises:
             SlowftError: the disk is too full; nothing has been computed yet.
         """
-        needed = max(self._spilled - 1, 0) * sum(map(_aligned, nbytes))  # the first visit's input is not ours
+        needed = max(self._spilled - 1, 0) * sum(map(_aligned, nbytes))  # the first visit's input is never spilled
         if needed > self._reserved_nbytes:
             self.close()
             pending = 2 * max(map(_aligned, nbytes))  # one being written while the next is computed
             self._file, self._reserved_nbytes = SpillFile(self._directory, needed, pending), needed
 
     def put(self, key: Key, array: mx.array, may_spill: bool) -> None:
-        """Keep an evaluated array; if it is one to be spilled, writing it starts now.
+        """Keep an evaluated array. If it is to be spilled, writing it starts now.
 
         Args:
-            may_spill: False if the backward pass does not come back for it.
+            may_spill: False if the backward pass does not need the array.
         """
         self._in_memory[key] = array
         if key[1] == self._watched[0]:
@@ -81,16 +81,16 @@ class HiddenStates:
         """The array, for the forward pass: it is still in memory."""
         return self._in_memory[key]
 
-    def passed(self, key: Key) -> None:
-        """The forward pass is done with it: what is spilled leaves the memory."""
+    def forward_done(self, key: Key) -> None:
+        """The forward pass needs this array no more: if it is spilled, it leaves memory."""
         if key in self._on_disk:
             del self._in_memory[key]
 
     def pop(self, key: Key, following: Key | None = None) -> mx.array:
-        """The array, kept no longer.
+        """The array, which is then kept no longer.
 
         Args:
-            following: wanted next: reading it starts now.
+            following: the array that is needed next. If it is on disk, reading it starts now.
         """
         if key in self._in_memory:
             array = self._in_memory.pop(key)
@@ -111,7 +111,7 @@ class HiddenStates:
         self._in_memory.pop(key, None)
 
     def clear(self) -> None:
-        """Forget everything: a step is over, or was broken off."""
+        """Forget all arrays: the step is over, or was broken off."""
         for read in self._ahead.values():
             read.exception()
         self._in_memory.clear()

@@ -1,7 +1,7 @@
-"""A small model that is whole in memory, in the dtype that a streamed one is computed in, with adapters beside it.
+"""A small model that is whole in memory, in the dtype that a streamed model computes in, with several adapters.
 
-Comes in: a model directory. Goes out: mlx-lm's own model, evaluated. It is loaded as a streamed model's resident
-parameters are, so that both compute the same numbers from the same files.
+Comes in: a model directory. Goes out: mlx-lm's own model, evaluated. It is loaded like the resident parameters of a
+streamed model, so that both compute the same numbers from the same files.
 """
 
 from pathlib import Path
@@ -21,8 +21,9 @@ class ModelInMemory(nn.Module):
     """Made by `load_in_memory`; also an instance of the mlx-lm class of its architecture.
 
     Attributes:
-        path: directory it was read from. weights_nbytes: that it takes.
-        vocab_size: logits of a token.
+        path: the directory it was read from.
+        weights_nbytes: bytes of its weights in memory.
+        vocab_size: how many logits a token has.
     """
 
     path: Path
@@ -30,19 +31,19 @@ class ModelInMemory(nn.Module):
     vocab_size: int
 
     def fingerprint(self) -> str:
-        """As `StreamedModel.fingerprint`."""
+        """The same as `StreamedModel.fingerprint`."""
         return self._fingerprint
 
     def add_adapter(self, name: str, path: str | Path) -> None:
-        """Load the adapter saved in directory `path` under a name; it is computed with where that is asked for.
+        """Load the adapter saved in directory `path`. It is used where this name is given.
 
         Raises:
-            AdapterError: it is none, or belongs to another model.
+            AdapterError: there is no adapter, or it belongs to another model.
         """
         self._adapters.add(name, Path(path).expanduser())
 
     def adapter_layers(self, name: str) -> dict[str, nn.Module]:
-        """Name of a layer -> the layer with the adapter of that name around it."""
+        """By the names of layers: each layer with the adapter of this name around it."""
         return self._adapters.layers(name)
 
 
@@ -56,9 +57,9 @@ def load_in_memory(
 
     Args:
         compute_dtype: as in `loading.load_skeleton`.
-        budget: of a model that streams beside it.
+        budget: the budget of a model that streams at the same time.
     Raises:
-        ConfigError: there is no room for it beside the least that the streamed one needs; nothing was read.
+        ConfigError: there is no room for it beside the least that the streamed model needs; nothing was read.
         ModelError: missing or corrupt files, or an unknown architecture.
     """
     skeleton = loading.load_skeleton(path, ModelInMemory, compute_dtype, trust_remote_code)

@@ -1,8 +1,8 @@
 """The finished blocks of a step that takes minutes, on disk, so that a kill costs a block and not the step.
 
-Comes in: what blocks put out, there and back, as a step makes it. Goes out: where a step that was broken off goes on,
-and what it needs for that. What is stored belongs to a key made of everything that determines a step's bits: no other
-step finds it. Knows neither weights nor runs.
+Comes in: what blocks put out in the forward and in the backward pass. Goes out: where a step that was broken off goes
+on, and the arrays that it needs for that. They are stored under a key made of everything that determines a step's bits,
+so no other step finds them. Knows neither weights nor runs.
 """
 
 import hashlib
@@ -13,115 +13,119 @@ import mlx.core as mx
 
 from ..errors import SlowftError
 from ..weights.journal import Journal
-from .chain import Chain, Passenger
+from .chain import Chain
 from .hidden import HiddenStates
+from .micro_batches import Passenger
 
-Written = tuple[str, list[mx.array], list[str]]  # a piece's name, its arrays, the pieces that it makes needless
+Piece = tuple[str, list[mx.array], list[str]]  # its name, its arrays, names of pieces to drop once it is written
 
 
 class StepJournal:
-    """What is finished of one step after the other; made anew for each by `begin`.
+    """The finished part of one step after the other; `begin` starts the next step.
 
-    The input of each visit (`h`), the cotangent of that (`c`), and the gradients as the visit on the way back left them
-    (`g`), the head being the visit after the last. A visit's input goes when its gradients are there.
+    It consists of each visit's input (`h`), the cotangent of that (`c`), and the gradients after the backward pass
+    through that visit (`g`). The head counts as the visit after the last. A visit's input is removed once its gradients
+    are written.
 
     Args:
-        journal: where it is written to.
-        identity: of the model, the software and whatever else determines bits and is not in memory.
+        journal: where the pieces are written.
+        identity: says which model, software and other settings, which are not in memory, determine the step's bits.
         after_block: is called after each finished block, and may raise to end the step there.
-        lags: a piece is written when the next one is handed in: a GPU computes that meanwhile, and is not waited for.
+        lags: a piece is written only when the next one is handed in, so that a GPU goes on computing meanwhile.
 
     Attributes:
-        start: the first visit of the forward pass that is still to be done; above the last: not even the head is.
-        below: the backward pass is done from this visit on.
-        losses, gradients, cotangents: as the part of the step that was done left them.
-        blocks_found: how many visits were done, there and back.
+        forward_from: the visit at which the forward pass goes on; above the head's visit if the head is done too.
+        backward_below: the backward pass is done for this visit and those above it.
+        losses, gradients, cotangents: what the finished part of the step has computed of them.
+        blocks_found: how many visits the journal has finished, forward and backward.
     """
 
     def __init__(self, journal: Journal, identity: str, after_block: Callable[[], None], lags: bool):
         self.journal, self._identity, self._after_block, self._lags = journal, identity, after_block, lags
-        self._held: Written | None = None
+        self._delayed: Piece | None = None  # with `lags`: what is written next
         self.blocks_found = 0
 
     def begin(
-        self,
-        chain: Chain,
-        batches: Sequence[Passenger],
-        hidden: HiddenStates,
-        facts: list,
-        arrays: Iterable[mx.array],
+        self, chain: Chain, batches: Sequence[Passenger], hidden: HiddenStates, facts: list, arrays: Iterable[mx.array]
     ) -> None:
-        """A step begins: find what is done of it, and put the hidden states that it needs in place.
+        """Begin a step: read which part of it is finished, and put the hidden states that the rest needs into `hidden`.
 
         Args:
-            facts, arrays: what determines its bits besides micro-batches and `identity`.
+            facts, arrays: what determines the step's bits besides the micro-batches and `identity`.
         """
-        self._chain, self._batches, self._held = chain, batches, None
+        self._chain, self._batches, self._delayed = chain, batches, None
         n, lowest = len(chain.visits), chain.lowest_trained
         self.losses: list[mx.array] = []
         self.gradients: dict[str, mx.array] = {}
         self.cotangents: dict[int, mx.array] = {}
-        of_batches = [array for b in batches for array in (b.tokens, b.targets, b.mask, b.total)]
-        teachers = [b.teacher for b in batches if b.teacher is not None]
-        of_batches += [array for teacher in teachers for array in teacher.arrays]
-        shapes = [[b.tokens.shape, str(b.adapter)] for b in batches]
-        shapes += [[teacher.weight, teacher.temperature] for teacher in teachers]
-        facts = [self._identity, facts, shapes, chain.seed, chain.step, lowest, n, [name for name, *_ in chain.outside]]
-        self.journal.begin(_digest(facts, [*of_batches, *arrays]))
+        self.journal.begin(_digest([self._identity, facts, *self._step_facts()], [*self._step_arrays(), *arrays]))
         self._found: set[str] = set()
-        self.start, self.below = 0, n + 1
-        while self.below > lowest and self._take_gradients(self.below - 1):
-            self.below -= 1
-        inputs = range(lowest, self.below)
-        if self.below <= n and self._take_cotangents() and all(map(self._has_input, inputs)):
-            self.start = n + 1
+        self.forward_from, self.backward_below = 0, n + 1
+        while self.backward_below > lowest and self._take_gradients(self.backward_below - 1):
+            self.backward_below -= 1
+        inputs = range(lowest, self.backward_below)
+        if self.backward_below <= n and self._take_cotangents() and all(map(self._has_input, inputs)):
+            self.forward_from = n + 1
         else:
-            self.losses, self.gradients, self.cotangents, self.below = [], {}, {}, n + 1
-            self.start = next((p for p in range(lowest, 0, -1) if self._has_input(p)), 0)
-            while lowest <= self.start < n and self._has_input(self.start + 1):
-                self.start += 1
-            inputs = range(min(lowest, self.start), self.start + 1)
+            self.losses, self.gradients, self.cotangents, self.backward_below = [], {}, {}, n + 1
+            self.forward_from = next((p for p in range(lowest, 0, -1) if self._has_input(p)), 0)
+            while lowest <= self.forward_from < n and self._has_input(self.forward_from + 1):
+                self.forward_from += 1
+            inputs = range(min(lowest, self.forward_from), self.forward_from + 1)
         self._put(inputs, hidden)
-        self.blocks_found = min(self.start, n) + n + 1 - self.below
+        self.blocks_found = min(self.forward_from, n) + n + 1 - self.backward_below
 
-    def passed(self, position: int, batch: Passenger, output: mx.array) -> None:
-        """The forward pass is done with a visit for a micro-batch."""
+    def forward_done(self, position: int, batch: Passenger, output: mx.array) -> None:
+        """The forward pass of a visit is done for a micro-batch."""
         is_last = batch is [b for b in self._batches if b.first <= position][-1]
-        needless = self._names("h", position) if is_last and position < self._chain.lowest_trained else []
-        self._write(f"h.{position + 1}.{batch.index}", [output], needless)
+        drop = self._names("h", position) if is_last and position < self._chain.lowest_trained else []
+        self._write(f"h.{position + 1}.{batch.index}", [output], drop)
         if is_last:
             self._after_block()
 
-    def came_back(
+    def backward_done(
         self, position: int, batch: Passenger, cotangent: mx.array | None, losses: list, gradients: dict
     ) -> None:
-        """The backward pass is done with a visit (or the head) for a micro-batch.
+        """The backward pass of a visit (or of the head) is done for a micro-batch.
 
         Args:
-            losses: of the micro-batches so far. gradients: all there are, by name.
+            losses: of the micro-batches so far.
+            gradients: all that there are so far, by name.
         """
         if cotangent is not None:
             self._write(f"c.{position}.{batch.index}", [cotangent])
         if batch is self._batches[-1]:
-            found = [gradients[name] for name in self._trained(position)]
+            of_visit = [gradients[name] for name in self._trained(position)]
             is_head = position == len(self._chain.visits)
-            needless = [*self._names("c", position + 1), *self._names("h", position)]
-            self._write(f"g.{position}", [*(losses if is_head else ()), *found], needless)
+            drop = [*self._names("c", position + 1), *self._names("h", position)]
+            self._write(f"g.{position}", [*(losses if is_head else ()), *of_visit], drop)
             self._after_block()
 
     def finish(self) -> None:
-        """Write what is held back."""
-        if self._held is not None:
-            self.journal.write(*self._held)
-            self._held = None
+        """Write the piece that was delayed, and wait until all are written."""
+        if self._delayed is not None:
+            self.journal.write(*self._delayed)
+            self._delayed = None
         self.journal.finish_writing()
 
-    def _write(self, name: str, arrays: list[mx.array], needless: Sequence[str] = ()) -> None:
-        now: Written | None = (name, arrays, list(needless))
+    def _step_facts(self) -> list:
+        """What determines the step's bits, as JSON: shapes, adapters, teachers, seeds and what is trained."""
+        shapes = [[batch.tokens.shape, str(batch.adapter)] for batch in self._batches]
+        shapes += [[batch.teacher.weight, batch.teacher.temperature] for batch in self._batches if batch.teacher]
+        chain, outside = self._chain, [name for name, *_ in self._chain.outside]
+        return [shapes, chain.seed, chain.step, chain.lowest_trained, len(chain.visits), outside]
+
+    def _step_arrays(self) -> list[mx.array]:
+        """The arrays of the micro-batches and their teachers."""
+        arrays = [array for b in self._batches for array in (b.tokens, b.targets, b.mask, b.total)]
+        return arrays + [array for b in self._batches if b.teacher for array in b.teacher.arrays]
+
+    def _write(self, name: str, arrays: list[mx.array], drop: Sequence[str] = ()) -> None:
+        piece: Piece | None = (name, arrays, list(drop))
         if self._lags:
-            now, self._held = self._held, now
-        if now is not None and now[0] not in self._found:
-            self.journal.write(*now)
+            piece, self._delayed = self._delayed, piece
+        if piece is not None and piece[0] not in self._found:
+            self.journal.write(*piece)
 
     def _names(self, kind: str, position: int) -> list[str]:
         return [f"{kind}.{position}.{batch.index}" for batch in self._batches]
@@ -146,29 +150,29 @@ class StepJournal:
         return True
 
     def _take_cotangents(self) -> bool:
-        if not self._chain.passes_on(self.below):
+        if not self._chain.passes_on(self.backward_below):
             return True
-        found = [self._read(name) for name in self._names("c", self.below)]
-        self.cotangents = {i: arrays[0] for i, arrays in enumerate(found) if arrays is not None}
-        return len(self.cotangents) == len(found)
+        pieces = [self._read(name) for name in self._names("c", self.backward_below)]
+        self.cotangents = {i: arrays[0] for i, arrays in enumerate(pieces) if arrays is not None}
+        return len(self.cotangents) == len(pieces)
 
-    def _stored(self, position: int) -> list[Passenger]:
-        """The micro-batches whose input of this visit is not there anyway: embedded now, or stored between steps."""
+    def _journalled(self, position: int) -> list[Passenger]:
+        """The micro-batches whose input of this visit only the journal has: others are embedded, or stored anyway."""
         return [batch for batch in self._batches if batch.first < position]
 
     def _has_input(self, position: int) -> bool:
-        return all(self._read(f"h.{position}.{batch.index}") for batch in self._stored(position))
+        return all(self._read(f"h.{position}.{batch.index}") for batch in self._journalled(position))
 
     def _put(self, positions: range, hidden: HiddenStates) -> None:
-        """Put the inputs of these visits in place. The last one is what the forward pass goes on with, if it does."""
+        """Put the inputs of these visits into `hidden`. The forward pass, if it is not done, goes on with the last."""
         for position in positions:
-            for batch in self._stored(position):
+            for batch in self._journalled(position):
                 arrays = self._read(f"h.{position}.{batch.index}")
                 if arrays is None:
                     raise SlowftError(f"{self.journal.directory} was changed while it was read. Start again")
                 hidden.put((batch.index, position), arrays[0], position >= self._chain.lowest_trained)
-            for batch in self._batches if position < self.start else ():
-                hidden.passed((batch.index, position))
+            for batch in self._batches if position < self.forward_from else ():
+                hidden.forward_done((batch.index, position))
 
 
 def _digest(facts: list, arrays: Iterable[mx.array]) -> str:

@@ -1,8 +1,8 @@
-"""Kept outputs: the output of a frozen layer, kept from the forward pass, stands for it in the recomputation.
+"""Kept outputs: a frozen layer's output is kept from the forward pass, and replaces the layer's recomputation.
 
-Its gradient with respect to its input needs only its weights, so the multiplication is not done again. With LoRA around
-the layer it is the output of both, whose gradients need the adapter besides. The recomputation's results are the same
-to the last bit: what is kept is what would be computed. Used on the compute thread, and while a plan is made.
+The gradient of the layer's input needs only its weights, so its product is not computed again. If LoRA is around the
+layer, the output of both together is kept, and gradients need the adapter as well. The recomputation's results are the
+same to the last bit. Used on the compute thread, and while a plan is made.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,22 +17,22 @@ from ..models.seams import intercept
 
 ADAPTER = ("lora_a", "lora_b")
 
-# Kept, in the order of the calls, by layer.
-LayerOutputs = dict[str, list[mx.array]]
+LayerOutputs = dict[str, list[mx.array]]  # the kept outputs by the layer's name, in the order of its calls
 
 
 @dataclass(frozen=True)
 class _Watched:
-    """A layer whose calls are seen.
+    """A layer whose calls are intercepted.
 
     Attributes:
         name: the same for a frozen layer and for LoRA around it.
-        lora: if it is LoRA; stays_inside: if it is the frozen layer in one whose output is kept with it.
+        lora: the layer itself, if it is LoRA.
+        is_inside_lora: whether it is the frozen layer inside such a LoRA layer.
     """
 
     name: str
     lora: nn.Module | None = None
-    stays_inside: bool = False
+    is_inside_lora: bool = False
 
 
 class KeptOutputs:
@@ -42,9 +42,9 @@ class KeptOutputs:
         self._watched: list[nn.Module] = []
         self._recorded: LayerOutputs | None = None
         self._replayed: LayerOutputs | None = None
-        self._wanted: set[str] | None = None
+        self._recorded_names: set[str] | None = None  # None: all
         self._with_lora = True
-        self._inside: mx.array | None = None  # stands for the frozen layer while LoRA around it is differentiated
+        self._frozen_output: mx.array | None = None  # replaces the frozen layer while LoRA around it is differentiated
 
     def watch(self, block: nn.Module) -> None:
         """From now on calls of the block's frozen linear layers can be recorded and replayed."""
@@ -58,17 +58,17 @@ class KeptOutputs:
                 intercept(layer, "__call__", _Watched(name, lora=layer), self._on_call)
         for name, layer in block.named_modules():
             if layer is not block and _is_candidate(layer):
-                watched = _Watched(name_of(name), stays_inside=id(layer) in inside)
+                watched = _Watched(name_of(name), is_inside_lora=id(layer) in inside)
                 intercept(layer, "__call__", watched, self._on_call)
 
     @contextmanager
     def recording(self, names: Sequence[str] | None, with_lora: bool = True) -> Iterator[LayerOutputs]:
-        """What the named layers (None: all that are watched) put out goes into the dict this gives.
+        """Give a dict that the outputs of the named layers (None: of all that are watched) are put into.
 
         Args:
-            with_lora: of layers with LoRA around them, both together, where no dropout is drawn in between.
+            with_lora: record the output of a layer and the LoRA around it together, unless LoRA has dropout.
         """
-        self._recorded, self._wanted = {}, None if names is None else set(names)
+        self._recorded, self._recorded_names = {}, None if names is None else set(names)
         self._with_lora = with_lora
         try:
             yield self._recorded
@@ -77,7 +77,7 @@ class KeptOutputs:
 
     @contextmanager
     def replaying(self, outputs: LayerOutputs | None) -> Iterator[None]:
-        """What was recorded, with LoRA, stands for its layers."""
+        """While this is entered, outputs that were recorded with LoRA replace their layers' calls."""
         self._replayed = {name: list(arrays) for name, arrays in (outputs or {}).items()}
         self._with_lora = True
         try:
@@ -86,23 +86,21 @@ class KeptOutputs:
             self._replayed = None
 
     def _on_call(self, layer: _Watched, inner: Callable, args: tuple, kwargs: dict) -> mx.array:
-        if self._inside is not None and layer.stays_inside:
-            return self._inside
-        if layer.stays_inside if self._with_lora else layer.lora is not None:
+        if self._frozen_output is not None and layer.is_inside_lora:
+            return self._frozen_output
+        if layer.is_inside_lora if self._with_lora else layer.lora is not None:
             return inner(*args, **kwargs)
         if self._replayed and self._replayed.get(layer.name):
-            return self._in_its_stead(self._replayed[layer.name].pop(0), layer.lora, inner, args, kwargs)
+            return self._replay(self._replayed[layer.name].pop(0), layer.lora, inner, args, kwargs)
         output = inner(*args, **kwargs)
-        if self._recorded is not None and (self._wanted is None or layer.name in self._wanted):
+        if self._recorded is not None and (self._recorded_names is None or layer.name in self._recorded_names):
             self._recorded.setdefault(layer.name, []).append(output)
         return output
 
-    def _in_its_stead(
-        self, kept: mx.array, lora: nn.Module | None, inner: Callable, args: tuple, kwargs: dict
-    ) -> mx.array:
-        """`kept` as a function of the layer's input, and of the adapter.
+    def _replay(self, kept: mx.array, lora: nn.Module | None, inner: Callable, args: tuple, kwargs: dict) -> mx.array:
+        """`kept` as a function of the layer's input and of the adapter, with the layer's own derivatives.
 
-        Derivatives are the layer's own; MLX is lazy, so the outputs that come with them are never computed.
+        Those come with outputs of the layer, which are never computed: MLX is lazy.
         """
         x, *rest = args
         function = mx.custom_function(lambda *_: kept)
@@ -114,21 +112,21 @@ class KeptOutputs:
 
             return function(x)
 
-        def around(x: mx.array, *adapter: mx.array) -> mx.array:
+        def lora_call(x: mx.array, *adapter: mx.array) -> mx.array:
             before = {key: lora[key] for key in ADAPTER}
             dict.update(lora, zip(ADAPTER, adapter))
-            self._inside = kept
+            self._frozen_output = kept
             try:
                 return inner(x, *rest, **kwargs)
             finally:
-                self._inside = None
+                self._frozen_output = None
                 dict.update(lora, before)
 
-        # the input twice, in the order in which MLX adds up what LoRA and the frozen layer make of it
+        # The input comes twice, so that MLX adds LoRA's gradient of it and the frozen layer's in the usual order
         @function.vjp
         def vjp_of_both(primals, cotangent, _):
             x, _, *adapter = primals
-            of_x, *of_adapter = mx.vjp(around, [x, *adapter], [cotangent])[1]
+            of_x, *of_adapter = mx.vjp(lora_call, [x, *adapter], [cotangent])[1]
             of_frozen = mx.vjp(lambda x: lora.linear(x, *rest, **kwargs), [x], [cotangent])[1]
             return of_x, *of_frozen, *of_adapter
 
@@ -136,14 +134,14 @@ class KeptOutputs:
 
 
 def _is_plain_lora(layer: nn.Module) -> bool:
-    """Whether it is LoRA around a linear layer, with no dropout to be drawn again."""
+    """Whether this is LoRA around a linear layer, without dropout, which would have to be drawn again."""
     from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
 
     return isinstance(layer, (LoRALinear, LoRASwitchLinear)) and layer.dropout._p_1 == 1
 
 
 def _is_candidate(layer: nn.Module) -> bool:
-    """A frozen layer that multiplies its input by a matrix (of each expert)."""
+    """Whether this is a frozen layer that multiplies its input by a matrix, or by one of each expert."""
     from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
     kinds = (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear)

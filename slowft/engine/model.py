@@ -4,7 +4,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,9 @@ from ..weights.fingerprint import of_contents
 from ..weights.reader import Reader
 from ..weights.sources import placeholder
 from .budget import Budget
-from .distillation import Teacher
 from .engine import Engine
-from .log_probabilities import FOUND_NBYTES, PLAIN, LogProbabilities, Mixing
+from .log_probabilities import PLAIN, RESULT_NBYTES, LogProbabilities, Mixing
+from .micro_batches import MicroBatch, checked, checked_with_adapters, largest_shape, without_teachers
 from .spilled_caches import SpilledCaches
 from .stats import Stats
 
@@ -35,25 +35,10 @@ from .stats import Stats
 # that fills them (0.137 against 0.015 s for 176 MB).
 CACHE_PER_BLOCK = 0.5
 CACHE_FLOOR_NBYTES = 64 << 20
-BASE = "base"  # name of what the model says without adapters
-CUTS = ("rows", "mlp_tokens", "attention_queries", "head_tokens")  # of a schedule
-# On a GPU so many experts at a time too: Metal chooses kernels for experts by how many there are (GatherQMM::eval_gpu).
+BASE = "base"  # the name that results without an adapter have
+CUTS = ("rows", "mlp_tokens", "attention_queries", "head_tokens")  # the fields of a schedule that cut the work
+# On a GPU the number of experts at a time does too: Metal chooses kernels by it (GatherQMM::eval_gpu).
 CUTS_ON_GPU = (*CUTS, "group_nbytes")
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Rows that go through the model together, and which adapter they go with.
-
-    Attributes:
-        batch: int32 `[B, T+1]` token ids.
-        lengths: int32 `[B, 2]`: prompt offset and length of each row.
-        adapter: True, the attached adapter; False, none; or the name of one that `add_adapter` loaded.
-    """
-
-    batch: mx.array
-    lengths: mx.array
-    adapter: bool | str = True
 
 
 class StreamedModel(nn.Module):
@@ -65,7 +50,8 @@ class StreamedModel(nn.Module):
 
     Attributes:
         seed, step: dropout masks are a function of (seed, step, block, micro-batch).
-        stats: bytes read, seconds waited and computed, peak memory; `stats.last` step and `stats.total`.
+        stats: bytes read, seconds waited and computed, peak memory; of the last step in `stats.last`, of all in
+            `stats.total`.
     """
 
     @property
@@ -74,7 +60,7 @@ class StreamedModel(nn.Module):
 
     @property
     def memory(self) -> int | None:
-        """The ceiling, in bytes, that steps are planned within; None: there is none."""
+        """The ceiling, in bytes, that steps are planned within; None if there is none."""
         return self.budget.memory
 
     @property
@@ -95,7 +81,7 @@ class StreamedModel(nn.Module):
 
     @property
     def head_chunk_tokens(self) -> int | None:
-        """The most tokens whose logits may exist at once; None: as many as fit in 64 MB."""
+        """The most tokens whose logits may exist at once; None for the plan's number, or what 64 MB hold."""
         return self.engine.head_chunk_tokens
 
     @head_chunk_tokens.setter
@@ -114,7 +100,7 @@ class StreamedModel(nn.Module):
 
     @property
     def tokens_of_last_step(self) -> int:
-        """Tokens that counted in the last `loss_and_grads`."""
+        """The number of tokens that counted in the last `loss_and_grads`."""
         return self.engine.tokens_of_last_step
 
     @property
@@ -123,12 +109,12 @@ class StreamedModel(nn.Module):
 
     @property
     def adapter_notes(self) -> list[str]:
-        """What a person should know of the attached adapter: keys that match less than one may think."""
+        """Sentences about keys of the attached adapter that match fewer layers than one may expect."""
         return [] if self._adapter is None else list(self._adapter_notes)
 
     @property
     def embedding_rows(self) -> int | None:
-        """Rows of the token embedding: token ids must be below. None if the model has no embedding table."""
+        """The number of rows of the token embedding, which token ids must be below; None if there is no such table."""
         rows = self.engine.cut.outside[seams.Use.ROWS]
         return max((unit.params[0].source.shape[0] for unit in rows), default=None)
 
@@ -149,7 +135,7 @@ class StreamedModel(nn.Module):
         """Attach trainable LoRA (or DoRA) layers to the last `num_layers` blocks, as mlx-lm does.
 
         Args:
-            num_layers: -1 for all; the default of 16 also means all where a model has fewer.
+            num_layers: -1 for all; the default of 16 also means all if a model has fewer.
             keys: names of the linear layers within a block, such as "self_attn.q_proj"; None: all of them.
                 Full names, such as "lm_head", attach outside the blocks.
         Raises:
@@ -162,7 +148,7 @@ class StreamedModel(nn.Module):
         return self
 
     def expect_lora(self, num_layers: int = 16, rank: int = 8, use_dora: bool = False) -> "StreamedModel":
-        """Let plans count what such layers, and a tokenizer, would take; they get no values, and cannot be trained.
+        """Count in plans what such layers and a tokenizer would take. The layers have no values and cannot be trained.
 
         Raises:
             ConfigError: as `add_lora` does.
@@ -207,31 +193,32 @@ class StreamedModel(nn.Module):
     def loss_and_grads(self, batch, lengths: mx.array | None = None):
         """Loss and gradients of the trainable parameters, over one batch or over a list of micro-batches.
 
-        Exactly what `nn.value_and_grad(m, mlx_lm.tuner.trainer.default_loss)(m, batch, lengths)` gives on the
-        whole model in memory. Over a list, the gradient of the summed loss divided by all its tokens together;
-        each block is read at most twice, however many micro-batches there are.
+        The result is exactly what `nn.value_and_grad(m, mlx_lm.tuner.trainer.default_loss)(m, batch, lengths)` gives on
+        the whole model in memory. Over a list, it is the sum of the losses divided by the number of all their tokens,
+        with its gradients. Each block is read at most twice, however many micro-batches there are.
 
         Args:
-            batch: int32 `[B, T+1]` token ids, or a list of (batch, lengths) or (batch, lengths, `Teacher`): of those
-                the loss is that of `engine/distillation.py`.
+            batch: int32 `[B, T+1]` token ids, or a list of (batch, lengths) or (batch, lengths, `Teacher`). With a
+                teacher the loss is that of `engine/distillation.py`.
             lengths: int32 `[B, 2]`: prompt offset and length of each row; or `[B, 2n]`, n stretches of targets.
         Returns:
             ((loss float32 `[]`, ntoks int32 `[]`), gradients as a tree like `trainable_parameters()`).
         """
-        given, teachers = _teachers(batch, lengths)
-        micro_batches = _micro_batches(given, lengths)
+        given, teachers = without_teachers(batch, lengths)
+        micro_batches = checked(given, lengths)
+        shape = largest_shape([tokens for tokens, _ in micro_batches])
         self.budget.expect_teacher(max((t.top_k for t in teachers if t is not None), default=0))
-        self.budget.cover(*_shape(micro_batches))
+        self.budget.cover(*shape)
         result = self.engine.loss_and_grads(micro_batches, self.budget.is_measuring, teachers)
         if not self.engine.blocks_found:  # part of a step tells nothing of a whole one
-            self.budget.after_step(*_shape(micro_batches))
+            self.budget.after_step(*shape)
         return result
 
     def loss(self, batch, lengths: mx.array | None = None):
-        """(loss, ntoks) of a batch, without gradients; each block is read at most once.
+        """(loss, ntoks) of a batch, without gradients. Each block is read at most once.
 
-        Of a list of `MicroBatch`es, a list of those, all in one pass over the weights: with the adapter and without it,
-        or with several adapters. The numbers are the ones of a pass for each.
+        For a list of `MicroBatch`es it is a list of those, all from one pass over the weights: with the adapter and
+        without it, or with several adapters. The numbers are the same as in a pass for each.
 
         Args:
             batch: int32 `[B, T+1]` token ids, or a list of `MicroBatch`.
@@ -239,10 +226,10 @@ class StreamedModel(nn.Module):
         Raises:
             ConfigError: no adapter has such a name.
         """
-        passengers = _passengers(batch, lengths)
-        self._check_adapters(passengers)
-        self.budget.cover(*_shape([(passenger.batch, passenger.lengths) for passenger in passengers]))
-        losses = self.engine.losses([(p.batch, p.lengths, p.adapter) for p in passengers])
+        micro_batches = checked_with_adapters(batch, lengths)
+        self._check_adapters(micro_batches)
+        self.budget.cover(*largest_shape([m.batch for m in micro_batches]))
+        losses = self.engine.losses([(m.batch, m.lengths, m.adapter) for m in micro_batches])
         return losses[0] if lengths is not None else losses
 
     def log_probabilities(
@@ -254,43 +241,43 @@ class StreamedModel(nn.Module):
         mixing: Mixing = PLAIN,
         first: int = 0,
     ) -> Iterator[LogProbabilities]:
-        """Log-probabilities at the targets that count, of one micro-batch after the other, as they are iterated over.
+        """Log-probabilities at the targets that count, one micro-batch after the other, computed as they are iterated.
 
-        As many micro-batches go through the model together as memory has room for, whatever adapters they ask for;
-        each block is read once for all of them. What a pass found is handed out before the next one begins.
-        Micro-batches whose longest comes first need no more memory later.
+        As many micro-batches go through the model together as memory has room for, whatever their adapters. Each block
+        is read once for all of them. The results of a pass are yielded before the next pass begins. Put the longest
+        micro-batch first: then later ones need no more memory.
 
         Args:
-            micro_batches: of each row `(first, last)` in `lengths`, tokens number `first` to `last`, counted from 0,
-                are targets; the token at 0 is none.
-            top_k: ask also for the most probable tokens, so many.
-            token_ids: ask also for the log-probabilities of these tokens.
-            on_visit: called with how many more times a block was computed for a micro-batch.
-            mixing: makes results of so many micro-batches that follow each other, in place of one of each.
-            first: micro-batches before this one are left out, but planned for: so the others' last bits stay the same.
+            micro_batches: for each row `(first, last)` in `lengths`, tokens number `first` to `last`, counted from 0,
+                are targets; token 0 is never one.
+            top_k: how many of the most probable tokens are also given.
+            token_ids: tokens whose log-probabilities are also given.
+            on_visit: is called with the number of block passes (one block, one micro-batch) since the last call.
+            mixing: makes its results of each group of micro-batches that follow each other, in place of one of each.
+            first: micro-batches before this one are left out, but planned for, so that others' last bits are the same.
         Raises:
             ConfigError: no adapter has such a name, or the memory is too little; names the least that would do.
         """
-        passengers = _passengers(list(micro_batches), None)
-        self._check_adapters(passengers)
-        tokens = max(passenger.batch.shape[1] for passenger in passengers) - 1
-        # No micro-batch takes more than this shape: its attention's scores grow with the square of the tokens
-        rows = max(-(-passenger.batch.shape[0] * (passenger.batch.shape[1] - 1) // tokens) for passenger in passengers)
-        adapters = {passenger.adapter for passenger in passengers}
-        found_nbytes = mixing.results * rows * tokens * (FOUND_NBYTES + 8 * top_k + 4 * len(token_ids))
+        given = checked_with_adapters(list(micro_batches), None)
+        self._check_adapters(given)
+        tokens = max(m.batch.shape[1] for m in given) - 1
+        # No micro-batch takes more memory than this shape: attention's scores grow with the square of the tokens
+        rows = max(-(-m.batch.shape[0] * (m.batch.shape[1] - 1) // tokens) for m in given)
+        adapters = {m.adapter for m in given}
+        results_nbytes = mixing.results * rows * tokens * (RESULT_NBYTES + 8 * top_k + 4 * len(token_ids))
         start, n = first, mixing.passengers
-        while start < len(passengers):
-            sizes = n, mixing.nbytes, found_nbytes
-            at_once = n * self.budget.cover_passes(rows, tokens, len(passengers) // n, adapters, *sizes)
-            given = [(p.batch, p.lengths, p.adapter) for p in passengers[start : start + at_once]]
+        while start < len(given):
+            sizes = n, mixing.nbytes, results_nbytes
+            at_once = n * self.budget.cover_passes(rows, tokens, len(given) // n, adapters, *sizes)
+            of_pass = [(m.batch, m.lengths, m.adapter) for m in given[start : start + at_once]]
             with self._not_training():
-                found = self.engine.log_probabilities(given, top_k, token_ids, on_visit, mixing)
+                results = self.engine.log_probabilities(of_pass, top_k, token_ids, on_visit, mixing)
             self.budget.after_pass()
-            yield from found
+            yield from results
             start += at_once
 
-    def _check_adapters(self, passengers: Sequence[MicroBatch]) -> None:
-        for adapter in {passenger.adapter for passenger in passengers} - {True, False}:
+    def _check_adapters(self, micro_batches: Sequence[MicroBatch]) -> None:
+        for adapter in {m.adapter for m in micro_batches} - {True, False}:
             if adapter not in self.engine.chain.adapters.names:
                 raise ConfigError(f"no adapter is named {adapter!r}. Load one with add_adapter")
 
@@ -305,81 +292,82 @@ class StreamedModel(nn.Module):
         The numbers are those of `model(tokens, cache=cache)` for each of them.
 
         Args:
-            batches: (tokens int32 `[B, T]`; mlx-lm's caches, one for each block, which take the tokens in; places
-                `[n]` in the tokens, flat, whose logits are wanted; adapter, as in `MicroBatch`) of each.
-            take: `take(batch, first, logits)` is given logits `[m, V]` of the wanted places from `first` on.
-            spilled: knows those caches that are on disk.
+            batches: of each (tokens int32 `[B, T]`; mlx-lm's caches, one for each block, which take the tokens in;
+                places int32 `[n]`, the tokens whose logits are needed, numbered in the flat `[B x T]`; adapter, as in
+                `MicroBatch`).
+            take: `take(batch, first, logits)` is given logits `[m, V]` of the places from number `first` on.
+            spilled: loads and stores those caches that are on disk.
         """
         with self._not_training():
             self.engine.decode(batches, take, spilled)
 
     def takes(self, tokens: mx.array, cache: list[Any]) -> bool:
-        """Whether the model's call goes through with these caches. Only shapes are computed; the caches are spoilt."""
+        """Whether the model can be called with these caches. Only shapes are computed; do not use the caches again."""
         try:
-            self.engine.look(tokens, cache)
+            self.engine.call_on_placeholders(tokens, cache)
         except (ValueError, TypeError, RuntimeError, AttributeError, NotImplementedError):
             return False
         return True
 
-    # --- The rest of what generating asks for (`inference/decoder.py`) --------------------------------
+    # --- The rest of `Decoder` (`inference/decoder.py`), for generating -------------------------------
 
     def new_cache(self, max_kv_size: int | None = None) -> list[Any]:
-        """mlx-lm's caches of a new row, one for each block."""
+        """mlx-lm's caches for a new row, one for each block."""
         from mlx_lm.models.cache import make_prompt_cache
 
         return make_prompt_cache(self, max_kv_size)
 
     @property
     def passengers_of_row(self) -> int:
-        """How many times a row goes through in one reading."""
+        """How many micro-batches a row makes in one pass over the weights."""
         return 1
 
     @property
     def n_logits(self) -> int:
-        """Of a token."""
+        """How many logits a token has."""
         return self.engine.cut.vocab_size
 
     def block_passes(self, adapters: Sequence[bool | str]) -> int:
-        """How often a block is computed for a micro-batch that is scored with each of these adapters."""
+        """How many block passes it takes to score a micro-batch with each of these adapters."""
         return len(adapters) * len(self.engine.cut.order)
 
     @property
     def scored(self) -> dict[str, bool | str]:
-        """Name -> adapter of a `MicroBatch`: what is scored whatever else is."""
+        """What is scored in any case: by its name, the adapter of a `MicroBatch`."""
         return {BASE: False}
 
     @property
     def adapter_names(self) -> Sequence[str]:
-        """Of those that `add_adapter` loaded."""
+        """The names of the adapters that `add_adapter` loaded."""
         return self.engine.chain.adapters.names
 
     @property
     def can_spill(self) -> bool:
-        """Whether caches can be on disk: blocks must take turns."""
+        """Whether caches can be on disk: only if blocks form a chain, so that one's caches are in use at a time."""
         return self.engine.cut.is_chain
 
     def streamed_caches(self, caches: Sequence[Any]) -> Sequence[Any]:
-        """Of what goes by the list of a row's caches, the part of blocks that are streamed: all."""
+        """Of a list with an entry for each of a row's caches, those of streamed blocks: here all."""
         return caches
 
     def look(self, tokens: mx.array, cache: list[Any]) -> None:
         """Give the caches the shapes that they have after these tokens. Nothing is read or computed."""
-        self.engine.look(tokens, cache)
+        self.engine.call_on_placeholders(tokens, cache)
 
     def beside_nbytes(self, rows: int, drafted: int, tokens: int) -> int:
-        """What a pass takes that the budget does not know of: nothing."""
+        """Bytes that a pass takes and the budget does not know of: none here."""
         return 0
 
     def beside_s(self, rows: int) -> float:
-        """Seconds that a pass takes beside what streams: none."""
+        """Seconds that a pass takes for models that do not stream: none here."""
         return 0.0
 
     def drafter_model(self) -> None:
-        """A model in memory that guesses well what this one says: there is none."""
+        """A model in memory that predicts this one's tokens well: there is none here."""
 
     @contextmanager
     def _not_training(self) -> Iterator[None]:
-        """While this is entered, dropout and the like are as in evaluation."""
+        """While this is entered, the model is in evaluation mode, without dropout."""
         training = [module for module in self.modules() if module.training]
         self.eval()
         try:
@@ -389,21 +377,21 @@ class StreamedModel(nn.Module):
                 module._training = True
 
     def first_not_finite(self, micro_batches: Sequence[tuple[mx.array, mx.array]]) -> str | None:
-        """Where, in the step over these micro-batches that was just taken, a value first was not finite, in words.
+        """Where a value was first not finite in the last step, which was over these micro-batches, in words.
 
-        Takes a forward pass. None: in none of the blocks' outputs, or the model is no chain.
+        This takes a forward pass. None if all blocks' outputs are finite, or if the model is no chain.
         """
         return self.engine.first_not_finite([(batch, lengths) for batch, lengths, *_ in micro_batches])
 
     @property
     def cuts(self) -> dict[str, int | None]:
-        """How the work of a step is cut now, which decides the last bits of gradients; None is not at all."""
+        """How the work of a step is cut now, which decides the last bits of gradients; None where it is not cut."""
         return {name: getattr(self.engine.schedule, name) for name in (CUTS_ON_GPU if computes_on_gpu() else CUTS)}
 
     def keep_cuts(self, cuts: dict[str, int | None]) -> None:
-        """From now on cut the work like this, as a run did that is to go on to the same bits, whatever the memory.
+        """From now on cut the work like this, whatever the ceiling: a resumed run then gets the same bits.
 
-        A ceiling that is too low for it is refused then, with the least that would do.
+        From then on, a ceiling that is too low for it is refused with the least memory that would do.
         """
         of_groups = [name for name in CUTS_ON_GPU if name in cuts and name not in CUTS]
         schedule = replace(self.engine.schedule, **{name: cuts.get(name) for name in (*CUTS, *of_groups)})
@@ -418,10 +406,10 @@ class StreamedModel(nn.Module):
     def add_adapter(self, name: str, path: str | Path) -> None:
         """Load the adapter saved in directory `path` beside the attached one, for `MicroBatch(adapter=name)`.
 
-        It is not trained. Any rank and any layers will do.
+        It is not trained. It may have any rank and any layers.
 
         Raises:
-            AdapterError: it is none, or belongs to another model.
+            AdapterError: there is no adapter, or it belongs to another model.
         """
         self.engine.chain.adapters.add(name, Path(path).expanduser())
         self.engine.adapter_changed()
@@ -429,50 +417,50 @@ class StreamedModel(nn.Module):
 
     @property
     def followed_plan(self) -> Plan | None:
-        """The plan that steps go by now; None without a ceiling, or before the first step."""
+        """The plan that steps follow now; None without a ceiling, or before the first step."""
         return self.budget.plan
 
     @property
     def activation_cache(self) -> Path | None:
-        """Where the lowest trained block's input is stored between steps; None: nowhere."""
+        """Where the lowest trained block's input is stored between steps; None if it is not."""
         cache = self.engine.activation_cache
         return None if cache is None else cache.directory
 
     def cache_activations(
         self, directory: str | Path | None = None, max_size: str | int | None = None
     ) -> "StreamedModel":
-        """Store the input of the lowest trained block on disk, so that no micro-batch goes through those below twice.
+        """Store the lowest trained block's input on disk, so that no micro-batch goes through the blocks below twice.
 
         From then on `loss_and_grads` and `loss` begin at that block for every micro-batch (of the same token ids and
-        padding) whose activations are stored, by this run or an earlier one; losses and gradients are the same to the
-        last bit. Stored in the dtype of the computation, not of the model: rounded to the latter they would differ.
+        padding) whose activations are stored, by this run or an earlier one. Losses and gradients are the same to the
+        last bit, because activations are stored in the dtype of the computation: the model's own would round them.
         Call it after `add_lora`. An entry is a hidden state of `B x T x D` values.
 
         Args:
             directory: by default in the user's cache directory.
-            max_size: such as "20GB"; what has not been used for the longest is removed for it. None: a quarter of
-                the free disk.
+            max_size: such as "20GB"; entries that have not been used for the longest are removed to stay below it. None
+                for a quarter of the free disk.
         Raises:
-            ConfigError: nothing lies below the lowest trained block, or what does cannot be stored; says why. Or the
-                directory cannot be used.
+            ConfigError: there is no block below the lowest trained one, or its output cannot be stored; says why. Or
+                the directory cannot be used.
         """
-        where = usual_activation_cache() if directory is None else Path(directory).expanduser()
+        path = usual_activation_cache() if directory is None else Path(directory).expanduser()
         limit = None if max_size is None else parse_nbytes(max_size, "a size to store activations in")
         if (reason := self.why_no_activation_cache()) is not None:
-            raise ConfigError(f"--activation-cache {where} has no use here: {reason}")
-        self.engine.store_activations(where, limit, self._skeleton.path)
+            raise ConfigError(f"--activation-cache {path} has no use here: {reason}")
+        self.engine.store_activations(path, limit, self._skeleton.path)
         return self
 
     def why_no_activation_cache(self) -> str | None:
-        """Why this model has no use for `cache_activations`, as its adapter is now; None if it has."""
+        """Why `cache_activations` has no use with the adapter that is attached now; None if it has."""
         return self.engine.why_no_boundary()
 
     def plan_caching(self, plan: Plan, first_steps: float, later_steps: float) -> Caching:
-        """What `cache_activations` would save of a run of steps under `plan`, the last that was made.
+        """What `cache_activations` would save of a run of steps under `plan`, the last plan that was made.
 
         Args:
-            first_steps: in which activations are stored, usually those of an epoch.
-            later_steps: that begin at stored activations.
+            first_steps: how many steps store activations, usually those of an epoch.
+            later_steps: how many begin at stored activations.
         Returns:
             A `Caching` with the plan of later steps, and the reason if it is not possible or does not pay.
         """
@@ -489,7 +477,7 @@ class StreamedModel(nn.Module):
         """Makes plans for such steps under any ceiling; see `plan`.
 
         Args:
-            measure: what no run has measured on this machine yet is measured now, in about half a second.
+            measure: measure now, in about half a second, what no run has measured on this machine yet.
         """
         self.budget.expect_optimizer(optimizer_copies)
         if measure:
@@ -508,10 +496,10 @@ class StreamedModel(nn.Module):
         """What a step over `micro_batches` of `[batch_size, tokens]` will keep in memory, read, and take.
 
         Args:
-            memory: ceiling, such as "2GB"; None: the one the model was opened with, or none at all.
+            memory: ceiling, such as "2GB"; None for the one that the model was opened with, or none at all.
             optimizer_copies: how many times the trainable parameters the optimizer keeps (Adam: 2).
             follow: steps (up to this shape) stay within the ceiling from now on. The first one keeps next to nothing
-                and is measured; by that the plan is corrected (see `followed_plan`).
+                and is measured, which corrects the plan (see `followed_plan`).
         Raises:
             ConfigError: the ceiling is too low; names the least that would do. Nothing was read.
         """
@@ -533,22 +521,12 @@ class StreamedModel(nn.Module):
             SlowftError: it cannot be written.
         """
         with tracing.recording() as recorder:
-            recorder.write(file)  # what cannot be written is found now
+            recorder.write(file)  # an error in writing is raised now
             try:
                 yield
             finally:
-                units = [
-                    *self.engine.cut.blocks,
-                    *(unit for units in self.engine.cut.outside.values() for unit in units),
-                ]
-                recorder.name_reads(
-                    [
-                        (e.file, e.offset, e.offset + e.nbytes, unit.name)
-                        for unit in units
-                        for param in unit.params
-                        for e in param.source.extents
-                    ]
-                )
+                extents = [(e, u.name) for u in self.engine.units for p in u.params for e in p.source.extents]
+                recorder.name_reads([(e.file, e.offset, e.offset + e.nbytes, name) for e, name in extents])
                 recorder.write(file)
 
     def __enter__(self) -> "StreamedModel":
@@ -562,7 +540,7 @@ class StreamedModel(nn.Module):
         self.engine.close()
 
     def save_weights(self, file: str):
-        """Refused: the weights are on disk, and placeholders here. See `save_adapter`."""
+        """Refused: the model has placeholders, and the weights are on disk. See `save_adapter`."""
         raise SlowftError(f"a streamed model's weights stay in {self.path}. Use save_adapter, then mlx_lm.fuse")
 
     def __deepcopy__(self, memo):
@@ -575,8 +553,8 @@ class StreamedModel(nn.Module):
         if self._adapter is not None:
             raise ConfigError("an adapter is attached already. Open the model anew to attach another")
         notes = adapters.attach(self, spec)
-        spec, notes_of_hidden = adapters.without_hidden_weights(self, spec, self.engine.look)
-        self._adapter_notes = notes + notes_of_hidden
+        spec, more_notes = adapters.without_hidden_weights(self, spec, self.engine.call_on_placeholders)
+        self._adapter_notes = notes + more_notes
         if spec.fine_tune_type == "dora" and magnitudes:
             self.engine.compute_magnitudes()
         planned_nbytes = 0
@@ -604,14 +582,14 @@ def open_model(
         path_or_hub_id: an mlx-lm (or hub) model directory, or a hub id, which is downloaded.
         memory: such as "2GB" (or bytes): a ceiling for the whole process as the operating system counts it. Each
             step's shape is planned within it (see `StreamedModel.plan`). None: two blocks at a time, nothing kept.
-        adapter_path: directory of a saved adapter, attached and trainable.
-        compute_dtype: "float32", "float16", "bfloat16", or "native": the model's own, quantized layers packed. None
-            is "native" on a GPU and "float32" on a CPU.
-        spill_dir: where block inputs go that `memory` has no room for; by default in the user's cache directory.
+        adapter_path: directory of a saved adapter, which is attached and trainable.
+        compute_dtype: "float32", "float16", "bfloat16", or "native" for the model's own, with quantized layers packed.
+            None is "native" on a GPU and "float32" on a CPU.
+        spill_dir: block inputs that `memory` has no room for go there; by default in the user's cache directory.
         trust_remote_code: let the model run code of its own (`model_file` in its config.json).
     Raises:
         ModelError: missing or corrupt files, an unknown architecture, or one that cannot be streamed.
-        ConfigError: `memory` is below what a step of one token needs (names that).
+        ConfigError: `memory` is below what a step of one token needs; names that.
     """
     platform.fix_malloc_threshold()
     _warn_of_slow_blas()
@@ -629,7 +607,7 @@ def open_model(
         engine.make_resident(cut.resident)
         seams.install(cut, engine.on_block, engine.on_rows, engine.on_matmul)
         seams.probe(model, cut, engine.probe, engine.make_resident)
-        engine.see()
+        engine.make_chain()
         mx.eval([array for _, array in tree_flatten(model)])  # no unevaluated table may reach the compute thread
         block_nbytes = max(unit.compute_nbytes for unit in cut.blocks)
         slots = 1 if all(p.source.is_copied for unit in cut.blocks for p in unit.params) else 2
@@ -645,52 +623,8 @@ def open_model(
 
 
 def usual_activation_cache() -> Path:
-    """Where activations are stored if nobody says."""
+    """Where activations are stored by default."""
     return platform.cache_directory() / "activations"
-
-
-def _shape(micro_batches: list[tuple[mx.array, mx.array]]) -> tuple[int, int, int]:
-    """(rows, tokens, number) of the largest step these micro-batches could be."""
-    rows, tokens = (max(batch.shape[axis] for batch, _ in micro_batches) for axis in (0, 1))
-    return rows, tokens - 1, len(micro_batches)
-
-
-def _passengers(batch, lengths) -> list[MicroBatch]:
-    if lengths is None and all(isinstance(passenger, MicroBatch) for passenger in batch):
-        pairs = _micro_batches([(passenger.batch, passenger.lengths) for passenger in batch], None)
-        return [MicroBatch(*pair, passenger.adapter) for pair, passenger in zip(pairs, batch)]
-    return [MicroBatch(*pair) for pair in _micro_batches(batch, lengths)]
-
-
-def _teachers(batch, lengths) -> tuple[Any, list[Teacher | None]]:
-    """(micro-batches without their teachers, the teacher of each)."""
-    if lengths is not None or isinstance(batch, tuple):
-        return batch, []
-    given = [tuple(one) for one in batch]
-    teachers = [one[2] if len(one) == 3 else None for one in given]
-    for (tokens, *_), teacher in zip(given, teachers):
-        if teacher is not None and teacher.ids.shape[:2] != (tokens.shape[0], tokens.shape[1] - 1):
-            raise SlowftError(f"a teacher of {list(teacher.ids.shape[:2])} targets is given for {list(tokens.shape)}")
-    return [one[:2] if len(one) == 3 else one for one in given], teachers
-
-
-def _micro_batches(batch, lengths) -> list[tuple[mx.array, mx.array]]:
-    """Arrays of the documented shapes and dtypes, in a list."""
-    pairs = [(batch, lengths)] if lengths is not None else [batch] if isinstance(batch, tuple) else list(batch)
-    if not pairs:
-        raise SlowftError("no micro-batch given")
-    result = []
-    for pair in pairs:
-        try:
-            tokens, lengths = (mx.array(part) for part in pair)
-        except (TypeError, ValueError):
-            raise SlowftError("give a batch and its lengths, or a list of such pairs") from None
-        if tokens.ndim != 2 or tokens.shape[1] < 2 or not mx.issubdtype(tokens.dtype, mx.integer):
-            raise SlowftError(f"batch must be integers [B, T+1], got {tokens.dtype} {list(tokens.shape)}")
-        if lengths.ndim != 2 or lengths.shape[0] != tokens.shape[0] or lengths.shape[1] % 2 or not lengths.shape[1]:
-            raise SlowftError(f"lengths must be [{tokens.shape[0]}, 2] for this batch, got {list(lengths.shape)}")
-        result.append((tokens, lengths))
-    return result
 
 
 @functools.cache  # once in a process
@@ -700,7 +634,7 @@ def _warn_of_slow_blas() -> None:
 
 
 def compute_dtype_of(name: str | None) -> mx.Dtype | None:
-    """The dtype that `open_model` computes in where it is given this name; None: the files' own."""
+    """The dtype that `open_model` computes in when it is given this name; None for the files' own."""
     if name == "native":
         return None
     if name is None:

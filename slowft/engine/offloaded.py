@@ -1,11 +1,12 @@
-"""Layers of experts that are not brought with their block: the products come by groups of experts.
+"""Offloaded layers of experts, which are not read with their block: their calls are computed by groups of experts.
 
-A group's weights come, its part of the product is computed, they go. Only those experts come that an input goes to.
-What an expert gives for an input depends on no other, so results are the same to the last bit.
+A group's weights are read, its part of the output is computed, and the weights leave memory. Only experts that an input
+goes to are read. What an expert computes of an input depends on no other expert, so results are the same to the last
+bit.
 
-Nothing can be evaluated while MLX traces without keeping its graph (721 MB for a block whose backward pass takes 139).
-So a block's vjp is taken in stages: first its forward pass, none of its arrays traced, for these layers' outputs; then,
-with those in place, its vjp once for each of their calls, the last call first, as far as the cotangent of that call's
+Whatever is evaluated while MLX traces keeps its graph (721 MB for a block whose backward pass takes 139). So a block's
+vjp is taken in stages. The first one is its forward pass, untraced, for these layers' outputs. Then, with those outputs
+in place, there is a vjp for each of the layers' calls, the last call first, as far as the cotangent of that call's
 output. From that the cotangent of the call's input is computed by groups, and the next stage goes on from there.
 """
 
@@ -29,7 +30,7 @@ from .trees import Detached, attach, detach
 
 @dataclass(frozen=True)
 class LayerCall:
-    """Sizes of a layer's call: bytes of its input and output, and how many pairs of input and expert there are."""
+    """Sizes of a layer's call: bytes of its input and output, and the number of pairs of input and expert."""
 
     layer: Layer
     input_nbytes: int
@@ -38,7 +39,7 @@ class LayerCall:
 
 
 class OffloadedExperts:
-    """Answers the calls of layers whose weights are not in place."""
+    """Answers the calls of layers of experts whose weights are not in place."""
 
     def __init__(self, residency: Residency):
         self._group_nbytes = GROUP_NBYTES
@@ -49,15 +50,15 @@ class OffloadedExperts:
         self._recomputed: list[_Recomputed] | None = None
         self._traced: Iterator[_Recomputed] | None = None
         self._noted: dict[Layer, LayerCall] | None = None
-        self._routed: dict[Layer, tuple[int, float]] = {}  # of the last call: (inputs and experts, share of experts)
-        self._per_token: dict[Layer, float] = {}  # experts of each layer that a token goes to
+        self._routed: dict[Layer, tuple[int, float]] = {}  # in the last call: (pairs, share of the experts)
+        self._per_token: dict[Layer, float] = {}  # to how many experts of the layer a token goes
 
     def use_groups_of(self, nbytes: int) -> None:
-        """From now on groups have so many bytes, as they are computed with; a single expert may have more."""
+        """From now on groups take at most so many bytes when they are computed with; a single expert may take more."""
         self._group_nbytes = nbytes
 
     def watch(self, unit: Unit) -> None:
-        """From now on this block may come without its layers of experts."""
+        """From now on this block's layers of experts may be offloaded."""
         if unit not in self._layers:
             self._layers[unit] = expert_layers(unit)
             for layer in self._layers[unit]:
@@ -72,27 +73,27 @@ class OffloadedExperts:
         return {unit.index: layers for unit, layers in self._layers.items() if layers}
 
     def learn_routing(self, calls: Mapping[Layer, LayerCall], tokens: int) -> None:
-        """These calls over so many tokens tell how many experts a token goes to."""
+        """Learn from these calls, over so many tokens, to how many experts a token goes."""
         self._per_token = {layer: call.n_routed / tokens for layer, call in calls.items()}
 
     def on_demand(self, tokens: int, passes: int) -> dict[int, list[Layer]]:
-        """The layers, by the block's index, of which an evaluation does better to read only the experts it needs.
+        """The layers, by the block's index, of which an evaluation should read only the experts that it needs.
 
         Args:
             tokens: of each of the `passes` through a block.
         """
-        found = {}
+        by_block = {}
         for unit, layers in self._layers.items():
             layers = [layer for layer in layers if layer in self._per_token]
             pairs = [(layer, tokens * self._per_token[layer]) for layer in layers]
             experts = [(layer.nbytes, layer.n, self._per_token[layer]) for layer in layers]
-            seen = max((share for pair in pairs if (share := self._routed_share(*pair)) is not None), default=None)
-            if is_read_on_demand(experts, tokens, passes, seen):
-                found[unit.index] = layers
-        return found
+            shares = [share for pair in pairs if (share := self._routed_share(*pair)) is not None]
+            if is_read_on_demand(experts, tokens, passes, max(shares, default=None)):
+                by_block[unit.index] = layers
+        return by_block
 
     def _routed_share(self, layer: Layer, n: float) -> float | None:
-        """Of the layer's experts, the share that `n` pairs of input and expert, or fewer, went to the last time."""
+        """The share of the layer's experts that the last call needed, if it had `n` pairs or fewer; else None."""
         pairs, share = self._routed.get(layer, (n + 1, 0.0))
         return share if pairs <= n else None
 
@@ -102,21 +103,21 @@ class OffloadedExperts:
         return bool(self._residency.offloaded)
 
     def begin(self, backward: bool) -> None:
-        """A pass through the block in place begins, in which the order of the layers' calls is learnt or known."""
+        """Begin a pass through the block in place: from here on the order of its layers' calls is learnt."""
         self._order.begin((tuple(layer.name for layer in self._residency.offloaded), backward))
 
     @contextmanager
     def noting(self) -> Iterator[dict[Layer, LayerCall]]:
-        """Calls of layers of experts, the last of each, while this is entered and their weights are no matter."""
-        self._noted, noted = {}, self._noted
+        """Give a dict that the last call of each layer of experts is put into. Their weights may be placeholders."""
+        self._noted, outer = {}, self._noted
         try:
             yield self._noted
         finally:
-            self._noted = noted
+            self._noted = outer
 
     @contextmanager
     def replaying(self, outputs: LayerOutputs) -> Iterator[None]:
-        """While this is entered, these outputs kept from the forward pass need not be computed again."""
+        """While this is entered, use these outputs, kept from the forward pass, in place of recomputing them."""
         self._kept_outputs = outputs
         try:
             yield
@@ -124,22 +125,22 @@ class OffloadedExperts:
             self._kept_outputs = {}
 
     def gradients(self, recompute: Callable[[], Any], differentiate: Callable[[], list[mx.array]]) -> list[mx.array]:
-        """What `differentiate` returns, unevaluated, some of the block's layers being offloaded.
+        """What `differentiate` returns, unevaluated, while some of the block's layers are offloaded.
 
         Args:
             recompute: calls the block on arrays that are not traced.
-            differentiate: calls it within `mx.vjp`, the same each time.
+            differentiate: calls it within `mx.vjp`, the same way each time.
         """
-        calls = self._recompute(recompute)
-        for call in reversed(calls):
-            self._trace(calls, differentiate)
-            cotangent = call.cotangent
-            for other in calls:
+        recomputed = self._recompute(recompute)
+        for stage in reversed(recomputed):
+            self._trace(recomputed, differentiate)
+            cotangent = stage.cotangent
+            for other in recomputed:
                 other.cotangent = None
             if cotangent is not None:
                 mx.eval(cotangent)
-                call.of_input = self._by_groups(call.product, True, call.product.backward(detach(cotangent)))
-        return self._trace(calls, differentiate)
+                stage.input_cotangent = self._by_groups(stage.call, True, stage.call.backward(detach(cotangent)))
+        return self._trace(recomputed, differentiate)
 
     def _recompute(self, recompute: Callable[[], Any]) -> "list[_Recomputed]":
         self._recomputed, outputs = [], self._kept_outputs
@@ -150,8 +151,8 @@ class OffloadedExperts:
         finally:
             self._recomputed, self._kept_outputs = None, outputs
 
-    def _trace(self, calls: "list[_Recomputed]", differentiate: Callable[[], list[mx.array]]) -> list[mx.array]:
-        self._traced = iter(calls)
+    def _trace(self, recomputed: "list[_Recomputed]", differentiate: Callable[[], list[mx.array]]) -> list[mx.array]:
+        self._traced = iter(recomputed)
         try:
             return differentiate()
         finally:
@@ -168,31 +169,30 @@ class OffloadedExperts:
             return output
         if self._traced is not None:
             return next(self._traced).in_trace(layer, args[0])
-        product = _Call(layer, inner, args, kwargs)
-        self._routed[layer] = product.n_pairs, len(product.entries) / layer.n
-        if self._recomputed is None:
-            return self._by_groups(product, False, product.forward(detach(args[0])))
-        if kept := self._kept_outputs.get(layer.name):
+        call = _ExpertCall(layer, inner, args, kwargs)
+        self._routed[layer] = call.n_pairs, len(call.entries) / layer.n
+        if self._recomputed is not None and (kept := self._kept_outputs.get(layer.name)):
             output = kept.pop(0)
         else:
-            output = self._by_groups(product, False, product.forward(detach(args[0])))
-        self._recomputed.append(_Recomputed(product, output))
+            output = self._by_groups(call, False, call.forward(detach(args[0])))
+        if self._recomputed is not None:
+            self._recomputed.append(_Recomputed(call, output))
         return output
 
-    def _by_groups(self, product: "_Call", backward: bool, job: "_Job") -> mx.array:
-        groups = self._groups(product.layer, product.entries, backward)
-        self._order.arrive((product.layer.name, backward), product.entries)
-        self._residency.with_groups(groups, self._following(), job.on_group)
-        return self._residency.on_layer_thread(job.result)
+    def _by_groups(self, call: "_ExpertCall", backward: bool, work: "_GroupWork") -> mx.array:
+        groups = self._groups(call.layer, call.entries, backward)
+        self._order.add((call.layer.name, backward), call.entries)
+        self._residency.with_groups(groups, self._next_group(), work.on_group)
+        return self._residency.on_layer_thread(work.result)
 
     def _groups(self, layer: Layer, entries: np.ndarray, backward: bool) -> list[Group]:
-        """Experts in order, as many together as may be; the other way round backward."""
+        """These experts in groups, each as large as it may be; in reverse order for a backward pass."""
         most = max(1, self._group_nbytes * layer.n // layer.compute_nbytes)
         groups = [Group.of(layer, entries[start : start + most]) for start in range(0, len(entries), most)]
         return groups[::-1] if backward else groups
 
-    def _following(self) -> Group | None:
-        """The group that is likely to be asked for after this call: of the same experts of another layer."""
+    def _next_group(self) -> Group | None:
+        """The group that is probably needed after this call: the first of another layer, of the same experts."""
         if (following := self._order.following()) is None:
             return None
         name, backward = following
@@ -202,27 +202,27 @@ class OffloadedExperts:
 
 
 class _Recomputed:
-    """A layer's call in the recomputation of a block: its output, and what is known of its cotangents.
+    """A layer's call in the recomputation of a block: its output, and its cotangents as far as they are known.
 
     Attributes:
-        cotangent: the output's in the last trace; None if nobody asks for it. What lies behind calls whose `of_input`
-            is not known yet is missing in it.
-        of_input: the cotangent of the input.
+        cotangent: the output's, from the last trace; None if it is not needed. It lacks the part that comes through
+            calls whose `input_cotangent` is not known yet.
+        input_cotangent: the input's.
     """
 
-    def __init__(self, product: "_Call", output: mx.array):
-        self.product, self.output = product, output
+    def __init__(self, call: "_ExpertCall", output: mx.array):
+        self.call, self.output = call, output
         self.cotangent: mx.array | None = None
-        self.of_input: mx.array | None = None
+        self.input_cotangent: mx.array | None = None
 
     def in_trace(self, layer: Layer, x: mx.array) -> mx.array:
-        assert layer is self.product.layer, "the recomputation takes another way than the forward pass"
+        assert layer is self.call.layer, "the recomputation calls other layers than the forward pass"
         function = mx.custom_function(lambda _: self.output)
 
         @function.vjp
         def vjp(x, cotangent, _):
-            if self.of_input is not None:
-                return self.of_input
+            if self.input_cotangent is not None:
+                return self.input_cotangent
             self.cotangent = cotangent
             return mx.zeros_like(x)
 
@@ -233,7 +233,7 @@ class _Order:
     """Learns in which order the layers of a block are called.
 
     Attributes:
-        entries: experts that the last call in this job went to.
+        entries: the experts that the last call needed.
     """
 
     def __init__(self):
@@ -244,33 +244,34 @@ class _Order:
         self.entries = np.empty(0, int)
 
     def begin(self, kind: Any) -> None:
-        """A job of this kind begins: all of a kind call the same layers."""
+        """Begin a pass of this kind. All passes of a kind call the same layers."""
         self._kind, self._last, self._n = kind, None, 0
 
-    def arrive(self, call: tuple[str, bool], entries: np.ndarray) -> None:
+    def add(self, call: tuple[str, bool], entries: np.ndarray) -> None:
         self._following[self._kind, self._n, self._last] = call
         self._last, self._n, self.entries = call, self._n + 1, entries
 
     def following(self) -> tuple[str, bool] | None:
+        """(the layer's name, whether backward) of the next call; None if it is not known."""
         return self._following.get((self._kind, self._n, self._last))
 
 
 @dataclass
-class _Job:
-    """What is done with each group, and what comes out when all were there."""
+class _GroupWork:
+    """What is computed with each group, and the result once all groups were there."""
 
     on_group: Callable[[Group], None]
     result: Callable[[], mx.array]
 
 
-class _Call:
+class _ExpertCall:
     """One call of a layer of experts: mlx-lm's `SwitchLinear`.
 
-    x `[..., M, D]`, indices that broadcast against its leading axes -> `[..., M, N]`.
+    It takes x `[..., M, D]` and indices that broadcast against the leading axes of x, and gives `[..., M, N]`.
 
     Attributes:
-        entries: the sorted experts that it needs.
-        n_pairs: of input and expert.
+        entries: the numbers of the experts that it needs, sorted.
+        n_pairs: the number of pairs of input and expert.
     """
 
     def __init__(self, layer: Layer, inner: Callable, args: tuple, kwargs: dict):
@@ -285,27 +286,27 @@ class _Call:
         self.entries = np.unique(self._experts)
         self.n_pairs = len(self._experts)
 
-    def forward(self, x: Detached) -> _Job:
+    def forward(self, x: Detached) -> _GroupWork:
         output = _HostArray((len(self._inputs), *self._shape[-2:]), self._dtype)
         values = x.values.reshape(-1, *self._x_shape[-2:])
 
         def on_group(group: Group) -> None:
             chosen = self._chosen(group)
-            taken = _attach_as(x, values[self._inputs[chosen]])
-            output.values[chosen] = detach(self._of_group(group, chosen)(taken)).values
+            group_input = _attach_as(x, values[self._inputs[chosen]])
+            output.values[chosen] = detach(self._of_group(group, chosen)(group_input)).values
 
-        return _Job(on_group, lambda: _evaluated(output.array().reshape(self._shape)))
+        return _GroupWork(on_group, lambda: _evaluated(output.array().reshape(self._shape)))
 
-    def backward(self, cotangent: Detached) -> _Job:
-        """As `mx.gather_mm`'s own: the products with the transposed experts are added up by input."""
+    def backward(self, cotangent: Detached) -> _GroupWork:
+        """As in the vjp of `mx.gather_mm`, products with the transposed experts are added up for each input."""
         parts = _HostArray((len(self._inputs), *self._x_shape[-2:]), self._x_dtype)
         values = cotangent.values.reshape(-1, *self._shape[-2:])
 
         def on_group(group: Group) -> None:
             chosen = self._chosen(group)
-            nothing = placeholder((len(chosen), *self._x_shape[-2:]), self._x_dtype)
+            unused_input = placeholder((len(chosen), *self._x_shape[-2:]), self._x_dtype)
             part = _attach_as(cotangent, values[chosen])
-            parts.values[chosen] = detach(mx.vjp(self._of_group(group, chosen), [nothing], [part])[1][0]).values
+            parts.values[chosen] = detach(mx.vjp(self._of_group(group, chosen), [unused_input], [part])[1][0]).values
 
         def result() -> mx.array:
             n = int(np.prod(self._x_shape[:-2]))
@@ -315,29 +316,30 @@ class _Call:
                 array = zeros.at[mx.array(self._inputs)].add(array)
             return _evaluated(array.reshape(self._x_shape))
 
-        return _Job(on_group, result)
+        return _GroupWork(on_group, result)
 
     def _chosen(self, group: Group) -> np.ndarray:
-        """Which of the (input, expert) pairs the group has to do with."""
+        """The numbers of the (input, expert) pairs whose expert is in the group."""
         return np.flatnonzero(np.isin(self._experts, group.entries))
 
     def _of_group(self, group: Group, chosen: np.ndarray) -> Callable[[mx.array], mx.array]:
+        """The layer's function of the inputs of these pairs, while the group's experts alone are in place."""
         indices = mx.array(np.searchsorted(group.entries, self._experts[chosen]).astype(np.uint32))
         return lambda x: self._inner(x, indices, *self._rest, **self._kwargs)
 
 
 class _HostArray:
-    """An array that is written to in place, through the host."""
+    """An array that the host writes to in place."""
 
     def __init__(self, shape: Sequence[int], dtype: mx.Dtype):
         self._shape, self._dtype = shape, dtype
-        self._is_bfloat16 = dtype == mx.bfloat16  # which numpy does not have
+        self._is_bfloat16 = dtype == mx.bfloat16  # numpy has no such dtype
         self._array: mx.array | None = None
         self._values: np.ndarray | None = None
 
     @property
     def values(self) -> np.ndarray:
-        if self._values is None:  # made by the thread that uses it
+        if self._values is None:  # so the thread that uses it makes it
             self._array = _evaluated(mx.zeros(self._shape, mx.uint16 if self._is_bfloat16 else self._dtype))
             self._values = np.asarray(memoryview(self._array))
         return self._values
@@ -349,10 +351,10 @@ class _HostArray:
 
 
 def _attach_as(original: Detached, values: np.ndarray) -> mx.array:
-    """Values of `original`, its matrices (the last two axes) laid out as they are there, by rows or by columns.
+    """An array of `values`, with its matrices (the last two axes) laid out as those of `original`: by rows or columns.
 
-    MLX multiplies the two by different routines, whose results differ in the last bit; a single row that comes out of
-    `mx.expand_dims` counts as a column.
+    MLX multiplies the two layouts by different routines, whose results differ in the last bit. A single row that
+    `mx.expand_dims` makes counts as laid out by columns.
     """
     strides, nbytes = original.values.strides, original.values.itemsize
     by_columns = values.ndim > 1 and strides[-2] == nbytes and values.shape[-1] > 1

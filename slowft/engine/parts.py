@@ -1,7 +1,7 @@
 """Parts of a model's own call: what comes before the first block, and what follows the last one.
 
-While a part runs, these answer for the units: blocks hand on what they are given. Only of a model whose blocks form a
-chain.
+While a part runs, it answers the calls of the model's units: blocks return their input. `EmbedPart` and `HeadPart` are
+for models whose blocks form a chain.
 """
 
 from collections.abc import Callable
@@ -15,10 +15,11 @@ from ..models.seams import CutModel, Unit, inner_call
 
 
 class EmbedPart:
-    """Computes what goes into the first block, and notes what every block is called with.
+    """Computes the first block's input, and notes every block's arguments.
 
     Args:
-        look_up: `look_up(unit, inner, args, kwargs)` answers an embedding; multiply: a large layer before the blocks.
+        look_up: `look_up(unit, inner, args, kwargs)` answers an embedding's call.
+        multiply: answers the call of a large layer before the blocks, likewise.
 
     Attributes:
         calls: the blocks' arguments, by visit. The hidden state is the first array of each.
@@ -36,11 +37,11 @@ class EmbedPart:
     def on_matmul(self, unit: Unit, inner: Callable, args: tuple, kwargs: dict) -> Any:
         if len(self.calls) < len(self._cut.order):
             return self._multiply(unit, inner, args, kwargs)
-        return mx.zeros(inner(*args, **kwargs).shape)  # behind the last block: nobody evaluates it
+        return mx.zeros(inner(*args, **kwargs).shape)  # after the last block: never evaluated
 
 
 class HeadPart:
-    """Computes what follows the last block, which hands over `hidden`."""
+    """Computes what follows the last block, whose output is `hidden`."""
 
     def __init__(self, cut: CutModel, hidden: mx.array):
         self._last, self._visits, self._hidden = len(cut.order) - 1, -1, hidden
@@ -57,7 +58,7 @@ class HeadPart:
 
 
 class CachedProbe:
-    """Runs every unit on placeholders, for shapes: of what blocks put out, and of what they leave in their caches."""
+    """Runs every unit on placeholders, for the shapes of blocks' outputs and of what they leave in their caches."""
 
     def on_block(self, unit: Unit, inner: Callable, args: tuple, kwargs: dict) -> Any:
         return inner_call(unit)(*args, **kwargs)

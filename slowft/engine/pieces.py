@@ -1,8 +1,8 @@
 """Long sequences within a block: attention in pieces of queries, feed-forward layers in pieces of tokens.
 
-A piece's intermediate values exist only while it is computed, forward and again backward, where it is
-recomputed. The pieces are one lazy MLX graph, put in order by `mx.depends`, so that one is done before the
-next begins. Sums over tokens are taken piece by piece, so gradients agree with the whole's up to rounding.
+A piece's intermediate values exist only while it is computed: in the forward pass, and again in the backward pass,
+which recomputes it. The pieces are one lazy MLX graph. `mx.depends` puts them in order, so that each is done before the
+next begins. Sums over tokens are taken piece by piece, so gradients equal those of the whole up to rounding.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,8 +15,9 @@ import mlx.nn as nn
 
 from ..models.seams import array_entries, intercept
 from .randomness import dropout_seed
+from .trees import arrays_of, put
 
-FEED_FORWARD = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe")  # mlx-lm's names for them within a block
+FEED_FORWARD = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe")  # mlx-lm's names of these layers in a block
 TOLERANCE = 1e-4  # relative, between a token's output alone and among others
 
 
@@ -29,17 +30,17 @@ class Pieces:
 
 
 class _FeedForward:
-    """A feed-forward layer whose calls are seen."""
+    """A feed-forward layer whose calls are intercepted."""
 
     def __init__(self, layer: nn.Module):
         self.layer = layer
-        self._is_tokenwise: bool | None = None  # not known before its weights were seen
+        self._is_tokenwise: bool | None = None  # not known before its weights are in place
 
     def is_tokenwise(self, inner: Callable, x: mx.array) -> bool:
-        """Whether the layer treats tokens one by one: tried once, with its weights."""
+        """Whether the layer treats tokens one by one. It is tried once, with the layer's weights."""
         if self._is_tokenwise is None:
             training = self.layer.training
-            self.layer.eval()  # no dropout, which would differ
+            self.layer.eval()  # without dropout, whose masks would differ
             self._is_tokenwise = _treats_tokens_alike(inner, x.shape[-1], x.dtype)
             self.layer.train(training)
         return self._is_tokenwise
@@ -64,7 +65,7 @@ class PieceWork:
 
     @contextmanager
     def cutting(self, pieces: Pieces, seed: int = 0) -> Iterator[None]:
-        """While this is entered, calls of the blocks are cut; `seed` is what their pieces' dropout is drawn from."""
+        """While this is entered, cut the blocks' calls into such pieces, whose dropout is drawn from `seed`."""
         before, self._pieces = self._pieces, pieces
         self._seed, self._n_calls = seed % 2**32, 0
         attention = mx.fast.scaled_dot_product_attention
@@ -91,15 +92,14 @@ class PieceWork:
 
 
 def _tokens_in_pieces(inner: Callable, layer: nn.Module, x: mx.array, n: int, seed: int, layer_number: int) -> mx.array:
-    """`inner(x)` of `[B, T, D]`, at most `n` of the T tokens at a time; piece by piece its own dropout masks."""
+    """`inner(x)` of x `[B, T, D]`, at most `n` of the T tokens at a time. Each piece has its own dropout masks."""
     entries = [(owner, key) for owner, key, _ in array_entries(layer)]
     trainable = [(o, k) for o, k in entries if _needs_gradient(o, k)]
-    values = [owner[key] for owner, key in trainable]
+    values = arrays_of(trainable)
     starts = range(0, x.shape[1], n)
 
     def call(piece: mx.array, params, start: int) -> mx.array:
-        for (owner, key), value in zip(trainable, params):
-            owner[key] = value
+        put(trainable, params)
         mx.random.seed(dropout_seed(seed, layer_number, start, 0))
         return inner(piece)
 
@@ -126,8 +126,7 @@ def _tokens_in_pieces(inner: Callable, layer: nn.Module, x: mx.array, n: int, se
         return gradients if params else gradients[0]
 
     output = whole(x, *values)
-    for (owner, key), value in zip(trainable, values):
-        owner[key] = value
+    put(trainable, values)
     return output
 
 
@@ -180,7 +179,7 @@ def _attention_in_pieces(attention: Callable, n: int) -> Callable:
 
 
 def after(array: mx.array, others: list[mx.array]) -> mx.array:
-    """The same array, computed after the others."""
+    """The same array, which MLX computes after the others."""
     if not others:
         return array
     return mx.depends([array], others)[0]

@@ -1,4 +1,4 @@
-"""Random state as a function of where we are, so that a recomputation replays dropout exactly."""
+"""Random state as a function of step, block and micro-batch, so that a recomputation replays dropout exactly."""
 
 import hashlib
 import struct
@@ -9,10 +9,10 @@ import mlx.core as mx
 
 
 def dropout_seed(seed: int, step: int, block: int, micro_batch: int) -> int:
-    """The seed set (`mx.random.seed`) before a block runs, forward and again in its recomputation.
+    """The seed that is set (`mx.random.seed`) before a block runs, in the forward pass and in its recomputation.
 
-    A hash, so that neighbouring steps, blocks and micro-batches get unrelated masks, and a resumed run
-    the same ones. `block` counts visits of a forward pass from 0.
+    It is a hash, so that neighbouring steps, blocks and micro-batches get unrelated masks, and a resumed run the same
+    ones. `block` is the number of the visit in a forward pass, from 0.
     """
     digest = hashlib.blake2b(struct.pack("<4q", seed, step, block, micro_batch), digest_size=8).digest()
     return int.from_bytes(digest, "little")
@@ -20,7 +20,7 @@ def dropout_seed(seed: int, step: int, block: int, micro_batch: int) -> int:
 
 @contextmanager
 def keeping_random_state() -> Iterator[None]:
-    """Dropout in what is only looked at leaves the random state as it was."""
+    """Restore the random state on leaving, whatever dropout has drawn meanwhile."""
     high, low = mx.random.state[0].tolist()
     try:
         yield

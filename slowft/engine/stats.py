@@ -1,4 +1,4 @@
-"""What a step cost, as counted by the reader, the clock and the operating system."""
+"""What a step cost, as the reader, the clock and the operating system count it."""
 
 import time
 from dataclasses import dataclass
@@ -7,6 +7,9 @@ from .. import platform
 from ..planning.measure import Measurements
 from ..weights.activation_cache import ActivationCache
 from ..weights.journal import Journal
+from ..weights.reader import Reader
+from ..weights.residency import Residency
+from .hidden import HiddenStates
 
 
 @dataclass
@@ -14,12 +17,12 @@ class StepStats:
     """Counts over one step, or over all steps.
 
     Attributes:
-        bytes_read: from the weight files, embedding rows included, of spilled block inputs, and of stored activations.
+        bytes_read: of the weight files (embedding rows included), spilled block inputs and stored activations.
         bytes_written: of spilled block inputs, stored activations and journalled blocks.
         from_cache: micro-batches that began at their stored activations.
-        wait_s: seconds the computation waited for reads and writes.
+        wait_s: seconds that the computation waited for reads and writes.
         compute_s: seconds spent computing (and casting) in blocks and head.
-        peak_memory: bytes, the most the process held, as the operating system counts it.
+        peak_memory: the most bytes that the process had in memory, as the operating system counts them.
     """
 
     bytes_read: int = 0
@@ -34,11 +37,11 @@ class Stats:
     """Costs of an opened model's steps.
 
     Attributes:
-        last: the last `loss_and_grads`.
+        last: of the last step: a `loss_and_grads`, or a pass that scores or generates.
     """
 
-    def __init__(self, reader, residency, activations):
-        self._reader, self._residency, self._activations = reader, residency, activations
+    def __init__(self, reader: Reader, residency: Residency, hidden: HiddenStates):
+        self._reader, self._residency, self._hidden = reader, residency, hidden
         self._peak_memory = 0
         self._cache: ActivationCache | None = None
         self._journal: Journal | None = None
@@ -46,32 +49,31 @@ class Stats:
         self.last = StepStats()
 
     def count_stored(self, cache: ActivationCache) -> None:
-        """From now on count what activations stored there cost."""
+        """From now on count the reads and writes of these stored activations."""
         self._cache = cache
 
     def count_journal(self, journal: Journal) -> None:
-        """From now on count what finished blocks written there cost."""
+        """From now on count the writes of this journal."""
         self._journal = journal
 
-    def began_at_stored(self) -> None:
-        """A micro-batch began at its stored activations."""
+    def count_begun_at_stored(self) -> None:
+        """Count a micro-batch that begins at its stored activations."""
         self._from_cache += 1
 
     @property
     def total(self) -> StepStats:
-        """Everything since the model was opened."""
+        """The costs of everything since the model was opened."""
         peak = max(self._peak_memory, platform.peak_memory())
-        reader, spilled = self._reader, self._activations
-        read, written = reader.bytes_read + spilled.bytes_read, spilled.bytes_written
-        held_up = spilled.wait_s  # while a block was computed
-        waited = reader.wait_s
+        reader, hidden = self._reader, self._hidden
+        read, written = reader.bytes_read + hidden.bytes_read, hidden.bytes_written
+        wait_s, wait_in_blocks_s = reader.wait_s, hidden.wait_s  # the latter is part of the residency's compute_s
         if (cache := self._cache) is not None:
             read, written = read + cache.bytes_read, written + cache.bytes_written
-            held_up, waited = held_up + cache.write_wait_s, waited + cache.read_wait_s
+            wait_s, wait_in_blocks_s = wait_s + cache.read_wait_s, wait_in_blocks_s + cache.write_wait_s
         if (journal := self._journal) is not None:
-            written, held_up = written + journal.bytes_written, held_up + journal.wait_s
-        computed = self._residency.compute_s - held_up
-        return StepStats(read, written, self._from_cache, waited + held_up, computed, peak)
+            written, wait_in_blocks_s = written + journal.bytes_written, wait_in_blocks_s + journal.wait_s
+        compute_s = self._residency.compute_s - wait_in_blocks_s
+        return StepStats(read, written, self._from_cache, wait_s + wait_in_blocks_s, compute_s, peak)
 
     def begin_step(self) -> None:
         self._at_begin, self._begin_s = self.total, time.perf_counter()
@@ -80,7 +82,7 @@ class Stats:
         platform.reset_peak_memory()
 
     def end_step(self, measurements: Measurements) -> None:
-        """A step is over; `measurements` gets its reads, waiting and peak."""
+        """End a step. Its reads, waiting and peak are noted in `measurements`."""
         now, begin = self.total, self._at_begin
         self.last = StepStats(
             now.bytes_read - begin.bytes_read,

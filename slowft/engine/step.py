@@ -3,22 +3,27 @@
     hidden[0] = embed(tokens);  hidden[i + 1] = block_i(hidden[i]);  loss = head(hidden[n])
     cotangent of hidden[n] from the head;  (cotangent of hidden[i], gradients of block i) = vjp of block_i at hidden[i]
 
-Each block's weights are in place once a loop, for all micro-batches, and are recomputed with in the second (as mlx-lm's
-`grad_checkpoint` does). Losses and gradients are those of `nn.value_and_grad` on the whole model, to the last bit.
+Each loop puts a block's weights in place once, for all micro-batches. The backward loop recomputes each block, as
+mlx-lm's `grad_checkpoint` does. Losses and gradients are those of `nn.value_and_grad` on the whole model, to the last
+bit.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ..planning.measure import BACKWARD, FORWARD, GRAPH, HEAD
+from ..planning.measure import BACKWARD, FORWARD, GRAPH, HEAD, kept_of
 from ..planning.schedule import Schedule
 from ..weights.residency import Residency
-from .chain import Chain, Kept, Passenger
-from .hidden import HiddenStates
+from .chain import Chain, Entry, Kept
+from .hidden import HiddenStates, Key
 from .journal import StepJournal
 from .log_probabilities import LogProbabilities, Mixing
+from .micro_batches import Passenger
 from .spilled_caches import SpilledCaches
+
+BlockPass = Callable[[int, Passenger], None]  # (visit, micro-batch)
 
 
 class Gradients:
@@ -28,10 +33,10 @@ class Gradients:
         self.by_name: dict[str, mx.array] = {}
 
     def add(self, names: Sequence[str], gradients: Sequence[mx.array]) -> list[mx.array]:
-        """Returns the sums, unevaluated."""
+        """Add these gradients, and return the sums so far, unevaluated."""
         for name, gradient in zip(names, gradients, strict=True):
-            before = self.by_name.get(name)
-            self.by_name[name] = gradient if before is None else before + gradient
+            previous = self.by_name.get(name)
+            self.by_name[name] = gradient if previous is None else previous + gradient
         return [self.by_name[name] for name in names]
 
 
@@ -40,90 +45,119 @@ def loss_and_grads(
     batches: Sequence[Passenger],
     weights: Residency,
     hidden: HiddenStates,
-    schedule: Schedule,
     head_tokens: int | None,
-    journal: StepJournal | None = None,
+    schedule: Schedule,
+    journal: StepJournal | None,
 ) -> tuple[list[mx.array], dict[str, mx.array]]:
     """(loss of each micro-batch, gradients by name, summed over them).
 
     Args:
-        head_tokens: whose logits exist at once; None for the usual number.
-        journal: has what is finished of this step already, and is told what else is.
+        head_tokens: how many tokens' logits exist at once; None for the usual number.
+        journal: says which blocks of this step are finished already, and writes down those that finish now.
     """
-    lowest, losses, gradients = chain.lowest_trained, [], Gradients()
-    kept: dict[tuple[int, int], Kept] = {}
-    cotangents: dict[int, mx.array] = {}
-    start, done = 0, len(chain.visits) + 1
-    if journal is not None:
-        start, done, losses, cotangents = journal.start, journal.below, journal.losses, journal.cotangents
-        gradients.by_name = journal.gradients
-
-    def forward(position: int, batch: Passenger) -> None:
-        keep = schedule.kept[position] if position < len(schedule.kept) and position >= lowest else ()
-        key = batch.index, position
-        output, of_layers = chain.forward(position, batch, hidden.get(key), True, keep)
-        weights.hand_over(output, of_layers.outputs)
-        if of_layers.outputs:
-            kept[key] = of_layers
-        if position >= lowest:
-            hidden.passed(key)
-        else:
-            hidden.discard(key)
-        hidden.put((batch.index, position + 1), output, may_spill=position + 1 >= lowest)
-        if journal is not None:
-            journal.passed(position, batch, output)
-
-    def head(batch: Passenger) -> None:
-        key = batch.index, len(chain.visits)
-        last = hidden.pop(key, following(batches, *key))
-        loss, cotangent, of_outside = chain.loss_and_cotangent(batch, last, head_tokens)
-        sums = gradients.add([name for name, _, _ in chain.outside], of_outside)
-        weights.hand_over(loss, [] if cotangent is None else cotangent, sums)
-        losses.append(loss)
-        if cotangent is not None:
-            cotangents[batch.index] = cotangent
-        if journal is not None:
-            journal.came_back(len(chain.visits), batch, cotangent, losses, gradients.by_name)
-
-    def backward(position: int, batch: Passenger) -> None:
-        key = batch.index, position
-        into = hidden.pop(key, following(batches, *key))
-        below, of_block = chain.backward(position, batch, into, cotangents.pop(batch.index), kept.pop(key, None))
-        del into
-        sums = gradients.add([name for name, _, _ in chain.trainable(position)], of_block)
-        weights.hand_over([] if below is None else below, sums)
-        if below is not None:
-            cotangents[batch.index] = below
-        if journal is not None:
-            journal.came_back(position, batch, below, losses, gradients.by_name)
-
-    embed(chain, batches, hidden, training=True, start=start)
-    run_forward(chain, batches, weights, forward, start)
-    if done > len(chain.visits):
-        run_head(chain, batches, weights, head)
-    for position, block in reversed(list(enumerate(chain.visits))[lowest:done]):
-        with weights.in_place(block):
-            for batch in batches:
-                with weights.computing(block.name, chain.kind_of(block), BACKWARD, batch.index):
-                    backward(position, batch)
+    step = _TrainingStep(chain, batches, weights, hidden, head_tokens, schedule, journal)
+    embed(chain, batches, hidden, training=True, start=step.forward_from)
+    run_forward(chain, batches, weights, step.forward, step.forward_from)
+    if step.backward_below > len(chain.visits):
+        run_head(chain, batches, weights, step.head)
+    run_backward(chain, batches, weights, step.backward, step.backward_below)
     for batch in batches if chain.outside else ():
-        add_embed_gradients(chain, batch, cotangents.pop(batch.index), gradients)
-    return losses, gradients.by_name
+        add_embed_gradients(chain, batch, step.cotangents.pop(batch.index), step.gradients)
+    return step.losses, step.gradients.by_name
+
+
+@dataclass(eq=False)
+class _TrainingStep:
+    """What a training step computes for one micro-batch: at a block forward, at the head, and at a block backward.
+
+    Attributes:
+        forward_from: the visit at which the forward pass begins.
+        backward_below: the backward pass is still to be made through the visits below this one. The head counts as the
+            visit after the last block's.
+        cotangents: by micro-batch, of what the backward pass came to last: a visit's input.
+    """
+
+    chain: Chain
+    batches: Sequence[Passenger]
+    weights: Residency
+    hidden: HiddenStates
+    head_tokens: int | None
+    schedule: Schedule
+    journal: StepJournal | None
+
+    def __post_init__(self):
+        self._lowest = self.chain.lowest_trained
+        self._kept: dict[Key, Kept] = {}
+        self.gradients = Gradients()
+        self.forward_from, self.backward_below = 0, len(self.chain.visits) + 1
+        self.losses: list[mx.array] = []
+        self.cotangents: dict[int, mx.array] = {}
+        if (journal := self.journal) is not None:
+            self.forward_from, self.backward_below = journal.forward_from, journal.backward_below
+            self.losses, self.cotangents = journal.losses, journal.cotangents
+            self.gradients.by_name = journal.gradients
+
+    def forward(self, position: int, batch: Passenger) -> None:
+        key, is_trained = (batch.index, position), position >= self._lowest
+        keep = kept_of(self.schedule, position) if is_trained else ()
+        output, kept = self.chain.forward(position, batch, self.hidden.get(key), True, keep)
+        self.weights.hand_over(output, kept.outputs)
+        if kept.outputs:
+            self._kept[key] = kept
+        if is_trained:
+            self.hidden.forward_done(key)
+        else:
+            self.hidden.discard(key)
+        self.hidden.put((batch.index, position + 1), output, may_spill=position + 1 >= self._lowest)
+        if self.journal is not None:
+            self.journal.forward_done(position, batch, output)
+
+    def head(self, batch: Passenger) -> None:
+        key = batch.index, len(self.chain.visits)
+        last = self.hidden.pop(key, next_backward(self.batches, *key))
+        loss, cotangent, gradients = self.chain.loss_and_cotangent(batch, last, self.head_tokens)
+        self.losses.append(loss)
+        self._finish_backward(key, batch, cotangent, self.chain.outside, gradients, loss)
+
+    def backward(self, position: int, batch: Passenger) -> None:
+        key = batch.index, position
+        hidden = self.hidden.pop(key, next_backward(self.batches, *key))
+        above, kept = self.cotangents.pop(batch.index), self._kept.pop(key, None)
+        cotangent, gradients = self.chain.backward(position, batch, hidden, above, kept)
+        del hidden, above, kept  # so that their memory is free as soon as the gradients are computed
+        self._finish_backward(key, batch, cotangent, self.chain.trainable(position), gradients)
+
+    def _finish_backward(
+        self,
+        key: Key,
+        batch: Passenger,
+        cotangent: mx.array | None,
+        entries: Sequence[Entry],
+        gradients: Sequence[mx.array],
+        *results: mx.array,
+    ) -> None:
+        """Have the cotangent of a visit's input, the sums of gradients and `results` computed, and keep them."""
+        sums = self.gradients.add([name for name, _, _ in entries], gradients)
+        self.weights.hand_over(*results, [] if cotangent is None else cotangent, sums)
+        if cotangent is not None:
+            self.cotangents[batch.index] = cotangent
+        if self.journal is not None:
+            self.journal.backward_done(key[1], batch, cotangent, self.losses, self.gradients.by_name)
 
 
 def losses(
     chain: Chain, batches: Sequence[Passenger], weights: Residency, hidden: HiddenStates, head_tokens: int | None
 ) -> list[mx.array]:
     """Loss of each micro-batch, with the adapter that it asks for. Each block is read once for all of them."""
-    found: list[mx.array] = []
+    results: list[mx.array] = []
 
     def head(batch: Passenger) -> None:
-        found.append(chain.loss(batch, hidden.pop((batch.index, len(chain.visits))), head_tokens))
-        weights.hand_over(found[-1])
+        results.append(chain.loss(batch, hidden.pop((batch.index, len(chain.visits))), head_tokens))
+        weights.hand_over(results[-1])
 
     run_forward_only(chain, batches, weights, hidden, training=False)
     run_head(chain, batches, weights, head)
-    return found
+    return results
 
 
 def decode(
@@ -132,46 +166,46 @@ def decode(
     weights: Residency,
     hidden: HiddenStates,
     head_tokens: int,
-    wanted: Sequence[mx.array],
+    places: Sequence[mx.array],
     take: Callable[[int, int, mx.array], None],
     spilled: SpilledCaches | None = None,
 ) -> None:
     """A forward pass that reads and writes each micro-batch's key-value cache. Each block is read once for all.
 
     Args:
-        head_tokens: whose logits exist at once.
-        wanted: for each micro-batch, places in its tokens `[B x T]` (flat, int32 `[n]`) whose logits are asked for.
-        take: `take(micro_batch, first, logits)` gets them, `[n, V]`, of the wanted places from `first` on.
-        spilled: knows those caches that are on disk.
+        head_tokens: how many tokens' logits exist at once.
+        places: for each micro-batch, int32 `[n]`: the tokens whose logits are needed, numbered in the flat `[B x T]`.
+        take: `take(micro_batch, first, logits)` is given logits `[m, V]` of the places from number `first` on.
+        spilled: loads and stores those caches that are on disk.
     """
 
     def caches(position: int, batch: Passenger) -> list:
         return [leaf for leaf in batch.side[position].objects if hasattr(leaf, "state")]
 
     def forward(position: int, batch: Passenger) -> None:
-        of_batch = caches(position, batch)
+        batch_caches = caches(position, batch)
         if spilled is not None:
             if batch is batches[0] and position + 1 < len(chain.visits):
-                spilled.ahead([cache for other in batches for cache in caches(position + 1, other)])
-            for cache in of_batch:
-                spilled.bring(cache)
+                spilled.read_ahead([cache for other in batches for cache in caches(position + 1, other)])
+            for cache in batch_caches:
+                spilled.load(cache)
         output, _ = chain.forward(position, batch, hidden.pop((batch.index, position)), training=False)
-        weights.hand_over(output, [cache.state for cache in of_batch])
+        weights.hand_over(output, [cache.state for cache in batch_caches])
         if spilled is not None:
             mx.eval(output)
-            for cache in of_batch:
-                spilled.put_away(cache)
+            for cache in batch_caches:
+                spilled.store(cache)
         hidden.put((batch.index, position + 1), output, may_spill=False)
 
     def head(batch: Passenger) -> None:
-        last, places = hidden.pop((batch.index, len(chain.visits))), wanted[batch.index]
-        if not chain.gives_tokens_alone(batch, last):
+        last, batch_places = hidden.pop((batch.index, len(chain.visits))), places[batch.index]
+        if not chain.treats_tokens_alike(batch, last):
             logits = chain.logits(batch, last)
-            take(batch.index, 0, logits.reshape(-1, logits.shape[-1])[places])
+            take(batch.index, 0, logits.reshape(-1, logits.shape[-1])[batch_places])
             return
         flat = last.reshape(1, -1, last.shape[-1])
-        for first in range(0, places.size, head_tokens):
-            take(batch.index, first, chain.logits(batch, flat[:, places[first : first + head_tokens]])[0])
+        for first in range(0, batch_places.size, head_tokens):
+            take(batch.index, first, chain.logits(batch, flat[:, batch_places[first : first + head_tokens]])[0])
 
     embed(chain, batches, hidden, training=False)
     run_forward(chain, batches, weights, forward)
@@ -179,19 +213,19 @@ def decode(
 
 
 def first_not_finite(
-    chain: Chain, batches: Sequence[Passenger], weights: Residency, hidden: HiddenStates, head_tokens: int | None
+    chain: Chain, batches: Sequence[Passenger], weights: Residency, hidden: HiddenStates
 ) -> tuple[int, int] | None:
-    """(micro-batch, visit) of the first block, in a forward pass of training, that puts out what is not finite."""
-    found: list[tuple[int, int]] = []
+    """(micro-batch, visit) of the first block whose output, in a forward pass of training, is not finite; or None."""
+    not_finite: list[tuple[int, int]] = []
 
-    def look(position: int, batch: Passenger, output: mx.array) -> None:
+    def check(position: int, batch: Passenger, output: mx.array) -> None:
         if not mx.isfinite(output).all().item():
-            found.append((batch.index, position))
+            not_finite.append((batch.index, position))
 
-    run_forward_only(chain, batches, weights, hidden, training=True, passed=look)
+    run_forward_only(chain, batches, weights, hidden, training=True, after_block=check)
     for batch in batches:
         hidden.pop((batch.index, len(chain.visits)))
-    return found[0] if found else None
+    return not_finite[0] if not_finite else None
 
 
 def log_probabilities(
@@ -206,17 +240,19 @@ def log_probabilities(
     groups: Sequence[Sequence[Passenger]],
     mixing: Mixing,
 ) -> list[list[LogProbabilities]]:
-    """Of each group's targets, what is mixed of its passengers' logits. Each block is read once for all of them.
+    """For each group, log-probabilities of its targets by the logits that `mixing` makes of its micro-batches' logits.
+
+    Each block is read once for all micro-batches.
 
     Args:
-        on_visit: called after each block has served all micro-batches.
-        groups: of micro-batches with the same tokens and targets, in the order in which their last ones come.
+        on_visit: is called when a block has served all micro-batches.
+        groups: of micro-batches with the same tokens and targets, ordered by their last members' places in `batches`.
     """
-    found: list[list[LogProbabilities]] = []
-    waiting = iter(groups)
-    group = next(waiting)
+    results: list[list[LogProbabilities]] = []
+    remaining = iter(groups)
+    group = next(remaining)
 
-    def passed(position: int, batch: Passenger, output: mx.array) -> None:
+    def after_block(position: int, batch: Passenger, output: mx.array) -> None:
         if batch is batches[-1]:
             on_visit()
 
@@ -224,13 +260,13 @@ def log_probabilities(
         nonlocal group
         if batch is not group[-1]:
             return
-        last = [hidden.pop((one.index, len(chain.visits))) for one in group]
-        found.append(chain.log_probabilities(group, last, head_tokens, top_k, token_ids, mixing))
-        group = next(waiting, group)
+        last = [hidden.pop((member.index, len(chain.visits))) for member in group]
+        results.append(chain.log_probabilities(group, last, head_tokens, top_k, token_ids, mixing))
+        group = next(remaining, group)
 
-    run_forward_only(chain, batches, weights, hidden, training=False, passed=passed)
+    run_forward_only(chain, batches, weights, hidden, training=False, after_block=after_block)
     run_head(chain, batches, weights, head)
-    return found
+    return results
 
 
 def loss_and_grads_in_memory(
@@ -241,10 +277,11 @@ def loss_and_grads_in_memory(
     head_tokens: int | None,
     first: int,
 ) -> tuple[list[mx.array], dict[str, mx.array]]:
-    """The same as `loss_and_grads` where all weights are in memory: ordinary training, one graph for each micro-batch.
+    """The same as `loss_and_grads`, with all weights in memory: ordinary training, one graph for each micro-batch.
 
     Args:
-        first: the visit at which the graph begins, no higher than the lowest trained: what goes in there is stored.
+        first: the visit at which the graph begins, the lowest trained one or one below. Its input comes from the blocks
+            below, or from the stored activations.
     """
     losses, gradients = [], Gradients()
     run_forward_only(chain, batches, weights, hidden, training=True, end=first)
@@ -252,10 +289,10 @@ def loss_and_grads_in_memory(
         for batch in batches:
             with weights.computing(GRAPH, GRAPH, FORWARD, batch.index, is_head=True):
                 weights.reuse.begin_graph((batch.tokens.shape, first))
-                into = hidden.pop((batch.index, first))
-                loss, cotangent, of_batch = chain.loss_and_grads(first, batch, into, head_tokens)
-                del into
-                sums = gradients.add(list(of_batch), list(of_batch.values()))
+                graph_input = hidden.pop((batch.index, first))
+                loss, cotangent, by_name = chain.loss_and_grads(first, batch, graph_input, head_tokens)
+                del graph_input
+                sums = gradients.add(list(by_name), list(by_name.values()))
                 mx.eval(loss, [] if cotangent is None else cotangent, sums)
                 losses.append(loss)
             if cotangent is not None:
@@ -264,26 +301,31 @@ def loss_and_grads_in_memory(
 
 
 def embed(chain: Chain, batches: Sequence[Passenger], hidden: HiddenStates, training: bool, start: int = 0) -> None:
-    """The first block's input, of the micro-batches that begin there; and what all blocks are called with.
+    """Compute the first block's input for the micro-batches that begin there, and note what blocks are called with.
 
     Args:
-        start: the forward pass begins at this visit.
+        start: the visit at which the forward pass begins.
     """
     for batch in batches:
-        first = chain.embed(batch, training)
+        embedded = chain.embed(batch, training)
         if batch.first == 0 and (start == 0 or chain.lowest_trained == 0):
-            hidden.put((batch.index, 0), first, may_spill=False)
+            hidden.put((batch.index, 0), embedded, may_spill=False)
 
 
 def add_embed_gradients(chain: Chain, batch: Passenger, cotangent: mx.array, gradients: Gradients) -> None:
-    """Add what parameters outside the blocks get by way of the first block's input, whose cotangent is given."""
+    """Add the gradients of the parameters below the first block, given the cotangent of that block's input."""
     mx.eval(gradients.add([name for name, _, _ in chain.outside], chain.embed_gradients(batch, cotangent)))
 
 
 def run_forward(
-    chain: Chain, batches: Sequence[Passenger], weights: Residency, forward, start: int = 0, end: int | None = None
+    chain: Chain,
+    batches: Sequence[Passenger],
+    weights: Residency,
+    forward: BlockPass,
+    start: int = 0,
+    end: int | None = None,
 ) -> None:
-    """`forward(position, batch)` of every block (from the visit `start` to `end`) for all batches that take part."""
+    """Call `forward` for every visit from `start` on and below `end`, and for every batch that takes part in it."""
     first = max(start, min(batch.first for batch in batches))
     for position, block in list(enumerate(chain.visits))[first:end]:
         with weights.in_place(block):
@@ -293,41 +335,52 @@ def run_forward(
                         forward(position, batch)
 
 
+def run_backward(
+    chain: Chain, batches: Sequence[Passenger], weights: Residency, backward: BlockPass, below: int
+) -> None:
+    """Call `backward` for every visit below `below`, down to the lowest trained one, and for every batch."""
+    for position, block in reversed(list(enumerate(chain.visits))[chain.lowest_trained : below]):
+        with weights.in_place(block):
+            for batch in batches:
+                with weights.computing(block.name, chain.kind_of(block), BACKWARD, batch.index):
+                    backward(position, batch)
+
+
 def run_forward_only(
     chain: Chain,
     batches: Sequence[Passenger],
     weights: Residency,
     hidden: HiddenStates,
     training: bool,
-    passed: Callable[[int, Passenger, mx.array], None] | None = None,
+    after_block: Callable[[int, Passenger, mx.array], None] | None = None,
     end: int | None = None,
 ) -> None:
-    """A forward pass that nothing comes back from: of each micro-batch only the last block's output stays.
+    """A forward pass that no backward pass follows: only the last block's output is kept, for each micro-batch.
 
     Args:
-        passed: `passed(position, batch, output)` is called after each block.
-        end: the visit before which it ends.
+        after_block: `after_block(position, batch, output)` is called after each block and micro-batch.
+        end: the visit before which the pass ends.
     """
 
     def forward(position: int, batch: Passenger) -> None:
         output, _ = chain.forward(position, batch, hidden.pop((batch.index, position)), training)
         weights.hand_over(output)
-        if passed is not None:
-            passed(position, batch, output)
+        if after_block is not None:
+            after_block(position, batch, output)
         hidden.put((batch.index, position + 1), output, may_spill=False)
 
     embed(chain, batches, hidden, training)
     run_forward(chain, batches, weights, forward, end=end)
 
 
-def run_head(chain: Chain, batches: Sequence[Passenger], weights: Residency, head) -> None:
-    """`head(batch)` of every micro-batch."""
+def run_head(chain: Chain, batches: Sequence[Passenger], weights: Residency, head: Callable[[Passenger], None]) -> None:
+    """Call `head(batch)` for every micro-batch."""
     with weights.head_in_place(chain.head_units):
         for batch in batches:
             with weights.computing(HEAD, HEAD, FORWARD, batch.index, is_head=True):
                 head(batch)
 
 
-def following(batches: Sequence[Passenger], index: int, position: int) -> tuple[int, int]:
-    """The (micro-batch, visit) whose hidden state the backward pass comes to next."""
+def next_backward(batches: Sequence[Passenger], index: int, position: int) -> Key:
+    """The (micro-batch, visit) whose hidden state the backward pass needs after this one's."""
     return (index + 1, position) if index + 1 < len(batches) else (0, position - 1)

@@ -1,11 +1,12 @@
-"""A unit's call inside of somebody else's trace: a function MLX can differentiate, whose weights come and go.
+"""A unit's call inside a trace that is not ours: a function MLX can differentiate, whose weights come and go.
 
-Streaming as a custom vjp: what mlx-lm's `grad_checkpoint` does, one step further. The primal has the unit's weights
-brought, runs it, and keeps only its output; the vjp has them brought again, recomputes, and returns the cotangents of
-all inputs and of the adapter's arrays. Values handed from block to block, tuples, what blocks write into containers
-they share (see `models.calls`) and arithmetic between blocks need nothing more: MLX's autodiff of the model's own call
-connects them. For a user's own `nn.value_and_grad(model, loss)`, for generation, and for steps on models whose blocks
-form no chain; on the others `step` gives the same bits with fewer reads.
+This is streaming as a custom vjp, one step beyond mlx-lm's `grad_checkpoint`. The primal puts the unit's weights in
+place, runs it, and keeps only its output. The vjp puts them in place again, recomputes, and returns the cotangents of
+all inputs and of the adapter's arrays. MLX's autodiff of the model's own call connects the units, whatever the model
+does between them: values handed past the chain, tuples, containers that blocks write into (see `models.calls`).
+
+It serves a user's own `nn.value_and_grad(model, loss)`, mlx-lm's generation, and steps on models whose blocks form no
+chain. On chains `step` gives the same bits with fewer reads.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +14,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from ..errors import SlowftError
 from ..models.calls import Arguments
@@ -22,18 +22,19 @@ from ..planning.measure import BACKWARD, FORWARD
 from ..weights.threads import Worker
 from . import cores
 from .block import BlockFunction
-from .chain import Entry, Passenger, plain_loss
+from .chain import Entry, plain_loss
 from .log_probabilities import LogProbabilities, Mixing, log_probabilities
+from .micro_batches import Passenger
 from .randomness import dropout_seed
 from .step import Gradients
-from .trees import attach, detach
+from .trees import arrays_of, attach, detach, put
 
-# run(job, backward) -> job's result, called on a thread where nothing is traced, with the unit's weights in place
+# run(job, backward) -> the result of `job()`, on a thread that traces nothing, with the unit's weights in place
 Run = Callable[[Callable[[], Any], bool], Any]
 
 
 class TracedPath:
-    """Answers the units' calls in somebody else's trace, or in none; makes passes by the model's own call.
+    """Answers the units' calls where the engine runs no part of its own; makes passes by the model's own call.
 
     Args:
         engine: the `Engine` whose units these are.
@@ -41,12 +42,12 @@ class TracedPath:
 
     def __init__(self, engine):
         self._engine = engine
-        self._thread: Worker | None = None  # on which blocks are computed; made when the first is called
-        self._position = -1  # the last visit of the pass under way
-        self._step = 0  # that the pass under way draws its dropout masks for
-        self._is_step = False  # the pass belongs to a step of the engine's: it is known what nobody asks for
+        self._thread: Worker | None = None  # computes blocks; started when the first one is called
+        self._position = -1  # the visit that the pass under way has come to
+        self._step = 0  # the step that the pass under way draws its dropout masks for
+        self._is_step = False  # whether the pass belongs to an engine's step, of which the needed gradients are known
 
-    # --- What units answer ----------------------------------------------------------------------------
+    # --- Calls of units ----------------------------------------------------------------------------------
 
     def on_block(self, unit: Unit, inner: Callable, args: tuple, kwargs: dict) -> Any:
         engine = self._engine
@@ -64,10 +65,10 @@ class TracedPath:
         return self._engine.look_up(unit, inner, args, kwargs)
 
     def _go_to(self, unit: Unit, tokens: int | None) -> None:
-        """The pass under way comes to this block; with the first one, a pass over `tokens` tokens begins."""
+        """Note that the pass under way comes to this block. The first block begins a pass over `tokens` tokens."""
         order = self._engine.cut.order
         position = self._position + 1
-        if position >= len(order) or order[position] != unit.index:  # a new pass, or one that was broken off
+        if position >= len(order) or order[position] != unit.index:  # a pass begins, maybe after one was broken off
             position = order.index(unit.index)
         self._position = position
         if position == 0:
@@ -76,15 +77,15 @@ class TracedPath:
     def _call(
         self, unit: Unit, inner: Callable, args: tuple, kwargs: dict, seed: int, passes_on: bool, in_place: Callable
     ) -> Any:
-        """A unit's call.
+        """The result of a unit's call, which MLX can differentiate.
 
         Args:
-            passes_on: whether anybody may ask for gradients of its inputs.
-            in_place: is entered while the unit is computed.
+            passes_on: whether gradients of its inputs may be needed.
+            in_place: gives the context in which the unit's weights are in place.
         """
         engine = self._engine
         entries = unit.adapter()
-        params = [owner[key] for owner, key in entries]
+        params = arrays_of(entries)
         arguments = Arguments(args, kwargs, engine.cut.state_objects)
         arrays = [*arguments.arrays, *params]
         n = len(arguments.arrays)
@@ -95,10 +96,10 @@ class TracedPath:
                 return inner(*args, **kwargs)
 
         def run(job: Callable[[], Any], backward: bool) -> Any:
-            if backward and not engine.expects_backward:  # a gradient of a model that is not in training mode
+            if backward and not engine.expects_backward:  # the model is not in training mode
                 engine.expect(backward=True)
 
-            def in_its_place():
+            def run_in_place():
                 direction = BACKWARD if backward else FORWARD
                 with in_place(), engine.weights.computing(unit.name, engine.kind_of(unit), direction, 0):
                     if engine.layers.are_offloaded:
@@ -106,17 +107,16 @@ class TracedPath:
                     return job()
 
             try:
-                return self._on_thread(in_its_place)
+                return self._on_thread(run_in_place)
             finally:
-                for (owner, key), value in zip(entries, params):
-                    owner[key] = value
+                put(entries, params)
 
         function = BlockFunction(call, arguments, entries, differentiated, seed, engine.layers)
         in_training = engine.model.training and not any(hasattr(leaf, "state") for leaf in arguments.objects)
         return TracedCall(function, arguments, params, differentiated, in_training, run)()
 
     def _on_thread(self, job: Callable[[], Any]) -> Any:
-        """`job()` on a thread on which nothing is traced."""
+        """The result of `job()`, called on a thread that traces nothing."""
         if self._thread is None:
             self._thread = Worker("slowft-compute")
         return self._thread.run(job)
@@ -130,24 +130,22 @@ class TracedPath:
     def loss_and_grads(
         self, batches: Sequence[Passenger], entries: Sequence[Entry]
     ) -> tuple[list[mx.array], dict[str, mx.array]]:
-        """(loss of each micro-batch, gradients of `entries` by name), a micro-batch after the other."""
+        """(loss of each micro-batch, gradients of `entries` by name), one micro-batch after the other."""
         losses, gradients = [], Gradients()
-        originals = [owner[key] for _, owner, key in entries]
+        originals = arrays_of(entries)
 
         def loss(parameters: list[mx.array], batch: Passenger) -> mx.array:
-            for (_, owner, key), array in zip(entries, parameters):
-                owner[key] = array
+            put(entries, parameters)
             return plain_loss(self._engine.model, batch)
 
         try:
             for batch in batches:
                 with self._pass_of_step(batch):
-                    value, found = mx.value_and_grad(loss)(list(originals), batch)
-                    mx.eval(value, gradients.add([name for name, _, _ in entries], found))
+                    value, of_batch = mx.value_and_grad(loss)(list(originals), batch)
+                    mx.eval(value, gradients.add([name for name, _, _ in entries], of_batch))
                 losses.append(value)
         finally:
-            for (_, owner, key), array in zip(entries, originals):
-                owner[key] = array
+            put(entries, originals)
         return losses, gradients.by_name
 
     def loss(self, batch: Passenger) -> mx.array:
@@ -157,7 +155,7 @@ class TracedPath:
             return loss
 
     def logits(self, batch: Passenger) -> mx.array:
-        """Logits `[B x T, V]`, whole. What the micro-batch's caches hold is evaluated too."""
+        """All logits of a micro-batch, `[B x T, V]`. The contents of its caches are evaluated too."""
         with self._pass_of_step(batch):
             if batch.cache is None:
                 logits = self._engine.model(batch.tokens)
@@ -169,19 +167,14 @@ class TracedPath:
     def log_probabilities(
         self, group: Sequence[Passenger], top_k: int, token_ids: Sequence[int], mixing: Mixing
     ) -> list[LogProbabilities]:
-        """Of a group's targets, what is mixed of its micro-batches' logits."""
+        """Log-probabilities of a group's targets, by the logits that `mixing` makes of its micro-batches' logits."""
         first, mix = group[0], mixing.begin(group[0].tokens)
-        each = [self.logits(batch) for batch in group]
-
-        def logits_of(numbers: np.ndarray) -> Sequence[mx.array]:
-            return mix(numbers, [logits[mx.array(numbers)] for logits in each])
-
-        at_once = mixing.at_once(first.tokens.size, None)
-        return log_probabilities(logits_of, mixing.results, first.targets, first.mask, at_once, top_k, token_ids)
+        each = [self.logits(batch).__getitem__ for batch in group]  # gives the logits with some numbers
+        return log_probabilities(each, mixing, mix, first.targets, first.mask, None, top_k, token_ids)
 
     @contextmanager
     def _pass_of_step(self, batch: Passenger) -> Iterator[None]:
-        """Around the model's own call for a micro-batch of a step of the engine's."""
+        """Enter this around the model's own call for a micro-batch of an engine's step."""
         self._position, self._is_step = -1, True
         try:
             with self._engine.chain.adapters.using(batch.adapter):
@@ -191,14 +184,15 @@ class TracedPath:
 
 
 class TracedCall:
-    """One call of a unit.
+    """One call of a unit, as a function with a vjp of its own.
 
     Args:
         function: the call as a function of arrays.
-        arguments: of the call.
-        params: the adapter's arrays as the trace knows them.
-        differentiated: as the function has it.
+        arguments: the call's arguments.
+        params: the adapter's arrays as the trace has them.
+        differentiated: numbers of the arrays whose gradients may be needed, as `function` has them.
         in_training: see `BlockFunction.forward`.
+        run: computes what the primal and the vjp need.
     """
 
     def __init__(
@@ -231,7 +225,7 @@ class TracedCall:
 
         outputs = self._run(forward, False)
         for at, i in self._function.outcome.handed_on:
-            outputs[at] = xs[i]  # no second copy
+            outputs[at] = xs[i]  # the array itself, not a second copy of it
         return tuple(outputs)
 
     def _vjp(self, primals, cotangents, _):
@@ -246,16 +240,16 @@ class TracedCall:
             mx.eval(gradients)
             return gradients
 
-        result = [mx.zeros_like(x) for x in primals]  # lazy: nobody evaluates those that are not wanted
+        result = [mx.zeros_like(x) for x in primals]  # lazy: MLX evaluates only those that are used
         for i, gradient in zip(self._differentiated, self._run(backward, True) if self._differentiated else []):
             result[i] = gradient
         n = len(self._arguments.arrays)
-        # inputs and parameters apart, or each block's cotangent would live as long as the gradients of its adapters
+        # one guard each for inputs and parameters: with a common one, cotangents live as long as adapters' gradients
         return *_differentiable_once(result[:n], primals), *_differentiable_once(result[n:], primals)
 
 
 def _differentiable_once(gradients: list[mx.array], primals: list[mx.array]) -> list[mx.array]:
-    """The same gradients, but refusing to be differentiated: constants to MLX, a second derivative would be zero."""
+    """The same gradients, which refuse to be differentiated: they are constants, so MLX would give zeros."""
     if not gradients:
         return []
     guard = mx.custom_function(lambda *_: tuple(gradients))

@@ -1,10 +1,10 @@
-"""Arrays out of a trace and a thread, and into another; what a trace changes in what MLX computes."""
+"""Arrays in modules, traces and threads: takes them out and puts them in; has MLX compute outside a trace as inside."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -14,9 +14,20 @@ from ..errors import SlowftError
 T = TypeVar("T")
 
 
+def arrays_of(entries: Sequence[tuple]) -> list[Any]:
+    """The arrays at (owner, key), or at (name, owner, key)."""
+    return [owner[key] for *_, owner, key in entries]
+
+
+def put(entries: Sequence[tuple], arrays: Sequence[Any]) -> None:
+    """Put the arrays there."""
+    for (*_, owner, key), array in zip(entries, arrays, strict=True):
+        owner[key] = array
+
+
 @dataclass(frozen=True)
 class Detached:
-    """The values of an array, apart from any trace and any thread. `attach` makes an array of them again."""
+    """The values of an array, which belong to no trace and no thread. `attach` makes an array of them again."""
 
     values: np.ndarray
     dtype: mx.Dtype
@@ -43,7 +54,7 @@ def detach(array: mx.array) -> Detached:
 
 
 def attach(detached: Detached) -> mx.array:
-    """An array of the calling thread, a copy through the host: a few MB for a block's input."""
+    """An array of the calling thread. The values are copied by the host: a few MB for a block's input."""
     array = mx.array(detached.values)
     return array if array.dtype == detached.dtype else array.view(detached.dtype)
 
@@ -52,31 +63,31 @@ def attach(detached: Detached) -> mx.array:
 
 
 def in_trace(function: Callable[[], T]) -> T:
-    """`function()`, called where MLX traces gradients, though of nothing that it uses.
+    """The result of `function()`, called while MLX traces the gradient of an array that it does not use.
 
-    MLX makes of some calls something else there than outside (`in_grad_tracing` in mlx/fast.cpp): on Metal, attention
-    is then another kernel, of other last bits. What is evaluated in `function` keeps no graph: nothing in it is traced.
+    Some calls choose other kernels while a gradient is traced (`in_grad_tracing` in mlx/fast.cpp): attention on Metal
+    does, and its last bits differ. Evaluating arrays in `function` keeps no graph, because none of them is traced.
     """
     results: list[T] = []
 
-    def traced(nothing: mx.array) -> mx.array:
+    def traced(unused: mx.array) -> mx.array:
         results.append(function())
-        return mx.stop_gradient(nothing)  # for which `mx.vjp` wants no cotangent
+        return mx.stop_gradient(unused)  # `mx.vjp` needs no cotangent for it
 
     mx.vjp(traced, [mx.zeros(())], [])
     return results[0]
 
 
 _lock = threading.Lock()
-_n_uncompiled, _was_compiling = 0, False  # contexts of `uncompiled`, and what was before the first
+_n_uncompiled, _was_compiling = 0, False  # entered contexts of `uncompiled`; whether MLX compiled before the first
 
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
     """While this is entered, functions that were compiled run as they were written, on every thread.
 
-    So they do in memory when they are called with what is traced (mlx/compile.cpp), which there is every hidden state:
-    `mx.value_and_grad` traces all arguments of the loss, the tokens too.
+    In memory they do so too when they are called with traced arrays (mlx/compile.cpp). Every hidden state is traced
+    there, because `mx.value_and_grad` traces all arguments of the loss, the tokens too.
     """
     global _n_uncompiled, _was_compiling
     with _lock:
@@ -89,12 +100,12 @@ def uncompiled() -> Iterator[None]:
     finally:
         with _lock:
             _n_uncompiled -= 1
-            if _n_uncompiled == 0 and _was_compiling:  # or else the user wants it so
+            if _n_uncompiled == 0 and _was_compiling:  # else the user had disabled it
                 mx.enable_compile()
 
 
 def is_compiling() -> bool:
-    """Whether functions that mlx-lm compiles, such as SwiGLU, run compiled, but for `uncompiled`."""
+    """Whether functions that mlx-lm compiles, such as SwiGLU, run compiled outside of `uncompiled`."""
     with _lock:
         return _was_compiling if _n_uncompiled else _runs_compiled()
 
