@@ -4,7 +4,8 @@ Whatever can be found wrong is looked for in the order of its cost: options, mod
 """
 
 import math
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from ..engine.model import open_model, parse_nbytes
 from ..errors import AdapterError, ConfigError, DataError, SlowftError
 from ..reports.base import Report, Reports
 from ..reports.json_lines import CallbackReport
+from .checkpoint import DIRECTORY as CHECKPOINTS
 from .config import TrainConfig
 from .machines import of_launch
 from .trainer import Trainer, check_writable, rows_of
@@ -81,7 +83,11 @@ def _run(config: TrainConfig, report: Report) -> dict:
             return {}
         if config.train and trainer.pruning:
             report.note(f"The prompts were pruned by {len(trainer.pruning)} rules, which go with the adapter")
-        with model.trace(config.trace) if config.trace and machines.rank == 0 else nullcontext():
+        is_traced, is_written = config.trace and machines.rank == 0, config.train and machines.rank == 0
+        with (
+            _alone_in(Path(config.adapter_path).expanduser()) if is_written else nullcontext(),
+            model.trace(config.trace) if is_traced else nullcontext(),
+        ):
             result = trainer.fit(train, valid) if config.train else {}
             if config.test:
                 result |= _test(trainer, test)
@@ -91,13 +97,33 @@ def _run(config: TrainConfig, report: Report) -> dict:
         model.close()
 
 
+@contextmanager
+def _alone_in(directory: Path) -> Iterator[None]:
+    """Raises AdapterError while another run writes there: each would take the other's files for its own."""
+    with suppress(OSError):  # whoever writes there says why it cannot
+        directory.mkdir(parents=True, exist_ok=True)
+    with platform.alone_in(directory) as is_alone:
+        if not is_alone:
+            raise AdapterError(
+                f"another run is writing to {directory} (slowft status {directory}). Wait for it, stop it, or give "
+                "another --adapter-path"
+            )
+        yield
+
+
 def _say_what_is_replaced(config: TrainConfig, report: Report) -> None:
     directory = Path(config.adapter_path).expanduser()
-    if config.resume or not (directory / "adapters.safetensors").exists() or config.dry_run:
+    if config.resume or config.dry_run:
+        return
+    if (directory / "adapters.safetensors").exists():
+        what = "the adapter of an earlier run"
+    elif any((directory / CHECKPOINTS).glob("*.safetensors")):
+        what = "the checkpoints of an earlier run"
+    else:
         return
     report.note(
-        f"{directory} has the adapter of an earlier run, which this one will replace. --adapter-path names another "
-        "directory, --resume goes on with that run"
+        f"{directory} has {what}, which this one will replace. --adapter-path names another directory, --resume goes "
+        "on with that run"
     )
 
 
