@@ -24,6 +24,7 @@ from conftest import LLAMA, randomise, save_random
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.datasets import CacheDataset, create_dataset
 from mlx_lm.tuner.trainer import evaluate
+from slowft import platform
 from slowft.cli.main import COMMANDS, GROUPS, main
 from slowft.training.config import NEEDLESS, TrainConfig
 
@@ -315,6 +316,7 @@ def test_folder_without_training_samples_asks_for_train_jsonl(finetune):
     write_lines(finetune.data / "valid.jsonl", COMPLETIONS[:1])  # not what is wrong
     message = finetune.refusal()
     assert str(finetune.data) in message and "train.jsonl" in message
+    assert message in finetune.bare("data", finetune.data, "--model", finetune.model).err
 
 
 def test_test_without_test_samples_asks_for_test_jsonl(finetune):
@@ -430,7 +432,8 @@ def test_usage_mistakes_name_the_option(finetune):
     assert "--iters" in finetune.usage("finetune", "--itres", 3)  # "Did you mean"
     assert "'lots'" in finetune.usage("finetune", "--iters", "lots")
     assert "'lion'" in finetune.usage("finetune", "--optimizer", "lion")
-    assert "'finetun'" in finetune.usage("finetun")
+    assert "'finetun'. Did you mean 'finetune'?" in finetune.usage("finetun")
+    assert "Did you mean 'make'?" in finetune.bare("data", "mkae", "recipe.yaml").err
 
 
 @pytest.mark.parametrize(
@@ -577,6 +580,21 @@ def test_losses_are_mlx_lms_and_its_load_takes_the_adapter(samples, mask, finetu
     assert after < before - 0.1
     shown = {int(i): float(loss) for i, loss in re.findall(r"^Iter (\d+): valid loss ([\d.]+)", outcome.out, re.M)}
     assert shown == pytest.approx({0: before, 2: after}, abs=ROUNDING)
+
+
+def test_two_runs_never_write_to_one_directory(finetune):
+    with platform.alone_in(finetune.directory / "adapters") as is_alone:
+        assert is_alone and "another run is writing to adapters" in finetune("--iters", 1).err
+    assert finetune("--iters", 1).status == 0
+
+
+def test_streams_that_the_caller_closed_are_opened():
+    script = (
+        "import os; os.close(0); from slowft.cli import main; main._open_standard_streams(); os.read(0, 1); "
+        "print(os.open(os.devnull, 0))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert int(done.stdout) > 2, done.stderr
 
 
 def test_output_that_is_no_terminal_is_plain_lines(finetune):

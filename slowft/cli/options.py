@@ -1,8 +1,17 @@
 """Options that several commands have, each said once."""
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 import click
 
 MODEL_HELP = "Base model: a directory that mlx-lm loads, or a hub id"
+
+
+def meant(word: str, known: Iterable[str]) -> str:
+    """A question to put behind "no such word"."""
+    close = get_close_matches(word, known, 1)
+    return f" Did you mean '{close[0]}'?" if close else ""
 
 
 def adapter_path(command):

@@ -110,7 +110,8 @@ def read(file: Path, tokenizer: Any, template: Template) -> list[Asked]:
         DataError: it cannot be read, a line is not of that form (named with its number), or an id is there twice.
     """
     if not file.is_file():
-        raise DataError(f'{file} is not there. Give a file with lines of {{"prompt": ...}} or {{"messages": [...]}}')
+        what = "a folder" if file.is_dir() else "not there"
+        raise DataError(f'{file} is {what}. Give a file with lines of {{"prompt": ...}} or {{"messages": [...]}}')
     if not file.name.lower().removesuffix(".gz").endswith(tuple(SUFFIXES)):
         raise DataError(f"{file} is of no kind that slowft reads. Give lines of JSON: prompts.jsonl")
     found, places = [], {}
@@ -136,7 +137,7 @@ def read(file: Path, tokenizer: Any, template: Template) -> list[Asked]:
         if not found[-1].tokens:
             raise DataError(f"{line.place} has an empty prompt. Remove it")
     if not found:
-        raise DataError(f"{file} holds no prompts")
+        raise DataError(f'{file} holds no prompts. Write one a line: {{"prompt": ...}} or {{"messages": [...]}}')
     return found
 
 

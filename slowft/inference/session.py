@@ -151,7 +151,8 @@ class Session:
             numbers = [i for i in range(len(prompts)) if i not in results.done]
             left = [prompts[i] for i in numbers]
             if results.done:
-                report.note(f"{file} has {len(results.done)} of {len(prompts)} answers; going on with the others")
+                then = "going on with the others" if left else "nothing is left to do"
+                report.note(f"{file} has {len(results.done)} of {len(prompts)} answers; {then}")
             if left:
                 run = self.answers(left)
                 report.note(_planned(run))
