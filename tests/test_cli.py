@@ -548,7 +548,7 @@ def test_interrupted_run_is_one_line_and_keeps_the_earlier_adapter(finetune, mon
     monkeypatch.setattr("slowft.training.trainer.Trainer.fit", interrupted)
     before = snapshot(finetune.directory)
     outcome = finetune()
-    assert outcome.status != 0 and outcome.err.split() == "Interrupted. Adapters saved so far are intact.".split()
+    assert outcome.status == 130 and outcome.err.split() == "Interrupted. What was saved so far is intact.".split()
     assert snapshot(finetune.directory) == before
 
 
@@ -711,13 +711,14 @@ def test_test_without_an_adapter_says_so_and_measures_the_base_model(finetune):
 
 
 def test_an_adapter_that_is_named_must_exist(finetune):
-    assert "Leave --adapter-path out" in finetune.refusal("--test", "--adapter-path", finetune.directory / "none")
+    assert "leave --adapter-path out" in finetune.refusal("--test", "--adapter-path", finetune.directory / "none")
 
 
 def test_missing_validation_set_is_noted(finetune):
     (finetune.data / "valid.jsonl").unlink()
-    outcome = finetune()
+    outcome = finetune("--early-stop", 3)
     assert outcome.status == 0 and "no valid.jsonl" in outcome.out and "valid loss" not in outcome.out
+    assert "Warning: --early-stop has no effect without a validation set" in outcome.out
 
 
 # --- As mlx_lm.lora ---------------------------------------------------------------------------------

@@ -76,8 +76,6 @@ def main() -> None:
     _open_standard_streams()
     try:
         slowft(prog_name="slowft", standalone_mode=False)
-    except click.exceptions.Abort:
-        sys.exit("\nInterrupted. Adapters saved so far are intact.")
     except click.ClickException as e:
         e.show()
         sys.exit(e.exit_code)
@@ -87,8 +85,8 @@ def main() -> None:
     except SlowftError as e:
         click.echo(f"Error: {e}", err=True)
         sys.exit(2 if isinstance(e, ConfigError) else 1)
-    except KeyboardInterrupt:
-        click.echo("\nInterrupted. Adapters saved so far are intact.", err=True)
+    except (KeyboardInterrupt, click.exceptions.Abort):  # click's name for it
+        click.echo("\nInterrupted. What was saved so far is intact.", err=True)
         sys.exit(130)
     except BrokenPipeError:
         sys.stderr.close()

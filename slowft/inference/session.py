@@ -201,5 +201,5 @@ def _planned(run: Generation) -> str:
         text += f", {plan.read_nbytes / 1e9:.2f} GB a reading"
     text += f"; peak {plan.peak_nbytes / 1e9:.2f} of {plan.memory / 1e9:.2f} GB"
     if run.predicted_s is not None:
-        text += f", about {run.wave / run.predicted_s:.2g} tok/s"
+        text += f", about {float(f'{run.wave / run.predicted_s:.2g}'):g} tok/s"
     return text

@@ -136,7 +136,10 @@ def _load_adapter_to_test(model, config: TrainConfig, report: Report) -> None:
     elif config.adapter_path == TrainConfig.adapter_path:  # nobody named it
         report.note(f"No adapter in {directory}: testing the base model")
     else:
-        raise AdapterError(f"{directory} does not exist. Leave --adapter-path out to test the base model")
+        raise AdapterError(
+            f"{directory} does not exist, and --test alone trains nothing. Add --train, or leave --adapter-path out to "
+            "test the base model"
+        )
 
 
 def _load_data(model, config: TrainConfig, report: Report, lessons: Lessons | None):
@@ -147,6 +150,9 @@ def _load_data(model, config: TrainConfig, report: Report, lessons: Lessons | No
     train, valid, test = load_data(config.data, tokenizer, config, splits, model.embedding_rows, report.progress)
     if config.train and not len(train):
         raise DataError(f"{config.data} has no training samples. Put them into train.jsonl")
+    for option, value in (("--keep best", config.keep), ("--early-stop", config.early_stop)):
+        if config.train and value is not None and not len(valid):
+            report.note(f"Warning: {option} has no effect without a validation set: --valid-split 0.05 makes one")
     if lessons is not None:
         lessons.cache.check_samples(train)
         report.note(
