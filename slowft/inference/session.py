@@ -95,6 +95,10 @@ class Session:
             code = trust_remote_code, chat_template
             self.tokenizer = load_tokenizer(self.model.path, self.model.embedding_rows, *code)
             for token in settings.extra_eos_token:
+                if not token.isdecimal() and token not in self.tokenizer.get_vocab():
+                    raise ConfigError(
+                        f"--extra-eos-token {token}: the tokenizer has no such token. Give one, or its id"
+                    )
                 self.tokenizer.add_eos_token(token)
             self._draft = "lookup" if settings.draft_lookup else None
             if settings.draft_model is not None:
