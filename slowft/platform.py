@@ -307,6 +307,29 @@ def cache_directory() -> Path:
     return (base if base.is_absolute() else usual) / "slowft"
 
 
+@contextmanager
+def alone_in(directory: Path) -> Iterator[bool]:
+    """Whether no other process is in this context for the same directory; nothing is left behind by one that dies."""
+    import fcntl
+
+    try:
+        fd = os.open(directory, os.O_RDONLY)
+    except OSError:
+        yield True
+        return
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_alone = True
+        except BlockingIOError:
+            is_alone = False
+        except OSError:  # a network's file system that has no locks
+            is_alone = True
+        yield is_alone
+    finally:
+        os.close(fd)
+
+
 def sync_file(fd: int) -> None:
     """Make written data, or a directory's names, survive a power cut.
 

@@ -25,6 +25,7 @@ from conftest import LLAMA, randomise, save_random
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.datasets import CacheDataset, create_dataset
 from mlx_lm.tuner.trainer import evaluate
+from slowft import platform
 from slowft.cli.main import COMMANDS, GROUPS, main
 from slowft.training.config import NEEDLESS, TrainConfig
 
@@ -316,6 +317,7 @@ def test_folder_without_training_samples_asks_for_train_jsonl(finetune):
     write_lines(finetune.data / "valid.jsonl", COMPLETIONS[:1])  # not what is wrong
     message = finetune.refusal()
     assert str(finetune.data) in message and "train.jsonl" in message
+    assert message in finetune.bare("data", finetune.data, "--model", finetune.model).err
 
 
 def test_test_without_test_samples_asks_for_test_jsonl(finetune):
@@ -431,7 +433,8 @@ def test_usage_mistakes_name_the_option(finetune):
     assert "--iters" in finetune.usage("finetune", "--itres", 3)  # "Did you mean"
     assert "'lots'" in finetune.usage("finetune", "--iters", "lots")
     assert "'lion'" in finetune.usage("finetune", "--optimizer", "lion")
-    assert "'finetun'" in finetune.usage("finetun")
+    assert "'finetun'. Did you mean 'finetune'?" in finetune.usage("finetun")
+    assert "Did you mean 'make'?" in finetune.bare("data", "mkae", "recipe.yaml").err
 
 
 @pytest.mark.parametrize(
@@ -546,7 +549,7 @@ def test_interrupted_run_is_one_line_and_keeps_the_earlier_adapter(finetune, mon
     monkeypatch.setattr("slowft.training.trainer.Trainer.fit", interrupted)
     before = snapshot(finetune.directory)
     outcome = finetune()
-    assert outcome.status != 0 and outcome.err.split() == "Interrupted. Adapters saved so far are intact.".split()
+    assert outcome.status == 130 and outcome.err.split() == "Interrupted. What was saved so far is intact.".split()
     assert snapshot(finetune.directory) == before
 
 
@@ -578,6 +581,21 @@ def test_losses_are_mlx_lms_and_its_load_takes_the_adapter(samples, mask, finetu
     assert after < before - 0.1
     shown = {int(i): float(loss) for i, loss in re.findall(r"^Iter (\d+): valid loss ([\d.]+)", outcome.out, re.M)}
     assert shown == pytest.approx({0: before, 2: after}, abs=ROUNDING)
+
+
+def test_two_runs_never_write_to_one_directory(finetune):
+    with platform.alone_in(finetune.directory / "adapters") as is_alone:
+        assert is_alone and "another run is writing to adapters" in finetune("--iters", 1).err
+    assert finetune("--iters", 1).status == 0
+
+
+def test_streams_that_the_caller_closed_are_opened():
+    script = (
+        "import os; os.close(0); from slowft.cli import main; main._open_standard_streams(); os.read(0, 1); "
+        "print(os.open(os.devnull, 0))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert int(done.stdout) > 2, done.stderr
 
 
 def test_output_that_is_no_terminal_is_plain_lines(finetune):
@@ -694,13 +712,14 @@ def test_test_without_an_adapter_says_so_and_measures_the_base_model(finetune):
 
 
 def test_an_adapter_that_is_named_must_exist(finetune):
-    assert "Leave --adapter-path out" in finetune.refusal("--test", "--adapter-path", finetune.directory / "none")
+    assert "leave --adapter-path out" in finetune.refusal("--test", "--adapter-path", finetune.directory / "none")
 
 
 def test_missing_validation_set_is_noted(finetune):
     (finetune.data / "valid.jsonl").unlink()
-    outcome = finetune()
+    outcome = finetune("--early-stop", 3)
     assert outcome.status == 0 and "no valid.jsonl" in outcome.out and "valid loss" not in outcome.out
+    assert "Warning: --early-stop has no effect without a validation set" in outcome.out
 
 
 # --- As mlx_lm.lora ---------------------------------------------------------------------------------

@@ -834,6 +834,35 @@ def test_steps_alone_take_rows_of_any_form_and_are_not_done_again(tmp_path):
         run("dedup", bad, "--output", out)
 
 
+def test_rows_that_slowft_did_not_write_are_never_written_over(tmp_path):
+    mine = tmp_path / "train.jsonl"
+    mine.write_text('{"prompt": "a", "completion": "b"}\n')
+    before, recipe = mine.read_bytes(), tmp_path / "recipe.yaml"
+    recipe.write_text(f"output: {tmp_path}\nmodel: none\nseeds: [{{kind: requests, file: train.jsonl}}]\n")
+    for words, message in (
+        (["check", mine, "--output", mine], "is read, and cannot be written too"),
+        (["dedup", mine, "--output", tmp_path / "b", "--left-out", mine], "is read, and cannot be written too"),
+        (["make", recipe], "slowft did not write it"),
+    ):
+        with pytest.raises(slowft.SlowftError, match=message):
+            run(*words)
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"prompt": "c", "completion": "d"}\n')
+    for words in (
+        ["check", other, "--output", mine],
+        ["split", other, "--output", tmp_path, "--valid", 0, "--test", 0],
+    ):
+        with pytest.raises(slowft.DataError, match="train.jsonl is there already, and slowft did not write it"):
+            run(*words)
+    assert mine.read_bytes() == before and sorted(f.name for f in tmp_path.iterdir()) == sorted(
+        ["train.jsonl", "other.jsonl", "recipe.yaml"]
+    )
+    words = ["split", other, "--output", tmp_path / "d", "--valid", 0, "--test", 0]
+    run(*words)
+    (tmp_path / "d" / "split.manifest.json").unlink()  # as a kill between the two leaves it
+    run(*words)
+
+
 def test_a_folder_is_still_shown_and_steps_have_help_that_ends_in_an_example(made, llama_with_tokenizer):
     folder, _ = made
     shown = run(folder / "out", "--model", llama_with_tokenizer, "--skip-bad-samples", "--json")

@@ -351,6 +351,20 @@ def test_answers_of_another_run_are_not_touched(llama_with_tokenizer, prompts, t
 
 
 @pytest.mark.parametrize(
+    "option, value, message",
+    [
+        ("--max-kv-size", 0, "must be 1 or more"),
+        ("--quantized-kv-start", -1, "must be 0 or more"),
+        ("--kv-group-size", 7, "cannot be quantized so"),  # found before 5,000 tokens have gone through
+        ("--extra-eos-token", "none such", "has no such token"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_one_line(llama_with_tokenizer, option, value, message):
+    with pytest.raises(slowft.ConfigError, match=message):
+        run("--model", llama_with_tokenizer, "--prompt", "a", "-m", "1", "--kv-bits", "4", option, value)
+
+
+@pytest.mark.parametrize(
     "content, message",
     [
         ('{"prompt": "a"}\n{"question": "b"}\n', 'line 2 has neither a "prompt" nor "messages"'),

@@ -707,6 +707,9 @@ def test_an_mlx_lm_adapter_given_as_model_names_its_base(llama, tmp_path):
     message = refusal(tmp_path / "adapter")
     assert "is an mlx-lm adapter, not a model" in message and str(llama) in message
     assert "is a model, not an adapter directory" in refusal(llama, adapter_path=llama)
+    assert "nothing is there" in refusal(llama, adapter_path=tmp_path / "gone")
+    weights = tmp_path / "adapter" / "adapters.safetensors"
+    assert f"{weights} is not an adapter directory" in refusal(llama, adapter_path=weights)
 
 
 def test_a_lora_in_gguf_is_named(tmp_path, command):

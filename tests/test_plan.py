@@ -600,7 +600,7 @@ CONFIG = CONFIGS / "qwen3-32b.json"
     "options, status, says",
     [
         ([], 2, "give a model: --model with"),
-        (["--model", "x", "--config", CONFIG], 2, "give a model: --model with"),
+        (["--model", "x", "--config", CONFIG], 2, "give --model or --config, not both"),
         (["--config", CONFIG, "--epochs", 2], 2, "--tokens"),
         (["--config", CONFIG, "--tokens", 9, "--epochs", 0], 2, "'--epochs': 0"),
         (["--config", CONFIG, "--batch-size", 0], 2, "'--batch-size': 0"),

@@ -460,6 +460,8 @@ def test_relabelling_adds_rows_and_goes_on_where_it_was_stopped(store, file, lla
         (id,) = store.relabelled(relabels)
         assert store.get(id).tags == {"app": "shop"} and f"Answered anew by {id}" in run("show", relabels, "--db", file)
     assert json.loads(run(*words).splitlines()[-1])["done before"] == 4 and len(store.list(limit=99)) == 10
+    said = json.loads(run(*words, "--limit", 3).splitlines()[-1])  # of requests: the newest four rows are answers
+    assert said["left_out"]["answers anew themselves"] == 4 and said["done before"] == 1
 
 
 def slowft_answers(model: Path, messages: list[dict], max_tokens: int) -> list[str]:

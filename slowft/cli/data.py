@@ -4,10 +4,13 @@ import importlib
 import json
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import click
 
+from ..errors import DataError
 from .finetune import make_report, option, warnings_noted
+from .options import meant
 
 SHOWN_CHARACTERS = 600  # of a sample
 BAR = 40
@@ -34,6 +37,8 @@ class Data(click.Group):
     """`slowft data STEP ...` does a step; `slowft data` with anything else shows what is there."""
 
     def make_context(self, info_name, args, parent=None, **extra):
+        if len(args) > 1 and (hint := meant(args[0], STEPS)) and args[0] not in STEPS and not Path(args[0]).exists():
+            raise click.UsageError(f"{args[0]} is neither a step nor data that is there.{hint}")
         if not args or args[0] not in STEPS:
             return show.make_context(info_name, args, parent, **extra)
         return super().make_context(info_name, args, parent, **extra)
@@ -83,6 +88,8 @@ def show(data, config, samples, as_json, **options):
     with warnings_noted(report):
         tokenizer = load_tokenizer(directory, None, settings.trust_remote_code, settings.chat_template)
         loaded = load_data(data, tokenizer, replace(settings, test=True), progress=report.progress)
+    if not len(loaded[0]):
+        raise DataError(f"{data} has no training samples. Put them into train.jsonl")
     seed = settings.seed if settings.group_by_length else None
     found, train = {}, None
     for name, dataset in zip(("train", "valid", "test"), loaded):

@@ -113,7 +113,7 @@ def dedup(files, output, left_out, on, threshold, words, as_json):
 @click.option(
     "--script", "scripts", multiple=True, help="Unicode's name of what letters may be, such as LATIN; several."
 )
-@click.option("--answers-are-json", is_flag=True, help="Every answer must be JSON, not only those to who asks for it.")
+@click.option("--answers-are-json", is_flag=True, help="Answers must be JSON whatever the question asks for.")
 @click.option(
     "--repetition", type=float, default=0.3, show_default=True, help="Most of runs of 4 words that came before."
 )
@@ -179,7 +179,7 @@ def split(files, output, left_out, valid, test, by, seed, words, as_json):
     """
     from ..errors import DataError
     from ..reports.base import late
-    from ..synthesis import filters, rows, steps
+    from ..synthesis import filters, rows
     from ..synthesis.convert import as_messages
     from ..synthesis.split import SPLITS
 
@@ -215,7 +215,7 @@ def split(files, output, left_out, valid, test, by, seed, words, as_json):
 
     options = {"valid": valid, "test": test, "by": by, "seed": seed, "words": words}
     optional = [file for name, file in zip(used, outputs) if name != "train"]
-    counts = steps.run("split", folder / "split.manifest.json", inputs, outputs, options, work, optional)
+    counts = _run("split", folder / "split.manifest.json", inputs, outputs, options, work, optional)
     _tell(counts, report, as_json)
 
 
@@ -234,7 +234,7 @@ def convert(files, output, to, as_json):
         slowft data convert answers.jsonl --output train.jsonl
     """
     from ..synthesis import convert as forms
-    from ..synthesis import rows, steps
+    from ..synthesis import rows
 
     inputs, file = [Path(name).expanduser() for name in files], Path(output).expanduser()
 
@@ -248,7 +248,7 @@ def convert(files, output, to, as_json):
                 counts.went_out += 1
                 outs[0].row(made)
 
-    counts = steps.run("convert", _manifest(file), inputs, [file], {"to": to}, work)
+    counts = _run("convert", _manifest(file), inputs, [file], {"to": to}, work)
     _tell(counts, make_report(as_json), as_json)
 
 
@@ -269,10 +269,22 @@ def _step(name: str, files, output: str, left_out: str | None, as_json: bool, ot
             reading = found(lambda: rows.read(inputs), lambda listed: late(report, listed, "Comparing", total))
             steps.sift(reading, counts, kept, rest[0] if rest else None, report, total)
 
-        counts = steps.run(name, _manifest(file), [*inputs, *others], outputs, options, work)
+        counts = _run(name, _manifest(file), [*inputs, *others], outputs, options, work)
         _tell(counts, report, as_json)
 
     yield do
+
+
+def _run(name: str, manifest: Path, inputs, outputs, *rest):
+    """`steps.run`, which may write over what a step wrote, but not over rows of the user's own."""
+    from ..errors import ConfigError
+    from ..synthesis import rows, steps
+
+    if same := {file.resolve() for file in inputs} & {file.resolve() for file in outputs}:
+        raise ConfigError(f"{min(same)} is read, and cannot be written too. Give another --output")
+    if not manifest.exists():
+        rows.check_replaceable(outputs)
+    return steps.run(name, manifest, inputs, outputs, *rest)
 
 
 def _manifest(file: Path) -> Path:

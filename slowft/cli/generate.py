@@ -93,7 +93,7 @@ def generate(
     if prompt == "-":
         prompt = sys.stdin.read()
     if prompt is not None and not prompt.strip():
-        raise click.UsageError("the prompt is empty. Give some text")
+        raise click.UsageError("the prompt is empty. Give some text: --prompt TEXT, or on standard input")
     from ..inference.session import Session, Settings
 
     report = make_report(as_json)

@@ -1,12 +1,14 @@
 """The `slowft` group: finds commands, turns a user's mistakes into one line, and keeps imports lazy."""
 
 import importlib
+import os
 import sys
 
 import click
 
 from .. import __version__, platform
 from ..errors import ConfigError, Interrupted, SlowftError, gpu_error, reason_of
+from .options import meant
 
 GROUPS = {
     "Train": "finetune data distil plan status",
@@ -47,6 +49,11 @@ class Commands(click.Group):
             return None
         return getattr(importlib.import_module(f"slowft.cli.{name}"), name)
 
+    def resolve_command(self, ctx, args):
+        if args[0] not in COMMANDS and not args[0].startswith("-"):
+            ctx.fail(f"No such command '{args[0]}'.{meant(args[0], COMMANDS)}")
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx, formatter):
         for title, names in GROUPS.items():
             with formatter.section(title):
@@ -67,10 +74,9 @@ def slowft():
 def main() -> None:
     """Entry point: a user's mistake ends in one line on standard error, status 1 (2 for usage)."""
     platform.allow_open_files()
+    _open_standard_streams()
     try:
         slowft(prog_name="slowft", standalone_mode=False)
-    except click.exceptions.Abort:
-        sys.exit("\nInterrupted. Adapters saved so far are intact.")
     except click.ClickException as e:
         e.show()
         sys.exit(e.exit_code)
@@ -80,8 +86,8 @@ def main() -> None:
     except SlowftError as e:
         click.echo(f"Error: {e}", err=True)
         sys.exit(2 if isinstance(e, ConfigError) else 1)
-    except KeyboardInterrupt:
-        click.echo("\nInterrupted. Adapters saved so far are intact.", err=True)
+    except (KeyboardInterrupt, click.exceptions.Abort):  # click's name for it
+        click.echo("\nInterrupted. What was saved so far is intact.", err=True)
         sys.exit(130)
     except BrokenPipeError:
         sys.stderr.close()
@@ -94,3 +100,13 @@ def main() -> None:
     except OSError as e:  # a disk or a limit that no room below has words for, such as a folder that cannot be listed
         click.echo(f"Error: {e.filename or 'a file, or standard output,'} cannot be used: {reason_of(e)}", err=True)
         sys.exit(1)
+
+
+def _open_standard_streams() -> None:
+    """Open those that a caller closed (`<&-`): a file would get such a number, and what is printed go into it."""
+    for fd, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            setattr(sys, name, open(fd, mode, closefd=False))

@@ -1,12 +1,20 @@
 """Options that several commands have, each said once."""
 
 import functools
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 import click
 
 from .. import platform
 
 MODEL_HELP = "Base model: a directory that mlx-lm loads, or a hub id"
+
+
+def meant(word: str, known: Iterable[str]) -> str:
+    """A question to put behind "no such word"."""
+    close = get_close_matches(word, known, 1)
+    return f" Did you mean '{close[0]}'?" if close else ""
 
 
 def adapter_path(command):

@@ -58,7 +58,9 @@ def plan(model, config_file, memory, tokens, epochs, trust_remote_code, as_json,
 
         slowft plan --model Qwen/Qwen3-0.6B --memory 2GB --batch-size 1 --tokens 2000000 --epochs 3
     """
-    if (model is None) == (config_file is None):
+    if model is not None and config_file is not None:
+        raise click.UsageError("give --model or --config, not both")
+    if model is None and config_file is None:
         raise click.UsageError("give a model: --model with a directory or hub id, or --config with its config.json")
     if epochs is not None and tokens is None:
         raise click.UsageError("--epochs says nothing without --tokens, the number of tokens in the training data")

@@ -153,7 +153,7 @@ def tag(ids, db, where, values, remove, kept, as_json):
         click.echo(f"{len(chosen):,} request{'s' * (len(chosen) != 1)} marked")
 
 
-@requests.command("import")
+@requests.command("import", short_help="Import others' logs: OpenPipe's, OpenAI's, conversations.")
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
 @db
 @click.option("--redact", multiple=True, metavar="REGEX", help="Replaced in every text before it is written; several.")
@@ -189,7 +189,7 @@ def import_(files, db, redact, prices, tags, as_json):
         click.echo(f"{n:,} request{'s' * (n != 1)} imported into {db}")
 
 
-@requests.command()
+@requests.command(short_help="Have another model answer requests anew.")
 @db
 @where
 @click.option("--model", required=True, help="Who answers: a directory that mlx-lm loads, or a hub id.")
@@ -226,7 +226,7 @@ def relabel(db, where, model, adapter_path, name, limit, memory, trust_remote_co
     _tell(counts, report, as_json)
 
 
-@requests.command()
+@requests.command(short_help="Make training data of complete answers.")
 @db
 @where
 @click.option("--output", required=True, metavar="DIR", help="Folder to write.")

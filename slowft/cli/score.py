@@ -181,12 +181,18 @@ KEYS = {
 }
 
 
+def _cell(value: float) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
+    return "-" if math.isnan(value) else f"{value:.4f}"  # one sample alone has no standard error
+
+
 def _print_table(kind: str, summary: dict[str, dict[str, float]], work: dict[str, float]) -> None:
     width = max(len(name) for name in summary) + 2
     click.echo(" " * width + "".join(f"{column:>17}" for column in COLUMNS[kind]))
     for name, values in summary.items():
         cells = [values[key] for key in KEYS[kind]]
-        click.echo(f"{name:<{width}}" + "".join(f"{c:>17,}" if isinstance(c, int) else f"{c:>17.4f}" for c in cells))
+        click.echo(f"{name:<{width}}" + "".join(f"{_cell(c):>17}" for c in cells))
     click.echo(
         f"{work['samples']:,} samples in {work['seconds']:.1f} s; {work['read_gb']:.2f} GB read, which is the model "
         f"{work['readings']:.2f} times, {work['samples'] / max(work['readings'], 1e-9):,.0f} samples a reading; peak "

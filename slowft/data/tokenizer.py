@@ -25,6 +25,7 @@ from ..weights.recognise import read_json, recognise
 # (Gemma 3 1B: an image token that no text gives). Ids that the data does give are checked one by one.
 LEAST_VOCABULARY_SHARE = 0.9
 CHECKED = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "special_tokens_map.json", "added_tokens.json")
+OF_LONG_TEXTS = "sequence-length-is-longer-than-the-specified-maximum"  # transformers' warning: here texts are cut
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.py", "*.model", "*.tiktoken"]  # all but a model's weights
 
 
@@ -64,6 +65,7 @@ def load_tokenizer(
             if template is not None:
                 config["chat_template"] = template  # mlx-lm infers from it how tools are called
             tokenizer = load(directory, config, eos_token_ids=ending)
+        getattr(tokenizer, "deprecation_warnings", {})[OF_LONG_TEXTS] = True
         vocabulary = tokenizer.get_vocab()
         tokenizer.encode("a b"), tokenizer.all_special_ids, tokenizer.eos_token_id  # some tokenizers fail only in use
     except SlowftError:

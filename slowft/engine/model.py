@@ -162,7 +162,7 @@ class StreamedModel(nn.Module):
     def load_adapter(self, path: str | Path) -> "StreamedModel":
         """Attach the adapter saved in directory `path`, or load an adapter file into the attached layers."""
         path = Path(path).expanduser()
-        if path.is_dir():
+        if path.is_dir() or self._adapter is None:
             if self._adapter is not None:
                 raise ConfigError(f"{path} is a directory. Give the file in it: {path / adapters.WEIGHTS}")
             self._attach(adapters.read_spec(path), magnitudes=False)

@@ -27,7 +27,7 @@ from ..engine.log_probabilities import LogProbabilities, Mix, Mixing
 from ..engine.model import BASE, MicroBatch, StreamedModel, compute_dtype_of, open_model
 from ..engine.spilled_caches import SpilledCaches
 from ..engine.stats import Stats
-from ..errors import ConfigError
+from ..errors import AdapterError, ConfigError
 from ..models.adapters import digest
 from ..models.directories import ADAPTER_CONFIG as CONFIG
 from ..models.loading import resolve
@@ -560,6 +560,8 @@ class Delta:
     @staticmethod
     def of(name: str, path: str | Path, weight: float) -> "Delta":
         directory = Path(path).expanduser()
+        if not directory.exists() and "/" not in str(path):  # no hub id either
+            raise AdapterError(f"--delta {path} does not exist. Give an adapter's directory, or a whole tuned model's")
         is_adapter = (directory / CONFIG).exists() and not (directory / "config.json").exists()
         return Delta(name, directory if is_adapter else resolve(str(path)), weight, is_adapter)
 

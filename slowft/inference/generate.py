@@ -92,6 +92,7 @@ class Generation:
             raise ConfigError(f"--wave must be 1 or more, got {wave}")
         check(prompts, model.embedding_rows)
         sampling, kept = sampling or Sampling(), kept or KeyValues()
+        kept.check()
         self._model, self._tokenizer, self._on_text = model, tokenizer, on_text
         self._prompts = list(prompts)
         chooser = _chooser(sampling, prompts, tokenizer, sampler, logits_processors)

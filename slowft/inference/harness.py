@@ -8,8 +8,15 @@ requests of a task are scored together: each reading of a block serves as many o
 
 from typing import Any
 
-from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
+try:
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+except ModuleNotFoundError:
+    if __name__ != "__main__":
+        raise
+    raise SystemExit(
+        "Error: lm-evaluation-harness is not installed. To fix it: pip install 'slowft[lm-eval]'"
+    ) from None
 
 from ..data.tokenizer import load_tokenizer
 from ..engine.budget import default_memory

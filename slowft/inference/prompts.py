@@ -115,7 +115,8 @@ def read(file: Path, tokenizer: Any, template: Template) -> list[Asked]:
         DataError: the file cannot be read, a line has another form (the error gives its number), or two have one id.
     """
     if not file.is_file():
-        raise DataError(f'{file} is not there. Give a file with lines of {{"prompt": ...}} or {{"messages": [...]}}')
+        what = "a folder" if file.is_dir() else "not there"
+        raise DataError(f'{file} is {what}. Give a file with lines of {{"prompt": ...}} or {{"messages": [...]}}')
     if not file.name.lower().removesuffix(".gz").endswith(tuple(SUFFIXES)):
         raise DataError(f"{file} is of no kind that slowft reads. Give lines of JSON: prompts.jsonl")
     prompts, places = [], {}
@@ -141,7 +142,7 @@ def read(file: Path, tokenizer: Any, template: Template) -> list[Asked]:
         if not prompts[-1].tokens:
             raise DataError(f"{line.place} has an empty prompt. Remove it")
     if not prompts:
-        raise DataError(f"{file} holds no prompts")
+        raise DataError(f'{file} holds no prompts. Write one a line: {{"prompt": ...}} or {{"messages": [...]}}')
     return prompts
 
 

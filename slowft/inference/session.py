@@ -77,6 +77,10 @@ class Session:
             code = trust_remote_code, chat_template
             self.tokenizer = load_tokenizer(self.model.path, self.model.embedding_rows, *code)
             for token in settings.extra_eos_token:
+                if not token.isdecimal() and token not in self.tokenizer.get_vocab():
+                    raise ConfigError(
+                        f"--extra-eos-token {token}: the tokenizer has no such token. Give one, or its id"
+                    )
                 self.tokenizer.add_eos_token(token)
             self._draft = "lookup" if settings.draft_lookup else None
             if settings.draft_model is not None:
@@ -133,7 +137,8 @@ class Session:
             numbers = [i for i in range(len(prompts)) if i not in results.done]
             left = [prompts[i] for i in numbers]
             if results.done:
-                report.note(f"{file} has {len(results.done)} of {len(prompts)} answers; going on with the others")
+                then = "going on with the others" if left else "nothing is left to do"
+                report.note(f"{file} has {len(results.done)} of {len(prompts)} answers; {then}")
             if left:
                 run = self.answers(left)
                 report.note(_planned(run))
@@ -182,5 +187,5 @@ def _planned(run: Generation) -> str:
         text += f", {plan.read_nbytes / 1e9:.2f} GB a reading"
     text += f"; peak {plan.peak_nbytes / 1e9:.2f} of {plan.memory / 1e9:.2f} GB"
     if run.predicted_s is not None:
-        text += f", about {run.wave / run.predicted_s:.2g} tok/s"
+        text += f", about {float(f'{run.wave / run.predicted_s:.2g}'):g} tok/s"
     return text

@@ -7,6 +7,7 @@ prompt goes through the model in the same pass in which the other rows get their
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,26 @@ class KeyValues:
     kv_group_size: int = 64
     quantized_kv_start: int = 5000
     spill_kv: bool = False
+
+    def check(self) -> None:
+        """Raises ConfigError where a value is impossible for every model."""
+        if self.max_kv_size is not None and self.max_kv_size < 1:
+            raise ConfigError(f"--max-kv-size must be 1 or more, got {self.max_kv_size}")
+        if self.quantized_kv_start < 0:
+            raise ConfigError(f"--quantized-kv-start must be 0 or more, got {self.quantized_kv_start}")
+        if self.kv_bits is not None:
+            with quantizing_cache():
+                mx.quantize(mx.zeros((1, max(self.kv_group_size, 1))), self.kv_group_size, self.kv_bits)
+
+
+@contextmanager
+def quantizing_cache() -> Iterator[None]:
+    """Turns MLX's refusal into a ConfigError: groups have to divide a head's dimensions, which models differ in."""
+    try:
+        yield
+    except ValueError as e:
+        fix = "Give another --kv-group-size or --kv-bits"
+        raise ConfigError(f"keys and values cannot be quantized so: {e} {fix}") from None
 
 
 @dataclass
@@ -251,7 +272,8 @@ class Waves:
         from mlx_lm.generate import maybe_quantize_kv_cache
 
         for group in self._groups:
-            maybe_quantize_kv_cache(group.cache, k.quantized_kv_start, k.kv_group_size, k.kv_bits)
+            with quantizing_cache():
+                maybe_quantize_kv_cache(group.cache, k.quantized_kv_start, k.kv_group_size, k.kv_bits)
             mx.eval([cache.state for cache in group.cache])
 
     def _merge(self) -> None:

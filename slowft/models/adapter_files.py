@@ -189,7 +189,7 @@ def read_weights(file: Path, lazily: bool = False) -> tuple[dict[str, mx.array],
                 _evaluate(weights, file)
             return weights, file
     if not file.exists():
-        raise AdapterError(f"{file} does not exist")
+        raise AdapterError(f"{file} does not exist. Give an adapter's file, such as adapters/{WEIGHTS}")
     if file.suffix.lower() == ".gguf":
         raise AdapterError(
             f"{file} is an adapter in GGUF. Once: slowft adapter import {file} --model MODEL --output DIR"

@@ -86,6 +86,8 @@ def explain_no_adapter(path: Path, needed: str) -> str:
         return f"{path} is the hub's cache, not an adapter directory. Give {inner}"
     if _is_model(path) and not (path / ADAPTER_CONFIG).exists():
         return f"{path} is a model, not an adapter directory: that has {needed}"
+    if not path.exists():
+        return f"{path} is not an adapter directory: nothing is there. Give one that has {needed}"
     return f"{path} is not an adapter directory: it needs {needed}"
 
 

@@ -5,13 +5,23 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from .. import platform
 from .base import Report
 from .plan import three_lines
 
 SECONDS_BETWEEN_LINES = 30
+
+WIDE, MEDIUM = 130, 80  # columns of a terminal, for all of a bar and for a short one
 
 
 def describe_run(config, model) -> str:
@@ -125,11 +135,13 @@ class BarReport(LineReport):
         last = model.stats.last
         share = last.wait_s / max(last.wait_s + last.compute_s, 1e-9)
         speed = self._machines * model.tokens_of_last_step / max(last.wait_s + last.compute_s, 1e-9)
-        state = (
-            f"loss {loss:.3f}  {speed:.0f} tok/s  {last.bytes_read / 1e9:.2f} GB/step  {100 * share:.0f}% wait  "
-            f"{platform.memory_in_use() / 1e9:.2f} GB"
-        )
-        self._bar.update(self._task, advance=iterations, state=state)
+        parts = [f"loss {loss:.3f}", f"{speed:.0f} tok/s", f"{last.bytes_read / 1e9:.2f} GB/step"]
+        parts += [f"{100 * share:.0f}% wait", f"{platform.memory_in_use() / 1e9:.2f} GB"]
+        width = self._console.width
+        room = width - (72 if width >= WIDE else 43 if width >= MEDIUM else 32)  # columns that the others take
+        while len(parts) > 1 and len("  ".join(parts)) > room:
+            parts.pop()
+        self._bar.update(self._task, advance=iterations, state="  ".join(parts))
 
     def end(self):
         if self._bar is not None:
@@ -165,19 +177,15 @@ class BarReport(LineReport):
 
 
 def _timed_bar(console: Console) -> Progress:
-    """A bar whose tasks have a `state` in words. It shows the time gone and the time left."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[state]}"),
-        TimeElapsedColumn(),
-        TextColumn("gone,"),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-        console=console,
-        transient=True,
-    )
+    """A bar of tasks that have a `state` in words, with the time left, and the time gone where there is room."""
+    columns: list[ProgressColumn] = [TextColumn("{task.description}")]
+    if console.width >= MEDIUM:
+        columns.append(BarColumn(bar_width=24 if console.width >= WIDE else 10))
+    columns += [MofNCompleteColumn(), TextColumn("{task.fields[state]}")]
+    if console.width >= WIDE:
+        columns += [TimeElapsedColumn(), TextColumn("gone,")]
+    columns += [TimeRemainingColumn(), TextColumn("left")]
+    return Progress(*columns, console=console, transient=True)
 
 
 def _duration(seconds: float) -> str:

@@ -18,7 +18,7 @@ from ..requests import pruning
 from ..requests.filters import Filter
 from ..requests.store import Recorded, RequestStore
 from ..requests.texts import answer_message, message_text, plain_messages, prompt_messages
-from .rows import written
+from .rows import check_replaceable, written
 from .split import SPLITS, assign, check_shares, counted, drawn
 from .steps import Counts
 
@@ -54,10 +54,10 @@ class Export:
 
 
 def export(store: RequestStore, filters: Sequence[Filter], folder: Path, wanted: Export) -> Counts:
-    """Write the folder. Files that were there are replaced when all is written.
+    """Write the folder. Files of an earlier export are replaced when all is written.
 
     Raises:
-        DataError: nothing is left, or too few conversations to split.
+        DataError: nothing is left, too few conversations to split, or the folder has rows that slowft did not write.
     """
     check_shares(wanted.valid, wanted.test)
     counts, rules = Counts("export"), []
@@ -70,6 +70,7 @@ def export(store: RequestStore, filters: Sequence[Filter], folder: Path, wanted:
     split_of = _splits(samples, wanted)
     shares = {"train": 1, "valid": wanted.valid, "test": wanted.test}
     files = [folder / f"{split}.jsonl" for split in SPLITS]
+    check_replaceable(files)
     sizes = {split: 0 for split in SPLITS if shares[split]}
     with written(*files, optional=files[1:]) as outs:
         out_of = dict(zip(SPLITS, outs))

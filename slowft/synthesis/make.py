@@ -15,7 +15,7 @@ from ..reports.base import Report, late
 from . import card, contamination, filters, generating, judging, seeds, steps
 from .convert import as_messages, as_preference
 from .recipe import Recipe
-from .rows import Out, count, lines, read
+from .rows import Out, check_replaceable, count, lines, read
 from .split import SPLITS
 
 PREFERENCES = "preferences"  # folder of prompt/chosen/rejected
@@ -40,6 +40,8 @@ class _Making:
 
     def run(self) -> list[steps.Counts]:
         r = self._recipe
+        if not (self._folder / "split.json").exists():  # said before the model writes for hours
+            check_replaceable(self._output / f"{name}.jsonl" for name in SPLITS)
         rows = self._seeds()
         if any(seed.kind == "template" or (seed.kind != "requests" and seed.writes == "question") for seed in r.seeds):
             rows = self._questions(rows)

@@ -44,7 +44,7 @@ def relabel(
         model: what the new rows say that they were answered by. limit: rows at most.
     """
     counts, about = Counts("relabel"), json.loads(json.dumps(session.about()))  # as the file gives it back
-    rows = islice(_rows(store, filters), limit)
+    rows = _up_to(limit, _rows(store, filters))
     while some := [*islice(rows, AT_ONCE)]:
         left: list[tuple[Recorded, dict[str, Any], Asked]] = []
         for row in some:
@@ -62,6 +62,16 @@ def relabel(
             _answer(store, session, left, model, report)
             counts.went_out += len(left)
     return counts
+
+
+def _up_to(limit: int | None, rows: Iterator[Recorded]) -> Iterator[Recorded]:
+    """Rows up to the `limit`th request: new answers, which are newer than all of them, would else use it up."""
+    n = 0
+    for row in rows:
+        yield row
+        n += row.relabels is None
+        if n == limit:
+            return
 
 
 def _rows(store: RequestStore, filters: Sequence[Filter]) -> Iterator[Recorded]:

@@ -165,6 +165,27 @@ class Out:
         self._file.write(text.encode())
 
 
+def check_replaceable(files: Iterable[Path]) -> None:
+    """Refuse to write over rows of somebody else's: slowft's own have a history, or the group they were split by.
+
+    Raises:
+        DataError: one of the files holds such rows.
+    """
+    for file in files:
+        try:
+            with open(file, "rb") as content:
+                first = content.readline()
+            row = json.loads(first) if first.strip() else {"history": []}
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict) or not row.keys() & {"history", "group"}:
+            raise DataError(
+                f"{file} is there already, and slowft did not write it. Give another --output, or move it away"
+            )
+
+
 @contextmanager
 def written(*files: Path, optional: Sequence[Path] = ()) -> Iterator[list[Out]]:
     """Files to write; they are there, whole, when this is left without an error, and otherwise as they were before.

@@ -5,7 +5,8 @@ model, adapter, data, weights.
 """
 
 import math
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from ..engine.model import open_model, parse_nbytes
 from ..errors import AdapterError, ConfigError, DataError, SlowftError
 from ..reports.base import Report, Reports
 from ..reports.json_lines import CallbackReport
+from .checkpoint import DIRECTORY as CHECKPOINTS
 from .config import TrainConfig
 from .machines import Machines, of_launch
 from .trainer import Trainer, check_writable, rows_of
@@ -84,13 +86,17 @@ def _train_and_test(model, config: TrainConfig, report: Report, machines: Machin
     note = " (half of this machine's memory; --memory sets it)" if config.memory is None else ""
     report.planned(plan, note, caching)
     if config.train:
-        _note_replaced_adapter(config, report)
+        _note_what_is_replaced(config, report)
     if config.dry_run:
         trainer.note_schedule()
         return {}
     if config.train and trainer.pruning:
         report.note(f"The prompts were pruned by {len(trainer.pruning)} rules, which go with the adapter")
-    with model.trace(config.trace) if config.trace and machines.rank == 0 else nullcontext():
+    is_traced, is_written = config.trace and machines.rank == 0, config.train and machines.rank == 0
+    with (
+        _alone_in(Path(config.adapter_path).expanduser()) if is_written else nullcontext(),
+        model.trace(config.trace) if is_traced else nullcontext(),
+    ):
         result = trainer.fit(train, valid) if config.train else {}
         if config.test:
             result |= _test(trainer, test)
@@ -98,13 +104,33 @@ def _train_and_test(model, config: TrainConfig, report: Report, machines: Machin
     return result
 
 
-def _note_replaced_adapter(config: TrainConfig, report: Report) -> None:
+@contextmanager
+def _alone_in(directory: Path) -> Iterator[None]:
+    """Raises AdapterError while another run writes there: each would take the other's files for its own."""
+    with suppress(OSError):  # whoever writes there says why it cannot
+        directory.mkdir(parents=True, exist_ok=True)
+    with platform.alone_in(directory) as is_alone:
+        if not is_alone:
+            raise AdapterError(
+                f"another run is writing to {directory} (slowft status {directory}). Wait for it, stop it, or give "
+                "another --adapter-path"
+            )
+        yield
+
+
+def _note_what_is_replaced(config: TrainConfig, report: Report) -> None:
     directory = Path(config.adapter_path).expanduser()
-    if config.resume or not (directory / "adapters.safetensors").exists() or config.dry_run:
+    if config.resume or config.dry_run:
+        return
+    if (directory / "adapters.safetensors").exists():
+        what = "the adapter of an earlier run"
+    elif any((directory / CHECKPOINTS).glob("*.safetensors")):
+        what = "the checkpoints of an earlier run"
+    else:
         return
     report.note(
-        f"{directory} has the adapter of an earlier run, which this one will replace. --adapter-path names another "
-        "directory, --resume goes on with that run"
+        f"{directory} has {what}, which this one will replace. --adapter-path names another directory, --resume goes "
+        "on with that run"
     )
 
 
@@ -117,7 +143,10 @@ def _load_adapter_to_test(model, config: TrainConfig, report: Report) -> None:
     elif config.adapter_path == TrainConfig.adapter_path:  # the user named none
         report.note(f"No adapter in {directory}: testing the base model")
     else:
-        raise AdapterError(f"{directory} does not exist. Leave --adapter-path out to test the base model")
+        raise AdapterError(
+            f"{directory} does not exist, and --test alone trains nothing. Add --train, or leave --adapter-path out to "
+            "test the base model"
+        )
 
 
 def _load_data(model, config: TrainConfig, report: Report, lessons: Lessons | None):
@@ -128,6 +157,9 @@ def _load_data(model, config: TrainConfig, report: Report, lessons: Lessons | No
     train, valid, test = load_data(config.data, tokenizer, config, splits, model.embedding_rows, report.progress)
     if config.train and not len(train):
         raise DataError(f"{config.data} has no training samples. Put them into train.jsonl")
+    for option, value in (("--keep best", config.keep), ("--early-stop", config.early_stop)):
+        if config.train and value is not None and not len(valid):
+            report.note(f"Warning: {option} has no effect without a validation set: --valid-split 0.05 makes one")
     if lessons is not None:
         lessons.cache.check_samples(train)
         report.note(
