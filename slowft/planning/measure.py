@@ -155,11 +155,8 @@ class Experience:
         """Whether, for each pass of the job, one like it was measured."""
         passes = {(visit.kind, FORWARD, visit.forward_nbytes) for visit in job.visits}
         passes |= {(visit.kind, BACKWARD, visit.backward_nbytes) for visit in job.visits if visit.comes_back}
-        measured_bounds = {key: bound for key, (bound, _) in self._nbytes.items()}
-        return all(
-            bound <= COMPARABLE * measured_bounds.get((job.chunking, kind, direction), -1)
-            for kind, direction, bound in passes
-        )
+        largest = {key: COMPARABLE * bound for key, (bound, _) in self._nbytes.items()}
+        return all(bound <= largest.get((job.chunking, *kind), -1) for *kind, bound in passes)
 
     def nbytes(self, job: Job, kind: str, direction: str, bound: int) -> int:
         """The most bytes that a pass needs at once. Never more than `bound`, which arithmetic says.
@@ -181,11 +178,8 @@ class Experience:
         """What the machine did in these steps."""
 
         def best(*directions: str, head: bool = False) -> float | None:
-            measured = [
-                per_s
-                for (_, kind, direction), per_s in self._per_s.items()
-                if direction in directions and (kind == HEAD) == head and kind != GRAPH
-            ]
+            kinds = {HEAD} if head else {kind for _, kind, _ in self._per_s} - {HEAD, GRAPH}
+            measured = [per_s for key, per_s in self._per_s.items() if key[1] in kinds and key[2] in directions]
             return max(measured, default=None)
 
         nbytes, seconds = self._read

@@ -6,7 +6,6 @@ what is always there, and the phase that adds most. What a pass itself needs com
 or else arithmetic's bound. Only calculates.
 """
 
-import functools
 import itertools
 from dataclasses import dataclass
 
@@ -20,33 +19,20 @@ SLACK_SHARE = 0.03  # and this share of all that the step adds to the process
 
 
 @dataclass(frozen=True)
-class Phase:
-    """What is in memory in one phase of a step beyond what always is: name -> bytes."""
-
-    parts: dict[str, int]
-
-    @functools.cached_property
-    def nbytes(self) -> int:
-        return sum(self.parts.values())
-
-
-@dataclass(frozen=True)
 class Phases:
-    """All that is in memory in a step.
+    """What is in memory in a step, name -> bytes: what always is, and what each phase adds.
+
+    In ordinary training the graph of all blocks and the head is in the place of `head`, and there are no visits.
 
     Attributes:
-        always: what is there in every phase, name -> bytes.
-        head: the head; in ordinary training it and all blocks.
-        forward: the forward pass of each visit; empty in ordinary training.
-        backward: the backward pass of each visit, in the same order; None for a visit that it does not reach.
-        optimizer: the optimizer's update.
+        forward, backward: the passes of each visit, in the order of visits; None where there is no backward pass.
     """
 
     always: dict[str, int]
-    head: Phase
-    forward: list[Phase]
-    backward: list[Phase | None]
-    optimizer: Phase
+    head: dict[str, int]
+    forward: list[dict[str, int]]
+    backward: list[dict[str, int] | None]
+    optimizer: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -68,41 +54,38 @@ class MemoryUse:
     def peak_and_parts(self, job: Job, schedule: Schedule) -> tuple[int, dict[str, int]]:
         """(the most bytes that the process takes in a step, what they are made of: name -> bytes)."""
         phases = self.phases(job, schedule)
-        reached = [phase for phase in phases.backward if phase is not None]
-        largest = max([phases.head, *phases.forward, *reached, phases.optimizer], key=lambda phase: phase.nbytes)
-        parts = phases.always | largest.parts
+        backward = [phase for phase in phases.backward if phase is not None]
+        largest = max([phases.head, *phases.forward, *backward, phases.optimizer], key=nbytes_of)
+        parts = phases.always | largest
         total = sum(parts.values())
         parts["slack"] = SLACK_NBYTES + int(SLACK_SHARE * (total - self.process_nbytes))
         return total + parts["slack"], {name: nbytes for name, nbytes in parts.items() if nbytes}
 
     def phases(self, job: Job, s: Schedule) -> Phases:
         """What is in memory in each phase of a step."""
-        m, hidden, cache = job.micro_batches, job.hidden_nbytes, s.cache_nbytes or 0
-        always = self._always(job, s)
+        hidden, cache, always = job.hidden_nbytes, s.cache_nbytes or 0, self._always(job, s)
         # new parameters and a new state are made before the old ones are freed
         updated = job.trainable_nbytes + job.optimizer_nbytes
         optimizer = {"computing": updated, "gradients": job.trainable_nbytes, "freed buffers": cache}
         if s.in_memory:
             graph = {"computing": self.graph_nbytes(job, s) + 2 * hidden, "freed buffers": cache}
-            return Phases(always, Phase(graph), [], [], Phase(optimizer))
-        kept = [m * visit.kept(s.kept_at(position))[0] for position, visit in enumerate(job.visits)]
+            return Phases(always, graph, [], [], optimizer)
+        kept = [job.micro_batches * visit.kept(s.kept_at(position))[0] for position, visit in enumerate(job.visits)]
         kept = [*itertools.accumulate(kept), sum(kept)]  # of the visits so far; the last one is the head's
         temporary = s.temporary_nbytes or (0,) * len(job.visits)
         temporary = [*temporary, temporary[-1]]
 
-        def phase(position: int, computing: int, weights: int, gradients: int = 0, output: int = 0) -> Phase:
+        def phase(position: int, computing: int, weights: int, gradients: int = 0, output: int = 0) -> dict[str, int]:
             """The visit at `position` is computed, or the head, whose position comes after the last visit's."""
-            return Phase(
-                {
-                    "activations": _inputs_nbytes(job, s, position) + output,
-                    "computing": computing,
-                    "gradients": gradients,
-                    "weights": weights,
-                    "kept outputs": kept[position],
-                    "blocks ahead of outputs": temporary[position],
-                    "freed buffers": cache,
-                }
-            )
+            return {
+                "activations": _inputs_nbytes(job, s, position) + output,
+                "computing": computing,
+                "gradients": gradients,
+                "weights": weights,
+                "kept outputs": kept[position],
+                "blocks ahead of outputs": temporary[position],
+                "freed buffers": cache,
+            }
 
         forward, backward = [], []
         gradients = sum(visit.trainable_nbytes for visit in job.visits)  # of all visits above this one
@@ -124,7 +107,7 @@ class MemoryUse:
             computing = max(computing, pieces_nbytes(job.head_stored_nbytes, job.head_compute_nbytes))
         head = phase(len(job.visits), computing, 0 if s.keep_head else job.head_compute_nbytes)
         optimizer["blocks ahead of outputs"] = temporary[0]
-        return Phases(always, head, forward, backward, Phase(optimizer))
+        return Phases(always, head, forward, backward, optimizer)
 
     def _always(self, job: Job, s: Schedule) -> dict[str, int]:
         """What is in memory in every phase, name -> bytes."""
@@ -159,6 +142,11 @@ class MemoryUse:
     def graph_nbytes(self, job: Job, s: Schedule) -> int:
         """The most bytes that all blocks and the head make as one graph."""
         return self.experience.nbytes(job, GRAPH, FORWARD, job.graph_arrays_nbytes(s.head_tokens))
+
+
+def nbytes_of(phase: dict[str, int]) -> int:
+    """All bytes that a phase adds."""
+    return sum(phase.values())
 
 
 def _inputs_nbytes(job: Job, s: Schedule, position: int) -> int:

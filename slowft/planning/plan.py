@@ -8,7 +8,7 @@ Only calculates: nothing is measured, read or computed here.
 2. The first step keeps next to nothing (`Planner.first`). It is the measurement.
 3. After it, memory is filled by rule (`Planner.choose`). If everything fits, everything stays, as in ordinary training.
    Else blocks stay until reads are no longer waited for. What is left goes to the outputs that save the most seconds
-   per byte, then to more blocks, then to freed buffers.
+   per byte, then to more blocks, then to freed buffers. MLX is held to the plan by limits.
 
 `phases` says what is in memory in each phase of a step, `work` what a step reads and computes at each visit to a block,
 and `timeline` how long that takes.
@@ -24,7 +24,7 @@ from .experts import GROUP_NBYTES
 from .job import Chunking, Job
 from .machine import ASSUMED, Machine
 from .measure import BACKWARD, Experience
-from .phases import SLACK_NBYTES, SLACK_SHARE, MemoryUse, streamed_nbytes
+from .phases import SLACK_NBYTES, SLACK_SHARE, MemoryUse, nbytes_of, streamed_nbytes
 from .schedule import Schedule
 from .timeline import step_seconds
 from .work import flops_per_s, reads_of_blocks, works_of
@@ -321,7 +321,7 @@ class Planner:
         return _with_blocks(job, schedule, schedule.resident_nbytes + room)
 
     def _room(self, job: Job, schedule: Schedule, limit: float) -> float:
-        """Bytes that the schedule leaves free. The slack of what will be there is taken off."""
+        """Bytes that the schedule leaves free, less the slack of what they will be used for."""
         return (limit - self._measured.peak(job, schedule)) / (1 + SLACK_SHARE)
 
     def _room_to_fill(self, job: Job, schedule: Schedule, limit: float) -> float:
@@ -330,16 +330,14 @@ class Planner:
         return room - min(FREED_SHARE * room, self._measured.workspace_nbytes(job))
 
     def _with_outputs(self, job: Job, schedule: Schedule, room: float) -> Schedule:
-        """With as many kept outputs as there is room for, those first that save the most seconds per byte.
-
-        Of equal ones those of later visits come first, as they need the room for a shorter time.
-        """
+        """With as many kept outputs as there is room for, those first that save the most seconds per byte."""
         outputs = []
         for position, visit in enumerate(job.visits):
             for output in visit.outputs:
                 saved_s = output.flops / flops_per_s(job, visit.kind, BACKWARD, self.rates, self._experience)
                 outputs.append((round(1e12 * saved_s / output.nbytes), output.nbytes, position, output.name))
         kept: list[list[str]] = [[] for _ in job.visits]
+        # (of equal ones larger ones come first, then those of later visits, which need the room for a shorter time)
         for _, nbytes, position, name in sorted(outputs, reverse=True):
             room -= nbytes * job.micro_batches
             if room < 0:
@@ -348,19 +346,16 @@ class Planner:
         return replace(schedule, kept=tuple(map(tuple, kept))) if any(kept) else schedule
 
     def temporary_room(self, job: Job, schedule: Schedule, limit: float) -> tuple[int, ...]:
-        """Bytes that blocks may take at each visit, forward and backward, until later visits' outputs and inputs exist.
-
-        It is empty if there are none, or if they cannot be told.
-        """
+        """Bytes that blocks may take at each visit, both ways, until outputs and inputs of later visits exist there."""
         if math.isinf(limit) or not _is_well_known(schedule):
             return ()
         phases = self._measured.phases(job, schedule)
-        largest = [max(phase.nbytes for phase in pair if phase) for pair in zip(phases.forward, phases.backward)]
+        largest = [max(nbytes_of(phase) for phase in pair if phase) for pair in zip(phases.forward, phases.backward)]
         # the head comes right after the last visit, and the optimizer right after the backward pass of the first
-        largest[-1] = max(largest[-1], phases.head.nbytes)
-        largest[0] = max(largest[0], phases.optimizer.nbytes)
+        largest[-1] = max(largest[-1], nbytes_of(phases.head))
+        largest[0] = max(largest[0], nbytes_of(phases.optimizer))
         within = limit - SLACK_NBYTES + SLACK_SHARE * self._measured.process_nbytes
-        within = within / (1 + SLACK_SHARE) - sum(phases.always.values())
+        within = within / (1 + SLACK_SHARE) - nbytes_of(phases.always)
         sizes = streamed_nbytes(job, schedule)
         missing = sum(sizes) - schedule.slots * max(sizes) - schedule.resident_nbytes
         rooms = (int(min(max(within - nbytes, 0), max(missing, 0))) for nbytes in largest)
@@ -398,16 +393,9 @@ class Planner:
             head_cache_nbytes=s.cache_nbytes,
         )
         reused = left - min(left, slack)  # one of the two slacks is in the plan already
-        freed = plan.parts.get("freed buffers", 0) + reused
-        peak = plan.peak_nbytes + reused
-        return replace(
-            plan,
-            schedule=schedule,
-            memory=memory,
-            peak_nbytes=peak,
-            parts=plan.parts | ({"freed buffers": freed} if freed else {}),
-            least_nbytes=min(self.least().peak_nbytes, peak),
-        )
+        parts = plan.parts | ({"freed buffers": cache + reused} if cache + reused else {})
+        peak, least = plan.peak_nbytes + reused, min(self.least().peak_nbytes, plan.peak_nbytes + reused)
+        return replace(plan, schedule=schedule, memory=memory, peak_nbytes=peak, parts=parts, least_nbytes=least)
 
     # --- What a step takes ----------------------------------------------------------------------------
 
