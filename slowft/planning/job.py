@@ -75,8 +75,7 @@ class Visit:
         quantizing_saves_nbytes: by how much `stored_nbytes` would shrink if weights stored in 16 or 32 bits had 4 bits.
         trainable_nbytes: bytes of the block's adapters.
         comes_back: whether the backward pass reaches this visit.
-        forward_flops, backward_flops: floating point operations of each pass. The backward pass recomputes the forward
-            pass as far as it must.
+        forward_flops, backward_flops: floating point operations of the passes; backward recomputes what it must.
         graph_flops: floating point operations of both passes if nothing is recomputed.
         forward_nbytes, backward_nbytes: an upper bound of the arrays that the pass makes at once.
         graph_nbytes: an upper bound of what stays of the forward pass when nothing is recomputed.
@@ -116,8 +115,7 @@ class Job:
         visits: visits to blocks, in the order of the forward pass.
         hidden_nbytes: bytes of a block's input for one micro-batch.
         side_nbytes: bytes of masks and other arguments that all blocks share.
-        vocab_size: number of logits of a token.
-        logits_arrays: how many arrays as large as the logits the head makes at once.
+        vocab_size, logits_arrays: number of a token's logits, and how many arrays of all logits' size the head makes.
         head_flops: floating point operations of the head's forward and backward pass over one micro-batch.
         head_stored_nbytes, head_compute_nbytes: bytes of its large layers on disk, and as they are computed with.
         head_in_chunks: whether logits may be computed for some tokens at a time.

@@ -29,9 +29,8 @@ UNCOUNTED_NBYTES = 8 << 20  # bytes read before those that count
 DEPTHS = (1, 2, 4)  # numbers of requests in flight, tried in turn
 WORTH_IT = 1.05  # more requests in flight have to be so many times as fast as fewer
 CACHED_READS = 3  # reads of a piece in the file cache, with each number in flight, to know what these take
-# A read that takes less than so many times the seconds of one from the file cache may be one itself: reads from the
-# cache differ by less while nothing else runs. A drive that is so close to its file cache stays unknown, as it hardly
-# holds a step up.
+# A read that takes less than so many times the seconds of one from the file cache may be one too: those differ by less
+# while nothing else runs. A drive that is nearly as fast as its file cache stays unknown. It hardly holds a step up.
 CACHE_SPREAD = 1.5
 TELLING_NBYTES = 1 << 20  # fewer bytes to read say nothing about a drive
 # for a machine of which nothing is known: plans that are made with it are right in bytes only
@@ -99,10 +98,7 @@ def measured(compute_dtype: mx.Dtype, files: Sequence[str], matrix: tuple[int, i
 
 
 def matmul_flops_per_s(dtype: mx.Dtype, matrix: tuple[int, int] = LARGE_MATRIX) -> float:
-    """Floating point operations a second of a product with a matrix of this size (of LARGE_MATRIX, if larger).
-
-    The fastest of a few products counts.
-    """
+    """Operations a second of the fastest of a few products with a matrix of this size, LARGE_MATRIX at most."""
     n, (inner, columns) = PRODUCT_TOKENS, min(matrix, LARGE_MATRIX, key=math.prod)
     a, b = mx.ones((n, inner), dtype), mx.ones((inner, columns), dtype)
     mx.eval(a, b)

@@ -11,16 +11,15 @@ class Schedule:
     `attention_queries`. These three change the order in which sums are taken.
 
     Attributes:
-        slots: buffers that blocks are read into. With 2 the next block is read while the present one computes. With 1
-            it waits, unless bytes are cast on arrival, which leaves the buffer to the next block.
+        slots: buffers that blocks are read into. With 2 the next block is read while the present one computes; with 1
+            too where bytes are cast on arrival, which leaves the buffer to the next block; else it waits.
         resident_nbytes: bytes of blocks, as they lie on disk, that stay in memory besides those in the slots.
         temporary_nbytes: for each visit to a block, forward and backward: bytes of blocks that are temporarily
             resident besides those, in the room that outputs will take. The last one holds for the head too, and the
             first one for the optimizer.
         in_memory: all weights stay in memory, and all blocks form one graph with the head: ordinary training.
         keep_head: the head's layers stay in memory.
-        head_ahead: the head's layers are read ahead like one more block, through the same buffers. Else they are read
-            in pieces when they are used.
+        head_ahead: they are read ahead like one more block, through the same buffers; else in pieces when used.
         kept: for each visit to a block, the frozen layers (names within the block) whose outputs are kept from the
             forward pass for the recomputation.
         spilled: inputs of so many visits, from the first on, go to disk.
@@ -34,9 +33,8 @@ class Schedule:
         reads_in_flight: requests that are made to the drive at once.
         group_nbytes: blocks are read without their layers of experts, and experts come in groups of so many bytes, as
             they are computed with; None for whole blocks.
-        active_nbytes: with more bytes in arrays than this, MLX stops allocating ahead of the computation; None for
-            MLX's default. On the CPU backend MLX then waits for all work under way, so that one core computes at a
-            time.
+        active_nbytes: with more bytes in arrays, MLX stops allocating ahead of the computation; None for its default.
+            On the CPU backend it then waits for all work under way, so that one core computes at a time.
         head_active_nbytes: the same while the head computes; None for `active_nbytes`.
         total_nbytes: bytes of arrays and freed buffers together. While a block or the head computes, MLX may keep
             what arrays leave of it for reuse, also beyond `cache_nbytes`.

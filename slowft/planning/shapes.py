@@ -13,6 +13,7 @@ those are more), S bytes of attention's scores, and W bytes of the largest produ
 The adapters' gradients come on top. `benchmarks/LOG.md` has the ratios to what architectures really take.
 """
 
+import functools
 import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -92,7 +93,8 @@ class Noted:
             self.elementwise += out.nbytes
             self.widths |= {*out.shape[-1:]}
 
-    def compiled_call(self, function: Callable, arrays: Sequence[Any]) -> None:
+    def compiled_call(self, out: Any, *args, function: Callable, **_) -> None:
+        arrays = [*args, *(out if isinstance(out, (tuple, list)) else [out])]
         self.compiled.setdefault(id(function), []).append(sum(a.nbytes for a in arrays if isinstance(a, mx.array)))
 
     @property
@@ -106,15 +108,11 @@ class Noted:
         return array.ndim > 2 or array.shape[:1] == (self.tokens,)
 
 
-def _addmm(noted: Noted, out: mx.array, _, x: mx.array, weight: mx.array, *rest, **options) -> None:
-    noted.product(out, x, weight)
-
-
 # (owner, name of the function, what to note of it)
 NOTED = (
     (mx.array, "__matmul__", Noted.product),
     *((mx, name, Noted.product) for name in ("matmul", "quantized_matmul", "gather_mm", "gather_qmm")),
-    (mx, "addmm", _addmm),
+    (mx, "addmm", lambda noted, out, _, x, weight, *rest, **options: noted.product(out, x, weight)),
     (mx.fast, "scaled_dot_product_attention", Noted.attention),
     *((mx.fast, name, Noted.norm) for name in ("rms_norm", "layer_norm")),
     *((mx, name, Noted.norm) for name in ("conv1d", "conv_general", "einsum")),
@@ -146,19 +144,10 @@ def noting(block: nn.Module, tokens: int) -> Iterator[tuple[Noted, Noted]]:
 
         return call
 
-    def compiled(function: Callable) -> Callable:
-        def call(*args, **kwargs):
-            out = function(*args, **kwargs)
-            outs = out if isinstance(out, (tuple, list)) else [out]
-            into[-1].compiled_call(function, [*args, *outs])
-            return out
-
-        return call
-
     originals = [(owner, name, getattr(owner, name)) for owner, name, _ in NOTED]
     stand_ins = [replaced(original, note) for (*_, original), (*_, note) in zip(originals, NOTED)]
     originals += (functions := list(_compiled_functions(block)))
-    stand_ins += [compiled(function) for *_, function in functions]
+    stand_ins += [replaced(f, functools.partial(Noted.compiled_call, function=f)) for *_, f in functions]
     layers = {name: layer for name, layer in block.items() if name in FEED_FORWARD and isinstance(layer, nn.Module)}
     try:
         for (owner, name, _), stand_in in zip(originals, stand_ins):
@@ -231,23 +220,11 @@ class Shapes:
             if key not in seen:
                 seen[key] = self._look(unit, arguments, chunking, rows * tokens, comes_back, of_input)
                 if not self._training:  # blocks run one after the other: all together make no more than the largest
-                    seen[key][0]["graph_nbytes"] = seen[key][0]["forward_nbytes"] // len(cut.order) + 1
-            work, outputs, layers = seen[key]
-            visits.append(
-                Visit(
-                    index,
-                    kind,
-                    unit.nbytes,
-                    unit.compute_nbytes,
-                    all(param.source.is_copied for param in unit.params),
-                    _quantizing_saves_nbytes(unit),
-                    sum(owner[k].nbytes for _, owner, k in self._trained[index]),
-                    comes_back,
-                    **work,
-                    outputs=outputs,
-                    layers=layers,
-                )
-            )
+                    seen[key]["graph_nbytes"] = seen[key]["forward_nbytes"] // len(cut.order) + 1
+            is_copied, saved = all(param.source.is_copied for param in unit.params), _quantizing_saves_nbytes(unit)
+            weights = unit.nbytes, unit.compute_nbytes, is_copied, saved
+            adapters_nbytes = sum(owner[k].nbytes for _, owner, k in self._trained[index])
+            visits.append(Visit(index, kind, *weights, adapters_nbytes, comes_back, **seen[key]))
             hidden, *others = arguments.arrays
             side |= {id(array): array.nbytes for array in others}
         trainable = 0
@@ -280,8 +257,8 @@ class Shapes:
 
     def _look(
         self, unit: Unit, arguments: Arguments, chunking: Chunking, tokens: int, comes_back: bool, of_input: bool
-    ):
-        """Of a visit to a block: (flops and bytes of its passes, outputs that can be kept, layers of experts)."""
+    ) -> dict[str, Any]:
+        """What a visit to a block computes, as arguments of `Visit`."""
         inputs = [placeholder(array.shape, array.dtype) for array in arguments.arrays]
         kept = self._engine.kept
         kept.watch(unit.module)
@@ -306,7 +283,7 @@ class Shapes:
             if (call := calls.get(layer)) is not None:
                 of_call = call.n_routed / tokens, call.input_nbytes, call.output_nbytes
                 layers.append(LayerCost(layer.name, layer.nbytes, layer.compute_nbytes, layer.n, *of_call))
-        return work, outputs, tuple(layers)
+        return work | {"outputs": outputs, "layers": tuple(layers)}
 
     def _needed(self, unit: Unit, arguments: Arguments, of_input: bool, inputs, returned, shapes: dict) -> set[str]:
         """The layers whose outputs the backward pass needs. It needs only the weights of others, so MLX skips them.

@@ -1,8 +1,7 @@
 """When blocks are read while others compute: what every step reads again, and how long a step takes.
 
 Takes the order in which a step visits blocks, their sizes, seconds of computing, and the drive's rate. Gives `Read`s
-and seconds. Follows the rules of `weights.cache.BlockCache`. Only calculates. One step is a round: the visits of all
-steps are the same.
+and seconds of a round, which is one of many equal steps. Only calculates, by the rules of `weights.cache.BlockCache`.
 """
 
 import functools
@@ -20,8 +19,7 @@ class Read:
     """A read of `nbytes` bytes for the visit number `visit` of a round.
 
     Attributes:
-        after: the visit that makes room for the read, when it is done with its item's buffer. In the round before if
-            below 0.
+        after: the visit that makes room for it when it is done with its buffer; below 0 in the round before.
         at_once: whether there is room as soon as that visit begins.
     """
 
@@ -36,11 +34,9 @@ class Work:
     """What a visit does besides reading its item.
 
     Attributes:
-        freed_s: seconds of computing until the item's buffer may take another item.
-        seconds: seconds of computing in all.
-        read_nbytes, written_nbytes: bytes that go from and to the drive meanwhile.
-        inline_rate: the share of the drive's rate at which these bytes go if nothing is computed meanwhile; None if
-            they go while the visit computes.
+        freed_s, seconds: seconds of computing until the item's buffer may take another item, and in all.
+        read_nbytes, written_nbytes: bytes that go from and to the drive besides.
+        inline_rate: the share of the drive's rate at which these go, if nothing is computed meanwhile; None if it is.
     """
 
     freed_s: float
