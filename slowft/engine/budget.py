@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
@@ -35,8 +34,7 @@ STEPS_TO_LEARN_FROM = 2
 # Without a ceiling, the hidden states of an evaluation's pass may take this share of half the machine's memory. Each
 # micro-batch has three arrays of them: a block's input, its output, and the first block's input.
 UNBOUNDED_SHARE, HIDDEN_ARRAYS = 0.25, 3
-# what the plan that is followed holds for: no step, no evaluation
-NO_SHAPE, NO_PASSES = (0, 0, 0), ((), 0)
+NO_SHAPE, NO_PASSES = (0, 0, 0), ((), 0)  # if the plan that is followed holds for no step, or for no evaluation
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,6 @@ class Wave:
     """Rows that are to be generated.
 
     Attributes:
-        rows: number of rows.
         tokens, total: tokens of the longest prompt (or draft), and with its answer.
         row_nbytes, layer_nbytes: bytes of a finished row's keys and values, in all layers and in the largest.
         other_nbytes: gives the bytes of all else that is in memory for a number of rows.
@@ -259,8 +256,7 @@ class Budget:
         # A prompt that waits for a later pass costs a reading. One that goes along takes memory for its hidden states.
         hidden_nbytes = wave.tokens * self._engine.cut.hidden_nbytes
         prompts = _most(rows, lambda n: n == 1 or n * 2 * hidden_nbytes <= memory // 8 and fits(rows, n))
-        plan = planner(rows, prompts).forward_only(memory)
-        return rows, prompts, plan
+        return rows, prompts, planner(rows, prompts).forward_only(memory)
 
     def needed_beside(self, nbytes: int) -> int | None:
         """The least memory for one token at a time with so many bytes more in arrays; None if there is enough."""
@@ -430,7 +426,7 @@ class Budget:
         return replace(job, micro_batches=job.micro_batches * micro_batches)
 
 
-def _or_refuse(made: Any, planner: Planner, memory: int | None) -> Any:
+def _or_refuse(made, planner: Planner, memory: int | None):
     """What the planner made for `memory` bytes. If it made nothing, the error names the least memory that would do."""
     if made is None:
         raise ConfigError(planner.too_little(memory))

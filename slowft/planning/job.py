@@ -115,7 +115,8 @@ class Job:
         visits: visits to blocks, in the order of the forward pass.
         hidden_nbytes: bytes of a block's input for one micro-batch.
         side_nbytes: bytes of masks and other arguments that all blocks share.
-        vocab_size, logits_arrays: number of a token's logits, and how many arrays of all logits' size the head makes.
+        vocab_size: number of logits of a token.
+        logits_arrays: how many arrays as large as the logits the head makes at once.
         head_flops: floating point operations of the head's forward and backward pass over one micro-batch.
         head_stored_nbytes, head_compute_nbytes: bytes of its large layers on disk, and as they are computed with.
         head_in_chunks: whether logits may be computed for some tokens at a time.
@@ -163,9 +164,7 @@ class Job:
         return self.head_flops + sum(v.graph_flops if v.comes_back else v.forward_flops for v in self.visits)
 
     def head_arrays_nbytes(self, head_tokens: int | None) -> int:
-        """An upper bound of what the head makes: logits of so many tokens (None: of all), what follows from them in
-        float32, and hidden states.
-        """
+        """An upper bound of what the head makes: logits of so many tokens (None: all), also in float32, and inputs."""
         tokens = self.rows * self.tokens
         at_once = min(head_tokens, tokens) if head_tokens and self.head_in_chunks else tokens
         return int(1.05 * self.logits_arrays * at_once * self.vocab_size * 4) + 3 * self.hidden_nbytes

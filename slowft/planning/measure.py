@@ -62,9 +62,8 @@ class Measurements:
     def __init__(self, known: set[tuple[str, str]] | None = None):
         self.passes: dict[tuple[str, str], Pass] = {}
         self._known = set() if known is None else known
-        self.read_nbytes = 0
+        self.read_nbytes = self.peak_nbytes = 0
         self.read_s = self.wait_s = self.step_s = 0.0
-        self.peak_nbytes = 0
 
     def finish(self, read_nbytes: int, read_s: float, wait_s: float, peak_nbytes: int, step_s: float) -> None:
         """Note the totals of a step that is over. The arguments are the attributes of these names."""

@@ -33,7 +33,7 @@ PIECES = (2048, 1024, 512, 256)  # numbers of tokens and queries at a time, to c
 LOGITS_NBYTES = 64 << 20  # bytes of logits that may exist at once where nothing else is said
 HEAD_TOKENS = (256, 128, 64)  # tokens whose logits exist at once, to choose from: more are hardly faster
 GROUPS = (256 << 20, 128 << 20, 64 << 20, GROUP_NBYTES, 16 << 20)  # bytes of a layer of experts at once, to choose from
-PROCESSES_DIFFER_NBYTES = 3_000_000  # by so much before the first step (1.7 MB in 24 runs of one job)
+PROCESSES_DIFFER_NBYTES = 3_000_000  # in what they take before the first step (1.7 MB in 24 runs of one job)
 BLOCKS_SHARES = (0, 0.25, 0.5, 0.75, 1)  # shares of the room for blocks, tried in turn until reads are not waited for
 # A block or the head is left so many times the bytes that it makes: MLX allocates ahead of the computation, and a freed
 # buffer that it hands out again is in memory already, while a new one is not yet.
@@ -139,7 +139,7 @@ class Planner:
         return replace(self.predict(job, schedule, self._bounds), least_nbytes=peak)
 
     def chunked(self, memory: float) -> tuple[Job, Schedule] | None:
-        """The job that is cut least, and the schedule that keeps least, whose upper bound is within `memory`.
+        """(the job that is cut least, the schedule that keeps least) whose bound is within `memory`; None if none is.
 
         Whole blocks are cut as far as they must be. Only then experts are offloaded from their blocks, as they are read
         up to three times then. But if a block of experts leaves no room to read the next one while it computes, its
@@ -347,7 +347,7 @@ class Planner:
 
     def temporary_room(self, job: Job, schedule: Schedule, limit: float) -> tuple[int, ...]:
         """Bytes that blocks may take at each visit, both ways, until outputs and inputs of later visits exist there."""
-        if math.isinf(limit) or not _is_well_known(schedule):
+        if math.isinf(limit) or not _is_predictable(schedule):
             return ()
         phases = self._measured.phases(job, schedule)
         largest = [max(nbytes_of(phase) for phase in pair if phase) for pair in zip(phases.forward, phases.backward)]
@@ -367,15 +367,15 @@ class Planner:
     def _with_limits(self, job: Job, s: Schedule, memory: float, memory_use: MemoryUse) -> Plan:
         """The plan of a schedule with MLX's limits. Freed buffers get what is left of `memory`, if that is of use."""
         workspace = memory_use.workspace_nbytes(job)
-        if not _is_well_known(s) and (room := memory - memory_use.peak(job, s)) > 0:
+        if not _is_predictable(s) and (room := memory - memory_use.peak(job, s)) > 0:
             s = replace(s, cache_nbytes=int(min(room / (1 + SLACK_SHARE), workspace)))
         plan = self.predict(job, s, memory_use)
         head, left = memory_use.head_nbytes(job, s), 0
-        if _is_well_known(s) and not plan.is_ordinary:
+        if _is_predictable(s) and not plan.is_ordinary:
             left = int(min(max(memory - plan.peak_nbytes, 0), max(head, workspace)))
         slack, cache = plan.parts["slack"], s.cache_nbytes or 0
         arrays = plan.peak_nbytes + left - self._outside_arrays_nbytes
-        if s.keep_buffers:  # MLX computes no further ahead than in the step before: that would ask for more buffers
+        if s.keep_buffers:  # MLX gets what the graph was planned to take: to compute further ahead takes more buffers
             total = arrays - slack // 2
             active = head_active = total - cache
         else:  # twice the slack is left: freed buffers must never be what breaks the ceiling
@@ -386,7 +386,7 @@ class Planner:
             s,
             active_nbytes=max(active, 1 << 20),
             head_active_nbytes=max(head_active, 1 << 20),
-            total_nbytes=total if _is_well_known(s) else 0,
+            total_nbytes=total if _is_predictable(s) else 0,
             workspace_nbytes=int(AHEAD_SHARE * workspace),
             head_workspace_nbytes=int(AHEAD_SHARE * head) + (0 if s.keep_head else job.head_compute_nbytes),
             head_reuses_blocks=plan.is_ordinary,
@@ -464,8 +464,8 @@ def _with_blocks(job: Job, schedule: Schedule, room: float) -> Schedule:
     return replace(schedule, resident_nbytes=nbytes) if sizes and nbytes >= min(sizes) else schedule
 
 
-def _is_well_known(s: Schedule) -> bool:
-    """Whether what a step takes is known well enough to give all that it leaves to freed buffers or to blocks."""
+def _is_predictable(s: Schedule) -> bool:
+    """Whether what a step takes is known well enough to give all that it leaves to freed buffers, or to blocks."""
     return not (s.spilled or s.group_nbytes or s.mlp_tokens)
 
 

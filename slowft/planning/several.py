@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from .plan import Planner
 
 MACHINES = (2, 4, 8)
-# Bytes a second between machines, assumed: 10 Gbit/s, as Ethernet may have and Thunderbolt's network exceeds.
-LINK_NBYTES_S = 1.25e9
+LINK_NBYTES_S = 1.25e9  # assumed: an Ethernet of 10 Gbit/s; Thunderbolt's network gives more
 
 
 @dataclass(frozen=True)

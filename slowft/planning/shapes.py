@@ -15,6 +15,7 @@ The adapters' gradients come on top. `benchmarks/LOG.md` has the ratios to what 
 
 import functools
 import math
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -164,8 +165,6 @@ def noting(block: nn.Module, tokens: int) -> Iterator[tuple[Noted, Noted]]:
 
 def _compiled_functions(block: nn.Module) -> Iterator[tuple[Any, str, Callable]]:
     """(module, name, function) of compiled functions in the Python modules that the block's classes come from."""
-    import sys
-
     names = {cls.__module__ for module in block.modules() for cls in type(module).__mro__}
     for name in {*names, "mlx_lm.models.gated_delta"}:
         module = sys.modules.get(name)
@@ -210,34 +209,18 @@ class Shapes:
         probe = Probe(cut, 0.25)
         with self._engine.running_part(probe), noting(nn.Module(), rows * tokens) as (_, noted):
             logits = self._model(mx.zeros((rows, tokens), mx.int32))
-        lowest = next((i for i, index in enumerate(cut.order) if self._trained[index]), len(cut.order))
-        visits, seen, side, hidden = [], {}, {}, None
-        for position, index in enumerate(cut.order):
-            unit, arguments = cut.blocks[index], probe.calls[position]
-            kind = self._engine.kind_of(unit)
-            comes_back, of_input = (position >= first or self._trains_outside for first in (lowest, lowest + 1))
-            key = kind, arguments.signature(), comes_back, of_input
-            if key not in seen:
-                seen[key] = self._look(unit, arguments, chunking, rows * tokens, comes_back, of_input)
-                if not self._training:  # blocks run one after the other: all together make no more than the largest
-                    seen[key]["graph_nbytes"] = seen[key]["forward_nbytes"] // len(cut.order) + 1
-            is_copied, saved = all(param.source.is_copied for param in unit.params), _quantizing_saves_nbytes(unit)
-            weights = unit.nbytes, unit.compute_nbytes, is_copied, saved
-            adapters_nbytes = sum(owner[k].nbytes for _, owner, k in self._trained[index])
-            visits.append(Visit(index, kind, *weights, adapters_nbytes, comes_back, **seen[key]))
-            hidden, *others = arguments.arrays
-            side |= {id(array): array.nbytes for array in others}
-        trainable = 0
-        if self._training:
-            trainable = sum(array.nbytes for _, array in tree_flatten(self._model.trainable_parameters()))
+        side = {id(array): array.nbytes for call in probe.calls for array in call.arrays[1:]}
+        parameters = tree_flatten(self._model.trainable_parameters()) if self._training else []
+        trainable = sum(array.nbytes for _, array in parameters)
+        row_nbytes = sum(unit.params[0].source.extents[0].row_nbytes for unit in cut.outside[Use.ROWS])
         head_values = sum(unit.module["weight"].shape[0] * _width(unit.module) for unit in cut.head)
         return Job(
             chunking=chunking,
             micro_batches=micro_batches,
             rows=rows,
             tokens=tokens,
-            visits=tuple(visits),
-            hidden_nbytes=hidden.nbytes,
+            visits=self._visits(probe.calls, chunking, rows * tokens),
+            hidden_nbytes=probe.calls[-1].arrays[0].nbytes,
             side_nbytes=sum(side.values()) + rows * tokens * (TEACHER_NBYTES * top_k + 5 if top_k else 0),
             vocab_size=logits.shape[-1],
             # logits, what cross-entropy makes of them, and their cotangent; also a soft cap or scale; with a teacher
@@ -247,13 +230,32 @@ class Shapes:
             head_stored_nbytes=sum(unit.nbytes for unit in cut.head),
             head_compute_nbytes=sum(unit.compute_nbytes for unit in cut.head),
             head_in_chunks=self._engine.head_may_be_cut,
-            rows_nbytes=sum(
-                rows * tokens * unit.params[0].source.extents[0].row_nbytes for unit in cut.outside[Use.ROWS]
-            ),
+            rows_nbytes=rows * tokens * row_nbytes,
             trainable_nbytes=trainable,
             optimizer_nbytes=optimizer_copies * trainable,
             is_chain=cut.is_chain,
         )
+
+    def _visits(self, calls: Sequence[Arguments], chunking: Chunking, tokens: int) -> tuple[Visit, ...]:
+        """The visits to blocks that these calls are."""
+        cut = self._cut
+        lowest = next((i for i, index in enumerate(cut.order) if self._trained[index]), len(cut.order))
+        visits, seen = [], {}
+        for position, (index, arguments) in enumerate(zip(cut.order, calls)):
+            unit = cut.blocks[index]
+            kind = self._engine.kind_of(unit)
+            comes_back = position >= lowest or self._trains_outside
+            of_input = position > lowest or self._trains_outside
+            key = kind, arguments.signature(), comes_back, of_input
+            if key not in seen:
+                seen[key] = self._look(unit, arguments, chunking, tokens, comes_back, of_input)
+                if not self._training:  # blocks run one after the other: all together make no more than the largest
+                    seen[key]["graph_nbytes"] = seen[key]["forward_nbytes"] // len(cut.order) + 1
+            is_copied, saved = all(param.source.is_copied for param in unit.params), _quantizing_saves_nbytes(unit)
+            weights = unit.nbytes, unit.compute_nbytes, is_copied, saved
+            adapters_nbytes = sum(owner[k].nbytes for _, owner, k in self._trained[index])
+            visits.append(Visit(index, kind, *weights, adapters_nbytes, comes_back, **seen[key]))
+        return tuple(visits)
 
     def _look(
         self, unit: Unit, arguments: Arguments, chunking: Chunking, tokens: int, comes_back: bool, of_input: bool

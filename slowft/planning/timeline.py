@@ -36,7 +36,7 @@ class Work:
     Attributes:
         freed_s, seconds: seconds of computing until the item's buffer may take another item, and in all.
         read_nbytes, written_nbytes: bytes that go from and to the drive besides.
-        inline_rate: the share of the drive's rate at which these go, if nothing is computed meanwhile; None if it is.
+        inline_rate: the share of the drive's rate that these get while nothing is computed; None if something is.
     """
 
     freed_s: float
@@ -47,11 +47,7 @@ class Work:
 
 
 def reads_of(
-    order: Sequence[int | None],
-    sizes: Sequence[int],
-    footprints: Sequence[int],
-    capacities: Sequence[int],
-    slots: int,
+    order: Sequence[int | None], sizes: Sequence[int], footprints: Sequence[int], capacities: Sequence[int], slots: int
 ) -> tuple[Read, ...]:
     """Reads of one round, if rounds follow each other for ever and evictions are the best there are (Belady's).
 
