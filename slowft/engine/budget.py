@@ -295,10 +295,7 @@ class Budget:
             self._engine.reuse_more(self.plan.peak_nbytes - self.plan.parts["slack"] - step.peak_nbytes)
 
     def remember(self) -> None:
-        """Keep what was measured for plans of later runs on this machine.
-
-        Only real runs call this. Others, such as benchmarks, may be slowed down on purpose.
-        """
+        """Keep what was measured for later runs on this machine. Only training runs do: others may be held back."""
         if self._is_to_remember:
             self._is_to_remember = False
             machine = self.machine
