@@ -2,7 +2,7 @@
 
 The phases of a step are the forward pass of each visit to a block, the head, the backward pass of each visit, and the
 optimizer's update. In ordinary training all blocks and the head are one graph, which is one phase. The step's peak is
-what is always there, and the phase that adds most. What a pass itself needs comes from `Experience`: what was measured,
+what is always there with the phase that adds most. What a pass itself needs comes from `Experience`: what was measured,
 or else arithmetic's bound. Only calculates.
 """
 
@@ -20,7 +20,7 @@ SLACK_SHARE = 0.03  # and this share of all that the step adds to the process
 
 @dataclass(frozen=True)
 class Phases:
-    """What is in memory in a step, name -> bytes: what always is, and what each phase adds.
+    """What is in memory in a step, name -> bytes: what is always there, and what each phase adds to it.
 
     In ordinary training the graph of all blocks and the head is in the place of `head`, and there are no visits.
 

@@ -1,4 +1,4 @@
-"""What a step reads, computes and writes under a schedule, visit by visit: what the timeline makes seconds of.
+"""What a step reads, computes and writes at each visit under a schedule. `timeline` turns this into seconds.
 
 Takes a `Job`, a `Schedule`, the machine's rates and what was measured in this run. Gives `Read`s through the block
 buffers and a `Work` for each visit. Only calculates.
