@@ -249,8 +249,8 @@ def test_a_dense_block_that_would_fit_in_4_bits_is_told_how(dtype, tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(config))
         with outline_of_config(tmp_path / "config.json") as directory:
             with closing(open_model(directory, compute_dtype=dtype).add_lora(-1)) as model:
-                planners[name] = model.budget.planner(ROWS, TOKENS, 1, machine=MACHINES["usual disk"])
-                planners[name]._base = BASE
+                job_of = model.budget.planner(ROWS, TOKENS, 1).job_of
+                planners[name] = Planner(job_of, MACHINES["usual disk"], BASE, ROWS, TOKENS)
                 planners[name].least()
     how, least = "slowft prepare MODEL --output DIR --quantize", planners["16"].least().peak_nbytes
     memories = range(BASE, least, 5_000_000)

@@ -1,7 +1,9 @@
-"""The memory ceiling of an opened model: plans each step's shape within it, and has the engine follow.
+"""The memory ceiling of an opened model: makes a plan for each shape of steps, and has the engine follow it.
 
-Comes in: shapes of steps, and what each step measured. Goes out: a `Plan` that is being followed, or an error that
-names the least memory that would do, before anything is read.
+Before a step, `Budget.cover` makes a plan if the step's shape is larger than those before. If there is none, it raises
+an error that names the least memory that would do, before anything is read. The first plan keeps next to nothing, and
+its step is measured. After each step, `Budget.after_step` learns what was measured. If that is news, or the step took
+more than was planned, the plan is made again. Evaluations and generated tokens have plans of their own.
 """
 
 import functools
@@ -26,11 +28,13 @@ from ..planning.shapes import Shapes, largest_matrix
 from .randomness import keeping_random_state
 
 WARM_UP_NBYTES = 16 << 20  # what libraries take once they are used: OpenBLAS's buffers, threads' stacks, page tables
-# that are planned anew: the first step finds no buffers in memory, so its seconds say less than the second's
+# The plan is made again after each of these steps. The first finds no freed buffers in memory, so its seconds say less
+# than the second's.
 STEPS_TO_LEARN_FROM = 2
-# Of an evaluation without a ceiling: hidden states of one pass may take this share of half the machine's memory. Of
-# each micro-batch there are a block's input, its output, and the first block's input.
+# Without a ceiling, the hidden states of an evaluation's pass may take this share of half the machine's memory. Each
+# micro-batch has three arrays of them: a block's input, its output, and the first block's input.
 UNBOUNDED_SHARE, HIDDEN_ARRAYS = 0.25, 3
+NO_SHAPE, NO_PASSES = (0, 0, 0), ((), 0)  # if the plan that is followed holds for no step, or for no evaluation
 
 
 @dataclass(frozen=True)
@@ -38,10 +42,10 @@ class Wave:
     """Rows that are to be generated.
 
     Attributes:
-        rows: that there are; tokens: of the longest prompt (or draft); total: with its answer.
-        row_nbytes: of a row's keys and values when it is finished; layer_nbytes: of its largest layer's.
-        other_nbytes: of what is in memory beside them for so many rows.
-        passengers: micro-batches that a row is in a pass.
+        tokens, total: tokens of the longest prompt (or draft), and with its answer.
+        row_nbytes, layer_nbytes: bytes of a finished row's keys and values, in all layers and in the largest.
+        other_nbytes: gives the bytes of all else that is in memory for a number of rows.
+        passengers: number of micro-batches that a row makes in a pass.
     """
 
     rows: int
@@ -53,15 +57,15 @@ class Wave:
     passengers: int = 1
 
     def nbytes(self, rows: int) -> int:
-        """Of so many rows; of one layer there are three, when it grows or rows come and go."""
+        """Bytes of so many rows. When they grow, or rows come and go, there are three of the largest layer."""
         return rows * (self.row_nbytes + 2 * self.layer_nbytes) + self.other_nbytes(rows)
 
 
 class Budget:
-    """Keeps an engine's steps within `memory` bytes; with None, plans are made only when asked for, and not followed.
+    """Keeps an engine's steps within `memory` bytes. With None, plans are made only on request, and none is followed.
 
     Attributes:
-        plan: the one that is being followed.
+        plan: the plan that is followed.
         directory: where block inputs are spilled to.
         optimizer_copies: how many times the trainable parameters the optimizer is expected to keep (Adam: 2).
     """
@@ -73,47 +77,46 @@ class Budget:
         self._top_k = 0
         self.plan: Plan | None = None
         self._cut_like: Schedule | None = None
-        self._groups_alike = False
+        self._same_groups = False
         self._machine: Machine | None = None
         self._is_to_remember = False
-        self._shape = (0, 0, 0)
-        self._base_nbytes: int | None = None
-        self._held_nbytes = 0  # of it, in arrays
+        self._shape = NO_SHAPE  # (rows, tokens, micro-batches) of the largest step that the plan holds for
+        self._process_nbytes: int | None = None  # what the process takes before the first step
+        self._arrays_nbytes = 0  # how many of these are in MLX's arrays
         self._planned_nbytes = 0
         self._steps_measured = 0  # of the shape that is planned for
         self._has_warned = False
-        self._passes_shape: tuple[tuple, int] = ((), 0)  # of the evaluation that is planned for, and what goes at once
+        self._passes: tuple[tuple, int] = NO_PASSES  # the evaluation that the plan holds for, and its groups in a pass
         self._jobs: dict[tuple, Job] = {}
         self._experience = Experience()
 
     def expect_optimizer(self, copies: int) -> None:
         """From now on plan for an optimizer that keeps `copies` times the trainable parameters."""
         if copies != self.optimizer_copies:
-            self.optimizer_copies, self._shape = copies, (0, 0, 0)
+            self.optimizer_copies, self._shape = copies, NO_SHAPE
 
     def expect_teacher(self, top_k: int) -> None:
-        """From now on plan for steps whose loss is taken against a teacher's `top_k` most probable tokens too."""
+        """From now on plan for steps whose loss compares with a teacher's `top_k` most probable tokens too."""
         if top_k != self._top_k:
-            self._top_k, self._shape = top_k, (0, 0, 0)
+            self._top_k, self._shape = top_k, NO_SHAPE
 
     def measure_anew(self, planned_nbytes: int = 0) -> None:
-        """The process took on something, such as an adapter, that plans made so far do not know of.
+        """Forget what the process takes, as something came into memory, such as an adapter, that no plan knows of.
 
         Args:
-            planned_nbytes: so many bytes it did not take on, but would to train.
+            planned_nbytes: bytes that are not in memory yet, but would be in training.
         """
-        self._base_nbytes, self._shape, self._experience = None, (0, 0, 0), Experience()
-        self._passes_shape = (), 0
-        self._planned_nbytes = planned_nbytes
+        self._process_nbytes, self._shape, self._passes = None, NO_SHAPE, NO_PASSES
+        self._experience, self._planned_nbytes = Experience(), planned_nbytes
         self._engine.adapter_changed()
 
     def cut_like(self, schedule: Schedule, groups_too: bool = False) -> None:
-        """From now on cut the work as this schedule does, whatever the ceiling: other cuts give other last bits.
+        """From now on cut the work as this schedule does, whatever the ceiling. Other cuts give other last bits.
 
         Args:
-            groups_too: experts come as they do in this schedule, in groups of that size or with their blocks.
+            groups_too: experts come as in this schedule too: in groups of that size, or with their blocks.
         """
-        self._cut_like, self._groups_alike, self._shape = schedule, groups_too, (0, 0, 0)
+        self._cut_like, self._same_groups, self._shape = schedule, groups_too, NO_SHAPE
 
     @property
     def is_measuring(self) -> bool:
@@ -123,32 +126,29 @@ class Budget:
     def limit(self, nbytes: int) -> None:
         """From now on this is the ceiling."""
         if nbytes != self.memory:
-            self.memory, self._shape = nbytes, (0, 0, 0)
+            self.memory, self._shape = nbytes, NO_SHAPE
 
     def check(self, rows: int, tokens: int, micro_batches: int) -> None:
         """Raises ConfigError if the ceiling is too low for steps of this shape. Reads nothing, measures nothing."""
         if self.memory is not None:
             planner = self.planner(rows, tokens, micro_batches)
-            if planner.chunked(self.memory) is None:
-                raise ConfigError(planner.too_little(self.memory))
+            _or_refuse(planner.chunked(self.memory), planner, self.memory)
 
     def cover(self, rows: int, tokens: int, micro_batches: int) -> Plan | None:
-        """Follow a plan under which steps of this shape stay within the ceiling, if there is a ceiling.
+        """If there is a ceiling, follow a plan under which steps of this shape stay within it.
 
         Raises:
-            ConfigError: there is none; names the least memory that would do.
+            ConfigError: there is no such plan; names the least memory that would do.
         """
         if self.memory is None or all(a <= b for a, b in zip((rows, tokens, micro_batches), self._shape)):
             return self.plan
         shape = tuple(max(a, b) for a, b in zip((rows, tokens, micro_batches), self._shape))
         planner = self.planner(*shape)
-        plan = planner.first(self._usable(self.memory))
-        if plan is None:
-            raise ConfigError(planner.too_little(self.memory))
+        plan = _or_refuse(planner.first(self._usable(self.memory)), planner, self.memory)
         if self._experience.knows(plan.job):
             plan = planner.choose(self._usable(self.memory))
         self._follow(plan)
-        self._shape, self._passes_shape, self._steps_measured = shape, ((), 0), 0
+        self._shape, self._steps_measured = shape, 0
         self._engine.peaks_known.clear()
         return plan
 
@@ -158,41 +158,40 @@ class Budget:
         tokens: int,
         groups: int,
         adapters: Collection[bool | str],
-        of_each: int = 1,
+        per_group: int = 1,
         beside_nbytes: int = 0,
-        found_nbytes: int = 0,
+        result_nbytes: int = 0,
     ) -> int:
-        """How many groups of micro-batches an evaluation takes through the model at once; a plan for it is followed.
+        """How many groups of micro-batches an evaluation takes through the model at once. A plan for it is followed.
 
-        As many as their hidden states have room for: where a model does not fit, each pass saved saves more reading
-        than blocks that stay would. But where fewer at a time leave room for what then need not be read, as predicted,
-        it is fewer.
+        As many as their hidden states have room for: where a model does not fit, one pass less saves more reading than
+        resident blocks would. But if fewer at once leave room for blocks and are predicted to be faster, it is fewer.
 
         Args:
-            adapters: that the micro-batches ask for. of_each: micro-batches in a group.
-            beside_nbytes: are in memory besides.
-            found_nbytes: of what is found of a group, which stays until the pass is over.
+            adapters: the adapters that the micro-batches ask for.
+            per_group: number of micro-batches in a group.
+            beside_nbytes: bytes of MLX's arrays that are in memory besides.
+            result_nbytes: bytes of a group's results, which stay until the pass is over.
         Raises:
-            ConfigError: the ceiling is too low even for one; names the least memory that would do.
+            ConfigError: the ceiling is too low even for one group; names the least memory that would do.
         """
         if self.memory is None:
-            hidden_nbytes = of_each * HIDDEN_ARRAYS * rows * tokens * self._engine.cut.hidden_nbytes  # 0: of no chain
-            each = max(hidden_nbytes, 1) + found_nbytes
-            return min(groups, max(1, int(UNBOUNDED_SHARE * default_memory()) // each))
-        beside = beside_nbytes, found_nbytes
-        shape = rows, tokens, groups, of_each, beside, frozenset(adapters), self.memory, self._cut_like
-        if shape == self._passes_shape[0]:
-            return self._passes_shape[1]
+            # (hidden states of a model that is no chain count as 0)
+            hidden_nbytes = per_group * HIDDEN_ARRAYS * rows * tokens * self._engine.cut.hidden_nbytes
+            group_nbytes = max(hidden_nbytes, 1) + result_nbytes
+            return min(groups, max(1, int(UNBOUNDED_SHARE * default_memory()) // group_nbytes))
+        sizes = per_group, beside_nbytes, result_nbytes
+        evaluation = rows, tokens, groups, *sizes, frozenset(adapters), self.memory, self._cut_like
+        if evaluation == self._passes[0]:
+            return self._passes[1]
         usable = self._usable(self.memory)
 
         def planner(n: int, cut_like: Schedule | None = None) -> Planner:
             how = {"training": False, "beside_nbytes": beside_nbytes, "adapters": adapters, "cut_like": cut_like}
-            return self.planner(rows, tokens, n * of_each, **how, outside_nbytes=n * found_nbytes)
+            return self.planner(rows, tokens, n * per_group, **how, outside_nbytes=n * result_nbytes)
 
-        one = planner(1).chunked(usable)
-        if one is None:
-            raise ConfigError(planner(1).too_little(self.memory))
-        planner = functools.partial(planner, cut_like=one[1])  # so that last bits depend on no prediction
+        _, least = _or_refuse(planner(1).chunked(usable), planner(1), self.memory)
+        planner = functools.partial(planner, cut_like=least)  # so that last bits depend on no prediction
         most = _most(groups, lambda n: planner(n).chunked(usable) is not None)
         at_once, plan = most, planner(most).choose(usable)
         for n in [most >> i for i in range(1, most.bit_length() if most < groups else 1)]:
@@ -200,47 +199,40 @@ class Budget:
             if other.step_s / n < FASTER * plan.step_s / at_once:
                 at_once, plan = n, other
         self._follow(plan)
-        self._shape, self._passes_shape = (0, 0, 0), (shape, at_once)
+        self._shape, self._passes = NO_SHAPE, (evaluation, at_once)
         return at_once
 
     def make(self, memory: int | None, rows: int, tokens: int, micro_batches: int) -> Plan:
-        """The plan for steps of this shape within `memory` bytes, by what is known so far; it is not followed.
+        """The plan for steps of this shape within `memory` bytes, by what is known so far. It is not followed.
 
         Raises:
-            ConfigError: there is none; names the least memory that would do.
+            ConfigError: there is no such plan; names the least memory that would do.
         """
         planner = self.planner(rows, tokens, micro_batches)
-        plan = planner.choose(None if memory is None else self._usable(memory))
-        if plan is None:
-            raise ConfigError(planner.too_little(memory))
-        return plan
+        return _or_refuse(planner.choose(None if memory is None else self._usable(memory)), planner, memory)
 
     def cover_decoding(self, wave: Wave) -> tuple[int, int, Plan | None]:
-        """Follow a plan under which so many rows can be generated together as there is room for.
-
-        Returns, raises:
-            as `size_decoding`.
-        """
+        """Follow a plan under which as many rows are generated together as there is room for: see `size_decoding`."""
         rows, prompts, plan = self.size_decoding(wave)
         self.follow_decoding(plan)
         return rows, prompts, plan
 
     def follow_decoding(self, plan: Plan | None) -> None:
-        """From now on follow a plan of `size_decoding`'s."""
+        """From now on follow a plan that `size_decoding` made."""
         if plan is not None:
             self._follow(plan)
-            self._shape, self._passes_shape = (0, 0, 0), ((), 0)  # training and evaluation are planned anew
+            self._shape = NO_SHAPE  # training is planned anew
 
     def size_decoding(self, wave: Wave) -> tuple[int, int, Plan | None]:
-        """How many rows can be generated together, and by which plan. It is not followed yet.
+        """How many rows can be generated together, and by which plan. The plan is not followed yet.
 
-        The more rows, the more tokens a second: each reading is paid by all of them. So memory goes to their keys and
-        values first, and to blocks that stay only when every row has its place.
+        More rows make more tokens a second, as each reading of the weights serves all of them. So memory goes to their
+        keys and values first. Blocks are resident only when every row has its place.
 
         Returns:
-            (rows at a time, of them those whose prompts go through in one pass, the plan; None without a ceiling)
+            (rows at a time, how many of their prompts go through in one pass, the plan; None without a ceiling)
         Raises:
-            ConfigError: there is not enough for one; names the least memory that would do.
+            ConfigError: there is not enough memory for one row; names the least that would do.
         """
         if self.memory is None:
             return wave.rows, wave.rows, None
@@ -261,70 +253,67 @@ class Budget:
                 "--max-tokens or the prompt smaller"
             )
         rows = _most(wave.rows, fits)
-        # Prompts that wait for a later pass cost it a reading; what all of them would take, it costs as memory.
-        prompts = _most(rows, lambda n: n == 1 or n * 2 * self._hidden(wave.tokens) <= memory // 8 and fits(rows, n))
-        plan = planner(rows, prompts).forward_only(memory)
-        return rows, prompts, plan
+        # A prompt that waits for a later pass costs a reading. One that goes along takes memory for its hidden states.
+        hidden_nbytes = wave.tokens * self._engine.cut.hidden_nbytes
+        prompts = _most(rows, lambda n: n == 1 or n * 2 * hidden_nbytes <= memory // 8 and fits(rows, n))
+        return rows, prompts, planner(rows, prompts).forward_only(memory)
 
     def needed_beside(self, nbytes: int) -> int | None:
-        """The least memory for one token at a time if so many bytes more were in it; None: there is enough."""
+        """The least memory for one token at a time with so many bytes more in arrays; None if there is enough."""
         if self.memory is None:
             return None
         planner = self.planner(1, 1, 1, training=False, beside_nbytes=nbytes)
         return None if planner.chunked(self._usable(self.memory)) is not None else enough(planner.least().peak_nbytes)
 
     def predict_decoding(self, rows: int, plan: Plan) -> Plan:
-        """What a pass that gives each of so many rows a token takes, under the plan that is followed."""
+        """What a pass that makes one token for each of so many rows takes under the schedule of `plan`."""
         job = self._job(rows, 1, 1, Chunking(), training=False)
         return self.planner(rows, 1, 1, training=False).predict(job, plan.schedule)
 
-    def _hidden(self, tokens: int) -> int:
-        return tokens * self._engine.cut.hidden_nbytes
-
     def after_step(self, rows: int, tokens: int, micro_batches: int) -> None:
-        """Learn from what the engine measured in a step of this shape, and keep what that leaves room for."""
+        """Learn from what the engine measured in a step of this shape, and correct the plan by it."""
         if self.plan is None or self.memory is None:
             return
         step, schedule = self._engine.measurements, self.plan.schedule
         is_largest = (rows, tokens, micro_batches) == self._shape
         job = self.plan.job if is_largest else self._job(rows, tokens, micro_batches, self.plan.job.chunking)
         is_news = self._experience.learn(job, schedule, step)
-        over = self._over(step.peak_nbytes)
-        if step.peak_nbytes > self.plan.peak_nbytes:  # there is more in the process than anybody counted
-            self._base_nbytes += step.peak_nbytes - self.plan.peak_nbytes
+        over_nbytes = self._over_ceiling(step.peak_nbytes)
+        if step.peak_nbytes > self.plan.peak_nbytes:  # there is more in the process than was counted
+            self._process_nbytes += step.peak_nbytes - self.plan.peak_nbytes
             is_news = True
         if self._steps_measured < STEPS_TO_LEARN_FROM:
             self._steps_measured += 1
             is_news = self._is_to_remember = True
-        if is_news or over > 0:
+        if is_news or over_nbytes > 0:
             plan = self.planner(*self._shape).choose(self._usable(self.memory))
             if plan is not None and plan.schedule != schedule:
                 self._follow(plan)
             elif plan is not None:
                 self.plan = plan  # the same schedule, predicted by what is known now
-        elif is_largest:  # a smaller one leaves more room than the next will
+        elif is_largest:  # a smaller step leaves more room than the next one will
             self._engine.reuse_more(self.plan.peak_nbytes - self.plan.parts["slack"] - step.peak_nbytes)
 
     def remember(self) -> None:
-        """Keep what was measured for plans of later runs on this machine. For real runs: others may be held back."""
+        """Keep what was measured for later runs on this machine. Only training runs do: others may be held back."""
         if self._is_to_remember:
             self._is_to_remember = False
             machine = self.machine
             remember(machine.device, machine.compute_dtype, self._matrix, self._experience.rates)
 
     def after_pass(self) -> None:
-        """Learn from the peak of an evaluation's pass that was just made."""
+        """Learn from the peak of the evaluation's pass that was made last."""
         peak_nbytes = self._engine.stats.last.peak_memory
         if self.plan is None or self.memory is None or peak_nbytes <= self.plan.peak_nbytes:
             return
-        self._base_nbytes += peak_nbytes - self.plan.peak_nbytes
-        self._passes_shape = (), 0
-        self._over(peak_nbytes)
+        self._process_nbytes += peak_nbytes - self.plan.peak_nbytes
+        self._passes = NO_PASSES
+        self._over_ceiling(peak_nbytes)
 
-    def _over(self, peak_nbytes: int) -> int:
-        """By how much a step was over the ceiling, in bytes; below 0: under it. Warns of it once."""
-        over = peak_nbytes - self.memory
-        if over > 0 and not self._has_warned:
+    def _over_ceiling(self, peak_nbytes: int) -> int:
+        """How many bytes a step took beyond the ceiling; below 0 if it stayed within it. Warns the first time."""
+        over_nbytes = peak_nbytes - self.memory
+        if over_nbytes > 0 and not self._has_warned:
             self._has_warned = True
             warnings.warn(
                 f"a step took {peak_nbytes / 1e9:.2f} GB, more than the memory of {self.memory / 1e9:.2f} GB it "
@@ -332,14 +321,14 @@ class Budget:
                 SlowftWarning,
                 stacklevel=5,
             )
-        return over
+        return over_nbytes
 
     def caching(self, plan: Plan, first_steps: float, later_steps: float) -> tuple[Plan | None, bool]:
         """(the plan of steps that begin at stored activations, whether it pays to store them).
 
         Args:
-            plan: of whole steps.
-            first_steps: in which activations are stored; later_steps: that begin there.
+            plan: the plan of whole steps.
+            first_steps, later_steps: number of steps that store activations, and of those that begin at them.
         """
         planner = self.planner(plan.job.rows, plan.job.tokens, plan.job.micro_batches)
         later = from_boundary(planner, plan)
@@ -357,32 +346,33 @@ class Budget:
         cut_like: Schedule | None = None,
         outside_nbytes: int = 0,
     ) -> Planner:
-        """Plans for steps over `micro_batches` of `[rows, tokens]`.
+        """Makes plans for steps over `micro_batches` of `[rows, tokens]`.
 
         Args:
             training: False for forward passes.
-            beside_nbytes: are in memory besides, in MLX's arrays; outside_nbytes: in others.
-            adapters: that they ask for; the one that makes blocks compute the most is planned for.
-            cut_like: a schedule by which the work is to be cut, unless `cut_like` was called.
+            beside_nbytes, outside_nbytes: bytes that are in memory besides, in MLX's arrays and outside of them.
+            adapters: the adapters that micro-batches ask for. Plans are for the one whose blocks take the most memory.
+            cut_like: a schedule; the work is cut as in it. In training, a call of `cut_like` comes before it.
         """
-        if self._base_nbytes is None:  # before the first step: nothing of it is in memory yet
+        if self._process_nbytes is None:  # nothing of a step is in memory yet
             limits().give_back()
             platform.release_freed_memory()
-            self._base_nbytes = platform.memory_in_use() + WARM_UP_NBYTES + self._planned_nbytes
-            self._held_nbytes = mx.get_active_memory()
+            self._process_nbytes = platform.memory_in_use() + WARM_UP_NBYTES + self._planned_nbytes
+            self._arrays_nbytes = mx.get_active_memory()
 
         def job_of(chunking: Chunking) -> Job:
             jobs = [self._job(rows, tokens, micro_batches, chunking, training, adapter) for adapter in adapters]
             return max(jobs, key=lambda job: max(visit.forward_nbytes for visit in job.visits))
 
-        base = self._base_nbytes + beside_nbytes + outside_nbytes
-        what = machine or self.machine, base, rows, tokens, self._held_nbytes + beside_nbytes, self._experience
+        process_nbytes = self._process_nbytes + beside_nbytes + outside_nbytes
+        arrays_nbytes = self._arrays_nbytes + beside_nbytes
+        what = machine or self.machine, process_nbytes, rows, tokens, arrays_nbytes, self._experience
         if training and self._cut_like is not None:
-            return Planner(job_of, *what, self._cut_like, self._groups_alike)
+            return Planner(job_of, *what, self._cut_like, self._same_groups)
         return Planner(job_of, *what, cut_like)
 
     def measure_machine(self) -> None:
-        """Measure what no run has measured on this machine yet: for plans of which there is no step to learn from."""
+        """Measure what no run has measured on this machine yet, for plans without a step to learn from."""
         self._machine = measured(self._engine.compute_dtype, self._engine.files, self._matrix)
         limits().give_back()  # what was measured with
 
@@ -398,12 +388,12 @@ class Budget:
         return largest_matrix(self._engine.cut)
 
     def _follow(self, plan: Plan) -> None:
-        self._passes_shape = (), 0
+        self._passes = NO_PASSES
         self._engine.follow(plan.schedule, self.directory)
         self.plan = plan
 
     def _usable(self, memory: int) -> int:
-        """Of the memory that was given, what there is: more (on macOS: than Metal recommends) would be paged."""
+        """How much of `memory` there is on this machine. More (on macOS: more than Metal recommends) would be paged."""
         return min(memory, self.machine.memory_nbytes)
 
     def _job(
@@ -415,7 +405,7 @@ class Budget:
         training: bool = True,
         adapter: bool | str = True,
     ) -> Job:
-        """Steps with the adapter that is attached, or forward passes with one that was added by name."""
+        """The job of steps with the attached adapter, or of forward passes with one that was added by name."""
         engine = self._engine
         shape = rows, tokens, 1, chunking, self.optimizer_copies, self._top_k if training else 0
         is_added = isinstance(adapter, str)
@@ -433,8 +423,15 @@ class Budget:
         return replace(job, micro_batches=job.micro_batches * micro_batches)
 
 
+def _or_refuse(made, planner: Planner, memory: int | None):
+    """What the planner made for `memory` bytes. If it made nothing, the error names the least memory that would do."""
+    if made is None:
+        raise ConfigError(planner.too_little(memory))
+    return made
+
+
 def _most(limit: int, fits: Callable[[int], bool]) -> int:
-    """The largest number up to `limit` that fits. One does."""
+    """The largest number up to `limit` that fits. 1 always does."""
     low, high = 1, limit
     while low < high:
         middle = (low + high + 1) // 2
@@ -443,5 +440,5 @@ def _most(limit: int, fits: Callable[[int], bool]) -> int:
 
 
 def default_memory() -> int:
-    """Bytes to stay within where nobody says: half of the machine's memory (or of what a cgroup allows)."""
+    """The ceiling where none is given: half of the machine's memory, or of what a cgroup allows."""
     return platform.memory_limit() // 2

@@ -1,1 +1,1 @@
-"""What a job needs, what this machine can do, and what to choose."""
+"""What a job needs, what this machine can do, and which plan to choose."""

@@ -1,6 +1,6 @@
-"""What it saves to store activations between epochs: a step that begins at the lowest trained block, and when it pays.
+"""What is saved if activations are stored between epochs, so that later steps begin at the lowest trained block.
 
-Comes in: a `Plan` of whole steps. Goes out: the `Plan` of steps that begin at stored activations. Only calculates.
+Takes a `Plan` of whole steps and makes the `Plan` of steps that begin at stored activations. Only calculates.
 """
 
 from dataclasses import dataclass, replace
@@ -8,8 +8,8 @@ from pathlib import Path
 
 from .plan import Plan, Planner
 
-LEAST_SAVED_SHARE = 0.05  # of the time of later steps: for less, the disk need not be written to
-HASH_BYTES_PER_S = 1.5e9  # SHA-256, on processors with instructions for it
+LEAST_SAVED_SHARE = 0.05  # the least share of later steps' time that is worth writing to the disk
+HASH_BYTES_PER_S = 1.5e9  # SHA-256 on processors with instructions for it
 
 
 @dataclass(frozen=True)
@@ -17,9 +17,9 @@ class Caching:
     """Whether a run stores activations.
 
     Attributes:
-        directory: where; None if it does not, and then `reason` says why.
-        later: steps all of whose micro-batches are stored, from the second epoch on; None if nothing is known of them.
-        nbytes: that the run's micro-batches will take on disk.
+        directory: where they are stored; None if they are not, and then `reason` says why.
+        later: the plan of steps all of whose micro-batches are stored, as from the second epoch on; None if unknown.
+        nbytes: bytes that the run's micro-batches will take on disk.
     """
 
     directory: Path | None = None
@@ -29,7 +29,7 @@ class Caching:
 
 
 def from_boundary(planner: Planner, plan: Plan) -> Plan | None:
-    """The same schedule for steps that begin at stored activations; None if nothing lies below what is trained."""
+    """The plan of steps that begin at stored activations; None if the lowest block is trained. The schedule stays."""
     job, s, n = plan.job, plan.schedule, plan.job.lowest_trained
     if not job.is_chain or not 0 < n < len(job.visits):
         return None
@@ -49,12 +49,12 @@ def from_boundary(planner: Planner, plan: Plan) -> Plan | None:
 
 
 def pays(planner: Planner, plan: Plan, later: Plan, first_steps: float, later_steps: float) -> bool:
-    """Whether `later_steps` from stored activations save enough, less what storing them in `first_steps` takes."""
+    """Whether it pays to store activations in `first_steps`, so that `later_steps` begin at them."""
     stored = plan.job.hidden_nbytes * plan.job.micro_batches
     saved = later_steps * (plan.step_s - later.step_s) - first_steps * _loading_s(planner, stored)
     return later_steps > 0 and saved > LEAST_SAVED_SHARE * later_steps * plan.step_s
 
 
 def _loading_s(planner: Planner, nbytes: int) -> float:
-    """Seconds to read and check what is stored; to hash and write it takes about as long."""
+    """Seconds to read and check stored activations. To hash and write them takes about as long."""
     return nbytes / planner.rates.read + nbytes / HASH_BYTES_PER_S

@@ -1,21 +1,18 @@
-"""Whether an evaluation does better to read the experts that it was routed to than blocks whole.
-
-Only calculates.
-"""
+"""Whether an evaluation reads whole blocks, or only the experts that its tokens go to. Only calculates."""
 
 from collections.abc import Iterable
 
-GROUP_NBYTES = 32 << 20  # of experts brought at once where nothing else is said
-# Of the rate of whole blocks: smaller requests, each asked for when the router has spoken. Measured with experts of
-# 256 KB a matrix: 0.64 of 1.8 GB/s.
+GROUP_NBYTES = 32 << 20  # bytes of experts that are brought at once where no schedule says otherwise
+# Experts on demand come at this share of the rate of whole blocks: requests are smaller, and each waits for the router.
+# Measured with experts of 256 KB a matrix: 0.64 of 1.8 GB/s.
 ON_DEMAND_RATE = 0.36
-# Of experts: evaluations that need more read whole blocks. On a fast drive that is faster already (0.82 of them: 0.47 s
-# for 0.73), on a slow one still slower.
+# Evaluations that need a larger share of the experts than this read whole blocks. With 0.82 of them that is faster on a
+# fast drive (0.47 s instead of 0.73), and still slower on a slow one.
 NEARLY_ALL = 0.75
 
 
 def read_share(n: int, per_token: float, tokens: int) -> float:
-    """Of `n` experts, the share that `tokens` tokens go to on average, `per_token` each, drawn evenly.
+    """The share of `n` experts that `tokens` tokens need on average, if each draws `per_token` of them evenly.
 
     Trained routers draw less evenly, so they need fewer.
     """
@@ -23,13 +20,13 @@ def read_share(n: int, per_token: float, tokens: int) -> float:
 
 
 def is_read_on_demand(layers: Iterable[tuple[int, int, float]], tokens: int, passes: int, seen: float | None) -> bool:
-    """Whether an evaluation of `tokens` tokens, `passes` times in a row, is faster if it reads only what it needs.
+    """Whether `passes` evaluations of `tokens` tokens in a row are faster if they read only the experts they need.
 
-    A single one never reads more than whole blocks, so there it is for the router to say.
+    A single one never reads more than whole blocks, so it reads on demand unless nearly all experts were needed before.
 
     Args:
         layers: (bytes, experts, experts that a token goes to) of each layer of experts of a block.
-        seen: share of the experts that as many tokens or fewer went to before, if that is known.
+        seen: the share of the experts that so many tokens, or fewer, needed before; None if that is not known.
     """
     layers = list(layers)
     if passes == 1:

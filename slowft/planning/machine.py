@@ -1,8 +1,7 @@
 """What this machine is, and what it does per second, as far as earlier runs measured it.
 
-Comes in: the compute dtype; for `slowft plan`, which has no step to measure, the model's files too. Goes out: a
-`Machine`. A run measures nothing before its first step. `measured` takes about half a second and 100 MB, and leaves
-MLX's limits as they were.
+Gives a `Machine` for a compute dtype. A run measures nothing before its first step (`known`). `slowft plan` has no step
+to measure, so `measured` takes about half a second, 100 MB, and the model's files. It leaves MLX's limits as they were.
 """
 
 import errno
@@ -20,36 +19,37 @@ from ..weights.buffers import read_buffer, shift, take_pages
 from ..weights.reader import ByteRange, Reader
 from .measure import Rates, remembered
 
-PRODUCT_TOKENS, LARGE_MATRIX = 512, (2048, 4096)  # of the product that is measured; of more, rates hardly differ
+PRODUCT_TOKENS, LARGE_MATRIX = 512, (2048, 4096)  # the product that is measured; larger ones are hardly faster
 CAST_NBYTES = 32 << 20
-# of the rate of a product, what a block's passes and the head reach, norms and attention included
+# the share of a product's rate that a block's passes and the head reach, norms and attention included
 OF_PRODUCTS = 0.7
-READ_NBYTES = 32 << 20  # read at a time
+READ_NBYTES = 32 << 20  # bytes read at a time
 READ_AT_MOST_NBYTES = 512 << 20
-UNCOUNTED_NBYTES = 8 << 20  # read before that
-DEPTHS = (1, 2, 4)  # requests in flight, tried in turn
-WORTH_IT = 1.05  # times as fast as with fewer in flight
-CACHED_READS = 3  # of a piece that is in the file cache, to know what that takes, with each number in flight
-# Times that, in which a read may be of the cache: more than such reads differ by while nothing else runs. A drive that
-# is nearer to its file cache is unknown: it hardly holds a step up.
+UNCOUNTED_NBYTES = 8 << 20  # bytes read before those that count
+DEPTHS = (1, 2, 4)  # numbers of requests in flight, tried in turn
+WORTH_IT = 1.05  # more requests in flight have to be so many times as fast as fewer
+CACHED_READS = 3  # reads of a piece in the file cache, with each number in flight, to know what these take
+# A read that takes less than so many times the seconds of one from the file cache may be one too: those differ by less
+# while nothing else runs. A drive that is nearly as fast as its file cache stays unknown. It hardly holds a step up.
 CACHE_SPREAD = 1.5
-TELLING_NBYTES = 1 << 20  # less than this to read says nothing about a drive
-# of a machine of which nothing is known: plans that are made with it are right in bytes only
+TELLING_NBYTES = 1 << 20  # fewer bytes to read say nothing about a drive
+# for a machine of which nothing is known: plans that are made with it are right in bytes only
 ASSUMED = Rates(forward=1e11, backward=1e11, head=1e11, cast=4e9, read=1e9)
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What the planner reckons with. Rates are per second; None is not known.
+    """What a planner calculates with.
 
     Attributes:
-        memory_nbytes: what this process may use: physical memory or its control group's limit; on macOS the
+        memory_nbytes: bytes that this process may use: physical memory or its control group's limit; on macOS the
             working set that Metal recommends, never the wired maximum.
         cores: processor cores that this process may use.
         device: name of the device that MLX computes on.
-        compute_dtype: what blocks are computed in.
-        rates: what earlier runs measured, or `measured` did.
-        write_bytes_per_s: to the drive; None, as measuring it would write: it is taken to be as fast as reading.
+        compute_dtype: dtype that blocks are computed in.
+        rates: what earlier runs, or `measured`, measured.
+        write_bytes_per_s: bytes written to the drive per second. None stands for the rate of reading, as to measure it
+            would write.
         reads_in_flight: requests that are made to the drive at once.
     """
 
@@ -63,7 +63,7 @@ class Machine:
 
     @property
     def is_assumed(self) -> bool:
-        """Whether nothing was measured, so that seconds are not to be believed."""
+        """Whether nothing was measured, so that predicted seconds mean nothing."""
         return self.rates.forward is None or self.rates.backward is None
 
 
@@ -79,10 +79,10 @@ def known(compute_dtype: mx.Dtype, matrix: tuple[int, int] = LARGE_MATRIX) -> Ma
 
 
 def measured(compute_dtype: mx.Dtype, files: Sequence[str], matrix: tuple[int, int] = LARGE_MATRIX) -> Machine:
-    """This machine: what no run has measured yet is measured now.
+    """This machine. What no run has measured yet is measured now.
 
     Args:
-        files: model files; reading is measured on them, from the middle on.
+        files: model files. Reading is measured on them, from the middle on.
         matrix: rows and columns of the largest matrix in a block.
     """
     machine = known(compute_dtype, matrix)
@@ -98,7 +98,7 @@ def measured(compute_dtype: mx.Dtype, files: Sequence[str], matrix: tuple[int, i
 
 
 def matmul_flops_per_s(dtype: mx.Dtype, matrix: tuple[int, int] = LARGE_MATRIX) -> float:
-    """Of a product with a matrix of this size, if that is not large; the best of a few."""
+    """Operations a second of the fastest of a few products with a matrix of this size, LARGE_MATRIX at most."""
     n, (inner, columns) = PRODUCT_TOKENS, min(matrix, LARGE_MATRIX, key=math.prod)
     a, b = mx.ones((n, inner), dtype), mx.ones((inner, columns), dtype)
     mx.eval(a, b)
@@ -106,7 +106,7 @@ def matmul_flops_per_s(dtype: mx.Dtype, matrix: tuple[int, int] = LARGE_MATRIX) 
 
 
 def _cast_bytes_per_s(dtype: mx.Dtype) -> float:
-    """Bytes put out a second, in memory that is in use already, as it is between blocks."""
+    """Bytes of casted values a second, written to memory that the process has already, as it has between blocks."""
     stored = mx.bfloat16 if dtype != mx.bfloat16 else mx.float16
     array = mx.zeros((CAST_NBYTES // dtype.size,), stored)
     mx.eval(array)
@@ -114,7 +114,7 @@ def _cast_bytes_per_s(dtype: mx.Dtype) -> float:
 
 
 def _best(function: Callable[[], mx.array], times: int = 4) -> float:
-    """The least seconds that one evaluation takes. Other work on the machine only ever adds."""
+    """The least seconds that one evaluation takes. Other work on the machine can only add to them."""
     took = []
     for _ in range(times):
         begin = time.perf_counter()
@@ -138,16 +138,14 @@ def _memory_nbytes() -> int:
 def measure_reading(
     files: Sequence[str], seconds: float = 0.35, nbytes_at_once: int = READ_NBYTES
 ) -> tuple[float | None, int]:
-    """What the engine's own reader reads of the files per second, and with how many requests in flight.
+    """(bytes of the files that the engine's own reader reads a second, number of requests in flight for that).
 
-    The file cache is emptied of them first. More requests have to be worth it. What is read first does not count: a
-    limit on reads lets some through at once (150 MB/s by a control group: 195 for the first 32 MB).
+    Pieces are dropped from the file cache before they are read. The first read does not count, as a limit on reads
+    lets some bytes through at once (a control group's 150 MB/s were 195 for the first 32 MB).
 
-    Pieces that come about as fast as one that is in the file cache for certain are the cache's, not the drive's: others
-    of the files are measured in their place.
-
-    Returns:
-        None for the rate if there is too little to read, or if most of what came was the cache's.
+    A piece that comes about as fast as one that certainly is in the file cache came from the cache, not from the drive.
+    Another one is measured in its place. The rate is None if there is too little to read, or if most pieces came from
+    the cache.
     """
     pieces = [piece for file in files for piece in _pieces(file, nbytes_at_once)]
     middle = len(pieces) // 2
@@ -180,7 +178,7 @@ def measure_reading(
     finally:
         reader.close()
     if cached_nbytes >= sum(nbytes.values()):
-        return None, DEPTHS[-1]  # which a drive that needs fewer is none the worse for
+        return None, DEPTHS[-1]  # a drive that needs fewer requests is no slower with more
     rates = {depth: nbytes[depth] / took[depth] for depth in DEPTHS if nbytes[depth]}
     best = max(rates.values())
     depth = next(depth for depth, rate in rates.items() if rate * WORTH_IT >= best)
@@ -194,11 +192,11 @@ def _read_s(reader: Reader, piece: ByteRange, buffer: memoryview) -> float:
 
 
 def _cached_s_per_byte(reader: Reader, piece: ByteRange, buffer: memoryview) -> dict[int, float]:
-    """Seconds per byte of what is in the file cache, by the number of requests in flight; 0 where none is read from it.
+    """Seconds per byte that is read from the file cache, by the number of requests in flight.
 
-    That is on Linux, whose direct reads go to the drive. On macOS they take what pages there are. How fast that is
-    nobody knows beforehand, and a copy in memory is faster, so it is measured: the piece is read through the cache,
-    which leaves it there, and then by the reader as every other.
+    They are 0 on Linux, where direct reads go to the drive. On macOS they take pages that are in the cache. How fast
+    that is cannot be known beforehand (a copy in memory is faster), so it is measured: the piece is read through the
+    cache, which leaves it there, and then by the reader like any other piece.
     """
     if not platform.MACOS:
         return dict.fromkeys(DEPTHS, 0.0)
@@ -213,7 +211,7 @@ def _cached_s_per_byte(reader: Reader, piece: ByteRange, buffer: memoryview) -> 
 
 
 def _pieces(file: str, nbytes: int) -> Iterator[ByteRange]:
-    """What the file has on the drive, a piece at a time: holes would be read at the speed of memory."""
+    """What the file has on the drive, a piece at a time. Holes are left out: they are read at the speed of memory."""
     with open(file, "rb") as f:
         end = os.fstat(f.fileno()).st_size
         at = 0
@@ -222,8 +220,8 @@ def _pieces(file: str, nbytes: int) -> Iterator[ByteRange]:
                 begin = os.lseek(f.fileno(), at, os.SEEK_DATA)
                 at = os.lseek(f.fileno(), begin, os.SEEK_HOLE)
             except OSError as e:
-                if e.errno == errno.ENXIO:  # nothing but a hole from here on
+                if e.errno == errno.ENXIO:  # from here on the file is one hole
                     return
-                begin, at = at, end  # a file system that tells of no holes: on macOS ENOTTY, as of HFS+
+                begin, at = at, end  # the file system does not report holes (HFS+ on macOS: ENOTTY)
             for offset in range(begin, at, nbytes):
                 yield ByteRange(file, offset, min(nbytes, at - offset), 0)

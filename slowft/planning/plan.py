@@ -1,58 +1,65 @@
-"""From what a job needs and what the machine does to what is kept in memory.
+"""A plan: what a step keeps in memory, how it cuts its work, and what it then takes.
 
-Comes in: `Job`s (one for each chunking), a `Machine`, a ceiling in bytes, and what the run's steps have taught. Goes
-out: a `Plan`, which is a `Schedule` with its predicted memory, reads, writes and seconds; or the least memory that
-would do. Only calculates: nothing is measured, read or computed here.
+Takes `Job`s (one for each chunking), a `Machine`, a ceiling in bytes, and what the run's steps have taught. Gives a
+`Plan`, which is a `Schedule` with its predicted memory, reads, writes and seconds; or the least memory that would do.
+Only calculates: nothing is measured, read or computed here.
 
-In order: arithmetic says how the work has to be cut for anything to fit (`Planner.chunked`), and the first step keeps
-next to nothing (`Planner.first`). It is the measurement. After it, memory is filled by rule (`Planner.choose`):
-everything stays, if it fits, as in ordinary training; else blocks stay until reads are no longer waited for; what is
-left goes to outputs that save the most seconds per byte, then to more blocks, then to freed buffers.
+1. Arithmetic says how the work has to be cut for anything to fit (`Planner.chunked`).
+2. The first step keeps next to nothing (`Planner.first`). It is the measurement.
+3. After it, memory is filled by rule (`Planner.choose`). If everything fits, everything stays, as in ordinary training.
+   Else blocks stay until reads are no longer waited for. What is left goes to the outputs that save the most seconds
+   per byte, then to more blocks, then to freed buffers. MLX is held to the plan by limits.
+
+`phases` says what is in memory in each phase of a step, `work` what a step reads and computes at each visit to a block,
+and `timeline` how long that takes.
 """
 
-import functools
+import bisect
 import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from ..weights.sources import pieces_nbytes
 from .experts import GROUP_NBYTES
-from .job import Chunking, Job, Visit
+from .job import Chunking, Job
 from .machine import ASSUMED, Machine
-from .measure import ARRIVAL, BACKWARD, FORWARD, GRAPH, HEAD, Experience, graph_nbytes, head_nbytes, kept_of
+from .measure import BACKWARD, Experience
+from .phases import SLACK_NBYTES, SLACK_SHARE, MemoryUse, nbytes_of, streamed_nbytes
 from .schedule import Schedule
-from .timeline import Read, Work, reads_of, step_seconds
+from .timeline import step_seconds
+from .work import flops_per_s, reads_of_blocks, works_of
 
-PIECES = (2048, 1024, 512, 256)  # tokens and queries at a time, to choose from
-LOGITS_NBYTES = 64 << 20  # of logits that may exist at once where nothing else is said
-HEAD_TOKENS = (256, 128, 64)  # whose logits exist at once, to choose from: more than that is hardly faster
-GROUPS = (256 << 20, 128 << 20, 64 << 20, GROUP_NBYTES, 16 << 20)  # bytes of a layer of experts at once
-SLACK_NBYTES = 8 << 20  # what the process takes besides: Python's heap, stacks, small arrays
-SLACK_SHARE = 0.03
+PIECES = (2048, 1024, 512, 256)  # numbers of tokens and queries at a time, to choose from
+LOGITS_NBYTES = 64 << 20  # bytes of logits that may exist at once where nothing else is said
+HEAD_TOKENS = (256, 128, 64)  # tokens whose logits exist at once, to choose from: more are hardly faster
+GROUPS = (256 << 20, 128 << 20, 64 << 20, GROUP_NBYTES, 16 << 20)  # bytes of a layer of experts at once, to choose from
 PROCESSES_DIFFER_NBYTES = 3_000_000  # in what they take before the first step (1.7 MB in 24 runs of one job)
-BLOCKS_SHARES = (0, 0.25, 0.5, 0.75, 1)  # of the room, for blocks, tried in turn until reads are not waited for
-# of what computing needs: a buffer that MLX hands out again ahead of time is in memory already, a new one is not yet
+BLOCKS_SHARES = (0, 0.25, 0.5, 0.75, 1)  # shares of the room for blocks, tried in turn until reads are not waited for
+# A block or the head is left so many times the bytes that it makes: MLX allocates ahead of the computation, and a freed
+# buffer that it hands out again is in memory already, while a new one is not yet.
 AHEAD_SHARE = 1.3
-WAITING = 1.02  # times the seconds of computing: a step that takes more waits for reads
-FASTER = 0.97  # times the seconds of what was found first: less of a difference cannot be told
-# of the room, for freed buffers before anything else, up to what computing a block takes: fresh pages cost ten times
-# the cast that fills them, but memory that is short does more elsewhere
+WAITING = 1.02  # a step waits for reads if it takes more than so many times the seconds of computing
+FASTER = 0.97  # a plan is faster if it takes less than so many times the seconds: less of a difference cannot be told
+# Freed buffers get this share of the room before anything else, up to what computing a block takes. Fresh pages cost
+# ten times the cast that fills them, but memory that is short does more elsewhere.
 FREED_SHARE = 0.25
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a step will do, and what is predicted of it.
+    """What a step will do, and what is predicted for it.
 
     Attributes:
-        memory: the ceiling, in bytes; None if there was none.
-        peak_nbytes: the most the process takes, as the operating system counts it.
-        read_nbytes, written_nbytes: per optimizer step, from and to the disk.
-        compute_s, read_s: seconds per optimizer step of either alone; step_s: of a step.
+        schedule: what the step keeps in memory and how it cuts its work.
+        job: what the step needs under the schedule's chunking.
+        memory: the ceiling in bytes; None if there was none.
+        peak_nbytes: the most bytes that the process takes, as the operating system counts them.
+        read_nbytes, written_nbytes: bytes from and to the disk in an optimizer step.
+        compute_s, read_s: seconds of an optimizer step if it only computed, and if it only read and wrote.
+        step_s: seconds of an optimizer step.
         parts: what the peak is made of, name -> bytes.
-        least_nbytes: the peak of the plan that takes the least memory of all; `enough` of it is what to give.
-        is_for_assumed_machine: nothing was measured on this machine yet, so only bytes are predicted.
+        least_nbytes: the peak of the plan that takes the least memory of all. `enough` of it is what to give.
+        is_for_assumed_machine: nothing was measured on this machine yet, so that only bytes are predicted.
     """
 
     schedule: Schedule
@@ -70,13 +77,13 @@ class Plan:
 
     @property
     def bound(self) -> str:
-        """What a step's time goes into mostly: "reading" or "computing"."""
+        """What takes most of a step's time: "reading" or "computing"."""
         return "reading" if self.read_s > self.compute_s else "computing"
 
     @property
     def resident_blocks(self) -> int:
-        """Blocks that stay between visits, ordinary training's left out."""
-        sizes = [_streamed_nbytes(visit, self.schedule) for visit in _streamed(self.job, self.schedule)]
+        """How many blocks are resident besides those in the slots; 0 in ordinary training."""
+        sizes = streamed_nbytes(self.job, self.schedule)
         return min(len(sizes), self.schedule.resident_nbytes // max(sizes)) if sizes else 0
 
     @property
@@ -85,96 +92,70 @@ class Plan:
         return self.schedule.in_memory
 
 
-@dataclass(frozen=True)
-class _Phase:
-    """What is in memory in one phase of a step beyond what always is, name -> bytes."""
-
-    parts: dict[str, int]
-
-    @functools.cached_property
-    def nbytes(self) -> int:
-        return sum(self.parts.values())
-
-
 class Planner:
     """Makes plans for one job on one machine.
 
     Args:
-        job_of: the job under a chunking; called only for those that are tried.
-        base_nbytes: what the process takes before the first step: libraries, adapter, small layers, data.
-        rows, tokens: of a micro-batch as it is given.
-        held_nbytes: of `base_nbytes`, what is in arrays, which count where MLX is held to a limit.
-        experience: what the run's steps have taught; None: nothing yet.
-        cut_like: a schedule by which the work is to be cut, and no other way; None: as little as fits.
-        groups_alike: that holds for groups of experts too.
+        job_of: gives the job under a chunking. It is called only for chunkings that are tried.
+        process_nbytes: bytes that the process takes before the first step: libraries, adapter, small layers, data.
+        rows, tokens: shape of a micro-batch as it is given.
+        arrays_nbytes: how many of `process_nbytes` are in MLX's arrays. Only these count where MLX is held to a limit.
+        experience: what the run's steps have taught; None before the first step.
+        cut_like: a schedule; the work is cut as in it and in no other way. None to cut as little as fits.
+        same_groups: experts come in the groups of `cut_like` too.
 
     Attributes:
-        rates: by which seconds are predicted: measured in this run, else remembered, else assumed.
+        rates: rates that seconds are predicted by: measured in this run, else remembered, else assumed.
     """
 
     def __init__(
         self,
         job_of: Callable[[Chunking], Job],
         machine: Machine,
-        base_nbytes: int,
+        process_nbytes: int,
         rows: int,
         tokens: int,
-        held_nbytes: int = 0,
+        arrays_nbytes: int = 0,
         experience: Experience | None = None,
         cut_like: Schedule | None = None,
-        groups_alike: bool = False,
+        same_groups: bool = False,
     ):
         self.machine, self.job_of = machine, job_of
-        self._base, self._held = base_nbytes, held_nbytes
         self._rows, self._tokens = rows, tokens
-        self._taught, self._cut_like = experience or Experience(), cut_like
-        self._groups: tuple[int | None, ...] = (None, *GROUPS) if not groups_alike else (cut_like.group_nbytes,)
-        self._bounds = Experience()
-        self.rates = self._taught.rates.over(machine.rates).over(ASSUMED)
+        self._outside_arrays_nbytes = process_nbytes - arrays_nbytes
+        self._cut_like = cut_like
+        self._groups: tuple[int | None, ...] = (None, *GROUPS) if not same_groups else (cut_like.group_nbytes,)
+        self._experience = experience or Experience()
+        self._bounds = MemoryUse(process_nbytes, Experience())
+        self._measured = MemoryUse(process_nbytes, self._experience)
+        self.rates = self._experience.rates.over(machine.rates).over(ASSUMED)
 
     # --- How the work is cut: by arithmetic alone -----------------------------------------------------
 
     def least(self) -> Plan:
         """The plan that takes the least memory of all."""
-        least = ((self._peak(job, s, self._bounds), job, s) for job, s in self.ways())
-        peak, job, schedule = min(least, key=lambda found: found[0])
+        ways = ((self._bounds.peak(job, schedule), job, schedule) for job, schedule in self.ways())
+        peak, job, schedule = min(ways, key=lambda way: way[0])
         return replace(self.predict(job, schedule, self._bounds), least_nbytes=peak)
 
     def chunked(self, memory: float) -> tuple[Job, Schedule] | None:
-        """The job under the least chunking, and the least schedule for it, of which an upper bound is within `memory`.
+        """(the job that is cut least, the schedule that keeps least) whose bound is within `memory`; None if none is.
 
-        Whole blocks are cut as far as they must be; only then experts come apart from their blocks, which are read up
-        to three times then. But a block of experts that leaves no room to read the next one while it computes comes
-        apart first.
+        Whole blocks are cut as far as they must be. Only then experts are offloaded from their blocks, as they are read
+        up to three times then. But if a block of experts leaves no room to read the next one while it computes, its
+        experts are offloaded first.
         """
         for is_read_ahead in (True, False):
             for job, schedule in self.ways():
                 has_experts = any(visit.layers for visit in job.visits)
                 if is_read_ahead and has_experts and schedule.group_nbytes is None and not _are_copied(job):
                     schedule = replace(schedule, slots=2)
-                if self._peak(job, schedule, self._bounds) <= memory:
+                if self._bounds.peak(job, schedule) <= memory:
                     return job, self._with_head_tokens(job, replace(schedule, slots=1), memory)
         return None
 
-    def _with_head_tokens(self, job: Job, schedule: Schedule, memory: float) -> Schedule:
-        """With more tokens' logits at once.
-
-        All of them, where they are small, as without a ceiling; else as many as leave room for everything else.
-        """
-        if self._cut_like is not None:
-            return schedule
-        n_tokens = job.rows * job.tokens
-        whole = replace(schedule, head_tokens=None)
-        if 4 * n_tokens * job.vocab_size <= LOGITS_NBYTES and self._peak(job, whole, self._bounds) <= memory:
-            return whole
-        for n in HEAD_TOKENS if job.head_in_chunks and _has_graph(job, schedule) else ():
-            everything = replace(schedule, head_tokens=n, in_memory=True, keep_head=True, spilled=0)
-            if n < n_tokens and self._peak(job, everything, self._bounds) <= memory:
-                return replace(schedule, head_tokens=n)
-        return schedule
-
     def ways(self) -> Iterator[tuple[Job, Schedule]]:
-        """Every way to do the work in less memory than the one before, with what keeps the least."""
+        """Every way to cut the work, each in less memory than the one before, with the schedule that keeps least."""
         rows = self._rows
         chunkings = [Chunking()]
         while rows > 1:
@@ -185,14 +166,15 @@ class Planner:
         if (like := self._cut_like) is not None:
             chunkings, pieces = [Chunking(like.rows, like.mlp_tokens, like.attention_queries)], []
         for chunking in [*chunkings, *pieces] if None in self._groups else ():
-            yield (job := self.job_of(chunking)), self._least_of(job)
+            yield (job := self.job_of(chunking)), self._keeping_least(job)
         for chunking, group_nbytes in itertools.product(chunkings, [n for n in self._groups if n is not None]):
             job = self.job_of(chunking)
             shares = [layer.group_share(group_nbytes) for visit in job.visits for layer in visit.layers]
             if any(share < 1 for share in shares):
-                yield job, self._least_of(job, group_nbytes)
+                yield job, self._keeping_least(job, group_nbytes)
 
-    def _least_of(self, job: Job, group_nbytes: int | None = None) -> Schedule:
+    def _keeping_least(self, job: Job, group_nbytes: int | None = None) -> Schedule:
+        """The schedule that keeps the least in memory."""
         chunking, least = job.chunking, HEAD_TOKENS[-1]
         head_tokens = least if job.head_in_chunks and least < job.rows * job.tokens else None
         schedule = Schedule(
@@ -206,61 +188,74 @@ class Planner:
             reads_in_flight=self.machine.reads_in_flight,
         )
         spilled = replace(schedule, spilled=len(job.visits) + 1 if job.is_chain else 0)
-        # of few blocks, spilling takes more than it saves
-        return min(spilled, schedule, key=lambda s: self._peak(job, s, self._bounds))
+        # with few blocks, spilling takes more memory than it saves
+        return min(spilled, schedule, key=lambda s: self._bounds.peak(job, s))
+
+    def _with_head_tokens(self, job: Job, schedule: Schedule, memory: float) -> Schedule:
+        """With as many tokens' logits at once as there is room for.
+
+        Those of all tokens, as without a ceiling, if they are small. Else as many as leave room for everything else.
+        """
+        if self._cut_like is not None:
+            return schedule
+        n_tokens = job.rows * job.tokens
+        whole = replace(schedule, head_tokens=None)
+        if 4 * n_tokens * job.vocab_size <= LOGITS_NBYTES and self._bounds.peak(job, whole) <= memory:
+            return whole
+        for n in HEAD_TOKENS if job.head_in_chunks and _may_be_graph(job, schedule) else ():
+            everything = replace(schedule, head_tokens=n, in_memory=True, keep_head=True, spilled=0)
+            if n < n_tokens and self._bounds.peak(job, everything) <= memory:
+                return replace(schedule, head_tokens=n)
+        return schedule
 
     # --- What is kept ---------------------------------------------------------------------------------
 
     def first(self, memory: int) -> Plan | None:
         """The plan for a step of which nothing is measured yet; None if none fits."""
-        if (found := self.chunked(memory)) is None:
+        if (cut := self.chunked(memory)) is None:
             return None
-        job, least = found
-        schedule = self._with_slots(job, self._least_spilled(job, least, memory, self._bounds), memory, self._bounds)
+        job, least = cut
+        schedule = _with_slots(job, _least_spilled(job, least, memory, self._bounds), memory, self._bounds)
         return self._with_limits(job, schedule, memory, self._bounds)
 
     def choose(self, memory: int | None) -> Plan | None:
-        """The plan for `memory` bytes, by what was measured so far; None if there is none."""
+        """The plan for `memory` bytes by what was measured so far; None if none fits."""
         limit = math.inf if memory is None else memory
-        if (found := self.chunked(limit)) is None:
+        if (cut := self.chunked(limit)) is None:
             return None
-        job, least = found
+        job, least = cut
         if (everything := self._everything(job, least, limit)) is not None:
             return replace(everything, memory=memory)
-        base = self._least_spilled(job, least, limit, self._taught)
-        best = None
-        for schedule in self._filled(job, base, limit):
-            plan = self.predict(job, schedule, self._taught)
-            if best is None or plan.step_s < FASTER * best.step_s:
+        best, *others = self._filled(job, _least_spilled(job, least, limit, self._measured), limit)
+        for plan in others:
+            if plan.step_s < FASTER * best.step_s:
                 best = plan
         nbytes = best.peak_nbytes if memory is None else memory
-        return replace(self._with_limits(job, best.schedule, nbytes, self._taught), memory=memory)
+        return replace(self._with_limits(job, best.schedule, nbytes, self._measured), memory=memory)
 
     def forward_only(self, memory: int) -> Plan | None:
-        """The plan for passes that nothing comes back from, of which many follow each other; None if there is none.
+        """The plan for forward passes without backward passes, of which many follow each other; None if none fits.
 
-        They read every block that does not stay, so all the room is for blocks.
+        They read every block that is not resident, so all the room is for blocks.
         """
-        if (found := self.chunked(memory)) is None:
+        if (cut := self.chunked(memory)) is None:
             return None
-        job, least = found
+        job, least = cut
         if (everything := self._everything(job, least, memory)) is not None:
-            return replace(everything, memory=memory)
-        schedule = self._with_slots(job, replace(least, spilled=0), memory, self._taught)
+            return everything
+        schedule = _with_slots(job, replace(least, spilled=0), memory, self._measured)
         with_head = replace(schedule, keep_head=True)
-        if self._peak(job, with_head, self._taught) <= memory:
+        if self._measured.peak(job, with_head) <= memory:
             schedule = with_head
-        room = (memory - self._peak(job, schedule, self._taught)) / (1 + SLACK_SHARE)
-        room -= min(FREED_SHARE * room, self._workspace(job, self._taught))
-        schedule = self._with_blocks(job, schedule, room)
-        return replace(self._with_limits(job, schedule, memory, self._taught), memory=memory)
+        schedule = _with_blocks(job, schedule, self._room_to_fill(job, schedule, memory))
+        return self._with_limits(job, schedule, memory, self._measured)
 
     def most(self) -> Plan:
-        """The plan that keeps everything, however much it takes."""
+        """The plan that keeps everything, however much memory it takes."""
         return self.choose(None)
 
     def too_little(self, memory: int) -> str:
-        """What to say where there is no plan."""
+        """The message for a user whose `memory` has no plan."""
         job, least = self.job_of(Chunking()), self.least()
         needed = enough(least.peak_nbytes)
         message = f"memory of {memory / 1e9:.2f} GB is too little for "
@@ -278,96 +273,72 @@ class Planner:
         return message
 
     def _everything(self, job: Job, least: Schedule, limit: float) -> Plan | None:
-        """Ordinary training, if there is room for it."""
-        if not _has_graph(job, least):
+        """The plan of ordinary training; None if there is no room for it."""
+        if not _may_be_graph(job, least):
             return None
         schedule = replace(least, in_memory=True, keep_head=True, spilled=0)
-        peak = self._peak(job, schedule, self._taught)
+        peak = self._measured.peak(job, schedule)
         if peak > limit:
             return None
         # All that is freed stays for the next step, if there is room for as much again: a buffer finds a use only for
-        # nearly its own size (a graph of 314 MB took 600 MB). Else as much as the last step left.
-        again = self._graph(job, schedule, self._taught)
+        # nearly its own size (a graph of 314 MB took 600 MB). Else as much stays as there is room for.
+        again = self._measured.graph_nbytes(job, schedule)
         room = again if math.isinf(limit) else int((limit - peak) / (1 + SLACK_SHARE))
         schedule = replace(schedule, cache_nbytes=min(room, again), keep_buffers=room >= again)
-        return self._with_limits(job, schedule, limit, self._taught)
+        return self._with_limits(job, schedule, limit, self._measured)
 
-    def _least_spilled(self, job: Job, schedule: Schedule, limit: float, figures: Experience) -> Schedule:
-        """The schedule with as few inputs spilled as fit: the first few take more than none, being written and read."""
-        if self._peak(job, replace(schedule, spilled=0), figures) <= limit or not job.is_chain:
-            return replace(schedule, spilled=0)
-        low, high = min(_first_kept(job) + 1, len(job.visits) + 1), len(job.visits) + 1
-        while low < high:
-            middle = (low + high) // 2
-            if self._peak(job, replace(schedule, spilled=middle), figures) <= limit:
-                high = middle
-            else:
-                low = middle + 1
-        return replace(schedule, spilled=low)
-
-    def _with_slots(self, job: Job, schedule: Schedule, limit: float, figures: Experience) -> Schedule:
-        """With two buffers, where a block needs its own while it computes and there is room for the next one's."""
-        if _are_copied(job):
-            return schedule
-        two = replace(schedule, slots=2)
-        return two if self._peak(job, two, figures) <= limit else schedule
-
-    def _filled(self, job: Job, base: Schedule, limit: float) -> Iterator[Schedule]:
-        """The schedule, and with its room filled: a handful of ways, those first that wait for nothing else."""
-        base = self._with_slots(job, base, limit, self._taught)
-        if not job.is_chain:  # of which nothing but blocks can be kept
-            yield self._with_blocks(job, base, (limit - self._peak(job, base, self._taught)) / (1 + SLACK_SHARE))
+    def _filled(self, job: Job, base: Schedule, limit: float) -> Iterator[Plan]:
+        """The plan of a schedule that streams, then plans in which its room is filled in a handful of ways."""
+        base = _with_slots(job, base, limit, self._measured)
+        if not job.is_chain:  # then nothing but blocks can be kept
+            yield self.predict(job, _with_blocks(job, base, self._room(job, base, limit)))
             return
-        yield base
+        yield self.predict(job, base)
         if base.spilled:
             return
         for head in ({"keep_head": True}, {"head_ahead": True}, {}):
             with_head = replace(base, **head)
-            if self._peak(job, with_head, self._taught) > limit or (head and not job.is_chain):
+            if self._measured.peak(job, with_head) > limit:
                 continue
             for share in BLOCKS_SHARES:
-                schedule = self._fill(job, with_head, share, limit)
-                plan = self.predict(job, schedule, self._taught)
-                waits = plan.step_s > WAITING * plan.compute_s
-                yield schedule
-                if waits and (temporary := self.temporary_room(job, schedule, limit)):
-                    yield replace(schedule, temporary_nbytes=temporary)
-                if not waits:
+                plan = self.predict(job, self._fill(job, with_head, share, limit))
+                yield plan
+                if plan.step_s <= WAITING * plan.compute_s:
                     break
+                if temporary := self.temporary_room(job, plan.schedule, limit):
+                    yield self.predict(job, replace(plan.schedule, temporary_nbytes=temporary))
 
     def _fill(self, job: Job, schedule: Schedule, share_of_blocks: float, limit: float) -> Schedule:
-        """The schedule with a share of the room given to blocks, then to outputs, then to more blocks."""
-        room = (limit - self._peak(job, schedule, self._taught)) / (1 + SLACK_SHARE)
-        room -= min(FREED_SHARE * room, self._workspace(job, self._taught))
+        """With a share of the room given to blocks, then the rest to outputs, then to more blocks."""
+        room = self._room_to_fill(job, schedule, limit)
         if share_of_blocks:
-            schedule = self._with_blocks(job, schedule, share_of_blocks * room)
+            schedule = _with_blocks(job, schedule, share_of_blocks * room)
             room -= schedule.resident_nbytes
         if schedule.group_nbytes is None:
             schedule = self._with_outputs(job, schedule, room)
-            room -= job.micro_batches * sum(v.kept(kept_of(schedule, i))[0] for i, v in enumerate(job.visits))
-        return self._with_blocks(job, schedule, schedule.resident_nbytes + room)
+            kept = (visit.kept(schedule.kept_at(position))[0] for position, visit in enumerate(job.visits))
+            room -= job.micro_batches * sum(kept)
+        return _with_blocks(job, schedule, schedule.resident_nbytes + room)
 
-    def _with_blocks(self, job: Job, schedule: Schedule, room: float) -> Schedule:
-        sizes = [_streamed_nbytes(visit, schedule) for visit in _streamed(job, schedule)]
-        nbytes = int(min(room, sum(sizes)))
-        if len(set(sizes)) == 1:  # what holds no whole block is of no use
-            nbytes = nbytes // sizes[0] * sizes[0]
-        return replace(schedule, resident_nbytes=nbytes) if sizes and nbytes >= min(sizes) else schedule
+    def _room(self, job: Job, schedule: Schedule, limit: float) -> float:
+        """Bytes that the schedule leaves free, less the slack of what they will be used for."""
+        return (limit - self._measured.peak(job, schedule)) / (1 + SLACK_SHARE)
+
+    def _room_to_fill(self, job: Job, schedule: Schedule, limit: float) -> float:
+        """Bytes that the schedule leaves free, less those that freed buffers get before anything else."""
+        room = self._room(job, schedule, limit)
+        return room - min(FREED_SHARE * room, self._measured.workspace_nbytes(job))
 
     def _with_outputs(self, job: Job, schedule: Schedule, room: float) -> Schedule:
-        """As many outputs as there is room for, by the seconds that each byte of them saves.
-
-        Of equals those of later visits, whose room is needed for the shortest time.
-        """
-        if not job.is_chain:
-            return schedule
-        found = []
+        """With as many kept outputs as there is room for, those first that save the most seconds per byte."""
+        outputs = []
         for position, visit in enumerate(job.visits):
             for output in visit.outputs:
-                saved_s = output.flops / self._flops_per_s(job, visit.kind, BACKWARD)
-                found.append((round(1e12 * saved_s / output.nbytes), output.nbytes, position, output.name))
+                saved_s = output.flops / flops_per_s(job, visit.kind, BACKWARD, self.rates, self._experience)
+                outputs.append((round(1e12 * saved_s / output.nbytes), output.nbytes, position, output.name))
         kept: list[list[str]] = [[] for _ in job.visits]
-        for _, nbytes, position, name in sorted(found, reverse=True):
+        # (of equal ones larger ones come first, then those of later visits, which need the room for a shorter time)
+        for _, nbytes, position, name in sorted(outputs, reverse=True):
             room -= nbytes * job.micro_batches
             if room < 0:
                 break
@@ -375,295 +346,134 @@ class Planner:
         return replace(schedule, kept=tuple(map(tuple, kept))) if any(kept) else schedule
 
     def temporary_room(self, job: Job, schedule: Schedule, limit: float) -> tuple[int, ...]:
-        """For each visit, both ways, bytes that blocks may take until outputs and inputs of later visits are made."""
-        n = len(job.visits)
-        if math.isinf(limit) or not _is_plain(schedule):
+        """Bytes that blocks may take at each visit, both ways, until outputs and inputs of later visits exist there."""
+        if math.isinf(limit) or not _is_predictable(schedule):
             return ()
-        fixed, (head, forward, backward, optimizer) = self._phases(job, schedule, self._taught)
-        within = (limit - SLACK_NBYTES + SLACK_SHARE * self._base) / (1 + SLACK_SHARE) - sum(fixed.values())
-        rooms = [within - max(there.nbytes, back.nbytes if back else 0) for there, back in zip(forward, backward)]
-        rooms[-1], rooms[0] = min(rooms[-1], within - head.nbytes), min(rooms[0], within - optimizer.nbytes)
-        sizes = [_streamed_nbytes(visit, schedule) for visit in _streamed(job, schedule)]
+        phases = self._measured.phases(job, schedule)
+        largest = [max(nbytes_of(phase) for phase in pair if phase) for pair in zip(phases.forward, phases.backward)]
+        # the head comes right after the last visit, and the optimizer right after the backward pass of the first
+        largest[-1] = max(largest[-1], nbytes_of(phases.head))
+        largest[0] = max(largest[0], nbytes_of(phases.optimizer))
+        within = limit - SLACK_NBYTES + SLACK_SHARE * self._measured.process_nbytes
+        within = within / (1 + SLACK_SHARE) - nbytes_of(phases.always)
+        sizes = streamed_nbytes(job, schedule)
         missing = sum(sizes) - schedule.slots * max(sizes) - schedule.resident_nbytes
-        # (a room grows smaller from visit to visit, as what is kept only grows)
-        rooms = list(itertools.accumulate((int(min(max(room, 0), max(missing, 0))) for room in rooms), min))
-        return tuple(rooms) if len(rooms) == n and any(rooms) else ()
+        rooms = (int(min(max(within - nbytes, 0), max(missing, 0))) for nbytes in largest)
+        rooms = list(itertools.accumulate(rooms, min))  # what is kept only grows from visit to visit
+        return tuple(rooms) if any(rooms) else ()
 
-    def _with_limits(self, job: Job, s: Schedule, memory: float, figures: Experience) -> Plan:
-        """The plan of a schedule with MLX's limits; what is left of `memory` goes to freed buffers, if of use."""
-        if not _is_plain(s) and (room := memory - self._peak(job, s, figures)) > 0:
-            s = replace(s, cache_nbytes=int(min(room / (1 + SLACK_SHARE), self._workspace(job, figures))))
-        plan = self.predict(job, s, figures)
-        work, head = self._workspace(job, figures), self._head(job, s, figures)
-        slack, left = plan.parts["slack"], 0
-        if _is_plain(s) and not plan.is_ordinary:
-            left = int(min(max(memory - plan.peak_nbytes, 0), max(head, work)))
-        beside = self._base - self._held  # what is in no array
-        arrays = plan.peak_nbytes + left - beside
-        if s.keep_buffers:  # computes no further ahead than the graph has it: that would ask for more buffers
+    # --- MLX's limits ---------------------------------------------------------------------------------
+
+    def _with_limits(self, job: Job, s: Schedule, memory: float, memory_use: MemoryUse) -> Plan:
+        """The plan of a schedule with MLX's limits. Freed buffers get what is left of `memory`, if that is of use."""
+        workspace = memory_use.workspace_nbytes(job)
+        if not _is_predictable(s) and (room := memory - memory_use.peak(job, s)) > 0:
+            s = replace(s, cache_nbytes=int(min(room / (1 + SLACK_SHARE), workspace)))
+        plan = self.predict(job, s, memory_use)
+        head, left = memory_use.head_nbytes(job, s), 0
+        if _is_predictable(s) and not plan.is_ordinary:
+            left = int(min(max(memory - plan.peak_nbytes, 0), max(head, workspace)))
+        slack, cache = plan.parts["slack"], s.cache_nbytes or 0
+        arrays = plan.peak_nbytes + left - self._outside_arrays_nbytes
+        if s.keep_buffers:  # MLX gets what the graph was planned to take: to compute further ahead takes more buffers
             total = arrays - slack // 2
-            active = total - (s.cache_nbytes or 0)
-        else:  # twice the slack: what freed buffers take must never be what breaks the ceiling
+            active = head_active = total - cache
+        else:  # twice the slack is left: freed buffers must never be what breaks the ceiling
             total = arrays - 2 * slack
-            active = (plan.peak_nbytes + left if math.isinf(memory) else int(memory)) - beside - (s.cache_nbytes or 0)
+            active = int(memory) - self._outside_arrays_nbytes - cache
+            head_active = active - slack  # MLX waits once more than that is in use, so what is made last comes on top
         schedule = replace(
             s,
             active_nbytes=max(active, 1 << 20),
-            # MLX waits once more than that is in use, so what the head makes last comes on top
-            head_active_nbytes=max(active - (0 if s.keep_buffers else slack), 1 << 20),
-            total_nbytes=total if _is_plain(s) else 0,
-            workspace_nbytes=int(AHEAD_SHARE * work),
+            head_active_nbytes=max(head_active, 1 << 20),
+            total_nbytes=total if _is_predictable(s) else 0,
+            workspace_nbytes=int(AHEAD_SHARE * workspace),
             head_workspace_nbytes=int(AHEAD_SHARE * head) + (0 if s.keep_head else job.head_compute_nbytes),
             head_reuses_blocks=plan.is_ordinary,
             head_cache_nbytes=s.cache_nbytes,
         )
-        reused = left - min(left, slack)  # of the two slacks one is in the plan already
-        freed = plan.parts.get("freed buffers", 0) + reused
-        parts = plan.parts | ({"freed buffers": freed} if freed else {})
-        least = self.least().peak_nbytes
-        peak = plan.peak_nbytes + reused
-        return replace(
-            plan, schedule=schedule, memory=memory, peak_nbytes=peak, parts=parts, least_nbytes=min(least, peak)
-        )
+        reused = left - min(left, slack)  # one of the two slacks is in the plan already
+        parts = plan.parts | ({"freed buffers": cache + reused} if cache + reused else {})
+        peak, least = plan.peak_nbytes + reused, min(self.least().peak_nbytes, plan.peak_nbytes + reused)
+        return replace(plan, schedule=schedule, memory=memory, peak_nbytes=peak, parts=parts, least_nbytes=least)
 
-    # --- Memory ---------------------------------------------------------------------------------------
+    # --- What a step takes ----------------------------------------------------------------------------
 
-    def _peak(self, job: Job, schedule: Schedule, figures: Experience) -> int:
-        return self._worst(job, schedule, figures)[0]
-
-    def _worst(self, job: Job, schedule: Schedule, figures: Experience) -> tuple[int, dict[str, int]]:
-        """(the most bytes that a step takes, what they are made of)."""
-        fixed, (head, forward, backward, optimizer) = self._phases(job, schedule, figures)
-        phases = [head, *forward, *(phase for phase in backward if phase is not None), optimizer]
-        worst = max(phases, key=lambda phase: phase.nbytes)
-        parts = fixed | worst.parts
-        total = sum(parts.values())
-        parts["slack"] = SLACK_NBYTES + int(SLACK_SHARE * (total - self._base))
-        return total + parts["slack"], {name: nbytes for name, nbytes in parts.items() if nbytes}
-
-    def _phases(self, job: Job, s: Schedule, figures: Experience):
-        """(what is in memory all the time, (head, forward passes, backward passes or None, optimizer) as phases)."""
-        m, n, hidden = job.micro_batches, 0 if s.in_memory else len(job.visits), job.hidden_nbytes
-        streamed = [_streamed_nbytes(visit, s) for visit in _streamed(job, s)]
-        sizes = streamed + ([job.head_stored_nbytes] if s.head_ahead else [])
-        slots = s.slots * max(sizes, default=0)
-        buffers, built = _groups(job, s)
-        fixed = {
-            "process": self._base,
-            "optimizer": job.optimizer_nbytes,
-            "all blocks": sum(visit.compute_nbytes for visit in job.blocks) if s.in_memory else 0,
-            "head": job.head_compute_nbytes if s.keep_head else 0,
-            "block buffers": slots,
-            "resident blocks": min(s.resident_nbytes, max(0, sum(sizes) - slots)),
-            # masks, the first block's input and its own copy, the cotangent on its way down
-            "trace": m * (2 * hidden + job.side_nbytes),
-            "groups of experts": buffers,
-        }
-        cache = s.cache_nbytes or 0
-        made = job.trainable_nbytes + job.optimizer_nbytes  # anew, before the old ones are freed
-        optimizer = _Phase({"computing": made, "gradients": job.trainable_nbytes, "freed buffers": cache})
-        if s.in_memory:
-            graph = self._graph(job, s, figures) + 2 * hidden
-            return fixed, (_Phase({"computing": graph, "freed buffers": cache}), [], [], optimizer)
-        # of spilled inputs, those of one visit are in memory, those being written, and the one read ahead
-        window = (m + 3) * hidden if s.spilled else 0
-        forward, backward, kept, first = [], [], 0, max(s.spilled, _first_kept(job)) if job.is_chain else 0
-        above = sum(visit.trainable_nbytes for visit in job.visits)
-        for position, visit in enumerate(job.visits):
-            names = kept_of(s, position)
-            kept += m * visit.kept(names)[0]
-            inputs = m * hidden * max(position + (1 if job.is_chain else 0) - first, 0) + window
-            offloaded = visit.layers if s.group_nbytes is not None else ()
-            weights = visit.compute_nbytes if visit.is_copied else 0
-            if offloaded:
-                weights = max(0, weights - sum(layer.compute_nbytes for layer in offloaded)) + built
-            shared = {
-                "weights": weights,
-                "kept outputs": kept,
-                "blocks ahead of outputs": s.temporary_nbytes[position] if s.temporary_nbytes else 0,
-                "freed buffers": cache,
-            }
-            computing = figures.nbytes(job, visit.kind, FORWARD, visit.forward_nbytes) + 2 * hidden
-            computing += max((layer.input_nbytes + layer.output_nbytes for layer in offloaded), default=0)
-            forward.append(_Phase({"activations": inputs + hidden, "computing": computing} | shared))
-            above -= visit.trainable_nbytes
-            if not visit.comes_back:
-                backward.append(None)
-                continue
-            computing = figures.nbytes(job, visit.kind, BACKWARD, visit.backward_nbytes) + 2 * hidden
-            computing += sum(layer.input_nbytes for layer in offloaded)
-            of_backward = {"activations": inputs, "computing": computing, "gradients": above}
-            backward.append(_Phase(of_backward | shared))
-        computing = self._head(job, s, figures) + 2 * hidden
-        if not (s.keep_head or s.head_ahead):  # brought in pieces before anything is computed
-            computing = max(computing, pieces_nbytes(job.head_stored_nbytes, job.head_compute_nbytes))
-        head = {
-            "activations": m * hidden * max(n + (1 if job.is_chain else 0) - first, 0) + window,
-            "computing": computing,
-            "weights": 0 if s.keep_head else job.head_compute_nbytes,
-            "kept outputs": kept,
-            "blocks ahead of outputs": s.temporary_nbytes[-1] if s.temporary_nbytes else 0,
-            "freed buffers": cache,
-        }
-        if s.temporary_nbytes:
-            optimizer.parts["blocks ahead of outputs"] = s.temporary_nbytes[0]
-        return fixed, (_Phase(head), forward, backward, optimizer)
-
-    def _workspace(self, job: Job, figures: Experience) -> int:
-        """Bytes that a block's pass, or the optimizer, makes at most."""
-        passes = [figures.nbytes(job, v.kind, FORWARD, v.forward_nbytes) for v in job.visits]
-        passes += [figures.nbytes(job, v.kind, BACKWARD, v.backward_nbytes) for v in job.visits if v.comes_back]
-        return max(*passes, job.trainable_nbytes + job.optimizer_nbytes)
-
-    def _head(self, job: Job, s: Schedule, figures: Experience) -> int:
-        if s.in_memory:
-            return self._graph(job, s, figures)
-        return figures.nbytes(job, HEAD, FORWARD, head_nbytes(job, s.head_tokens))
-
-    def _graph(self, job: Job, s: Schedule, figures: Experience) -> int:
-        return figures.nbytes(job, GRAPH, FORWARD, graph_nbytes(job, s))
-
-    # --- Reads and seconds ----------------------------------------------------------------------------
-
-    def predict(self, job: Job, schedule: Schedule, figures: Experience | None = None) -> Plan:
-        """What a step under `schedule` will take."""
-        if not job.is_chain and (m := job.micro_batches) > 1:  # which go through the model one after the other
-            one = self.predict(replace(job, micro_batches=1), schedule, figures)
+    def predict(self, job: Job, schedule: Schedule, memory_use: MemoryUse | None = None) -> Plan:
+        """What a step under `schedule` will take, in memory by what was measured or by `memory_use`."""
+        if not job.is_chain and (m := job.micro_batches) > 1:  # micro-batches go through the model one after the other
+            one = self.predict(replace(job, micro_batches=1), schedule, memory_use)
             sums = ("read_nbytes", "written_nbytes", "compute_s", "read_s", "step_s")
             return replace(one, job=job, **{name: m * getattr(one, name) for name in sums})
-        peak, parts = self._worst(job, schedule, figures or self._taught)
+        peak, parts = (memory_use or self._measured).peak_and_parts(job, schedule)
         read_rate = self.rates.read
         write_rate = self.machine.write_bytes_per_s or read_rate
-        reads, works = _reads_of_blocks(job, schedule), self._works(job, schedule)
-        nbytes = sum(read.nbytes for read in reads) + sum(work.read_nbytes for work in works)
-        nbytes += job.rows_nbytes * job.micro_batches
+        reads, works = reads_of_blocks(job, schedule), works_of(job, schedule, self.rates, self._experience)
+        read = sum(read.nbytes for read in reads) + sum(work.read_nbytes for work in works)
+        read += job.rows_nbytes * job.micro_batches
         written = sum(work.written_nbytes for work in works)
         return Plan(
             schedule,
             job,
             memory=None,
             peak_nbytes=peak,
-            read_nbytes=nbytes,
+            read_nbytes=read,
             written_nbytes=written,
             compute_s=sum(work.seconds for work in works),
-            read_s=nbytes / read_rate + written / write_rate,
+            read_s=read / read_rate + written / write_rate,
             step_s=step_seconds(reads, works, read_rate, write_rate),
             parts=parts,
-            is_for_assumed_machine=self._taught.rates.over(self.machine.rates).forward is None,
+            is_for_assumed_machine=self._experience.rates.over(self.machine.rates).forward is None,
         )
-
-    def _flops_per_s(self, job: Job, kind: str, direction: str) -> float:
-        rates = self.rates
-        usual = {HEAD: rates.head, GRAPH: rates.backward}.get(kind)
-        usual = usual or (rates.forward if direction == FORWARD else rates.backward)
-        return self._taught.per_s(job, kind, direction) or usual
-
-    def _works(self, job: Job, s: Schedule) -> list[Work]:
-        """What is done at each visit to a block, at the head (with all blocks in ordinary training), and back."""
-        m, hidden = job.micro_batches, job.hidden_nbytes
-        if s.in_memory:
-            flops = job.head_flops + sum(v.graph_flops if v.comes_back else v.forward_flops for v in job.visits)
-            seconds = m * flops / self._flops_per_s(job, GRAPH, FORWARD)
-            return [Work(seconds, seconds)]
-        there, back = [], []
-        for position, visit in enumerate(job.visits):
-            arrival_s = 0.0
-            if visit.is_copied:
-                arrival_s = visit.compute_nbytes / (self._taught.per_s(job, visit.kind, ARRIVAL) or self.rates.cast)
-            spilled = m * hidden if _first_kept(job) <= position < s.spilled else 0
-            apart_there, apart_back = _reads_of_groups(job, s, visit)
-            seconds = arrival_s + m * visit.forward_flops / self._flops_per_s(job, visit.kind, FORWARD)
-            there.append(Work(arrival_s if visit.is_copied else seconds, seconds, apart_there, spilled))
-            if visit.comes_back:
-                flops = visit.backward_flops - visit.kept(kept_of(s, position))[1]
-                seconds = arrival_s + m * flops / self._flops_per_s(job, visit.kind, BACKWARD)
-                back.append(Work(arrival_s if visit.is_copied else seconds, seconds, apart_back + spilled))
-        seconds = m * job.head_flops / self._flops_per_s(job, HEAD, FORWARD)
-        is_copied = job.head_compute_nbytes != job.head_stored_nbytes
-        cast_s = 0.0 if s.keep_head or not is_copied else job.head_compute_nbytes / self.rates.cast
-        spilled = m * hidden if len(job.visits) < s.spilled else 0
-        # in pieces: each is read, cast, and copied to where the layer is whole, while nothing is computed
-        read = 0 if s.keep_head or s.head_ahead else job.head_stored_nbytes
-        cast_s *= 2 if read else 1
-        freed_s = cast_s if is_copied else cast_s + seconds
-        head = Work(freed_s, cast_s + seconds, read + spilled, spilled, inline_rate=1.0)
-        return [*there, head, *reversed(back)]
 
 
 def enough(peak_nbytes: int) -> int:
-    """Memory to give for a plan that takes `peak_nbytes` here, in whole 10 MB: another process begins with more.
+    """Memory to give for a plan that takes `peak_nbytes` here, in whole 10 MB: another process may begin with more.
 
-    Always more, as 2.01 x 1e9 is less than 2010000000.
+    It is always more than `peak_nbytes`, as a user's "2.01GB" is 2.01 x 1e9, which is less than 2010000000.
     """
     return ((peak_nbytes + PROCESSES_DIFFER_NBYTES) // 10**7 + 1) * 10**7
 
 
-def _is_plain(s: Schedule) -> bool:
-    """Whether what a step holds is known well enough to give all that it leaves to freed buffers."""
+def _least_spilled(job: Job, schedule: Schedule, limit: float, memory_use: MemoryUse) -> Schedule:
+    """With as few inputs spilled as fit. To spill only a few takes more than none, as they are written and read."""
+
+    def fits(spilled: int) -> bool:
+        return memory_use.peak(job, replace(schedule, spilled=spilled)) <= limit
+
+    if fits(0) or not job.is_chain:
+        return replace(schedule, spilled=0)
+    least, most = min(job.first_kept + 1, len(job.visits) + 1), len(job.visits) + 1
+    return replace(schedule, spilled=least + bisect.bisect_left(range(least, most), True, key=fits))
+
+
+def _with_slots(job: Job, schedule: Schedule, limit: float, memory_use: MemoryUse) -> Schedule:
+    """With two buffers, if a block needs its own while it computes and there is room for the next block's."""
+    if _are_copied(job):
+        return schedule
+    two = replace(schedule, slots=2)
+    return two if memory_use.peak(job, two) <= limit else schedule
+
+
+def _with_blocks(job: Job, schedule: Schedule, room: float) -> Schedule:
+    """With as many bytes of resident blocks as there is room for."""
+    sizes = streamed_nbytes(job, schedule)
+    nbytes = int(min(room, sum(sizes)))
+    if len(set(sizes)) == 1:  # room that holds no whole block is of no use
+        nbytes = nbytes // sizes[0] * sizes[0]
+    return replace(schedule, resident_nbytes=nbytes) if sizes and nbytes >= min(sizes) else schedule
+
+
+def _is_predictable(s: Schedule) -> bool:
+    """Whether what a step takes is known well enough to give all that it leaves to freed buffers, or to blocks."""
     return not (s.spilled or s.group_nbytes or s.mlp_tokens)
 
 
-def _has_graph(job: Job, s: Schedule) -> bool:
+def _may_be_graph(job: Job, s: Schedule) -> bool:
     """Whether all blocks and the head may form one graph, as in ordinary training."""
     return job.is_chain and job.chunking.mlp_tokens is None and s.group_nbytes is None
 
 
 def _are_copied(job: Job) -> bool:
-    """Whether blocks leave their buffers to the next ones as they arrive: they are cast or dequantized."""
+    """Whether each block, on arrival, leaves its buffer to the next one, as it is cast or dequantized."""
     return all(visit.is_copied for visit in job.visits)
-
-
-def _first_kept(job: Job) -> int:
-    """The first visit whose input is kept for the backward pass; that of the very first is in the trace anyway."""
-    return max(job.lowest_trained, 1)
-
-
-def _streamed(job: Job, s: Schedule) -> list[Visit]:
-    """One visit of each block that comes and goes."""
-    return [] if s.in_memory else job.blocks
-
-
-def _streamed_nbytes(visit: Visit, s: Schedule) -> int:
-    """Bytes on disk of what comes with the block."""
-    offloaded = visit.layers if s.group_nbytes is not None else ()
-    return visit.stored_nbytes - sum(layer.stored_nbytes for layer in offloaded)
-
-
-def _groups(job: Job, s: Schedule) -> tuple[int, int]:
-    """Bytes of (buffers for groups of experts, the group in use as it is computed with)."""
-    if s.group_nbytes is None:
-        return 0, 0
-    layers = [(layer, layer.group_share(s.group_nbytes)) for visit in job.visits for layer in visit.layers]
-    buffers = 2 * max((int(share * layer.stored_nbytes) for layer, share in layers), default=0)
-    return buffers, max((int(share * layer.compute_nbytes) for layer, share in layers), default=0)
-
-
-def _reads_of_groups(job: Job, s: Schedule, visit: Visit) -> tuple[int, int]:
-    """Bytes of experts that are read apart from their block, (forward, backward).
-
-    They come anew for each micro-batch, and twice on the way back: for the recomputation, and for the cotangents.
-    """
-    layers = visit.layers if s.group_nbytes is not None else ()
-    tokens = job.rows * job.tokens
-    nbytes = sum(int(job.micro_batches * layer.read_share(tokens) * layer.stored_nbytes) for layer in layers)
-    return nbytes, 2 * nbytes if visit.comes_back else 0
-
-
-def _reads_of_blocks(job: Job, s: Schedule) -> tuple[Read, ...]:
-    """Reads of a step through the block buffers."""
-    streamed = _streamed(job, s)
-    if not streamed:
-        return ()
-    numbers = {visit.block: number for number, visit in enumerate(streamed)}
-    sizes = [_streamed_nbytes(visit, s) for visit in streamed] + [job.head_stored_nbytes] * s.head_ahead
-    there = [numbers[visit.block] for visit in job.visits]
-    back = [numbers[visit.block] for visit in reversed(job.visits) if visit.comes_back]
-    order = [*there, len(streamed) if s.head_ahead else None, *back]
-    temporary = s.temporary_nbytes or (0,) * len(job.visits)
-    back_temporary = [nbytes for nbytes, visit in zip(reversed(temporary), reversed(job.visits)) if visit.comes_back]
-    capacities = [s.resident_nbytes + nbytes for nbytes in [*temporary, temporary[-1], *back_temporary]]
-    if len(set(sizes[: len(streamed)])) == 1:  # so many places, of which the head takes one
-        held, capacities = [1] * len(sizes), [s.slots + nbytes // sizes[0] for nbytes in capacities]
-    else:
-        held, capacities = sizes, [s.slots * max(sizes) + nbytes for nbytes in capacities]
-    return reads_of(order, sizes, held, capacities, s.slots)

@@ -1,7 +1,6 @@
-"""What a step takes where several machines like this one share its rows: the plan of a share, and the sum of gradients.
+"""What a step takes if several machines like this one share its rows: a plan for each share, and the sum of gradients.
 
-Comes in: a function that gives the `Planner` of steps with so many rows. Goes out: plain numbers for each number of
-machines.
+Takes a function that gives the `Planner` for a number of rows, and returns plain numbers for a number of machines.
 """
 
 from collections.abc import Callable
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from .plan import Planner
 
 MACHINES = (2, 4, 8)
-LINK_NBYTES_S = 1.25e9  # assumed, 10 Gbit/s: such an Ethernet, and less than Thunderbolt's network gives
+LINK_NBYTES_S = 1.25e9  # assumed: an Ethernet of 10 Gbit/s; Thunderbolt's network gives more
 
 
 @dataclass(frozen=True)
@@ -18,9 +17,10 @@ class Shared:
     """A step of `machines`, each with `rows` of every micro-batch.
 
     Attributes:
-        rows: None: it cannot be, for this `reason`.
-        step_s: seconds, with those of the sum, `sum_s`.
-        read_nbytes, peak_nbytes: of each machine.
+        rows: None if the step cannot be shared like that; `reason` says why.
+        step_s: seconds of the step, with those of the sum of gradients.
+        sum_s: seconds of the sum of gradients.
+        read_nbytes, peak_nbytes: bytes that each machine reads in a step, and the most that it has in memory.
     """
 
     machines: int
@@ -33,13 +33,14 @@ class Shared:
 
 
 def shared(n: int, batch_size: int, memory: int, planner_of: Callable[[int], Planner], copies: int) -> Shared:
-    """What to expect of `n` machines within `memory` bytes each.
+    """What a step takes on `n` machines with `memory` bytes each.
 
     Args:
-        copies: of the adapter's gradients that a sum takes.
+        planner_of: gives the `Planner` for steps with this number of rows.
+        copies: how many copies of the adapter's gradients a sum takes in memory.
     """
-    rows, left = divmod(batch_size, n)
-    if left or not rows:
+    rows, rest = divmod(batch_size, n)
+    if rest or not rows:
         return Shared(n, reason=f"a batch of {batch_size} cannot be shared by {n} machines")
     planner = planner_of(rows)
     trainable_nbytes = planner.least().job.trainable_nbytes

@@ -1,19 +1,21 @@
-"""From an opened model and the shape of a step to a `Job`: shapes only. Nothing is computed, read or exported.
+"""Makes a `Job` of an opened model and the shape of a step, from shapes alone. Nothing is computed, read or exported.
 
-The model's own call runs on placeholders. MLX is lazy, so it infers shapes and evaluates nothing; meanwhile the
+The model's own call runs on placeholders. MLX is lazy, so it infers shapes and evaluates nothing. Meanwhile the
 functions that multiply, normalise and add are replaced by ones that note what they return. `NOTED` lists them.
 
-A pass's memory is bounded by what was noted, P bytes of outputs of products and norms (or E of elementwise
-operations, where those are more), S bytes of attention's scores, W of the largest product of two weights (DoRA's):
+A pass's memory is bounded by what was noted: P bytes of outputs of products and norms (or of elementwise operations, if
+those are more), S bytes of attention's scores, and W bytes of the largest product of two weights (as DoRA has):
 
-    forward       P + S + 2 W       each output at most once at the same time
-    backward      2 P + 3 S + 4 W   each output and its cotangent; of scores, what softmax makes of them too
-    whole graph   1.5 (P + S)       what autodiff keeps of the forward pass, when nothing is recomputed
+    forward       P + S + 2 W       each output exists once at most
+    backward      2 P + 3 S + 4 W   each output and its cotangent; what softmax makes of scores too
+    whole graph   1.5 (P + S)       what autodiff keeps of the forward pass when nothing is recomputed
 
-each with the adapters' gradients. `benchmarks/LOG.md` has the ratios to what architectures really take.
+The adapters' gradients come on top. `benchmarks/LOG.md` has the ratios to what architectures really take.
 """
 
+import functools
 import math
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,10 +33,10 @@ from .job import Chunking, Job, KeepableOutput, LayerCost, Visit
 from .machine import LARGE_MATRIX
 
 FEED_FORWARD = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe")  # mlx-lm's names for them within a block
-# of a compiled function in one call of a block: then it is the step of a recurrence over tokens, all of whose states
-# autodiff keeps
+# A compiled function that one call of a block calls more often is the step of a recurrence over tokens. Autodiff keeps
+# all of its states.
 CALLS_OF_A_RECURRENCE = 16
-TEACHER_NBYTES = 8  # of an entry of a teacher's: an id and a log-probability
+TEACHER_NBYTES = 8  # a teacher's entry: an id and a log-probability
 
 
 # --- What a block's call does -----------------------------------------------------------------------
@@ -42,15 +44,17 @@ TEACHER_NBYTES = 8  # of an entry of a teacher's: an id and a log-probability
 
 @dataclass
 class Noted:
-    """What was called, within feed-forward layers (`mlp`) and outside of them.
+    """What was noted of calls within a block's feed-forward layers, or of the others.
 
     Attributes:
-        tokens: of the micro-batch, in all its rows.
-        outputs: bytes that products and norms return; elementwise: the same of additions and multiplications.
+        tokens: number of tokens of the micro-batch, in all its rows.
+        outputs, elementwise: bytes that products and norms return, and that additions and multiplications return.
         scores: bytes of attention's scores.
-        of_weights: of the largest product of two weights.
-        widths: of the last axis of what elementwise operations return.
-        flops: of products with weights, whose gradient is asked for on one side; pair_flops: of others.
+        of_weights: bytes of the largest product of two weights.
+        flops: floating point operations of products with weights, which need a gradient on one side only.
+        pair_flops: floating point operations of other products.
+        widths: sizes of the last axis of what elementwise operations return.
+        compiled: compiled function -> bytes of each of its calls.
     """
 
     tokens: int
@@ -61,17 +65,17 @@ class Noted:
     flops: int = 0
     pair_flops: int = 0
     widths: set[int] = field(default_factory=set)
-    compiled: dict[int, list[int]] = field(default_factory=dict, repr=False)  # function -> bytes of each of its calls
+    compiled: dict[int, list[int]] = field(default_factory=dict, repr=False)
 
     def product(self, out: mx.array, x: mx.array, weight: mx.array, *_, **__) -> None:
-        if not self._is_of_tokens(x):  # of an adapter's two matrices
+        if not self._has_tokens(x):  # the product of an adapter's two matrices
             self.of_weights = max(self.of_weights, out.nbytes)
             return
         self.outputs += out.nbytes
         flops = 2 * out.size * x.shape[-1]
         if weight.ndim > 3 and weight.shape[:-2] == x.shape[:-2]:
             self.pair_flops += flops
-            if out.shape[-1] > x.shape[-1]:  # of tokens with tokens
+            if out.shape[-1] > x.shape[-1]:  # tokens times tokens
                 self.scores += out.nbytes
         else:
             self.flops += flops
@@ -86,33 +90,30 @@ class Noted:
         self.outputs += out.nbytes
 
     def add(self, out: mx.array, *_, **__) -> None:
-        if isinstance(out, mx.array) and self._is_of_tokens(out):
+        if isinstance(out, mx.array) and self._has_tokens(out):
             self.elementwise += out.nbytes
             self.widths |= {*out.shape[-1:]}
 
-    def compiled_call(self, function: Callable, arrays: Sequence[Any]) -> None:
+    def compiled_call(self, out: Any, *args, function: Callable, **_) -> None:
+        arrays = [*args, *(out if isinstance(out, (tuple, list)) else [out])]
         self.compiled.setdefault(id(function), []).append(sum(a.nbytes for a in arrays if isinstance(a, mx.array)))
 
     @property
     def live(self) -> int:
-        """P above: bytes of outputs that may be there at once."""
+        """P of this file's first lines: bytes of outputs that may exist at once."""
         states = sum(sum(calls) for calls in self.compiled.values() if len(calls) > CALLS_OF_A_RECURRENCE)
-        return max(self.outputs, self.elementwise + 2 * states)  # what each state decays to comes besides
+        return max(self.outputs, self.elementwise + 2 * states)  # each state, and what it decays to
 
-    def _is_of_tokens(self, array: mx.array) -> bool:
-        """Tokens have rows and positions, or are all in one axis; adapters and weights are matrices."""
+    def _has_tokens(self, array: mx.array) -> bool:
+        """Whether an axis is for tokens: they have rows and positions, or one axis for all. Weights are matrices."""
         return array.ndim > 2 or array.shape[:1] == (self.tokens,)
-
-
-def _addmm(noted: Noted, out: mx.array, _, x: mx.array, weight: mx.array, *rest, **options) -> None:
-    noted.product(out, x, weight)
 
 
 # (owner, name of the function, what to note of it)
 NOTED = (
-    *((mx.array, name, Noted.product) for name in ("__matmul__",)),
+    (mx.array, "__matmul__", Noted.product),
     *((mx, name, Noted.product) for name in ("matmul", "quantized_matmul", "gather_mm", "gather_qmm")),
-    (mx, "addmm", _addmm),
+    (mx, "addmm", lambda noted, out, _, x, weight, *rest, **options: noted.product(out, x, weight)),
     (mx.fast, "scaled_dot_product_attention", Noted.attention),
     *((mx.fast, name, Noted.norm) for name in ("rms_norm", "layer_norm")),
     *((mx, name, Noted.norm) for name in ("conv1d", "conv_general", "einsum")),
@@ -124,7 +125,7 @@ NOTED = (
 def noting(block: nn.Module, tokens: int) -> Iterator[tuple[Noted, Noted]]:
     """While this is entered, calls are noted: (those within the block's feed-forward layers, the others)."""
     mlp, others = Noted(tokens), Noted(tokens)
-    into = [others]
+    into = [others]  # the last one is noted into
 
     def replaced(original: Callable, note: Callable) -> Callable:
         def call(*args, **kwargs):
@@ -144,39 +145,26 @@ def noting(block: nn.Module, tokens: int) -> Iterator[tuple[Noted, Noted]]:
 
         return call
 
-    def compiled(function: Callable) -> Callable:
-        def call(*args, **kwargs):
-            out = function(*args, **kwargs)
-            outs = out if isinstance(out, (tuple, list)) else [out]
-            into[-1].compiled_call(function, [*args, *outs])
-            return out
-
-        return call
-
     originals = [(owner, name, getattr(owner, name)) for owner, name, _ in NOTED]
-    compiled_ones = list(_compiled_functions(block))
+    stand_ins = [replaced(original, note) for (*_, original), (*_, note) in zip(originals, NOTED)]
+    originals += (functions := list(_compiled_functions(block)))
+    stand_ins += [replaced(f, functools.partial(Noted.compiled_call, function=f)) for *_, f in functions]
     layers = {name: layer for name, layer in block.items() if name in FEED_FORWARD and isinstance(layer, nn.Module)}
     try:
-        for (owner, name, original), (_, _, note) in zip(originals, NOTED):
-            setattr(owner, name, replaced(original, note))
-        for module, name, function in compiled_ones:
-            setattr(module, name, compiled(function))
+        for (owner, name, _), stand_in in zip(originals, stand_ins):
+            setattr(owner, name, stand_in)
         for name, layer in layers.items():
             dict.__setitem__(block, name, in_mlp(layer))
         yield mlp, others
     finally:
         for name, layer in layers.items():
             dict.__setitem__(block, name, layer)
-        for module, name, function in compiled_ones:
-            setattr(module, name, function)
-        for owner, name, original in originals:
+        for owner, name, original in reversed(originals):
             setattr(owner, name, original)
 
 
 def _compiled_functions(block: nn.Module) -> Iterator[tuple[Any, str, Callable]]:
     """(module, name, function) of compiled functions in the Python modules that the block's classes come from."""
-    import sys
-
     names = {cls.__module__ for module in block.modules() for cls in type(module).__mro__}
     for name in {*names, "mlx_lm.models.gated_delta"}:
         module = sys.modules.get(name)
@@ -193,8 +181,8 @@ class Shapes:
     """Makes jobs of steps on one opened model.
 
     Args:
-        engine: an `Engine`; of it the model, where it is cut, and how calls of layers are intercepted are used.
-        training: False for forward passes: nothing comes back, and no graph is kept.
+        engine: an `Engine`, for its model, where that is cut, and how calls of layers are intercepted.
+        training: False for forward passes alone: there is no backward pass, and no graph is kept.
     """
 
     def __init__(self, engine: Any, training: bool = True):
@@ -208,11 +196,11 @@ class Shapes:
     def job(
         self, rows: int, tokens: int, micro_batches: int, chunking: Chunking, optimizer_copies: int, top_k: int = 0
     ) -> Job:
-        """A step over `micro_batches` of `[rows, tokens]` under `chunking`.
+        """The job of a step over `micro_batches` of `[rows, tokens]` under `chunking`.
 
         Args:
             optimizer_copies: how many times the trainable parameters the optimizer keeps.
-            top_k: of each target, so many of a teacher's log-probabilities are there, and the loss is taken of them.
+            top_k: how many of a teacher's log-probabilities the loss takes for each target; 0 without a teacher.
         """
         cut = self._cut
         if chunking.rows is not None:
@@ -221,67 +209,58 @@ class Shapes:
         probe = Probe(0.25)
         with self._engine.running_part(probe), noting(nn.Module(), rows * tokens) as (_, noted):
             logits = self._model(mx.zeros((rows, tokens), mx.int32))
-        lowest = next((i for i, index in enumerate(cut.order) if self._trained[index]), len(cut.order))
-        visits, seen, side, hidden = [], {}, {}, None
-        for position, index in enumerate(cut.order):
-            unit, arguments = cut.blocks[index], probe.calls[position]
-            kind = self._engine.kind_of(unit)
-            comes_back, of_input = (position >= first or self._trains_outside for first in (lowest, lowest + 1))
-            key = kind, arguments.signature(), comes_back, of_input
-            if key not in seen:
-                seen[key] = self._look(unit, arguments, chunking, rows * tokens, comes_back, of_input)
-                if not self._training:  # a block after the other: of all together, no more than of the largest
-                    seen[key][0]["graph_nbytes"] = seen[key][0]["forward_nbytes"] // len(cut.order) + 1
-            work, outputs, layers = seen[key]
-            visits.append(
-                Visit(
-                    index,
-                    kind,
-                    unit.nbytes,
-                    unit.compute_nbytes,
-                    all(param.source.is_copied for param in unit.params),
-                    _quantizing_saves_nbytes(unit),
-                    sum(owner[k].nbytes for _, owner, k in self._trained[index]),
-                    comes_back,
-                    **work,
-                    outputs=outputs,
-                    layers=layers,
-                )
-            )
-            hidden, *others = arguments.arrays
-            side |= {id(array): array.nbytes for array in others}
-        trainable = 0
-        if self._training:
-            trainable = sum(array.nbytes for _, array in tree_flatten(self._model.trainable_parameters()))
+        side = {id(array): array.nbytes for call in probe.calls for array in call.arrays[1:]}
+        parameters = tree_flatten(self._model.trainable_parameters()) if self._training else []
+        trainable = sum(array.nbytes for _, array in parameters)
+        row_nbytes = sum(unit.params[0].source.extents[0].row_nbytes for unit in cut.outside[Use.ROWS])
         head_values = sum(unit.module["weight"].shape[0] * _width(unit.module) for unit in cut.head)
         return Job(
             chunking=chunking,
             micro_batches=micro_batches,
             rows=rows,
             tokens=tokens,
-            visits=tuple(visits),
-            hidden_nbytes=hidden.nbytes,
+            visits=self._visits(probe.calls, chunking, rows * tokens),
+            hidden_nbytes=probe.calls[-1].arrays[0].nbytes,
             side_nbytes=sum(side.values()) + rows * tokens * (TEACHER_NBYTES * top_k + 5 if top_k else 0),
             vocab_size=logits.shape[-1],
-            # logits, what cross-entropy makes of them, their cotangent; and a soft cap or scale; with a teacher also
-            # those of all other tokens, what their sum makes of them, and its cotangent
+            # logits, what cross-entropy makes of them, and their cotangent; also a soft cap or scale; with a teacher
+            # also the logits of all other tokens, what their sum makes of them, and its cotangent
             logits_arrays=(4 if logits.shape[-1] in noted.widths else 3) + (3 if top_k else 0),
             head_flops=(4 if self._training else 2) * rows * tokens * head_values,
             head_stored_nbytes=sum(unit.nbytes for unit in cut.head),
             head_compute_nbytes=sum(unit.compute_nbytes for unit in cut.head),
             head_in_chunks=self._engine.head_may_be_cut,
-            rows_nbytes=sum(
-                rows * tokens * unit.params[0].source.extents[0].row_nbytes for unit in cut.outside[Use.ROWS]
-            ),
+            rows_nbytes=rows * tokens * row_nbytes,
             trainable_nbytes=trainable,
             optimizer_nbytes=optimizer_copies * trainable,
             is_chain=cut.is_chain,
         )
 
+    def _visits(self, calls: Sequence[Arguments], chunking: Chunking, tokens: int) -> tuple[Visit, ...]:
+        """The visits to blocks that these calls are."""
+        cut = self._cut
+        lowest = next((i for i, index in enumerate(cut.order) if self._trained[index]), len(cut.order))
+        visits, seen = [], {}
+        for position, (index, arguments) in enumerate(zip(cut.order, calls)):
+            unit = cut.blocks[index]
+            kind = self._engine.kind_of(unit)
+            comes_back = position >= lowest or self._trains_outside
+            of_input = position > lowest or self._trains_outside
+            key = kind, arguments.signature(), comes_back, of_input
+            if key not in seen:
+                seen[key] = self._look(unit, arguments, chunking, tokens, comes_back, of_input)
+                if not self._training:  # blocks run one after the other: all together make no more than the largest
+                    seen[key]["graph_nbytes"] = seen[key]["forward_nbytes"] // len(cut.order) + 1
+            is_copied, saved = all(param.source.is_copied for param in unit.params), _quantizing_saves_nbytes(unit)
+            weights = unit.nbytes, unit.compute_nbytes, is_copied, saved
+            adapters_nbytes = sum(owner[k].nbytes for _, owner, k in self._trained[index])
+            visits.append(Visit(index, kind, *weights, adapters_nbytes, comes_back, **seen[key]))
+        return tuple(visits)
+
     def _look(
         self, unit: Unit, arguments: Arguments, chunking: Chunking, tokens: int, comes_back: bool, of_input: bool
-    ):
-        """(flops and bytes of its passes, what can be kept, its layers of experts) of one visit to a block."""
+    ) -> dict[str, Any]:
+        """What a visit to a block computes, as arguments of `Visit`."""
         inputs = [placeholder(array.shape, array.dtype) for array in arguments.arrays]
         kept = self._engine.kept
         kept.watch(unit.module)
@@ -301,29 +280,21 @@ class Shapes:
                 for name, arrays in shapes.items()
                 if name in needed
             )
-        layers = tuple(
-            LayerCost(
-                layer.name,
-                layer.nbytes,
-                layer.compute_nbytes,
-                layer.n,
-                calls[layer].n_routed / tokens,
-                calls[layer].input_nbytes,
-                calls[layer].output_nbytes,
-            )
-            for layer in self._engine.layers.of(unit)
-            if layer in calls
-        )
-        return work, outputs, layers
+        layers = []
+        for layer in self._engine.layers.of(unit):
+            if (call := calls.get(layer)) is not None:
+                of_call = call.n_routed / tokens, call.input_nbytes, call.output_nbytes
+                layers.append(LayerCost(layer.name, layer.nbytes, layer.compute_nbytes, layer.n, *of_call))
+        return work | {"outputs": outputs, "layers": tuple(layers)}
 
     def _needed(self, unit: Unit, arguments: Arguments, of_input: bool, inputs, returned, shapes: dict) -> set[str]:
-        """The layers whose outputs the backward pass needs. Of the others it needs only weights, so MLX skips them.
+        """The layers whose outputs the backward pass needs. It needs only the weights of others, so MLX skips them.
 
-        Each output is stood in for by an array of the same shape. After the gradients' graph is built, an array that
-        it needs is still held by it.
+        Arrays of the same shape stand in for the outputs. Those that the graph of the gradients needs still exist after
+        it is built.
 
         Args:
-            of_input: whether the gradient of the block's input is asked for.
+            of_input: whether the gradient of the block's input is needed.
         """
         entries = unit.trainable()
         arrays, adapter = list(inputs), [owner[key] for _, owner, key in entries]
@@ -347,12 +318,12 @@ class Shapes:
             for (_, owner, key), value in zip(entries, adapter):
                 owner[key] = value
         arrays.clear()
-        held = {name for name, arrays in references.items() if any(array() is not None for array in arrays)}
-        del gradients
-        return held
+        needed = {name for name, arrays in references.items() if any(array() is not None for array in arrays)}
+        del gradients  # not before: they hold the graph
+        return needed
 
     def _flops(self, unit: Unit, name: str, outputs: Sequence[tuple]) -> int:
-        """Of a layer's calls that return arrays of these shapes: by its matrix, and by the adapter's second one."""
+        """Operations of a layer's calls with these outputs: by its matrix, and by the adapter's second matrix."""
         modules = dict(unit.module.named_modules())
         layer = modules[name]
         inner = modules.get(f"{name}.linear", layer)
@@ -363,13 +334,13 @@ class Shapes:
 
 
 def largest_matrix(cut: CutModel) -> tuple[int, int]:
-    """(rows, columns) of the largest matrix in a block; an expert's is one."""
+    """(rows, columns) of the largest matrix in a block. An expert's matrix counts as one."""
     layers = [m for unit in cut.blocks for m in unit.module.modules() if "weight" in m and m["weight"].ndim >= 2]
     return max(((layer["weight"].shape[-2], _width(layer)) for layer in layers), key=math.prod, default=LARGE_MATRIX)
 
 
 def _width(layer: nn.Module) -> int:
-    """Of what a layer multiplies."""
+    """Size of the last axis of what a layer multiplies."""
     weight = layer["weight"]
     return weight.shape[-1] * 32 // layer.bits if weight.dtype == mx.uint32 else weight.shape[-1]
 
@@ -377,12 +348,12 @@ def _width(layer: nn.Module) -> int:
 def _passes(mlp: Noted, others: Noted, chunking: Chunking, arguments: Arguments, hidden_nbytes: int, unit: Unit):
     """Flops, and upper bounds of bytes, of one micro-batch's passes through a block."""
     tokens = arguments.arrays[0].shape[1] if arguments.arrays[0].ndim == 3 else 1
-    of_mlp = min(1.0, (chunking.mlp_tokens or tokens) / tokens)
-    of_queries = min(1.0, (chunking.attention_queries or tokens) / tokens)
-    live = others.live + of_mlp * mlp.live
-    if of_mlp < 1:  # the chunks' outputs, and their cotangents
+    mlp_share = min(1.0, (chunking.mlp_tokens or tokens) / tokens)
+    queries_share = min(1.0, (chunking.attention_queries or tokens) / tokens)
+    live = others.live + mlp_share * mlp.live
+    if mlp_share < 1:  # the chunks' outputs, and their cotangents
         live += 2 * hidden_nbytes
-    scores = of_queries * others.scores + mlp.scores
+    scores = queries_share * others.scores + mlp.scores
     of_weights = max(mlp.of_weights, others.of_weights)
     gradients = sum(owner[key].nbytes for owner, key in unit.adapter())
     flops, pair_flops = mlp.flops + others.flops, mlp.pair_flops + others.pair_flops
@@ -397,7 +368,7 @@ def _passes(mlp: Noted, others: Noted, chunking: Chunking, arguments: Arguments,
 
 
 def signature(unit: Unit) -> str:
-    """Equal for blocks that compute the same: kinds, shapes, dtypes and plain settings of their modules."""
+    """A text that is equal for blocks that compute the same: kinds, shapes, dtypes and plain settings of modules."""
     arrays = tuple((p.name.removeprefix(unit.name), p.source.shape, p.source.result_dtype) for p in unit.params)
     adapters = tuple((key, owner[key].shape, owner[key].dtype) for owner, key in unit.adapter())
     settings = [
@@ -409,14 +380,14 @@ def signature(unit: Unit) -> str:
 
 
 def _setting(name: str, value: Any) -> Any:
-    """Of a block's number, only whether it is the first counts: mlx-lm's blocks ask for no more."""
+    """The value if it is plain. Of a block's number only "not the first" counts: mlx-lm's blocks ask for no more."""
     if name == "layer_idx" and isinstance(value, int):
         return value > 0
     return value if isinstance(value, (int, float, str)) else None
 
 
 def _quantizing_saves_nbytes(unit: Unit) -> int:
-    """Bytes on disk that `slowft prepare --quantize` saves of a block: 4 bits a value, 32 for each group of 64."""
+    """Bytes on disk that `slowft prepare --quantize` saves in a block: 4 bits a value, and 32 for each 64 values."""
     sources = [p.source for p in unit.params if p.key == "weight" and hasattr(p.owner, "to_quantized")]
     plain = [s for s in sources if isinstance(s, Plain) and s.result_dtype in FLOATS and s.shape[-1] % 64 == 0]
     return sum(s.extent.nbytes - math.prod(s.shape) * 9 // 16 for s in plain)

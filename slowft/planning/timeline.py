@@ -1,7 +1,7 @@
-"""When blocks are read while others compute: what is read again in every step, and how long a step takes.
+"""When blocks are read while others compute: what every step reads again, and how long a step takes.
 
-Comes in: the order in which a step visits blocks, their sizes, seconds of computing, the drive's rate. Goes out:
-`Read`s and seconds. Follows the rules of `storage.cache.BlockCache`. Only calculates.
+Takes the order in which a step visits blocks, their sizes, seconds of computing, and the drive's rate. Gives `Read`s
+and seconds of a round, which is one of many equal steps. Only calculates, by the rules of `weights.cache.BlockCache`.
 """
 
 import functools
@@ -11,16 +11,16 @@ from dataclasses import dataclass
 
 from ..weights.evictions import evictions
 
-ROUNDS = 3  # gone through: what is told of the last has settled
+ROUNDS = 3  # rounds are gone through, and the last is reported: by then each round is like the one before
 
 
 @dataclass(frozen=True)
 class Read:
-    """A read for the visit number `visit` of a round, of `nbytes` bytes.
+    """A read of `nbytes` bytes for the visit number `visit` of a round.
 
     Attributes:
-        after: the visit whose item makes room for it, which is done with its buffer then; below 0 in the round before.
-        at_once: there is room for it as soon as that visit begins.
+        after: the visit that makes room for it when it is done with its buffer; below 0 in the round before.
+        at_once: whether there is room as soon as that visit begins.
     """
 
     visit: int
@@ -31,12 +31,12 @@ class Read:
 
 @dataclass(frozen=True)
 class Work:
-    """What is done at a visit, but for reading its item.
+    """What a visit does besides reading its item.
 
     Attributes:
-        freed_s: seconds of computing until its item's buffer may take another; seconds: until it is done.
-        read_nbytes, written_nbytes: that go from and to the drive meanwhile.
-        inline_rate: of the drive's rate, what is read with nothing computed beside; None: it is read beside.
+        freed_s, seconds: seconds of computing until the item's buffer may take another item, and in all.
+        read_nbytes, written_nbytes: bytes that go from and to the drive besides.
+        inline_rate: the share of the drive's rate that these get while nothing is computed; None if something is.
     """
 
     freed_s: float
@@ -47,76 +47,74 @@ class Work:
 
 
 def reads_of(
-    order: Sequence[int | None],
-    sizes: Sequence[int],
-    held: Sequence[int],
-    capacities: Sequence[int],
-    slots: int,
+    order: Sequence[int | None], sizes: Sequence[int], footprints: Sequence[int], capacities: Sequence[int], slots: int
 ) -> tuple[Read, ...]:
-    """Reads of one round of a visit order that is gone through for ever, with the best evictions (Belady's).
+    """Reads of one round, if rounds follow each other for ever and evictions are the best there are (Belady's).
 
     Args:
-        order: of items; None for a visit that needs none.
-        sizes: of each item, in bytes; held: what it takes of the capacity.
-        capacities: at each visit.
+        order: the item of each visit; None for a visit that needs no item.
+        sizes: bytes of each item.
+        footprints: what each item takes of the capacity.
+        capacities: the capacity at each visit.
         slots: 2 if an item is in use until the next one is there, 1 if it makes room at once.
     """
-    if sum(held[item] for item in {*order} - {None}) <= min(capacities):
+    if sum(footprints[item] for item in {*order} - {None}) <= min(capacities):
         return ()
-    return _reads_of(tuple(order), tuple(sizes), tuple(held), tuple(capacities), slots)
+    return _reads_of(tuple(order), tuple(sizes), tuple(footprints), tuple(capacities), slots)
 
 
 @functools.lru_cache(4096)
-def _reads_of(order, sizes, held, capacities, slots) -> tuple[Read, ...]:
+def _reads_of(order, sizes, footprints, capacities, slots) -> tuple[Read, ...]:
     n = len(order)
     visits, capacities = order * (ROUNDS + 1), capacities * (ROUNDS + 1)
-    found = evictions(visits, held, capacities, slots)
+    best = evictions(visits, footprints, capacities, slots)
 
-    # what has to be in memory at each visit, and from when its item is done with
-    least, rest, used = [], [], 0
+    # what has to be in memory during each visit, and after it is done with its item
+    during, after, used = [], [], 0
     for at, item in enumerate(visits):
-        used += held[item] if found.missing[at] else 0
-        least.append(used)
-        used -= held[item] if item is not None and not found.stays[at] else 0
-        rest.append(used)
-    reads, settled = [], (ROUNDS - 1) * n
+        used += footprints[item] if best.missing[at] else 0
+        during.append(used)
+        used -= footprints[item] if item is not None and not best.stays[at] else 0
+        after.append(used)
+    reads, last_round = [], (ROUNDS - 1) * n
     for at, item in enumerate(visits[: ROUNDS * n]):
-        if found.missing[at]:
-            after, at_once = _read_early(at, held[item], least, rest, capacities, slots)
-            if at >= settled:
-                reads.append(Read(at - settled, sizes[item], max(after - settled, -n), at_once))
+        if best.missing[at]:
+            begin, at_once = _read_early(at, footprints[item], during, after, capacities, slots)
+            if at >= last_round:
+                reads.append(Read(at - last_round, sizes[item], max(begin - last_round, -n), at_once))
     return tuple(reads)
 
 
 def _read_early(
-    at: int, held: int, least: list[int], rest: list[int], capacities: Sequence[int], slots: int
+    at: int, footprint: int, during: list[int], after: list[int], capacities: Sequence[int], slots: int
 ) -> tuple[int, bool]:
-    """The visit from which on there is room for the missing item of visit `at`, and whether as soon as that begins.
+    """(the first visit since which there is room for the missing item of visit `at`, whether as soon as it begins).
 
-    Adds the item to what is in memory between.
+    The item is added to what is in memory between the two visits.
     """
     for early in reversed(range(at)):
-        if rest[early] + held > capacities[early]:
+        if after[early] + footprint > capacities[early]:
             return early + 1, True
-        rest[early] += held
+        after[early] += footprint
         # (a block that does not stay gives its place up once the capacity is less)
         capacity = capacities[early] if slots > 1 else max(capacities[max(early - 1, 0) : early + 1])
-        if least[early] + held > capacity:
+        if during[early] + footprint > capacity:
             return early, False
-        least[early] += held
+        during[early] += footprint
     return 0, False
 
 
 def step_seconds(
     reads: Sequence[Read], works: Sequence[Work], read_bytes_per_s: float, write_bytes_per_s: float
 ) -> float:
-    """Seconds of one round: each read starts as soon as the one before is done and there is room for it."""
-    n, now, drive, begin = len(works), 0.0, 0.0, 0.0  # drive: when it has done what it was asked to
-    room = {(visit, at_once): 0.0 for visit in range(-n, 0) for at_once in (False, True)}  # -> when it is there
+    """Seconds of one round. Each read starts as soon as the one before is done and there is room for it."""
+    n, now, begin = len(works), 0.0, 0.0
+    drive = 0.0  # when the drive has done what it was asked to
+    room = {(visit, at_once): 0.0 for visit in range(-n, 0) for at_once in (False, True)}  # -> when there is room
     for _ in range(ROUNDS):
         begin, waiting, done = now, deque(reads), {}
         for visit, work in enumerate(works):
-            # what could start by now has; what this visit needs holds it up
+            # Reads that could start by now have started. The visit waits for the reads that it needs.
             while waiting:
                 read = waiting[0]
                 start = max(drive, room.get((read.after, read.at_once), now))
