@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ..planning.measure import BACKWARD, FORWARD, GRAPH, HEAD, kept_of
+from ..planning.measure import BACKWARD, FORWARD, GRAPH, HEAD
 from ..planning.schedule import Schedule
 from ..weights.residency import Residency
 from .chain import Chain, Entry, Kept
@@ -99,7 +99,7 @@ class _TrainingStep:
 
     def forward(self, position: int, batch: Passenger) -> None:
         key, is_trained = (batch.index, position), position >= self._lowest
-        keep = kept_of(self.schedule, position) if is_trained else ()
+        keep = self.schedule.kept_at(position) if is_trained else ()
         output, kept = self.chain.forward(position, batch, self.hidden.get(key), True, keep)
         self.weights.hand_over(output, kept.outputs)
         if kept.outputs:
