@@ -160,7 +160,7 @@ def test_slow_blas_fails_and_names_the_package(monkeypatch):
 
 def test_old_and_missing_packages_fail(monkeypatch):
     versions = {"mlx": "0.20.0", "mlx-lm": None}
-    monkeypatch.setattr(doctor, "_version", lambda package: versions.get(package, "99.0"))
+    monkeypatch.setattr(doctor, "_version", lambda package: versions.get(package, "9999.0"))
     check = doctor._versions("versions")
     assert check.verdict == "failed"
     assert check.result.startswith("mlx 0.20.0 is too old, mlx-lm is missing (slowft ")
