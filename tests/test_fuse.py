@@ -191,7 +191,7 @@ def test_killed_it_is_gone_on_with_to_the_same_bytes_and_inputs_are_untouched(tu
 
 
 def test_a_full_disk_is_seen_first(tuned, tmp_path, monkeypatch):
-    monkeypatch.setattr(preparing, "_free_nbytes", lambda directory: 100_000)
+    monkeypatch.setattr(preparing, "free_nbytes", lambda directory: 100_000)
     with pytest.raises(SlowftError, match=r"needs \d+ MB, and its disk has 0 MB free"):
         slowft.fuse(*tuned, tmp_path / "fused")
     assert not (tmp_path / "fused").exists()

@@ -484,7 +484,7 @@ def test_a_directory_that_is_somebody_elses_is_refused_and_untouched(small, tmp_
 
 
 def test_too_little_room_is_told_first_with_both_numbers(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(preparing, "_free_nbytes", lambda directory: 1_000_000)
+    monkeypatch.setattr(preparing, "free_nbytes", lambda directory: 1_000_000)
     with pytest.raises(SlowftError, match=r"needs [2-9] MB, and its disk has 1 MB free"):
         slowft.prepare(small, tmp_path / "p")
     assert not (tmp_path / "p").exists()
@@ -503,7 +503,7 @@ def tiny_disk(tmp_path):
 
 
 def test_a_disk_that_fills_midway_keeps_what_is_finished(small, tmp_path, tiny_disk, monkeypatch):
-    monkeypatch.setattr(preparing, "_free_nbytes", lambda directory: 1 << 40)  # somebody else fills it meanwhile
+    monkeypatch.setattr(preparing, "free_nbytes", lambda directory: 1 << 40)  # somebody else fills it meanwhile
     with pytest.raises(SlowftError, match=r"No space left.* [1-9] of 10 files are done: make room"):
         slowft.prepare(small, tiny_disk / "p")
     assert not list((tiny_disk / "p").glob("*.partial"))

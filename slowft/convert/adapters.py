@@ -7,7 +7,6 @@ layer, in float64, so that the memory is a layer's factors, whatever the model.
 
 import json
 import math
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from ..models.loading import resolve
 from ..models.peft import EMBEDDING, rank_of, to_peft, with_rank
 from ..sizes import parse_nbytes
 from ..weights.tensorfile import Tensor, TensorFile, cannot_write, write_file
+from ..weights.transfers import free_nbytes
 
 PENDING_NBYTES = 8 << 20  # of a file, given to the writer and not yet written
 FLOOR_NBYTES = 48 << 20  # besides arrays, and what the process holds at the start
@@ -452,8 +452,7 @@ def _write(output: Path, file_name: str, shapes, arrays, texts: dict[str, dict],
     """A directory with one file of tensors, written one after the other, and small files, all in place at the end."""
     tensors = [Tensor(name, (dtypes or {}).get(name, "float32"), tuple(shape)) for name, shape in shapes.items()]
     needed = sum(t.nbytes for t in tensors)
-    existing = next(d for d in (output, *output.absolute().parents) if d.exists())
-    free = shutil.disk_usage(existing).free
+    free = free_nbytes(output)
     if free < needed:
         raise AdapterError(
             f"{output} needs {needed / 1e6:,.0f} MB, and its disk has {free / 1e6:,.0f} MB free. Make room first"

@@ -9,7 +9,6 @@ import fcntl
 import json
 import math
 import os
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from ..weights.buffers import read_buffer, shift
 from ..weights.extents import Extent
 from ..weights.reader import ByteRange, Reader
 from ..weights.tensorfile import ITEM_NBYTES, UNFINISHED, TensorFile, header, sync_directory, write_file
+from ..weights.transfers import free_nbytes
 from . import verify as manifest
 from .conversion import INDEX, Computed, Conversion, File, Job, Options, RowWise, versions
 from .scan import EXPONENTS
@@ -154,7 +154,7 @@ def prepare_gguf(file: str | Path, output: str | Path, *, progress: manifest.Pro
     if not file.is_file():
         raise ModelError(f"{file} does not exist. Give a .gguf file, a model directory or a hub id")
     refuse_unusable(output)
-    needed, free = file.stat().st_size, _free_nbytes(_existing(output))
+    needed, free = file.stat().st_size, free_nbytes(output)
     if free < needed:
         raise SlowftError(_no_room(output, needed, free))
     try:
@@ -439,7 +439,6 @@ class _Output:
         self._copied = conversion.copied()
 
     def __enter__(self) -> "_Output":
-        self._needs_room_at = _existing(self._directory)
         if not self._directory.exists():
             self.check_room()  # before anything is made
         try:
@@ -487,7 +486,7 @@ class _Output:
         """Raises SlowftError if the disk has too little room for what is not there yet."""
         needed = sum(f.nbytes + len(header(f.tensors)) for f in self._conversion.files if f.name not in self.done)
         needed += sum(file.stat().st_size for file in self._copied) + (1 << 20)
-        free = _free_nbytes(self._needs_room_at)
+        free = free_nbytes(self._directory)
         unfinished = [self._directory / (f.name + UNFINISHED) for f in self._conversion.files]
         free += sum(file.stat().st_size for file in unfinished if file.exists())
         if free < needed:
@@ -546,15 +545,6 @@ def _contents(file: Path) -> bytes:
         return file.read_bytes()
     except OSError as e:
         raise ModelError(f"{file} cannot be read: {reason_of(e)}") from None
-
-
-def _existing(directory: Path) -> Path:
-    """The directory, or the nearest above it that is there."""
-    return next(d for d in (directory, *directory.absolute().parents) if d.exists())
-
-
-def _free_nbytes(directory: Path) -> int:
-    return shutil.disk_usage(directory).free
 
 
 def _no_room(directory: Path, needed: int, free: int) -> str:
