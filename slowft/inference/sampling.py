@@ -187,7 +187,8 @@ class Chooser:
         total = mx.logsumexp(exact, axis=-1, keepdims=True)
         if self._told is not None:
             self._told(exact - total)
-        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        is_exact = logits.dtype == mx.float32
+        logprobs = logits - (total if is_exact else mx.logsumexp(logits, axis=-1, keepdims=True))
         if self._is_greedy:
             chosen = self._sampler(logprobs)
         else:
