@@ -93,21 +93,17 @@ def compute(names: Sequence[str], scratch: str) -> Iterator[Check]:
 def _device(name: str) -> Check:
     info = mx.device_info()
     device, working_set = str(info.get("device_name", "no name")), info.get("max_recommended_working_set_size")
-    figures = {"name": device, "is_cpu": _is_cpu(), "working_set_nbytes": working_set}
-    if _is_cpu():
+    figures = {"name": device, "is_cpu": not computes_on_gpu(), "working_set_nbytes": working_set}
+    if not computes_on_gpu():
         verdict, todo = ("ok", "") if not platform.MACOS else ("note", "use a Mac, or a virtual machine, with Metal")
         return Check(name, f"CPU, {device}", verdict, todo, figures)
     recommended = f", recommended working set {working_set / 1e9:.1f} GB" if working_set else ""
     return Check(name, f"GPU, {device}{recommended}", figures=figures)
 
 
-def _is_cpu() -> bool:
-    return not computes_on_gpu()
-
-
 def _matrix_products(name: str) -> Check:
     rates = {"float32": _flops_per_s(mx.float32)}
-    if not _is_cpu():
+    if computes_on_gpu():
         rates["bfloat16"] = _flops_per_s(mx.bfloat16)
     words = ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {dtype}" for dtype, rate in rates.items())
     return Check(name, words, figures={f"{dtype}_flops_per_s": rate for dtype, rate in rates.items()})
@@ -291,7 +287,7 @@ def _compared(name: str, figures: dict[str, Any]) -> Check:
     if difference <= 2 * own:
         words += f"; mlx-lm itself differs by {own:.1e} from one run to the next"
         return Check(name, words, "note", "nothing: results of this device vary", figures)
-    if not _is_cpu() and difference <= ROUNDING:
+    if computes_on_gpu() and difference <= ROUNDING:
         words += ", as rounding makes"
         return Check(name, words, "note", f"train, and {REPORT}: the bits should be the same", figures)
     return Check(name, words, "failed", f"do not train with these versions on this machine, and {REPORT}", figures)
@@ -304,7 +300,7 @@ def _of_mlx_lm(directory: Path, batch: mx.array, lengths: mx.array) -> list[tupl
     from mlx_lm.utils import dequantize_model, load_model
 
     model, _ = load_model(directory)
-    if _is_cpu():
+    if not computes_on_gpu():
         model.update(tree_map(_to_float32, model.parameters()))
         model = dequantize_model(model)
     model.freeze()

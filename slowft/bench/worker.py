@@ -125,8 +125,10 @@ def run_mlx_lm(job: Job, told: Told, grad_checkpoint: bool) -> dict[str, Any]:
     from mlx_lm.tuner.utils import linear_to_lora_layers
     from mlx_lm.utils import dequantize_model, load_model
 
+    from ..memory import computes_on_gpu
+
     model, _ = load_model(Path(job.model), lazy=True)
-    if mx.default_device() == mx.Device(mx.cpu):
+    if not computes_on_gpu():
         model = dequantize_model(model)
         model.update(tree_map(lambda a: a.astype(mx.float32), model.parameters()))
     model.freeze()

@@ -18,7 +18,7 @@ import mlx.core as mx
 
 from .. import platform
 from ..errors import ConfigError, ModelError, SlowftError, SlowftWarning, reason_of
-from ..memory import limits
+from ..memory import computes_on_gpu, limits
 from ..models.loading import resolve
 from ..sizes import parse_nbytes
 from ..weights.buffers import read_buffer, shift
@@ -211,7 +211,7 @@ class _Worker:
         self._reader = Reader(reads_in_flight=4)
         device = mx.default_device()
         # MLX's CPU backend quantizes on one core a stream: bfloat16 to affine 4 bits at 0.58 GB/s
-        n_more = min(platform.cores(), 16) - 1 if device == mx.Device(mx.cpu) else 0
+        n_more = min(platform.cores(), 16) - 1 if not computes_on_gpu() else 0
         self._streams = [mx.default_stream(device), *(mx.new_stream(device) for _ in range(n_more))]
 
     def close(self) -> None:
@@ -232,11 +232,7 @@ class _Worker:
 
     def _pieces(self, job: Job) -> Iterator[_Piece]:
         nbytes = self.piece_nbytes
-        if (
-            job.quantization is not None
-            and job.quantization[2] in SLOW_MODES
-            and mx.default_device() == mx.Device(mx.cpu)
-        ):
+        if job.quantization is not None and job.quantization[2] in SLOW_MODES and not computes_on_gpu():
             nbytes = min(nbytes, SLOW_PIECE_NBYTES * len(self._streams))
         step = max(nbytes // (job.n_columns * job.dtype.size), 1) * job.n_columns
         while job.parts:

@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .. import platform
+from ..memory import computes_on_gpu
 from . import quantized
 from .buffers import lies_as_in_file, read_buffer, shift
 from .extents import Extent
@@ -226,7 +227,7 @@ def build_all(sources: Sequence[Source], raw: Sequence[list[mx.array]], streams:
 def casting_streams() -> list[mx.Stream]:
     """Streams of the calling thread to cast and dequantize on. MLX uses one core per stream for such work on a CPU."""
     device = mx.default_device()
-    if device != mx.Device(mx.cpu):
+    if computes_on_gpu():
         return [mx.default_stream(device)]
     if not hasattr(_of_thread, "streams"):  # MLX keeps a thread for each stream until the process ends
         others = [mx.new_stream(device) for _ in range(min(platform.cores(), 4) - 1)]
