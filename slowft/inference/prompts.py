@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.files import SUFFIXES, Source
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, first_line
 from ..requests import pruning
 from .sampling import Sampling
 
@@ -92,8 +92,7 @@ class Template(TemplateOptions):
                 **self.chat_template_config,
             )
         except Exception as e:
-            reason = next(iter(str(e).splitlines()), type(e).__name__)
-            raise DataError(f"the model's chat template does not take these messages: {reason}") from None
+            raise DataError(f"the model's chat template does not take these messages: {first_line(e)}") from None
         return tokenizer.encode(text, add_special_tokens=False)
 
 

@@ -10,7 +10,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError
+from ..errors import DataError, first_line
 from ..inference.prompts import Asked, Prompt
 from ..inference.results import SAME
 from ..inference.session import Session, Settings
@@ -74,8 +74,7 @@ def user_opening(tokenizer: Any, system: str = "") -> tuple[str, str]:
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
     except Exception as e:
-        reason = next(iter(str(e).splitlines()), type(e).__name__)
-        raise DataError(f"the model's chat template does not take these messages: {reason}") from None
+        raise DataError(f"the model's chat template does not take these messages: {first_line(e)}") from None
     before, mark, after = text.rpartition(MARK)
     if not mark:
         raise DataError("the model's chat template does not write a user's words as they are: it has no opening")
