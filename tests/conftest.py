@@ -38,9 +38,9 @@ def must_run(reason: str) -> None:
     pytest.skip(reason)
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def users_cache(tmp_path_factory):
-    """Nothing that tests store goes into the user's own cache."""
+    """Nothing that tests store goes into the user's own cache, and no file's rates choose another file's plans."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield

@@ -69,7 +69,9 @@ if job.get("spilled"):
     model.engine.follow(Schedule(slots=1, spilled=job["spilled"]), Path(job["spill_dir"]))
 if job.get("planned"):
     from dataclasses import replace
-    planner = model.planner(*job["shape"])
+    from slowft.planning.measure import Rates
+    # rates that an earlier run has remembered would choose another plan
+    planner = model.budget.planner(*job["shape"], machine=replace(model.budget.machine, rates=Rates()))
     plan = planner.choose(job["planned"])
     temporary = planner.temporary_room(plan.job, plan.schedule, job["planned"]) if job["lends"] else ()
     model.engine.follow(replace(plan.schedule, temporary_nbytes=temporary))
