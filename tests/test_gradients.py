@@ -21,6 +21,7 @@ from conftest import (
     reference,
     save_random,
 )
+from slowft.planning.plan import LOGITS_NBYTES, enough
 
 LORA = {"num_layers": -1, "rank": 4, "scale": 2.0}
 
@@ -84,6 +85,31 @@ def test_chunked_head_agrees(name, tmp_path):
     assert streamed_loss.item() == pytest.approx(loss.item(), rel=1e-5)
     assert largest_difference(gradients, streamed_gradients) <= 1e-5 * largest(gradients)
     assert streamed.loss(batch, lengths)[0].item() == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_large_logits_exist_whole_where_memory_allows(tmp_path):
+    """Then gradients are those of training in memory to the last bit; in chunks up to rounding."""
+    config = LLAMA | {"vocab_size": 30_000, "num_hidden_layers": 2}
+    directory = save_random(tmp_path / "m", config)
+    batch, lengths = random_batch(config["vocab_size"], rows=2, tokens=300)
+    assert 4 * 2 * 300 * config["vocab_size"] > LOGITS_NBYTES
+    whole = in_memory(directory, **LORA)
+    models = [slowft.open_model(directory, compute_dtype="float32", memory=memory) for memory in (None, "3GB", "1GB")]
+    for streamed in models:
+        streamed.add_lora(**LORA)
+    randomise(whole, *models)
+    loss, gradients = reference(whole.train(), batch, lengths)
+    *_, scarce = models
+    scarce.plan(2, 300, memory=enough(scarce.planner(2, 300).least().peak_nbytes), follow=True)
+    for streamed in models:
+        (streamed_loss, _), streamed_gradients = streamed.train().loss_and_grads(batch, lengths)
+        difference = largest_difference(gradients, streamed_gradients)
+        if streamed is scarce:
+            assert streamed.followed_plan.schedule.head_tokens is not None
+            assert 0 < difference <= 1e-5 * largest(gradients)
+        else:
+            assert streamed_loss.item() == loss.item() and difference == 0
+        streamed.close()
 
 
 def test_weights_used_past_the_seam_are_kept_in_memory(tmp_path, monkeypatch):

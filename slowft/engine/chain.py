@@ -16,7 +16,7 @@ from ..models.adapters import AdapterSwitch
 from ..models.seams import FLOATS, CutModel, Unit, inner_call, trainable_entries
 from . import cores
 from .block import BlockFunction
-from .head import Blocks, HeadLoss, token_loss, treats_tokens_alike, usual_chunk
+from .head import Blocks, HeadLoss, token_loss, treats_tokens_alike
 from .kept import KeptOutputs, LayerOutputs
 from .log_probabilities import LogitsOf, LogProbabilities, Mixing, log_probabilities
 from .micro_batches import Passenger
@@ -328,9 +328,8 @@ class Chain:
         return HeadLoss(self._head, *loss_arguments, outside, blocks or seeded, in_blocks, batch.teacher)
 
     def _chunk(self, hidden: mx.array, limit: int | None) -> int | None:
-        """How many tokens' logits may exist at once; None if all may, or if the head cannot be cut."""
-        limit = limit or usual_chunk(self._cut.vocab_size)
-        if hidden.ndim != 3 or hidden.shape[0] * hidden.shape[1] <= limit:
+        """`limit`, how many tokens' logits may exist at once; None if all may, or if the head cannot be cut."""
+        if limit is None or hidden.ndim != 3 or hidden.shape[0] * hidden.shape[1] <= limit:
             return None
         if self._head_in_chunks is None:
             self._head_in_chunks = treats_tokens_alike(self._head, hidden)

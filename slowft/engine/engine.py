@@ -64,8 +64,7 @@ class Engine:
         schedule: what is kept in memory, and how the work is cut; see `follow`.
         peaks_known: (kind, direction) of passes whose memory need not be measured again.
         measurements: of the last `loss_and_grads`, or of the one under way.
-        head_chunk_tokens: how many tokens' logits may exist at once; None for the schedule's number, or without one
-            for as many as fit in 64 MB.
+        head_chunk_tokens: how many tokens' logits may exist at once; None for the schedule's number.
         chain: the model as functions; None until `make_chain`.
     """
 
@@ -258,7 +257,7 @@ class Engine:
         batches, ntoks = passengers(micro_batches, self.schedule.rows, together=False)
         with self._step_over(batches, gradients=False):
             if self.cut.is_chain:
-                losses = step.losses(*self._inputs(batches))
+                losses = step.losses(*self._inputs(batches, gradients=False))
             else:
                 losses = [self.traced.loss(batch) for batch in batches]
         results, remaining = [], iter(losses)
@@ -284,7 +283,7 @@ class Engine:
         ]
         places = [of_batch for _, _, of_batch, _ in batches]
         mx.eval([batch.tokens for batch in given], places)
-        head_tokens = self.head_chunk_tokens or self.schedule.head_tokens or usual_chunk(self.cut.vocab_size)
+        head_tokens = self._head_tokens(gradients=False)
         self.stats.begin_step()
         try:
             with self._step_over(given, gradients=False):
@@ -341,7 +340,8 @@ class Engine:
             with self._step_over(batches, gradients=False):
                 if self.cut.is_chain:
                     visited = functools.partial(on_visit, len(micro_batches))
-                    results = step.log_probabilities(*self._inputs(batches), top_k, token_ids, visited, groups, mixing)
+                    inputs = self._inputs(batches, gradients=False)
+                    results = step.log_probabilities(*inputs, top_k, token_ids, visited, groups, mixing)
                 else:
                     results = []
                     for group in groups:
@@ -353,10 +353,14 @@ class Engine:
         by_result = [zip(*(next(remaining) for _ in range(k))) for k in parts]
         return [LogProbabilities.joined(of_parts) for group in by_result for of_parts in group]
 
-    def _inputs(self, batches: Sequence[Passenger]) -> tuple:
+    def _inputs(self, batches: Sequence[Passenger], gradients: bool = True) -> tuple:
         """The arguments that the functions of `step` begin with."""
+        return self.chain, batches, self.weights, self.hidden, self._head_tokens(gradients)
+
+    def _head_tokens(self, gradients: bool) -> int | None:
+        """How many tokens' logits exist at once; None for all. See `Schedule`."""
         head_tokens = self.head_chunk_tokens or self.schedule.head_tokens
-        return self.chain, batches, self.weights, self.hidden, head_tokens
+        return head_tokens if head_tokens or gradients else usual_chunk(self.cut.vocab_size)
 
     @contextmanager
     def _step_over(self, batches: Sequence[Passenger], gradients: bool, measure: bool = False) -> Iterator[None]:
@@ -511,7 +515,7 @@ class Engine:
         """Let the journal put in place what it has of this step. Returns its `forward_from` and `backward_below`."""
         if self._journal is None or self.schedule.in_memory or not self.cut.is_chain:
             return 0, None
-        facts = [str(self.cuts), self.head_chunk_tokens or self.schedule.head_tokens, is_compiling()]
+        facts = [str(self.cuts), self._head_tokens(gradients=True), is_compiling()]
         if computes_on_gpu():
             facts.append(self.schedule.group_nbytes)
         in_memory = [a for owner, key, a in array_entries(self.model) if (id(owner), key) not in self._on_disk]

@@ -1,8 +1,8 @@
 """From the last block's output to the loss, and from the loss to gradients.
 
 The head is the model's own call with its blocks skipped: whatever norm, projection and soft cap follow the last block.
-All logits `[tokens, vocab]` exist at once only if they are small; else a chunk at a time, and only for tokens that
-count. Weights have to be in place. In ordinary training the blocks are part of the same graph.
+All logits `[tokens, vocab]` exist at once where there is memory for them; else a chunk at a time, and only for tokens
+that count. Weights have to be in place. In ordinary training the blocks are part of the same graph.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from .. import platform
 from ..planning.plan import LOGITS_NBYTES
 from .distillation import Teacher, cross_entropy
 from .pieces import after
@@ -24,8 +25,13 @@ Entries = Sequence[tuple[Any, Any]]  # (owner, key) of arrays
 
 
 def usual_chunk(vocab_size: int) -> int:
-    """How many tokens' logits may exist at once if neither user nor schedule says so."""
+    """How many tokens' logits may exist at once in a forward pass alone if neither user nor schedule says so."""
     return max(1, LOGITS_NBYTES // (4 * vocab_size))
+
+
+def unbounded_chunk(vocab_size: int) -> int:
+    """How many may exist at once without a ceiling. The head makes up to four such arrays: a quarter of the memory."""
+    return max(usual_chunk(vocab_size), platform.memory_limit() // 16 // (4 * vocab_size))
 
 
 def loss_mask(lengths: mx.array, n_targets: int) -> mx.array:

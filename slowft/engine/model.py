@@ -26,6 +26,7 @@ from ..weights.reader import Reader
 from ..weights.sources import placeholder
 from .budget import Budget
 from .engine import Engine
+from .head import unbounded_chunk
 from .log_probabilities import PLAIN, RESULT_NBYTES, LogProbabilities, Mixing
 from .micro_batches import MicroBatch, checked, checked_with_adapters, largest_shape, without_teachers
 from .spilled_caches import SpilledCaches
@@ -81,7 +82,7 @@ class StreamedModel(nn.Module):
 
     @property
     def head_chunk_tokens(self) -> int | None:
-        """The most tokens whose logits may exist at once; None for the plan's number, or what 64 MB hold."""
+        """The most tokens whose logits may exist at once; None for the plan's number."""
         return self.engine.head_chunk_tokens
 
     @head_chunk_tokens.setter
@@ -611,7 +612,8 @@ def open_model(
         mx.eval([array for _, array in tree_flatten(model)])  # no unevaluated table may reach the compute thread
         block_nbytes = max(unit.compute_nbytes for unit in cut.blocks)
         slots = 1 if all(p.source.is_copied for unit in cut.blocks for p in unit.params) else 2
-        engine.follow(Schedule(slots, cache_nbytes=int(CACHE_PER_BLOCK * block_nbytes) + CACHE_FLOOR_NBYTES))
+        cache_nbytes = int(CACHE_PER_BLOCK * block_nbytes) + CACHE_FLOOR_NBYTES
+        engine.follow(Schedule(slots, cache_nbytes=cache_nbytes, head_tokens=unbounded_chunk(cut.vocab_size)))
         if memory_nbytes is not None:
             model.budget.check(1, 1, 1)
         if adapter_path is not None:

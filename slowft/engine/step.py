@@ -52,7 +52,7 @@ def loss_and_grads(
     """(loss of each micro-batch, gradients by name, summed over them).
 
     Args:
-        head_tokens: how many tokens' logits exist at once; None for the usual number.
+        head_tokens: how many tokens' logits exist at once; None for all.
         journal: says which blocks of this step are finished already, and writes down those that finish now.
     """
     step = _TrainingStep(chain, batches, weights, hidden, head_tokens, schedule, journal)

@@ -123,6 +123,7 @@ class Job:
         rows_nbytes: bytes of embedding rows that are read for one micro-batch.
         trainable_nbytes, optimizer_nbytes: bytes of all adapters, and of the optimizer's state.
         is_chain: whether blocks' inputs can be spilled, and all blocks and the head can form one graph.
+        trains: whether there are gradients; False for forward passes alone.
     """
 
     chunking: Chunking
@@ -142,6 +143,7 @@ class Job:
     trainable_nbytes: int
     optimizer_nbytes: int
     is_chain: bool
+    trains: bool
 
     @functools.cached_property
     def lowest_trained(self) -> int:

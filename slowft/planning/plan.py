@@ -30,7 +30,10 @@ from .timeline import step_seconds
 from .work import flops_per_s, reads_of_blocks, works_of
 
 PIECES = (2048, 1024, 512, 256)  # numbers of tokens and queries at a time, to choose from
-LOGITS_NBYTES = 64 << 20  # bytes of logits that may exist at once where nothing else is said
+LOGITS_NBYTES = 64 << 20  # more bytes of logits than this are large
+# In training, large logits exist whole if they take at most this share of the room that the least plan leaves. If they
+# took all of it, steps were predicted to take up to 2.2 times as long; so it is 1.05 times.
+LOGITS_SHARE = 0.5
 HEAD_TOKENS = (256, 128, 64)  # tokens whose logits exist at once, to choose from: more are hardly faster
 GROUPS = (256 << 20, 128 << 20, 64 << 20, GROUP_NBYTES, 16 << 20)  # bytes of a layer of experts at once, to choose from
 PROCESSES_DIFFER_NBYTES = 3_000_000  # in what they take before the first step (1.7 MB in 24 runs of one job)
@@ -192,16 +195,21 @@ class Planner:
         return min(spilled, schedule, key=lambda s: self._bounds.peak(job, s))
 
     def _with_head_tokens(self, job: Job, schedule: Schedule, memory: float) -> Schedule:
-        """With as many tokens' logits at once as there is room for.
+        """With the logits of all tokens at once, if these are small or leave room for other things.
 
-        Those of all tokens, as without a ceiling, if they are small. Else as many as leave room for everything else.
+        A product of fewer rows may be rounded in another way, so only then gradients are those of training in memory to
+        the last bit. Else as many tokens at once as leave room for everything else. In forward passes alone, where
+        memory is better spent on more micro-batches, large logits never exist whole.
         """
         if self._cut_like is not None:
             return schedule
         n_tokens = job.rows * job.tokens
         whole = replace(schedule, head_tokens=None)
-        if 4 * n_tokens * job.vocab_size <= LOGITS_NBYTES and self._bounds.peak(job, whole) <= memory:
-            return whole
+        are_small = 4 * n_tokens * job.vocab_size <= LOGITS_NBYTES
+        if are_small or job.trains:
+            least, share = self._bounds.peak(job, schedule), 1 if are_small else LOGITS_SHARE
+            if self._bounds.peak(job, whole) - least <= share * (memory - least):
+                return whole
         for n in HEAD_TOKENS if job.head_in_chunks and _may_be_graph(job, schedule) else ():
             everything = replace(schedule, head_tokens=n, in_memory=True, keep_head=True, spilled=0)
             if n < n_tokens and self._bounds.peak(job, everything) <= memory:

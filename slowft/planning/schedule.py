@@ -24,7 +24,8 @@ class Schedule:
             forward pass for the recomputation.
         spilled: inputs of so many visits, from the first on, go to disk.
         rows: rows of a micro-batch at a time; None for all.
-        head_tokens: tokens whose logits exist at once; None for the engine's default.
+        head_tokens: tokens whose logits exist at once; None for all in training, and in forward passes alone for as
+            many as take 64 MB.
         mlp_tokens: tokens that go through a block's feed-forward layers at once; None for all.
         attention_queries: queries of an attention at once; None for all.
         cache_nbytes: bytes of freed buffers that MLX keeps for reuse.

@@ -234,6 +234,7 @@ class Shapes:
             trainable_nbytes=trainable,
             optimizer_nbytes=optimizer_copies * trainable,
             is_chain=cut.is_chain,
+            trains=self._training,
         )
 
     def _visits(self, calls: Sequence[Arguments], chunking: Chunking, tokens: int) -> tuple[Visit, ...]:
