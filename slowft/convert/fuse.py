@@ -51,13 +51,8 @@ def fuse(
     Args:
         model_path: the base model: a directory that mlx-lm loads, or a hub id, which is downloaded.
         adapter_path: the directory of a LoRA or DoRA adapter, mlx-lm's (and slowft's) or PEFT's.
-        output: a directory that does not exist yet, is empty, or holds an unfinished run with the same arguments. Such
-            a run is continued.
         dequantize: write all weights of a quantized model unquantized. Otherwise fused layers are quantized again.
-        memory: a ceiling for the whole process, such as "2GB" (or bytes). None is half of this machine's memory.
-        trust_remote_code: let the model run code of its own (`model_file` in its config.json).
-        progress: is called with (bytes done, bytes in all).
-        note: is called with what a user should know, such as that an earlier run is continued.
+        output, memory, trust_remote_code, progress, note: as in `prepare`.
     Returns:
         The output directory.
     Raises:

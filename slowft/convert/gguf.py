@@ -5,7 +5,7 @@ and tokenizer files, put in place all at once. Only a piece of a tensor is in me
 
 No value changes. A block of Q4_0, Q4_1, Q5_0, Q5_1 or Q8_0 is an affine group of 32 in MLX, a block of MXFP4 is MLX's
 own format, and F32, F16 and BF16 stay what they are. (`mx.load` would read the whole file into memory, and BF16 as
-float16.) Q6_K, in which llama.cpp keeps the output matrix of its Q4_0 files, has groups of 16 and becomes float16.
+float16.) Only Q6_K, in which llama.cpp keeps the output matrix of its Q4_0 files, has groups of 16: it becomes float16.
 """
 
 import errno
@@ -110,7 +110,7 @@ def convert(
 
 @contextmanager
 def _blaming(gguf: Gguf) -> Iterator[None]:
-    """Turn any failure into a ModelError that blames the file: metadata and names in it may be anything."""
+    """Turn unexpected failures into a ModelError that blames the file: metadata and names in it may be anything."""
     try:
         yield
     except (SlowftError, OSError) as e:

@@ -372,7 +372,9 @@ def make_config(gguf: Gguf) -> dict[str, Any]:
 
 def _rope_scaling(m: Metadata, architecture: Architecture) -> dict[str, Any] | None:
     kind = m.get("rope.scaling.type", "none")
-    if "rope.scaling.type" not in _keys(m) and m.get("rope.scale_linear", 1.0) != 1.0:  # files before 2023-11
+    if (
+        f"{m.architecture}.rope.scaling.type" not in m.gguf.metadata and m.get("rope.scale_linear", 1.0) != 1.0
+    ):  # files before 2023-11
         kind = "linear"
     if m.has("rope_freqs.weight"):
         kind = "llama3"
@@ -399,10 +401,6 @@ def _llama3_scaling(m: Metadata) -> dict[str, Any]:
     if not np.allclose(table, 1 / ((1 - smooth) / factor + smooth), rtol=1e-4):
         raise ModelError(f"{m.gguf.file}: the table rope_freqs is not one of Llama 3's, and mlx-lm has no other")
     return {"rope_type": "llama3", "factor": factor} | LLAMA3_ROPE
-
-
-def _keys(m: Metadata) -> set[str]:
-    return {key.removeprefix(f"{m.architecture}.") for key in m.gguf.metadata}
 
 
 def _floats(m: Metadata, tensor: str) -> list[float]:

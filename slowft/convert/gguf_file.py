@@ -168,12 +168,15 @@ class _Header:
         if kind == STRING:
             return self._string()
         if kind != ARRAY:
-            return self._scalar(SCALARS[kind]) if kind in SCALARS else self._unknown()
+            return self._scalar(_scalar_code(kind))
         kind, n = self._scalar("I"), self._scalar("Q")
         if kind in (STRING, ARRAY):
             return [self._value(kind) for _ in range(n)]
-        dtype = np.dtype(f"<{SCALARS[kind]}") if kind in SCALARS else self._unknown()
+        dtype = np.dtype(f"<{_scalar_code(kind)}")
         return np.frombuffer(self._take(n * dtype.itemsize), dtype)
 
-    def _unknown(self):
+
+def _scalar_code(kind: int) -> str:
+    if kind not in SCALARS:
         raise ValueError
+    return SCALARS[kind]

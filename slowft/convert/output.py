@@ -99,7 +99,7 @@ class OutputDirectory:
                 f"{self._directory} holds an unfinished slowft {self._command} of another job (other {differing[0]}). "
                 "Delete it, or give another --output"
             )
-        faults = {fault.file for fault in manifest.verify_entries(self._directory, files, progress)}
+        faults = {fault.file for fault in manifest.verify_entries(self._directory, files, progress).faults}
         names = {file.name for file in self._conversion.files}
         self.done = {name: entry for name, entry in files.items() if name in names and name not in faults}
         n, n_damaged = len(self.done), len(names & files.keys() & faults)

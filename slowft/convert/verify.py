@@ -157,8 +157,7 @@ def verify(path: str | Path, progress: Progress | None = None) -> Verification:
         raise ModelError(f"{directory} is an unfinished slowft prepare or fuse. Run the same command again: it goes on")
     if (directory / NAME).exists():
         manifest = load(directory / NAME)
-        result = Verification(directory, "manifest")
-        _verify_entries(result, manifest["files"], progress)
+        result = verify_entries(directory, manifest["files"], progress)
         for name in sorted(p.name for p in directory.iterdir()):
             if name != NAME and name not in manifest["files"] and any(fnmatch.fnmatch(name, u) for u in USED):
                 result.faults.append(Fault(name, None, "is not in the manifest, and mlx-lm would read it"))
@@ -166,17 +165,12 @@ def verify(path: str | Path, progress: Progress | None = None) -> Verification:
     return _verify_without_manifest(directory, progress)
 
 
-def verify_entries(directory: Path, files: dict[str, dict], progress: Progress | None = None) -> list[Fault]:
-    """What is wrong with these files of a directory, according to their manifest entries."""
+def verify_entries(directory: Path, files: dict[str, dict], progress: Progress | None = None) -> Verification:
+    """Compare files of a directory with their entries in a manifest."""
     result = Verification(directory, "manifest")
-    _verify_entries(result, files, progress)
-    return result.faults
-
-
-def _verify_entries(result: Verification, files: dict[str, dict], progress: Progress | None) -> None:
     checks: list[tuple[Segment, str, Fault]] = []  # (what to hash, the expected hash, the fault if it is another)
     for name, entry in files.items():
-        file = result.path / name
+        file = directory / name
         result.n_files += 1
         result.n_tensors += len(entry.get("tensors", ()))
         result.nbytes += entry["nbytes"]
@@ -197,6 +191,7 @@ def _verify_entries(result: Verification, files: dict[str, dict], progress: Prog
             result.faults.append(Fault(fault.file, fault.tensor, f"cannot be read: {digest}"))
         elif digest != expected:
             result.faults.append(fault)
+    return result
 
 
 def _hashed_parts(entry: dict) -> list[tuple[str | None, int, int, str, str]]:

@@ -146,9 +146,7 @@ class RequestStore:
 
     def tag(self, id: int, name: str, value: str | None) -> None:
         """Set a tag of a request. None as the value removes it."""
-        with self._database.transaction() as db:
-            self._must_be_there(db, id)
-            self._set_tags(db, id, {name: value})
+        self.mark([id], {name: value})
 
     def keep(self, id: int, kept: bool | None) -> None:
         """Keep (True) or discard (False) a request as a training sample. None undoes either."""
