@@ -70,11 +70,7 @@ class Described:
 
 
 def describe(adapter: Adapter, memory: str | int | None = None) -> Described:
-    """Find the adapter's rank, layers and norms, and what it was trained on.
-
-    Raises:
-        ConfigError: memory is too little; names the least that would do.
-    """
+    """Find the adapter's rank, layers and norms, and how it was trained. Raises ConfigError if memory is too little."""
     check_memory([adapter], memory, "describing")
     scale = float(adapter.spec.parameters["scale"])
     layers, nbytes, n_parameters = {}, 0, 0
@@ -252,10 +248,7 @@ def _truncated(a: mx.array, b: mx.array, rank: int) -> tuple[mx.array, mx.array]
 
 
 def _norm(terms: list[tuple[float, dict[str, mx.array]]]) -> float:
-    """The Frobenius norm of a sum of products, each multiplied by its number.
-
-    It is the norm of the small matrix between orthonormal factors.
-    """
+    """The Frobenius norm of that sum of products: the norm of the small matrix between orthonormal factors."""
     a, b = _concatenated([(1.0, {k: p.astype(mx.float32) for k, p in parts.items()}) for _, parts in terms])
     numbers = [f for f, parts in terms for _ in range(rank_of(parts["lora_a"]))]
     squares = 0.0

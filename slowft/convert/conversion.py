@@ -147,10 +147,7 @@ class Conversion:
         return parameters
 
     def _note_computed(self, parameters: list[Parameter], built: Built, change: Change) -> None:
-        """Find what each lazy array is computed from. Have it computed in pieces if it is large and that is possible.
-
-        Sets `computed_from` and `computed_nbytes`.
-        """
+        """Find what each lazy array is computed from, and have large ones computed by entries if that is possible."""
         computed = [(p, i) for p in parameters for i, part in enumerate(p.parts) if isinstance(part, mx.array)]
         raw = {name: array for name, array in built.raw.items() if name in self._extents}
         inputs = _inputs([p.parts[i] for p, i in computed], raw)

@@ -10,7 +10,6 @@ float16.) Only Q6_K, in which llama.cpp keeps the output matrix of its Q4_0 file
 
 import errno
 import json
-import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,22 +30,9 @@ from .gguf_blocks import AFFINE_BITS, GROUP_SIZE, narrow, repack, widen
 from .gguf_file import Gguf, GgufTensor, read_gguf
 
 PIECE_NBYTES = 4 << 20
-PLAIN_DTYPES = {"F16": "F16", "BF16": "BF16", "Q6_K": "F16"}  # safetensors types
+PLAIN_DTYPES = {"F16": "float16", "BF16": "bfloat16", "Q6_K": "float16"}
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
-
-
-@dataclass(frozen=True)
-class Output:
-    """One array of the safetensors file."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * DTYPES[self.dtype][1]
 
 
 @dataclass(frozen=True)
@@ -59,7 +45,7 @@ class Weight:
     """
 
     source: GgufTensor
-    outputs: dict[str, Output]
+    outputs: dict[str, Tensor]
     n_heads: int = 0
     offset: float = 0.0
 
@@ -196,24 +182,24 @@ def _dtype_of_float32(tensors: list[GgufTensor], places: list[Place]) -> str:
     nbytes = {kind: sum(t.nbytes for t in tensors if t.kind == kind) for kind in {t.kind for t in tensors}}
     usual = max(nbytes, key=nbytes.__getitem__)
     if usual not in ("F16", "BF16"):
-        return "F32"
+        return "float32"
     for tensor, target in zip(tensors, places):
         if tensor.kind == "F32":
             for raw in _pieces(tensor):
                 values = raw.view("<f4") - np.float32(target.offset)
-                if not np.array_equal(widen(usual, narrow(values, usual).view(np.uint8)), values):
-                    return "F32"
-    return usual
+                if not np.array_equal(widen(usual, narrow(values, PLAIN_DTYPES[usual]).view(np.uint8)), values):
+                    return "float32"
+    return PLAIN_DTYPES[usual]
 
 
-def _outputs(name: str, kind: str, shape: tuple[int, ...], dtype: str | None) -> dict[str, Output]:
+def _outputs(name: str, kind: str, shape: tuple[int, ...], dtype: str | None) -> dict[str, Tensor]:
     if dtype:
-        return {"": Output(name, dtype, shape)}
+        return {"": Tensor(name, dtype, shape)}
     layer, groups = name.removesuffix(".weight"), (*shape[:-1], shape[-1] // GROUP_SIZE)
-    packed = Output(name, "U32", (*shape[:-1], shape[-1] * AFFINE_BITS.get(kind, 4) // 32))
+    packed = Tensor(name, "uint32", (*shape[:-1], shape[-1] * AFFINE_BITS.get(kind, 4) // 32))
     if kind == "MXFP4":
-        return {"weight": packed, "scales": Output(f"{layer}.scales", "U8", groups)}
-    return {"weight": packed} | {part: Output(f"{layer}.{part}", "F16", groups) for part in ("scales", "biases")}
+        return {"weight": packed, "scales": Tensor(f"{layer}.scales", "uint8", groups)}
+    return {"weight": packed} | {part: Tensor(f"{layer}.{part}", "float16", groups) for part in ("scales", "biases")}
 
 
 def _quantization(weights: list[Weight]) -> dict[str, Any]:
@@ -238,8 +224,7 @@ def _quantization(weights: list[Weight]) -> dict[str, Any]:
 def _write(file: Path, weights: list[Weight], progress: Progress | None) -> None:
     outputs = [o for w in weights for o in w.outputs.values()]
     total, done = sum(o.nbytes for o in outputs), 0
-    tensors = [Tensor(o.name, DTYPES[o.dtype][0], o.shape) for o in outputs]
-    out = TensorFile(file, tensors, max_pending_nbytes=2 * PIECE_NBYTES)
+    out = TensorFile(file, outputs, max_pending_nbytes=2 * PIECE_NBYTES)
     try:
         for piece in _converted(weights):
             for name, array in piece.items():
@@ -270,7 +255,7 @@ def _converted(weights: list[Weight]) -> Iterator[dict[str, np.ndarray]]:
 
 def _plain(w: Weight, raw: np.ndarray) -> np.ndarray:
     dtype = w.outputs[""].dtype
-    if w.source.kind == dtype and not w.offset:
+    if DTYPES.get(w.source.kind, ("",))[0] == dtype and not w.offset:
         return raw
     return narrow(widen(w.source.kind, raw) - np.float32(w.offset), dtype)
 

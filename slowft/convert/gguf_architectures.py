@@ -340,11 +340,7 @@ def architecture_of(gguf: Gguf) -> Architecture:
 
 
 def make_config(gguf: Gguf) -> dict[str, Any]:
-    """The model's config.json, without the entries for quantization.
-
-    Raises:
-        ModelError: metadata is missing, or mlx-lm's class cannot compute such a model.
-    """
+    """The config.json without quantization. Raises ModelError if metadata is missing, or mlx-lm has no such model."""
     architecture, m = architecture_of(gguf), Metadata(gguf)
     n_heads = m["attention.head_count"]
     model_type = architecture.model_type
@@ -413,12 +409,7 @@ def _floats(m: Metadata, tensor: str) -> list[float]:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor's values go: to parameter `name`.
-
-    Attributes:
-        n_heads: the rows of each of so many heads are interleaved; 0 if they are not.
-        offset: what llama.cpp has added to the values.
-    """
+    """The parameter for a tensor. In GGUF rows of `n_heads` heads (0: none) are interleaved, and `offset` is added."""
 
     name: str
     n_heads: int

@@ -80,7 +80,7 @@ def widen(kind: str, rows: np.ndarray) -> np.ndarray:
 
 
 def narrow(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Narrow float32 to F32, F16 or BF16 (as uint16). For BF16 the lower 16 bits are dropped: values must have none."""
-    if dtype == "BF16":
+    """Cast float32 to another dtype. For bfloat16 (as uint16) the lower 16 bits are dropped: values must have none."""
+    if dtype == "bfloat16":
         return (values.view(np.uint32) >> 16).astype(np.uint16)
-    return values.astype({"F32": np.float32, "F16": np.float16}[dtype], copy=False)
+    return values.astype(dtype, copy=False)

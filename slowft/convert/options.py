@@ -34,12 +34,7 @@ class Options:
         return dataclasses.asdict(self)
 
     def change(self, model: nn.Module, config: dict, path: Path) -> Change:
-        """Cast and quantize the model of the directory `path`, unevaluated.
-
-        Raises:
-            ConfigError: nothing is left to quantize.
-            ValueError, TypeError, KeyError: mlx-lm cannot convert this model.
-        """
+        """Cast and quantize the model of the directory `path`, unevaluated. Raises what mlx-lm raises if it cannot."""
         _cast(model, config, self)
         targets = {name: array.dtype for name, array in tree_flatten(model.parameters())}
         before = dict(model.named_modules())

@@ -70,20 +70,15 @@ class OutputDirectory:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             os.close(self._fd)
-            raise SlowftError(
-                f"another slowft {self._command} is writing to {self._directory}. Let it finish"
-            ) from None
+            message = f"another slowft {self._command} is writing to {self._directory}. Let it finish"
+            raise SlowftError(message) from None
         return self
 
     def __exit__(self, *exception) -> None:
         os.close(self._fd)
 
     def keep_finished(self, progress: manifest.Progress | None) -> None:
-        """Keep what an earlier run finished.
-
-        Raises:
-            SlowftError: the earlier run had other arguments, or the directory is not an unfinished run.
-        """
+        """Keep what an earlier run finished. Raises SlowftError if that run had other arguments."""
         refuse_unusable(self._directory)
         journal = self._directory / manifest.JOURNAL
         if not journal.exists():

@@ -115,11 +115,7 @@ def entry_of(contents: bytes) -> dict:
 
 
 def load(file: Path) -> dict[str, Any]:
-    """Read a manifest.
-
-    Raises:
-        ModelError: the file cannot be read or is no manifest.
-    """
+    """Read a manifest. Raises ModelError if the file cannot be read or is no manifest."""
     try:
         manifest = json.loads(file.read_bytes())
         for name, entry in manifest["files"].items():

@@ -75,11 +75,7 @@ def write_model(
 
 
 def _piece_nbytes(conversion: Conversion, limit: int) -> int:
-    """How many bytes of a tensor to work on at a time within `limit` bytes of memory.
-
-    Raises:
-        ConfigError: not even the smallest pieces fit.
-    """
+    """How many bytes of a tensor to work on at a time. Raises ConfigError if not even the smallest pieces fit."""
     held = platform.memory_in_use() + FLOOR_NBYTES + conversion.computed_nbytes
     piece = min(PIECE_NBYTES, (limit - held) // PIECES_IN_MEMORY)
     if piece < LEAST_PIECE_NBYTES:
@@ -298,10 +294,7 @@ def _bytes(array: mx.array) -> mx.array:
 
 
 def _largest_exponent(values: mx.array) -> mx.array | None:
-    """The largest exponent, as bits; all bits are ones if any value is NaN or infinite.
-
-    Integers are compared, which is 3 times as fast as `mx.isfinite` on a CPU.
-    """
+    """All ones if any value is NaN or infinite. This compares integers: 3 times as fast as `mx.isfinite` on a CPU."""
     if _name(values.dtype) not in EXPONENTS:
         return None
     unsigned, exponent = EXPONENTS[_name(values.dtype)]

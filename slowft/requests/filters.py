@@ -74,11 +74,7 @@ class Filter:
 
 
 def parse(text: str) -> Filter:
-    """Parse a filter such as FIELD=VALUE. != means not, ~ contains, !~ lacks; for time there are >= and <.
-
-    Raises:
-        ConfigError: the text is no filter.
-    """
+    """Parse a filter, such as FIELD=VALUE, with one of `SIGNS`. Raises ConfigError if the text is no filter."""
     # the first sign in the text, and the longest of those that begin there
     at, _, sign = min(((text.find(s), i, s) for i, s in enumerate(SIGNS) if s in text), default=(0, 0, ""))
     if not sign or not at:

@@ -67,11 +67,7 @@ def find(prompts: Iterable[Messages]) -> list[str]:
 
 
 def load(folder: str | Path) -> list[str]:
-    """Read the rules in a folder of data or of an adapter. There may be none.
-
-    Raises:
-        DataError: the file cannot be read, or holds no rules.
-    """
+    """Read the rules in a folder of data or of an adapter; it may have none. Raises DataError if their file is bad."""
     file = Path(folder).expanduser() / FILE
     try:
         content = json.loads(file.read_text("utf-8"))

@@ -166,10 +166,7 @@ class RequestStore:
     # --- Asking -----------------------------------------------------------------------------------------
 
     def cached(self, path: str, body: bytes | dict) -> Recorded | None:
-        """The newest complete answer to an equal request: one with the same path and the same JSON values.
-
-        Order and spacing of the JSON, whether it was streamed, and its `metadata` make no difference.
-        """
+        """The newest complete answer to an equal request: see `digest`."""
         key = digest(path.partition("?")[0], _parsed(body))
         with self._database.reading() as db:
             sql = f"{SELECT} WHERE hash = ? AND status = 'complete' ORDER BY id DESC LIMIT 1"
@@ -207,11 +204,7 @@ class RequestStore:
             return db.execute(f"SELECT count(*) FROM ({sql})", values).fetchone()[0]
 
     def get(self, id: int) -> Recorded:
-        """One request.
-
-        Raises:
-            DataError: no request has that id.
-        """
+        """One request. Raises DataError if none has that id."""
         with self._database.reading() as db:
             rows = with_ids(db, [id])
         if not rows:
@@ -293,7 +286,10 @@ class RequestStore:
 
 
 def digest(path: str, body: Any) -> bytes:
-    """A hash that equal requests share: of JSON with sorted names, without what does not change the answer."""
+    """A hash that equal requests share: those with the same path and the same JSON values.
+
+    The order and the spacing of the JSON, whether it is streamed, and its `metadata` make no difference.
+    """
     if isinstance(body, dict):
         body = {key: value for key, value in without_secrets(body).items() if key not in NOT_ASKED}
     canonical = json.dumps([path, body], sort_keys=True, separators=(",", ":"))
