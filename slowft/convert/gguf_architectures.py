@@ -368,9 +368,7 @@ def make_config(gguf: Gguf) -> dict[str, Any]:
 
 def _rope_scaling(m: Metadata, architecture: Architecture) -> dict[str, Any] | None:
     kind = m.get("rope.scaling.type", "none")
-    if (
-        f"{m.architecture}.rope.scaling.type" not in m.gguf.metadata and m.get("rope.scale_linear", 1.0) != 1.0
-    ):  # files before 2023-11
+    if m.get("rope.scaling.type") is None and m.get("rope.scale_linear", 1.0) != 1.0:  # files before 2023-11
         kind = "linear"
     if m.has("rope_freqs.weight"):
         kind = "llama3"

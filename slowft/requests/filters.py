@@ -101,38 +101,38 @@ def ids(filters: Sequence[Filter], newest_first: bool, beyond: int | None = None
         beyond: the ids begin after this one.
     """
     order, limit = ("DESC", "<") if newest_first else ("ASC", ">")
-    wanted: list[tuple[str, str, list[Any]]] = []  # (the id's column, SQL, parameters)
-    unwanted: list[tuple[str, str, list[Any]]] = []
-    scanned: tuple[list[str], list[Any]] = ([], [])  # conditions on columns without an index: one walk for all
+    included: list[tuple[str, str, list[Any]]] = []  # (the id's column, SQL, parameters)
+    excluded: list[tuple[str, str, list[Any]]] = []
+    conditions, condition_values = [], []  # on columns without an index: one walk for all of them
     for f in filters:
         if f.field.startswith("tag."):
-            (unwanted if f.op in ("not", "lacks") else wanted).append(_of_tag(f))
+            (excluded if f.op in ("not", "lacks") else included).append(_of_tag(f))
         elif f.field in TEXTS:
             sql = "SELECT rowid AS id FROM texts WHERE texts MATCH ?"
-            (wanted if f.op == "contains" else unwanted).append(("rowid", sql, [_match(f)]))
+            (included if f.op == "contains" else excluded).append(("rowid", sql, [_match(f)]))
         elif f.field == RELABELLED:
             sql = "SELECT relabels AS id FROM requests INDEXED BY requests_relabels WHERE relabels IS NOT NULL"
-            (wanted if f.value == "yes" else unwanted).append(("relabels", sql, []))
+            (included if f.value == "yes" else excluded).append(("relabels", sql, []))
         elif f.field == "kept" and f.op == "equal" and f.value:
             sql = "SELECT id FROM requests INDEXED BY requests_kept WHERE kept = ?"
-            wanted.append(("id", sql, [KEPT[f.value]]))
+            included.append(("id", sql, [KEPT[f.value]]))
         elif f.field in INDEXED and f.op == "equal":
             sql = f"SELECT id FROM requests INDEXED BY requests_{f.field} WHERE {f.field} = ?"
-            wanted.append(("id", sql, [f.value]))
+            included.append(("id", sql, [f.value]))
         else:
             condition, values = _of_column(f)
-            scanned[0].append(condition)
-            scanned[1].extend(values)
+            conditions.append(condition)
+            condition_values += values
     # `relabels` has repetitions, which INTERSECT with another list removes
-    if scanned[0] or all(name == "relabels" for name, *_ in wanted):
-        conditions = " AND ".join(scanned[0] or ["1"])
-        wanted.insert(0, ("id", f"SELECT id FROM requests NOT INDEXED WHERE {conditions}", scanned[1]))
-    parts, values = [], []
-    lists = [("INTERSECT", *ids) for ids in wanted] + [("EXCEPT", *ids) for ids in unwanted]
+    if conditions or all(name == "relabels" for name, *_ in included):
+        sql = f"SELECT id FROM requests NOT INDEXED WHERE {' AND '.join(conditions or ['1'])}"
+        included.insert(0, ("id", sql, condition_values))
+    statements, values = [], []
+    lists = [("INTERSECT", *parts) for parts in included] + [("EXCEPT", *parts) for parts in excluded]
     for word, name, sql, parameters in lists:
-        parts.append(f"{word} {sql}" + (f" AND {name} {limit} ?" if beyond is not None else ""))
+        statements.append(f"{word} {sql}" + (f" AND {name} {limit} ?" if beyond is not None else ""))
         values += parameters + ([beyond] if beyond is not None else [])
-    return f"{' '.join(parts).removeprefix('INTERSECT ')} ORDER BY 1 {order}", values
+    return f"{' '.join(statements).removeprefix('INTERSECT ')} ORDER BY 1 {order}", values
 
 
 def _of_tag(f: Filter) -> tuple[str, str, list[Any]]:
