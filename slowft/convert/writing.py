@@ -76,10 +76,10 @@ def write_model(
 
 def _piece_nbytes(conversion: Conversion, limit: int) -> int:
     """How many bytes of a tensor to work on at a time. Raises ConfigError if not even the smallest pieces fit."""
-    held = platform.memory_in_use() + FLOOR_NBYTES + conversion.computed_nbytes
-    piece = min(PIECE_NBYTES, (limit - held) // PIECES_IN_MEMORY)
+    fixed = platform.memory_in_use() + FLOOR_NBYTES + conversion.computed_nbytes
+    piece = min(PIECE_NBYTES, (limit - fixed) // PIECES_IN_MEMORY)
     if piece < LEAST_PIECE_NBYTES:
-        least = -(-(held + PIECES_IN_MEMORY * LEAST_PIECE_NBYTES) // 10_000_000) * 10_000_000
+        least = -(-(fixed + PIECES_IN_MEMORY * LEAST_PIECE_NBYTES) // 10_000_000) * 10_000_000
         doing = conversion.transform.doing
         why = f", {conversion.computed_nbytes / 1e9:.2f} GB of it for the largest that has to be computed at once"
         raise ConfigError(
