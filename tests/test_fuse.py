@@ -21,7 +21,7 @@ from mlx_lm.utils import load_model
 from slowft.bench import cgroup
 from slowft.cli.main import main
 from slowft.convert import conversion
-from slowft.convert import prepare as preparing
+from slowft.convert import output as output_directory
 from slowft.errors import AdapterError, ConfigError, ModelError, SlowftError
 from test_prepare import (  # noqa: F401  (some are fixtures)
     assert_same_tensors,
@@ -142,7 +142,7 @@ def test_products_that_are_cut_differ_in_last_bits_only(bases, tmp_path, small_p
         whole = slowft.fuse(model, adapter, tmp_path / f"{base}-whole", dequantize=True)
         with monkeypatch.context() as patch:
             patch.setattr(conversion, "USUAL_NBYTES", 1 << 60)
-            patch.setattr(conversion, "CUT_NBYTES", 1 << 10)
+            patch.setattr(conversion, "CHUNK_NBYTES", 1 << 10)
             cut = slowft.fuse(model, adapter, tmp_path / f"{base}-cut", dequantize=True)
         for name, array in tensors(cut).items():
             expected = tensors(whole)[name]
@@ -156,8 +156,8 @@ def test_products_that_are_cut_differ_in_last_bits_only(bases, tmp_path, small_p
 KILLED = """
 import os, signal, sys
 import slowft
-from slowft.convert import prepare
-prepare.PIECE_NBYTES = prepare.LEAST_PIECE_NBYTES = 4096
+from slowft.convert import writing
+writing.PIECE_NBYTES = writing.LEAST_PIECE_NBYTES = 4096
 
 def progress(done, total):
     if done > total * 0.55:
@@ -191,7 +191,7 @@ def test_killed_it_is_gone_on_with_to_the_same_bytes_and_inputs_are_untouched(tu
 
 
 def test_a_full_disk_is_seen_first(tuned, tmp_path, monkeypatch):
-    monkeypatch.setattr(preparing, "free_nbytes", lambda directory: 100_000)
+    monkeypatch.setattr(output_directory, "free_nbytes", lambda directory: 100_000)
     with pytest.raises(SlowftError, match=r"needs \d+ MB, and its disk has 0 MB free"):
         slowft.fuse(*tuned, tmp_path / "fused")
     assert not (tmp_path / "fused").exists()

@@ -33,10 +33,12 @@ from safetensors import safe_open
 from slowft.bench import cgroup
 from slowft.cli.main import main
 from slowft.errors import ConfigError, ModelError, NeedsPreparing, SlowftError
-from slowft.convert import conversion, gguf
-from slowft.models import loading
+from slowft.convert import conversion, gguf, writing
+from slowft.convert import output as output_directory
 from slowft.convert import prepare as preparing
 from slowft.convert import verify as manifest
+from slowft.convert.options import Options
+from slowft.models import loading
 from slowft.weights.extents import Extent, index_model
 
 SMALL = LLAMA | {"num_hidden_layers": 8, "torch_dtype": "bfloat16"}
@@ -113,8 +115,8 @@ def gpt2(tmp_path_factory, tokenizer_files) -> Path:
 @pytest.fixture
 def small_pieces(monkeypatch):
     """Tensors go through in several pieces, however small the model."""
-    monkeypatch.setattr(preparing, "PIECE_NBYTES", 1 << 12)
-    monkeypatch.setattr(preparing, "LEAST_PIECE_NBYTES", 1 << 12)
+    monkeypatch.setattr(writing, "PIECE_NBYTES", 1 << 12)
+    monkeypatch.setattr(writing, "LEAST_PIECE_NBYTES", 1 << 12)
 
 
 def tensors(directory: Path) -> dict[str, mx.array]:
@@ -197,7 +199,7 @@ def test_tensors_that_sanitize_computes_equal_mlx_lm_convert(gpt2, tmp_path, sma
     theirs = convert_by_mlx_lm(gpt2, tmp_path / "theirs", quantize=True)
     assert_same_tensors(theirs, slowft.prepare(gpt2, tmp_path / "ours", quantize=True))
     largest_nbytes = 64 * 256 * 4
-    assert conversion.Conversion(gpt2, conversion.Options()).computed_nbytes == 4 * largest_nbytes
+    assert conversion.Conversion(gpt2, Options()).computed_nbytes == 4 * largest_nbytes
 
 
 DEEPSEEK = {
@@ -246,7 +248,7 @@ def test_experts_in_fp8_are_unpacked_stacked_and_equal_mlx_lm_convert(tmp_path, 
         shutil.copy(file, directory)
     theirs = convert_by_mlx_lm(directory, tmp_path / "theirs", quantize=True, q_group_size=32)
     assert_same_tensors(theirs, slowft.prepare(directory, tmp_path / "ours", quantize=True, group_size=32))
-    found = conversion.Conversion(directory, conversion.Options())
+    found = conversion.Conversion(directory, Options())
     assert found.computed_nbytes < 2 * 160 * 64 * 8  # an expert at a time
 
 
@@ -302,10 +304,8 @@ def test_fused_experts_are_computed_one_by_one_and_equal_mlx_lm_convert(
 ):
     monkeypatch.setattr(conversion, "WHOLE_NBYTES", 0)
     one_by_one = []
-    entries = preparing._Worker._entries
-    monkeypatch.setattr(
-        preparing._Worker, "_entries", lambda self, part: one_by_one.append(part) or entries(self, part)
-    )
+    entries = writing._Worker._entries
+    monkeypatch.setattr(writing._Worker, "_entries", lambda self, part: one_by_one.append(part) or entries(self, part))
     directory = save_random(tmp_path / "m", config)
     weights = mx.load(str(directory / "model.safetensors"))
     published = fused(weights, join)
@@ -401,15 +401,15 @@ def index_names(file: Path) -> list[str]:
 KILLED = """
 import os, signal, sys
 import slowft
-from slowft.convert import prepare as preparing
+from slowft.convert import output as output_directory
 source, output, when = sys.argv[1:]
 
 def kill():
     os.kill(os.getpid(), signal.SIGKILL)
 
 if when == "config":
-    write = preparing.write_file
-    preparing.write_file = lambda file, contents: kill() if file.name == "config.json" else write(file, contents)
+    write = output_directory.write_file
+    output_directory.write_file = lambda file, contents: kill() if file.name == "config.json" else write(file, contents)
 def progress(done, total):
     if when != "config" and done > float(when) * total:
         kill()
@@ -484,7 +484,7 @@ def test_a_directory_that_is_somebody_elses_is_refused_and_untouched(small, tmp_
 
 
 def test_too_little_room_is_told_first_with_both_numbers(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(preparing, "free_nbytes", lambda directory: 1_000_000)
+    monkeypatch.setattr(output_directory, "free_nbytes", lambda directory: 1_000_000)
     with pytest.raises(SlowftError, match=r"needs [2-9] MB, and its disk has 1 MB free"):
         slowft.prepare(small, tmp_path / "p")
     assert not (tmp_path / "p").exists()
@@ -503,7 +503,7 @@ def tiny_disk(tmp_path):
 
 
 def test_a_disk_that_fills_midway_keeps_what_is_finished(small, tmp_path, tiny_disk, monkeypatch):
-    monkeypatch.setattr(preparing, "free_nbytes", lambda directory: 1 << 40)  # somebody else fills it meanwhile
+    monkeypatch.setattr(output_directory, "free_nbytes", lambda directory: 1 << 40)  # somebody else fills it meanwhile
     with pytest.raises(SlowftError, match=r"No space left.* [1-9] of 10 files are done: make room"):
         slowft.prepare(small, tiny_disk / "p")
     assert not list((tiny_disk / "p").glob("*.partial"))

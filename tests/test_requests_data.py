@@ -154,7 +154,7 @@ BAD = [
     ({"request": asked("a"), "response": []}, "has a response that is no object"),
     ({"request": {"model": "m"}, "response": {}}, "has a request without messages or prompt"),
     ({"request": asked("a"), "response": {}, "tags": []}, "has tags that are no object"),
-    ({"request": asked("a"), "response": {}, "began": "soon"}, "has a time that is none: 'soon'"),
+    ({"request": asked("a"), "response": {}, "began": "soon"}, "has a time that cannot be read: 'soon'"),
     ({"prompt": 3, "completion": "a"}, "has a prompt or a completion that is no text"),
     (BATCH_OUT[0], "answers 'q-2', which no line asks. Give the batch's input file too"),
 ]
@@ -527,7 +527,7 @@ def test_the_page_says_every_command_option_and_field():
     page = (Path(slowft.__file__).parents[1] / "docs/requests.md").read_text()
     group = command.get_command(None, "requests")
     assert all(f"slowft requests {name}" in page for name in group.commands)
-    for field in (*filters.COLUMNS, *filters.TEXTS, filters.ANEW, "time", "tag.NAME"):
+    for field in (*filters.COLUMNS, *filters.TEXTS, filters.RELABELLED, "time", "tag.NAME"):
         assert f"`{field}`" in page
     for line in page.splitlines():
         if line.startswith("    slowft requests "):

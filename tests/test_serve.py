@@ -642,14 +642,14 @@ def test_a_file_that_cannot_be_written_disturbs_no_answer(served, tmp_path):
         other.execute("ROLLBACK")
         wait_until(lambda: service.recorder.written == 1)
         assert service.store.list()[0].status == "complete"
-        pages = service.store._writing.execute("PRAGMA page_count").fetchone()[0]
-        service.store._writing.execute(f"PRAGMA max_page_count = {pages}")  # a full disk, as SQLite says it
+        pages = service.store._database.writing.execute("PRAGMA page_count").fetchone()[0]
+        service.store._database.writing.execute(f"PRAGMA max_page_count = {pages}")  # a full disk, as SQLite says it
         big = json.dumps({"model": "plain", "messages": HELLO, "x": "y" * 100_000}).encode()
         for _ in range(3):
             status, _, _, answer = asked(port, "POST", "/v1/chat/completions", big)
             assert status == 200 and b"heisenbug" in answer
         wait_until(lambda: service.recorder.lost == 3)
-        service.store._writing.execute("PRAGMA max_page_count = 1000000")
+        service.store._database.writing.execute("PRAGMA max_page_count = 1000000")
         asked(port, "POST", "/v1/chat/completions", body)
         wait_until(lambda: service.recorder.written == 2)
         health = json.loads(asked(port, "GET", "/health")[3])

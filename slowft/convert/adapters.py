@@ -1,8 +1,8 @@
-"""What can be done with adapters alone: described, compared, summed, written in another program's format.
+"""Describes adapters, compares and sums them, and writes them in another program's format, without a base model.
 
-Comes in: adapters as `models/adapter_files.py` reads them. Goes out: plain data for a report, or a directory (for
-llama.cpp, a file). Products are never formed: norms, sums and truncations are computed from the thin factors, layer by
-layer, in float64, so that the memory is a layer's factors, whatever the model.
+Comes in: adapters as `models/adapter_files.py` reads them. Goes out: plain data for a report, or a directory. The
+products of factors are never formed: norms, sums and truncations are computed in float64 from the thin factors, one
+layer at a time. So no more memory is needed than for the factors of one layer, whatever the model.
 """
 
 import json
@@ -28,13 +28,13 @@ from ..sizes import parse_nbytes
 from ..weights.tensorfile import Tensor, TensorFile, cannot_write, write_file
 from ..weights.transfers import free_nbytes
 
-PENDING_NBYTES = 8 << 20  # of a file, given to the writer and not yet written
-FLOOR_NBYTES = 48 << 20  # besides arrays, and what the process holds at the start
-COPIES = 6  # of the largest layer's factors, in float64 twice their size: they, scaled, their triangular factors
+PENDING_NBYTES = 8 << 20  # how much of a file may be given to the writer and not yet written
+FLOOR_NBYTES = 48 << 20  # memory besides arrays, and besides what the process holds at the start
+COPIES = 6  # of the largest layer's factors, in float64: the factors, scaled ones, their triangular factors
 
-# Of a layer's name, before its block: parts that only say that a model is inside another.
+# Parts of a layer's name, before its block, that only say that one model is inside another.
 WRAPPERS = {"model", "transformer", "language_model", "text_model", "gpt_neox", "backbone", "decoder"}
-# What an adapter's configuration says of its training, for people.
+# The entries of an adapter's configuration that say how it was trained.
 TRAINED_WITH = "data iters batch_size learning_rate optimizer max_seq_length seed mask_prompt grad_accumulation_steps"
 
 
@@ -43,14 +43,14 @@ TRAINED_WITH = "data iters batch_size learning_rate optimizer max_seq_length see
 
 @dataclass(frozen=True)
 class Described:
-    """An adapter, for a report.
+    """What a report says of an adapter.
 
     Attributes:
         format: "mlx-lm" or "PEFT".
         kind: "lora" or "dora".
-        base: the model it was trained on, as its configuration names it.
-        layers: of each adapted layer its rank, and the Frobenius norm of what is added to the weight.
-        trained_with: the configuration's entries on training.
+        base: the model it was trained on, by the name in its configuration.
+        layers: for each adapted layer its rank, and the Frobenius norm of what it adds to the weight.
+        trained_with: the configuration's entries that say how it was trained.
     """
 
     format: str
@@ -65,16 +65,12 @@ class Described:
 
     @property
     def norm(self) -> float:
-        """Of all layers together."""
+        """The norm of all layers together."""
         return math.sqrt(sum(layer["norm"] ** 2 for layer in self.layers.values()))
 
 
 def describe(adapter: Adapter, memory: str | int | None = None) -> Described:
-    """Rank, layers, norms, and what the adapter was trained on.
-
-    Raises:
-        ConfigError: too little memory; names the least.
-    """
+    """Find the adapter's rank, layers and norms, and how it was trained. Raises ConfigError if memory is too little."""
     check_memory([adapter], memory, "describing")
     scale = float(adapter.spec.parameters["scale"])
     layers, nbytes, n_parameters = {}, 0, 0
@@ -98,14 +94,15 @@ def describe(adapter: Adapter, memory: str | int | None = None) -> Described:
 
 
 def diff(first: Adapter, second: Adapter, memory: str | int | None = None) -> dict[str, Any]:
-    """How two adapters differ, layer by layer, in what they add to the weights.
+    """Compare what two adapters add to the weights, layer by layer.
 
     Returns:
-        Names of layers `only_in_first` and `only_in_second`; settings that differ; of all layers together and of each
-        one in both: norms of either and of the difference, its share of the larger one, and the cosine between them.
+        Names of layers `only_in_first` and `only_in_second`; the `settings` that differ. For all layers together
+        (`total`) and for each layer that is in both: the norms of either one and of the difference, the difference
+        relative to the larger one, and the cosine between them.
     Raises:
-        AdapterError: a layer is of two shapes: the adapters are of different models.
-        ConfigError: too little memory; names the least.
+        AdapterError: a layer has two shapes, so the adapters belong to different models.
+        ConfigError: memory is too little; names the least that would do.
     """
     check_memory([first, second], memory, "comparing")
     specs = first.spec.as_config(), second.spec.as_config()
@@ -113,9 +110,9 @@ def diff(first: Adapter, second: Adapter, memory: str | int | None = None) -> di
     both = [name for name in first.layers if name in second.layers]
     only = [[name for name in a.layers if name not in b.layers] for a, b in ((first, second), (second, first))]
     layers: dict[str, dict[str, float]] = {}
-    others = {id(adapter): dict(_take_layers(adapter, evaluate=False)) for adapter in (first, second)}
+    layers_of = {id(adapter): dict(_take_layers(adapter, evaluate=False)) for adapter in (first, second)}
     for name in both:
-        a, b = (others[id(adapter)].pop(name) for adapter in (first, second))
+        a, b = (layers_of[id(adapter)].pop(name) for adapter in (first, second))
         if _shape(a) != _shape(b):
             raise AdapterError(f"{name} is {list(_shape(a))} in one adapter and {list(_shape(b))} in the other")
         terms = (scales[0], a), (-scales[1], b)
@@ -123,15 +120,15 @@ def diff(first: Adapter, second: Adapter, memory: str | int | None = None) -> di
         layers[name] = _compared(*norms, _norm(list(terms)))
         if "m" in a and "m" in b:
             layers[name]["magnitudes"] = mx.linalg.norm(a["m"] - b["m"]).item()
-    alone = [
-        math.sqrt(sum(_norm([(scale, others[id(adapter)].pop(name))]) ** 2 for name in names))
+    unshared = [  # norms of the layers that only one of them has
+        math.sqrt(sum(_norm([(scale, layers_of[id(adapter)].pop(name))]) ** 2 for name in names))
         for adapter, scale, names in zip((first, second), scales, only)
     ]
     square = {key: sum(layer[key] ** 2 for layer in layers.values()) for key in ("first", "second", "difference")}
     total = _compared(
-        math.sqrt(square["first"] + alone[0] ** 2),
-        math.sqrt(square["second"] + alone[1] ** 2),
-        math.sqrt(square["difference"] + alone[0] ** 2 + alone[1] ** 2),
+        math.sqrt(square["first"] + unshared[0] ** 2),
+        math.sqrt(square["second"] + unshared[1] ** 2),
+        math.sqrt(square["difference"] + unshared[0] ** 2 + unshared[1] ** 2),
     )
     return {
         "only_in_first": only[0],
@@ -167,40 +164,34 @@ def merge(
     """Write the weighted sum of LoRA adapters as one adapter.
 
     Args:
-        rank: None gives the sum itself, of the ranks' sum; else the closest adapter of this rank (truncated SVD).
+        rank: None gives the sum itself, whose rank is the sum of the ranks. Else the closest adapter of this rank is
+            written (truncated SVD).
     Raises:
-        AdapterError: DoRA, whose magnitudes do not add up; adapters of different models; or `output` is in the way.
-        ConfigError: as many weights as adapters are needed; too little memory.
+        AdapterError: an adapter is DoRA, whose magnitudes do not add up; adapters belong to different models; or
+            `output` is there already.
+        ConfigError: there are not as many weights as adapters, or memory is too little.
     """
     output = Path(output).expanduser()
-    if len(weights) != len(adapters):
-        raise ConfigError(f"{len(adapters)} adapters need as many weights, got {len(weights)}")
-    if not adapters or not all(math.isfinite(w) for w in weights):
-        raise ConfigError(f"weights must be numbers, got {list(weights)}")
-    if rank is not None and rank < 1:
-        raise ConfigError(f"--rank must be at least 1, got {rank}")
-    for adapter in adapters:
-        if adapter.spec.fine_tune_type != "lora":
-            raise AdapterError(f"{adapter.file} is DoRA, whose magnitudes do not add up. Fuse it into a model instead")
+    _refuse_unsummable(adapters, weights, rank)
     refuse_occupied(output)
-    check_memory(adapters, memory, "merging", rank)
+    check_memory(adapters, memory, "merging")
     scale = float(adapters[0].spec.parameters["scale"]) or 1.0
-    of_each = [dict(_take_layers(adapter, evaluate=False)) for adapter in adapters]
+    layers_of_each = [dict(_take_layers(adapter, evaluate=False)) for adapter in adapters]
     factors = [w * float(adapter.spec.parameters["scale"]) / scale for w, adapter in zip(weights, adapters)]
-    names = list(dict.fromkeys(name for layers in of_each for name in layers))
-    ranks = {n: sum(rank_of(layers[n]["lora_a"]) for layers in of_each if n in layers) for n in names}
+    names = list(dict.fromkeys(name for layers in layers_of_each for name in layers))
+    ranks = {n: sum(rank_of(layers[n]["lora_a"]) for layers in layers_of_each if n in layers) for n in names}
     common = rank or max(ranks.values())
     shapes: dict[str, tuple] = {}
     for name in names:
-        known = {_shape(layers[name]) for layers in of_each if name in layers}
-        if len(known) > 1:
-            one, other, *_ = sorted(known)
+        distinct = {_shape(layers[name]) for layers in layers_of_each if name in layers}
+        if len(distinct) > 1:
+            one, other, *_ = sorted(distinct)
             raise AdapterError(f"{name} is {list(one)} in one adapter and {list(other)} in another")
-        shapes |= _shapes_of(name, *known, common)
+        shapes |= _shapes_of(name, *distinct, common)
 
-    def merged():
+    def merged_tensors():
         for name in names:
-            terms = [(f, layers.pop(name)) for f, layers in zip(factors, of_each) if name in layers]
+            terms = [(f, layers.pop(name)) for f, layers in zip(factors, layers_of_each) if name in layers]
             terms = [(f, {key: a.astype(mx.float32) for key, a in parts.items()}) for f, parts in terms]
             a, b = _concatenated(terms)
             if rank is not None:
@@ -211,21 +202,33 @@ def merge(
 
     specs = [adapter.spec for adapter in adapters]
     parameters = {**specs[0].parameters, "rank": common, "scale": scale}
-    alike = all(
+    same_keys = all(
         (s.num_layers, s.parameters.get("keys")) == (specs[0].num_layers, specs[0].parameters.get("keys"))
         for s in specs
     )
-    if not alike:  # whole names, which attach to exactly these layers
+    if not same_keys:  # whole names attach to exactly these layers
         parameters["keys"] = sorted(names)
-    spec = AdapterSpec("lora", specs[0].num_layers if alike else -1, parameters)
+    spec = AdapterSpec("lora", specs[0].num_layers if same_keys else -1, parameters)
     others = {"model": adapters[0].base} if adapters[0].base else {}
     others["merged"] = [{"adapter": str(a.file), "weight": w} for a, w in zip(adapters, weights)]
-    _write(output, WEIGHTS, shapes, merged(), {CONFIG: {**others, **spec.as_config()}})
+    _write(output, WEIGHTS, shapes, merged_tensors(), {CONFIG: {**others, **spec.as_config()}})
     return output
 
 
+def _refuse_unsummable(adapters: Sequence[Adapter], weights: Sequence[float], rank: int | None) -> None:
+    if len(weights) != len(adapters):
+        raise ConfigError(f"{len(adapters)} adapters need as many weights, got {len(weights)}")
+    if not adapters or not all(math.isfinite(w) for w in weights):
+        raise ConfigError(f"weights must be numbers, got {list(weights)}")
+    if rank is not None and rank < 1:
+        raise ConfigError(f"--rank must be at least 1, got {rank}")
+    for adapter in adapters:
+        if adapter.spec.fine_tune_type != "lora":
+            raise AdapterError(f"{adapter.file} is DoRA, whose magnitudes do not add up. Fuse it into a model instead")
+
+
 def _concatenated(terms: list[tuple[float, dict[str, mx.array]]]) -> tuple[mx.array, mx.array]:
-    """Factors whose product is the sum of the terms' products, each times its number."""
+    """Factors whose product is the sum of the terms' products, each multiplied by its number."""
     a = mx.concatenate([parts["lora_a"] for _, parts in terms], axis=1)
     is_experts = a.ndim == 3
     b = mx.concatenate([parts["lora_b"] * f for f, parts in terms], axis=2 if is_experts else 0)
@@ -233,7 +236,7 @@ def _concatenated(terms: list[tuple[float, dict[str, mx.array]]]) -> tuple[mx.ar
 
 
 def _truncated(a: mx.array, b: mx.array, rank: int) -> tuple[mx.array, mx.array]:
-    """The product's best approximation of a rank, by an SVD of the small matrix between orthonormal factors."""
+    """The best approximation of the product by one of rank `rank`: an SVD of the matrix between orthonormal factors."""
     if a.ndim == 3:
         pairs = [_truncated(a[e].T, b[e].T, rank) for e in range(a.shape[0])]
         return mx.stack([x.T for x, _ in pairs]), mx.stack([y.T for _, y in pairs])
@@ -245,19 +248,19 @@ def _truncated(a: mx.array, b: mx.array, rank: int) -> tuple[mx.array, mx.array]
 
 
 def _norm(terms: list[tuple[float, dict[str, mx.array]]]) -> float:
-    """Frobenius norm of a sum of products, each times its number: of the small matrix between orthonormal factors."""
+    """The Frobenius norm of that sum of products: the norm of the small matrix between orthonormal factors."""
     a, b = _concatenated([(1.0, {k: p.astype(mx.float32) for k, p in parts.items()}) for _, parts in terms])
     numbers = [f for f, parts in terms for _ in range(rank_of(parts["lora_a"]))]
     squares = 0.0
-    for one_a, one_b in zip(a, b) if a.ndim == 3 else [(a.T, b.T)]:  # [r, in], [out, r]
-        r_a = np.linalg.qr(np.asarray(one_a, np.float64).T, mode="r")
-        r_b = np.linalg.qr(np.asarray(one_b, np.float64) * np.array(numbers), mode="r")
+    for a_i, b_i in zip(a, b) if a.ndim == 3 else [(a.T, b.T)]:  # [r, in], [out, r]
+        r_a = np.linalg.qr(np.asarray(a_i, np.float64).T, mode="r")
+        r_b = np.linalg.qr(np.asarray(b_i, np.float64) * np.array(numbers), mode="r")
         squares += float(np.square(r_a @ r_b.T).sum())
     return math.sqrt(squares)
 
 
 def _shape(parts: dict[str, mx.array]) -> tuple[int, ...]:
-    """Of the product, whatever the rank: `(in, out)`, or of experts `(E, in, out)`."""
+    """The shape of the product, whatever the rank: `(in, out)`, or `(E, in, out)` for experts."""
     a, b = parts["lora_a"], parts["lora_b"]
     return (a.shape[0], a.shape[2], b.shape[1]) if a.ndim == 3 else (a.shape[0], b.shape[1])
 
@@ -273,46 +276,47 @@ def _shapes_of(name: str, shape: tuple[int, ...], rank: int) -> dict[str, tuple[
 
 
 def config_of(model: str) -> dict[str, Any]:
-    """config.json of a base model, downloaded if it is not here. Raises ModelError."""
+    """The config.json of a base model, which is downloaded if it is not here. Raises ModelError."""
     return read_config(resolve(model))
 
 
 def renamed(adapter: Adapter, model: str) -> Adapter:
-    """An adapter with its layers named as mlx-lm names those of `model`, where only what stands before blocks differs.
+    """The adapter with its layers named as mlx-lm names those of `model`.
 
-    As in GPT-2, whose blocks are `transformer.h.0` in transformers and `model.h.0` in mlx-lm.
+    The names may differ only in what stands before the blocks: GPT-2's blocks are `transformer.h.0` in transformers and
+    `model.h.0` in mlx-lm.
 
     Raises:
-        AdapterError: a layer that the model does not have, or that it has in another way.
-        ModelError: no model.
+        AdapterError: the model does not have such a layer.
+        ModelError: the model cannot be read.
     """
     names = {name for name, module in build_lazily(resolve(model)).model.named_modules() if "weight" in module}
-    new: dict[str, str] = {}
+    new_names: dict[str, str] = {}
     for name in adapter.layers:
         ends = [".".join(name.split(".")[i:]) for i in range(name.count(".") + 1)]
         for end in ends:
-            found = [n for n in names if n == name or n.endswith(f".{end}") or n == end]
-            before = name.removesuffix(end).strip(".").split(".")
-            if len(found) == 1 and set(filter(None, before)) <= WRAPPERS:
-                new[name] = found[0]
+            matching = [n for n in names if n == name or n.endswith(f".{end}") or n == end]
+            prefix = name.removesuffix(end).strip(".").split(".")
+            if len(matching) == 1 and set(filter(None, prefix)) <= WRAPPERS:
+                new_names[name] = matching[0]
                 break
         else:
             raise AdapterError(f"{name} is no layer of {model} as mlx-lm has it, or one of its vision or audio parts")
     weights = {}
     for name, array in adapter.weights.items():
         layer, _, part = name.rpartition(".")
-        weights[f"{new[layer]}.{part}"] = array
+        weights[f"{new_names[layer]}.{part}"] = array
     keys = adapter.spec.parameters.get("keys")
-    parameters = {**adapter.spec.parameters} | ({"keys": [new.get(key, key) for key in keys]} if keys else {})
+    parameters = {**adapter.spec.parameters} | ({"keys": [new_names.get(key, key) for key in keys]} if keys else {})
     return replace(adapter, spec=replace(adapter.spec, parameters=parameters), weights=weights)
 
 
 def write_mlx(adapter: Adapter, output: str | Path, memory: str | int | None = None) -> Path:
-    """Write an adapter as `mlx_lm.generate --adapter-path` reads it, tensor by tensor.
+    """Write an adapter in the format that `mlx_lm.generate --adapter-path` reads, tensor by tensor.
 
     Raises:
-        AdapterError: `output` is in the way, or cannot be written.
-        ConfigError: too little memory; names the least.
+        AdapterError: `output` is there already, or cannot be written.
+        ConfigError: memory is too little; names the least that would do.
     """
     output = Path(output).expanduser()
     refuse_occupied(output)
@@ -330,15 +334,16 @@ def export_peft(
     base: str | None = None,
     memory: str | int | None = None,
 ) -> Path:
-    """Write an adapter as PEFT's `PeftModel.from_pretrained` reads it.
+    """Write an adapter in the format that PEFT's `PeftModel.from_pretrained` reads.
 
     Args:
-        base: the base model, for whoever reads the configuration; None: what the adapter itself names.
+        base: the base model's name for PEFT's configuration. None is the name that the adapter's configuration has.
     Raises:
-        AdapterError: experts, which PEFT has in another way, an embedding that is the head as well, or `output` is in
-            the way.
-        ConfigError: too little memory; names the least.
-        ModelError: an embedding has LoRA, and there is no base model to see whether it is the head.
+        AdapterError: the adapter has experts, which PEFT stores differently, or an embedding that is the head as well;
+            or `output` is there already.
+        ConfigError: an embedding has LoRA, and no base model is named that would tell whether it is the head; or
+            memory is too little.
+        ModelError: that base model cannot be read.
     """
     output = Path(output).expanduser()
     refuse_occupied(output)
@@ -363,7 +368,7 @@ def export_peft(
 
 
 def is_tied(config: dict[str, Any]) -> bool:
-    """Whether the embedding is the head as well: it has no layer of its own, or the configuration says so.
+    """Whether the embedding is the head as well: the model has no layer for it, or the configuration says so.
 
     Raises:
         ModelError: mlx-lm has no such model.
@@ -373,7 +378,7 @@ def is_tied(config: dict[str, Any]) -> bool:
     try:
         model_class, args_class = _get_classes(config)
         arguments = args_class.from_dict(config)
-        names = [name for name, _ in model_class(arguments).named_modules()]  # lazy: no weight is made
+        names = [name for name, _ in model_class(arguments).named_modules()]  # lazy: no weight is computed
     except (ValueError, TypeError, KeyError, AttributeError) as e:
         raise ModelError(f"mlx-lm cannot read the base model's config.json: {str(e).splitlines()[0]}") from None
     usual = getattr(arguments, "tie_word_embeddings", True)
@@ -385,7 +390,7 @@ def is_tied(config: dict[str, Any]) -> bool:
 
 
 def read(path: str | Path) -> Adapter:
-    """The adapter in a directory, mlx-lm's or PEFT's. Raises AdapterError."""
+    """Read the adapter in a directory, mlx-lm's or PEFT's. Raises AdapterError."""
     path = Path(path).expanduser()
     if path.suffix.lower() == ".gguf":
         raise AdapterError(f"{path} is in GGUF. Once: slowft adapter import {path} --model MODEL --output DIR")
@@ -403,13 +408,13 @@ def _dtype(array: mx.array) -> str:
 
 
 def _take(weights: dict[str, mx.array]):
-    """Each array in turn, let go of here."""
+    """Each array in turn, which `weights` then no longer holds."""
     for name in list(weights):
         yield name, weights.pop(name)
 
 
 def _take_layers(adapter: Adapter, evaluate: bool = True):
-    """Each layer's arrays in turn, by its name; the adapter lets go of them."""
+    """(name, arrays) of each layer in turn, which the adapter then no longer holds."""
     layers = adapter.layers
     adapter.weights = {}
     for name in list(layers):
@@ -426,7 +431,7 @@ def _evaluate(arrays: list[mx.array], file: Path | None) -> None:
         raise AdapterError(f"{file} cannot be read: {str(e).splitlines()[0]}") from None
 
 
-def check_memory(adapters: Sequence[Adapter], memory: str | int | None, doing: str, rank: int | None = None) -> None:
+def check_memory(adapters: Sequence[Adapter], memory: str | int | None, doing: str) -> None:
     """Raises ConfigError if the largest layer and its factors in float64 do not fit."""
     sizes: dict[str, int] = {}
     for adapter in adapters:
@@ -436,12 +441,12 @@ def check_memory(adapters: Sequence[Adapter], memory: str | int | None, doing: s
 
 
 def check_room_for(nbytes: int, memory: str | int | None, doing: str) -> None:
-    """Raises ConfigError if so many bytes more do not fit under a ceiling; names the least that would do."""
+    """Raises ConfigError if `nbytes` more bytes do not fit under a ceiling; names the least that would do."""
     platform.fix_malloc_threshold()
     limit = platform.memory_limit() // 2 if memory is None else parse_nbytes(memory)
-    held = platform.memory_in_use() + FLOOR_NBYTES + nbytes
-    if held > limit:
-        least = -(-held // 10_000_000) * 10_000_000
+    needed = platform.memory_in_use() + FLOOR_NBYTES + nbytes
+    if needed > limit:
+        least = -(-needed // 10_000_000) * 10_000_000
         raise ConfigError(
             f"--memory {limit / 1e9:.2f}GB is too little: {doing} takes {least / 1e9:.2f}GB. "
             f"Use --memory {least / 1e9:.2f}GB or more"
@@ -449,7 +454,7 @@ def check_room_for(nbytes: int, memory: str | int | None, doing: str) -> None:
 
 
 def _write(output: Path, file_name: str, shapes, arrays, texts: dict[str, dict], dtypes=None, metadata=None) -> None:
-    """A directory with one file of tensors, written one after the other, and small files, all in place at the end."""
+    """Write a directory with one file of tensors, one after the other, and small JSON files `texts`."""
     tensors = [Tensor(name, (dtypes or {}).get(name, "float32"), tuple(shape)) for name, shape in shapes.items()]
     needed = sum(t.nbytes for t in tensors)
     free = free_nbytes(output)
@@ -469,7 +474,7 @@ def _write(output: Path, file_name: str, shapes, arrays, texts: dict[str, dict],
             if not mx.isfinite(array).all().item():
                 raise AdapterError(f"{name} holds NaN or infinity: nothing was written to {output}")
             out.write(name, memoryview(array.reshape(-1).view(mx.uint8)))
-        # the configuration is last: a directory without one is no adapter
+        # The configuration is written last, because a directory without one is no adapter.
         out.finish()
     except BaseException:
         out.abandon()

@@ -1,16 +1,15 @@
-"""A GGUF file -> an ordinary mlx-lm model directory, weights repacked exactly, tokenizer included.
+"""Converts a GGUF file to an ordinary mlx-lm model directory: the weights are repacked exactly, the tokenizer included.
 
 Comes in: a file of one of `gguf_architectures.ARCHITECTURES`, of any size. Goes out: config.json, model.safetensors,
-tokenizer files, put in place all at once. Tensors pass through a piece at a time; no more is ever in memory.
+and tokenizer files, put in place all at once. Only a piece of a tensor is in memory at a time.
 
-No value changes: a block of Q4_0, Q4_1, Q5_0, Q5_1 or Q8_0 is an affine group of 32 in MLX, one of MXFP4 is MLX's
-own, and F32, F16 and BF16 stay what they are. (`mx.load` reads a whole file into memory, and BF16 as float16.)
-Only Q6_K, in which llama.cpp keeps the output matrix of its Q4_0 files, has groups of 16, and becomes float16.
+No value changes. A block of Q4_0, Q4_1, Q5_0, Q5_1 or Q8_0 is an affine group of 32 in MLX, a block of MXFP4 is MLX's
+own format, and F32, F16 and BF16 stay what they are. (`mx.load` would read the whole file into memory, and BF16 as
+float16.) Only Q6_K, in which llama.cpp keeps the output matrix of its Q4_0 files, has groups of 16: it becomes float16.
 """
 
 import errno
 import json
-import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,30 +30,22 @@ from .gguf_blocks import AFFINE_BITS, GROUP_SIZE, narrow, repack, widen
 from .gguf_file import Gguf, GgufTensor, read_gguf
 
 PIECE_NBYTES = 4 << 20
-PLAIN_DTYPES = {"F16": "F16", "BF16": "BF16", "Q6_K": "F16"}  # safetensors types
+PLAIN_DTYPES = {"F16": "float16", "BF16": "bfloat16", "Q6_K": "float16"}
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 
 @dataclass(frozen=True)
-class Output:
-    """One array of the safetensors file."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * DTYPES[self.dtype][1]
-
-
-@dataclass(frozen=True)
 class Weight:
-    """A tensor of the file and what it becomes: `outputs` by part ("weight", "scales", "biases"; "" if plain)."""
+    """A tensor of the file and what it becomes.
+
+    Attributes:
+        outputs: the arrays it becomes, by part: "weight", "scales", "biases"; or "" alone if it is not quantized.
+        n_heads, offset: as in `gguf_architectures.Place`.
+    """
 
     source: GgufTensor
-    outputs: dict[str, Output]
+    outputs: dict[str, Tensor]
     n_heads: int = 0
     offset: float = 0.0
 
@@ -63,22 +54,22 @@ def convert(
     file: str | Path,
     directory: Path,
     progress: Progress | None = None,
-    finish: Callable[[Path], None] = lambda whole: None,
+    finish: Callable[[Path], None] = lambda directory: None,
 ) -> None:
     """Write the mlx-lm model directory of a GGUF file (of a split model, the first file).
 
     Args:
-        progress: told (bytes written, bytes in all).
-        finish: is called with where all files are, before they are put in their place.
+        progress: is called with (bytes written, bytes in all).
+        finish: is called with the temporary directory of all files, before it is moved to its place.
     Raises:
-        ModelError: not a whole GGUF file, or an architecture, tensor or tokenizer that cannot be converted.
-        SlowftError: `directory` is there already, or cannot be written.
+        ModelError: it is not a whole GGUF file, or its architecture, a tensor or its tokenizer cannot be converted.
+        SlowftError: `directory` exists already, or cannot be written.
     """
     gguf = read_gguf(file)
     if (kind := gguf.metadata.get("general.type", "model")) != "model":
         what = "a LoRA adapter" if kind == "adapter" else f"a file of the kind {kind}"
         raise ModelError(f"{file} is {what} in GGUF, not a model. Give the model it belongs to")
-    with _whole(gguf):
+    with _blaming(gguf):
         config = make_config(gguf)
         check_depth(gguf.file, config)
         weights = plan_weights(gguf, config)
@@ -89,7 +80,7 @@ def convert(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         _check_space(temporary, weights)
-        with _whole(gguf):
+        with _blaming(gguf):
             config |= write_gguf_tokenizer(gguf, config["vocab_size"], temporary)
         config |= _quantization(weights)
         (temporary / "config.json").write_text(json.dumps(config, indent=4, sort_keys=True) + "\n")
@@ -104,22 +95,18 @@ def convert(
 
 
 @contextmanager
-def _whole(gguf: Gguf) -> Iterator[None]:
-    """Metadata may be of any kind and tensors of any name: what cannot be made sense of is named as the file's fault.
-
-    Raises:
-        ModelError: that.
-    """
+def _blaming(gguf: Gguf) -> Iterator[None]:
+    """Turn unexpected failures into a ModelError that blames the file: metadata and names in it may be anything."""
     try:
         yield
     except (SlowftError, OSError) as e:
         if not isinstance(e, ModelError) or str(e).isprintable():
             raise
         raise ModelError(printable(str(e))) from None
-    except Exception as e:  # a text for a number, no layers, a block without a number
-        said = printable(f"{type(e).__name__}: {e}".splitlines()[0])
+    except Exception as e:  # such as a text for a number, no layers, or a block without a number
+        problem = printable(f"{type(e).__name__}: {e}".splitlines()[0])
         raise ModelError(
-            f"{gguf.file} is damaged, or of a kind that is not known ({said}). Download it again"
+            f"{gguf.file} is damaged, or of a kind that is not known ({problem}). Download it again"
         ) from None
 
 
@@ -137,33 +124,33 @@ def _check_space(directory: Path, weights: list[Weight]) -> None:
 
 
 def plan_weights(gguf: Gguf, config: dict[str, Any]) -> list[Weight]:
-    """What is written, in the order in which the model uses it.
+    """Decide what is written, in the order in which the model uses it.
 
     Raises:
-        ModelError: mlx-lm's model has other parameters than the file has tensors, or of other shapes.
+        ModelError: the file's tensors are not the parameters of mlx-lm's model, or have other shapes.
     """
-    tensors = sorted((t for t in gguf.tensors.values() if t.name not in ROPE_TABLES), key=_visit_order)
+    tensors = sorted((t for t in gguf.tensors.values() if t.name not in ROPE_TABLES), key=_model_order)
     places = [place(gguf, t.name, config) for t in tensors]
     shapes = _parameter_shapes(gguf, config, [p.name for p in places])
     dtypes = PLAIN_DTYPES | {"F32": _dtype_of_float32(tensors, places)}
     weights = []
-    for t, there in zip(tensors, places):
-        if there.name not in shapes:
-            raise ModelError(f"{gguf.file}: mlx-lm's {config['model_type']} has no {there.name}, for tensor {t.name}")
-        shape = shapes.pop(there.name)
+    for t, target in zip(tensors, places):
+        if target.name not in shapes:
+            raise ModelError(f"{gguf.file}: mlx-lm's {config['model_type']} has no {target.name}, for tensor {t.name}")
+        shape = shapes.pop(target.name)
         if [n for n in shape if n > 1] != [n for n in t.shape if n > 1]:
             raise ModelError(
-                f"{gguf.file}: tensor {t.name} has shape {t.shape}, mlx-lm's {there.name} would have {shape}: the "
-                "metadata is of another model, or of one that mlx-lm has otherwise"
+                f"{gguf.file}: tensor {t.name} has shape {t.shape}, mlx-lm's {target.name} would have {shape}: the "
+                "metadata belongs to another model, or mlx-lm builds this one differently"
             )
-        outputs = _outputs(there.name, t.kind, shape, dtypes.get(t.kind))
-        weights.append(Weight(t, outputs, there.n_heads, there.offset))
+        outputs = _outputs(target.name, t.kind, shape, dtypes.get(t.kind))
+        weights.append(Weight(t, outputs, target.n_heads, target.offset))
     if shapes:
         raise ModelError(f"{gguf.file} has no tensor for mlx-lm's {next(iter(shapes))} ({len(shapes)} missing in all)")
     return weights
 
 
-def _visit_order(tensor: GgufTensor) -> tuple:
+def _model_order(tensor: GgufTensor) -> tuple:
     part, *rest = tensor.name.split(".")
     if part == "blk":
         return 1, int(rest[0]), tensor.name
@@ -171,7 +158,7 @@ def _visit_order(tensor: GgufTensor) -> tuple:
 
 
 def _parameter_shapes(gguf: Gguf, config: dict[str, Any], names: list[str]) -> dict[str, tuple[int, ...]]:
-    """Of mlx-lm's model for this configuration, which is built without its weights."""
+    """The shapes of the parameters of mlx-lm's model for this configuration, which is built without weights."""
     import mlx.core as mx
     from mlx.utils import tree_flatten
     from mlx_lm.utils import _get_classes
@@ -179,7 +166,7 @@ def _parameter_shapes(gguf: Gguf, config: dict[str, Any], names: list[str]) -> d
     try:
         model_class, args_class = _get_classes(config)
         model = model_class(args_class.from_dict(config))
-        if hasattr(model, "sanitize"):  # may leave out the head of a model whose embedding serves as one
+        if hasattr(model, "sanitize"):  # it may remove the head of a model whose embedding is the head
             model.sanitize({name: mx.zeros(()) for name in names})
     except (ValueError, TypeError, KeyError, AttributeError) as e:
         raise ModelError(f"{gguf.file}: mlx-lm cannot build its {config['model_type']}: {e}") from None
@@ -187,36 +174,36 @@ def _parameter_shapes(gguf: Gguf, config: dict[str, Any], names: list[str]) -> d
 
 
 def _dtype_of_float32(tensors: list[GgufTensor], places: list[Place]) -> str:
-    """The type of float32 tensors: that of a 16-bit file's matrices if they all fit.
+    """The dtype in which the file's float32 tensors are written: that of a 16-bit file's matrices if all values fit.
 
-    llama.cpp keeps norms, biases and routers in float32 whatever the model had, and one such tensor makes MLX compute
-    in float32. In a quantized file they stay float32, as llama.cpp computes with them.
+    llama.cpp keeps norms, biases and routers in float32 whatever the original model had, and one such tensor makes MLX
+    compute in float32. In a quantized file they stay float32, because llama.cpp computes with them so.
     """
     nbytes = {kind: sum(t.nbytes for t in tensors if t.kind == kind) for kind in {t.kind for t in tensors}}
     usual = max(nbytes, key=nbytes.__getitem__)
     if usual not in ("F16", "BF16"):
-        return "F32"
-    for tensor, there in zip(tensors, places):
+        return "float32"
+    for tensor, target in zip(tensors, places):
         if tensor.kind == "F32":
             for raw in _pieces(tensor):
-                values = raw.view("<f4") - np.float32(there.offset)
-                if not np.array_equal(widen(usual, narrow(values, usual).view(np.uint8)), values):
-                    return "F32"
-    return usual
+                values = raw.view("<f4") - np.float32(target.offset)
+                if not np.array_equal(widen(usual, narrow(values, PLAIN_DTYPES[usual]).view(np.uint8)), values):
+                    return "float32"
+    return PLAIN_DTYPES[usual]
 
 
-def _outputs(name: str, kind: str, shape: tuple[int, ...], dtype: str | None) -> dict[str, Output]:
+def _outputs(name: str, kind: str, shape: tuple[int, ...], dtype: str | None) -> dict[str, Tensor]:
     if dtype:
-        return {"": Output(name, dtype, shape)}
+        return {"": Tensor(name, dtype, shape)}
     layer, groups = name.removesuffix(".weight"), (*shape[:-1], shape[-1] // GROUP_SIZE)
-    packed = Output(name, "U32", (*shape[:-1], shape[-1] * AFFINE_BITS.get(kind, 4) // 32))
+    packed = Tensor(name, "uint32", (*shape[:-1], shape[-1] * AFFINE_BITS.get(kind, 4) // 32))
     if kind == "MXFP4":
-        return {"weight": packed, "scales": Output(f"{layer}.scales", "U8", groups)}
-    return {"weight": packed} | {part: Output(f"{layer}.{part}", "F16", groups) for part in ("scales", "biases")}
+        return {"weight": packed, "scales": Tensor(f"{layer}.scales", "uint8", groups)}
+    return {"weight": packed} | {part: Tensor(f"{layer}.{part}", "float16", groups) for part in ("scales", "biases")}
 
 
 def _quantization(weights: list[Weight]) -> dict[str, Any]:
-    """What config.json says of quantized layers: the usual setting, and layers that have another."""
+    """The entries of config.json for quantized layers: the usual setting, and the layers that have another."""
     settings = {}
     for w in weights:
         if "scales" in w.outputs:
@@ -237,8 +224,7 @@ def _quantization(weights: list[Weight]) -> dict[str, Any]:
 def _write(file: Path, weights: list[Weight], progress: Progress | None) -> None:
     outputs = [o for w in weights for o in w.outputs.values()]
     total, done = sum(o.nbytes for o in outputs), 0
-    tensors = [Tensor(o.name, DTYPES[o.dtype][0], o.shape) for o in outputs]
-    out = TensorFile(file, tensors, max_pending_nbytes=2 * PIECE_NBYTES)
+    out = TensorFile(file, outputs, max_pending_nbytes=2 * PIECE_NBYTES)
     try:
         for piece in _converted(weights):
             for name, array in piece.items():
@@ -253,7 +239,7 @@ def _write(file: Path, weights: list[Weight], progress: Progress | None) -> None
 
 
 def _converted(weights: list[Weight]) -> Iterator[dict[str, np.ndarray]]:
-    """The next bytes of each array of a tensor, by the array's name."""
+    """The next piece of each array that a tensor becomes, by the array's name."""
     for w in weights:
         for raw in _pieces(w.source, w.n_heads):
             if w.n_heads:
@@ -269,28 +255,22 @@ def _converted(weights: list[Weight]) -> Iterator[dict[str, np.ndarray]]:
 
 def _plain(w: Weight, raw: np.ndarray) -> np.ndarray:
     dtype = w.outputs[""].dtype
-    if w.source.kind == dtype and not w.offset:
+    if DTYPES.get(w.source.kind, ("",))[0] == dtype and not w.offset:
         return raw
     return narrow(widen(w.source.kind, raw) - np.float32(w.offset), dtype)
 
 
 def _rows(tensor: GgufTensor) -> tuple[int, int]:
-    """(rows, bytes of a row); every value of a vector is a row."""
+    """(number of rows, bytes of a row). Every value of a vector is a row."""
     n = tensor.n_rows if len(tensor.shape) > 1 else tensor.shape[0]
     return n, tensor.nbytes // n
 
 
-def _step(tensor: GgufTensor, n_heads: int = 0) -> int:
-    """Rows of a piece: whole heads."""
+def _pieces(tensor: GgufTensor, n_heads: int = 0) -> Iterator[np.ndarray]:
+    """The tensor's bytes, uint8 [rows, bytes of a row], some rows (of whole heads, if `n_heads`) at a time."""
     n, row_nbytes = _rows(tensor)
     least = n // n_heads if n_heads else 1
-    return max(1, PIECE_NBYTES // (row_nbytes * least)) * least
-
-
-def _pieces(tensor: GgufTensor, n_heads: int = 0) -> Iterator[np.ndarray]:
-    """The tensor's bytes, uint8 [rows, bytes of a row], some rows at a time."""
-    n, row_nbytes = _rows(tensor)
-    step = _step(tensor, n_heads)
+    step = max(1, PIECE_NBYTES // (row_nbytes * least)) * least
     with opened(tensor.file) as fd:
         for first in range(0, n, step):
             raw = np.empty((min(step, n - first), row_nbytes), np.uint8)

@@ -1,8 +1,9 @@
-"""LoRA adapters of llama.cpp's (GGUF) <-> mlx-lm's: tensor names, order of queries' and keys' rows, alpha.
+"""Converts LoRA adapters between llama.cpp's format (GGUF) and mlx-lm's.
 
-Comes in: a GGUF file, or an adapter; and the base model's config.json, which says what architecture it is. Goes out: an
-adapter, or a file that `llama-cli --lora` loads: what llama.cpp's convert_lora_to_gguf.py would write. Of each layer
-`lora_a` is [r, in] and `lora_b` [out, r], of experts with their number before; an embedding's `lora_a` is [V, r].
+The two differ in tensor names, in the order of the rows of queries and keys, and in alpha. Comes in: a GGUF file, or an
+adapter; and the base model's config.json, which names the architecture. Goes out: an adapter, or a file that `llama-cli
+--lora` loads, as llama.cpp's convert_lora_to_gguf.py would write it. In GGUF `lora_a` is [r, in] and `lora_b` [out, r],
+for experts [E, r, in] and [E, out, r]; an embedding's `lora_a` is [V, r].
 """
 
 import math
@@ -25,9 +26,9 @@ from .gguf_blocks import widen
 from .gguf_file import MAGIC, STRING, Gguf, GgufTensor, read_gguf
 
 ALIGNMENT = 32
-F32, FLOAT_VALUE, VERSION = 0, 6, 3  # llama.cpp's numbers: of a kind of tensor, of a kind of value, of the format
-# mlx-lm's models that several of llama.cpp's metadata lead to
-ALSO = {
+F32, FLOAT_VALUE, VERSION = 0, 6, 3  # GGUF's numbers for a kind of tensor, a kind of value, and the format's version
+# llama.cpp's architectures for model types of mlx-lm's that no `Architecture.model_type` names
+OTHER_TYPES = {
     "llama": "llama",
     "mixtral": "llama",
     "mistral": "llama",
@@ -38,13 +39,14 @@ ALSO = {
 
 
 def export_gguf(adapter: Adapter, config: dict[str, Any], output: str | Path) -> Path:
-    """Write a LoRA adapter as llama.cpp reads it, in float32.
+    """Write a LoRA adapter in the format that llama.cpp reads, in float32.
 
     Args:
-        config: config.json of the base model.
+        config: the base model's config.json.
     Raises:
-        AdapterError: DoRA, a layer that llama.cpp's model does not have, or `output` is there already.
-        ModelError: the model's architecture is not one of those known.
+        AdapterError: the adapter is DoRA or has a layer that llama.cpp's model does not have, or `output` is there
+            already.
+        ModelError: the model's architecture is not in `gguf_architectures.ARCHITECTURES`.
     """
     output = Path(output).expanduser()
     if output.suffix.lower() != ".gguf":
@@ -84,14 +86,15 @@ def export_gguf(adapter: Adapter, config: dict[str, Any], output: str | Path) ->
 def import_gguf(
     file: str | Path, config: dict[str, Any], base: str | None = None, memory: str | int | None = None
 ) -> Adapter:
-    """A LoRA adapter that llama.cpp's tools wrote, as mlx-lm has it.
+    """Read a LoRA adapter that llama.cpp's tools wrote, as one of mlx-lm's.
 
     Args:
-        config: config.json of the base model; base: its name, for the adapter's configuration.
+        config: the base model's config.json.
+        base: the base model's name for the adapter's configuration.
     Raises:
-        AdapterError: no adapter, of another architecture, or with tensors that mlx-lm's adapters cannot express.
-        ModelError: not a whole GGUF file, or of an unknown architecture.
-        ConfigError: too little memory for the whole adapter, which is read at once; names the least.
+        AdapterError: it is no adapter, or of another architecture, or has tensors that mlx-lm's adapters cannot have.
+        ModelError: it is not a whole GGUF file, or its architecture is unknown.
+        ConfigError: memory is too little for the whole adapter, which is read at once; names the least that would do.
     """
     gguf = read_gguf(Path(file).expanduser())
     kind, method = gguf.metadata.get("general.type"), gguf.metadata.get("adapter.type")
@@ -102,7 +105,7 @@ def import_gguf(
     name, architecture = _architecture(config)
     if (own := gguf.metadata.get("general.architecture")) != name:
         raise AdapterError(f"{file} is for {own} models, and the model is {config.get('model_type')} ({name})")
-    sizes = [4 * math.prod(t.shape) for t in gguf.tensors.values()]  # all in float32, the largest in some copies
+    sizes = [4 * math.prod(t.shape) for t in gguf.tensors.values()]  # float32; the largest tensor is copied
     check_room_for(sum(sizes) + 4 * max(sizes, default=0), memory, f"importing {file}")
     alpha = gguf.metadata.get("adapter.lora.alpha", 0.0)
     if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
@@ -112,11 +115,11 @@ def import_gguf(
         base_name, _, part = tensor.name.rpartition(".")
         if part not in ("lora_a", "lora_b"):
             raise AdapterError(
-                f"{file}: tensor {tensor.name} is no part of LoRA. llama.cpp ignores it, mlx-lm has no place"
+                f"{file}: tensor {tensor.name} is no part of LoRA. llama.cpp ignores it, and mlx-lm has no place for it"
             )
         array = _read(gguf, tensor)
         if part == "lora_b" and (n_heads := _heads(base_name, architecture, config)) is not None:
-            array = _interleaved(array, n_heads, back=True)
+            array = _interleaved(array, n_heads, inverse=True)
         if array.ndim == 2 and not (base_name == "token_embd.weight" and part == "lora_a"):
             array = array.T
         layers.setdefault(_layer_of(base_name, architecture, gguf), {})[part] = array
@@ -132,12 +135,12 @@ def import_gguf(
 
 
 def _architecture(config: dict[str, Any]) -> tuple[str, Architecture]:
-    """llama.cpp's name of the architecture of an mlx-lm model, and what is known of it."""
+    """llama.cpp's name for the architecture of an mlx-lm model, and its description."""
     model_type = config.get("model_type")
-    by_type = {a.model_type: name for name, a in ARCHITECTURES.items() if isinstance(a.model_type, str)} | ALSO
+    by_type = {a.model_type: name for name, a in ARCHITECTURES.items() if isinstance(a.model_type, str)} | OTHER_TYPES
     if model_type not in by_type:
         raise ModelError(
-            f"adapters of {model_type} models cannot be had in GGUF; of these: {', '.join(sorted(by_type))}"
+            f"adapters of {model_type} models have no form in GGUF here; those of {', '.join(sorted(by_type))} have"
         )
     return by_type[model_type], ARCHITECTURES[by_type[model_type]]
 
@@ -163,7 +166,7 @@ def _layer_of(tensor: str, architecture: Architecture, gguf: Gguf) -> str:
 
 
 def _heads(tensor: str, architecture: Architecture, config: dict[str, Any]) -> int | None:
-    """Of a tensor whose rows llama.cpp has in another order, head by head."""
+    """The number of heads if llama.cpp has the rows of each head of this tensor in another order, else None."""
     keys = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
     part = tensor.removesuffix(".weight").rpartition(".")[2]
     if not architecture.permuted or part not in keys:
@@ -176,12 +179,12 @@ def _heads(tensor: str, architecture: Architecture, config: dict[str, Any]) -> i
     return n_heads
 
 
-def _interleaved(b: mx.array, n_heads: int, back: bool = False) -> mx.array:
-    """`lora_b` [out, r] with the two halves of each head's rows interleaved, or back: llama.cpp's rotary embedding."""
+def _interleaved(b: mx.array, n_heads: int, inverse: bool = False) -> mx.array:
+    """`lora_b` [out, r] with the two halves of each head's rows interleaved, as llama.cpp's rotary embedding needs."""
     rows, rank = b.shape[0], b.shape[-1]
     if b.ndim != 2 or rows % (2 * n_heads):
         raise AdapterError(f"{rows} rows are no {n_heads} heads: the adapter is of another model")
-    shape = (n_heads, rows // n_heads // 2, 2, rank) if back else (n_heads, 2, rows // n_heads // 2, rank)
+    shape = (n_heads, rows // n_heads // 2, 2, rank) if inverse else (n_heads, 2, rows // n_heads // 2, rank)
     return b.reshape(shape).swapaxes(1, 2).reshape(rows, rank)
 
 
@@ -196,7 +199,7 @@ def _read(gguf: Gguf, tensor: GgufTensor) -> mx.array:
 
 
 def _write(file: Path, values: dict[str, str | float], tensors: dict[str, mx.array]) -> None:
-    """A GGUF file, in place all at once. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md"""
+    """Write a GGUF file and move it to its place. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md"""
     header = MAGIC + struct.pack("<IQQ", VERSION, len(tensors), len(values))
     for key, value in values.items():
         is_text = isinstance(value, str)

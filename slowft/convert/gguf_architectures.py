@@ -1,7 +1,7 @@
-"""What a GGUF architecture is called in mlx-lm: its configuration from the metadata, and the names of its tensors.
+"""Translates GGUF architectures to mlx-lm's: the configuration from the metadata, and the names of parameters.
 
 Comes in: a file's header. Goes out: the dictionary for config.json, and for each tensor its parameter's name and how
-its values differ. The reverse of llama.cpp's conversion/*.py and gguf-py's tensor_mapping.py.
+its values differ. This is the inverse of llama.cpp's conversion/*.py and gguf-py's tensor_mapping.py.
 """
 
 import math
@@ -19,7 +19,7 @@ LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_po
 
 
 class Metadata:
-    """Values of a header, by names without the architecture's prefix; floats as decimals, not as float32 has them."""
+    """A header's values, by names without the architecture's prefix. Floats are short decimals: 1e-6, not float32's."""
 
     def __init__(self, gguf: Gguf):
         self.gguf = gguf
@@ -27,7 +27,7 @@ class Metadata:
 
     def get(self, key: str, default: Any = None) -> Any:
         value = self.gguf.metadata.get(f"{self.architecture}.{key}", default)
-        if isinstance(value, np.ndarray) and value.size and (value == value.flat[0]).all():  # one value a block
+        if isinstance(value, np.ndarray) and value.size and (value == value.flat[0]).all():  # one value for each block
             value = value.flat[0].item()
         if isinstance(value, (np.ndarray, list)):
             raise ModelError(f"{self.gguf.file}: {self.architecture}.{key} differs between blocks, here {list(value)}")
@@ -57,12 +57,12 @@ class Architecture:
 
     Attributes:
         model_type: mlx-lm's name, which may depend on the file.
-        config: entries of config.json beside those that all have.
-        names: parts of parameters' names, by parts of tensors' names; None: left out.
-        permuted: rows of queries and keys are interleaved for llama.cpp's rotary embedding.
+        config: makes the entries of config.json that not all architectures have.
+        names: parts of parameters' names, by parts of tensors' names, where they differ from `NAMES`.
+        permuted: whether the rows of queries and keys are interleaved for llama.cpp's rotary embedding.
         norm_offset: what llama.cpp adds to the weights of norms.
-        rope_scaling: kinds that mlx-lm's class knows.
-        prefix: of the names of blocks' parameters.
+        rope_scaling: the kinds of scaling that mlx-lm's class knows.
+        prefix: what the names of the blocks' parameters begin with.
     """
 
     model_type: str | Callable[[Metadata], str]
@@ -140,7 +140,7 @@ def _qwen3_moe(m: Metadata) -> dict[str, Any]:
 
 
 def _query_scalar(m: Metadata, n_blocks_of_27b: int) -> int:
-    """Gemma's queries are scaled by the head's size, in its 27B models by the share of the hidden size."""
+    """Gemma's queries are scaled by the head's size; in the 27B models, by the hidden size over the number of heads."""
     if m["block_count"] == n_blocks_of_27b:
         return m["embedding_length"] // m["attention.head_count"]
     return m.head_dim
@@ -169,7 +169,7 @@ def _gemma3(m: Metadata) -> dict[str, Any]:
 
 
 def _period(m: Metadata, usual: int) -> int:
-    """Every how many blocks one attends to everything, the others to a window."""
+    """Every how many blocks one block attends to everything. The others attend to a window."""
     value = m.gguf.metadata.get(f"{m.architecture}.attention.sliding_window_pattern", usual)
     if isinstance(value, (int, np.integer)):
         return int(value)
@@ -325,11 +325,11 @@ ARCHITECTURES = {
         rope_scaling=("yarn",),
     ),
 }
-ROPE_TABLES = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")  # in the configuration
+ROPE_TABLES = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")  # config.json has them
 
 
 def architecture_of(gguf: Gguf) -> Architecture:
-    """Raises ModelError for one that mlx-lm lacks, or that nobody has described here."""
+    """The file's architecture. Raises ModelError if it is not one of `ARCHITECTURES`."""
     name = gguf.metadata.get("general.architecture")
     if name not in ARCHITECTURES:
         raise ModelError(
@@ -340,11 +340,7 @@ def architecture_of(gguf: Gguf) -> Architecture:
 
 
 def make_config(gguf: Gguf) -> dict[str, Any]:
-    """config.json of the model, without what quantization adds.
-
-    Raises:
-        ModelError: metadata missing, or of a model that mlx-lm's class cannot be told to be.
-    """
+    """The config.json without quantization. Raises ModelError if metadata is missing, or mlx-lm has no such model."""
     architecture, m = architecture_of(gguf), Metadata(gguf)
     n_heads = m["attention.head_count"]
     model_type = architecture.model_type
@@ -372,11 +368,11 @@ def make_config(gguf: Gguf) -> dict[str, Any]:
 
 def _rope_scaling(m: Metadata, architecture: Architecture) -> dict[str, Any] | None:
     kind = m.get("rope.scaling.type", "none")
-    if "rope.scaling.type" not in _keys(m) and m.get("rope.scale_linear", 1.0) != 1.0:  # of files before 2023-11
+    if m.get("rope.scaling.type") is None and m.get("rope.scale_linear", 1.0) != 1.0:  # files before 2023-11
         kind = "linear"
     if m.has("rope_freqs.weight"):
         kind = "llama3"
-    if kind in ("none", "longrope"):  # the second in phi3's own configuration
+    if kind in ("none", "longrope"):  # "longrope" is handled in `_phi3`
         return None
     if kind not in architecture.rope_scaling:
         raise ModelError(f"{m.gguf.file}: mlx-lm's {m.architecture} knows no rotary embedding of kind {kind}")
@@ -389,7 +385,7 @@ def _rope_scaling(m: Metadata, architecture: Architecture) -> dict[str, Any] | N
 
 
 def _llama3_scaling(m: Metadata) -> dict[str, Any]:
-    """The scaling whose factors the file has as a table, of which only the largest is a parameter in practice."""
+    """Llama 3's scaling. The file has a table of factors; in practice only the largest one differs between models."""
     table = np.array(_floats(m, "rope_freqs.weight"))
     factor = float(round(table.max()))
     frequencies = m.get("rope.freq_base", 10_000.0) ** -(np.arange(len(table)) / len(table))
@@ -397,12 +393,8 @@ def _llama3_scaling(m: Metadata) -> dict[str, Any]:
     turns = LLAMA3_ROPE["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
     if not np.allclose(table, 1 / ((1 - smooth) / factor + smooth), rtol=1e-4):
-        raise ModelError(f"{m.gguf.file}: the table rope_freqs is none of Llama 3's, which are all that mlx-lm has")
+        raise ModelError(f"{m.gguf.file}: the table rope_freqs is not one of Llama 3's, and mlx-lm has no other")
     return {"rope_type": "llama3", "factor": factor} | LLAMA3_ROPE
-
-
-def _keys(m: Metadata) -> set[str]:
-    return {key.removeprefix(f"{m.architecture}.") for key in m.gguf.metadata}
 
 
 def _floats(m: Metadata, tensor: str) -> list[float]:
@@ -415,7 +407,7 @@ def _floats(m: Metadata, tensor: str) -> list[float]:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor's values go: parameter `name`, rows interleaved in `n_heads` heads (0: none), `offset` added."""
+    """The parameter for a tensor. In GGUF rows of `n_heads` heads (0: none) are interleaved, and `offset` is added."""
 
     name: str
     n_heads: int
@@ -423,7 +415,7 @@ class Place:
 
 
 def place(gguf: Gguf, tensor: str, config: dict[str, Any]) -> Place:
-    """Raises ModelError for a tensor that the architecture does not have."""
+    """Where a tensor's values go. Raises ModelError if the architecture does not have the tensor."""
     architecture = architecture_of(gguf)
     *block, part, kind = tensor.split(".")
     name = (NAMES | architecture.names).get(part)

@@ -1,7 +1,7 @@
-"""Blocks of GGUF tensors as MLX has them: packed groups of 32 where a kind has an equal, else plain values.
+"""Repacks blocks of GGUF tensors: into groups of 32 if MLX has the same quantization, else into plain values.
 
-Comes in: the bytes of whole rows. Goes out: NumPy arrays in the layout of MLX's (bfloat16 as uint16). Exact, but for
-Q6_K. Layouts of the blocks: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h; of MLX's groups:
+Comes in: the bytes of whole rows. Goes out: NumPy arrays in MLX's layout (bfloat16 as uint16). All is exact but for
+Q6_K. The layouts of the blocks: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h; of MLX's groups:
 `mx.quantize`.
 """
 
@@ -13,9 +13,9 @@ PACKED = (*AFFINE_BITS, "MXFP4")
 
 
 def repack(kind: str, rows: np.ndarray) -> dict[str, np.ndarray]:
-    """uint8 [n, bytes of a row] -> `weight` uint32 [n, ...], `scales` and, unless MXFP4, `biases` [n, groups].
+    """Repack uint8 [n, bytes of a row] as `weight` uint32 [n, ...], `scales` and (not for MXFP4) `biases` [n, groups].
 
-    A value of an affine group is scale * integer + bias, in llama.cpp as in MLX; of MXFP4 both have the same codes.
+    A value of an affine group is scale * integer + bias both in llama.cpp and in MLX. Both have the same MXFP4 codes.
     """
     n = len(rows)
     if kind == "MXFP4":
@@ -23,7 +23,7 @@ def repack(kind: str, rows: np.ndarray) -> dict[str, np.ndarray]:
         return {"weight": _words(_packed_nibbles(blocks[:, 1:]), n), "scales": blocks[:, 0].reshape(n, -1)}
     if kind == "Q8_0":
         blocks = rows.reshape(-1, 34)
-        scales, integers, least = _float16(blocks, 0), blocks[:, 2:] ^ 0x80, -128  # int8 as that much above -128
+        scales, integers, least = _float16(blocks, 0), blocks[:, 2:] ^ 0x80, -128  # int8 as its distance from -128
         packed, biases = integers, scales * np.float16(least)
     elif kind in ("Q4_0", "Q5_0"):
         blocks = rows.reshape(-1, 18 if kind == "Q4_0" else 22)
@@ -55,7 +55,7 @@ def _packed_nibbles(data: np.ndarray) -> np.ndarray:
 
 
 def _packed_fives(data: np.ndarray) -> np.ndarray:
-    """4 bytes of fifth bits, then nibbles as above; in MLX the bits of one value after those of another."""
+    """GGUF has 4 bytes of fifth bits, then nibbles as above. MLX has the 5 bits of each value one after the other."""
     fifths = np.unpackbits(data[:, :4], axis=1, bitorder="little")
     values = np.concatenate([data[:, 4:] & 15, data[:, 4:] >> 4], axis=1) | fifths << 4
     bits = np.unpackbits(values[:, :, None], axis=2, count=5, bitorder="little")
@@ -63,7 +63,7 @@ def _packed_fives(data: np.ndarray) -> np.ndarray:
 
 
 def widen(kind: str, rows: np.ndarray) -> np.ndarray:
-    """uint8 [n, bytes of a row] of F32, F16, BF16 or Q6_K -> float32 [n, values], exactly."""
+    """Widen uint8 [n, bytes of a row] of F32, F16, BF16 or Q6_K to float32 [n, values], exactly."""
     if kind == "F32":
         return rows.view("<f4")
     if kind == "F16":
@@ -80,7 +80,7 @@ def widen(kind: str, rows: np.ndarray) -> np.ndarray:
 
 
 def narrow(values: np.ndarray, dtype: str) -> np.ndarray:
-    """float32 -> F32, F16 or BF16 (as uint16, the lower bits cut off: for values that have none)."""
-    if dtype == "BF16":
+    """Cast float32 to another dtype. For bfloat16 (as uint16) the lower 16 bits are dropped: values must have none."""
+    if dtype == "bfloat16":
         return (values.view(np.uint32) >> 16).astype(np.uint16)
-    return values.astype({"F32": np.float32, "F16": np.float16}[dtype], copy=False)
+    return values.astype(dtype, copy=False)

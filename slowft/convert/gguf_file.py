@@ -1,7 +1,7 @@
-"""What a GGUF file holds and where: metadata and tensor places, from the header alone.
+"""Reads the header of a GGUF file: its metadata, and where its tensors are.
 
-Comes in: a file, or the first of a split model's files. Goes out: a `Gguf`. Reads no tensor data, knows nothing of
-models. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+Comes in: a file, or the first of a split model's files. Goes out: a `Gguf`. No tensor data is read, and nothing here
+knows models. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 import math
@@ -18,11 +18,11 @@ from ..weights.extents import MAX_NAME
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-MAX_HEADER_NBYTES = 500_000_000  # real ones, vocabulary included, have some 50 MB
-ARRAY, STRING, BOOL = 9, 8, 7  # of the kinds of metadata values
+MAX_HEADER_NBYTES = 500_000_000  # real headers, vocabulary included, have some 50 MB
+ARRAY, STRING, BOOL = 9, 8, 7  # the format's numbers for kinds of metadata values
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", BOOL: "?", 10: "Q", 11: "q", 12: "d"}
 
-# Of each kind of tensor that can be read: values in a block, and the block's bytes.
+# For each kind of tensor that can be read: (values in a block, bytes of a block).
 KINDS = {
     "F32": (1, 4),
     "F16": (1, 2),
@@ -44,7 +44,7 @@ KIND_NAMES = (
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """`nbytes` bytes at `offset` of `file`: blocks of `kind` (such as "Q4_0"), row by row, of an array of `shape`."""
+    """Where a tensor is: `nbytes` bytes at `offset` of `file`. They are blocks of `kind` (such as "Q4_0")."""
 
     name: str
     kind: str
@@ -60,7 +60,7 @@ class GgufTensor:
 
 @dataclass
 class Gguf:
-    """A model in GGUF: `metadata` as Python values (arrays of numbers as NumPy's), `tensors` by name."""
+    """A header: `metadata` as Python values (arrays of numbers as NumPy arrays), and `tensors` by name."""
 
     file: Path
     metadata: dict[str, Any]
@@ -68,21 +68,21 @@ class Gguf:
 
 
 def read_gguf(file: str | Path) -> Gguf:
-    """The header of a GGUF file and, of a split model, of the files after it.
+    """Read the header of a GGUF file and, for a split model, of the files after it.
 
     Raises:
-        ModelError: not such a file, cut short, or of tensors in a kind that MLX has no equal of.
+        ModelError: the file is no GGUF file, is cut short, or has tensors of a kind that MLX does not have.
     """
     file = Path(file)
     first = _read(file)
     n_files = int(first.metadata.get("split.count", 1))
     if n_files <= 1:
         return first
-    named = re.fullmatch(r"(.*-)(\d{5})-of-(\d{5})\.gguf", file.name)
-    if not named or int(named[2]) != 1 or int(named[3]) != n_files:
+    match = re.fullmatch(r"(.*-)(\d{5})-of-(\d{5})\.gguf", file.name)
+    if not match or int(match[2]) != 1 or int(match[3]) != n_files:
         raise ModelError(f"{file} is one of the {n_files} files of a split model. Give the first, *-00001-of-*.gguf")
     for i in range(2, n_files + 1):
-        part = file.with_name(f"{named[1]}{i:05d}-of-{n_files:05d}.gguf")
+        part = file.with_name(f"{match[1]}{i:05d}-of-{n_files:05d}.gguf")
         if not part.exists():
             raise ModelError(f"{part} is missing: {file.name} is the first of {n_files} files of a split model")
         first.tensors |= _read(part).tensors
@@ -103,7 +103,10 @@ def _read(file: Path) -> Gguf:
 
 
 class _Header:
-    """Walks through the bytes of one file's header. Read, not mapped: there an error of the disk would be a signal."""
+    """Walks through the bytes of one file's header.
+
+    The file is read, not mapped: in a mapped file a disk error would be a signal.
+    """
 
     def __init__(self, file: Path, size: int, opened: BinaryIO):
         self._file, self._size, self._opened, self._at = file, size, opened, len(MAGIC)
@@ -127,13 +130,13 @@ class _Header:
     def _tensor(self, name: str, shape: tuple[int, ...], kind: int, offset: int) -> GgufTensor:
         if not name.isprintable() or len(name) > MAX_NAME:
             raise ValueError
-        known = KIND_NAMES[kind] if kind < len(KIND_NAMES) else f"type {kind}"
-        if known not in KINDS:
+        kind_name = KIND_NAMES[kind] if kind < len(KIND_NAMES) else f"type {kind}"
+        if kind_name not in KINDS:
             raise ModelError(
-                f"{self._file}: tensor {name} is {known}, which MLX has no equal of. Take the model's Q4_0, Q4_1, "
+                f"{self._file}: tensor {name} is {kind_name}, which MLX has no equal of. Take the model's Q4_0, Q4_1, "
                 "Q5_0, Q5_1, Q8_0, F16 or BF16 file, or the original"
             )
-        n, block_nbytes = KINDS[known]
+        n, block_nbytes = KINDS[kind_name]
         if not shape or shape[-1] % n:
             raise ValueError
         nbytes = math.prod(shape) // n * block_nbytes
@@ -142,7 +145,7 @@ class _Header:
                 f"{self._file} is cut short: tensor {name} ends at byte {offset + nbytes}, the file has {self._size}. "
                 "Download it again"
             )
-        return GgufTensor(name, known, shape, self._file, offset, nbytes)
+        return GgufTensor(name, kind_name, shape, self._file, offset, nbytes)
 
     def _scalar(self, code: str):
         (value,) = struct.unpack(f"<{code}", self._take(struct.calcsize(f"<{code}")))
@@ -165,12 +168,15 @@ class _Header:
         if kind == STRING:
             return self._string()
         if kind != ARRAY:
-            return self._scalar(SCALARS[kind]) if kind in SCALARS else self._unknown()
+            return self._scalar(_scalar_code(kind))
         kind, n = self._scalar("I"), self._scalar("Q")
         if kind in (STRING, ARRAY):
             return [self._value(kind) for _ in range(n)]
-        dtype = np.dtype(f"<{SCALARS[kind]}") if kind in SCALARS else self._unknown()
+        dtype = np.dtype(f"<{_scalar_code(kind)}")
         return np.frombuffer(self._take(n * dtype.itemsize), dtype)
 
-    def _unknown(self):
+
+def _scalar_code(kind: int) -> str:
+    if kind not in SCALARS:
         raise ValueError
+    return SCALARS[kind]

@@ -1,7 +1,7 @@
-"""Stretches of files read once, past the file cache, and handed to several threads: to hash, or to look for NaN.
+"""Reads segments of files once, past the file cache, and has several threads hash them or look for NaN.
 
-Comes in: `Segment`s and what is to be done with each one's bytes. Goes out: a result for each, or the error that
-reading it met. Holds two pieces a thread, however large the segments.
+Comes in: `Segment`s, and a consumer for the bytes of each. Goes out: a result for each, or the error that reading it
+raised. Each thread holds two pieces in memory, however large the segments are.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from ..errors import ModelError
 from ..weights.reader import ByteRange, Reader
 
 PIECE_NBYTES = 8 << 20
-# SHA-256 runs at 1.3 GB/s a core where the processor has instructions for it, at 0.4 elsewhere; a drive reads 2 to 7
+# SHA-256 runs at 1.3 GB/s a core where the processor has instructions for it, else at 0.4. A drive reads 2 to 7 GB/s.
 THREADS = min(platform.cores(), 8)
 
 EXPONENTS = {"bfloat16": (np.uint16, 0x7F80), "float16": (np.uint16, 0x7C00), "float32": (np.uint32, 0x7F800000)}
@@ -36,7 +36,7 @@ class Segment:
 
 
 class Consumer(Protocol):
-    """Takes a segment's bytes in order, some at a time; `result` is asked for after the last."""
+    """Takes a segment's bytes in order, some at a time. `result` is called after the last."""
 
     def update(self, data: memoryview) -> None: ...
 
@@ -57,7 +57,7 @@ class Sha256:
 
 
 class NotFinite:
-    """The result is the index of the first NaN or infinity among floats of `dtype`, None if there is none."""
+    """The result is the index of the first NaN or infinity among floats of `dtype`; None if there is none."""
 
     def __init__(self, dtype: str) -> None:
         self._unsigned, self._exponent = EXPONENTS[dtype]
@@ -86,9 +86,9 @@ def scan(
     """Read every segment and give its bytes to its consumer.
 
     Args:
-        progress: told of bytes as they are done with, from any thread, one call at a time.
+        progress: is called with the number of bytes of each piece that is done, from any thread, one call at a time.
     Returns:
-        For each segment its consumer's result, or the ModelError that reading it raised.
+        For each segment, its consumer's result, or the ModelError that reading it raised.
     """
     reader, lock = Reader(), threading.Lock()
     free: queue.SimpleQueue[list[memoryview]] = queue.SimpleQueue()
@@ -118,7 +118,7 @@ def scan(
 
 
 def _pieces(reader: Reader, segment: Segment, buffers: list[memoryview]):
-    """The segment's bytes in order; the next piece is read while the caller has this one."""
+    """The segment's bytes in order. The next piece is read while the caller has this one."""
     starts = range(0, segment.nbytes, PIECE_NBYTES)
 
     def start(i: int):
@@ -128,7 +128,7 @@ def _pieces(reader: Reader, segment: Segment, buffers: list[memoryview]):
         buffer = buffers[i % 2]
         return reader.submit([ByteRange(segment.file, offset, nbytes, at)], buffer), buffer[at : at + nbytes]
 
-    ahead = start(0) if starts else None
+    ahead = start(0) if starts else None  # (the read, the piece)
     try:
         for i in range(len(starts)):
             (read, piece), ahead = ahead, None
@@ -137,5 +137,5 @@ def _pieces(reader: Reader, segment: Segment, buffers: list[memoryview]):
                 ahead = start(i + 1)
             yield piece
     finally:
-        if ahead is not None:  # nothing may fill the buffer once it is another segment's
+        if ahead is not None:  # waits: nothing may fill the buffer once it belongs to another segment
             ahead[0].exception()

@@ -1,7 +1,7 @@
-"""Checksums of a model directory, in its `slowft.json`: written once, and verified at the speed of the drive.
+"""Writes the checksums of a model directory into its `slowft.json`, and verifies them at the speed of the drive.
 
-Comes in: a directory. Goes out: the manifest, or what is wrong with which tensor of which file. A directory without
-a manifest is checked for what can be checked. Changes nothing but the manifest.
+Comes in: a directory. Goes out: the manifest, or what is wrong with which tensor of which file. Without a manifest,
+what can be checked is checked. Nothing but the manifest is changed.
 """
 
 import fnmatch
@@ -23,7 +23,7 @@ from .scan import EXPONENTS, NotFinite, Segment, Sha256, scan
 
 NAME = "slowft.json"
 JOURNAL = "slowft.journal"  # the manifest of a directory that is not finished
-# what mlx-lm reads of a directory (mlx_lm.utils.DEFAULT_ALLOW_PATTERNS): nothing else there can change a result
+# The files of a directory that mlx-lm reads (mlx_lm.utils.DEFAULT_ALLOW_PATTERNS). No other file can change a result.
 USED = ("*.json", "model*.safetensors", "*.py", "tokenizer.model", "*.tiktoken", "*.txt", "*.jsonl", "*.jinja")
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
@@ -46,10 +46,10 @@ class Verification:
     """What `verify` found.
 
     Attributes:
-        checked_with: "manifest"; "hub" if there is none and every weight file was compared with the hash that the hub
-            gave for it; else "nothing", so that a changed bit which leaves a number finite goes unseen.
+        checked_with: "manifest"; "hub" if there is no manifest but the hub's hash of every weight file was known and
+            compared; else "nothing", so that a changed bit is not noticed if the number stays finite.
         faults: empty if all is well.
-        notes: what a person should know of the files besides, a sentence each.
+        notes: what else a person should know of the files, a sentence each.
     """
 
     path: Path
@@ -68,7 +68,7 @@ def write_manifest(directory: Path, made: dict[str, Any], progress: Progress | N
     """Hash every file of a finished model directory and write its manifest.
 
     Args:
-        made: where the model comes from, for whoever reads the manifest.
+        made: where the model comes from, for people who read the manifest.
     Raises:
         ModelError: a file cannot be read.
         SlowftError: the manifest cannot be written.
@@ -101,7 +101,7 @@ def write_manifest(directory: Path, made: dict[str, Any], progress: Progress | N
 
 
 def save(directory: Path, made: dict[str, Any], files: dict[str, dict]) -> None:
-    """Write the manifest of files whose checksums are known."""
+    """Write the manifest. `files` are its entries."""
     write_file(directory / NAME, encode(made, files))
 
 
@@ -110,16 +110,12 @@ def encode(made: dict[str, Any], files: dict[str, dict]) -> bytes:
 
 
 def entry_of(contents: bytes) -> dict:
-    """The manifest's entry of a file with these contents, other than weights."""
+    """The manifest's entry for a file with these contents that holds no weights."""
     return {"nbytes": len(contents), "sha256": hashlib.sha256(contents).hexdigest()}
 
 
 def load(file: Path) -> dict[str, Any]:
-    """A manifest.
-
-    Raises:
-        ModelError: it cannot be read or is not one.
-    """
+    """Read a manifest. Raises ModelError if the file cannot be read or is no manifest."""
     try:
         manifest = json.loads(file.read_bytes())
         for name, entry in manifest["files"].items():
@@ -139,13 +135,13 @@ def load(file: Path) -> dict[str, Any]:
 
 
 def verify(path: str | Path, progress: Progress | None = None) -> Verification:
-    """Compare a model directory with its manifest, or check what can be checked without one. Reads all of it.
+    """Compare a model directory with its manifest, or check what can be checked without one. Every byte is read.
 
     Args:
         path: a directory.
-        progress: told (bytes done, bytes in all), from other threads, one call at a time.
+        progress: is called with (bytes done, bytes in all), from other threads, one call at a time.
     Raises:
-        ModelError: no such directory, or not a model directory.
+        ModelError: the directory does not exist or holds no model.
     """
     directory = Path(path).expanduser()
     if not directory.is_dir():
@@ -157,64 +153,71 @@ def verify(path: str | Path, progress: Progress | None = None) -> Verification:
         raise ModelError(f"{directory} is an unfinished slowft prepare or fuse. Run the same command again: it goes on")
     if (directory / NAME).exists():
         manifest = load(directory / NAME)
-        found = Verification(directory, "manifest")
-        _verify_entries(found, manifest["files"], progress)
+        result = verify_entries(directory, manifest["files"], progress)
         for name in sorted(p.name for p in directory.iterdir()):
             if name != NAME and name not in manifest["files"] and any(fnmatch.fnmatch(name, u) for u in USED):
-                found.faults.append(Fault(name, None, "is not in the manifest, and mlx-lm would read it"))
-        return found
+                result.faults.append(Fault(name, None, "is not in the manifest, and mlx-lm would read it"))
+        return result
     return _verify_without_manifest(directory, progress)
 
 
-def verify_entries(directory: Path, files: dict[str, dict], progress: Progress | None = None) -> list[Fault]:
-    """What is wrong with these files of a directory, by their entries of a manifest."""
-    found = Verification(directory, "manifest")
-    _verify_entries(found, files, progress)
-    return found.faults
-
-
-def _verify_entries(found: Verification, files: dict[str, dict], progress: Progress | None) -> None:
-    checks: list[tuple[Segment, str, Fault]] = []  # what to hash, the hash expected, what it is if that is not it
+def verify_entries(directory: Path, files: dict[str, dict], progress: Progress | None = None) -> Verification:
+    """Compare files of a directory with their entries in a manifest."""
+    result = Verification(directory, "manifest")
+    checks: list[tuple[Segment, str, Fault]] = []  # (what to hash, the expected hash, the fault if it is another)
     for name, entry in files.items():
-        file = found.path / name
-        found.n_files += 1
-        found.n_tensors += len(entry.get("tensors", ()))
-        found.nbytes += entry["nbytes"]
+        file = directory / name
+        result.n_files += 1
+        result.n_tensors += len(entry.get("tensors", ()))
+        result.nbytes += entry["nbytes"]
         if not file.is_file():
-            found.faults.append(Fault(name, None, "is missing"))
+            result.faults.append(Fault(name, None, "is missing"))
             continue
         size = file.stat().st_size
-        parts = [(None, 0, entry["nbytes"], entry["sha256"], "has changed (its SHA-256 is another)")]
-        if "tensors" in entry:  # and the header: together they are the file
-            start = min((t["offset"] for t in entry["tensors"].values()), default=entry["nbytes"])
-            parts = [(None, 0, start, entry["header_sha256"], "has a changed header (its SHA-256 is another)")]
-            parts += [
-                (tensor, t["offset"], t["nbytes"], t["sha256"], "has changed (its SHA-256 is another)")
-                for tensor, t in entry["tensors"].items()
-            ]
-        if size != entry["nbytes"]:
-            what = "is cut short" if size < entry["nbytes"] else "is too long"
-            problem = f"{what}: {size} bytes, the manifest has {entry['nbytes']}"
-            cut = [tensor for tensor, offset, nbytes, *_ in parts if tensor and offset + nbytes > size]
-            if cut:
-                problem += f"; tensor {cut[0]}" + (f" and {len(cut) - 1} more" if len(cut) > 1 else "") + " incomplete"
-            found.faults.append(Fault(name, None, problem))
+        is_whole = size == entry["nbytes"]
+        parts = _hashed_parts(entry)
+        if not is_whole:
+            result.faults.append(Fault(name, None, _wrong_size(size, entry["nbytes"], parts)))
         for tensor, offset, nbytes, expected, problem in parts:
-            if offset + nbytes <= size and not (tensor is None and "tensors" not in entry and size != nbytes):
+            if offset + nbytes <= size and (is_whole or "tensors" in entry):
                 checks.append((Segment(str(file), offset, nbytes), expected, Fault(name, tensor, problem)))
     digests = _hash([segment for segment, _, _ in checks], progress)
     for digest, (_, expected, fault) in zip(digests, checks):
         if isinstance(digest, ModelError):
-            found.faults.append(Fault(fault.file, fault.tensor, f"cannot be read: {digest}"))
+            result.faults.append(Fault(fault.file, fault.tensor, f"cannot be read: {digest}"))
         elif digest != expected:
-            found.faults.append(fault)
+            result.faults.append(fault)
+    return result
+
+
+def _hashed_parts(entry: dict) -> list[tuple[str | None, int, int, str, str]]:
+    """Parts of a file that have hashes of their own: (tensor, offset, bytes, hash, problem if it is another).
+
+    They are its header and its tensors. A file of no tensors is one part.
+    """
+    changed = "has changed (its SHA-256 is another)"
+    if "tensors" not in entry:
+        return [(None, 0, entry["nbytes"], entry["sha256"], changed)]
+    start = min((t["offset"] for t in entry["tensors"].values()), default=entry["nbytes"])
+    header = (None, 0, start, entry["header_sha256"], "has a changed header (its SHA-256 is another)")
+    tensors = entry["tensors"].items()
+    return [header, *((name, t["offset"], t["nbytes"], t["sha256"], changed) for name, t in tensors)]
+
+
+def _wrong_size(size: int, expected: int, parts: list[tuple[str | None, int, int, str, str]]) -> str:
+    problem = f"{'is cut short' if size < expected else 'is too long'}: {size} bytes, the manifest has {expected}"
+    incomplete = [tensor for tensor, offset, nbytes, *_ in parts if tensor and offset + nbytes > size]
+    if incomplete:
+        more = f" and {len(incomplete) - 1} more" if len(incomplete) > 1 else ""
+        problem += f"; tensor {incomplete[0]}{more} incomplete"
+    return problem
 
 
 def _hash(segments: list[Segment], progress: Progress | None) -> list[str | ModelError]:
-    return scan(segments, (Sha256() for _ in segments), _counted(segments, progress))
+    return scan(segments, (Sha256() for _ in segments), _counting(segments, progress))
 
 
-def _counted(segments: list[Segment], progress: Progress | None) -> Callable[[int], None] | None:
+def _counting(segments: list[Segment], progress: Progress | None) -> Callable[[int], None] | None:
     if progress is None:
         return None
     total, done = sum(s.nbytes for s in segments), 0
@@ -232,69 +235,69 @@ def _counted(segments: list[Segment], progress: Progress | None) -> Callable[[in
 
 
 def _verify_without_manifest(directory: Path, progress: Progress | None) -> Verification:
-    found = Verification(directory, "nothing")
-    extents = _verify_headers(found)
+    result = Verification(directory, "nothing")
+    extents = _verify_headers(result)
     hashes = {file: sha for file in {e.file for e in extents} if (sha := _hash_of_hub(Path(file)))}
-    if hashes and len(hashes) == found.n_files:
-        found.checked_with = "hub"
+    if hashes and len(hashes) == result.n_files:
+        result.checked_with = "hub"
     floats = [e for e in extents if e.dtype in EXPONENTS]
     segments = [Segment(e.file, e.offset, e.nbytes) for e in floats]
     segments += [Segment(file, 0, Path(file).stat().st_size) for file in hashes]
     consumers = [NotFinite(e.dtype) for e in floats] + [Sha256() for _ in hashes]
-    results = scan(segments, consumers, _counted(segments, progress))
-    for e, first in zip(floats, results):
+    scanned = scan(segments, consumers, _counting(segments, progress))
+    for e, first in zip(floats, scanned):
         name = Path(e.file).name
         if isinstance(first, ModelError):
-            found.faults.append(Fault(name, e.name, f"cannot be read: {first}"))
+            result.faults.append(Fault(name, e.name, f"cannot be read: {first}"))
         elif first is not None:
-            found.faults.append(Fault(name, e.name, f"holds NaN or infinity, first at element {first}"))
-    for (file, expected), digest in zip(hashes.items(), results[len(floats) :]):
+            result.faults.append(Fault(name, e.name, f"holds NaN or infinity, first at element {first}"))
+    for (file, expected), digest in zip(hashes.items(), scanned[len(floats) :]):
         if digest != expected:
-            found.faults.append(Fault(Path(file).name, None, "is not what the hub has: its SHA-256 is another"))
-    return found
+            result.faults.append(Fault(Path(file).name, None, "is not what the hub has: its SHA-256 is another"))
+    return result
 
 
-def _verify_headers(found: Verification) -> list:
-    """Headers, sizes, the index. Returns the extents of the files that are sound."""
+def _verify_headers(result: Verification) -> list:
+    """Check headers, sizes and the index. Returns the extents of the files whose headers are sound."""
     extents: dict[str, Any] = {}
     wrong = None
     try:
-        weights = find_model_weights(found.path)
-        files, found.notes = weights.files, weights.notes
-    except ModelError as e:  # each file that may be meant is looked at, so that all faults are named
-        files, wrong = sorted(found.path.glob("model*.safetensors")), e
+        weights = find_model_weights(result.path)
+        files, result.notes = weights.files, weights.notes
+    except ModelError as e:  # every weight file there is gets checked, so that all faults are named
+        files, wrong = sorted(result.path.glob("model*.safetensors")), e
         if not files:
             raise
     for file in files:
-        found.n_files += 1
+        result.n_files += 1
         try:
             own = read_header(file)
         except ModelError as e:
-            found.faults.append(Fault(file.name, None, str(e).removeprefix(f"{file}").lstrip(": ")))
+            result.faults.append(Fault(file.name, None, str(e).removeprefix(f"{file}").lstrip(": ")))
             continue
         size = file.stat().st_size
-        found.nbytes += size
-        found.n_tensors += len(own)
+        result.nbytes += size
+        result.n_tensors += len(own)
         end = min((e.offset for e in own.values()), default=size)
         for e in sorted(own.values(), key=lambda e: e.offset):
             if e.offset != end:
-                found.faults.append(
+                result.faults.append(
                     Fault(file.name, e.name, f"begins at byte {e.offset}, the one before ends at {end}")
                 )
             end = e.offset + e.nbytes
         if end != size:
-            found.faults.append(Fault(file.name, None, f"has {size} bytes, its tensors end at {end}"))
+            result.faults.append(Fault(file.name, None, f"has {size} bytes, its tensors end at {end}"))
         for name in sorted(own.keys() & extents.keys()):
-            found.faults.append(Fault(file.name, name, f"is in {Path(extents[name].file).name} as well"))
+            result.faults.append(Fault(file.name, name, f"is in {Path(extents[name].file).name} as well"))
         extents |= own
-    if not (found.path / "config.json").exists():
-        found.faults.append(Fault("config.json", None, "is missing"))
-    if wrong is not None and not found.faults:
-        found.faults.append(Fault(INDEX, None, str(wrong)))
+    if not (result.path / "config.json").exists():
+        result.faults.append(Fault("config.json", None, "is missing"))
+    if wrong is not None and not result.faults:
+        result.faults.append(Fault(INDEX, None, str(wrong)))
     return list(extents.values())
 
 
 def _hash_of_hub(file: Path) -> str | None:
-    """The SHA-256 that huggingface-hub noted for a downloaded file: a blob in its cache is named so."""
+    """The SHA-256 that huggingface-hub had for a downloaded file: blobs in its cache have it as their name."""
     blob = file.resolve().name if file.is_symlink() else ""
     return blob if re.fullmatch("[0-9a-f]{64}", blob) else None

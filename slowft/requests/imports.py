@@ -1,7 +1,7 @@
-"""Logs that other programs wrote, as rows for the store: JSON lines of several forms, told apart by their keys.
+"""Reads logs that other programs wrote: JSON lines in several forms, which differ in their keys.
 
-Comes in: files. Goes out: rows as `RequestStore.add` takes them. Whatever is malformed is named by file and line, all
-of it in one error, and then nothing was imported.
+Comes in: files. Goes out: rows as `RequestStore.add` takes them. If lines are malformed, one error names them all by
+file and line, and nothing is imported.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,14 +12,14 @@ from ..data.files import Found, Source
 from ..errors import DataError, printable
 from .filters import seconds
 
-SHOWN = 20  # bad lines in full
+SHOWN = 20  # how many malformed lines an error names
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json")
 CHAT, PLAIN, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 FORMS = (
     '{"request", "response"}, {"input", "output"} of OpenPipe, lines of OpenAI\'s batches, stored completions with '
     'their messages, {"messages"} that end with an answer, or {"prompt", "completion"}'
 )
-# Keys of one thing in several programs' logs
+# The keys that several programs have for the same thing
 BEGAN = ("began", "requestedAt", "requested_at", "created_at", "timestamp", "created")
 ENDED = ("receivedAt", "received_at")
 STATUS = ("status_code", "statusCode")
@@ -31,29 +31,29 @@ Row = dict[str, Any]
 
 
 class _Bad(Exception):
-    """Why a line is not imported; the text goes on where its place begins."""
+    """Says why a line is not imported. The line's place is put before this text."""
 
 
 def read(files: Sequence[Path]) -> Iterator[Row]:
-    """Rows of files. A batch's answers find their questions by `custom_id` in whichever of the files has them.
+    """Read rows from files. A batch's answers find their questions, by `custom_id`, in any of the files.
 
     Raises:
-        DataError: a file cannot be read, or after all others were read, lines that are malformed, with their numbers.
+        DataError: a file cannot be read; or, after all lines were read, some are malformed.
     """
     for file in files:
         if not file.is_file():
             raise DataError(f"{file} is not there. Give a file of JSON lines")
         if not file.name.lower().endswith(SUFFIXES):
             raise DataError(f"{file} is of no kind that is imported. Known are {', '.join(SUFFIXES)}")
-    asked = {}
+    questions = {}
     for found in Source(list(files)).read():
         if found.sample is not None and "custom_id" in found.sample and isinstance(found.sample.get("body"), dict):
-            asked[str(found.sample["custom_id"])] = found.sample
+            questions[str(found.sample["custom_id"])] = found.sample
     bad: list[str] = []
     n_bad = n = 0
     for found in Source(list(files)).read():
         try:
-            row = _row(found, asked)
+            row = _row(found, questions)
             if row is None:
                 continue
             n += 1
@@ -72,24 +72,24 @@ def read(files: Sequence[Path]) -> Iterator[Row]:
         raise DataError(f"{', '.join(map(str, files))} holds no answered requests")
 
 
-def _row(found: Found, asked: Mapping[str, Row]) -> Row | None:
-    """A line as a row; None of a batch's question, which comes with its answer."""
+def _row(found: Found, questions: Mapping[str, Row]) -> Row | None:
+    """A line as a row. None for a batch's question, which comes with its answer."""
     if found.reason:
         raise _Bad(found.reason)
     line = found.sample
     if "custom_id" in line:
-        return _of_batch(line, asked)
+        return _of_batch(line, questions)
     for is_form, read_as in READERS:
         if is_form(line):
             return read_as(line)
     raise _Bad(f"has the keys {', '.join(map(str, line)) or '(none)'}; known are {FORMS}")
 
 
-def _of_batch(line: Row, asked: Mapping[str, Row]) -> Row | None:
-    """A line of OpenAI's batch output, with the question out of the batch's input."""
+def _of_batch(line: Row, questions: Mapping[str, Row]) -> Row | None:
+    """A line of OpenAI's batch output, with the question from the batch's input."""
     if isinstance(line.get("body"), dict):
         return None
-    question = asked.get(str(line["custom_id"]))
+    question = questions.get(str(line["custom_id"]))
     if question is None:
         raise _Bad(f"answers {line['custom_id']!r}, which no line asks. Give the batch's input file too")
     response = line.get("response") if isinstance(line.get("response"), dict) else {}
@@ -101,7 +101,7 @@ def _of_batch(line: Row, asked: Mapping[str, Row]) -> Row | None:
 def _of_pair(line: Row, request: Any, response: Any) -> Row:
     if not isinstance(request, dict):
         raise _Bad("has a request that is no object")
-    if "body" in request and isinstance(request["body"], dict):  # with the path beside it
+    if "body" in request and isinstance(request["body"], dict):  # and the path beside it
         line, request = {"path": request.get("path", request.get("url")), **line}, request["body"]
     if not isinstance(response, dict | type(None)):
         raise _Bad("has a response that is no object")
@@ -109,7 +109,7 @@ def _of_pair(line: Row, request: Any, response: Any) -> Row:
 
 
 def _of_stored(line: Row) -> Row:
-    """A chat completion with the messages that it answers, as OpenAI's stored completions are exported."""
+    """A chat completion with the messages that it answers: an export of OpenAI's stored completions."""
     question = line.get("messages", line.get("input"))
     response = {key: value for key, value in line.items() if key in IN_RESPONSE | {"model"}}
     body = {key: value for key, value in line.items() if key not in IN_RESPONSE | {"metadata", "input", "tags"}}
@@ -118,7 +118,7 @@ def _of_stored(line: Row) -> Row:
 
 
 def _of_conversation(line: Row) -> Row:
-    """A sample of a data set: the last message is the answer."""
+    """A sample of a data set, whose last message is the answer."""
     messages = line["messages"]
     if not (isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages)):
         raise _Bad("has messages that are no list of objects")
@@ -145,7 +145,7 @@ def _first(line: Row, names: Sequence[str]) -> Any:
 
 
 def _completed(row: Row, line: Row) -> Row:
-    """The row with what the line says beside request and response."""
+    """Add to the row what the line says besides request and response."""
     body, response = row["body"], row["response"]
     if not any(isinstance(body.get(key), list | str) and body[key] for key in ("messages", "prompt", "input")):
         raise _Bad("has a request without messages or prompt")
@@ -155,7 +155,7 @@ def _completed(row: Row, line: Row) -> Row:
     row["tags"] = row.get("tags") or _tags(line.get("tags"))
     row["status_code"] = row.get("status_code") or _first(line, STATUS)
     row["kept"] = line.get("kept") if isinstance(line.get("kept"), bool) else None
-    row["is_broken"] = line.get("status") in ("begun", "broken")  # of our own lines
+    row["is_broken"] = line.get("status") in ("begun", "broken")  # a line that slowft exported
     error = _first(line, ERROR) or (response or {}).get("error")
     if isinstance(error, dict):
         error = error.get("message") or str(error)
@@ -178,7 +178,7 @@ def _time(line: Row, names: Sequence[str]) -> float | None:
     try:
         at = seconds(value)
     except Exception:
-        raise _Bad(f"has a time that is none: {value!r}") from None
+        raise _Bad(f"has a time that cannot be read: {value!r}") from None
     return at / 1000 if at > MILLISECONDS else at
 
 
@@ -194,7 +194,7 @@ def _has(*keys: str) -> Callable[[Row], bool]:
     return lambda line: all(key in line for key in keys)
 
 
-# The first that fits reads a line
+# (whether a line has this form, how it is read); the first that fits is used
 READERS: tuple[tuple[Callable[[Row], bool], Callable[[Row], Row]], ...] = (
     (_has("request", "response"), lambda line: _of_pair(line, line["request"], line["response"])),
     (_has("reqPayload"), lambda line: _of_pair(line, line["reqPayload"], line.get("respPayload"))),

@@ -1,4 +1,4 @@
-"""What requests cost, by a price list of the user's: YAML, for each model what a million tokens of either kind cost."""
+"""Computes what requests cost. The user's price list (YAML) has for each model the price of a million tokens."""
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
@@ -12,37 +12,37 @@ EXAMPLE = "gpt-4o*: {input: 2.5, output: 10}"
 
 
 def load(file: str | Path) -> dict[str, dict[str, float]]:
-    """Prices by model, or by a pattern such as "gpt-4o*", of a million tokens: {"input": ..., "output": ...}.
+    """Read a price list: {"input": ..., "output": ...} of a million tokens, by model or a pattern such as "gpt-4o*".
 
     Raises:
-        ConfigError: the file is no such list; names what is wrong.
+        ConfigError: the file is no price list; names what is wrong.
     """
     import yaml
 
     try:
-        found = yaml.safe_load(Path(file).expanduser().read_text("utf-8"))
+        listed = yaml.safe_load(Path(file).expanduser().read_text("utf-8"))
     except OSError as e:
         raise ConfigError(f"{file} cannot be read: {reason_of(e)}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise ConfigError(f"{file} is no YAML: {' '.join(str(e).split())}") from None
-    if not isinstance(found, dict):
+    if not isinstance(listed, dict):
         raise ConfigError(f"{file} holds no prices. Write lines such as {EXAMPLE}")
-    for model, prices in found.items():
+    for model, prices in listed.items():
         is_list = isinstance(prices, dict) and set(prices) <= set(KINDS) and prices
         if not is_list or not all(_is_price(price) for price in prices.values()):
             raise ConfigError(f"{file}: {model} has no prices that are numbers. Write it such as {EXAMPLE}")
-    return {str(model): {kind: float(prices.get(kind, 0)) for kind in KINDS} for model, prices in found.items()}
+    return {str(model): {kind: float(prices.get(kind, 0)) for kind in KINDS} for model, prices in listed.items()}
 
 
 def cost(
     prices: Mapping[str, Any] | None, model: str | None, prompt_tokens: int | None, completion_tokens: int | None
 ) -> float | None:
-    """In the list's currency; None of a model that is not in it, or while tokens are not known."""
+    """The cost in the list's currency. None if the model is not listed, or neither number of tokens is known."""
     if not prices or model is None or (prompt_tokens is None and completion_tokens is None):
         return None
-    # the model's own name before patterns, and of those the longest, which says most
-    fitting = [name for name in prices if fnmatchcase(model, name)]
-    name = model if model in prices else max(fitting, key=len, default=None)
+    # The model's own name goes before patterns. Of these the longest is used, because it is the most specific.
+    matching = [name for name in prices if fnmatchcase(model, name)]
+    name = model if model in prices else max(matching, key=len, default=None)
     if name is None:
         return None
     return (prices[name]["input"] * (prompt_tokens or 0) + prices[name]["output"] * (completion_tokens or 0)) / 1e6

@@ -1,8 +1,8 @@
-"""Pruning rules: texts that all prompts of a data set share, which are removed from them before training and serving.
+"""Finds and removes texts that all prompts of a data set share: the pruning rules.
 
-A model that is fine-tuned on prompts without them learns what they said, and answers sooner: OpenPipe's idea. Comes in:
-messages. Goes out: messages, and the rules, which lie beside data (`slowft requests export --prune`) and adapter
-(`slowft finetune`), and are applied by the same function wherever the adapter is used.
+A model that is fine-tuned on prompts without these texts learns what they said, and answers sooner. This is OpenPipe's
+idea. Comes in: messages. Goes out: messages, and the rules. The rules are in a file beside the data (`slowft requests
+export --prune`) and the adapter (`slowft finetune`), and `apply` is used wherever the adapter is.
 """
 
 import json
@@ -16,18 +16,18 @@ from .. import platform
 from ..errors import DataError, SlowftError, reason_of
 
 FILE = "pruning_rules.json"
-SHORTEST = 40  # characters of a rule, about ten tokens: less is hardly worth that a prompt reads oddly
+SHORTEST = 40  # characters of a rule, about ten tokens. A shorter one saves too little for an odd prompt.
 SYSTEM = ("system", "developer")
-KEEP = ("assistant",)  # what was answered stays as it was
+KEEP = ("assistant",)  # the messages of these roles are not pruned
 
 Messages = Sequence[dict[str, Any]]
 
 
 def apply(rules: Sequence[str], messages: Messages) -> list[dict[str, Any]]:
-    """Messages without the texts of the rules.
+    """Remove the texts of the rules from messages.
 
-    What the system is told is left out if nothing of it remains. Another message of which nothing would remain stays
-    as it was, so that there is always something to answer.
+    A system message is left out if nothing of it remains. Any other message of which nothing would remain stays as it
+    was, so that there is always something to answer.
     """
     if not rules:
         return list(messages)
@@ -46,49 +46,45 @@ def apply(rules: Sequence[str], messages: Messages) -> list[dict[str, Any]]:
 
 
 def find(prompts: Iterable[Messages]) -> list[str]:
-    """The longest texts of whole words that every prompt has, longest first; none of a single prompt.
+    """The longest texts of whole words that every prompt has, the longest first. A single prompt has none.
 
-    Of what the first prompt says, each further one leaves what it says too. So one pass does, and what is held is no
-    more than one prompt.
+    Each prompt reduces the texts of the first one to what both have. So one pass is enough, and no more than one prompt
+    is in memory.
     """
     shared: list[str] | None = None
     first: list[str] = []
-    is_one = True
+    all_equal = True
     for messages in prompts:
         said = [text for message in messages if message.get("role") not in KEEP for text in _texts(message)]
         if shared is None:
             shared, first = [text.strip() for text in said if len(text.strip()) >= SHORTEST], said
             continue
-        is_one = is_one and said == first
+        all_equal = all_equal and said == first
         shared = [piece for text in shared for piece in _pieces(text, said)]
         if not shared:
             return []
-    return [] if is_one or shared is None else sorted(dict.fromkeys(shared), key=len, reverse=True)
+    return [] if all_equal or shared is None else sorted(dict.fromkeys(shared), key=len, reverse=True)
 
 
 def load(folder: str | Path) -> list[str]:
-    """The rules in a folder of data or of an adapter; none if it has none.
-
-    Raises:
-        DataError: the file cannot be read, or is none of ours.
-    """
+    """Read the rules in a folder of data or of an adapter; it may have none. Raises DataError if their file is bad."""
     file = Path(folder).expanduser() / FILE
     try:
-        found = json.loads(file.read_text("utf-8"))
+        content = json.loads(file.read_text("utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as e:
         raise DataError(f"{file} cannot be read: {reason_of(e)}") from None
     except (ValueError, RecursionError):
-        found = None
-    rules = found.get("remove") if isinstance(found, dict) else None
+        content = None
+    rules = content.get("remove") if isinstance(content, dict) else None
     if not isinstance(rules, list) or not all(isinstance(rule, str) and rule for rule in rules):
         raise DataError(f'{file} holds no pruning rules: {{"remove": ["a text", ...]}}. Correct it or remove it')
     return rules
 
 
 def save(folder: Path, rules: Sequence[str]) -> None:
-    """Write the rules into a folder, whole or not at all; without any, the file of earlier ones is removed."""
+    """Write the rules into a folder, all or none. If there are no rules, the file of earlier ones is removed."""
     file, temporary = folder / FILE, folder / f".{FILE}.tmp"
     try:
         if not rules:
@@ -133,15 +129,15 @@ def _is_blank(content: Any) -> bool:
 
 
 def _pieces(text: str, said: Sequence[str]) -> list[str]:
-    """What of a text stands in one of those that were said: of the one that has most of it."""
+    """The pieces of a text that one of the texts `said` has too: the one that has most of it."""
     if any(text in other for other in said):
         return [text]
-    found = (_common(text, other) for other in said)
-    return max(found, key=lambda pieces: sum(map(len, pieces)), default=[])
+    common = (_common(text, other) for other in said)
+    return max(common, key=lambda pieces: sum(map(len, pieces)), default=[])
 
 
 def _common(text: str, other: str) -> list[str]:
-    """Runs of whole words that both have, in the same order."""
+    """The runs of whole words that both texts have, in the same order."""
     mine, theirs = re.findall(r"\s+|\S+", text), re.findall(r"\s+|\S+", other)
     begin = 0
     while begin < min(len(mine), len(theirs)) and mine[begin] == theirs[begin]:
@@ -149,7 +145,7 @@ def _common(text: str, other: str) -> list[str]:
     end = 0
     while end < min(len(mine), len(theirs)) - begin and mine[-1 - end] == theirs[-1 - end]:
         end += 1
-    # beginning and end are cheap, and most of what prompts by one template share; what lies between is compared
+    # Prompts by one template share mostly a beginning and an end, which are cheap to find. The middle is compared.
     middle = SequenceMatcher(None, mine[begin : len(mine) - end], theirs[begin : len(theirs) - end])
     runs = [mine[:begin]]
     runs += [mine[begin + block.a : begin + block.a + block.size] for block in middle.get_matching_blocks()]

@@ -1,7 +1,7 @@
-"""`slowft.record(client)`: an OpenAI client that writes down what it is asked and answered, in its own process.
+"""`slowft.record(client)` makes an OpenAI client write down what it is asked and answered, in its own process.
 
-What the application gets is what it would get without: the client's own objects, streams and errors. A failure to
-record is logged (logger "slowft.requests") and nothing else.
+The application gets what it would get without this: the client's own objects, streams and errors. A failure to record
+is only logged (logger "slowft.requests").
 """
 
 import atexit
@@ -9,6 +9,7 @@ import inspect
 import json
 import logging
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -19,10 +20,10 @@ from .streams import Pieces
 
 Client = TypeVar("Client")
 
-BUSY_S = 1.0  # that the application waits for a file which another program is writing, at most
-RAW = "x-stainless-raw-response"  # header by which openai's with_raw_response and with_streaming_response ask
+BUSY_S = 1.0  # the most seconds that the application waits while another program writes the file
+RAW = "x-stainless-raw-response"  # the header that openai's with_raw_response and with_streaming_response add
 NOT_BODY = ("extra_headers", "extra_query", "extra_body", "timeout")
-NOT_GIVEN = ("NotGiven", "Omit")  # openai's classes of arguments that were left out
+NOT_GIVEN = ("NotGiven", "Omit")  # openai's classes for arguments that were left out
 LOG = logging.getLogger("slowft.requests")
 
 
@@ -34,14 +35,14 @@ def record(
     redact: Sequence[str] = (),
     prices: str | Path | Mapping[str, Any] | None = None,
 ) -> Client:
-    """Have an `openai.OpenAI` or `AsyncOpenAI` record its chat and plain completions, streamed or not.
+    """Make an `openai.OpenAI` or `AsyncOpenAI` record its chat and plain completions, streamed or not.
 
     Args:
-        client: is changed, and returned. `with_raw_response` and `with_streaming_response` are left as they are.
-        db: the file, which is made if it is not there.
-        tags: of every request; `metadata` of a request adds to them.
-        redact: regular expressions; what they match is written as "[redacted]".
-        prices: a price list's file, or what `requests.prices.load` gives.
+        client: is changed and returned. `with_raw_response` and `with_streaming_response` are not recorded.
+        db: the file, which is created if it does not exist.
+        tags: the tags of every request. A request's `metadata` adds to them.
+        redact: regular expressions. What they match is written as "[redacted]".
+        prices: the file of a price list, or what `requests.prices.load` returns.
 
     Raises:
         DataError: the file cannot be opened.
@@ -78,17 +79,17 @@ def _create(inner: Any, store: RequestStore, path: str, tags: dict[str, str]) ->
     def create(*args, **kwargs):
         if _is_raw(kwargs):
             return inner(*args, **kwargs)
-        one = _Recording(store, path, kwargs, tags)
+        recording = _Recording(store, path, kwargs, tags)
         try:
             answer = inner(*args, **kwargs)
         except BaseException as e:
-            one.failed(e)
+            recording.failed(e)
             raise
-        if not one.is_stream(answer):
-            one.answered(answer)
+        if not recording.is_stream(answer):
+            recording.answered(answer)
         else:
-            _after_close(answer, one)
-            answer._iterator = _followed(answer._iterator, one)
+            _after_close(answer, recording)
+            answer._iterator = _recorded(answer._iterator, recording)
         return answer
 
     return create
@@ -98,61 +99,61 @@ def _async_create(inner: Any, store: RequestStore, path: str, tags: dict[str, st
     async def create(*args, **kwargs):
         if _is_raw(kwargs):
             return await inner(*args, **kwargs)
-        one = _Recording(store, path, kwargs, tags)
+        recording = _Recording(store, path, kwargs, tags)
         try:
             answer = await inner(*args, **kwargs)
         except BaseException as e:
-            one.failed(e)
+            recording.failed(e)
             raise
-        if not one.is_stream(answer):
-            one.answered(answer)
+        if not recording.is_stream(answer):
+            recording.answered(answer)
         else:
-            _after_async_close(answer, one)
-            answer._iterator = _followed_async(answer._iterator, one)
+            _after_async_close(answer, recording)
+            answer._iterator = _recorded_async(answer._iterator, recording)
         return answer
 
     return create
 
 
-def _followed(chunks: Iterator[Any], one: "_Recording") -> Iterator[Any]:
+def _recorded(chunks: Iterator[Any], recording: "_Recording") -> Iterator[Any]:
     try:
         for chunk in chunks:
-            one.piece(chunk)
+            recording.add(chunk)
             yield chunk
     except BaseException as e:
-        one.failed(e)
+        recording.failed(e)
         raise
-    one.ended()
+    recording.ended()
 
 
-async def _followed_async(chunks: AsyncIterator[Any], one: "_Recording") -> AsyncIterator[Any]:
+async def _recorded_async(chunks: AsyncIterator[Any], recording: "_Recording") -> AsyncIterator[Any]:
     try:
         async for chunk in chunks:
-            one.piece(chunk)
+            recording.add(chunk)
             yield chunk
     except BaseException as e:
-        one.failed(e)
+        recording.failed(e)
         raise
-    one.ended()
+    recording.ended()
 
 
-def _after_close(stream: Any, one: "_Recording") -> None:
-    """A stream that is closed before its end was cut off; its `with` closes it too, after the end."""
+def _after_close(stream: Any, recording: "_Recording") -> None:
+    """Record a stream that is closed before its end as cut off. (At the end of a `with`, it is closed once more.)"""
     inner = stream.close
 
     def close():
         inner()
-        one.failed(GeneratorExit())
+        recording.failed(GeneratorExit())
 
     stream.close = close
 
 
-def _after_async_close(stream: Any, one: "_Recording") -> None:
+def _after_async_close(stream: Any, recording: "_Recording") -> None:
     inner = stream.close
 
     async def close():
         await inner()
-        one.failed(GeneratorExit())
+        recording.failed(GeneratorExit())
 
     stream.close = close
 
@@ -163,64 +164,60 @@ def _is_raw(kwargs: Mapping[str, Any]) -> bool:
 
 
 class _Recording:
-    """One request on its way into the file. Nothing that goes wrong in here gets out."""
+    """One request on its way into the file. No failure in here reaches the application."""
 
     def __init__(self, store: RequestStore, path: str, kwargs: dict[str, Any], tags: Mapping[str, str]):
         self._store, self._id, self._pieces = store, None, Pieces()
-        with _Quietly():
+        with _quietly():
             body = _body(kwargs)
-            told = body.get("metadata")
-            tags = {**tags, **(told if isinstance(told, dict) else {})}
+            metadata = body.get("metadata")
+            tags = {**tags, **(metadata if isinstance(metadata, dict) else {})}
             self._id = store.begin(path=path, body=body, source="client", tags=tags)
 
     def is_stream(self, answer: Any) -> bool:
-        """Whether an answer comes in pieces that can be followed."""
+        """Whether an answer is a stream, whose chunks can be recorded as they pass."""
         return hasattr(answer, "_iterator") and hasattr(answer, "close")
 
-    def piece(self, chunk: Any) -> None:
-        with _Quietly():
+    def add(self, chunk: Any) -> None:
+        with _quietly():
             self._pieces.add(_plain(chunk))
 
     def answered(self, answer: Any) -> None:
-        with _Quietly():
+        with _quietly():
             self._finish(response=_plain(answer), status_code=200)
 
     def ended(self) -> None:
-        with _Quietly():
+        with _quietly():
             self._finish(response=self._pieces.response(), status_code=200)
 
     def failed(self, error: BaseException) -> None:
-        """By the service's error, or because the application wanted no more."""
-        with _Quietly():
+        """The service raised an error, or the application wanted no more."""
+        with _quietly():
             is_cut_off = not isinstance(error, Exception)
             code, body = getattr(error, "status_code", None), getattr(error, "body", None)
             response = self._pieces.response()
             if response is None and isinstance(body, dict):
                 response = {"error": body}
-            said = None if is_cut_off else f"{type(error).__name__}: {error}"
-            self._finish(response=response, status_code=code, error=said, is_broken=is_cut_off)
+            text = None if is_cut_off else f"{type(error).__name__}: {error}"
+            self._finish(response=response, status_code=code, error=text, is_broken=is_cut_off)
 
     def _finish(self, **how) -> None:
-        id, self._id = self._id, None  # once: a stream that ended is closed after that
-        if id is not None and not self._store.is_closed:  # as the process ends: the row is broken already
+        id, self._id = self._id, None  # only once: a stream that has ended is closed after that
+        if id is not None and not self._store.is_closed:  # closed as the process ends: the row is broken
             self._store.finish(id, **how)
 
 
-class _Quietly:
-    """Logs what goes wrong, and lets the application go on."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind, error, trace) -> bool:
-        if isinstance(error, Exception):
-            LOG.warning("a request was not recorded: %s", error)
-            return True
-        return False
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Log what goes wrong, and let the application go on."""
+    try:
+        yield
+    except Exception as e:
+        LOG.warning("a request was not recorded: %s", e)
 
 
 def _body(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What is sent, by the arguments of `create`; those that can be read only once are put back as lists."""
+    """The body that is sent for these arguments of `create`. Iterators among them are replaced by lists."""
     for name, value in kwargs.items():
         if inspect.isgenerator(value) or (isinstance(value, Iterator) and not isinstance(value, Sequence)):
             kwargs[name] = list(value)
@@ -231,7 +228,7 @@ def _body(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it: of openai's models, what was sent."""
+    """A value as JSON has it. openai's models give what was sent."""
     if hasattr(value, "model_dump"):
         return value.model_dump(mode="json", exclude_unset=True, warnings=False)
     if isinstance(value, Mapping):

@@ -1,35 +1,35 @@
-"""The pieces of a streamed answer put together, as the answer would have come whole."""
+"""Puts the pieces of a streamed answer together: the result is what would have come without streaming."""
 
 from collections.abc import Mapping
 from typing import Any
 
-JOINED = ("content", "reasoning_content", "reasoning", "refusal", "text", "arguments")  # texts that come in pieces
+JOINED = ("content", "reasoning_content", "reasoning", "refusal", "text", "arguments")  # the texts that come in pieces
 
 
 class Pieces:
-    """Takes chunks, each as parsed JSON, in their order. What is of no known form is passed over."""
+    """Takes chunks, each as parsed JSON, in their order. Chunks of unknown form are ignored."""
 
     def __init__(self):
-        self._about: dict[str, Any] = {}
+        self._common: dict[str, Any] = {}  # what the chunks say besides choices
         self._choices: dict[int, dict[str, Any]] = {}
 
     def add(self, chunk: Any) -> None:
-        """One more chunk of a chat's or a plain completion's stream."""
+        """Add a chunk of a chat's or a plain completion's stream."""
         if not isinstance(chunk, Mapping):
             return
-        self._about |= {key: value for key, value in chunk.items() if key != "choices" and value is not None}
+        self._common |= {key: value for key, value in chunk.items() if key != "choices" and value is not None}
         choices = chunk.get("choices")
         for choice in choices if isinstance(choices, list) else []:
             if isinstance(choice, Mapping):
                 self._add_choice(choice)
 
     def response(self) -> dict[str, Any] | None:
-        """The answer, as far as it came; None if nothing did."""
-        if not self._about and not self._choices:
+        """The answer as far as it has come. None if nothing has."""
+        if not self._common and not self._choices:
             return None
-        kind = str(self._about.get("object", "")).removesuffix(".chunk")
+        kind = str(self._common.get("object", "")).removesuffix(".chunk")
         choices = [self._choices[i] for i in sorted(self._choices)]
-        return self._about | ({"object": kind} if kind else {}) | {"choices": choices}
+        return self._common | ({"object": kind} if kind else {}) | {"choices": choices}
 
     def _add_choice(self, choice: Mapping[str, Any]) -> None:
         index = choice.get("index") if isinstance(choice.get("index"), int) else 0
@@ -60,7 +60,7 @@ def _join_calls(calls: list[dict[str, Any]], pieces: list[Any]) -> None:
         if not isinstance(piece, Mapping):
             continue
         index = piece.get("index") if isinstance(piece.get("index"), int) else len(calls)
-        while len(calls) <= min(index, len(calls)):  # one more at most, whatever number a piece claims to have
+        while len(calls) <= min(index, len(calls)):  # adds one at most, whatever index a piece claims to have
             calls.append({})
         _join(calls[min(index, len(calls) - 1)], {key: value for key, value in piece.items() if key != "index"})
 

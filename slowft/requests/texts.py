@@ -1,28 +1,32 @@
-"""What a request asks and what its response says, out of OpenAI's JSON: chat, plain completions, responses.
+"""Reads what a request asks and what its response says, in OpenAI's JSON of chats, plain completions and responses.
 
-Comes in: a request's body or a response, as parsed JSON of any shape. Goes out: text, messages, counts. What is not
-there is empty or None; nothing here raises, because what an upstream answers is recorded whatever it is.
+Comes in: a request's body or a response, as parsed JSON of any shape. Goes out: text, messages, counts. What is missing
+is empty or None. Nothing here raises, because an upstream's answer is recorded whatever it is.
 """
 
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-BETWEEN = "\n"  # what a message says in several places
+BETWEEN = "\n"  # what separates the texts of one message
+# The keys of a message that `plain_messages` keeps besides role and content.
+OTHER_KEYS = ("name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning", "thinking")
+# The names of both numbers of tokens: in chats and completions, in the responses API.
+USAGE_KEYS = (("prompt_tokens", "input_tokens"), ("completion_tokens", "output_tokens"))
 
 
 def prompt_messages(body: Any) -> list[dict[str, Any]]:
-    """Messages that were asked: a chat's, or a plain prompt as one of the user's."""
+    """The messages of a request. A plain prompt is one message of the user."""
     if not isinstance(body, Mapping):
         return []
     messages = body.get("messages")
     if isinstance(messages, list):
         return [message for message in messages if isinstance(message, dict)]
-    asked = body.get("prompt", body.get("input"))
-    if isinstance(asked, list) and asked and all(isinstance(part, dict) for part in asked):
-        messages = asked  # of the responses API
-    elif isinstance(asked, str) or isinstance(asked, list):
-        messages = [{"role": "user", "content": asked}]
+    prompt = body.get("prompt", body.get("input"))
+    if isinstance(prompt, list) and prompt and all(isinstance(part, dict) for part in prompt):
+        messages = prompt  # the responses API has messages here
+    elif isinstance(prompt, str | list):
+        messages = [{"role": "user", "content": prompt}]
     else:
         messages = []
     if isinstance(body.get("instructions"), str):
@@ -31,12 +35,12 @@ def prompt_messages(body: Any) -> list[dict[str, Any]]:
 
 
 def answer_message(response: Any) -> dict[str, Any] | None:
-    """The first choice's message, with tool calls and reasoning where there are any; None of what is no answer."""
+    """The first choice's message, with its tool calls and reasoning. None if the response is no answer."""
     if not isinstance(response, Mapping):
         return None
     choice = _first(response.get("choices"))
     if choice is None:
-        return _of_output(response.get("output"))
+        return _output_message(response.get("output"))
     if isinstance(choice.get("message"), dict):
         return {key: value for key, value in choice["message"].items() if value is not None}
     if isinstance(choice.get("text"), str):
@@ -44,17 +48,18 @@ def answer_message(response: Any) -> dict[str, Any] | None:
     return None
 
 
-def _of_output(output: Any) -> dict[str, Any] | None:
+def _output_message(output: Any) -> dict[str, Any] | None:
     """The message in a response of the responses API."""
-    messages = [m for m in output if isinstance(m, dict) and m.get("type") == "message"] if _is_list(output) else []
+    outputs = output if isinstance(output, list) else []
+    messages = [m for m in outputs if isinstance(m, dict) and m.get("type") == "message"]
     return {"role": "assistant", "content": content_text(messages[-1].get("content"))} if messages else None
 
 
 def content_text(content: Any) -> str:
-    """The text of a message's content, which is a string or parts; images and sounds have none."""
+    """The text of a message's content, which is a string or a list of parts. Images and sounds have no text."""
     if isinstance(content, str):
         return content
-    if not _is_list(content):
+    if not isinstance(content, list):
         return ""
     texts = (
         part if isinstance(part, str) else part.get("text") if isinstance(part, dict) else None for part in content
@@ -63,17 +68,17 @@ def content_text(content: Any) -> str:
 
 
 def message_text(message: Mapping[str, Any]) -> str:
-    """All that a message says: content, reasoning, refusal, names and arguments of tool calls."""
-    return BETWEEN.join(part for part in _said(message) if part)
+    """All texts of a message: content, reasoning, refusal, names and arguments of tool calls."""
+    return BETWEEN.join(text for text in _texts(message) if text)
 
 
-def _said(message: Mapping[str, Any]) -> Iterator[str]:
+def _texts(message: Mapping[str, Any]) -> Iterator[str]:
     for key in ("reasoning_content", "reasoning", "refusal"):
         if isinstance(message.get(key), str):
             yield message[key]
     yield content_text(message.get("content"))
     calls = message.get("tool_calls")
-    for call in calls if _is_list(calls) else []:
+    for call in calls if isinstance(calls, list) else []:
         function = call.get("function") if isinstance(call, dict) else None
         if isinstance(function, dict):
             arguments = function.get("arguments")
@@ -82,23 +87,19 @@ def _said(message: Mapping[str, Any]) -> Iterator[str]:
 
 
 def plain_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
-    """Messages whose contents are strings, as training takes them; None if there are images or sounds among them."""
-    found = []
+    """The messages with strings as contents, as training takes them. None if they have images or sounds."""
+    plain = []
     for message in messages:
         content = message.get("content")
-        if _is_list(content):
+        if isinstance(content, list):
             if any(not isinstance(part, str) and not _is_text(part) for part in content):
                 return None
             content = content_text(content)
         elif content is None:
             content = ""
-        kept = {key: message[key] for key in OF_MESSAGE if message.get(key) is not None}
-        found.append({"role": str(message.get("role", "user")), "content": content} | kept)
-    return found
-
-
-# What of a message is kept beside role and content
-OF_MESSAGE = ("name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning", "thinking")
+        others = {key: message[key] for key in OTHER_KEYS if message.get(key) is not None}
+        plain.append({"role": str(message.get("role", "user")), "content": content} | others)
+    return plain
 
 
 def _is_text(part: Any) -> bool:
@@ -106,53 +107,46 @@ def _is_text(part: Any) -> bool:
 
 
 def of_prompt(body: Any) -> list[str]:
-    """What `prompt` and `text` filters look in: all that each message says."""
+    """The texts that `prompt` and `text` filters search: those of each message."""
     if isinstance(body, Mapping) and isinstance(body.get("unparsed"), str):
         return [body["unparsed"]]
     return [message_text(message) for message in prompt_messages(body)]
 
 
 def of_answer(response: Any) -> list[str]:
-    """What `answer` and `text` filters look in: all that each choice says."""
+    """The texts that `answer` and `text` filters search: those of each choice."""
     if not isinstance(response, Mapping):
         return []
     choices = response.get("choices")
-    if not _is_list(choices):
-        message = _of_output(response.get("output"))
+    if not isinstance(choices, list):
+        message = _output_message(response.get("output"))
         return [message_text(message)] if message else []
     answers = (answer_message({"choices": [choice]}) for choice in choices)
     return [message_text(answer) for answer in answers if answer is not None]
 
 
 def opening(body: Any) -> str:
-    """What the requests of one conversation have in common: the user's first message; without one, the first."""
+    """What the requests of one conversation share: the text of the user's first message, or else of the first."""
     messages = prompt_messages(body)
     first = next((m for m in messages if m.get("role") == "user"), messages[0] if messages else {})
     return message_text(first)
 
 
 def finish_reason(response: Any) -> str | None:
-    """Of the first choice."""
+    """The finish reason of the first choice."""
     choice = _first(response.get("choices")) if isinstance(response, Mapping) else None
     reason = choice.get("finish_reason") if choice else None
     return reason if isinstance(reason, str) else None
 
 
 def usage(response: Any) -> tuple[int | None, int | None]:
-    """(prompt tokens, completion tokens), where the response says."""
-    found = response.get("usage") if isinstance(response, Mapping) else None
-    if not isinstance(found, Mapping):
+    """(prompt tokens, completion tokens); None where the response does not say."""
+    said = response.get("usage") if isinstance(response, Mapping) else None
+    if not isinstance(said, Mapping):
         return None, None
-    counts = [found.get(key, found.get(other)) for key, other in NAMES_OF_USAGE]
+    counts = [said.get(key, said.get(other)) for key, other in USAGE_KEYS]
     return tuple(n if isinstance(n, int) and not isinstance(n, bool) else None for n in counts)  # type: ignore
 
 
-NAMES_OF_USAGE = (("prompt_tokens", "input_tokens"), ("completion_tokens", "output_tokens"))
-
-
 def _first(choices: Any) -> dict[str, Any] | None:
-    return choices[0] if _is_list(choices) and choices and isinstance(choices[0], dict) else None
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list)
+    return choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else None
