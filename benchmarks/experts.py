@@ -18,10 +18,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from slowft.bench.job import Job
 from slowft.bench.limits import Limits
 from slowft.bench.shapes import write_random
 from slowft.bench.system import describe
+from slowft.bench.workload import Workload
 from slowft.engine.model import parse_nbytes
 
 RESULTS = Path(__file__).parent / "results"
@@ -98,7 +98,7 @@ def main() -> None:
                 kind = "train" if args.train else "evaluate"
                 command = [sys.executable, "-c", WORKER, str(directory), method, str(tokens), passes, kind]
                 limits = Limits(read_bytes_per_s=rate)
-                with limits.group(Job(str(directory), "experts")) as group:
+                with limits.group(Workload(str(directory), "experts")) as group:
                     command = command if group is None else group.entered(command)
                     done = subprocess.run(command, capture_output=True, text=True, check=True)
                 results.append(json.loads(done.stdout.splitlines()[-1]))

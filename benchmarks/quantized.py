@@ -15,9 +15,9 @@ from pathlib import Path
 from activation_cache import SHAPE
 
 from slowft.bench import step
-from slowft.bench.job import Job
 from slowft.bench.limits import Limits
 from slowft.bench.shapes import quantized, write_random
+from slowft.bench.workload import Workload
 from slowft.engine.model import parse_nbytes
 
 RESULTS = Path(__file__).parent / "results"
@@ -39,7 +39,7 @@ def main() -> None:
         config = SHAPE | {"num_hidden_layers": args.layers}
         bases = {bits: write_random(Path(scratch) / str(bits), quantized(config, bits)) for bits in (None, 4)}
         for name, bits in (("16-bit base", None), ("4-bit base", 4)):
-            job = Job(str(bases[bits]), name, args.batch_size, args.tokens, steps=args.steps, memory=memory)
+            job = Workload(str(bases[bits]), name, args.batch_size, args.tokens, steps=args.steps, memory=memory)
             measured = step.measure(job, limits)
             results[name] = {figure: measured[figure] for figure in FIGURES} | {"predicted": measured["predicted"]}
             print(
