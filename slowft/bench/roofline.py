@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, SlowftError
+from ..planning.plan import Plan
 from .workload import Workload
 
 
@@ -44,20 +45,7 @@ def predict(
                 slower = min(planner.rates.read, read_bytes_per_s)
                 planner.rates = replace(planner.rates, read=slower)
             plan = planner.choose(memory)
-            if plan is None:
-                return None
-            tokens = workload.batch_size * workload.tokens * n
-            return {
-                "micro_batches": n,
-                "tokens": tokens,
-                "compute_s": plan.compute_s,
-                "read_s": plan.read_s,
-                "step_s": plan.step_s,
-                "tokens_per_s": tokens / plan.step_s,
-                "read_nbytes": plan.read_nbytes,
-                "peak_nbytes": plan.peak_nbytes,
-                "bound": plan.bound,
-            }
+            return None if plan is None else _figures(plan, workload.with_(micro_batches=n))
 
         counts, points = [1], []
         while counts[-1] * 2 <= most:
@@ -79,6 +67,20 @@ def predict(
         }
     finally:
         model.close()
+
+
+def _figures(plan: Plan, workload: Workload) -> dict[str, Any]:
+    return {
+        "micro_batches": workload.micro_batches,
+        "tokens": workload.tokens_of_step,
+        "compute_s": plan.compute_s,
+        "read_s": plan.read_s,
+        "step_s": plan.step_s,
+        "tokens_per_s": workload.tokens_of_step / plan.step_s,
+        "read_nbytes": plan.read_nbytes,
+        "peak_nbytes": plan.peak_nbytes,
+        "bound": plan.bound,
+    }
 
 
 def _crossover(points: list[dict], point: Callable[[int], dict | None]) -> int | None:

@@ -18,7 +18,8 @@ from ..requests.store import RequestStore
 from .checks import Check
 from .suite import Scenarios, Suite
 
-OF_REQUEST = ("tools", "tool_choice", "response_format")  # fields of a recorded body that variants are asked with too
+# fields of a recorded request's body that variants are asked with too
+REQUEST_FIELDS = ("tools", "tool_choice", "response_format")
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,6 @@ def _of_requests(file: Path, source: Scenarios) -> Iterator[Scenario]:
                 continue
             answer = texts.answer_message(row.response) if row.status == "complete" else None
             text = answer and texts.message_text(answer)
-            fields = {key: body[key] for key in OF_REQUEST if key in body}
+            fields = {key: body[key] for key in REQUEST_FIELDS if key in body}
             name = f"{source.name or 'request'} {row.id}"
             yield Scenario(name, dict(row.tags), messages, text, fields, request=row.id)

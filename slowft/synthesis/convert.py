@@ -3,13 +3,13 @@
 from ..errors import DataError
 from .rows import Row
 
-ABOUT = ("source", "topic", "document", "group", "mark", "history")  # fields of a row that a finished row keeps
+KEPT_FIELDS = ("source", "topic", "document", "group", "mark", "history")  # fields of a row that a finished row keeps
 
 
 def as_messages(row: Row) -> Row:
     """The row as a conversation. A plain text stays a plain text."""
     content = {"messages": row["messages"]} if "messages" in row else {"text": row["text"]}
-    return {"id": row["id"]} | content | {key: row[key] for key in ABOUT if key in row}
+    return {"id": row["id"]} | content | {key: row[key] for key in KEPT_FIELDS if key in row}
 
 
 def as_preference(row: Row) -> Row | None:
@@ -25,4 +25,4 @@ def as_preference(row: Row) -> Row | None:
     *prompt, chosen = row["messages"]
     rejected = {"role": "assistant", "content": row["rejected"]["content"]}
     preference = {"id": row["id"], "prompt": prompt, "chosen": [chosen], "rejected": [rejected]}
-    return preference | {key: row[key] for key in ABOUT if key in row}
+    return preference | {key: row[key] for key in KEPT_FIELDS if key in row}

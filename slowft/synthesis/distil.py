@@ -30,7 +30,7 @@ from ..weights.tensorfile import write_file
 from . import contamination, filters, generating, judging, seeds, steps
 from .make import make
 from .recipe import Recipe
-from .rows import Out, answer_of, count, lines, prompt_of, read, said
+from .rows import Out, answer_of, count, lines, prompt_of, read, without_reasoning
 
 BEFORE, RAW, MADE, TAUGHT = "before", "raw", "made", "taught"
 WHAT = {
@@ -262,8 +262,11 @@ class Distillation:
                 into.parent.mkdir(parents=True, exist_ok=True)
                 questions = [{"id": str(i), "messages": row["messages"][:-1]} for i, row in enumerate(judged)]
                 generating.write_answers(as_student, questions, into, self._report)
-                answers = [said(answer_of(row)) for row, _, _ in generating.with_answers(questions, into, 1)]
-                pairs[name] = [(prompt_of(row), answer, said(answer_of(row))) for row, answer in zip(judged, answers)]
+                answered = (row for row, _, _ in generating.with_answers(questions, into, 1))
+                pairs[name] = [
+                    (prompt_of(row), without_reasoning(answer_of(own)), without_reasoning(answer_of(row)))
+                    for row, own in zip(judged, answered)
+                ]
             self._report.note("Judging answers, in both orders")
             all_pairs = [pair for of_student in pairs.values() for pair in of_student]
             preferences = iter(judging.preferences(r, all_pairs, self._report))
@@ -288,7 +291,7 @@ class Distillation:
             write_file(file, about.encode())
 
     def _identity(self, model: str) -> list[Any]:
-        """What a change of the model would change: its name, its files and, for the teacher, its adapter."""
+        """Values that identify the model: its name, its files and, for the teacher, its adapter."""
         r = self._recipe
         has_adapter = r.adapter_path is not None and model == r.model_path(r.model)
         return [model, steps.files_of(model), digest(r.path(r.adapter_path)) if has_adapter else None]

@@ -15,7 +15,7 @@ from ..inference.prompts import Asked, Prompt
 from ..inference.results import SAME
 from ..inference.session import Session, Settings
 from .recipe import Recipe
-from .rows import OF_ANSWER, Row, lines, said, whole_lines, with_answer, written
+from .rows import ANSWER_FIELDS, Row, lines, whole_lines, with_answer, without_reasoning, written
 from .rules import Rules, checked
 from .seeds import filled
 
@@ -93,7 +93,7 @@ def with_questions(rows: Iterable[Row], generated: Path) -> Iterator[tuple[Row, 
         as_answer = {"id": row["id"], "messages": [{"role": "user", "content": asked}]}
         as_answer = with_answer(as_answer, answer["text"]) | {"finish_reason": answer["finish_reason"]}
         ((_, why),) = checked([as_answer], RULES_FOR_QUESTIONS)
-        row["messages"] = [{"role": "user", "content": said(answer["text"])}]
+        row["messages"] = [{"role": "user", "content": without_reasoning(answer["text"])}]
         yield row, {"asked": asked} | _facts(answer), None if why is None else f"question: {why}"
 
 
@@ -175,4 +175,4 @@ def _asked(session: Session, name: str, prompt: Prompt) -> Asked:
 
 
 def _facts(answer: Row) -> dict[str, Any]:
-    return {key: answer[key] for key in OF_ANSWER if answer.get(key) is not None}
+    return {key: answer[key] for key in ANSWER_FIELDS if answer.get(key) is not None}

@@ -18,7 +18,7 @@ from ..inference.passes import n_visits
 from ..inference.score import BASE
 from ..reports.base import Report, late_bar
 from .recipe import Judge, Recipe
-from .rows import Row, answer_of, prompt_of, said
+from .rows import Row, answer_of, prompt_of, without_reasoning
 from .seeds import filled
 
 LEAST_SHARE = 0.5  # with less probability on marks, the judge did not understand what it is asked for
@@ -71,7 +71,7 @@ def asked(rows: Iterable[Row], how: Judge) -> Iterator[str]:
     marks = questions.parse_marks(how.marks)
     for answers in by_question(rows):
         question = prompt_of(answers[0])
-        texts = [said(answer_of(row)) for row in answers]
+        texts = [without_reasoning(answer_of(row)) for row in answers]
         for text in texts:
             yield filled(how.prompt, question=question, answer=text, low=marks[0], high=marks[-1])
         for first, second in itertools.permutations(texts, 2) if how.pairs else ():

@@ -236,7 +236,7 @@ class _Making:
         return lambda rows: late(self._report, rows, "Comparing", total)
 
     def _identity(self, name: str) -> dict[str, Any]:
-        """What a change of the model would change: its name, its configuration, and the sizes of its files."""
+        """Values that identify the model and its adapter. If they change, steps with the model are run again."""
         r = self._recipe
         adapter = [] if r.adapter_path is None else sorted(r.path(r.adapter_path).glob("*.safetensors"))
         return {

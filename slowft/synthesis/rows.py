@@ -20,7 +20,7 @@ from ..errors import DataError, SlowftError, printable, reason_of
 Row = dict[str, Any]
 
 # Fields of an answer by `slowft generate` that a row's history keeps
-OF_ANSWER = ("model", "adapter", "sampler", "seed", "finish_reason", "tokens")
+ANSWER_FIELDS = ("model", "adapter", "sampler", "seed", "finish_reason", "tokens")
 SAMPLE_KEYS = {"prompt", "completion", "text", "messages", "conversations", "system", "instruction", "input", "output"}
 END_OF_THOUGHT = "</think>"
 
@@ -69,7 +69,7 @@ def row_of(found: Found) -> Row:
         elif answer is not None:
             row["messages"].append({"role": "assistant", "content": sample[answer]})
         if "sampler" in sample:
-            history = [*history, {"step": "answer"} | {key: rest.pop(key) for key in OF_ANSWER if key in rest}]
+            history = [*history, {"step": "answer"} | {key: rest.pop(key) for key in ANSWER_FIELDS if key in rest}]
             row["finish_reason"] = sample.get("finish_reason")
             rest.pop("prompt_tokens", None)
     elif isinstance(sample.get("text"), str):
@@ -111,7 +111,7 @@ def answer_of(row: Row) -> str:
     return messages[-1]["content"] if messages and messages[-1]["role"] == "assistant" else ""
 
 
-def said(answer: str) -> str:
+def without_reasoning(answer: str) -> str:
     """An answer without the reasoning before it."""
     return answer.rpartition(END_OF_THOUGHT)[2].strip()
 

@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 
 from ..errors import ConfigError, SlowftError, printable
-from .rows import END_OF_THOUGHT, Row, answer_of, prompt_of, said
+from .rows import END_OF_THOUGHT, Row, answer_of, prompt_of, without_reasoning
 from .shingles import words
 
 Rule = Callable[[Row], str | None]
@@ -168,24 +168,24 @@ def cut_off(row: Row) -> str | None:
 
 
 def empty(row: Row) -> str | None:
-    return None if said(answer_of(row)) else "empty"
+    return None if without_reasoning(answer_of(row)) else "empty"
 
 
 def refusal(row: Row, patterns: Iterable[re.Pattern] = tuple(_REFUSALS)) -> str | None:
-    begin = said(answer_of(row))[:REFUSAL_CHARACTERS].replace("’", "'").casefold()
+    begin = without_reasoning(answer_of(row))[:REFUSAL_CHARACTERS].replace("’", "'").casefold()
     return "refusal" if any(pattern.search(begin) for pattern in patterns) else None
 
 
 def repetition(row: Row, most: float) -> str | None:
     """Too large a share of the answer's runs of 4 words came before in it."""
-    listed = words(said(answer_of(row)))
+    listed = words(without_reasoning(answer_of(row)))
     runs = list(zip(*(listed[i:] for i in range(REPEATED_WORDS))))
     return "repetition" if runs and 1 - len(set(runs)) / len(runs) > most else None
 
 
 def copies_prompt(row: Row, most: float) -> str | None:
     """Too large a share of the answer's runs of 8 words is in the question. A shorter answer has to be the question."""
-    prompt, answer = words(prompt_of(row)), words(said(answer_of(row)))
+    prompt, answer = words(prompt_of(row)), words(without_reasoning(answer_of(row)))
     if len(answer) < COPIED_WORDS:
         return "copies the prompt" if answer and answer == prompt else None
     prompt_runs = set(zip(*(prompt[i:] for i in range(COPIED_WORDS))))
@@ -197,7 +197,7 @@ def no_json(row: Row, always: bool) -> str | None:
     """The answer is not JSON. (JSON in a fence of Markdown is accepted.)"""
     if not always and not re.search(r"\bjson\b", prompt_of(row), re.IGNORECASE):
         return None
-    text = said(answer_of(row))
+    text = without_reasoning(answer_of(row))
     fence = re.fullmatch(r"```(?:json)?\s*\n(.*?)\n?\s*```", text, re.DOTALL | re.IGNORECASE)
     try:
         json.loads(fence[1] if fence else text, parse_constant=_no_number)
@@ -234,7 +234,7 @@ def _scripts(text: str) -> dict[str, int]:
 
 
 def wrong_script(row: Row, scripts: Iterable[str]) -> str | None:
-    counts, wanted = _scripts(said(answer_of(row))), {name.upper() for name in scripts}
+    counts, wanted = _scripts(without_reasoning(answer_of(row))), {name.upper() for name in scripts}
     total = sum(counts.values())
     right = sum(n for script, n in counts.items() if script in wanted)
     return "wrong script" if total and right / total < RIGHT_SHARE else None
@@ -242,8 +242,8 @@ def wrong_script(row: Row, scripts: Iterable[str]) -> str | None:
 
 def wrong_language(row: Row, wanted: str) -> str | None:
     """The answer is clearly in another language. (An answer of a few words passes.)"""
-    found = language_of(said(answer_of(row)), wanted)
-    return None if found in (None, wanted) else "wrong language"
+    language = language_of(without_reasoning(answer_of(row)), wanted)
+    return None if language in (None, wanted) else "wrong language"
 
 
 def language_of(text: str, likely: str | None = None) -> str | None:

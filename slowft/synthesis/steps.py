@@ -96,7 +96,7 @@ def digest(file: Path) -> str:
 
 
 def files_of(model: str) -> list[tuple[str, Any]]:
-    """What a change of the model's files would change: names and sizes of its weights, and its configuration."""
+    """Values that identify the model's files: names and sizes of its weights, and its configuration."""
     directory = find_local(model)
     if directory is None:
         return []
