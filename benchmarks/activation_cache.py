@@ -1,7 +1,7 @@
-"""What later epochs cost with activations stored at the boundary, against the first and against storing none.
+"""Compares epochs with activations stored at the boundary with the first epoch, and with epochs without the store.
 
 python benchmarks/activation_cache.py                                    # 8 blocks of 1024/2816, the last 2 trained
-python benchmarks/activation_cache.py --memory 500MB --limit-read 60MB    # reads as slow as a laptop's compute is fast
+python benchmarks/activation_cache.py --memory 500MB --limit-read 60MB    # a laptop's ratio of reading to computing
 
 The vocabulary is small, so that the head has the share of the work that it has in a model of 8 B parameters (2%).
 `--limit-read` needs root and a cgroup.
@@ -40,7 +40,7 @@ SHAPE = {
 
 
 def train(directory: str, store: str | None, args: argparse.Namespace) -> dict:
-    """Epochs over a few batches, in a changing order: seconds and bytes read of each step, by epoch."""
+    """Train epochs over a few batches in a changing order. Returns medians of seconds and bytes read, by epoch."""
     model = slowft.open_model(directory, memory=args.memory)
     mx.random.seed(0)
     model.add_lora(num_layers=max(args.layers // 4, 1), rank=8)
@@ -78,10 +78,10 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--batches", type=int, default=4, help="of an epoch")
+    parser.add_argument("--batches", type=int, default=4, help="batches in an epoch")
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--memory", help="a ceiling to plan within; default: two blocks at a time, nothing kept")
-    parser.add_argument("--limit-read", help="bytes a second that may be read, such as 150MB")
+    parser.add_argument("--memory", help="ceiling of the plan; default: two blocks at a time, nothing kept")
+    parser.add_argument("--limit-read", help="limit of reads in bytes a second, such as 150MB")
     parser.add_argument("--one", choices=["off", "on"], help=argparse.SUPPRESS)
     parser.add_argument("--dir", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -1,15 +1,16 @@
-"""Whether jobs of many kinds keep to the memory they are given: each in a cgroup of it, at three ceilings.
+"""Checks that jobs of many kinds keep to their memory: each runs in a cgroup of that size, at three ceilings.
 
-python benchmarks/ceilings.py                # half an hour; root, on Linux
+python benchmarks/ceilings.py                # half an hour; needs root on Linux
 python benchmarks/ceilings.py --only gemma   # kinds whose name contains this
-python benchmarks/ceilings.py --random 40    # so many jobs drawn at random, ceilings and drives too
+python benchmarks/ceilings.py --random 40    # 40 jobs with random sizes, ceilings and drives
 
-Every kind of model and step that a plan reckons differently: formats of weights, tied and large heads, experts, long
-sequences, adapters, dtypes to compute in. Each is planned in its least memory, and a twentieth and half of the way from
-there to keeping everything. The kernel kills what takes more; the predicted peak is told beside the measured one.
+There is a kind for each model and step that a plan computes in another way: formats of weights, tied and large heads,
+experts, long sequences, adapters, dtypes to compute in. Each is planned in its least memory, and at 5% and 50% of the
+way from there to keeping everything. The kernel kills what takes more. The predicted peak is printed beside the
+measured one.
 
-Jobs drawn at random are of these kinds with other sizes, and half of them have a drive so slow that a step waits for
-it, where other things are kept in memory.
+Random jobs are of these kinds with other sizes. Half of them have a slow drive, so that steps wait for it and plans
+keep other things in memory.
 """
 
 import argparse
@@ -82,7 +83,7 @@ GPT_OSS = {
     "rope_theta": 150000,
     "sliding_window": 64,
 }
-KINDS = {  # name: (config, bits, job)
+KINDS = {  # name -> (config, bits, job)
     "llama": (LLAMA, None, {}),
     "llama, 4 x 64 tokens": (LLAMA, None, {"rows": 4, "tokens": 64}),
     "llama, 2 bits": (LLAMA, 2, {}),
@@ -109,24 +110,26 @@ KINDS = {  # name: (config, bits, job)
     "qwen3_moe, 2 tokens": (QWEN3_MOE, None, {"rows": 1, "tokens": 2}),
     "gpt_oss": (GPT_OSS, None, {}),
 }
-SHARES = 0.0, 0.05, 0.5  # of the way from the least to everything
-DRIVES = None, None, 120_000_000, 40_000_000  # bytes a second, to draw from
+SHARES = 0.0, 0.05, 0.5  # parts of the way from the least memory to keeping everything
+DRIVES = None, None, 120_000_000, 40_000_000  # bytes a second that a random job's drive is limited to
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="kinds whose name contains this")
-    parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="of the way to keeping everything")
-    parser.add_argument("--random", type=int, metavar="N", help="draw so many jobs")
-    parser.add_argument("--seed", type=int, default=0, help="to draw by")
+    parser.add_argument(
+        "--shares", type=float, nargs="+", default=SHARES, help="ceilings, as parts of the way to keeping everything"
+    )
+    parser.add_argument("--random", type=int, metavar="N", help="run so many random jobs instead")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random jobs")
     options = parser.parse_args()
     kinds = {name: kind for name, kind in KINDS.items() if options.only in name}
     if options.random is None:
-        drawn = ((name, config, bits, job, options.shares, None) for name, (config, bits, job) in kinds.items())
+        runs = ((name, config, bits, job, options.shares, None) for name, (config, bits, job) in kinds.items())
     else:
-        drawn = draw(kinds, options.random, random.Random(options.seed))
+        runs = draw(kinds, options.random, random.Random(options.seed))
     failed = 0
-    for name, config, bits, job, shares, read_bytes_per_s in drawn:
+    for name, config, bits, job, shares, read_bytes_per_s in runs:
         job = {"rows": 2, "tokens": 128, "steps": 2, "vary": True} | job
         with tempfile.TemporaryDirectory() as scratch:
             directory = write_random(Path(scratch) / "model", quantized(config, bits) if bits else config)
@@ -138,7 +141,7 @@ def main() -> None:
 
 
 def has_kept_to(name: str, directory: Path, memory: int, read_bytes_per_s: int | None, job: dict) -> bool:
-    """Whether the job ran within its memory; tells of it on a line."""
+    """Run the job and print a line about it. Returns whether it stayed within its memory."""
     try:
         result = measure(directory, memory, read_bytes_per_s, **job)
     except RuntimeError as e:
@@ -158,14 +161,14 @@ def has_kept_to(name: str, directory: Path, memory: int, read_bytes_per_s: int |
 
 
 def draw(kinds: dict, n: int, dice: random.Random) -> Iterator[tuple]:
-    """(name, config, bits, job, shares, bytes a second that are read) of `n` jobs."""
+    """(name, config, bits, job, shares, limit of reads in bytes a second) of `n` random jobs."""
     for number in range(n):
         config, bits, job = kinds[dice.choice(list(kinds))]
         config = config | {
             "num_hidden_layers": dice.randint(2, 12),
             "vocab_size": 64 * dice.randint(16, config["vocab_size"] // 64),
         }
-        if config["model_type"] == "gpt_oss":  # mlx-lm makes up pairs of layer types, and leaves an odd block out
+        if config["model_type"] == "gpt_oss":  # mlx-lm makes its layer types in pairs, and leaves an odd block out
             config = config | {"num_hidden_layers": 2 * (config["num_hidden_layers"] // 2)}
         if "num_local_experts" not in config:
             config = config | {"intermediate_size": 64 * dice.randint(8, 60)}
@@ -180,8 +183,8 @@ def draw(kinds: dict, n: int, dice: random.Random) -> Iterator[tuple]:
         }
         drive = dice.choice(DRIVES)
         sizes = f"{config['num_hidden_layers']} blocks, {job['micro_batches']}x{rows}x{job['tokens']}"
-        held = "" if drive is None else f", {drive // 10**6} MB/s"
-        name = f"{number} {config['model_type']}{f' {bits} bits' if bits else ''}, {sizes}{held}"
+        limit = "" if drive is None else f", {drive // 10**6} MB/s"
+        name = f"{number} {config['model_type']}{f' {bits} bits' if bits else ''}, {sizes}{limit}"
         yield name, config, bits, job, [dice.random() ** 2], drive
 
 

@@ -1,10 +1,11 @@
-"""What many samples take in memory, and what batches of samples of like length save.
+"""Measures the memory that many samples take, and the time that batches of samples of similar length save.
 
-python benchmarks/data.py --many 5000000     # short samples, in a cgroup; root, on Linux; a quarter of an hour
+python benchmarks/data.py --many 5000000     # short samples in a cgroup; needs root on Linux; a quarter of an hour
 python benchmarks/data.py --by-length        # SmolLM2-135M on the Jargon File, an epoch in file order and by length
 
-The first prints the kernel's peak of a process that loads the samples and draws batches, beside the peak of the same
-process with one sample, for the first start (which tokenises) and the second. The second trains turn by turn.
+The first command prints the kernel's peak of a process that loads the samples and draws batches, beside the peak of
+the same process with one sample. It does so for the first start (which tokenises) and for the second. The second
+command trains both ways in turns.
 """
 
 import argparse
@@ -50,13 +51,13 @@ def many(n: int, directory: Path) -> None:
                 lines.write(json.dumps({"prompt": f"What is {i}?", "completion": f"It is {i} and no more."}) + "\n")
         for start in ("first", "second"):
             done, peak = cgroup.run([sys.executable, "-c", LOAD, str(folder), str(model)], 1 << 40)
-            said = done.stdout.strip() or done.stderr[-500:]
+            printed = done.stdout.strip() or done.stderr[-500:]
             peaks.append(peak)
-            print(f"{size:,} samples, {start} start: (samples, seconds) {said}; the kernel's peak {peak / 1e6:.0f} MB")
+            print(f"{size:,} samples, {start} start: (samples, seconds) {printed}; kernel's peak {peak / 1e6:.0f} MB")
     limit = peaks[1] + 300_000_000
     done, peak = cgroup.run([sys.executable, "-c", LOAD, str(folder), str(model)], limit)
-    said = done.stdout.strip() or "killed"
-    print(f"Within {limit / 1e6:.0f} MB (one sample and 300 MB): {said}, {peak / 1e6:.0f} MB")
+    printed = done.stdout.strip() or "killed"
+    print(f"Within {limit / 1e6:.0f} MB (one sample and 300 MB): {printed}, {peak / 1e6:.0f} MB")
 
 
 def by_length(directory: Path, turns: int, iters: int) -> None:

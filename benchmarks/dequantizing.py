@@ -1,9 +1,10 @@
-"""How fast quantized weights become float32: slowft's C functions and MLX, one core and all, every format.
+"""Measures how fast quantized weights become float32, by slowft's C functions and by MLX, on one core and on all.
 
 python benchmarks/dequantizing.py     # about a minute
 
-A layer of 2816x2048 at a time, as it arrives in a block: the memory that it goes to was in use before, and is made
-anew by MLX (zeros first). "C alone" leaves that out. Writes JSON to benchmarks/results/.
+Each format is measured on layers of 2816x2048, in the way a block's layers are dequantized: into memory that was in use
+before, which MLX allocates again and fills with zeros first. "C alone" is without that. Writes JSON to
+benchmarks/results/.
 """
 
 import slowft  # noqa: F401, I001  (before mlx: it loads OpenBLAS)
@@ -48,7 +49,7 @@ def extent(part: mx.array) -> Extent:
 
 
 def rates(bits: int, group_size: int, mode: str, streams: list[mx.Stream]) -> dict[str, float]:
-    """GB/s of packed weights (scales left out)."""
+    """Rates in GB/s of packed weights, not counting scales."""
     weight = mx.random.normal(SHAPE).astype(mx.bfloat16)
     parts = mx.quantize(weight, group_size, bits, mode=mode)
     stored = [part.reshape(-1).view(mx.uint8) for part in parts]
@@ -63,15 +64,15 @@ def rates(bits: int, group_size: int, mode: str, streams: list[mx.Stream]) -> di
     can_dequantize = quantized.can_dequantize
     for name, repetitions in (("C", 40), ("MLX", 3)):
         quantized.can_dequantize = can_dequantize if name == "C" else lambda *_: False
-        mx.clear_cache()  # MLX keeps what was freed first: what is freed below is what shall be handed out again
-        took = best_s(lambda: mx.eval(build_all([source] * LAYERS, [stored] * LAYERS, streams)), repetitions)
-        result[name] = LAYERS * gb / took
+        mx.clear_cache()  # so that MLX hands out again the memory that is freed below, and not some freed earlier
+        seconds = best_s(lambda: mx.eval(build_all([source] * LAYERS, [stored] * LAYERS, streams)), repetitions)
+        result[name] = LAYERS * gb / seconds
     quantized.can_dequantize = can_dequantize
     return result
 
 
 def memory_rates() -> dict[str, float]:
-    """GB/s written to memory that is in use, and to fresh pages."""
+    """Rates in GB/s of writing to memory that is in use, and to fresh pages."""
     array = np.zeros(LAYERS * SHAPE[0] * SHAPE[1], np.float32)
     array.fill(1)
     in_use = best_s(lambda: array.fill(2), 10)
@@ -92,10 +93,10 @@ def main() -> None:
         print(f"{name}: " + ", ".join(f"{k} {v:.1f} GB/s" for k, v in results[name]["memory"].items()))
         mx.set_cache_limit(with_cache)
         for bits, group_size, mode in FORMATS:
-            found = rates(bits, group_size, mode, streams[:n])
-            results[name][f"{bits} {mode} {group_size}"] = found
+            gb_per_s = rates(bits, group_size, mode, streams[:n])
+            results[name][f"{bits} {mode} {group_size}"] = gb_per_s
             print(
-                f"  {bits} bits, {mode:6} {group_size:3}: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()),
+                f"  {bits} bits, {mode:6} {group_size:3}: " + ", ".join(f"{k} {v:.3f}" for k, v in gb_per_s.items()),
                 flush=True,
             )
     RESULTS.mkdir(exist_ok=True)

@@ -1,11 +1,11 @@
-"""What removing duplicates from many rows takes, and what it finds, beside datasketch's MinHash.
+"""Measures how long removing duplicates from many rows takes, and what it finds, beside datasketch's MinHash.
 
 python benchmarks/duplicates.py                        # 100,000 rows by `slowft data dedup`, in a process of its own
-python benchmarks/duplicates.py --datasketch           # the same rows, needs datasketch (and scipy)
+python benchmarks/duplicates.py --datasketch           # also by datasketch, which must be installed (and scipy)
 
-Rows are questions and answers of words drawn by Zipf's law. A tenth repeats an earlier row in other letters and
-signs, a tenth repeats one with every 40th word changed (their runs of three words then agree to about 0.86), and a
-tenth with every 8th (to about 0.5, which is no duplicate).
+Rows are questions and answers of words drawn by Zipf's law. A tenth of them repeats an earlier row in capital letters
+and with other signs. A tenth repeats one with every 40th word changed, so that their runs of three words agree to about
+0.86. A tenth has every 8th word changed and agrees to about 0.5, which is no duplicate.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def write(file: Path, n: int, n_words: int) -> None:
 
 
 def by_datasketch(file: Path) -> None:
-    """Keeps a row unless one that was kept is found with it; prints as the command does."""
+    """Keep each row unless it is like one that was kept before. Prints the ids of the others, and the seconds."""
     from datasketch import MinHash, MinHashLSH
 
     from slowft.synthesis.duplicates import padded
@@ -81,18 +81,18 @@ def measured(arguments: list[str]) -> tuple[str, float, float]:
     """(output, seconds, peak memory in MB) of a process."""
     begin = time.perf_counter()
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
-    said = process.stdout.read()
+    printed = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     if status:
-        sys.exit(f"{arguments} failed: {said}")
+        sys.exit(f"{arguments} failed: {printed}")
     scale = 1e6 if sys.platform == "darwin" else 1e3
-    return said, time.perf_counter() - begin, usage.ru_maxrss / scale
+    return printed, time.perf_counter() - begin, usage.ru_maxrss / scale
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=100_000)
-    parser.add_argument("--words", type=int, default=150, help="of a row, in the middle")
+    parser.add_argument("--words", type=int, default=150, help="mean number of words in a row")
     parser.add_argument("--datasketch", action="store_true")
     parser.add_argument("--file", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -104,14 +104,14 @@ def main() -> None:
         write(file, options.rows, options.words)
         print(f"{options.rows:,} rows, {file.stat().st_size / 1e6:.0f} MB")
         command = [sys.executable, "-m", "slowft", "data", "dedup", str(file), "--output", str(out), "--on", "both"]
-        said, seconds, peak = measured([*command, "--left-out", str(left), "--json"])
-        print(f"slowft data dedup: {seconds:.1f} s, peak {peak:.0f} MB; {said.strip().splitlines()[-1]}")
+        printed, seconds, peak = measured([*command, "--left-out", str(left), "--json"])
+        print(f"slowft data dedup: {seconds:.1f} s, peak {peak:.0f} MB; {printed.strip().splitlines()[-1]}")
         ours = {json.loads(line)["id"] for line in open(left)}
         print({kind: sum(i % 10 == kind for i in ours if i > 100) for kind in (3, 6, 9)}, "of kinds; others:",
               sum(i % 10 not in (3, 6, 9) for i in ours))  # fmt: skip
         if options.datasketch:
-            said, seconds, peak = measured([sys.executable, __file__, "--file", str(file)])
-            theirs = set(json.loads(said)["left_out"])
+            printed, seconds, peak = measured([sys.executable, __file__, "--file", str(file)])
+            theirs = set(json.loads(printed)["left_out"])
             print(f"datasketch: {seconds:.1f} s, peak {peak:.0f} MB; {len(theirs)} left out, {len(ours - theirs)} of "
                   f"ours are not among them, {len(theirs - ours)} of them not among ours")  # fmt: skip
 

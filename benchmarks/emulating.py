@@ -1,11 +1,11 @@
-"""Emulated fine-tuning: tokens a second where the tuned small model drafts, against plain, reads as slow as a laptop's.
+"""Measures emulated fine-tuning: tokens a second with the tuned small model as drafter, against without drafts.
 
 python benchmarks/emulating.py     # as root: memory and reads are limited by a cgroup; about 5 minutes
 
-The paper (arXiv 2310.12962) has 2.5 times. Writes JSON to benchmarks/results/. How often a draft is right depends on
-the models: here the large one is the small one with more blocks, whose outputs are scaled by --apart, so acceptance is
-made, not found; what is measured is what a given acceptance is worth. Each way is a process of its own; passes that
-take in prompts are not counted.
+The paper (arXiv 2310.12962) reports a factor of 2.5. How often a draft is right depends on the models. Here the large
+model is the small one with more blocks, whose outputs are scaled by --apart. So the rate of acceptance is set, and what
+is measured is the gain at that rate. Each way runs in a process of its own, with reads as slow as a laptop's. Passes
+that take in prompts are not counted. Writes JSON to benchmarks/results/.
 """
 
 import slowft  # noqa: F401, I001  (before mlx: it loads OpenBLAS)
@@ -36,7 +36,7 @@ WAYS |= {"4 rows": (4, 0, {}), "4 rows, drafts": (4, None, {})}
 
 
 def write(directory: Path, layers: int, of_small: int, apart: float) -> Path:
-    """A Llama whose first blocks are the same whatever their number; later ones change little."""
+    """A Llama whose first `of_small` blocks do not depend on the number of layers. Later blocks change little."""
     config = SHAPE | {"num_hidden_layers": layers}
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(config))
@@ -48,7 +48,7 @@ def write(directory: Path, layers: int, of_small: int, apart: float) -> Path:
         if block >= of_small and ("o_proj" in name or "down_proj" in name):
             values *= apart
         if name == "lm_head.weight":
-            values *= 6  # as sure of a token as language models are
+            values *= 6  # then the model is about as certain of a token as language models are
         weights[name] = mx.array(values.astype(np.float32)).astype(mx.bfloat16)
         mx.eval(weights[name])
     save_in_order(directory / "model.safetensors", weights)
@@ -56,10 +56,10 @@ def write(directory: Path, layers: int, of_small: int, apart: float) -> Path:
 
 
 def save_in_order(file: Path, weights: dict[str, mx.array]) -> None:
-    """Tensors in the order of the model, from a whole page on.
+    """Save tensors in the model's order, beginning at a whole page.
 
-    `mx.save_safetensors` scatters a block's tensors, and begins at any byte: then Linux reads ahead of what is asked
-    for, and the drive gives twice as many bytes as are counted (1,081 MB for 541 MB).
+    `mx.save_safetensors` scatters a block's tensors and begins at any byte. Linux then reads ahead of the requests, and
+    the drive reads twice as many bytes as are counted (1,081 MB for 541 MB).
     """
     header, at = {}, 0
     for name, array in weights.items():
@@ -83,7 +83,7 @@ def write_adapter(model: Path, directory: Path) -> Path:
 
 
 def measure(directory: Path, memory: int, rows: int, drafted: int | None, sampling: dict, tokens: int) -> dict:
-    """Generate in this process; figures of the passes that took in no prompt."""
+    """Generate in this process. Returns figures of the passes that took in no prompt."""
     opened = slowft.emulate(directory / "large", directory / "small", [(directory / "adapter", 1.0)], memory=memory)
     random = np.random.default_rng(0)
     prompts = [random.integers(1, 2000, 16).tolist() for _ in range(rows)]
@@ -120,10 +120,10 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--small-layers", type=int, default=2)
     parser.add_argument("--apart", type=float, default=0.05, help="how much the large model's further blocks change")
-    parser.add_argument("--memory", default="480MB", help="of the process")
-    parser.add_argument("--limit-read", default="120MB", help="bytes a second")
-    parser.add_argument("--tokens", type=int, default=12, help="of each answer without drafts; four times as many with")
-    parser.add_argument("--only", help="ways whose name begins so")
+    parser.add_argument("--memory", default="480MB", help="limit of the process")
+    parser.add_argument("--limit-read", default="120MB", help="limit of reads in bytes a second")
+    parser.add_argument("--tokens", type=int, default=12, help="tokens of an answer; four times as many with drafts")
+    parser.add_argument("--only", help="ways whose name begins with this")
     parser.add_argument("--way", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     memory = parse_nbytes(args.memory)
@@ -147,31 +147,30 @@ def main() -> None:
             if args.only and not name.startswith(args.only):
                 continue
             passed = ["--memory", args.memory, "--tokens", str(args.tokens), "--way", scratch, name]
-            # what this machine is known to do without a limit must not be told here, nor what is measured here there
+            # so that rates remembered of this machine without limits do not count here, nor those of here elsewhere
             environment = os.environ | {"XDG_CACHE_HOME": scratch}
             way = [sys.executable, __file__, *passed]
             done, peak = cgroup.run(way, memory, parse_nbytes(args.limit_read), files, env=environment)
             if done.returncode:
                 sys.exit(done.stderr)
-            found = results[name] = json.loads(done.stdout.splitlines()[-1]) | {"kernel_peak_nbytes": peak}
+            figures = results[name] = json.loads(done.stdout.splitlines()[-1]) | {"kernel_peak_nbytes": peak}
             plain = results[f"{rows} row" + "s" * (rows > 1)]
-            found["times"] = found["tokens_per_s"] / plain["tokens_per_s"]
+            figures["times"] = figures["tokens_per_s"] / plain["tokens_per_s"]
             right = ""
-            if found["drafted"]:
-                right = (
-                    f"; {found['accepted']} of {found['drafted']} drafted tokens right (a = {found['acceptance']:.2f})"
-                )
-                right += f", says {found['reported_gain'] or float('nan'):.2f} itself"
+            if figures["drafted"]:
+                right = f"; {figures['accepted']} of {figures['drafted']} drafted tokens right"
+                right += f" (a = {figures['acceptance']:.2f})"
+                right += f", reports a gain of {figures['reported_gain'] or float('nan'):.2f} itself"
             print(
-                f"{name:22} {found['tokens_per_s']:6.2f} tok/s, {found['times']:5.2f} times; "
-                f"{found['tokens_per_reading']:5.2f} tokens a reading, {found['pass_s']:.2f} s each, waiting "
-                f"{found['wait_share']:.0%}; kernel's peak {peak / 1e6:.0f} MB{right}",
+                f"{name:22} {figures['tokens_per_s']:6.2f} tok/s, {figures['times']:5.2f} times; "
+                f"{figures['tokens_per_reading']:5.2f} tokens a reading, {figures['pass_s']:.2f} s each, waiting "
+                f"{figures['wait_share']:.0%}; kernel's peak {peak / 1e6:.0f} MB{right}",
                 flush=True,
             )
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / f"emulating_{datetime.date.today().isoformat()}.json"
-    for found in results.values():
-        found.pop("answers")
+    for figures in results.values():
+        figures.pop("answers")
     file.write_text(
         json.dumps({"arguments": {k: v for k, v in vars(args).items() if k != "way"}, "results": results}, indent=2)
     )

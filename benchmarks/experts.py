@@ -1,13 +1,13 @@
-"""A mixture of experts with 1, 32 and 2,048 tokens: bytes read and seconds, by each way to bring blocks.
+"""Measures a mixture of experts with 1, 32 and 2,048 tokens: bytes read and seconds, by each way to read blocks.
 
-python benchmarks/experts.py          # about 3 minutes; --read 150MB holds reads to that by a control group, as root
+python benchmarks/experts.py          # about 3 minutes; --read 150MB limits reads by a control group, as root
 python benchmarks/experts.py --train  # steps of training instead of evaluation
 
-"whole": every block as it lies on disk. "routed": without its experts, of which those come that were routed to.
-"groups": experts by groups of 16 MB, which takes the least memory. "planned": what slowft does by itself.
-For training there are only the first and the third.
-The model: 8 blocks of 64 experts, 4 a token (or --per-token), as random as its router; 0.43 GB. Writes JSON to
-benchmarks/results/.
+"whole": every block is read whole. "routed": a block is read without its experts, and then the experts that tokens
+are routed to. "groups": experts are read in groups of 16 MB, which takes the least memory. "planned": slowft chooses.
+Training has only the first and the third way.
+The model has 8 blocks of 64 experts, 4 a token (or --per-token), in 0.43 GB. Its weights are random, the router's too.
+Writes JSON to benchmarks/results/.
 """
 
 import argparse
@@ -18,10 +18,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from slowft.bench.job import Job
 from slowft.bench.limits import Limits
 from slowft.bench.shapes import write_random
 from slowft.bench.system import describe
+from slowft.bench.workload import Workload
 from slowft.engine.model import parse_nbytes
 
 RESULTS = Path(__file__).parent / "results"
@@ -82,10 +82,10 @@ print(json.dumps({
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--read", help="bytes a second, such as 150MB")
+    parser.add_argument("--read", help="limit of reads in bytes a second, such as 150MB")
     parser.add_argument("--tokens", type=int, nargs="*", default=TOKENS)
-    parser.add_argument("--per-token", type=int, default=CONFIG["num_experts_per_tok"], help="experts")
-    parser.add_argument("--train", action="store_true", help="steps of training")
+    parser.add_argument("--per-token", type=int, default=CONFIG["num_experts_per_tok"], help="experts for each token")
+    parser.add_argument("--train", action="store_true", help="measure steps of training")
     args = parser.parse_args()
     rate = args.read and parse_nbytes(args.read)
     config = CONFIG | {"num_experts_per_tok": args.per_token}
@@ -98,7 +98,7 @@ def main() -> None:
                 kind = "train" if args.train else "evaluate"
                 command = [sys.executable, "-c", WORKER, str(directory), method, str(tokens), passes, kind]
                 limits = Limits(read_bytes_per_s=rate)
-                with limits.group(Job(str(directory), "experts")) as group:
+                with limits.group(Workload(str(directory), "experts")) as group:
                     command = command if group is None else group.entered(command)
                     done = subprocess.run(command, capture_output=True, text=True, check=True)
                 results.append(json.loads(done.stdout.splitlines()[-1]))

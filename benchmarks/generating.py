@@ -1,11 +1,11 @@
-"""Tokens a second of generation: waves of rows and drafts against one prompt at a time, reads as slow as a laptop's.
+"""Measures tokens a second of generation: waves of rows and drafts against one prompt at a time.
 
 python benchmarks/generating.py     # as root: memory and reads are limited by a cgroup; about 3 minutes
 
-Asked: at least 20 times at 32 rows; the prediction within 25%. Writes JSON to benchmarks/results/. Each way is a
-process of its own, told to answer random prompts with so many tokens; the passes that take in the prompts are not
-counted. Drafts are measured with a text that repeats itself, which is what prompt look-up is for; how often they are
-right is printed.
+The goals: 32 rows are at least 20 times as fast as one, and predictions are within 25%. Each way runs in a process of
+its own that answers random prompts, with reads as slow as a laptop's. Passes that take in prompts are not counted.
+Drafts are measured with a text that repeats itself, because prompt look-up is for such texts. The share of drafts that
+were right is printed. Writes JSON to benchmarks/results/.
 """
 
 import slowft  # noqa: F401, I001  (before mlx: it loads OpenBLAS)
@@ -33,7 +33,7 @@ WAYS |= {"8 rows, drafts": (8, "lookup")}
 
 
 class NoText:
-    """Token ids, of which none ends an answer."""
+    """A tokenizer without text, in which no token ends an answer."""
 
     eos_token_ids = ()
     last_segment = ""
@@ -50,7 +50,7 @@ class NoText:
 
 
 def measure(model: str, memory: int, rows: int, draft: str | None, tokens: int) -> dict:
-    """Generate in this process; figures of the passes that took in no prompt."""
+    """Generate in this process. Returns figures of the passes that took in no prompt."""
     opened = slowft.open_model(model, memory=memory)
     opened.budget.measure_machine()
     random = np.random.default_rng(0)
@@ -63,7 +63,7 @@ def measure(model: str, memory: int, rows: int, draft: str | None, tokens: int) 
         passes.append((run.tokens - before, time.perf_counter() - begin, opened.stats.last.wait_s))
         if len(run._waves.rows) < run.wave:
             break
-    counted = passes[3:-1]  # the first make room, and try whether rows can be merged
+    counted = passes[3:-1]  # the first ones make room in memory, and try whether rows can be merged
     if not counted:
         sys.exit("no pass is left to count: give more --tokens")
     if run.predicted is None:
@@ -87,9 +87,9 @@ def measure(model: str, memory: int, rows: int, draft: str | None, tokens: int) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--memory", default="380MB", help="of the process")
-    parser.add_argument("--limit-read", default="120MB", help="bytes a second")
-    parser.add_argument("--tokens", type=int, default=10, help="of each answer")
+    parser.add_argument("--memory", default="380MB", help="limit of the process")
+    parser.add_argument("--limit-read", default="120MB", help="limit of reads in bytes a second")
+    parser.add_argument("--tokens", type=int, default=10, help="tokens of each answer")
     parser.add_argument("--way", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     memory = parse_nbytes(args.memory)
@@ -114,18 +114,19 @@ def main() -> None:
                 str(args.tokens * (1 + 4 * bool(draft))),
             ]
             way += ["--way", str(model), str(rows), str(draft)]
-            # what this machine is known to do without a limit must not be told here, nor what is measured here there
+            # so that rates remembered of this machine without limits do not count here, nor those of here elsewhere
             environment = os.environ | {"XDG_CACHE_HOME": scratch}
             done, peak = cgroup.run(way, memory, parse_nbytes(args.limit_read), files, env=environment)
             if done.returncode:
                 sys.exit(done.stderr)
-            found = results[name] = json.loads(done.stdout.splitlines()[-1]) | {"kernel_peak_nbytes": peak}
-            found["times"] = found["tokens_per_s"] / results["1 row"]["tokens_per_s"]
-            right = f", {found['accepted']} of {found['drafted']} drafted tokens right" if found["drafted"] else ""
+            figures = results[name] = json.loads(done.stdout.splitlines()[-1]) | {"kernel_peak_nbytes": peak}
+            figures["times"] = figures["tokens_per_s"] / results["1 row"]["tokens_per_s"]
+            drafted = figures["drafted"]
+            right = f", {figures['accepted']} of {drafted} drafted tokens right" if drafted else ""
             print(
-                f"{name:14} {found['tokens_per_s']:6.2f} tok/s, {found['times']:5.1f} times; "
-                f"{found['tokens_per_pass']:5.1f} tokens a reading, {found['pass_s']:.2f} s each "
-                f"(predicted {found['predicted_pass_s']:.2f}), waiting {found['wait_share']:.0%}; "
+                f"{name:14} {figures['tokens_per_s']:6.2f} tok/s, {figures['times']:5.1f} times; "
+                f"{figures['tokens_per_pass']:5.1f} tokens a reading, {figures['pass_s']:.2f} s each "
+                f"(predicted {figures['predicted_pass_s']:.2f}), waiting {figures['wait_share']:.0%}; "
                 f"kernel's peak {peak / 1e6:.0f} MB{right}",
                 flush=True,
             )

@@ -1,9 +1,10 @@
-"""How much slower somebody else's work is beside a run, with --gentle and without, and how much slower the run is.
+"""Measures how much other work slows down beside a run, with --gentle and without, and how much the run slows down.
 
 python benchmarks/gentle.py     # about 3 minutes
 
 The other work is SHA-256 over memory on every core, and reading a file that is not in the page cache, for some seconds
-each, in turns of nothing, a run, and a gentle run. Prints both's speed as shares of what they have alone.
+each. It runs alone, beside a run, and beside a gentle run, in turns. Its speeds are printed as shares of those alone,
+with the run's steps a second.
 """
 
 import argparse
@@ -50,7 +51,7 @@ while True:
 
 
 def hashed(seconds: float) -> float:
-    """GB of SHA-256 in a process on every core, a second."""
+    """GB a second of SHA-256, by one process for each core."""
     with multiprocessing.Pool() as pool:
         return sum(pool.map(_hash, [seconds] * os.cpu_count())) / seconds / 1e9
 
@@ -71,8 +72,8 @@ def read(file: Path, seconds: float) -> float:
         while time.monotonic() < end:
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
             os.lseek(fd, 0, os.SEEK_SET)
-            while (got := len(os.read(fd, 1 << 22))) and time.monotonic() < end:
-                n += got
+            while (nbytes := len(os.read(fd, 1 << 22))) and time.monotonic() < end:
+                n += nbytes
     finally:
         os.close(fd)
     return n / seconds / 1e9
@@ -83,7 +84,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=12)
     parser.add_argument("--turns", type=int, default=2)
     args = parser.parse_args()
-    found: dict[str, list[tuple[float, float, float]]] = {"alone": [], "beside a run": [], "beside a gentle run": []}
+    rates: dict[str, list[tuple[float, float, float]]] = {"alone": [], "beside a run": [], "beside a gentle run": []}
     with tempfile.TemporaryDirectory(dir=Path.home()) as scratch:
         model = write_random(Path(scratch) / "model", SHAPE)
         other = Path(scratch) / "other"
@@ -101,8 +102,8 @@ def main() -> None:
                     process.kill()
                     times = [float(line) for line in process.stdout.read().split()]
                     steps = len(times) / (2 * args.seconds)
-                found[name].append((hashes, reads, steps))
-    means = {name: [sum(values) / len(values) for values in zip(*turns)] for name, turns in found.items()}
+                rates[name].append((hashes, reads, steps))
+    means = {name: [sum(values) / len(values) for values in zip(*turns)] for name, turns in rates.items()}
     for name, (hashes, reads, steps) in means.items():
         alone = means["alone"]
         print(

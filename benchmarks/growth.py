@@ -1,9 +1,10 @@
-"""Step time per block for 8 to 64 small blocks: it is constant where nothing grows with the number of blocks.
+"""Measures step time per block for 8 to 64 small blocks. It is constant if no cost grows with the number of blocks.
 
 python benchmarks/growth.py
 
-All models are open at once and take turns, so that what the machine does meanwhile is shared by all. What does not
-depend on blocks (head, embedding) is the intercept of the line through all medians; per block is what remains.
+All models are open at once and take turns, so that other work on the machine disturbs all of them alike. The time that
+does not depend on blocks (head, embedding) is the intercept of the line through all medians. The rest is divided by the
+number of blocks.
 """
 
 import slowft  # noqa: F401, I001  (before mlx: it loads OpenBLAS)
@@ -55,14 +56,14 @@ def main() -> None:
         waits = {n: model.stats.last.wait_s for n, model in models.items()}
         for model in models.values():
             model.close()
-    medians = {n: statistics.median(of) for n, of in times.items()}
+    medians = {n: statistics.median(seconds) for n, seconds in times.items()}
     slope, intercept = np.polyfit(list(medians), list(medians.values()), 1)
     per_block = {n: (median - intercept) / n for n, median in medians.items()}
     print(
         json.dumps(
             {
                 "step_s": medians,
-                "spread_s": {n: max(of) - min(of) for n, of in times.items()},
+                "spread_s": {n: max(seconds) - min(seconds) for n, seconds in times.items()},
                 "wait_s": waits,
                 "outside_blocks_s": intercept,
                 "per_block_ms": {n: 1e3 * s for n, s in per_block.items()},

@@ -1,10 +1,10 @@
-"""What writing finished blocks to disk adds to a step: steps with and without, in turns, in one run.
+"""Measures what writing finished blocks to disk adds to a step. Steps with and without it take turns in one run.
 
 python benchmarks/journal.py                       # 4 blocks of the 1.1 B Llama shape, 4x128 tokens
 python benchmarks/journal.py --dir DIR             # journal on another disk
 
-Processor seconds, which other work on the machine disturbs less, are of the whole process: the threads that write
-and hash count. The first two steps are left out.
+Processor seconds are printed too, because other work on the machine disturbs them less. They are those of the whole
+process, with the threads that write and hash. The first two steps are not counted.
 """
 
 import slowft  # noqa: F401, I001  (before mlx: it loads OpenBLAS)
@@ -28,8 +28,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--micro-batches", type=int, default=1)
-    parser.add_argument("--pairs", type=int, default=8, help="of a step with and a step without")
-    parser.add_argument("--dir", help="where to write; default: where temporary files go")
+    parser.add_argument("--pairs", type=int, default=8, help="pairs of a step with and a step without")
+    parser.add_argument("--dir", help="directory of the journal; default: the one for temporary files")
     args = parser.parse_args()
     model = slowft.open_model(cached(config_of(args.shape, args.layers)))
     mx.random.seed(0)
@@ -39,7 +39,7 @@ def main() -> None:
         (mx.random.randint(0, 1000, (args.rows, args.tokens + 1)), mx.array([[1, args.tokens]] * args.rows))
         for _ in range(args.micro_batches)
     ]
-    taken: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
+    times: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
     with tempfile.TemporaryDirectory(dir=args.dir) as directory:
         journal = Journal(Path(directory) / "journal")
         for i in range(args.pairs + 1):
@@ -47,17 +47,17 @@ def main() -> None:
                 model.engine.journal_steps(journal if journals else None)
                 begin, begin_cpu = time.perf_counter(), time.process_time()
                 model.loss_and_grads(batches)
-                taken[journals].append((time.perf_counter() - begin, time.process_time() - begin_cpu))
+                times[journals].append((time.perf_counter() - begin, time.process_time() - begin_cpu))
         problem, written, wait_s = journal.problem, journal.bytes_written, journal.wait_s
         journal.close()
     model.close()
     if problem:
         raise SystemExit(problem)
-    for what, at in (("wall", 0), ("processor", 1)):
-        off, on = ([step[at] for step in taken[journals][1:]] for journals in (False, True))
+    for clock, index in (("wall", 0), ("processor", 1)):
+        off, on = ([step[index] for step in times[journals][1:]] for journals in (False, True))
         ratios = [b / a for a, b in zip(off, on)]
         print(
-            f"{what:9} seconds a step: fastest {min(off):.3f} without, {min(on):.3f} with; "
+            f"{clock:9} seconds a step: fastest {min(off):.3f} without, {min(on):.3f} with; "
             f"medians {statistics.median(off):.3f}, {statistics.median(on):.3f}, ratio {statistics.median(ratios):.3f}"
         )
     steps = args.pairs + 1

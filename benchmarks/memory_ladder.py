@@ -1,11 +1,11 @@
-"""Step time, bytes read and the kernel's peak against the memory that is given, from the least to everything.
+"""Measures step time, bytes read and the kernel's peak for ceilings from the least memory to keeping everything.
 
 python benchmarks/memory_ladder.py                      # the 1.1 B Llama shape, 4x128 tokens: about 20 minutes
 python benchmarks/memory_ladder.py --layers 8 --rungs 4
 
-Each rung runs in a cgroup of just the planned size, where one can be made. All are run in turns, `--rounds` times,
-planned on one measurement of the machine, and medians told; only the first and slowest rung is run once. Writes JSON
-and a plot to benchmarks/results/ (pip install matplotlib).
+Each rung runs in a cgroup of exactly the planned size, if one can be made. The rungs take turns, `--rounds` times, and
+all are planned on one measurement of the machine. Medians are printed. The first and slowest rung is run only once.
+Writes JSON and a plot to benchmarks/results/ (pip install matplotlib).
 """
 
 import argparse
@@ -25,20 +25,20 @@ SHAPE = SHAPES["llama-1b"]
 
 
 def climb(directory: Path, rungs: int, rounds: int, **job) -> list[dict]:
-    """Measurements at budgets in equal ratios, from the least to what holds everything."""
+    """Measurements at budgets in equal ratios, from the least memory to keeping everything."""
     ends = plans(directory, **job)
     least, most = int(ends["least"] * 1.01), int(ends["most"] * 1.02)
     results: list[list[dict]] = [[] for _ in range(rungs)]
     for i in range(rounds):
-        for number, of_rung in enumerate(results):
+        for number, runs in enumerate(results):
             if i == 0 or number > 0:
                 memory = int(least * (most / least) ** (number / (rungs - 1)))
-                of_rung.append(measure(directory, memory, **job))
-                print(describe(of_rung[-1]), flush=True)
-    return [_together(of_rung) for of_rung in results]
+                runs.append(measure(directory, memory, **job))
+                print(describe(runs[-1]), flush=True)
+    return [_summary(runs) for runs in results]
 
 
-def _together(runs: list[dict]) -> dict:
+def _summary(runs: list[dict]) -> dict:
     """The last of the runs, with the median of their steps and the highest of their peaks."""
     steps = [run["measured"]["step_s"] for run in runs]
     peak = max(run["measured"]["peak_nbytes"] for run in runs)

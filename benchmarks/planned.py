@@ -1,6 +1,6 @@
-"""Steps under a plan, in a process of their own: what was predicted, and what the kernel and the clock say.
+"""Runs steps under a plan in a process of their own: what was predicted, and what the kernel and the clock measured.
 
-A module for the other benchmarks, which call `measure`.
+The other benchmarks call `measure`.
 """
 
 import slowft  # noqa: F401, I001  (before mlx: it loads OpenBLAS)
@@ -18,12 +18,12 @@ from slowft.bench import cgroup
 
 
 def measure(directory: Path, memory: int | None, read_bytes_per_s: int | None = None, **job) -> dict:
-    """Run `job` within `memory` bytes, None for as much as is useful.
+    """Run `job` within `memory` bytes; None: as much as is useful.
 
-    A cgroup enforces the memory, where one can be made.
+    A cgroup enforces the memory, if one can be made.
 
     Args:
-        read_bytes_per_s: that the cgroup holds reads to; None for what the drive can do.
+        read_bytes_per_s: the cgroup's limit of reads; None: no limit.
         job: rows, tokens, micro_batches, steps; num_layers and use_dora of the adapter; compute_dtype of the model.
             With `vary` every other step has rows of half the length.
     """
@@ -39,7 +39,7 @@ def measure(directory: Path, memory: int | None, read_bytes_per_s: int | None = 
 
 
 def plans(directory: Path, **job) -> dict[str, int]:
-    """The predicted peaks of the least plan and of the one that keeps everything."""
+    """The predicted peaks of the least plan ("least") and of the one that keeps everything ("most")."""
     done = subprocess.run(
         [sys.executable, __file__, str(directory), "plans", json.dumps(job)], check=True, capture_output=True, text=True
     )

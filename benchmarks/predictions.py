@@ -1,9 +1,9 @@
-"""Predicted against measured, for jobs of different shape: peak memory and step time.
+"""Compares predicted with measured peak memory and step time, for jobs of different shapes.
 
 python benchmarks/predictions.py          # about 10 minutes
 
-Asked of a plan: the peak within 10% of what the operating system counts, never below it by more than 5%, and
-the step's seconds within 25%. Writes JSON to benchmarks/results/.
+The goals: a plan's peak is within 10% of what the operating system counts and never more than 5% below it, and the
+step's seconds are within 25%. Writes JSON to benchmarks/results/.
 """
 
 import argparse
@@ -35,7 +35,7 @@ EXPERTS = SMALL | {
     "num_hidden_layers": 6,
     "rope_theta": 1e6,
 }
-# name: (config, bits, share of the way from the least to everything, job)
+# name -> (config, bits, part of the way from the least memory to keeping everything, job)
 JOBS = {
     "wide blocks, least": (WIDE, None, 0.02, {"rows": 4, "tokens": 128}),
     "wide blocks, 150 MB/s": (WIDE, None, 0.1, {"rows": 4, "tokens": 128, "read_bytes_per_s": 150_000_000}),

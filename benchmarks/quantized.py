@@ -1,9 +1,9 @@
-"""A 4-bit base against the same model in 16 bits, at the same budget and rate of reads: bytes and seconds of a step.
+"""Compares a 4-bit base with the same model in 16 bits, at the same budget and rate of reads: bytes and seconds.
 
 python benchmarks/quantized.py     # as root: reads are limited by a cgroup; about 3 minutes
 
-Asked of the 4-bit base: at most 0.3 of the bytes. Writes JSON to benchmarks/results/. The vocabulary is small, so that
-the head has the share of the work that it has in a model of 8 B parameters.
+The goal: the 4-bit base reads at most 0.3 of the bytes. The vocabulary is small, so that the head has the share of the
+work that it has in a model of 8 B parameters. Writes JSON to benchmarks/results/.
 """
 
 import argparse
@@ -15,9 +15,9 @@ from pathlib import Path
 from activation_cache import SHAPE
 
 from slowft.bench import step
-from slowft.bench.job import Job
 from slowft.bench.limits import Limits
 from slowft.bench.shapes import quantized, write_random
+from slowft.bench.workload import Workload
 from slowft.engine.model import parse_nbytes
 
 RESULTS = Path(__file__).parent / "results"
@@ -30,8 +30,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--memory", default="450MB", help="of the process: too little for most 16-bit blocks to stay")
-    parser.add_argument("--limit-read", default="60MB", help="bytes a second")
+    parser.add_argument("--memory", default="450MB", help="ceiling: too little for most 16-bit blocks to stay")
+    parser.add_argument("--limit-read", default="60MB", help="limit of reads in bytes a second")
     args = parser.parse_args()
     memory, limits = parse_nbytes(args.memory), Limits(read_bytes_per_s=parse_nbytes(args.limit_read))
     results = {}
@@ -39,8 +39,8 @@ def main() -> None:
         config = SHAPE | {"num_hidden_layers": args.layers}
         bases = {bits: write_random(Path(scratch) / str(bits), quantized(config, bits)) for bits in (None, 4)}
         for name, bits in (("16-bit base", None), ("4-bit base", 4)):
-            job = Job(str(bases[bits]), name, args.batch_size, args.tokens, steps=args.steps, memory=memory)
-            measured = step.measure(job, limits)
+            workload = Workload(str(bases[bits]), name, args.batch_size, args.tokens, steps=args.steps, memory=memory)
+            measured = step.measure(workload, limits)
             results[name] = {figure: measured[figure] for figure in FIGURES} | {"predicted": measured["predicted"]}
             print(
                 f"{name:11} step {measured['step_s']:5.2f} s (predicted {measured['predicted']['step_s']:5.2f}), "

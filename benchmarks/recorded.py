@@ -1,11 +1,12 @@
-"""How long a file of a million recorded requests takes to answer, and how much memory.
+"""Measures how long queries on a file of a million recorded requests take, and how much memory.
 
 python benchmarks/recorded.py --make requests.db --rows 1000000      # writes such a file
 python benchmarks/recorded.py requests.db                            # filters by the API, then commands
 
-Every row has one of 20 models (Zipf), a system prompt that all share, a question and an answer of words by Zipf's law
-(about 900 characters together), and two tags: `app`, one of 5, and `user`, one of 50,000. Of 100, one is an error.
-Printed are the seconds to the first 50 rows, and of commands to the first line and to the end, with the peak of memory.
+Every row has one of 20 models (by Zipf's law), the same system prompt, a question and an answer of words by Zipf's law
+(about 900 characters together), and two tags: `app`, one of 5, and `user`, one of 50,000. One row in 100 is an error.
+It prints for each filter the seconds to the first 50 rows, and for each command those to the first line and to the
+end and the peak of memory.
 """
 
 import argparse
@@ -27,10 +28,10 @@ SYSTEM = " ".join(
     ["You are the assistant of a shop. Answer in one short paragraph, politely, and in the language of the question."]
     * 3
 )
-AT_ONCE = 20_000  # rows of a transaction
+AT_ONCE = 20_000  # rows in a transaction
 FEW = "time<1700005000"
 
-# What is asked of it, and what makes it hard
+# what makes a query hard -> its filters
 FILTERS = {
     "nothing": [],
     "a common model": ["model=model-0"],
@@ -117,9 +118,9 @@ def by_filter(file: Path) -> None:
     with RequestStore(file, read_only=True) as store:
         for name, filters in FILTERS.items():
             begin, used = time.perf_counter(), time.process_time()
-            found = store.list([parse(text) for text in filters])
-            took = f"{time.perf_counter() - begin:7.3f} {time.process_time() - used:12.3f}"
-            print(f"{name:45} {len(found):5} {took}", flush=True)
+            listed = store.list([parse(text) for text in filters])
+            seconds = f"{time.perf_counter() - begin:7.3f} {time.process_time() - used:12.3f}"
+            print(f"{name:45} {len(listed):5} {seconds}", flush=True)
 
 
 def by_command(file: Path) -> None:
@@ -134,7 +135,7 @@ def by_command(file: Path) -> None:
 
 
 def measured(file: Path, words: list[str], folder: Path) -> str:
-    """Seconds to the first row, on standard output or in a file, and to the end; the peak of memory."""
+    """The seconds to the first row (on standard output or in a file) and to the end, and the peak of memory."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     before = before.ru_utime + before.ru_stime
     begin, first = time.perf_counter(), None
@@ -143,8 +144,8 @@ def measured(file: Path, words: list[str], folder: Path) -> str:
     output = Path(words[words.index("--output") + 1]) if "--output" in words else None
     os.set_blocking(process.stdout.fileno(), False)
     while process.poll() is None:
-        there = process.stdout.read() if output is None else any(f.stat().st_size for f in output.rglob(".*.tmp"))
-        if first is None and there:
+        has_row = process.stdout.read() if output is None else any(f.stat().st_size for f in output.rglob(".*.tmp"))
+        if first is None and has_row:
             first = time.perf_counter() - begin
         time.sleep(0.005)
     seconds = time.perf_counter() - begin

@@ -1,9 +1,9 @@
-"""Scoring within a ceiling: the kernel's peak, readings of the model, seconds; base alone and with adapters.
+"""Measures scoring within a ceiling: the kernel's peak, readings of the model, seconds; base alone and with adapters.
 
     python benchmarks/scoring.py [--memory 600MB ...] [--texts 64] [--tokens 256] [--adapters 0 2]
 
-Each run is a process in a cgroup of just that memory, page cache and swap counted (as root, on Linux). The model is a
-random one of a shape of `slowft bench`.
+Each run is a process in a cgroup of exactly that memory, with page cache and swap (needs root on Linux). The model is
+a random one of a shape of `slowft bench`.
 """
 
 import slowft  # noqa: F401, I001  (before mlx: it loads OpenBLAS)
@@ -49,7 +49,7 @@ print(json.dumps({
 @click.option("--layers", type=int)
 @click.option("--memory", multiple=True, default=["400MB", "600MB"])
 @click.option("--texts", default=64)
-@click.option("--tokens", default=256, help="Of the longest text; the shortest has half.")
+@click.option("--tokens", default=256, help="Tokens of the longest text; the shortest has half.")
 @click.option("--adapters", multiple=True, type=int, default=[0, 2])
 @click.option("--top-k", default=0)
 def main(shape, layers, memory, texts, tokens, adapters, top_k):
@@ -59,17 +59,18 @@ def main(shape, layers, memory, texts, tokens, adapters, top_k):
         for ceiling in memory:
             for n in adapters:
                 nbytes = parse_nbytes(ceiling)
-                what = [str(directory), str(nbytes), str(texts), str(tokens), str(top_k), *map(str, paths[:n])]
-                done, peak = cgroup.run([sys.executable, "-c", RUN, *what], nbytes)
+                arguments = [str(directory), str(nbytes), str(texts), str(tokens), str(top_k), *map(str, paths[:n])]
+                done, peak = cgroup.run([sys.executable, "-c", RUN, *arguments], nbytes)
                 if done.returncode:
                     print(f"{ceiling}, {n} adapters: {done.returncode}, kernel's peak {peak}: {done.stderr[-300:]}")
                     continue
-                found = json.loads(done.stdout.splitlines()[-1])
-                per_s = found["tokens"] * (n + 1) / found["seconds"]
+                figures = json.loads(done.stdout.splitlines()[-1])
+                per_s = figures["tokens"] * (n + 1) / figures["seconds"]
                 print(
                     f"{ceiling}, {n} adapters: kernel's peak {peak / 1e6:.0f} MB, planned "
-                    f"{found['planned'] / 1e6:.0f}; {found['passes']:.0f} passes, {found['readings']:.2f} readings, "
-                    f"{found['seconds']:.1f} s, {per_s:.0f} tokens/s, perplexity {found['perplexity']:.3f}",
+                    f"{figures['planned'] / 1e6:.0f}; {figures['passes']:.0f} passes, "
+                    f"{figures['readings']:.2f} readings, {figures['seconds']:.1f} s, {per_s:.0f} tokens/s, "
+                    f"perplexity {figures['perplexity']:.3f}",
                     flush=True,
                 )
 

@@ -1,10 +1,10 @@
-"""Seconds a step of one process and of two that train together, as mlx.launch starts them, in turns in one run.
+"""Compares seconds a step of one process with those of two that train together. They take turns in one run.
 
 python benchmarks/several.py                     # about 3 minutes; writes JSON to benchmarks/results/
 
-"one core": a process held to one core. "two, a core each": two of them with the same joint batch, as a second machine
-would be, but for the link (here the loopback) and for memory and disk, which they share. "both cores": one process with
-all that the two had together. The model is random, of the shape that --shape names.
+"one core": a process that may use one core. "two, a core each": two such processes with the same joint batch, started
+by mlx.launch. They stand for two machines, but their link is the loopback, and they share memory and disk.
+"both cores": one process with both cores. The model is random, of the shape that --shape names.
 """
 
 import argparse
@@ -43,7 +43,7 @@ class Steps(Report):
 
 
 def work(model: str, rows: int, tokens: int, steps: int, memory: str) -> None:
-    """One process's part; the first prints its seconds a step, and those in sums."""
+    """Train as one of the processes. The first one prints its seconds a step, and those spent in sums."""
     from slowft.training.machines import of_launch
 
     machines, together_s = of_launch(), []
@@ -82,8 +82,8 @@ def measured(model: str, n: int, cores: int, arguments: list[str]) -> dict:
     command = [sys.executable, str(Path(__file__).resolve()), "--work", model, *arguments, "--cores", str(cores)]
     if n > 1:
         command = [str(Path(sys.executable).with_name("mlx.launch")), "-n", str(n), "--backend", "ring", *command]
-    with tempfile.TemporaryDirectory() as cache:  # what is learnt of one core is not this machine's
-        # (OpenBLAS begins its threads when it is loaded, before a process is held to its cores)
+    with tempfile.TemporaryDirectory() as cache:  # so that rates of one core are not remembered as this machine's
+        # (OpenBLAS starts its threads when it is loaded, before the process sets its cores)
         environment = os.environ | {"XDG_CACHE_HOME": cache, "OPENBLAS_NUM_THREADS": str(cores)}
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment)
     if done.returncode:
@@ -92,11 +92,11 @@ def measured(model: str, n: int, cores: int, arguments: list[str]) -> dict:
 
 
 def summary(turns: dict[str, list[dict]]) -> dict:
-    """Seconds a step of each way, and their ratio. The fastest step is told too: other work only ever adds to it."""
+    """Seconds a step of each way, and ratios: of medians, and of the fastest steps, which other work disturbs least."""
     kinds = {"median": statistics.median, "fastest": min}
     seconds = {
-        way: {kind: of([s for turn in found for s in turn["steps_s"]]) for kind, of in kinds.items()}
-        for way, found in turns.items()
+        way: {kind: of([s for turn in own_turns for s in turn["steps_s"]]) for kind, of in kinds.items()}
+        for way, own_turns in turns.items()
     }
     one, two = seconds["one core"], seconds["two, a core each"]
     return {"step_s": seconds, "ratio": {kind: one[kind] / two[kind] for kind in kinds}}
@@ -105,11 +105,11 @@ def summary(turns: dict[str, list[dict]]) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="llama-135m", choices=sorted(SHAPES))
-    parser.add_argument("--rows", type=int, default=4, help="of the joint batch")
+    parser.add_argument("--rows", type=int, default=4, help="rows of the joint batch")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--memory", default="1GB", help="of each process")
+    parser.add_argument("--memory", default="1GB", help="ceiling of each process")
     parser.add_argument("--work", metavar="MODEL", help=argparse.SUPPRESS)
     parser.add_argument("--cores", type=int, default=1, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -127,14 +127,14 @@ def main() -> None:
             turn = measured(model, n, cores, arguments)
             turns[way].append(turn)
             print(f"{way:18} {turn['step_s']:.3f} s a step, of it {turn['together_s']:.3f} together", flush=True)
-    found = summary(turns)
-    for way, seconds in found["step_s"].items():
+    result = summary(turns)
+    for way, seconds in result["step_s"].items():
         print(f"{way:18} {seconds['median']:.3f} s a step, the fastest {seconds['fastest']:.3f}")
-    ratio = found["ratio"]
+    ratio = result["ratio"]
     print(f"two of one core each are {ratio['fastest']:.2f} times as fast as one ({ratio['median']:.2f} by medians)")
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / f"several_{datetime.date.today().isoformat()}.json"
-    file.write_text(json.dumps({"machine": describe(), "job": own, **found, "turns": turns}, indent=1))
+    file.write_text(json.dumps({"machine": describe(), "job": own, **result, "turns": turns}, indent=1))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import filecache
 from conftest import LLAMA, largest_difference, must_run, random_batch, randomise, save_random
 from slowft import platform, tracing
 from slowft.bench import cgroup, compare, reading, roofline, shapes, slowllama, step, worker
-from slowft.bench.job import Job
+from slowft.bench.workload import Workload
 from slowft.bench.limits import Limits
 from slowft.cli.bench import bench
 from slowft.cli.main import main
@@ -244,7 +244,7 @@ def test_flops_of_a_plan_are_those_of_the_closed_form(small):
 
 
 def test_figures_of_a_step_follow_from_its_steps(small):
-    job, told = Job(str(small), "small", 2, 64, steps=2, memory=2 * 10**9), []
+    job, told = Workload(str(small), "small", 2, 64, steps=2, memory=2 * 10**9), []
     run = worker.run_slowft(job, told.append)
     result = step.summary(job, run, MACHINE)
     assert told == [1, 2, 3] and len(result["steps"]) == 2 and len(result["losses"]) == 3
@@ -317,7 +317,7 @@ def test_slower_reads_are_what_a_job_is_bound_by(tmp_path):
     model = slowft.open_model(directory).add_lora(-1)
     memory = model.planner(1, 16).least().peak_nbytes + 10 * MB  # not enough to keep the 46 MB of blocks
     model.close()
-    result = roofline.predict(Job(str(directory), "m", 1, 16, memory=memory), 1, 1e6)
+    result = roofline.predict(Workload(str(directory), "m", 1, 16, memory=memory), 1, 1e6)
     assert [point["micro_batches"] for point in result["points"]] == [1] and result["crossover"] is None
     for point in result["points"]:
         assert point["bound"] == "reading" and point["read_nbytes"] > 0
@@ -355,8 +355,8 @@ def test_all_do_the_same_job(small, monkeypatch):
     monkeypatch.setattr(block, "__call__", block.__call__)  # mlx-lm's checkpointing replaces it for good
     monkeypatch.setattr(compare.worker, "run", run_here)
     told = []
-    job = Job(str(small), "small", 2, 32, micro_batches=2, steps=2, memory=2 * 10**9)
-    result = compare.measure(job, 1, Limits(), told=lambda *who: told.append(who))
+    job = Workload(str(small), "small", 2, 32, micro_batches=2, steps=2, memory=2 * 10**9)
+    result = compare.measure(job, 1, Limits(), progress=lambda *who: told.append(who))
     assert told[-1] == ("mlx-lm --grad-checkpoint", 4)  # two warm up
     first = {name: of_name["losses"][0] for name, of_name in result["results"].items()}  # adapters begin as zero
     assert set(first) == {"slowft", "mlx-lm", "mlx-lm --grad-checkpoint"}
@@ -369,7 +369,7 @@ def test_all_do_the_same_job(small, monkeypatch):
 
 def test_a_process_of_its_own_tells_steps_results_and_errors(small):
     told = []
-    job = Job(str(small), "small", 2, 32, steps=1, memory=380 * 10**6)  # too little to measure the machine first
+    job = Workload(str(small), "small", 2, 32, steps=1, memory=380 * 10**6)  # too little to measure the machine first
     here = run_here("slowft", job.with_(memory=2 * 10**9))  # this process may have grown
     run = worker.run("slowft", job, told.append)
     assert told == [1, 2] and run["losses"][0] == pytest.approx(here["losses"][0], rel=1e-6)
@@ -439,7 +439,7 @@ def test_a_run_that_its_limit_kills_is_in_the_result(small, slowft_, monkeypatch
 def test_slowllamas_own_arithmetic_arrives_at_the_shape(ffn, tmp_path):
     config = shapes.config_of("llama-1b") | {"intermediate_size": ffn}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    params = slowllama._params(Job(str(tmp_path), "odd"))
+    params = slowllama._params(Workload(str(tmp_path), "odd"))
     hidden = int(params["ffn_dim_multiplier"] * int(2 * (4 * params["dim"]) / 3))  # its FeedForward
     multiple = params["multiple_of"]
     assert multiple * ((hidden + multiple - 1) // multiple) == config["intermediate_size"]
@@ -461,10 +461,10 @@ def test_slowllama_is_refused_where_it_cannot_run(small, slowft_, tmp_path, monk
     assert "pip install torch" in slowft_(*options, checkout).err
     has_torch[0] = True
     assert "--num-layers -1" in slowft_(*options, checkout, "--num-layers", 2).err
-    slowllama.check(str(checkout), Job(str(small), "small"))
+    slowllama.check(str(checkout), Workload(str(small), "small"))
     (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"model_type": "qwen3"}))
     with pytest.raises(ConfigError, match="plain 16-bit Llama shapes, which q is not"):
-        slowllama.check(str(checkout), Job(str(tmp_path), "q"))
+        slowllama.check(str(checkout), Workload(str(tmp_path), "q"))
 
 
 # --- The command ------------------------------------------------------------------------------------

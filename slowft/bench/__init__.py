@@ -1,4 +1,5 @@
-"""Benchmarks that people can run: `slowft bench`. Each is a function from a job to a dict of figures.
+"""Benchmarks that people can run: `slowft bench`. Each is a function from a workload to a dict of figures.
 
-What is measured runs in processes of its own (`worker`), alone or in control groups, so that peaks are its own.
+What is measured runs in a process of its own (`worker`), with or without a control group, so that memory peaks are its
+own.
 """

@@ -1,6 +1,6 @@
-"""Child control groups, version 1 or 2: a ceiling on memory, page cache and swap included, and on the rate of reads.
+"""Limits a process's memory (with page cache and swap) and its rate of reads by a control group, version 1 or 2.
 
-Linux only, and root's: `why_unavailable` tells. Elsewhere nothing can limit a process so.
+This needs Linux and root; `why_unavailable` says what is missing. Other systems cannot limit a process in this way.
 """
 
 import os
@@ -23,25 +23,25 @@ V1 = ROOT / "memory"
 
 @dataclass(frozen=True)
 class Group:
-    """`directories`: one, or under version 1 one for each controller."""
+    """A control group. It has one directory, or under version 1 one for each controller."""
 
     directories: tuple[Path, ...]
 
     def entered(self, command: list[str]) -> list[str]:
-        """A command that enters the group and becomes `command`."""
+        """A command that enters the group and then becomes `command`."""
         enter = "".join(f"echo $$ > {shlex.quote(str(d / 'cgroup.procs'))} && " for d in self.directories)
         return ["sh", "-c", enter + 'exec "$@"', "sh", *command]
 
     @property
     def makeup(self) -> dict[str, int]:
-        """Bytes that the kernel counts now, by what they are: of processes (anon, rss), of files (file, cache)."""
+        """Bytes that the kernel counts now, by kind: memory of processes (anon, rss), of files (file, cache), ..."""
         lines = [line.split() for d in self.directories for line in _read(d / "memory.stat").splitlines()]
         kinds = "rss", "cache", "mapped_file", "anon", "file", "file_mapped", "kernel", "file_dirty", "dirty"
         return {name: int(nbytes) for name, nbytes in lines if name in kinds}
 
     @property
     def peak_nbytes(self) -> int | None:
-        """The most bytes that the kernel counted, swap included where version 1 counts it; version 2 allows none."""
+        """The most bytes that the kernel counted. Version 1 includes swap if it counts it; under 2 none is allowed."""
         names = "memory.memsw.max_usage_in_bytes", "memory.max_usage_in_bytes", "memory.peak"
         files = [d / name for d in self.directories for name in names if (d / name).exists()]
         return max((int(file.read_text()) for file in files), default=None)
@@ -54,8 +54,8 @@ def limit(
     """A group whose processes may use so much memory, and read so fast from the drives that hold `files`.
 
     Raises:
-        OSError: not root's, or this kernel lacks the controller.
-        ConfigError: the files are on nothing whose reads can be limited.
+        OSError: this process is not root's, or the kernel lacks the controller.
+        ConfigError: the files are not on a drive whose reads can be limited.
     """
     limits: dict[str, dict[str, list[str]]] = {}  # controller -> file -> what to write to it
     is_v1 = V1.is_dir()
@@ -77,25 +77,26 @@ def limit(
         parent = _own("").parent if _own("") != ROOT else ROOT
         groups = dict.fromkeys(limits, parent / name)
         _enable(parent, limits)
-    made = tuple(dict.fromkeys(groups.values()))
+    directories = tuple(dict.fromkeys(groups.values()))
     try:
-        for group in made:
-            group.mkdir()
+        for directory in directories:
+            directory.mkdir()
         for controller, entries in limits.items():
             for file, values in entries.items():
                 path = groups[controller] / file
                 for value in values:
-                    if path.exists() or not file.startswith(("memory.memsw", "memory.swap")):  # needs swap accounting
+                    # the files for swap are there only if the kernel counts swap
+                    if path.exists() or not file.startswith(("memory.memsw", "memory.swap")):
                         path.write_text(value)
-        yield Group(made)
+        yield Group(directories)
     finally:
-        for group in made:
-            if group.exists():
-                group.rmdir()
+        for directory in directories:
+            if directory.exists():
+                directory.rmdir()
 
 
 def _own(controller: str) -> Path:
-    """This process's group; "" is version 2. A container may see only what is below it: then its root."""
+    """This process's group for a controller; "" is version 2's. In a container that cannot see its group, the root."""
     root = ROOT / controller if controller else ROOT
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
@@ -113,10 +114,10 @@ def _enable(parent: Path, controllers: Iterable[str]) -> None:
 
 
 def drive_of(file: Path) -> str:
-    """ "major:minor" of the whole drive that holds a file: partitions cannot be limited.
+    """ "major:minor" of the whole drive that holds a file, because partitions cannot be limited.
 
     Raises:
-        ConfigError: the file is on no drive of its own, as in memory or on btrfs.
+        ConfigError: the file is not on one drive, but for example in memory or on btrfs.
     """
     device = os.stat(file).st_dev
     number = f"{os.major(device)}:{os.minor(device)}"
@@ -132,7 +133,7 @@ def drive_of(file: Path) -> str:
 
 
 def why_unavailable(read_from: Path | None = None) -> str | None:
-    """None if memory (with `read_from`, reads of that file as well) can be limited here, else the reason."""
+    """Why memory (with `read_from`, also reads of that file) cannot be limited here; None if it can."""
     if sys.platform != "linux":
         return "control groups are Linux's"
     try:
@@ -145,38 +146,38 @@ def why_unavailable(read_from: Path | None = None) -> str | None:
 def run(
     command: list[str], nbytes: int, read_bytes_per_s: int | None = None, files: Iterable[Path] = (), **kwargs
 ) -> tuple[subprocess.CompletedProcess, int]:
-    """The finished process, run within `nbytes` of memory, and the most bytes the kernel counted for it.
+    """Run a command within `nbytes` of memory. Returns the finished process and the most bytes the kernel counted.
 
-    Of a process that was killed, its `stderr` ends with what the kernel counted when it was seen to take most.
+    If the process was killed, its `stderr` ends with the kernel's count at the highest that was seen.
 
     Args:
         read_bytes_per_s, files: see `limit`.
     """
-    with limit(nbytes, read_bytes_per_s, files) as group, _most_seen(group) as most:
+    with limit(nbytes, read_bytes_per_s, files) as group, _highest_makeup(group) as highest:
         done = subprocess.run(group.entered(command), capture_output=True, text=True, **kwargs)
         if done.returncode == -signal.SIGKILL:
-            done.stderr += f"Killed. The kernel's count, when seen at its highest: {most}\n"
+            done.stderr += f"Killed. The kernel's count, when seen at its highest: {highest}\n"
         return done, group.peak_nbytes or 0
 
 
 @contextmanager
-def _most_seen(group: Group, every_s: float = 0.02) -> Iterator[dict[str, int]]:
-    """While this is entered, what the group's memory is made of is looked at, and the largest kept in the dict."""
-    most: dict[str, int] = {}
-    over = threading.Event()
+def _highest_makeup(group: Group, every_s: float = 0.02) -> Iterator[dict[str, int]]:
+    """A dict with the largest `makeup` of the group so far. A thread looks every 20 ms while this is entered."""
+    highest: dict[str, int] = {}
+    is_over = threading.Event()
 
     def look():
-        while not over.wait(every_s):
-            seen = group.makeup
-            if sum(seen.values()) > sum(most.values()):
-                most.update(seen)
+        while not is_over.wait(every_s):
+            makeup = group.makeup
+            if sum(makeup.values()) > sum(highest.values()):
+                highest.update(makeup)
 
     thread = threading.Thread(target=look, daemon=True)
     thread.start()
     try:
-        yield most
+        yield highest
     finally:
-        over.set()
+        is_over.set()
         thread.join()
 
 

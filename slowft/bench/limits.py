@@ -1,4 +1,4 @@
-"""What the measured processes are held to by control groups: a laptop's balance on any Linux machine, as root."""
+"""Limits of the measured processes, by control groups: on Linux, root can give any machine a laptop's proportions."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,39 +7,39 @@ from typing import Any
 
 from ..errors import ConfigError
 from . import cgroup
-from .job import Job
+from .workload import Workload
 
 
 @dataclass(frozen=True)
 class Limits:
-    """None is no limit."""
+    """Limits of memory and of reads; None: no limit."""
 
     memory_nbytes: int | None = None
     read_bytes_per_s: int | None = None
 
-    def check(self, job: Job) -> None:
-        """Raises ConfigError where they cannot be enforced."""
+    def check(self, workload: Workload) -> None:
+        """Raises ConfigError if the limits cannot be enforced here."""
         given = {"--limit-memory": self.memory_nbytes, "--limit-read": self.read_bytes_per_s}
         options = [name for name, value in given.items() if value is not None]
-        if options and (reason := cgroup.why_unavailable(job.files[0] if self.read_bytes_per_s else None)):
+        if options and (reason := cgroup.why_unavailable(workload.files[0] if self.read_bytes_per_s else None)):
             raise ConfigError(f"{' and '.join(options)}: {reason}")
 
     @contextmanager
-    def group(self, job: Job, memory: bool = True) -> Iterator[cgroup.Group | None]:
-        """The control group for the job's processes; None if there is nothing to limit.
+    def group(self, workload: Workload, memory: bool = True) -> Iterator[cgroup.Group | None]:
+        """The control group for the workload's processes; None if there is nothing to limit.
 
         Args:
-            memory: False for who has the whole model in memory.
+            memory: False for a process that needs the whole model in memory.
         """
         memory_nbytes = self.memory_nbytes if memory else None
         if memory_nbytes is None and self.read_bytes_per_s is None:
             yield None
         else:
-            with cgroup.limit(memory_nbytes, self.read_bytes_per_s, job.files) as group:
+            with cgroup.limit(memory_nbytes, self.read_bytes_per_s, workload.files) as group:
                 yield group
 
     def on(self, machine: dict[str, Any]) -> dict[str, Any]:
-        """The machine as it is under them."""
+        """The machine's figures under these limits."""
         rates = [rate for rate in (machine["read_bytes_per_s"], self.read_bytes_per_s) if rate is not None]
         return machine | {"read_bytes_per_s": min(rates, default=None)}
 

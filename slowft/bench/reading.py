@@ -1,6 +1,6 @@
-"""slowft's reader against raw reads of the same files, taking turns: what of the drive's throughput arrives.
+"""Compares slowft's reader with raw reads of the same files, in turns: how much of the drive's throughput arrives.
 
-Every reading starts with the files forgotten by the file cache, and goes through the same bytes in the same order.
+Before each reading the files are removed from the file cache. All read the same bytes in the same order.
 """
 
 import json
@@ -20,29 +20,30 @@ from ..planning.machine import measure_reading
 from ..weights.buffers import read_buffer, take_pages
 from ..weights.reader import ByteRange, Reader
 
-BLOCK_NBYTES = 64 << 20  # what the reader is asked for at a time: about a block of a 1 B model in 16 bits
-RAW_NBYTES = 16 << 20  # a raw request
+BLOCK_NBYTES = 64 << 20  # bytes the reader is asked for at a time: about a block of a 1 B model in 16 bits
+RAW_NBYTES = 16 << 20  # bytes of a raw request
 
 
 def measure(
-    files: Sequence[Path], most_nbytes: int, rounds: int, told: Callable[[int], None] = lambda done: None
+    files: Sequence[Path], most_nbytes: int, rounds: int, progress: Callable[[int], None] = lambda done: None
 ) -> dict[str, Any]:
     """Bytes per second, and processor seconds, of the reader and of each raw way there is: medians over rounds.
 
     Args:
-        most_nbytes: of the files, from the first on, that are read each time.
+        most_nbytes: the most bytes to read in a reading, from the first file on.
+        progress: called with the number of readings done.
     Raises:
         SlowftError: there is too little to read.
     """
-    parts, left = [], most_nbytes
-    for file in files:  # whole requests, as O_DIRECT wants them
-        nbytes = min(file.stat().st_size, left) // RAW_NBYTES * RAW_NBYTES
+    parts, remaining = [], most_nbytes
+    for file in files:  # in whole requests, because O_DIRECT needs aligned sizes
+        nbytes = min(file.stat().st_size, remaining) // RAW_NBYTES * RAW_NBYTES
         if nbytes:
             parts.append((file, nbytes))
-            left -= nbytes
+            remaining -= nbytes
     if not parts:
         raise SlowftError(f"there is nothing to measure reading with: give a model of more than {RAW_NBYTES >> 20} MB")
-    _, reads_in_flight = measure_reading([str(file) for file, _ in parts])  # as a plan does
+    _, reads_in_flight = measure_reading([str(file) for file, _ in parts])  # a plan measures it in the same way
     buffers = _buffers()
     ways = {"slowft": lambda parts: _by_reader(parts, buffers, reads_in_flight), **_raw_ways(parts[0][0])}
     total = sum(nbytes for _, nbytes in parts)
@@ -57,24 +58,24 @@ def measure(
             rates[name].append(total / way(parts))
             processor[name].append((_processor_s() - before) / total)
             done += 1
-            told(done)
-    medians = {way: statistics.median(of_way) for way, of_way in rates.items()}
+            progress(done)
+    medians = {way: statistics.median(values) for way, values in rates.items()}
     raw = max((way for way in ways if way != "slowft"), key=medians.get)
     return {
         "nbytes": total,
         "reads_in_flight": reads_in_flight,
         "rates": rates,
         "median_bytes_per_s": medians,
-        "processor_s_per_gb": {way: 1e9 * statistics.median(of_way) for way, of_way in processor.items()},
-        "raw": raw,  # the fastest
-        # of each round's pair: the drive's mood changes from round to round
+        "processor_s_per_gb": {way: 1e9 * statistics.median(values) for way, values in processor.items()},
+        "raw": raw,  # the fastest raw way
+        # ratios are taken within a round, because the drive's speed changes from round to round
         "ratio": statistics.median(ours / theirs for ours, theirs in zip(rates["slowft"], rates[raw])),
         "ratios": {way: medians["slowft"] / rate for way, rate in medians.items() if way != "slowft"},
     }
 
 
 def n_readings(file: Path, rounds: int) -> int:
-    """How often `measure` will tell of progress."""
+    """How often `measure` will call `progress`."""
     return rounds * (1 + len(_raw_ways(file)))
 
 
@@ -82,7 +83,7 @@ Parts = Sequence[tuple[Path, int]]
 
 
 def _raw_ways(file: Path) -> dict[str, Callable[[Parts], float]]:
-    """Ways to read without slowft, each giving seconds."""
+    """The ways to read without slowft. Each is a function that gives the seconds it took."""
     ways: dict[str, Callable[[Parts], float]] = {}
     if shutil.which("fio"):
         ways["fio"] = _by_fio
@@ -94,7 +95,7 @@ def _raw_ways(file: Path) -> dict[str, Callable[[Parts], float]]:
 
 
 def _buffers() -> list[memoryview]:
-    """Two as blocks are read into, their pages there, as after a first step."""
+    """Two buffers of the kind that blocks are read into. Their pages are in memory, as they are after a first step."""
     buffers = [memoryview(read_buffer(BLOCK_NBYTES)) for _ in range(2)]
     for buffer in buffers:
         take_pages(buffer)
@@ -102,7 +103,7 @@ def _buffers() -> list[memoryview]:
 
 
 def _by_reader(parts: Parts, buffers: Sequence[memoryview], reads_in_flight: int) -> float:
-    """Two buffers in turns, as blocks are read ahead: the next is asked for before the one before is waited for."""
+    """Reads into two buffers in turns. As with blocks, a read is begun before the one before it is waited for."""
     pieces = [
         ByteRange(str(file), at, min(BLOCK_NBYTES, nbytes - at), 0)
         for file, nbytes in parts
@@ -144,7 +145,7 @@ def _by_dd(parts: Parts) -> float:
 
 
 def _dd_seconds(file: Path, nbytes: int) -> float:
-    """By dd's own clock, which leaves out its start."""
+    """Seconds by dd's own clock, which does not count dd's start."""
     request = ["iflag=direct", f"bs={RAW_NBYTES}", f"count={nbytes // RAW_NBYTES}"]
     done = subprocess.run(
         ["dd", f"if={file}", "of=/dev/null", *request], capture_output=True, text=True, env=_english()
@@ -183,13 +184,13 @@ def _by_fio(parts: Parts, **environment: str) -> float:
 
 
 def _processor_s() -> float:
-    """Of this process and the ones it waited for."""
+    """Processor seconds of this process and of the processes that it waited for."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
 
 
 def _pages(nbytes: int) -> mmap.mmap:
-    """Memory that begins at a page, its pages there."""
+    """Page-aligned memory, whose pages are in memory."""
     pages = mmap.mmap(-1, nbytes)
     pages.write(bytes(nbytes))
     return pages

@@ -1,6 +1,7 @@
-"""Where a job is bound, by its plans: seconds of reading and computing against the micro-batches of a step.
+"""Predicts by plans whether a workload is bound by reading or by computing, for each number of micro-batches a step.
 
-Weights are read per step, computing goes with the micro-batches: from some number on, reading disappears behind it.
+Weights are read as often however many micro-batches a step has, but computing grows with them. From some number on,
+reading is hidden behind computing.
 """
 
 from collections.abc import Callable
@@ -9,65 +10,57 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, SlowftError
-from .job import Job
+from ..planning.plan import Plan
+from .workload import Workload
 
 
 def predict(
-    job: Job, most: int, read_bytes_per_s: float | None = None, told: Callable[[int], None] = lambda done: None
+    workload: Workload,
+    most: int,
+    read_bytes_per_s: float | None = None,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Any]:
     """Plans for 1, 2, 4 ... `most` micro-batches, and the least number at which computing takes as long as reading.
 
     Args:
-        read_bytes_per_s: suppose that reads are no faster than this.
+        read_bytes_per_s: an assumed limit of the drive's rate.
+        progress: called with the number of plans made.
     Returns:
-        "points": figures of a step at each number; "crossover": that number, None if there is none up to `most`.
+        "points": figures of a step for each number. "crossover": that least number; None if there is none up to `most`.
     Raises:
-        ConfigError: not even one micro-batch fits the memory.
+        ConfigError: not even one micro-batch fits into the memory.
     """
     from ..engine.budget import default_memory
     from ..engine.model import open_model
 
-    memory = job.memory or default_memory()
-    model = open_model(job.model)
+    memory = workload.memory or default_memory()
+    model = open_model(workload.model)
     try:
-        model.add_lora(job.num_layers, rank=job.rank, keys=job.keys)
+        model.add_lora(workload.num_layers, rank=workload.rank, keys=workload.keys)
         planners = {}
 
         def point(n: int) -> dict[str, Any] | None:
-            planner = planners[n] = model.planner(job.batch_size, job.tokens, n, measure=n == 1)
+            planner = planners[n] = model.planner(workload.batch_size, workload.tokens, n, measure=n == 1)
             if read_bytes_per_s is not None:
                 slower = min(planner.rates.read, read_bytes_per_s)
                 planner.rates = replace(planner.rates, read=slower)
             plan = planner.choose(memory)
-            if plan is None:
-                return None
-            tokens = job.batch_size * job.tokens * n
-            return {
-                "micro_batches": n,
-                "tokens": tokens,
-                "compute_s": plan.compute_s,
-                "read_s": plan.read_s,
-                "step_s": plan.step_s,
-                "tokens_per_s": tokens / plan.step_s,
-                "read_nbytes": plan.read_nbytes,
-                "peak_nbytes": plan.peak_nbytes,
-                "bound": plan.bound,
-            }
+            return None if plan is None else _figures(plan, workload.with_(micro_batches=n))
 
         counts, points = [1], []
         while counts[-1] * 2 <= most:
             counts.append(counts[-1] * 2)
         for i, n in enumerate(counts):
-            if (here := point(n)) is None:  # activations take the memory
+            if (figures := point(n)) is None:  # activations need too much memory
                 break
-            points.append(here)
-            told(i + 1)
+            points.append(figures)
+            progress(i + 1)
         if not points:
             raise ConfigError(planners[1].too_little(memory))
         if planners[1].machine.rates.read is None:
-            raise SlowftError(f"{job.name} has too little on disk to measure reading with")
+            raise SlowftError(f"{workload.name} has too little on disk to measure reading with")
         return {
-            "job": job.as_dict() | {"memory": memory},
+            "job": workload.as_dict() | {"memory": memory},
             "machine": asdict(planners[1].machine),
             "points": points,
             "crossover": _crossover(points, point),
@@ -76,16 +69,30 @@ def predict(
         model.close()
 
 
+def _figures(plan: Plan, workload: Workload) -> dict[str, Any]:
+    return {
+        "micro_batches": workload.micro_batches,
+        "tokens": workload.tokens_of_step,
+        "compute_s": plan.compute_s,
+        "read_s": plan.read_s,
+        "step_s": plan.step_s,
+        "tokens_per_s": workload.tokens_of_step / plan.step_s,
+        "read_nbytes": plan.read_nbytes,
+        "peak_nbytes": plan.peak_nbytes,
+        "bound": plan.bound,
+    }
+
+
 def _crossover(points: list[dict], point: Callable[[int], dict | None]) -> int | None:
-    """Between the last point bound by reading and the first that is not, by bisection."""
-    hidden = next((p["micro_batches"] for p in points if p["bound"] == "computing"), None)
-    if hidden is None:
+    """The least number of micro-batches that is bound by computing, found by bisection between the points."""
+    first = next((p["micro_batches"] for p in points if p["bound"] == "computing"), None)
+    if first is None:
         return None
-    low, high = hidden // 2, hidden  # reading is longer at `low`, or it is 0
+    low, high = first // 2, first  # at `low` reading takes longer, or `low` is 0
     while high - low > 1:
         middle = (low + high) // 2
-        between = point(middle)
-        if between is not None and between["bound"] == "computing":
+        figures = point(middle)
+        if figures is not None and figures["bound"] == "computing":
             high = middle
         else:
             low = middle
@@ -101,7 +108,7 @@ def check_plot() -> None:
 
 
 def plot(result: dict[str, Any], file: str | Path) -> None:
-    """Draw it as a PNG.
+    """Draw the result as a PNG.
 
     Raises:
         SlowftError: the file cannot be written.
@@ -111,7 +118,7 @@ def plot(result: dict[str, Any], file: str | Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    points, job, crossover = result["points"], result["job"], result["crossover"]
+    points, workload, crossover = result["points"], result["job"], result["crossover"]
     counts = [p["micro_batches"] for p in points]
     figure, (seconds, speed) = pyplot.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
     for key, label, style in (
@@ -133,8 +140,8 @@ def plot(result: dict[str, Any], file: str | Path) -> None:
             axes.axvline(crossover, color="0.5", lw=1, ls=":", label=f"reading hidden from {crossover} on")
     seconds.legend(frameon=False)
     figure.suptitle(
-        f"{job['name']}, micro-batches of {job['batch_size']}x{job['tokens']} tokens, "
-        f"{job['memory'] / 1e9:.2f} GB: predicted"
+        f"{workload['name']}, micro-batches of {workload['batch_size']}x{workload['tokens']} tokens, "
+        f"{workload['memory'] / 1e9:.2f} GB: predicted"
     )
     try:
         figure.savefig(file, dpi=110, format="png")

@@ -1,7 +1,7 @@
-"""Models of a known shape and random weights, made once and kept in the user's cache directory.
+"""Makes models of a known shape with random weights, once, and keeps them in the user's cache directory.
 
-Comes in: a shape's name, or a config. Goes out: an mlx-lm model directory. Takes little memory however large the
-model: a file of the right length first, then its values, a few megabytes at a time and past the file cache.
+Comes in: a shape's name, or a config. Goes out: an mlx-lm model directory. It takes little memory however large the
+model is: values are written a few megabytes at a time, and kept out of the file cache.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ def _llama(hidden: int, ffn: int, heads: int, kv_heads: int, layers: int, vocab:
     }
 
 
-# Named after the model that has these sizes, where there is one.
+# The sizes are those of the models that the comments name.
 SHAPES = {
     "llama-135m": _llama(576, 1536, 9, 3, 30, 49152, tie_word_embeddings=True),  # SmolLM2-135M
     "llama-1b": _llama(2048, 5632, 32, 4, 22),  # TinyLlama-1.1B
@@ -48,10 +48,10 @@ SHAPES = {
 
 
 def config_of(shape: str, layers: int | None = None, bits: int | None = None) -> dict:
-    """The config of a named shape, with another number of blocks or quantized if asked for.
+    """The config of a named shape, if asked for with another number of blocks or quantized.
 
     Raises:
-        ConfigError: no such shape.
+        ConfigError: there is no such shape.
     """
     if shape not in SHAPES:
         raise ConfigError(f"there is no shape {shape}. Use one of {', '.join(SHAPES)}, or --model with a directory")
@@ -67,10 +67,10 @@ def quantized(config: dict, bits: int | None) -> dict:
 
 
 def cached(config: dict, progress: Callable[[int, int], None] = lambda done, total: None) -> Path:
-    """The directory of a random model of `config` in the cache directory, made unless it is there.
+    """The directory of a random model of `config` in the cache directory. It is made if it is not there.
 
     Args:
-        progress: told of bytes written, and of how many in all.
+        progress: called with the bytes written and the bytes in all.
     Raises:
         SlowftError: the disk is full.
     """
@@ -91,10 +91,10 @@ def cached(config: dict, progress: Callable[[int, int], None] = lambda done, tot
 def write_random(
     directory: Path, config: dict, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Path:
-    """A random model of mlx-lm's class for `config` (bfloat16 unless it says otherwise) in a new directory.
+    """Write a random model of mlx-lm's class for `config` (bfloat16 unless it says otherwise) to a new directory.
 
-    Matrices are uniform within 1 / sqrt(columns), as MLX initialises them; vectors are ones (biases: zeros), quantized
-    weights any bits, with scales that bring them into the same range.
+    Matrices are uniform within 1 / sqrt(columns), as MLX initialises them. Vectors are ones, or zeros if they are
+    biases. Quantized weights are random bits, with scales that bring them into the same range.
 
     Raises:
         SlowftError: the disk has no room.

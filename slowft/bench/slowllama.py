@@ -1,7 +1,7 @@
-"""okuvshynov/slowllama on the same job, out of a checkout: the one other trainer that streams Llama blocks from disk.
+"""Runs okuvshynov/slowllama on the same workload. It is the one other trainer that streams Llama blocks from disk.
 
-Nothing of its code is here: it is imported from the checkout, in a process of its own, and drives itself. Its format
-has no other writer than itself, so its own classes write random weights of the shape, once.
+None of its code is here: it is imported from a checkout, in a process of its own, and runs its own loop. Only its own
+classes can write its file format, so they write random weights of the shape, once.
 """
 
 import hashlib
@@ -18,14 +18,14 @@ from typing import Any
 
 from .. import platform
 from ..errors import ConfigError
-from .job import Job
+from .workload import Workload
 
-KEYS = ("self_attn.q_proj", "self_attn.v_proj")  # where it attaches LoRA, and nowhere else
+KEYS = ("self_attn.q_proj", "self_attn.v_proj")  # the only layers that it attaches LoRA to
 MODULES = ("llama2", "llama2_loader", "model_config", "blackbox", "utils")
 
 
-def check(checkout: str, job: Job) -> None:
-    """Raises ConfigError unless the checkout could run the job in this interpreter."""
+def check(checkout: str, workload: Workload) -> None:
+    """Raises ConfigError unless the checkout could run the workload in this interpreter."""
     missing = [name for name in MODULES if not (Path(checkout) / f"{name}.py").exists()]
     if missing:
         raise ConfigError(
@@ -34,21 +34,22 @@ def check(checkout: str, job: Job) -> None:
         )
     if importlib.util.find_spec("torch") is None:
         raise ConfigError("slowllama needs PyTorch, which is not installed. To fix it: pip install torch")
-    _params(job)
+    _params(workload)
 
 
-def _params(job: Job) -> dict[str, Any]:
-    """The shape in the terms of its ModelArgs.
+def _params(workload: Workload) -> dict[str, Any]:
+    """The shape as arguments of slowllama's ModelArgs.
 
     Raises:
-        ConfigError: a shape that it does not have.
+        ConfigError: slowllama cannot have this shape.
     """
-    config = json.loads((Path(job.model) / "config.json").read_text())
+    config = json.loads((Path(workload.model) / "config.json").read_text())
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     plain = config["model_type"] == "llama" and "quantization" not in config
     if not plain or config.get("head_dim", hidden // heads) * heads != hidden:
-        raise ConfigError(f"slowllama runs plain 16-bit Llama shapes, which {job.name} is not. Use --shape llama-1b")
-    if job.num_layers not in (-1, config["num_hidden_layers"]):
+        name = workload.name
+        raise ConfigError(f"slowllama runs plain 16-bit Llama shapes, which {name} is not. Use --shape llama-1b")
+    if workload.num_layers not in (-1, config["num_hidden_layers"]):
         raise ConfigError("slowllama trains all blocks. Use --num-layers -1, or leave --slowllama out")
     ffn = config["intermediate_size"]
     return {
@@ -56,27 +57,27 @@ def _params(job: Job) -> dict[str, Any]:
         "n_layers": config["num_hidden_layers"],
         "n_heads": heads,
         "n_kv_heads": config.get("num_key_value_heads") or heads,
-        # it has int(multiplier * int(8 / 3 * dim)), rounded up to a multiple
+        # slowllama computes int(multiplier * int(8 / 3 * dim)), rounded up to a multiple of `multiple_of`
         "ffn_dim_multiplier": ffn / int(8 * hidden / 3),
         "multiple_of": ffn,
         "norm_eps": config["rms_norm_eps"],
         "vocab_size": config["vocab_size"],
         "vocab_size_override": config["vocab_size"],
-        "max_seq_len": max(job.tokens, 2048),
-        "lora_rank": job.rank,
+        "max_seq_len": max(workload.tokens, 2048),
+        "lora_rank": workload.rank,
         "lora_dropout": 0.0,
     }
 
 
-def directory(job: Job) -> Path:
-    """Where its files of this shape are, or will be."""
-    key = hashlib.sha256(json.dumps(_params(job), sort_keys=True).encode()).hexdigest()[:12]
+def directory(workload: Workload) -> Path:
+    """The directory for slowllama's files of this shape."""
+    key = hashlib.sha256(json.dumps(_params(workload), sort_keys=True).encode()).hexdigest()[:12]
     return platform.cache_directory() / "bench" / f"slowllama-{key}"
 
 
-def drop_cached_files(job: Job) -> None:
-    """Have the kernel forget its files, which it reads through the file cache: a memory limit counts only new pages."""
-    for file in directory(job).rglob("*"):
+def drop_cached_files(workload: Workload) -> None:
+    """Remove slowllama's files from the file cache, through which it reads. A memory limit counts only new pages."""
+    for file in directory(workload).rglob("*"):
         if file.is_file():
             fd = os.open(file, os.O_RDWR)
             os.fsync(fd)
@@ -84,17 +85,17 @@ def drop_cached_files(job: Job) -> None:
             platform.make_cold(str(file))
 
 
-def write(job: Job, told: Callable[[int], None], checkout: str) -> dict[str, Any]:
-    """Random bfloat16 weights of the job's shape, in its format, unless they are there."""
+def write(workload: Workload, progress: Callable[[int], None], checkout: str) -> dict[str, Any]:
+    """Write random bfloat16 weights of the workload's shape in slowllama's format, unless they are there."""
     torch, llama2, model_config = _import(checkout)
-    final, params = directory(job), _params(job)
+    final, params = directory(workload), _params(workload)
     if final.exists():
         return {}
     unfinished = final.with_suffix(".tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     torch.random.manual_seed(0)
-    model = llama2.Transformer(  # writes its blocks as it makes them
+    model = llama2.Transformer(  # it writes its blocks while it is made
         model_config.ModelArgs(**params, frozen_dtype=torch.bfloat16, served_model_path=str(unfinished))
     )
     (unfinished / "params.json").write_text(json.dumps(params))
@@ -103,36 +104,36 @@ def write(job: Job, told: Callable[[int], None], checkout: str) -> dict[str, Any
     return {}
 
 
-def run(job: Job, told: Callable[[int], None], checkout: str) -> dict[str, Any]:
-    """Its own loop, as its finetune.py has it: bfloat16 on disk, computing in float32, AdamW."""
+def run(workload: Workload, progress: Callable[[int], None], checkout: str) -> dict[str, Any]:
+    """Runs the loop of slowllama's finetune.py: bfloat16 on disk, float32 for computing, AdamW."""
     torch, _, _ = _import(checkout)
     from llama2_loader import load_frozen
 
-    with tempfile.TemporaryDirectory(dir=directory(job).parent, prefix="slowllama-inputs-") as inputs:
+    with tempfile.TemporaryDirectory(dir=directory(workload).parent, prefix="slowllama-inputs-") as inputs:
         model = load_frozen(
-            str(directory(job)),
+            str(directory(workload)),
             compute_dtype=torch.float32,
             frozen_dtype=torch.bfloat16,
-            lora_rank=job.rank,
+            lora_rank=workload.rank,
             cached_data_path=inputs,
         )
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-        tokens = [torch.tensor(batch).long() for batch in job.batches()]
+        tokens = [torch.tensor(batch).long() for batch in workload.batches()]
         pairs = [(batch[:, :-1].contiguous(), batch[:, 1:].contiguous()) for batch in tokens]
         steps, losses = [], []
-        for i in range(job.steps + 1):
+        for i in range(workload.steps + 1):
             platform.reset_peak_memory()
             begin = time.perf_counter()
             optimizer.zero_grad()
             losses.append(sum(model.manual_loop(*pair) for pair in pairs) / len(pairs))
             optimizer.step()
             steps.append({"step_s": time.perf_counter() - begin, "peak_nbytes": platform.peak_memory()})
-            told(i + 1)
+            progress(i + 1)
     return {"first": steps[0], "steps": steps[1:], "losses": losses}
 
 
 def _import(checkout: str):
-    os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"  # its files are whole modules
+    os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"  # slowllama's files hold whole modules, not only weights
     sys.path.insert(0, checkout)
     import llama2
     import model_config

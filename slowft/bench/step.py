@@ -1,43 +1,43 @@
-"""Steps of slowft on one job: speed, reads, waiting, memory, and how near that is to what the machine can do."""
+"""Measures steps of slowft on one workload: speed, reads, waiting, memory, and the distance to the machine's rates."""
 
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from . import worker
-from .job import Job
 from .limits import Limits
+from .workload import Workload
 
 
-def measure(job: Job, limits: Limits, told: Callable[[int], None] = lambda step: None) -> dict[str, Any]:
-    """Medians and spreads over the job's steps.
+def measure(workload: Workload, limits: Limits, progress: Callable[[int], None] = lambda step: None) -> dict[str, Any]:
+    """Medians and spreads over the workload's steps.
 
     Args:
-        told: of each step that is done, the first (which is not counted) included.
+        progress: called with the number of steps done, including the first one, which is not measured.
     """
-    limits.check(job)
-    machine = limits.on(worker.run("machine", job))
-    with limits.group(job) as group:
-        run = worker.run("slowft", job, told, group)
+    limits.check(workload)
+    machine = limits.on(worker.run("machine", workload))
+    with limits.group(workload) as group:
+        run = worker.run("slowft", workload, progress, group)
         kernel = group and group.peak_nbytes
     return {
-        "job": job.as_dict(),
+        "job": workload.as_dict(),
         "limits": limits.as_dict(),
         "machine": machine,
-        **summary(job, run, machine),
+        **summary(workload, run, machine),
         "kernel_peak_nbytes": kernel,
     }
 
 
-def trace(job: Job, file: str, told: Callable[[int], None]) -> dict[str, Any]:
-    """The last of the job's steps, traced to `file`."""
-    run = worker.run("slowft", job, told, trace=file)
+def trace(workload: Workload, file: str, progress: Callable[[int], None]) -> dict[str, Any]:
+    """Trace the last of the workload's steps to `file`. Returns its figures."""
+    run = worker.run("slowft", workload, progress, trace=file)
     last = run["steps"][-1]
-    return {"job": job.as_dict(), "kept": run["kept"], "losses": run["losses"], **last}
+    return {"job": workload.as_dict(), "kept": run["kept"], "losses": run["losses"], **last}
 
 
-def summary(job: Job, run: dict[str, Any], machine: dict[str, Any]) -> dict[str, Any]:
-    """Figures of a run of slowft, from each of its steps."""
+def summary(workload: Workload, run: dict[str, Any], machine: dict[str, Any]) -> dict[str, Any]:
+    """A run's figures, made of those of its steps."""
     steps = run["steps"]
     step_s = statistics.median(step["step_s"] for step in steps)
     read = statistics.median(step["read_nbytes"] for step in steps)
@@ -47,14 +47,14 @@ def summary(job: Job, run: dict[str, Any], machine: dict[str, Any]) -> dict[str,
     return {
         "step_s": step_s,
         "spread_s": spread([step["step_s"] for step in steps]),
-        "tokens_per_s": job.tokens_of_step / step_s,
+        "tokens_per_s": workload.tokens_of_step / step_s,
         "read_nbytes": read,
         "written_nbytes": statistics.median(step["written_nbytes"] for step in steps),
         "read_bytes_per_s": read / step_s,
         "wait_share": statistics.median(step["wait_s"] / step["step_s"] for step in steps),
         "flops": flops,
         "flops_per_s": flops / step_s,
-        # seconds that the machine's own rates would take over the same operations and reads
+        # seconds for the same operations and reads at the machine's measured rates
         "compute_s": compute_s,
         "read_s": read_s,
         "roofline_share": max(compute_s, read_s) / step_s,
@@ -68,5 +68,5 @@ def summary(job: Job, run: dict[str, Any], machine: dict[str, Any]) -> dict[str,
 
 
 def spread(values: Sequence[float]) -> float:
-    """From the least to the most."""
+    """The difference between the largest and the smallest value."""
     return max(values) - min(values)

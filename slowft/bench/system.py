@@ -1,4 +1,4 @@
-"""The machine a figure belongs to, in words that a person can compare: processor, memory, system, versions."""
+"""Describes the machine that figures were measured on, for people to compare: processor, memory, system, versions."""
 
 import datetime
 import importlib.metadata
@@ -10,7 +10,7 @@ from .. import __version__, platform
 
 
 def describe() -> dict[str, Any]:
-    """What to know of this machine beside any figure; imports no MLX."""
+    """What one has to know about this machine to read a figure. (It does not import MLX.)"""
     return {
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "cpu": platform.cpu_name(),

@@ -1,8 +1,8 @@
-"""A process that runs one task and tells of it: one JSON object a line, the last one the result or the error.
+"""A process that runs one task and reports it: one JSON object a line, the last of them the result or the error.
 
-    python -m slowft.bench.worker '{"task": "slowft", "job": {...}}'
+    python -m slowft.bench.worker '{"task": "slowft", "workload": {...}}'
 
-Standard output belongs to those lines alone; whatever libraries print goes to standard error.
+Only those lines go to standard output. Whatever libraries print goes to standard error.
 """
 
 import slowft  # noqa: F401, I001  (before mlx: it loads OpenBLAS)
@@ -23,14 +23,14 @@ from .. import platform
 from ..errors import SlowftError
 from . import slowllama
 from .cgroup import Group
-from .job import Job, from_dict
+from .workload import Workload, from_dict
 
-Told = Callable[[int], None]  # told of each step that is done, warm-up included
+Progress = Callable[[int], None]  # called with the number of steps done, including those that warm up
 
 
-def measure_machine(job: Job, told: Told) -> dict[str, Any]:
-    """What the machine can do, computing and reading as slowft would with this model."""
-    model = slowft.open_model(job.model)
+def measure_machine(workload: Workload, progress: Progress) -> dict[str, Any]:
+    """The rates at which this machine computes and reads, measured as slowft does with this model."""
+    model = slowft.open_model(workload.model)
     try:
         from ..planning.machine import known, matmul_flops_per_s, measure_reading
 
@@ -48,26 +48,27 @@ def measure_machine(job: Job, told: Told) -> dict[str, Any]:
         model.close()
 
 
-def run_slowft(job: Job, told: Told, trace: str | None = None) -> dict[str, Any]:
-    """Steps under a plan for the job's memory, after one that warms up; with `trace`, the last one is traced."""
+def run_slowft(workload: Workload, progress: Progress, trace: str | None = None) -> dict[str, Any]:
+    """Steps under a plan for the workload's memory, after one that warms up. The last one is traced to file `trace`."""
     import mlx.core as mx
     import mlx.optimizers as optim
 
     from ..engine.budget import default_memory
     from ..reports.plan import as_dict, choices
 
-    memory = job.memory or default_memory()
-    model = slowft.open_model(job.model, memory=memory)
+    memory = workload.memory or default_memory()
+    model = slowft.open_model(workload.model, memory=memory)
     mx.random.seed(0)
-    model.add_lora(job.num_layers, rank=job.rank, keys=job.keys)
+    model.add_lora(workload.num_layers, rank=workload.rank, keys=workload.keys)
     model.train()
-    batches = [(mx.array(batch), mx.array([[1, job.tokens]] * job.batch_size)) for batch in job.batches()]
-    model.plan(job.batch_size, job.tokens, job.micro_batches, follow=True)
+    lengths = [[1, workload.tokens]] * workload.batch_size
+    batches = [(mx.array(batch), mx.array(lengths)) for batch in workload.batches()]
+    model.plan(workload.batch_size, workload.tokens, workload.micro_batches, follow=True)
     optimizer, steps, losses = optim.Adam(1e-4), [], []
-    for i in range(job.steps + 1):
+    for i in range(workload.steps + 1):
         platform.reset_peak_memory()
         begin = time.perf_counter()
-        with model.trace(trace) if trace and i == job.steps else nullcontext():
+        with model.trace(trace) if trace and i == workload.steps else nullcontext():
             (loss, _), gradients = model.loss_and_grads(batches)
             optimizer.update(model, gradients)
             mx.eval(model.trainable_parameters(), optimizer.state)
@@ -84,8 +85,8 @@ def run_slowft(job: Job, told: Told, trace: str | None = None) -> dict[str, Any]
                 "peak_nbytes": max(platform.peak_memory(), last.peak_memory),
             }
         )
-        told(i + 1)
-    plan = model.followed_plan  # by what the first steps have shown
+        progress(i + 1)
+    plan = model.followed_plan  # corrected by what the first steps measured
     result = {
         "first": steps[0],
         "steps": steps[1:],
@@ -100,7 +101,7 @@ def run_slowft(job: Job, told: Told, trace: str | None = None) -> dict[str, Any]
 
 
 def flops_of(plan) -> int:
-    """Floating point operations of a step under the plan."""
+    """Floating point operations of a step under the plan, without those that kept outputs save."""
     s, job = plan.schedule, plan.job
     flops = job.head_flops
     for position, visit in enumerate(job.visits):
@@ -112,10 +113,10 @@ def flops_of(plan) -> int:
     return job.micro_batches * flops
 
 
-def run_mlx_lm(job: Job, told: Told, grad_checkpoint: bool) -> dict[str, Any]:
-    """mlx-lm's own trainer on the model in memory, in the dtype in which slowft computes here.
+def run_mlx_lm(workload: Workload, progress: Progress, grad_checkpoint: bool) -> dict[str, Any]:
+    """Steps of mlx-lm's own trainer with the model in memory, in the dtype in which slowft computes on this machine.
 
-    Two steps warm up: Adam's state is made in the first, so that the second compiles anew.
+    Two steps warm up: the first one creates Adam's state, and therefore the second one is compiled again.
     """
     import mlx.core as mx
     import mlx.optimizers as optim
@@ -127,16 +128,16 @@ def run_mlx_lm(job: Job, told: Told, grad_checkpoint: bool) -> dict[str, Any]:
 
     from ..memory import computes_on_gpu
 
-    model, _ = load_model(Path(job.model), lazy=True)
+    model, _ = load_model(Path(workload.model), lazy=True)
     if not computes_on_gpu():
         model = dequantize_model(model)
         model.update(tree_map(lambda a: a.astype(mx.float32), model.parameters()))
     model.freeze()
-    keys = {} if job.keys is None else {"keys": job.keys}
-    n_layers = len(model.layers) if job.num_layers == -1 else job.num_layers
-    linear_to_lora_layers(model, n_layers, {"rank": job.rank, "scale": 20.0, "dropout": 0.0, **keys})
+    keys = {} if workload.keys is None else {"keys": workload.keys}
+    n_layers = len(model.layers) if workload.num_layers == -1 else workload.num_layers
+    linear_to_lora_layers(model, n_layers, {"rank": workload.rank, "scale": 20.0, "dropout": 0.0, **keys})
     mx.eval(model.parameters())
-    steps, n, warm_up = [], job.micro_batches, 2
+    steps, n, warm_up = [], workload.micro_batches, 2
     seconds, losses = [], []
 
     class Clock(TrainingCallback):
@@ -147,23 +148,23 @@ def run_mlx_lm(job: Job, told: Told, grad_checkpoint: bool) -> dict[str, Any]:
                 peak = platform.peak_memory()
                 platform.reset_peak_memory()
                 steps.append({"step_s": sum(seconds[-n:]), "peak_nbytes": peak})
-                told(len(steps))
+                progress(len(steps))
 
-    data = [(row.tolist(), 0) for batch in job.batches() for row in batch]
+    data = [(row.tolist(), 0) for batch in workload.batches() for row in batch]
     with tempfile.TemporaryDirectory() as scratch:
         args = TrainingArgs(
-            batch_size=job.batch_size,
-            iters=(job.steps + warm_up) * n,
+            batch_size=workload.batch_size,
+            iters=(workload.steps + warm_up) * n,
             steps_per_report=1,
             steps_per_save=10**9,
-            max_seq_length=job.tokens + 1,
+            max_seq_length=workload.tokens + 1,
             adapter_file=f"{scratch}/adapters.safetensors",
             grad_checkpoint=grad_checkpoint,
             grad_accumulation_steps=n,
         )
         train(model, optim.Adam(1e-4), data, args=args, training_callback=Clock())
-    of_steps = [sum(losses[i : i + n]) / n for i in range(0, len(losses), n)]
-    return {"first": steps[0], "steps": steps[warm_up:], "losses": of_steps}
+    step_losses = [sum(losses[i : i + n]) / n for i in range(0, len(losses), n)]
+    return {"first": steps[0], "steps": steps[warm_up:], "losses": step_losses}
 
 
 TASKS: dict[str, Callable[..., dict[str, Any]]] = {
@@ -175,7 +176,9 @@ TASKS: dict[str, Callable[..., dict[str, Any]]] = {
 }
 
 
-def run(task: str, job: Job, told: Told = lambda step: None, group: Group | None = None, **options) -> dict[str, Any]:
+def run(
+    task: str, workload: Workload, progress: Progress = lambda step: None, group: Group | None = None, **options
+) -> dict[str, Any]:
     """The task's result, from a process of its own.
 
     Args:
@@ -183,7 +186,7 @@ def run(task: str, job: Job, told: Told = lambda step: None, group: Group | None
     Raises:
         SlowftError: the task failed; says why.
     """
-    message = json.dumps({"task": task, "job": asdict(job), "options": options})
+    message = json.dumps({"task": task, "workload": asdict(workload), "options": options})
     command = [sys.executable, "-m", "slowft.bench.worker", message]
     command = command if group is None else group.entered(command)
     last: dict[str, Any] = {}
@@ -193,7 +196,7 @@ def run(task: str, job: Job, told: Told = lambda step: None, group: Group | None
             for line in process.stdout:
                 last = json.loads(line)
                 if "step" in last:
-                    told(last["step"])
+                    progress(last["step"])
         except BaseException:
             process.terminate()
             raise
@@ -215,18 +218,19 @@ def main() -> None:
     lines = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
-    def tell(**values) -> None:
+    def report(**values) -> None:
         print(json.dumps(values), file=lines, flush=True)
 
     message = json.loads(sys.argv[1])
-    if "slowllama" not in message["task"]:  # transformers would import PyTorch if it is there, which nobody else needs
+    task, workload = message["task"], from_dict(message["workload"])
+    if "slowllama" not in task:  # transformers would import PyTorch if it is installed, and only slowllama needs it
         sys.modules["torch"] = None
     try:
-        result = TASKS[message["task"]](from_dict(message["job"]), lambda step: tell(step=step), **message["options"])
+        result = TASKS[task](workload, lambda step: report(step=step), **message["options"])
     except SlowftError as e:
-        tell(error=str(e))
+        report(error=str(e))
         sys.exit(1)
-    tell(result=result)
+    report(result=result)
 
 
 if __name__ == "__main__":

@@ -208,8 +208,8 @@ def trace(model, shape, layers, bits, out, as_json, save, **options):
 
 def _job(model, shape, layers, bits, as_json, memory=None, batch_size=4, max_seq_length=129, **options):
     """The job, of random weights that are made now if they are not there."""
-    from ..bench.job import Job
     from ..bench.shapes import cached, config_of
+    from ..bench.workload import Workload
     from ..models.loading import find_local, resolve
 
     if model is not None and (shape, layers, bits) != (None, None, None):
@@ -224,7 +224,7 @@ def _job(model, shape, layers, bits, as_json, memory=None, batch_size=4, max_seq
         with _progress("Writing random weights", as_json) as told:
             directory = cached(config, told)
     options["micro_batches"] = options.pop("grad_accumulation_steps", 1)
-    return Job(str(directory), name, batch_size, max_seq_length - 1, memory=nbytes, **options)
+    return Workload(str(directory), name, batch_size, max_seq_length - 1, memory=nbytes, **options)
 
 
 def _check_directory(file: str) -> None:

@@ -1,4 +1,4 @@
 """Compares models, adapters and prompts on scenarios: a suite in YAML, answers, checks, a judge, a table and a page.
 
-`run` has the order of it all. Answers are kept by a hash of all that decides them: what was asked before costs nothing.
+`run` calls the parts in order. Answers are kept under a hash of all that decides them, so that nothing is asked twice.
 """

@@ -1,4 +1,4 @@
-"""What a variant is asked in a scenario: the conversation that goes to its model."""
+"""Makes the conversation that is sent to a variant's model in a scenario."""
 
 import copy
 from typing import Any
@@ -42,6 +42,6 @@ def messages_for(variant: Variant, scenario: Scenario) -> Messages:
             "to defaults or to the variant, or `messages` to the scenario"
         )
     if system is not None:
-        begun = messages[0].get("role") in ("system", "developer")
-        messages = [{"role": "system", "content": system}, *messages[1 if begun else 0 :]]
+        had_system = messages[0].get("role") in ("system", "developer")
+        messages = [{"role": "system", "content": system}, *messages[1 if had_system else 0 :]]
     return messages

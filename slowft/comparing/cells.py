@@ -1,4 +1,4 @@
-"""One variant's answer in one scenario, as it is asked for and as it came."""
+"""The cells of a comparison: what each variant is asked in each scenario, and what it answered."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,12 +14,12 @@ class Cell:
 
     Attributes:
         row, column: numbers of the scenario and the variant.
-        messages: what is asked.
-        key: of the answer in the file of answers.
-        answer: "text", "finish_reason", "prompt_tokens", "tokens", "seconds", perhaps "model" that a server named.
+        messages: the conversation that is sent.
+        key: the answer's key in the file of answers.
+        answer: "text", "finish_reason", "prompt_tokens", "tokens", "seconds", and "model" if a server named it.
         error: why there is no answer.
         was_known: the answer was in the file of answers.
-        failures: for each check of the scenario, why the answer fails it, None where it passes.
+        failures: for each check of the scenario, why the answer fails it; None if it passes.
     """
 
     row: int
@@ -39,12 +39,13 @@ class Cell:
 
     @property
     def passes(self) -> bool | None:
-        """Whether all checks pass; None where there are none, or no answer."""
+        """Whether all checks pass; None if there are no checks or there is no answer."""
         if self.answer is None or not self.scenario.checks:
             return None
         return not any(self.failures)
 
     def check(self) -> None:
+        """Fill `failures`."""
         if self.answer is not None:
             self.failures = [
                 check.why_not(self.answer["text"], self.answer["tokens"]) for check in self.scenario.checks
@@ -52,10 +53,10 @@ class Cell:
 
 
 def cells_of(suite: Suite, scenarios: list[Scenario]) -> list[Cell]:
-    """Of all scenarios by all variants, scenario by scenario.
+    """The cells of all scenarios and variants, scenario by scenario.
 
     Raises:
-        ConfigError: a variant cannot be asked in a scenario.
+        ConfigError: a variant has no prompt for a scenario.
     """
     variants = suite.whole_variants
     return [

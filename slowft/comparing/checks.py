@@ -1,4 +1,4 @@
-"""What an answer must be: checks as a suite states them, and why an answer fails one. Nothing here asks a model."""
+"""The checks of a suite, and the reasons why an answer fails them. Nothing here asks a model."""
 
 import json
 import re
@@ -11,8 +11,8 @@ from .templates import check_template, render
 
 KINDS = ("contains", "not_contains", "regex", "not_regex", "json", "equals", "max_length")
 UNITS = ("characters", "words", "tokens")
-NOTHING = object()  # YAML's null is a value
-SHOWN = 60  # characters of an answer or a pattern in a reason
+NOTHING = object()  # None cannot stand for a missing value, because YAML's null is a value
+SHOWN = 60  # a reason shows so many characters of an answer or a pattern
 
 _STEP = re.compile(r"\.?([^.\[\]]+)|\[(-?\d+)\]")
 _FENCE = re.compile(r"\s*```(?:json)?\s*\n(.*?)\n?\s*```\s*", re.DOTALL | re.IGNORECASE)
@@ -20,7 +20,7 @@ _FENCE = re.compile(r"\s*```(?:json)?\s*\n(.*?)\n?\s*```\s*", re.DOTALL | re.IGN
 
 @dataclass(frozen=True)
 class Check:
-    """One check. Texts are templates of the scenario's variables; `example.yaml` explains the fields."""
+    """One check. `example.yaml` explains the fields. Texts are templates in which the scenario's variables are put."""
 
     name: str = ""
     contains: str | None = None
@@ -40,16 +40,16 @@ class Check:
 
     @property
     def title(self) -> str:
-        """Its name, or what it is in words."""
+        """The check's name, or what it checks in words."""
         if self.name:
             return self.name
-        what = getattr(self, self.kind)
+        value = getattr(self, self.kind)
         if self.kind == "json":
-            wanted = "" if self.equals is NOTHING else f" is {_short(self.equals)}"
-            return f"json {what}{' is not there' if self.exists is False else wanted}"
+            expected = "" if self.equals is NOTHING else f" is {_short(self.equals)}"
+            return f"json {value}{' is not there' if self.exists is False else expected}"
         if self.kind == "max_length":
-            return f"at most {what} {self.unit}"
-        return f"{self.kind.replace('_', ' ')} {_short(what)}"
+            return f"at most {value} {self.unit}"
+        return f"{self.kind.replace('_', ' ')} {_short(value)}"
 
     def check(self) -> None:
         given = [kind for kind in KINDS if getattr(self, kind) not in (None, NOTHING)]
@@ -81,10 +81,10 @@ class Check:
                 _compiled(pattern, False)
 
     def bound(self, variables: Mapping[str, Any]) -> "Check":
-        """With a scenario's variables put in.
+        """The check with a scenario's variables put in.
 
         Raises:
-            ConfigError: one is missing, or it makes a pattern that is none.
+            ConfigError: a variable is missing, or with its value the pattern is no regular expression.
         """
         texts = {}
         for name in ("contains", "not_contains", "regex", "not_regex", "equals"):
@@ -100,34 +100,34 @@ class Check:
         return bound
 
     def why_not(self, text: str, tokens: int | None = None) -> str | None:
-        """Why an answer does not pass, None if it does."""
+        """Why an answer does not pass; None if it does."""
         fold = str.casefold if self.ignore_case else str
         if self.kind == "contains":
             return None if fold(self.contains) in fold(text) else f"does not contain {_short(self.contains)}"
         if self.kind == "not_contains":
             return None if fold(self.not_contains) not in fold(text) else f"contains {_short(self.not_contains)}"
         if self.kind == "regex":
-            found = _compiled(self.regex, self.ignore_case).search(text)
-            return None if found else f"nothing matches {_short(self.regex)}"
+            match = _compiled(self.regex, self.ignore_case).search(text)
+            return None if match else f"nothing matches {_short(self.regex)}"
         if self.kind == "not_regex":
-            found = _compiled(self.not_regex, self.ignore_case).search(text)
-            return f"{_short(found[0])} matches {_short(self.not_regex)}" if found else None
+            match = _compiled(self.not_regex, self.ignore_case).search(text)
+            return f"{_short(match[0])} matches {_short(self.not_regex)}" if match else None
         if self.kind == "max_length":
-            return self._too_long(text, tokens)
+            return self._why_too_long(text, tokens)
         if self.kind == "equals":
             return None if fold(str(self.equals)).strip() == fold(text).strip() else f"is not {_short(self.equals)}"
-        return self._of_json(text)
+        return self._why_not_json(text)
 
-    def _too_long(self, text: str, tokens: int | None) -> str | None:
+    def _why_too_long(self, text: str, tokens: int | None) -> str | None:
         if self.unit == "tokens" and tokens is None:
             return "the server did not say how many tokens it has"
         length = {"characters": len(text), "words": len(text.split()), "tokens": tokens}[self.unit]
         return None if length <= self.max_length else f"has {length} {self.unit}, more than {self.max_length}"
 
-    def _of_json(self, text: str) -> str | None:
+    def _why_not_json(self, text: str) -> str | None:
         fenced = _FENCE.fullmatch(text)
         try:
-            value = json.loads(fenced[1] if fenced else text, parse_constant=_no_number)
+            value = json.loads(fenced[1] if fenced else text, parse_constant=_refuse_constant)
         except (ValueError, RecursionError) as e:
             return f"is no JSON: {e}"
         for step in steps_of(self.json):
@@ -145,32 +145,32 @@ class Check:
 
 
 def steps_of(path: str) -> list[str | int]:
-    """Of "$.items[0].name" or "items[0].name": keys and numbers; "$" is the whole.
+    """The keys and numbers in a path such as "$.items[0].name" or "items[0].name". "$" stands for the whole answer.
 
     Raises:
         ConfigError: it is no path.
     """
     rest, steps, at = path.removeprefix("$"), [], 0
     while at < len(rest):
-        found = _STEP.match(rest, at)
-        if found is None:
+        match = _STEP.match(rest, at)
+        if match is None:
             raise ConfigError(f"json is a path such as items[0].name, or $ for the whole answer, got {path!r}")
-        steps.append(found[1] if found[1] is not None else int(found[2]))
-        at = found.end()
+        steps.append(match[1] if match[1] is not None else int(match[2]))
+        at = match.end()
     if not path:
         raise ConfigError("json is a path such as items[0].name, or $ for the whole answer; it is empty")
     return steps
 
 
-def _same(value: Any, wanted: Any, ignores_case: bool) -> bool:
-    """Whether JSON has what YAML says; a text such as "3", which a template gave, is also the number 3."""
-    if isinstance(wanted, str) and isinstance(value, str):
-        return value.casefold() == wanted.casefold() if ignores_case else value == wanted
-    if isinstance(wanted, str):
-        return json.dumps(value, ensure_ascii=False) == wanted
-    if isinstance(wanted, bool) or isinstance(value, bool):
-        return value is wanted
-    return value == wanted
+def _same(value: Any, expected: Any, ignores_case: bool) -> bool:
+    """Whether JSON's value is what YAML expects. The text "3", which a template may give, also equals the number 3."""
+    if isinstance(expected, str) and isinstance(value, str):
+        return value.casefold() == expected.casefold() if ignores_case else value == expected
+    if isinstance(expected, str):
+        return json.dumps(value, ensure_ascii=False) == expected
+    if isinstance(expected, bool) or isinstance(value, bool):
+        return value is expected
+    return value == expected
 
 
 def _compiled(pattern: str, ignores_case: bool) -> re.Pattern:
@@ -185,5 +185,5 @@ def _short(value: Any) -> str:
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 4]} ..."
 
 
-def _no_number(name: str):
+def _refuse_constant(name: str):
     raise ValueError(f"{name} is no number of JSON's")

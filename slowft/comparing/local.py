@@ -1,6 +1,6 @@
-"""Answers by models that stream on this machine: all variants of one model, base and adapters, in the same passes.
+"""Has models that stream on this machine answer cells. The base and the adapters of one model share the same passes.
 
-Comes in: cells of one model. Goes out: their answers, as they are finished, in the cells and in the file of answers.
+Comes in: cells of one model. Goes out: their answers, in the cells and in the file of answers, as they are finished.
 """
 
 import itertools
@@ -25,10 +25,10 @@ MAX_TOKENS = 256  # as in `slowft generate`
 
 
 class LocalModel:
-    """An opened model with the adapters of several variants, and digests of all.
+    """An opened model with the adapters of several variants.
 
     Args:
-        adapter_paths: as the suite names them.
+        adapter_paths: the adapters' paths as the suite has them.
     """
 
     def __init__(self, suite: Suite, name: str, adapter_paths: Sequence[str]):
@@ -55,16 +55,16 @@ class LocalModel:
         self.model.close()
 
     def about(self, adapter: str | None) -> dict[str, Any]:
-        """What the answers of the model with this adapter are known by."""
+        """What identifies the model with this adapter in the keys of its answers."""
         digest = None if adapter is None else self._digests[adapter]
         dtype = str(self.model.engine.compute_dtype)
         return {"model": self.model.fingerprint(), "adapter": digest, "dtype": dtype}
 
     def asked(self, cell: Cell) -> Asked:
-        """A cell's conversation for the wave; its id is the key of its answer, which its random numbers belong to.
+        """A cell's conversation as a prompt. Its id is the key of its answer, and also decides its random numbers.
 
         Raises:
-            DataError: the chat template does not take it.
+            DataError: the chat template does not take the conversation.
         """
         variant = cell.variant
         config = dict(variant.chat_template_config or {})
@@ -100,17 +100,17 @@ def _text(message: dict[str, Any]) -> str:
 
 
 def by_model(cells: Sequence[Cell]) -> list[list[Cell]]:
-    """Cells of local variants, model by model."""
+    """The cells of local variants, grouped by their models."""
     local = sorted((c for c in cells if c.variant.upstream is None), key=lambda c: (c.variant.model, c.row, c.column))
     return [list(group) for _, group in itertools.groupby(local, key=lambda c: c.variant.model)]
 
 
 def answer(suite: Suite, cells: Sequence[Cell], answers: Answers, report: Report) -> None:
-    """Have cells of one model answered: those that are not in the file of answers, in waves."""
+    """Have cells of one model answered. Those whose answers are not in the file of answers are generated in waves."""
     adapter_paths = dict.fromkeys(c.variant.adapter_path for c in cells if c.variant.adapter_path is not None)
     with LocalModel(suite, cells[0].variant.model, list(adapter_paths)) as local:
         waiting: dict[str, list[Cell]] = {}
-        left: list[Asked] = []
+        prompts: list[Asked] = []
         for cell in cells:
             try:
                 asked = local.asked(cell)
@@ -124,38 +124,38 @@ def answer(suite: Suite, cells: Sequence[Cell], answers: Answers, report: Report
                 waiting[asked.id].append(cell)  # two variants ask the same
             else:
                 waiting[asked.id] = [cell]
-                left.append(asked)
-        if left:
-            _generate(local, left, report, lambda key, found: _take(waiting[key], key, found, answers))
+                prompts.append(asked)
+
+        def take(key: str, answer: dict[str, Any]) -> None:
+            answers.add(key, answer)
+            for cell in waiting[key]:
+                cell.answer = answer
+
+        if prompts:
+            _generate(local, prompts, report, take)
 
 
-def _take(cells: Sequence[Cell], key: str, found: dict[str, Any], answers: Answers) -> None:
-    answers.add(key, found)
-    for cell in cells:
-        cell.answer = found
-
-
-def _generate(local: LocalModel, left: list[Asked], report: Report, take: Callable[[str, dict], None]) -> None:
-    run = Generation(local.model, left, local.tokenizer)
-    done = 0
+def _generate(local: LocalModel, prompts: list[Asked], report: Report, take: Callable[[str, dict], None]) -> None:
+    """Generate the answers. `take` is called with each one and its key as soon as it is finished."""
+    run = Generation(local.model, prompts, local.tokenizer)
+    n_done = 0
     try:
-        with report.generating(len(left)) as tell:
-            while done < len(left):
-                for one in run.step():
-                    done += 1
-                    found = {"text": one.text, "finish_reason": one.finish_reason, "prompt_tokens": one.prompt_tokens}
-                    take(one.id, found | {"tokens": len(one.tokens), "seconds": round(one.seconds, 3)})
-                tell(run, done)
+        with report.generating(len(prompts)) as on_progress:
+            while n_done < len(prompts):
+                for result in run.step():
+                    n_done += 1
+                    answer = {name: getattr(result, name) for name in ("text", "finish_reason", "prompt_tokens")}
+                    take(result.id, answer | {"tokens": len(result.tokens), "seconds": round(result.seconds, 3)})
+                on_progress(run, n_done)
     finally:
         run.close()
-    report.note(
-        f"{local.model.path.name}: {run.tokens} tokens of {len(left)} answers in {run.passes} readings of the weights"
-    )
+    n, passes = len(prompts), run.passes
+    report.note(f"{local.model.path.name}: {run.tokens} tokens of {n} answers in {passes} readings of the weights")
 
 
 @contextmanager
 def judging_model(suite: Suite, judge: Answering):
-    """(the model, its adapter as `MicroBatch` takes it, what it is known by) of a local judge."""
+    """Opens a local judge. Yields (the model, its adapter as `MicroBatch` takes it, what identifies both in keys)."""
     path = judge.adapter_path
     with LocalModel(suite, judge.model, [] if path is None else [path]) as local:
         yield local, path or False, local.about(path)

@@ -1,7 +1,7 @@
-"""The results of a comparison as one JSON object, and as a page that holds the same and needs nothing else.
+"""Gives the results of a comparison as one JSON object, or as a page that holds the same and needs nothing else.
 
-`page.html` is the page; `slowft serve` shows it too, then without results and with a server to ask. Answers are data in
-it, never markup: no text in the JSON can end its element, and the page's script writes texts as text.
+The page is `page.html`. `slowft serve` shows it too, but without results and with a server to ask. Answers are data in
+the page and never markup: no text in the JSON can end its element, and the page's script writes texts as text.
 """
 
 import base64
@@ -19,17 +19,17 @@ from .run import Comparison
 
 FILE = Path(__file__).with_name("page.html")
 DATA = '<script type="application/json" id="data">{}</script>'
-FORMAT = 1  # of the results
+FORMAT = 1  # number of the results' format
 
 
 def results(of: Comparison) -> dict[str, Any]:
-    """All that was found, as plain data."""
+    """The whole comparison as plain data."""
     suite, variants = of.suite, of.variants
     columns = []
     for column, variant in enumerate(variants):
         about = {"model": variant.model, "adapter": variant.adapter_path, "upstream": variant.upstream}
         about |= {"prompt": variant.prompt, "system_prompt": variant.system_prompt}
-        asked = {name: value for name, value in variant.said().items() if name not in about}
+        asked = {name: value for name, value in variant.given().items() if name not in about}
         columns.append(
             {"name": variant.name, **about, "asked": asked}
             | {"summary": of.summary(column), "against_baseline": of.against_baseline(column)}
@@ -49,40 +49,40 @@ def results(of: Comparison) -> dict[str, Any]:
         {"scenario": v.row, "first": v.first, "second": v.second, "better": v.better, "orders": v.orders, "why": v.why}
         for v in of.verdicts
     ]
-    found = {"format": FORMAT, "slowft": __version__, "suite": suite.file.name, "baseline": suite.first}
-    found |= {"variants": columns, "scenarios": rows, "cells": [_cell(of, cell) for cell in of.cells]}
-    return json.loads(json.dumps(found | {"verdicts": verdicts}, default=str))  # dates of YAML become texts
+    data = {"format": FORMAT, "slowft": __version__, "suite": suite.file.name, "baseline": suite.first}
+    data |= {"variants": columns, "scenarios": rows, "cells": [_cell(of, cell) for cell in of.cells]}
+    return json.loads(json.dumps(data | {"verdicts": verdicts}, default=str))  # dates of YAML become texts
 
 
 def _cell(of: Comparison, cell: Cell) -> dict[str, Any]:
-    found = {"scenario": cell.row, "variant": cell.column, "messages": cell.messages, "text": cell.text}
+    data = {"scenario": cell.row, "variant": cell.column, "messages": cell.messages, "text": cell.text}
     answer = cell.answer or {}
-    found |= {name: answer.get(name) for name in ("finish_reason", "prompt_tokens", "tokens", "seconds")}
-    found |= {"cost": of.cost_of(cell), "error": cell.error, "was_known": cell.was_known}
-    return found | {"passes": cell.passes, "failures": cell.failures}
+    data |= {name: answer.get(name) for name in ("finish_reason", "prompt_tokens", "tokens", "seconds")}
+    data |= {"cost": of.cost_of(cell), "error": cell.error, "was_known": cell.was_known}
+    return data | {"passes": cell.passes, "failures": cell.failures}
 
 
-def write(file: Path, found: dict[str, Any]) -> None:
-    """The page with these results.
+def write(file: Path, data: dict[str, Any]) -> None:
+    """Write the page with these results.
 
     Raises:
         SlowftError: it cannot be written.
     """
-    write_file(file, with_results(found).encode())
+    write_file(file, with_results(data).encode())
 
 
-def with_results(found: dict[str, Any]) -> str:
-    """The page. It allows itself its own script and style, by their hashes, and no connection to anywhere."""
+def with_results(data: dict[str, Any]) -> str:
+    """The page with results. It may run only its own script and style, by their hashes, and connect to nothing."""
     page = text()
     policy = f'<meta http-equiv="Content-Security-Policy" content="{policy_of(page, "none")}">'
     page = page.replace("<head>", f"<head>\n{policy}", 1)
-    return page.replace(DATA.format("null"), DATA.format(as_data(found)), 1)
+    return page.replace(DATA.format("null"), DATA.format(as_data(data)), 1)
 
 
-def as_data(found: Any) -> str:
-    """JSON that can stand in a <script> element: nothing in it ends one, or begins a comment."""
+def as_data(value: Any) -> str:
+    """JSON that can stand in a <script> element: nothing in it can end the element or begin a comment."""
     escaped = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
-    return re.sub("[<>&\u2028\u2029]", lambda one: escaped[one[0]], json.dumps(found, ensure_ascii=False))
+    return re.sub("[<>&\u2028\u2029]", lambda match: escaped[match[0]], json.dumps(value, ensure_ascii=False))
 
 
 @cache
@@ -92,15 +92,15 @@ def text() -> str:
 
 
 def policy_of(page: str, connects_to: str = "self") -> str:
-    """The Content-Security-Policy under which the page works: its script and style by hash, and nothing else.
+    """The page's Content-Security-Policy. It allows the page's own script and style, by hash, and nothing else.
 
     Args:
-        connects_to: "self" where a server shows it, "none" of a file.
+        connects_to: "self" if a server shows the page, "none" if it is a file.
     """
 
     def hashes(element: str) -> str:
-        found = re.findall(rf"<{element}>(.*?)</{element}>", page, re.DOTALL)
-        digests = (base64.b64encode(hashlib.sha256(one.encode()).digest()).decode() for one in found)
+        contents = re.findall(rf"<{element}>(.*?)</{element}>", page, re.DOTALL)
+        digests = (base64.b64encode(hashlib.sha256(content.encode()).digest()).decode() for content in contents)
         return " ".join(f"'sha256-{digest}'" for digest in digests)
 
     return (

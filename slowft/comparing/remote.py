@@ -1,7 +1,8 @@
-"""Answers by servers with OpenAI's interface: a chat completion a cell, several at a time, tried again if that helps.
+"""Has servers with OpenAI's interface answer cells: one chat completion a cell, several at a time.
 
-What goes wrong is said in its cell and never ends the comparison. The key is read from the environment when it is sent,
-and is part of nothing that is kept. Redirections are not followed: they would take the key elsewhere.
+A request that failed is tried again if that may help. An error is written into its cell and never ends the comparison.
+The API key is read from the environment and is not stored anywhere. Redirections are not followed, because they would
+send the key elsewhere.
 """
 
 import http.client
@@ -26,24 +27,15 @@ from .answers import Answers, key_of
 from .cells import Cell
 from .suite import Answering, Suite, Variant
 
-MAX_TOKENS = 256  # as of local models
-ANSWER_NBYTES = 32 << 20  # of a response, far beyond any answer
+MAX_TOKENS = 256  # the same as for local models
+ANSWER_NBYTES = 32 << 20  # a larger response is refused; no answer comes near it
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
-# fields of a suite -> of a request's body; those that OpenAI does not have are sent only where they are given
-NAMES = {
-    "top_p": "top_p",
-    "min_p": "min_p",
-    "top_k": "top_k",
-    "repetition_penalty": "repetition_penalty",
-    "presence_penalty": "presence_penalty",
-    "frequency_penalty": "frequency_penalty",
-    "seed": "seed",
-    "stop": "stop",
-}
+# fields that a suite and a request's body have in common. OpenAI lacks some, so they are sent only if they are given
+OPTIONAL = ("top_p", "min_p", "top_k", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed", "stop")
 
 
-class AskingFailed(Exception):  # noqa: N818  (what happened, not whose error it is)
-    """An answer did not come; says why. `after` says how long to wait before trying again, None: it would not help."""
+class AskingFailed(Exception):  # noqa: N818  (the name says what happened)
+    """An answer did not come; says why. `after`: seconds to wait before trying again, None if that would not help."""
 
     def __init__(self, why: str, after: float | None = None):
         super().__init__(why)
@@ -51,18 +43,18 @@ class AskingFailed(Exception):  # noqa: N818  (what happened, not whose error it
 
 
 def body_of(variant: Variant, cell: Cell) -> dict[str, Any]:
-    """The request for a cell. What `extra` sets to null is left out."""
+    """The request's body for a cell. Fields that `extra` sets to null are left out."""
     body: dict[str, Any] = {"model": variant.model, "messages": cell.messages}
     body |= {"max_tokens": variant.max_tokens or MAX_TOKENS, "temperature": variant.temp or 0.0}
-    said = variant.said()
-    body |= {there: said[here] for here, there in NAMES.items() if here in said}
+    given = variant.given()
+    body |= {name: given[name] for name in OPTIONAL if name in given}
     body |= cell.scenario.body | variant.extra
     return {name: value for name, value in body.items() if value is not None}
 
 
 @dataclass
 class Upstream:
-    """One server. `ask` may be called from several threads."""
+    """A server. `ask` may be called from several threads."""
 
     suite: Suite
     who: Answering
@@ -79,10 +71,10 @@ class Upstream:
         return key_of({"url": self._url, "body": body})
 
     def ask(self, body: dict[str, Any]) -> dict[str, Any]:
-        """An answer, after several tries if need be.
+        """The server's answer, after several tries if necessary.
 
         Raises:
-            AskingFailed: there is none; says why.
+            AskingFailed: there is no answer; says why.
         """
         for number in range(self.suite.retries + 1):
             try:
@@ -93,7 +85,7 @@ class Upstream:
                 if number == self.suite.retries:
                     tries = f" ({number + 1} tries)" if number else ""
                     raise AskingFailed(f"{e}{tries}") from None
-                # twice as long each time, at random so that those who were refused together do not come together
+                # twice as long each time, and random, so that requests refused together are not repeated together
                 backoff = FIRST_WAIT_S * 2**number * random.uniform(0.5, 1.0)
                 time.sleep(min(max(e.after, backoff), LONGEST_WAIT_S))
         raise AssertionError("not reached")
@@ -120,7 +112,7 @@ class Upstream:
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *_):
-        return None  # it is an error then
+        return None  # the redirection is then an error
 
 
 def _refused(error: urllib.error.HTTPError) -> AskingFailed:
@@ -168,51 +160,51 @@ def _answer(content: bytes, seconds: float) -> dict[str, Any]:
 
 
 class Asking:
-    """Bodies that servers are asked, each once, by threads that end with the process: no answer is waited for in vain.
+    """Requests that several threads send, each once. The threads are daemons, so the process can end without them.
 
     Args:
-        jobs: (upstream, body, key) of each.
+        requests: (upstream, body, key of the answer) of each.
     """
 
-    def __init__(self, jobs: Sequence[tuple[Upstream, dict[str, Any], str]], at_once: int, answers: Answers):
-        self._jobs: queue.SimpleQueue = queue.SimpleQueue()
+    def __init__(self, requests: Sequence[tuple[Upstream, dict[str, Any], str]], at_once: int, answers: Answers):
+        self._requests: queue.SimpleQueue = queue.SimpleQueue()
         self._done: queue.SimpleQueue = queue.SimpleQueue()
-        self._answers, self.n = answers, len(jobs)
-        for job in jobs:
-            self._jobs.put(job)
-        for number in range(min(at_once, len(jobs))):
+        self._answers, self.n = answers, len(requests)
+        for request in requests:
+            self._requests.put(request)
+        for number in range(min(at_once, len(requests))):
             threading.Thread(target=self._work, name=f"slowft-upstream-{number}", daemon=True).start()
 
     def __iter__(self) -> Iterator[tuple[str, dict[str, Any] | None, str | None]]:
-        """(key, answer, why there is none) of each, as they come.
+        """(key, answer, why there is none) of each request, in the order in which they end.
 
         Raises:
-            SlowftError: an answer cannot be kept.
+            SlowftError: an answer cannot be written to the file of answers.
         """
         for _ in range(self.n):
-            key, found, why = self._done.get()
+            key, answer, why = self._done.get()
             if isinstance(why, SlowftError):
                 raise why
-            yield key, found, why
+            yield key, answer, why
 
     def stop(self) -> None:
-        """Ask no more."""
-        while not self._jobs.empty():
+        """Send no more requests."""
+        while not self._requests.empty():
             try:
-                self._jobs.get_nowait()
+                self._requests.get_nowait()
             except queue.Empty:
                 return
 
     def _work(self) -> None:
         while True:
             try:
-                upstream, body, key = self._jobs.get_nowait()
+                upstream, body, key = self._requests.get_nowait()
             except queue.Empty:
                 return
             try:
-                found = upstream.ask(body)
-                self._answers.add(key, found)
-                self._done.put((key, found, None))
+                answer = upstream.ask(body)
+                self._answers.add(key, answer)
+                self._done.put((key, answer, None))
             except AskingFailed as e:
                 self._done.put((key, None, str(e)))
             except SlowftError as e:
@@ -220,11 +212,11 @@ class Asking:
 
 
 class RemoteCells:
-    """Cells that servers answer. They are asked from when this is made; `settle` waits for them."""
+    """The cells that servers answer. Requests are sent from the beginning, and `settle` waits for the answers."""
 
     def __init__(self, suite: Suite, cells: Sequence[Cell], answers: Answers):
         upstreams: dict[int, Upstream] = {}
-        jobs = []
+        requests = []
         self._waiting: dict[str, list[Cell]] = {}
         for cell in (c for c in cells if c.variant.upstream is not None):
             if cell.column not in upstreams:
@@ -237,14 +229,14 @@ class RemoteCells:
                 self._waiting[cell.key].append(cell)  # two variants ask the same
             else:
                 self._waiting[cell.key] = [cell]
-                jobs.append((upstreams[cell.column], body, cell.key))
-        self._asking = Asking(jobs, suite.at_once, answers)
+                requests.append((upstreams[cell.column], body, cell.key))
+        self._asking = Asking(requests, suite.at_once, answers)
 
     def settle(self, report: Report) -> None:
-        """Wait for all of them."""
-        for key, found, why in late(report, self._asking, "Asking", self._asking.n):
+        """Wait for all answers."""
+        for key, answer, why in late(report, self._asking, "Asking", self._asking.n):
             for cell in self._waiting[key]:
-                cell.answer, cell.error = found, why
+                cell.answer, cell.error = answer, why
 
     def stop(self) -> None:
         self._asking.stop()

@@ -1,11 +1,11 @@
-"""The rows of a comparison: a suite's own scenarios, those of data files, and recorded requests.
+"""Makes the rows of a comparison: a suite's own scenarios, those of data files, and recorded requests.
 
-Comes in: a suite. Goes out: `Scenario`s with their variables, the conversation that goes on, and their checks. Knows no
-variant and asks no model.
+Comes in: a suite. Goes out: `Scenario`s with their variables, the conversation so far, and their checks. Nothing here
+depends on a variant or asks a model.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from ..requests.store import RequestStore
 from .checks import Check
 from .suite import Scenarios, Suite
 
-OF_REQUEST = ("tools", "tool_choice", "response_format")  # of a recorded body, what a variant is asked with too
+# fields of a recorded request's body that variants are asked with too
+REQUEST_FIELDS = ("tools", "tool_choice", "response_format")
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,12 @@ class Scenario:
     """One row.
 
     Attributes:
-        variables: of templates. messages: a conversation to go on with, without its answer; None: the prompt makes it.
-        answer: what was answered before, where that is known.
-        body: fields of a recorded request that belong to what is asked.
-        checks: with the variables put in.
-        request: id in the file of recorded requests.
+        variables: values for templates.
+        messages: the conversation before the answer; None: the variant's prompt makes it.
+        answer: the earlier answer, if it is known.
+        body: further fields of the request, such as tools.
+        checks: the checks with the variables put in.
+        request: the id in the file of recorded requests.
     """
 
     name: str
@@ -43,13 +45,13 @@ class Scenario:
 
     @property
     def for_templates(self) -> dict[str, Any]:
-        """The variables, and `question`, `messages` and `answer` where they are known."""
-        known: dict[str, Any] = {}
+        """The variables, with `question`, `messages` and `answer` if they are known."""
+        values: dict[str, Any] = {}
         if self.messages is not None:
-            known |= {"messages": self.messages, "question": question_of(self.messages)}
+            values |= {"messages": self.messages, "question": question_of(self.messages)}
         if self.answer is not None:
-            known["answer"] = self.answer
-        return known | self.variables
+            values["answer"] = self.answer
+        return values | self.variables
 
 
 def question_of(messages: list[dict[str, Any]]) -> str:
@@ -61,28 +63,22 @@ def scenarios_of(suite: Suite) -> list[Scenario]:
     """All rows of a suite.
 
     Raises:
-        ConfigError: two have one name, or a check uses a variable that one of them does not have.
-        DataError: a file or a request that cannot be read.
+        ConfigError: two rows have the same name, or a check uses a variable that a row does not have.
+        DataError: a file or a request cannot be read.
     """
-    found: list[Scenario] = []
+    scenarios: list[Scenario] = []
     for number, source in enumerate(suite.scenarios, 1):
-        for one in _read(suite, source, number):
-            bound = []
-            for check in (*suite.checks, *source.checks):
-                try:
-                    bound.append(check.bound(one.for_templates))
-                except ConfigError as e:
-                    raise ConfigError(f"{suite.file.name}: scenario {one.name}: {e}") from None
-            found.append(_with_checks(one, bound))
-    names = [one.name for one in found]
+        for scenario in _read(suite, source, number):
+            try:
+                checks = [check.bound(scenario.for_templates) for check in (*suite.checks, *source.checks)]
+            except ConfigError as e:
+                raise ConfigError(f"{suite.file.name}: scenario {scenario.name}: {e}") from None
+            scenarios.append(replace(scenario, checks=checks))
+    names = [scenario.name for scenario in scenarios]
     if len(set(names)) < len(names):
         name = max(names, key=names.count)
         raise ConfigError(f"{suite.file.name}: two scenarios are named {name}. Give each its own name")
-    return found
-
-
-def _with_checks(one: Scenario, checks: list[Check]) -> Scenario:
-    return Scenario(one.name, one.variables, one.messages, one.answer, one.body, checks, one.request)
+    return scenarios
 
 
 def _read(suite: Suite, source: Scenarios, number: int) -> Iterator[Scenario]:
@@ -95,17 +91,17 @@ def _read(suite: Suite, source: Scenarios, number: int) -> Iterator[Scenario]:
         yield Scenario(name, dict(source.variables or {}), source.messages)
         return
     n = 0
-    for one in rows:
+    for row in rows:
         if source.limit is not None and n >= source.limit:
             break
         n += 1
-        yield one
+        yield row
     if not n:
         raise DataError(f"{suite.file.name}: scenarios[{number}] finds nothing in {source.file or source.requests}")
 
 
 def _of_file(file: Path, source: Scenarios) -> Iterator[Scenario]:
-    """Samples that `slowft finetune` reads: their last answer becomes `answer`. Other rows are variables."""
+    """The scenarios of a file. If a row is a sample for `slowft finetune`, its last answer is `answer`."""
     if not file.is_file():
         raise DataError(f"{file} is not there. Give a file with a scenario a line")
     if not file.name.lower().endswith(SUFFIXES):
@@ -116,11 +112,10 @@ def _of_file(file: Path, source: Scenarios) -> Iterator[Scenario]:
         row = found.sample
         name = f"{source.name or file.stem} {row.get('id', found.number)}"
         try:
-            form = form_of(row, Features())
+            is_sample = form_of(row, Features()) != ("text",)
         except BadSample:
-            yield Scenario(name, row)
-            continue
-        if form == ("text",):
+            is_sample = False
+        if not is_sample:
             yield Scenario(name, row)
             continue
         try:
@@ -146,7 +141,8 @@ def _of_requests(file: Path, source: Scenarios) -> Iterator[Scenario]:
             messages, body = texts.prompt_messages(row.request), row.request if isinstance(row.request, dict) else {}
             if not messages:
                 continue
-            said = texts.answer_message(row.response) if row.status == "complete" else None
-            kept = {key: body[key] for key in OF_REQUEST if key in body}
+            answer = texts.answer_message(row.response) if row.status == "complete" else None
+            text = answer and texts.message_text(answer)
+            fields = {key: body[key] for key in REQUEST_FIELDS if key in body}
             name = f"{source.name or 'request'} {row.id}"
-            yield Scenario(name, dict(row.tags), messages, said and texts.message_text(said), kept, request=row.id)
+            yield Scenario(name, dict(row.tags), messages, text, fields, request=row.id)

@@ -1,16 +1,16 @@
-"""Rates with their uncertainty: Wilson's interval of a share, and the exact test of paired yes and no.
+"""Computes the uncertainty of shares: Wilson's interval (1927), and the exact test of paired yes and no.
 
-Comes in: counts. Goes out: figures. (Wilson 1927; McNemar's test in its exact form is the sign test on the pairs that
-differ: Fagerland, Lydersen and Laake, BMC Medical Research Methodology 13:91, 2013.)
+Comes in: counts. Goes out: figures. The exact form of McNemar's test is the sign test on the pairs that differ
+(Fagerland, Lydersen and Laake, BMC Medical Research Methodology 13:91, 2013).
 """
 
 import math
 
-Z = 1.959963984540054  # of 95%, two-sided
+Z = 1.959963984540054  # the normal distribution's quantile for 95%, two-sided
 
 
 def wilson(k: int, n: int, z: float = Z) -> tuple[float, float]:
-    """(low, high) of the share of which k of n were seen; of none, anything."""
+    """The interval (low, high) of a share that was k of n in a sample; (0, 1) if the sample is empty."""
     if n == 0:
         return 0.0, 1.0
     p, zz = k / n, z * z
@@ -20,6 +20,6 @@ def wilson(k: int, n: int, z: float = Z) -> tuple[float, float]:
 
 
 def sign_test(better: int, worse: int) -> float:
-    """Two-sided p: how probable so uneven a share of pairs that differ is, if either way is as likely."""
+    """Two-sided p: the probability of so uneven a split of the pairs that differ, if both ways are equally likely."""
     n, few = better + worse, min(better, worse)
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(few + 1)) / 2**n)

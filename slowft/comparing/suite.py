@@ -1,6 +1,6 @@
-"""The suite of a comparison: which variants answer which scenarios, and what is checked, as it stands in a YAML file.
+"""The suite of a comparison: a YAML file that says which variants answer which scenarios, and what is checked.
 
-`example.yaml` beside this file documents each field; a test holds the two together.
+`example.yaml` beside this file documents each field. A test checks that it has all of them.
 """
 
 from dataclasses import dataclass, field, fields
@@ -32,7 +32,7 @@ and nothing else."""
 
 @dataclass(frozen=True, kw_only=True)
 class Asking:
-    """How answers are asked for. What is not said by a variant, `defaults` say; else it is as in `slowft generate`."""
+    """How answers are asked for. `defaults` are used for what a variant leaves out, then those of `slowft generate`."""
 
     prompt: str | None = None
     system_prompt: str | None = None
@@ -55,14 +55,14 @@ class Asking:
         for name in ("prompt", "system_prompt"):
             check_template(name, getattr(self, name))
 
-    def said(self) -> dict[str, Any]:
-        """What is not left to others."""
-        found = {f.name: getattr(self, f.name) for f in fields(Asking)}
-        return {name: value for name, value in found.items() if value is not None}
+    def given(self) -> dict[str, Any]:
+        """The fields that are not None."""
+        values = {f.name: getattr(self, f.name) for f in fields(Asking)}
+        return {name: value for name, value in values.items() if value is not None}
 
     def sampling(self) -> Sampling:
-        known = {f.name for f in fields(Sampling)}
-        return Sampling(**{name: value for name, value in self.said().items() if name in known})
+        names = {f.name for f in fields(Sampling)}
+        return Sampling(**{name: value for name, value in self.given().items() if name in names})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,12 +101,12 @@ class Variant(Asking, Answering):
 
     def with_defaults(self, defaults: Asking) -> "Variant":
         own = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Variant(**(own | defaults.said() | self.said()))
+        return Variant(**(own | defaults.given() | self.given()))
 
 
 @dataclass(frozen=True)
 class Scenarios:
-    """One row of the comparison, or those of a file, or recorded requests; see `example.yaml`."""
+    """One row of the comparison, the rows of a file, or recorded requests; see `example.yaml`."""
 
     name: str | None = None
     variables: dict[str, Any] | None = None
@@ -138,7 +138,7 @@ class Scenarios:
 
 @dataclass(frozen=True, kw_only=True)
 class Judge(Answering):
-    """Who says which of two answers is better."""
+    """The model that says which of two answers is better."""
 
     prompt: str = JUDGE_PROMPT
     model: str = ""
@@ -153,7 +153,7 @@ class Judge(Answering):
 
 @dataclass(frozen=True)
 class Price:
-    """Of a model, for a million tokens."""
+    """A model's prices for a million tokens."""
 
     input: float = 0.0
     output: float = 0.0
@@ -161,7 +161,7 @@ class Price:
 
 @dataclass(frozen=True, kw_only=True)
 class Suite:
-    """A comparison to be made. `file` is the suite's own; its paths are relative to the folder."""
+    """What is compared. Paths are relative to the folder of `file`, which is the suite's own file."""
 
     variants: list[Variant]
     scenarios: list[Scenarios]
@@ -197,17 +197,18 @@ class Suite:
 
     @property
     def whole_variants(self) -> list[Variant]:
-        """With what the defaults say."""
+        """The variants, with `defaults` for what they leave out."""
         return [variant.with_defaults(self.defaults) for variant in self.variants]
 
     @property
     def first(self) -> int:
-        """Number of the variant that the others are compared with."""
+        """The number of the variant that the others are compared with."""
         names = [variant.name for variant in self.variants]
         return 0 if self.baseline is None else names.index(self.baseline)
 
     @property
     def judging(self) -> Answering | None:
+        """Who judges: the judge itself, or the variant that it names."""
         if self.judge is None or self.judge.variant is None:
             return self.judge
         return next(variant for variant in self.variants if variant.name == self.judge.variant)
@@ -217,11 +218,11 @@ class Suite:
         return self.path(self.cache) if self.cache else self.file.with_name(f"{self.file.stem}.answers.jsonl")
 
     def path(self, name: str) -> Path:
-        """Of a file that the suite names."""
+        """The path of a file that the suite names."""
         return self.file.parent / Path(name).expanduser()
 
     def model_path(self, name: str) -> str:
-        """Of a model: a directory beside the suite, or what it is (a hub id, another directory)."""
+        """A model's directory beside the suite if there is one, else the name itself (a hub id, another directory)."""
         beside = self.path(name)
         return str(beside) if beside.is_dir() else name
 
@@ -232,5 +233,5 @@ def load(file: Path) -> Suite:
     Raises:
         ConfigError: it cannot be read, or a field is unknown or wrong; names field and line.
     """
-    usual = {"name": "base", "model": "Qwen/Qwen3-0.6B"}
-    return load_fields(file, Suite, "suite", usual, "slowft compare --example", file=file.resolve())
+    examples = {"name": "base", "model": "Qwen/Qwen3-0.6B"}
+    return load_fields(file, Suite, "suite", examples, "slowft compare --example", file=file.resolve())

@@ -1,4 +1,4 @@
-"""The results of a comparison as lines for a terminal."""
+"""Prints the results of a comparison as tables for a terminal."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,7 +9,7 @@ HEADS = ("", "passed", "95%", "against the baseline", "tokens", "seconds", "cost
 
 
 def lines(results: dict[str, Any]) -> Iterator[str]:
-    """A table of variants, of their checks, and of what the judge said."""
+    """The lines of three tables: the variants, their checks if there are several, and the judge's verdicts if any."""
     variants = results["variants"]
     yield from _table([HEADS, *(_of_variant(variant, results) for variant in variants)])
     checks = list(dict.fromkeys(name for variant in variants for name in variant["summary"]["checks"]))
@@ -30,7 +30,7 @@ def _of_variant(variant: dict[str, Any], results: dict[str, Any]) -> list[str]:
     summary, against = variant["summary"], variant["against_baseline"]
     passed = summary["passed"]
     errors = f", {summary['errors']} without an answer" if summary["errors"] else ""
-    said = f"{passed['k']}/{passed['n']} {_percent(passed['share'])}{errors}" if passed else f"-{errors}"
+    shown = f"{passed['k']}/{passed['n']} {_percent(passed['share'])}{errors}" if passed else f"-{errors}"
     difference = "the baseline" if against is None else "-"
     if against is not None and against["difference"] is not None:
         difference = f"{against['difference']:+.0%}: {against['better']} better, {against['worse']} worse"
@@ -38,7 +38,7 @@ def _of_variant(variant: dict[str, Any], results: dict[str, Any]) -> list[str]:
     seconds = "-" if summary["seconds"] is None else f"{summary['seconds']:.2f}"
     tokens = "-" if summary["tokens"] is None else f"{summary['tokens']:,}"
     cost = "-" if summary["cost"] is None else f"{summary['cost']:.4f}"
-    return [variant["name"], said, _interval(passed), difference, tokens, seconds, cost]
+    return [variant["name"], shown, _interval(passed), difference, tokens, seconds, cost]
 
 
 def _of_check(share: dict[str, Any] | None) -> str:

@@ -1,5 +1,6 @@
-"""Prompts and checks as jinja2 templates of a scenario's variables. They run in jinja2's sandbox, because suites are
-handed on; a variable that is not there is an error, never an empty text.
+"""Fills a scenario's variables into prompts and checks, which are jinja2 templates.
+
+They run in jinja2's sandbox, because people pass suites on. A missing variable is an error, never an empty text.
 """
 
 import re
@@ -30,7 +31,7 @@ def render(text: str, variables: Mapping[str, Any]) -> str:
     """The text with variables put in.
 
     Raises:
-        ConfigError: it uses a variable that is not there, or what the sandbox does not allow.
+        ConfigError: a variable is missing, or the template does what the sandbox does not allow.
     """
     try:
         return _compiled(text).render(variables)

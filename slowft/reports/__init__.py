@@ -1,1 +1,1 @@
-"""Shows what a run does: a progress bar, plain lines, or JSON lines. A report is called; it never asks the run."""
+"""Shows what a run does: a progress bar, plain lines, or JSON lines. The run calls a report, which never asks back."""

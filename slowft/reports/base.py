@@ -1,4 +1,4 @@
-"""The methods by which a run tells a report what happens. The base class shows nothing."""
+"""The methods that a run calls to report what happens. The base class shows nothing."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -40,7 +40,7 @@ class Report:
         """There is something that the user should know."""
 
     def end(self) -> None:
-        """The last file is saved, or the run breaks off."""
+        """The last file is saved, or an error ends the run."""
 
     @contextmanager
     def evaluating(self, n_batches: int) -> Iterator[Callable[[], None]]:
@@ -48,12 +48,12 @@ class Report:
         yield lambda: None
 
     def progress(self, items: Iterable, description: str, total: int) -> Iterable:
-        """The same items. Shows how many were taken."""
+        """Gives the same items, and shows how many were taken."""
         return items
 
     @contextmanager
     def generating(self, n_prompts: int) -> Iterator[Callable[[Any, int], None]]:
-        """A context for a generation. After each reading, what it yields is called: (generation, n answered)."""
+        """A context for a generation. The function that it yields is called after each reading of the weights."""
         yield lambda generation, answered: None
 
     def generated(self, generation, seconds: float, file: Path) -> None:
@@ -121,7 +121,7 @@ class Reports(Report):
 
 
 def late(report: Report, items: Iterable, description: str, total: int) -> Iterator:
-    """The same items. Shows how many were taken once they have taken `BAR_AFTER_S`."""
+    """Gives the same items, and shows how many were taken as soon as that has lasted `BAR_AFTER_S`."""
     begin, remaining = time.monotonic(), iter(items)
     for n, item in enumerate(remaining, 1):
         yield item

@@ -96,7 +96,7 @@ def later_step(later: Plan) -> str:
 
 
 def several_lines(several: Sequence[Shared]) -> list[str]:
-    """How long the same step would take on more machines."""
+    """Lines that say how long the same step would take on more machines."""
     possible = [shared for shared in several if shared.rows]
     lines = []
     if possible:
@@ -132,11 +132,11 @@ def describe_job(plan: Plan) -> list[str]:
 
 
 def as_dict(plan: Plan, caching: Caching | None = None) -> dict[str, Any]:
-    """Everything that a program may want, in bytes and seconds."""
+    """The plan for programs, in bytes and seconds."""
     job = plan.job
     blocks = {visit.block: visit for visit in job.visits}.values()
-    stored = {} if caching is None else {"activation_cache": _caching(caching)}
-    return stored | {
+    cache = {} if caching is None else {"activation_cache": _caching(caching)}
+    return cache | {
         "memory": plan.memory,
         "least_memory": enough(plan.least_nbytes),
         "schedule": asdict(plan.schedule),

@@ -47,7 +47,7 @@ def validation_line(info: dict[str, Any]) -> str:
 
 
 def generation_state(generation) -> str:
-    """How fast a generation is, in words."""
+    """The speed of a generation in words."""
     speed = generation.tokens / max(generation.seconds, 1e-9)
     drafts = f", {100 * generation.accepted / generation.drafted:.0f}% of drafts right" if generation.drafted else ""
     drafts += f", {generation.gain:.2g} times as fast as without drafts" if generation.gain is not None else ""
@@ -82,8 +82,8 @@ class LineReport(Report):
         self._done += iterations
 
     def trained(self, info):
-        left = (time.perf_counter() - self._begin) / max(self._done, 1) * (self._iters - self._done)
-        self._print(f"{train_line(info)}, {_duration(left)} left")
+        left_s = (time.perf_counter() - self._begin) / max(self._done, 1) * (self._iters - self._done)
+        self._print(f"{train_line(info)}, {_duration(left_s)} left")
 
     def validated(self, info):
         self._print(validation_line(info))
@@ -138,7 +138,7 @@ class BarReport(LineReport):
         parts = [f"loss {loss:.3f}", f"{speed:.0f} tok/s", f"{last.bytes_read / 1e9:.2f} GB/step"]
         parts += [f"{100 * share:.0f}% wait", f"{platform.memory_in_use() / 1e9:.2f} GB"]
         width = self._console.width
-        room = width - (72 if width >= WIDE else 43 if width >= MEDIUM else 32)  # columns that the others take
+        room = width - (72 if width >= WIDE else 43 if width >= MEDIUM else 32)  # minus what the rest of the bar takes
         while len(parts) > 1 and len("  ".join(parts)) > room:
             parts.pop()
         self._bar.update(self._task, advance=iterations, state="  ".join(parts))
@@ -177,7 +177,7 @@ class BarReport(LineReport):
 
 
 def _timed_bar(console: Console) -> Progress:
-    """A bar of tasks that have a `state` in words, with the time left, and the time gone where there is room."""
+    """A bar for tasks that have a `state` in words. It shows the time left, and the elapsed time if there is room."""
     columns: list[ProgressColumn] = [TextColumn("{task.description}")]
     if console.width >= MEDIUM:
         columns.append(BarColumn(bar_width=24 if console.width >= WIDE else 10))

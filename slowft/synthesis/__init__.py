@@ -1,5 +1,5 @@
 """Makes training data with a large model: seeds, questions, answers, what is left out and why, and the finished set.
 
-One file a step, each a function over rows as they stream by: the pipeline (`make`) and the single commands use the
-same.
+Each step has a file, whose functions take and give rows one at a time. The pipeline (`make`) and the single commands
+call the same functions.
 """

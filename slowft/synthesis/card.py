@@ -1,6 +1,6 @@
-"""The page of a data set: a README.md with the hub's header, how it was made, what was left out and why, and examples.
+"""Writes the page of a data set: a README.md with the hub's header, how the set was made, what was left out, examples.
 
-https://huggingface.co/docs/hub/datasets-cards
+The header's fields are described in https://huggingface.co/docs/hub/datasets-cards.
 """
 
 import json
@@ -25,8 +25,8 @@ SIZES = [
     (1_000_000, "100K<n<1M"),
     (10_000_000, "1M<n<10M"),
 ]
-SPLIT_NAMES = {"train": "train", "valid": "validation", "test": "test"}  # the hub's
-SHOWN_CHARACTERS = 1500  # of a text
+SPLIT_NAMES = {"train": "train", "valid": "validation", "test": "test"}  # ours -> the hub's
+SHOWN_CHARACTERS = 1500  # an example's longer texts are cut here
 
 WHAT_STEPS_DO = {
     "seeds": "What questions come from",
@@ -43,10 +43,15 @@ WHAT_STEPS_DO = {
 
 
 def text(recipe: Recipe, counts: Sequence[Counts], files: dict[str, Path]) -> str:
-    """Args: files: by split, and by preferences/split."""
+    """The whole page.
+
+    Args:
+        counts: what each step counted, in their order.
+        files: the data set's files by name, such as "train" or "preferences/train".
+    """
     name = recipe.card.name or recipe.path(recipe.output).name
     parts = [header(recipe, files), f"# {name}\n"]
-    rows = ", ".join(f"{count(file):,} in `{file_name(key)}`" for key, file in files.items())
+    rows = ", ".join(f"{count(file):,} in `{key}.jsonl`" for key, file in files.items())
     parts.append(
         f"Questions and answers written by a language model with slowft {__version__}: {rows}. "
         "Each row's `history` says what made it and what it passed.\n"
@@ -63,27 +68,23 @@ def header(recipe: Recipe, files: dict[str, Path]) -> str:
     """The YAML that the hub reads."""
     n = sum(count(file) for key, file in files.items() if "/" not in key)
     size = next((name for limit, name in SIZES if n < limit), "n>10M")
-    of_rows = [{"split": SPLIT_NAMES[key], "path": f"{key}.jsonl"} for key in files if "/" not in key]
-    of_pairs = [{"split": SPLIT_NAMES[key.rpartition("/")[2]], "path": f"{key}.jsonl"} for key in files if "/" in key]
+    row_files = [{"split": SPLIT_NAMES[key], "path": f"{key}.jsonl"} for key in files if "/" not in key]
+    pair_files = [{"split": SPLIT_NAMES[key.rpartition("/")[2]], "path": f"{key}.jsonl"} for key in files if "/" in key]
     about: dict[str, Any] = {"license": recipe.card.license or "other", "pretty_name": recipe.card.name}
     about |= {"language": list(recipe.card.language), "task_categories": ["text-generation"]}
     about |= {"tags": ["synthetic", "slowft"], "size_categories": [size]}
-    about["configs"] = [{"config_name": "default", "data_files": of_rows}]
-    if of_pairs:
-        about["configs"].append({"config_name": "preferences", "data_files": of_pairs})
+    about["configs"] = [{"config_name": "default", "data_files": row_files}]
+    if pair_files:
+        about["configs"].append({"config_name": "preferences", "data_files": pair_files})
     about = {key: value for key, value in about.items() if value}
     return f"---\n{yaml.safe_dump(about, sort_keys=False, allow_unicode=True)}---\n"
 
 
-def file_name(key: str) -> str:
-    return f"{key}.jsonl"
-
-
 def table(counts: Sequence[Counts]) -> str:
     rows = ["| step | what | in | out | left out |", "|---|---|---:|---:|---|"]
-    for one in counts:
-        reasons = ", ".join(f"{n:,} {why}" for why, n in one.as_dict()["left_out"].items())
-        cells = [one.name, WHAT_STEPS_DO[one.name], f"{one.came_in:,}", f"{one.went_out:,}", reasons]
+    for step in counts:
+        reasons = ", ".join(f"{n:,} {why}" for why, n in step.as_dict()["left_out"].items())
+        cells = [step.name, WHAT_STEPS_DO[step.name], f"{step.came_in:,}", f"{step.went_out:,}", reasons]
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(rows) + "\n"
 
@@ -101,11 +102,13 @@ def models(recipe: Recipe) -> str:
 
 
 def licence(path: str) -> str | None:
-    """What a model's own page says, in its directory or on the hub."""
+    """The licence that a model's own page names, in its directory or on the hub; None if it names none."""
     file = page_of(path)
-    found = re.match(r"---\n(.*?)\n---\n", file.read_text("utf-8", "replace"), re.DOTALL) if file is not None else None
+    if file is None:
+        return None
+    header = re.match(r"---\n(.*?)\n---\n", file.read_text("utf-8", "replace"), re.DOTALL)
     try:
-        about = yaml.safe_load(found[1]) if found else None
+        about = yaml.safe_load(header[1]) if header else None
     except yaml.YAMLError:
         return None
     if not isinstance(about, dict) or not about.get("license"):
@@ -123,7 +126,7 @@ def page_of(path: str) -> Path | None:
 
     try:
         return Path(hf_hub_download(path, "README.md"))
-    except Exception:  # the library raises many kinds, all of which mean: not to be had
+    except Exception:  # the library raises many kinds, which all mean that the page cannot be had
         return None
 
 
@@ -155,22 +158,22 @@ def prompts(recipe: Recipe) -> str:
 
 
 def settings(recipe: Recipe) -> str:
-    """How was generated and left out, as in the recipe; of files, the names alone."""
+    """The recipe's settings for generating and for leaving rows out. Files are shown without their folders."""
     parts = []
     for title, how in (("Questions", recipe.questions), ("Answers", recipe.answers)):
-        usual = {f.name: f.default for f in fields(how)}
+        defaults = {f.name: f.default for f in fields(how)}
         given = {
-            name: v for name, v in asdict(how).items() if v and (v != usual[name] or name in ("temp", "max_tokens"))
+            name: v for name, v in asdict(how).items() if v and (v != defaults[name] or name in ("temp", "max_tokens"))
         }
         parts.append(f"{title}: `{json.dumps(given | {'seed': how.seed}, ensure_ascii=False)}`\n")
     parts.append(f"Random seed: {recipe.seed}\n")
-    for title, given in (
+    for title, part in (
         ("Rules", recipe.rules),
         ("Duplicates", recipe.duplicates),
         ("Contamination", recipe.contamination),
         ("Split", recipe.split),
     ):
-        shown = {name: value for name, value in asdict(given).items() if value not in (None, [])}
+        shown = {name: value for name, value in asdict(part).items() if value not in (None, [])}
         if "files" in shown:
             shown["files"] = [Path(file).name for file in shown["files"]]
         parts.append(f"{title}: `{json.dumps(shown, ensure_ascii=False)}`\n")
@@ -180,7 +183,7 @@ def settings(recipe: Recipe) -> str:
 def examples(recipe: Recipe, file: Path) -> str:
     parts = []
     for row, _ in zip(lines(file), range(recipe.card.examples)):
-        parts.append(fenced("\n\n".join(f"{role}: {_shortened(said)}" for role, said in _turns(row))))
+        parts.append(fenced("\n\n".join(f"{role}: {_shortened(content)}" for role, content in _turns(row))))
     return "\n".join(parts) or "None.\n"
 
 
@@ -190,12 +193,12 @@ def _turns(row: Row) -> list[tuple[str, str]]:
     return [("text", row["text"])]
 
 
-def _shortened(said: str) -> str:
-    return said if len(said) <= SHOWN_CHARACTERS else said[:SHOWN_CHARACTERS] + " ..."
+def _shortened(content: str) -> str:
+    return content if len(content) <= SHOWN_CHARACTERS else content[:SHOWN_CHARACTERS] + " ..."
 
 
-def fenced(content: str, kind: str = "text") -> str:
-    """As Markdown shows it as it is: the fence is longer than any in it."""
+def fenced(content: str) -> str:
+    """The text in a fence of Markdown that is longer than any fence in the text, so that it is shown unchanged."""
     longest = max((len(ticks) for ticks in re.findall("`+", content)), default=0)
     fence = "`" * max(3, longest + 1)
-    return f"{fence}{kind}\n{content.rstrip()}\n{fence}\n"
+    return f"{fence}text\n{content.rstrip()}\n{fence}\n"

@@ -1,8 +1,8 @@
-"""Finds rows that have words in a row with other texts: a validation set, a test set, a benchmark.
+"""Finds rows that share a run of words with other texts: a validation set, a test set, a benchmark.
 
-As in GPT-3's report (2005.14165, appendix C): a row is contaminated if any run of 13 words of its question or its
-answer is in the other texts. A question of fewer words is one if it is a whole question there; short answers ("yes")
-are no matter.
+The rule is that of GPT-3's report (2005.14165, appendix C): a row is contaminated if any run of 13 words of its
+question or its answer is in the other texts. A question of fewer words is contaminated if it is a whole question
+there. Answers of fewer words ("yes") are not compared.
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,10 +17,10 @@ NGRAM = 13  # words
 
 
 class Texts:
-    """Runs of words of texts that others must not share.
+    """The runs of words of some texts, which other rows must not share.
 
     Args:
-        rows: whose questions and answers they are.
+        rows: their questions and answers are the texts.
         n: words in a run.
         without: texts whose runs do not count, such as what all prompts begin with.
     """
@@ -29,8 +29,8 @@ class Texts:
         if n < 1:
             raise ConfigError(f"runs of words must have 1 word or more, got {n}")
         self._n = n
-        found = [np.unique(values) for values, _, _ in _hashed(rows, n)]
-        self._runs = np.unique(np.concatenate(found)) if found else np.zeros(0, np.uint64)
+        per_batch = [np.unique(values) for values, _, _ in _hashed(rows, n)]
+        self._runs = np.unique(np.concatenate(per_batch)) if per_batch else np.zeros(0, np.uint64)
         for batch in batches(text for text in map(normalised, without) if text):
             self._runs = np.setdiff1d(self._runs, hashes(batch, n)[0], assume_unique=False)
 
@@ -38,7 +38,7 @@ class Texts:
         return len(self._runs)
 
     def shared(self, rows: Iterable[Row]) -> Iterator[int]:
-        """Of each row, how many of its runs are in the texts."""
+        """How many runs of each row are in the texts."""
         for values, owners, n_rows in _hashed(rows, self._n):
             at = np.searchsorted(self._runs, values)
             is_there = self._runs[np.minimum(at, max(len(self._runs) - 1, 0))] == values if len(self._runs) else at < 0
@@ -46,7 +46,7 @@ class Texts:
 
 
 def _hashed(rows: Iterable[Row], n: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-    """(hashes of runs, the number in the batch of the row each is of, rows in the batch) of batches of rows."""
+    """(hashes of runs, for each run its row's number in the batch, rows in the batch) for each batch of rows."""
     waiting: list[list[str]] = []
     nbytes = 0
     for row in rows:
@@ -60,8 +60,8 @@ def _hashed(rows: Iterable[Row], n: int) -> Iterator[tuple[np.ndarray, np.ndarra
 
 
 def _runs(texts: list[list[str]], n: int) -> tuple[np.ndarray, np.ndarray, int]:
-    owners = [i for i, of_row in enumerate(texts) for _ in of_row]
-    flat = [text for of_row in texts for text in of_row]
+    owners = [i for i, row_texts in enumerate(texts) for _ in row_texts]
+    flat = [text for row_texts in texts for text in row_texts]
     if not flat:
         return np.zeros(0, np.uint64), np.zeros(0, np.int64), len(texts)
     values, starts = hashes(flat, n)
@@ -70,11 +70,11 @@ def _runs(texts: list[list[str]], n: int) -> tuple[np.ndarray, np.ndarray, int]:
 
 
 def _texts(row: Row, n: int) -> list[str]:
-    """Of a row, what is compared, normalised."""
-    asked, answers = prompt_of(row), [answer_of(row)]
+    """The normalised texts of a row that are compared."""
+    answers = [answer_of(row)]
     if "rejected" in row:
         answers.append(row["rejected"]["content"])
-    asked, answers = normalised(asked), [normalised(answer) for answer in answers]
+    question, answers = normalised(prompt_of(row)), [normalised(answer) for answer in answers]
     if "messages" not in row:  # plain text
-        asked, answers = answers[0], []
-    return [text for text in (asked,) if text] + [answer for answer in answers if answer.count(" ") >= n - 1]
+        question, answers = answers[0], []
+    return [text for text in (question,) if text] + [answer for answer in answers if answer.count(" ") >= n - 1]

@@ -1,23 +1,22 @@
-"""Rows as training takes them: conversations, or a prompt with the answer that is better and the one that is worse."""
+"""Brings rows into the forms that training takes: a conversation, or a prompt with a better and a worse answer."""
 
 from ..errors import DataError
 from .rows import Row
 
-FORMS = ("messages", "preferences")
-ABOUT = ("source", "topic", "document", "group", "mark", "history")  # that a finished row says of itself
+KEPT_FIELDS = ("source", "topic", "document", "group", "mark", "history")  # fields of a row that a finished row keeps
 
 
 def as_messages(row: Row) -> Row:
-    """A conversation; a plain text stays one."""
+    """The row as a conversation. A plain text stays a plain text."""
     content = {"messages": row["messages"]} if "messages" in row else {"text": row["text"]}
-    return {"id": row["id"]} | content | {key: row[key] for key in ABOUT if key in row}
+    return {"id": row["id"]} | content | {key: row[key] for key in KEPT_FIELDS if key in row}
 
 
 def as_preference(row: Row) -> Row | None:
-    """{"prompt", "chosen", "rejected"}, lists of messages as TRL's trainers take them; None of a single answer.
+    """{"prompt", "chosen", "rejected"}: lists of messages, as TRL's trainers take them. None if there is one answer.
 
     Raises:
-        DataError: a row that is no conversation.
+        DataError: the row is no conversation.
     """
     if "messages" not in row:
         raise DataError(f"row {row['id']} is a text without a question. Leave it out")
@@ -25,5 +24,5 @@ def as_preference(row: Row) -> Row | None:
         return None
     *prompt, chosen = row["messages"]
     rejected = {"role": "assistant", "content": row["rejected"]["content"]}
-    made = {"id": row["id"], "prompt": prompt, "chosen": [chosen], "rejected": [rejected]}
-    return made | {key: row[key] for key in ABOUT if key in row}
+    preference = {"id": row["id"], "prompt": prompt, "chosen": [chosen], "rejected": [rejected]}
+    return preference | {key: row[key] for key in KEPT_FIELDS if key in row}

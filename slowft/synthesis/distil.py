@@ -1,14 +1,15 @@
-"""From a large model and a recipe to a small model that has learnt, and to the table that says what it was worth.
+"""Distils a large model into a small one by a recipe, and measures what each part of the way was worth.
 
-Comes in: a recipe, a teacher, a student, options of training. Goes out: a folder with the data, what the teacher holds
-for probable of it, three adapters of equal steps (on what people wrote that the seeds are made of, on the made data,
-and on that with the teacher's probabilities), and the losses and wins of all of them on held-back rows. A stage whose
-outputs are whole, and of the same inputs, is left as it is; one that was stopped goes on.
+Comes in: a recipe, a teacher, a student, options of training. Goes out: a folder with the data, the teacher's
+probabilities of its tokens, three adapters that were trained for equal steps, and their losses and wins on held-out
+rows. The adapters learn from the texts of people that the seeds are made of, from the made data, and from the made
+data with the teacher's probabilities. A stage is skipped if its outputs are complete and its inputs are the same. One
+that was stopped goes on.
 """
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from ..weights.tensorfile import write_file
 from . import contamination, filters, generating, judging, seeds, steps
 from .make import make
 from .recipe import Recipe
-from .rows import Out, Row, answer_of, count, lines, prompt_of, read, said
+from .rows import Out, answer_of, count, lines, prompt_of, read, without_reasoning
 
 BEFORE, RAW, MADE, TAUGHT = "before", "raw", "made", "taught"
 WHAT = {
@@ -38,19 +39,19 @@ WHAT = {
     MADE: "trained on the made data",
     TAUGHT: "... with the teacher's probabilities",
 }
-JUDGED = 200  # held-back questions that are answered and judged at most
+JUDGED = 200  # the most held-out questions that are answered and judged
 
 
 class Distillation:
-    """One way from a recipe to a table.
+    """All stages from a recipe to a table of results.
 
     Args:
         recipe: its model is the teacher.
-        config: what the student is trained by; `model` is the student.
-        top_k: of how many tokens the teacher's probabilities are kept.
-        weight, temperature: how much they count, as in training; None: as usual.
+        config: how the student is trained; `model` is the student.
+        top_k: for each token the teacher's probabilities of so many tokens are kept.
+        weight, temperature: how much they count in training (`distil_weight`, `distil_temperature`); None: the default.
         output: folder for all of it.
-        held_out: rows to measure on in place of the recipe's own test set (or, without one, validation set).
+        held_out: rows to measure on. None: the recipe's own test set, or its validation set if it has no test set.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class Distillation:
         weight: float | None = None,
         temperature: float | None = None,
     ):
-        if held_out is not None:  # nothing of it may be trained on
+        if held_out is not None:  # the student must not be trained on any of it
             files = [*recipe.contamination.files, str(held_out.resolve())]
             recipe = replace(recipe, contamination=replace(recipe.contamination, files=files))
         self._recipe = replace(recipe, output=str((output / "data").resolve()))
@@ -73,15 +74,15 @@ class Distillation:
         if not (config.train_on or config.mask_prompt):
             config = replace(config, train_on="assistant")
         self._config, self._top_k, self._output, self._report = config, top_k, output, report
-        self._taught = {"distil_weight": weight, "distil_temperature": temperature}
-        replace(config, teacher_cache="", **self._taught).check()
+        self._teacher_options = {"distil_weight": weight, "distil_temperature": temperature}
+        replace(config, teacher_cache="", **self._teacher_options).check()
         self._steps, self._held_out = output / "steps", held_out
 
     def run(self) -> dict[str, Any]:
-        """Do what is not done yet; the result, which `result.json` in the folder has too.
+        """Run the stages that are not done yet. Returns the result, which is also written to `result.json`.
 
         Raises:
-            SlowftError: as the stages do.
+            SlowftError: a stage failed.
         """
         if self._held_out is not None and not self._held_out.is_file():
             raise DataError(f"{self._held_out} is not there. Give --held-out a file of rows such as test.jsonl")
@@ -101,7 +102,7 @@ class Distillation:
         if raw is not None:
             adapters[RAW] = self._train(RAW, raw, train_on=self._trains_answers(raw), mask_prompt=False)
         adapters[MADE] = self._train(MADE, data)
-        adapters[TAUGHT] = self._train(TAUGHT, data, teacher_cache=str(cache), **self._taught)
+        adapters[TAUGHT] = self._train(TAUGHT, data, teacher_cache=str(cache), **self._teacher_options)
         result = self._losses(held_out, adapters)
         if self._recipe.judge is not None:
             for name, share in self._wins(held_out, adapters).items():
@@ -112,19 +113,21 @@ class Distillation:
     # --- Stages -------------------------------------------------------------------------------------
 
     def _raw(self, held_out: Path) -> Path | None:
-        """The folder of what people wrote that the seeds are made of, but for what the held-back rows are made of."""
+        """The folder of the texts of people that the seeds are made of, or None if they are fewer than a batch.
+
+        Texts that rows of valid and test are made of are left out.
+        """
         r, file = self._recipe, self._output / "raw" / "train.jsonl"
         inputs = [r.path(seed.file) for seed in r.seeds if seed.file] + [held_out]
         inputs += [f for seed in r.seeds if seed.folder for f in sorted(r.path(seed.folder).rglob("*")) if f.is_file()]
         made = [f for n in ("valid", "test") if (f := self._output / "data" / f"{n}.jsonl").exists()]
 
         def work(counts: steps.Counts, outs: list[Out]) -> None:
-            groups = {row.get("group") for other in made for row in lines(other)}
+            groups = {row.get("group") for file in made for row in lines(file)}
             texts = contamination.Texts(read([held_out]), r.contamination.words, seeds.fixed_parts(r))
             rows = [row for row in seeds.raw(r) if row["group"] not in groups]
             are_answered = all("messages" in row and row["messages"][-1]["role"] == "assistant" for row in rows)
-            found = filters.without_contamination(lambda: iter(rows), texts, held_out.name)
-            for row, _, why in found:
+            for row, _, why in filters.without_contamination(lambda: iter(rows), texts, held_out.name):
                 counts.came_in += 1
                 if why is not None:
                     counts.leave_out(why)
@@ -146,12 +149,12 @@ class Distillation:
         return "assistant" if "messages" in next(lines(folder / "train.jsonl")) else None
 
     def _cache(self, train: Path) -> Path:
-        """What the teacher holds for probable of the made data."""
+        """The folder of the teacher's probabilities of the made data."""
         r, folder = self._recipe, self._output / "teacher"
-        own = {name: value for name, value in self._rendering().items() if value is not None}
-        settings = TrainConfig(model=r.model_path(r.model), data=str(train), memory=self._config.memory, **own)
+        rendering = {name: value for name, value in self._rendering().items() if value is not None}
+        settings = TrainConfig(model=r.model_path(r.model), data=str(train), memory=self._config.memory, **rendering)
         adapters = {} if r.adapter_path is None else {"adapter": str(r.path(r.adapter_path))}
-        options = {"model": self._model(settings.model), "top_k": self._top_k, "rendering": own}
+        options = {"model": self._identity(settings.model), "top_k": self._top_k, "rendering": rendering}
 
         def work(counts: steps.Counts, outs: list[Out]) -> None:
             self._begin(folder, [train], options)
@@ -165,23 +168,24 @@ class Distillation:
             finally:
                 session.close()
 
-        files = [folder / "manifest.json"]
-        counts = steps.run("teacher", self._steps / "teacher.json", [train], [], options, work, made=files)
+        manifests = [folder / "manifest.json"]
+        counts = steps.run("teacher", self._steps / "teacher.json", [train], [], options, work, made=manifests)
         self._report.note(counts.sentence())
         return folder
 
     def _train(self, name: str, data: Path, **how: Any) -> Path:
-        """The adapter that the student learns from a folder of data."""
+        """Train the student on a folder of data. Returns the adapter's folder."""
         folder = self._output / "adapters" / name
         valid = data / "valid.jsonl"
-        is_enough = valid.exists() and count(valid) >= self._config.batch_size
-        used = data if is_enough else data / "train.jsonl"
-        config = replace(self._config, data=str(used), adapter_path=str(folder), **how)
-        inputs = [data / "train.jsonl", *([valid] if is_enough else [])]
+        uses_valid = valid.exists() and count(valid) >= self._config.batch_size
+        config = replace(
+            self._config, data=str(data if uses_valid else data / "train.jsonl"), adapter_path=str(folder), **how
+        )
+        inputs = [data / "train.jsonl", *([valid] if uses_valid else [])]
         if "teacher_cache" in how:
             inputs.append(Path(how["teacher_cache"]) / "manifest.json")
         options = {key: value for key, value in asdict(config).items() if key not in OPERATIONAL}
-        options |= {"model": self._model(config.model), "chat_template": self._rendering()["chat_template"]}
+        options |= {"model": self._identity(config.model), "chat_template": self._rendering()["chat_template"]}
 
         def work(counts: steps.Counts, outs: list[Out]) -> None:
             self._begin(folder, inputs, options)
@@ -197,13 +201,13 @@ class Distillation:
         return folder
 
     def _losses(self, held_out: Path, adapters: dict[str, Path]) -> dict[str, Any]:
-        """Loss on held-back rows of the student with each adapter and without, in one reading; and the teacher's."""
+        """Losses on held-out rows: of the student without and with each adapter, in one reading, and of the teacher."""
         file, r = self._output / "losses.json", self._recipe
         teacher = r.model_path(r.model)
-        own = {} if r.adapter_path is None else {"adapter": r.path(r.adapter_path)}
+        teacher_adapter = {} if r.adapter_path is None else {"adapter": r.path(r.adapter_path)}
         options = {
-            "student": self._model(self._config.model),
-            "teacher": self._model(teacher),
+            "student": self._identity(self._config.model),
+            "teacher": self._identity(teacher),
             "how": self._rendering(),
         }
 
@@ -221,12 +225,11 @@ class Distillation:
 
         def work(counts: steps.Counts, outs: list[Out]) -> None:
             self._report.note(f"Measuring on {held_out}")
-            of_student, of_teacher = losses(self._config.model, adapters), losses(teacher, own)
-            names = {score.BASE: BEFORE}
-            found = {names.get(name, name): _loss(one) for name, one in of_student.items()}
-            best = of_teacher[list(of_teacher)[-1]]
-            about = {"file": held_out.name, "samples": len(best.samples), "tokens": best.tokens}
-            outs[0].text(json.dumps({"held_out": about, "students": found, "teacher": _loss(best)}))
+            scores, teacher_scores = losses(self._config.model, adapters), losses(teacher, teacher_adapter)
+            students = {BEFORE if name == score.BASE else name: _loss(one) for name, one in scores.items()}
+            of_teacher = list(teacher_scores.values())[-1]  # with its adapter, if it has one
+            about = {"file": held_out.name, "samples": len(of_teacher.samples), "tokens": of_teacher.tokens}
+            outs[0].text(json.dumps({"held_out": about, "students": students, "teacher": _loss(of_teacher)}))
 
         weights = [adapter / "adapters.safetensors" for adapter in adapters.values()]
         steps.run("losses", self._steps / "losses.json", [held_out, *weights], [file], options, work)
@@ -234,16 +237,16 @@ class Distillation:
         return about | json.loads(file.read_text())
 
     def _wins(self, held_out: Path, adapters: dict[str, Path]) -> dict[str, float]:
-        """How often the judge prefers each student's answer to the one in the held-back row, both orders averaged."""
+        """How often the judge prefers each student's answer to the held-out row's own, averaged over both orders."""
         r, file = self._recipe, self._output / "wins.json"
-        asked = [row for row in read([held_out]) if prompt_of(row) and answer_of(row)][:JUDGED]
-        if not asked:
+        judged = [row for row in read([held_out]) if prompt_of(row) and answer_of(row)][:JUDGED]
+        if not judged:
             self._report.note(f"Warning: {held_out} has no questions with answers, so there are no wins")
             return {}
         how = replace(r.answers, count=1, temp=0.0)
         options = {
-            "student": self._model(self._config.model),
-            "judge": self._model(r.model_path(r.judge.model or r.model)),
+            "student": self._identity(self._config.model),
+            "judge": self._identity(r.model_path(r.judge.model or r.model)),
         }
         options |= {"answers": asdict(how), "prompt": r.judge.pair_prompt}
 
@@ -257,15 +260,19 @@ class Distillation:
                 )
                 into = self._output / "answers" / f"{name}.jsonl"
                 into.parent.mkdir(parents=True, exist_ok=True)
-                questions = list(_questions(asked))
+                questions = [{"id": str(i), "messages": row["messages"][:-1]} for i, row in enumerate(judged)]
                 generating.write_answers(as_student, questions, into, self._report)
-                given = [said(answer_of(row)) for row, _, _ in generating.with_answers(questions, into, 1)]
-                pairs[name] = [(prompt_of(row), own, said(answer_of(row))) for row, own in zip(asked, given)]
+                answered = (row for row, _, _ in generating.with_answers(questions, into, 1))
+                pairs[name] = [
+                    (prompt_of(row), without_reasoning(answer_of(own)), without_reasoning(answer_of(row)))
+                    for row, own in zip(judged, answered)
+                ]
             self._report.note("Judging answers, in both orders")
-            found = iter(judging.preferences(r, [pair for of in pairs.values() for pair in of], self._report))
-            better = {name: [next(found) for _ in of] for name, of in pairs.items()}
-            shares = {name: sum((p > 0.5) + (p == 0.5) / 2 for p in of) / len(of) for name, of in better.items()}
-            counts.came_in = counts.went_out = len(asked)
+            all_pairs = [pair for of_student in pairs.values() for pair in of_student]
+            preferences = iter(judging.preferences(r, all_pairs, self._report))
+            better = {name: [next(preferences) for _ in of_student] for name, of_student in pairs.items()}
+            shares = {name: sum((p > 0.5) + (p == 0.5) / 2 for p in ps) / len(ps) for name, ps in better.items()}
+            counts.came_in = counts.went_out = len(judged)
             outs[0].text(json.dumps(shares))
 
         weights = [adapter / "adapters.safetensors" for adapter in adapters.values()]
@@ -275,16 +282,16 @@ class Distillation:
     # --- Underneath ---------------------------------------------------------------------------------
 
     def _begin(self, folder: Path, inputs: Sequence[Path], options: dict[str, Any]) -> None:
-        """A stage that writes a folder begins, or goes on if what is there is of the same inputs."""
+        """Begin a stage that writes a folder. What is in the folder is removed unless the same inputs made it."""
         file = self._steps / f"{folder.name}.begun.json"
-        about = json.dumps([[steps.digest(other) for other in inputs], options], sort_keys=True, default=str)
+        about = json.dumps([[steps.digest(path) for path in inputs], options], sort_keys=True, default=str)
         if not file.exists() or file.read_text() != about:
             shutil.rmtree(folder, ignore_errors=True)
             self._steps.mkdir(parents=True, exist_ok=True)
             write_file(file, about.encode())
 
-    def _model(self, model: str) -> list[Any]:
-        """What tells that a model is another one; of the teacher, its adapter too."""
+    def _identity(self, model: str) -> list[Any]:
+        """Values that identify the model: its name, its files and, for the teacher, its adapter."""
         r = self._recipe
         has_adapter = r.adapter_path is not None and model == r.model_path(r.model)
         return [model, steps.files_of(model), digest(r.path(r.adapter_path)) if has_adapter else None]
@@ -299,15 +306,10 @@ class Distillation:
         return None if template is None else str(Path(template).expanduser().resolve())
 
 
-def _loss(found: score.Score) -> dict[str, float]:
-    return {"loss": -found.mean, "loss_stderr": found.standard_error}
-
-
-def _questions(rows: Sequence[Row]) -> Iterator[Row]:
-    for i, row in enumerate(rows):
-        yield {"id": str(i), "messages": row["messages"][:-1]}
+def _loss(of: score.Score) -> dict[str, float]:
+    return {"loss": -of.mean, "loss_stderr": of.standard_error}
 
 
 def _path(model: str) -> str:
-    """A directory by its whole name, or a hub id."""
+    """The absolute path of a directory, or a hub id as it is."""
     return str(Path(model).expanduser().resolve()) if Path(model).expanduser().is_dir() else model

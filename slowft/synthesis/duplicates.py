@@ -1,12 +1,13 @@
-"""Finds texts that say what an earlier one said: the same words, or nearly.
+"""Finds texts that say what an earlier text said, in the same words or nearly.
 
-Exact duplicates have one hash of their normalised text. For near ones a text is the set of its runs of a few words, and
-two texts are as alike as those sets: J = shared / all of both (Jaccard). MinHash (Broder 1997) estimates J: under a
-random order of all runs, two sets have the same least one with probability J, so of `PERMUTATIONS` least ones about
-that share agrees. Only texts that agree in all of one band of them are compared (Leskovec et al., Mining of Massive
-Datasets, 3.4). Texts are taken in order: one that is like a text that was kept before is left out.
+Exact duplicates have the same hash of their normalised text. To find near ones, a text is treated as the set of its
+runs of a few words. The likeness of two texts is that of their sets: J = shared runs / runs of both (Jaccard). MinHash
+(Broder 1997) estimates J: under a random order of all runs, two sets have the same first run with probability J. So
+about a share J of the first runs under `PERMUTATIONS` orders agrees. These are cut into bands, and only texts that
+agree in all of one band are compared (Leskovec et al., Mining of Massive Datasets, 3.4). Texts are taken in order, and
+a text is left out if it is like one that was kept before.
 
-About 500 bytes a text are kept, no text.
+In memory are about 500 bytes for each text, and no text itself.
 """
 
 import hashlib
@@ -24,7 +25,13 @@ MISSED = 0.005  # of pairs just as alike as the threshold, at most this share sh
 
 @dataclass(frozen=True)
 class Duplicate:
-    """Of which text (its number) one is a duplicate, and how alike they are; 1 with `is_exact` for the same words."""
+    """One text is a duplicate of another.
+
+    Attributes:
+        of: number of the other text, which is kept.
+        likeness: the estimate of J.
+        is_exact: both have the same words; the likeness is 1 then.
+    """
 
     of: int
     likeness: float
@@ -32,11 +39,11 @@ class Duplicate:
 
 
 def find(texts: Iterable[str], threshold: float = 0.8, n_words: int = 3) -> dict[int, Duplicate]:
-    """Numbers of the texts to leave out.
+    """The duplicates, by the number of the text to leave out.
 
     Args:
-        threshold: how alike texts have to be (J), above 0; 1 finds exact duplicates only.
-        n_words: in a run.
+        threshold: the least J of a near duplicate, above 0. With 1, only exact duplicates are found.
+        n_words: words in a run.
     """
     if not 0 < threshold <= 1:
         raise ConfigError(f"the threshold of duplicates must be above 0 and at most 1, got {threshold:g}")
@@ -50,22 +57,22 @@ def find(texts: Iterable[str], threshold: float = 0.8, n_words: int = 3) -> dict
     for batch in batches(normalised(text, with_signs=True) for text in texts):
         digests.append(np.array([_digest(text) for text in batch], np.uint64))
         if threshold < 1:
-            of_batch = minhashes(*hashes([padded(text, n_words) for text in batch], n_words), factors, addends)
-            keys.append(_band_keys(of_batch, rows))
-            least.append(of_batch.astype(np.uint16))  # two differ in their low bits but for 1 in 65,536
+            signatures = minhashes(*hashes([padded(text, n_words) for text in batch], n_words), factors, addends)
+            keys.append(_band_keys(signatures, rows))
+            least.append(signatures.astype(np.uint16))  # only 1 in 65,536 different ones agree in their low 16 bits
     if not digests:
         return {}
     _, first, which = np.unique(np.concatenate(digests), return_index=True, return_inverse=True)
     original = first[which]
-    found = {i: Duplicate(int(of), 1.0, True) for i, of in enumerate(original) if of != i}
+    duplicates = {i: Duplicate(int(of), 1.0, True) for i, of in enumerate(original) if of != i}
     if threshold < 1:
-        left = np.flatnonzero(original == np.arange(len(original)))
-        found |= _near(left, np.concatenate(least), np.concatenate(keys), threshold)
-    return found
+        remaining = np.flatnonzero(original == np.arange(len(original)))
+        duplicates |= _near(remaining, np.concatenate(least), np.concatenate(keys), threshold)
+    return duplicates
 
 
 def rows_of_band(threshold: float) -> int:
-    """How many least runs a band has: as many as miss few enough pairs at the threshold."""
+    """How many first runs a band has: the most with which at most a share `MISSED` of pairs is missed."""
     fits = [
         rows
         for rows in range(1, PERMUTATIONS + 1)
@@ -75,9 +82,10 @@ def rows_of_band(threshold: float) -> int:
 
 
 def padded(text: str, n_words: int) -> str:
-    """With words before and after that no text has, so that its first and last word are in as many runs as the others.
+    """The text between words that no text has, so that its first and last word are in as many runs as the others.
 
-    Else "What do you mean by A?" and "by B?" would be more alike than "What does A mean for you?" and "does B mean".
+    Otherwise "What do you mean by A?" and "What do you mean by B?" would be more alike than "What does A mean for you?"
+    and "What does B mean for you?".
     """
     return "\2 " * (n_words - 1) + text + " \3" * (n_words - 1)
 
@@ -99,7 +107,7 @@ def _digest(text: str) -> int:
 
 
 def _band_keys(least: np.ndarray, rows: int) -> np.ndarray:
-    """uint64 `[texts, bands]`, equal where all of a band is."""
+    """uint64 `[texts, bands]`: keys that are equal where all of a band is equal."""
     bands = least.reshape(len(least), -1, rows)
     keys = np.zeros(bands.shape[:2], np.uint64)
     for row in range(rows):
@@ -107,25 +115,25 @@ def _band_keys(least: np.ndarray, rows: int) -> np.ndarray:
     return keys
 
 
-def _near(left: np.ndarray, least: np.ndarray, keys: np.ndarray, threshold: float) -> dict[int, Duplicate]:
-    """Of the texts with these numbers, those that are like one that is kept."""
-    buckets, n_buckets = np.full((len(left), keys.shape[1]), -1, np.int32), 0
+def _near(numbers: np.ndarray, least: np.ndarray, keys: np.ndarray, threshold: float) -> dict[int, Duplicate]:
+    """The near duplicates among the texts with these numbers, by the number of the text to leave out."""
+    buckets, n_buckets = np.full((len(numbers), keys.shape[1]), -1, np.int32), 0
     for band in range(keys.shape[1]):  # only keys that several texts have become buckets
-        _, which, counts = np.unique(keys[left, band], return_inverse=True, return_counts=True)
-        numbers = np.where(counts > 1, np.cumsum(counts > 1) - 1 + n_buckets, -1)
-        buckets[:, band] = numbers[which]
+        _, which, counts = np.unique(keys[numbers, band], return_inverse=True, return_counts=True)
+        bucket_of_key = np.where(counts > 1, np.cumsum(counts > 1) - 1 + n_buckets, -1)
+        buckets[:, band] = bucket_of_key[which]
         n_buckets += int((counts > 1).sum())
     kept: list[list[int]] = [[] for _ in range(n_buckets)]
-    found: dict[int, Duplicate] = {}
+    duplicates: dict[int, Duplicate] = {}
     for i in np.flatnonzero((buckets >= 0).any(axis=1)):
-        text, mine = int(left[i]), [bucket for bucket in buckets[i].tolist() if bucket >= 0]
-        candidates = sorted({other for bucket in mine for other in kept[bucket]})
+        text, own_buckets = int(numbers[i]), [bucket for bucket in buckets[i].tolist() if bucket >= 0]
+        candidates = sorted({other for bucket in own_buckets for other in kept[bucket]})
         if candidates:
             likeness = (least[candidates] == least[text]).mean(axis=1)
             best = int(likeness.argmax())
             if likeness[best] >= threshold:
-                found[text] = Duplicate(candidates[best], round(float(likeness[best]), 3), False)
+                duplicates[text] = Duplicate(candidates[best], round(float(likeness[best]), 3), False)
                 continue
-        for bucket in mine:
+        for bucket in own_buckets:
             kept[bucket].append(text)
-    return found
+    return duplicates

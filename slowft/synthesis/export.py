@@ -1,7 +1,7 @@
-"""Recorded requests become a data set: lines that training takes, split by conversation, without what is of no use.
+"""Makes a data set of recorded requests: rows that training takes, split by conversation.
 
-Comes in: the file of requests and filters. Goes out: a folder with train.jsonl, valid.jsonl and test.jsonl, perhaps
-with the pruning rules that its prompts were pruned by. One row is in memory at a time, whatever there are.
+Comes in: the file of requests and filters. Goes out: a folder with train.jsonl, valid.jsonl and test.jsonl, and the
+pruning rules if prompts were pruned. One row is in memory at a time, however many there are.
 """
 
 import hashlib
@@ -22,15 +22,14 @@ from .rows import check_replaceable, written
 from .split import SPLITS, assign, check_shares, counted, drawn
 from .steps import Counts
 
-FORMS = ("messages", "alpaca", "preferences")
-# Rows up to which conversations are counted, so that shares are met exactly; of more, the first must not wait
+# Up to so many rows, conversations are counted and shares are met exactly. With more rows, counting would take too long
 COUNTED = 2000
 CUT_OFF = {"length": "cut off", "content_filter": "cut off by a filter"}
 COMPLETE = Filter("status", "equal", "complete")
 
 Sample = dict[str, Any]
 # (row, its sample, why it is left out); one of the last two is None
-Found = tuple[Recorded, Sample | None, str | None]
+Candidate = tuple[Recorded, Sample | None, str | None]
 
 
 @dataclass(frozen=True)
@@ -39,10 +38,10 @@ class Export:
 
     Attributes:
         form: "messages"; "alpaca": instruction, output, system and history; "preferences": prompt, chosen, rejected.
-        valid, test: shares of the samples, about. seed: of which conversations those are.
-        by: tag that says what belongs together; without, and of rows that do not have it: a conversation, which is all
-            requests with the same first message of the user.
-        prune: remove texts that all prompts share, and write the rules.
+        valid, test: approximate shares of the samples. seed: decides which conversations are in them.
+        by: rows with the same value of this tag stay together. If it is None, and for rows that lack the tag, those of
+            one conversation do: all requests with the same first message of the user.
+        prune: texts that all prompts share are removed, and the rules are written.
     """
 
     form: str = "messages"
@@ -53,22 +52,22 @@ class Export:
     prune: bool = False
 
 
-def export(store: RequestStore, filters: Sequence[Filter], folder: Path, wanted: Export) -> Counts:
-    """Write the folder. Files of an earlier export are replaced when all is written.
+def export(store: RequestStore, filters: Sequence[Filter], folder: Path, how: Export) -> Counts:
+    """Write the folder. Files of an earlier export are replaced once everything is written.
 
     Raises:
         DataError: nothing is left, too few conversations to split, or the folder has rows that slowft did not write.
     """
-    check_shares(wanted.valid, wanted.test)
+    check_shares(how.valid, how.test)
     counts, rules = Counts("export"), []
-    if wanted.prune:
-        rules = pruning.find(sample["prompt"] for _, sample, _ in _samples(store, filters, wanted, []) if sample)
+    if how.prune:
+        rules = pruning.find(sample["prompt"] for _, sample, _ in _samples(store, filters, how, []) if sample)
 
-    def samples() -> Iterator[Found]:
-        return _samples(store, filters, wanted, rules)
+    def samples() -> Iterator[Candidate]:
+        return _samples(store, filters, how, rules)
 
-    split_of = _splits(samples, wanted)
-    shares = {"train": 1, "valid": wanted.valid, "test": wanted.test}
+    split_of = _splits(samples, how)
+    shares = {"train": 1, "valid": how.valid, "test": how.test}
     files = [folder / f"{split}.jsonl" for split in SPLITS]
     check_replaceable(files)
     sizes = {split: 0 for split in SPLITS if shares[split]}
@@ -80,38 +79,39 @@ def export(store: RequestStore, filters: Sequence[Filter], folder: Path, wanted:
                 counts.leave_out(why)
                 continue
             counts.went_out += 1
-            split = split_of(_group(row, wanted.by))
+            group = _group(row, how.by)
+            split = split_of(group)
             sizes[split] += 1
-            out_of[split].row({"id": row.id} | _in_form(sample, wanted.form) | {"group": _group(row, wanted.by)})
+            out_of[split].row({"id": row.id} | _in_form(sample, how.form) | {"group": group})
         counts.about = {"rows": sizes, "pruned": rules}
         if not counts.went_out:
-            what = " Only requests that were relabelled, or kept and discarded, have pairs." * (
-                wanted.form == "preferences"
-            )
-            raise DataError(f"nothing is left to export. {counts.sentence()}.{what} Give other filters")
+            hint = ""
+            if how.form == "preferences":
+                hint = " Only requests that were relabelled, or kept and discarded, have pairs."
+            raise DataError(f"nothing is left to export. {counts.sentence()}.{hint} Give other filters")
         if not sizes["train"]:
             raise DataError(f"no rows are left to train on. {counts.sentence()}. Lower --valid and --test")
     pruning.save(folder, rules)
     return counts
 
 
-def _splits(samples: Callable[[], Iterator[Found]], wanted: Export) -> Callable[[str], str]:
-    """The split of a conversation: so that shares are met, or of many samples by a hash of the conversation's name."""
-    share = (wanted.valid, wanted.test, wanted.seed)
-    if not wanted.valid and not wanted.test:
+def _splits(samples: Callable[[], Iterator[Candidate]], how: Export) -> Callable[[str], str]:
+    """A function that gives a conversation's split. It meets the shares, or with many samples hashes the name."""
+    if not how.valid and not how.test:
         return lambda group: "train"
-    first = [sample and _group(row, wanted.by) for row, sample, _ in islice(samples(), COUNTED + 1)]
+    shares_and_seed = (how.valid, how.test, how.seed)
+    first = [sample and _group(row, how.by) for row, sample, _ in islice(samples(), COUNTED + 1)]
     groups = [group for group in first if group]
     splits: Mapping[str, str] = {}
-    if groups and len(first) <= COUNTED:  # these are all
+    if groups and len(first) <= COUNTED:  # these are all rows
         counts = counted(groups)
-        if len(counts) <= sum(map(bool, share[:2])):
+        if len(counts) <= bool(how.valid) + bool(how.test):
             raise DataError(
                 f"{len(groups)} samples of {len(counts)} conversation{'s' * (len(counts) != 1)} cannot be split: a "
                 "conversation is never in two. Give --valid 0 --test 0, or a tag with --by"
             )
-        splits = assign(counts, *share)
-    return lambda group: splits.get(group) or drawn(group, *share)
+        splits = assign(counts, *shares_and_seed)
+    return lambda group: splits.get(group) or drawn(group, *shares_and_seed)
 
 
 def _group(row: Recorded, by: str | None) -> str:
@@ -120,38 +120,41 @@ def _group(row: Recorded, by: str | None) -> str:
     return f"{row.conversation:012x}"
 
 
-def _samples(store: RequestStore, filters: Sequence[Filter], wanted: Export, rules: Sequence[str]) -> Iterator[Found]:
-    """{"prompt": messages, "answer": message} of rows, or {"prompt", "answer", "rejected"}, newest first."""
-    rows = _pairs(store, filters) if wanted.form == "preferences" else _answers(store, filters)
+def _samples(store: RequestStore, filters: Sequence[Filter], how: Export, rules: Sequence[str]) -> Iterator[Candidate]:
+    """The rows, newest first. A sample is {"prompt": messages, "answer": message}, with "rejected" if it is a pair."""
+    candidates = _pairs(store, filters) if how.form == "preferences" else _answers(store, filters)
     with _Seen() as seen:
-        for row, sample, why in rows:
+        for row, sample, why in candidates:
             if sample is not None:
                 sample["prompt"] = pruning.apply(rules, sample["prompt"])
-                why = _not_of_form(sample) if wanted.form == "alpaca" else None
-                if why is None and not seen.is_new(sample):
+                why = _not_of_form(sample) if how.form == "alpaca" else None
+                if why is None and not seen.add(sample):
                     why = "the same as a newer one"
             yield row, None if why else sample, why
 
 
-def _answers(store: RequestStore, filters: Sequence[Filter]) -> Iterator[Found]:
-    """Rows with their answers. Of one that was answered anew, the newest answer among those asked for stands for it."""
-    with _Seen() as anew:
+def _answers(store: RequestStore, filters: Sequence[Filter]) -> Iterator[Candidate]:
+    """Rows with their answers. If a request was answered anew, only its newest answer that passes the filters is taken.
+
+    `relabelled` holds the ids of the requests that a newer row answers.
+    """
+    with _Seen() as relabelled:
         for row in store.rows([*filters, COMPLETE], newest_first=True):
-            was_anew = anew.has(row.id) or (row.relabels is not None and anew.has(row.relabels))
-            sample, why = (None, "answered anew") if was_anew else _sample(row)
-            if row.relabels is not None and (sample is not None or was_anew):
-                anew.is_new(row.relabels)
+            is_outdated = relabelled.has(row.id) or (row.relabels is not None and relabelled.has(row.relabels))
+            sample, why = (None, "answered anew") if is_outdated else _sample(row)
+            if row.relabels is not None and (sample is not None or is_outdated):
+                relabelled.add(row.relabels)
             yield row, sample, why
 
 
-def _pairs(store: RequestStore, filters: Sequence[Filter]) -> Iterator[Found]:
-    """Rows with the better and the worse of two answers: the one that was kept, and not discarded; else the new one."""
+def _pairs(store: RequestStore, filters: Sequence[Filter]) -> Iterator[Candidate]:
+    """Rows with a better and a worse answer. Marks (kept, discarded) decide; without them the newer one is better."""
     for old in store.rows([*filters, COMPLETE, Filter("relabelled", "equal", "yes")], newest_first=True):
         for new in map(store.get, reversed(store.relabelled(old.id))):
             if new.status == "complete":
                 better, worse = (old, new) if _rank(old) > _rank(new) else (new, old)
                 yield _pair(old, better, worse)
-    kept: dict[bytes, Recorded] = {}  # the newest of each prompt; somebody looked at each of these: they are few
+    kept: dict[bytes, Recorded] = {}  # the newest for each prompt. People marked them one by one, so they are few
     for row in store.rows([*filters, COMPLETE, Filter("kept", "equal", "yes")]):
         kept[_prompt_key(row)] = row
     for row in store.rows([*filters, COMPLETE, Filter("kept", "equal", "no")], newest_first=True):
@@ -164,7 +167,7 @@ def _rank(row: Recorded) -> int:
     return {True: 1, None: 0, False: -1}[row.kept]
 
 
-def _pair(row: Recorded, better: Recorded, worse: Recorded) -> Found:
+def _pair(row: Recorded, better: Recorded, worse: Recorded) -> Candidate:
     if better.kept is False:
         return row, None, "discarded"
     sample, why = _sample(better, prompt_of=row)
@@ -177,7 +180,7 @@ def _pair(row: Recorded, better: Recorded, worse: Recorded) -> Found:
 
 
 def _sample(row: Recorded, prompt_of: Recorded | None = None, even_discarded: bool = False):
-    """(sample, None) or (None, why not)."""
+    """(sample, None), or (None, why there is none)."""
     if row.kept is False and not even_discarded:
         return None, "discarded"
     if row.finish_reason in CUT_OFF:
@@ -195,15 +198,13 @@ def _sample(row: Recorded, prompt_of: Recorded | None = None, even_discarded: bo
 
 
 def _not_of_form(sample: Sample) -> str | None:
-    """Why a sample cannot be Alpaca's: a question after pairs of questions and answers, all of them texts."""
+    """Why a sample does not fit Alpaca's form, which is a question after pairs of questions and answers, all texts."""
     turns = sample["prompt"][sample["prompt"][0]["role"] == "system" :]
     roles = [turn["role"] for turn in turns]
     has_calls = "tools" in sample or any("tool_calls" in turn for turn in (*turns, sample["answer"]))
-    return (
-        "not of Alpaca's form"
-        if has_calls or roles != (["user", "assistant"] * len(roles))[: len(roles)] or (len(roles) % 2 == 0)
-        else None
-    )
+    alternate = roles == (["user", "assistant"] * len(roles))[: len(roles)]
+    ends_with_question = len(roles) % 2 == 1
+    return None if alternate and ends_with_question and not has_calls else "not of Alpaca's form"
 
 
 def _in_form(sample: Sample, form: str) -> Sample:
@@ -214,10 +215,10 @@ def _in_form(sample: Sample, form: str) -> Sample:
     if form == "messages":
         return {"messages": [*sample["prompt"], sample["answer"]]} | tools
     *before, asked = [turn["content"] for turn in sample["prompt"] if turn["role"] != "system"]
-    made = {"instruction": asked, "input": "", "output": sample["answer"]["content"]}
+    alpaca = {"instruction": asked, "input": "", "output": sample["answer"]["content"]}
     if sample["prompt"][0]["role"] == "system":
-        made["system"] = sample["prompt"][0]["content"]
-    return made | ({"history": [before[i : i + 2] for i in range(0, len(before), 2)]} if before else {})
+        alpaca["system"] = sample["prompt"][0]["content"]
+    return alpaca | ({"history": [before[i : i + 2] for i in range(0, len(before), 2)]} if before else {})
 
 
 def _prompt_key(row: Recorded) -> bytes:
@@ -229,10 +230,10 @@ def _digest(value: Any) -> bytes:
 
 
 class _Seen:
-    """What came before, on disk: a million of them take no memory. A context manager."""
+    """A set of values on disk, so that a million of them take no memory. A context manager."""
 
     def __init__(self):
-        self._db = sqlite3.connect("", isolation_level=None)  # a file of SQLite's own, gone when it is closed
+        self._db = sqlite3.connect("", isolation_level=None)  # a temporary file, which SQLite removes at the end
         self._db.execute("PRAGMA journal_mode = OFF")
         self._db.execute("CREATE TABLE seen (value PRIMARY KEY) WITHOUT ROWID")
         self._db.execute("BEGIN")
@@ -243,8 +244,8 @@ class _Seen:
     def __exit__(self, *_) -> None:
         self._db.close()
 
-    def is_new(self, value: Any) -> bool:
-        """Whether it was not seen before; from now on it was."""
+    def add(self, value: Any) -> bool:
+        """Add a value. Returns whether it was not there before."""
         key = value if isinstance(value, int) else _digest(value)
         return self._db.execute("INSERT OR IGNORE INTO seen VALUES (?)", [key]).rowcount == 1
 

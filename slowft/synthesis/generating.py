@@ -1,7 +1,7 @@
-"""Questions and answers by the large model: rows become prompts of a generation, its answers become parts of the rows.
+"""Has the large model write questions and answers: rows become prompts, and what the model writes goes into the rows.
 
-The generation is `slowft generate`'s: what is finished is in a file of its format, and a run that was stopped goes on
-with it.
+The generation is that of `slowft generate`. What is finished is in a file of its format, and a run that was stopped
+goes on from there.
 """
 
 import json
@@ -15,22 +15,21 @@ from ..inference.prompts import Asked, Prompt
 from ..inference.results import SAME
 from ..inference.session import Session, Settings
 from .recipe import Recipe
-from .rows import OF_ANSWER, Row, lines, said, whole_lines, with_answer, written
+from .rows import ANSWER_FIELDS, Row, lines, whole_lines, with_answer, without_reasoning, written
 from .rules import Rules, checked
 from .seeds import filled
 
-MARK = "slowft-user"
-# What a question must pass, whatever the rules for answers are.
-OF_QUESTIONS = Rules(json=None)
+MARK = "slowft-user"  # stands for a user's words in a chat template
+RULES_FOR_QUESTIONS = Rules(json=None)  # whatever the recipe's rules for answers are
 
 
 def open_session(recipe: Recipe, settings: Settings) -> Session:
     adapter = None if recipe.adapter_path is None else str(recipe.path(recipe.adapter_path))
     template = None if recipe.chat_template is None else str(recipe.path(recipe.chat_template))
-    plain = Settings(**{f.name: getattr(settings, f.name) for f in fields(Settings)})
+    without_subclass_fields = Settings(**{f.name: getattr(settings, f.name) for f in fields(Settings)})
     return Session(
         recipe.model_path(recipe.model),
-        plain,
+        without_subclass_fields,
         adapter,
         recipe.memory,
         recipe.compute_dtype,
@@ -43,7 +42,7 @@ def open_session(recipe: Recipe, settings: Settings) -> Session:
 
 
 def write_questions(recipe: Recipe, rows: list[Row], into: Path, report: Any) -> None:
-    """Have the model write the questions of rows that have none."""
+    """Have the model write the questions of these rows, which have none."""
     with open_session(recipe, recipe.questions) as session:
         ends: set[str] = set()
         asked = []
@@ -82,7 +81,7 @@ def user_opening(tokenizer: Any, system: str = "") -> tuple[str, str]:
 
 
 def with_questions(rows: Iterable[Row], generated: Path) -> Iterator[tuple[Row, dict, str | None]]:
-    """(row with its question, what its history says, why it is left out) of rows; one that had its question passes."""
+    """(row with its question, what its history says, why it is left out). A row that had a question passes as it is."""
     answers = lines(generated) if generated.exists() else iter(())
     for row in rows:
         if "messages" in row:
@@ -91,10 +90,10 @@ def with_questions(rows: Iterable[Row], generated: Path) -> Iterator[tuple[Row, 
         answer = next(answers)
         asked = row.pop("ask", None) or answer["prompt"]
         row.pop("opening", None)
-        tried = {"id": row["id"], "messages": [{"role": "user", "content": asked}]}
-        tried = with_answer(tried, answer["text"]) | {"finish_reason": answer["finish_reason"]}
-        ((_, why),) = checked([tried], OF_QUESTIONS)
-        row["messages"] = [{"role": "user", "content": said(answer["text"])}]
+        as_answer = {"id": row["id"], "messages": [{"role": "user", "content": asked}]}
+        as_answer = with_answer(as_answer, answer["text"]) | {"finish_reason": answer["finish_reason"]}
+        ((_, why),) = checked([as_answer], RULES_FOR_QUESTIONS)
+        row["messages"] = [{"role": "user", "content": without_reasoning(answer["text"])}]
         yield row, {"asked": asked} | _facts(answer), None if why is None else f"question: {why}"
 
 
@@ -115,54 +114,57 @@ def answer_ids(row: Row, count: int) -> list[str]:
 
 
 def with_answers(rows: Iterable[Row], generated: Path, count: int) -> Iterator[tuple[Row, dict, None]]:
-    """(row with its answer, what its history says, None) of all answers of the rows."""
+    """(row with its answer, what its history says, None) for each answer."""
     answers = lines(generated)
     for row in rows:
-        told = _told(row)
-        asked = {} if told is None else {"asked": told}
+        instruction = _instruction(row)
+        asked = {} if instruction is None else {"asked": instruction}
         row = {key: value for key, value in row.items() if key not in ("answer_prompt", "put_in")}
         for name in answer_ids(row, count):
             answer = next(answers)
-            made = with_answer(row | {"id": name, "question_id": row["id"]}, answer["text"])
-            yield made | {"finish_reason": answer["finish_reason"]}, asked | _facts(answer), None
+            answered = with_answer(row | {"id": name, "question_id": row["id"]}, answer["text"])
+            yield answered | {"finish_reason": answer["finish_reason"]}, asked | _facts(answer), None
 
 
 def _question(row: Row) -> Prompt:
     """What the model is asked. A single question goes as text, so that models without a chat template take it too."""
-    messages, told = row["messages"], _told(row)
-    if told is not None:
-        messages = [{"role": "user", "content": told}]
+    messages, instruction = row["messages"], _instruction(row)
+    if instruction is not None:
+        messages = [{"role": "user", "content": instruction}]
     return messages[0]["content"] if len(messages) == 1 and messages[0]["role"] == "user" else messages
 
 
-def _told(row: Row) -> str | None:
-    """What the model is told in place of the question, if it is."""
+def _instruction(row: Row) -> str | None:
+    """The filled `answer_prompt`, which the model gets in place of the question; None if the row has none."""
     if "answer_prompt" not in row:
         return None
     return filled(row["answer_prompt"], question=row["messages"][-1]["content"], **row["put_in"])
 
 
 def _answer_into(session: Session, into: Path, asked: list[Asked], report: Any) -> None:
-    """Answer what is not answered yet. Answers that another recipe wanted are kept beside, in case that comes back."""
-    wanted = {json.dumps(one.id): one.prompt for one in asked}
+    """Answer what is not answered yet.
+
+    Answers that only another recipe asked for go to a second file, and come back if they are asked for again.
+    """
+    prompts = {json.dumps(one.id): one.prompt for one in asked}
     about = json.loads(json.dumps({key: value for key, value in session.about().items() if key in SAME}))
-    beside = into.with_name(into.name.replace(".jsonl", ".unused.jsonl"))
-    used, unused, n_new = {}, [], 0
-    for file in (into, beside):
+    unused_file = into.with_name(into.name.replace(".jsonl", ".unused.jsonl"))
+    used, unused, n_moved = {}, [], 0
+    for file in (into, unused_file):
         for line in whole_lines(file):
             row = json.loads(line)
             name = json.dumps(row["id"])
-            fits = name in wanted and row["prompt"] == wanted[name] and about.items() <= row.items()
+            fits = name in prompts and row["prompt"] == prompts[name] and about.items() <= row.items()
             if fits and name not in used:
                 used[name] = line
-                n_new += file is beside
+                n_moved += file is unused_file
             else:
                 unused.append(line)
-                n_new += file is into
-    if n_new:
-        with written(beside, into, optional=[beside]) as (out_beside, out):
+                n_moved += file is into
+    if n_moved:
+        with written(unused_file, into, optional=[unused_file]) as (unused_out, out):
             for line in unused:
-                out_beside.line(line)
+                unused_out.line(line)
             for line in used.values():
                 out.line(line)
     session.answer_into(into, asked, report)
@@ -173,4 +175,4 @@ def _asked(session: Session, name: str, prompt: Prompt) -> Asked:
 
 
 def _facts(answer: Row) -> dict[str, Any]:
-    return {key: answer[key] for key in OF_ANSWER if answer.get(key) is not None}
+    return {key: answer[key] for key in ANSWER_FIELDS if answer.get(key) is not None}

@@ -1,8 +1,8 @@
-"""A data set by its recipe: the steps one after the other, each skipped if it was done, in a folder that can be gone
-on with.
+"""Makes a data set by its recipe: runs the steps in order, and skips those that were done before.
 
-In `steps/` of the output are, for each step, its rows, those that it left out with the reason in their history, and a
-manifest. What the model generated is there as it came, in `slowft generate`'s format, and is never thrown away.
+The folder `steps/` of the output has three files for each step: its rows, the rows that it left out (with the reason
+in their history), and a manifest. What the model generated is there unchanged, in the format of `slowft generate`, and
+is never thrown away.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -18,15 +18,15 @@ from .recipe import Recipe
 from .rows import Out, check_replaceable, count, lines, read
 from .split import SPLITS
 
-PREFERENCES = "preferences"  # folder of prompt/chosen/rejected
+PREFERENCES = "preferences"  # folder of the rows with prompt, chosen and rejected
 
 
 def make(recipe: Recipe, report: Report) -> list[steps.Counts]:
-    """Make the data set, or what is missing of it.
+    """Make the data set, or what is missing of it. Returns what each step counted.
 
     Raises:
-        ConfigError, DataError: what the recipe says cannot be; names what.
-        SlowftError: something cannot be read or written, or an own rule failed.
+        ConfigError, DataError: the recipe asks for something impossible; says for what.
+        SlowftError: something cannot be read or written, or one of the user's own rules failed.
     """
     return _Making(recipe, report).run()
 
@@ -40,7 +40,7 @@ class _Making:
 
     def run(self) -> list[steps.Counts]:
         r = self._recipe
-        if not (self._folder / "split.json").exists():  # said before the model writes for hours
+        if not (self._folder / "split.json").exists():  # an error has to come before the model writes for hours
             check_replaceable(self._output / f"{name}.jsonl" for name in SPLITS)
         rows = self._seeds()
         if any(seed.kind == "template" or (seed.kind != "requests" and seed.writes == "question") for seed in r.seeds):
@@ -85,32 +85,32 @@ class _Making:
 
     def _questions(self, rows: Path) -> Path:
         r, generated = self._recipe, self._folder / "questions.generated.jsonl"
-        options = self._of_model(r.model) | {"how": _without_speed(asdict(r.questions))}
+        options = self._identity(r.model) | {"how": _without_speed(asdict(r.questions))}
 
         def work(counts: steps.Counts, outs: list[Out]) -> None:
-            needing = [row for row in lines(rows) if "messages" not in row]
-            if needing:
-                generating.write_questions(r, needing, generated, self._report)
-            found = generating.with_questions(lines(rows), generated)
-            steps.sift(found, counts, *outs, self._report, count(rows))
+            without_question = [row for row in lines(rows) if "messages" not in row]
+            if without_question:
+                generating.write_questions(r, without_question, generated, self._report)
+            sifted = generating.with_questions(lines(rows), generated)
+            steps.sift(sifted, counts, *outs, self._report, count(rows))
 
         return self._step("questions", [rows], options, work)
 
     def _answers(self, rows: Path) -> Path:
         r, generated = self._recipe, self._folder / "answers.generated.jsonl"
-        options = self._of_model(r.model) | {"how": _without_speed(asdict(r.answers))}
+        options = self._identity(r.model) | {"how": _without_speed(asdict(r.answers))}
 
         def work(counts: steps.Counts, outs: list[Out]) -> None:
             generating.write_answers(r, lines(rows), generated, self._report)
-            found = generating.with_answers(lines(rows), generated, r.answers.count)
-            steps.sift(found, counts, *outs, self._report, count(rows) * r.answers.count)
+            sifted = generating.with_answers(lines(rows), generated, r.answers.count)
+            steps.sift(sifted, counts, *outs, self._report, count(rows) * r.answers.count)
             counts.came_in = count(rows)
 
         return self._step("answers", [rows], options, work)
 
     def _judge(self, rows: Path) -> Path:
         r = self._recipe
-        options = self._of_model(r.judge.model or r.model) | {"judge": asdict(r.judge)}
+        options = self._identity(r.judge.model or r.model) | {"judge": asdict(r.judge)}
 
         def work(counts: steps.Counts, outs: list[Out]) -> None:
             marks = judging.judge(r, lines(rows), self._report)
@@ -138,14 +138,14 @@ class _Making:
         files = [r.path(name) for name in r.contamination.files]
         parts = seeds.fixed_parts(r)
 
-        def found(reading: filters.Reading) -> filters.Found:
+        def sifted(reading: filters.Reading) -> filters.Sifted:
             texts = contamination.Texts(read(files), r.contamination.words, parts)
             return filters.without_contamination(reading, texts, ", ".join(file.name for file in files))
 
-        return self._sift("contamination", rows, {"words": r.contamination.words, "without": parts}, found, files)
+        return self._sift("contamination", rows, {"words": r.contamination.words, "without": parts}, sifted, files)
 
     def _split(self, rows: Path) -> dict[str, Path]:
-        """The files that training takes, by the names of the splits and of PREFERENCES/split."""
+        """The files for training, by name: a split such as "train", or "preferences/train"."""
         r = self._recipe
         used = [split for split in SPLITS if split == "train" or getattr(r.split, split)]
         files = {split: self._output / f"{split}.jsonl" for split in used}
@@ -160,10 +160,10 @@ class _Making:
             out_of = dict(zip([*files, *pairs, "left out"], outs))
             sizes = dict.fromkeys([*files, *pairs], 0)
             shares = r.split.valid, r.split.test
-            found = filters.into_splits(
+            in_splits = filters.into_splits(
                 lambda: lines(rows), *shares, r.seed, None, r.contamination.words, parts, self._watching(count(rows))
             )
-            for row, split, why in late(self._report, found, "Split", count(rows)):
+            for row, split, why in late(self._report, in_splits, "Split", count(rows)):
                 counts.came_in += 1
                 if why is not None:
                     counts.leave_out(why)
@@ -190,14 +190,14 @@ class _Making:
 
     def _card(self, files: dict[str, Path]) -> None:
         r, counts = self._recipe, list(self._done)
-        used = [r.model] + ([r.judge.model or r.model] if r.judge is not None else [])
-        options = {"licences": [card.licence(r.model_path(name)) for name in used]}
+        models = [r.model] + ([r.judge.model or r.model] if r.judge is not None else [])
+        options = {"licences": [card.licence(r.model_path(name)) for name in models]}
         options |= {"card": asdict(r.card), "counts": [[c.name, c.as_dict()] for c in counts]}
 
         def work(counts_of_card: steps.Counts, outs: list[Out]) -> None:
             outs[0].text(card.text(r, counts, files))
 
-        self._run("card", list(files.values()), options, work, [self._output / "README.md"], is_told=False)
+        self._run("card", list(files.values()), options, work, [self._output / "README.md"], sifts_rows=False)
 
     # --- Underneath ---------------------------------------------------------------------------------
 
@@ -206,13 +206,13 @@ class _Making:
         name: str,
         rows: Path,
         options: dict[str, Any],
-        found: Callable[[filters.Reading], filters.Found],
+        sifted: Callable[[filters.Reading], filters.Sifted],
         files: Sequence[Path] = (),
     ) -> Path:
         """A step that leaves rows out."""
 
         def work(counts: steps.Counts, outs: list[Out]) -> None:
-            steps.sift(found(lambda: lines(rows)), counts, *outs, self._report, count(rows))
+            steps.sift(sifted(lambda: lines(rows)), counts, *outs, self._report, count(rows))
 
         return self._step(name, [rows, *files], options, work)
 
@@ -222,10 +222,10 @@ class _Making:
         self._run(name, list(inputs), options, work, outputs)
         return outputs[0]
 
-    def _run(self, name, inputs, options, work, outputs, optional=(), is_told=True) -> None:
+    def _run(self, name, inputs, options, work, outputs, optional=(), sifts_rows=True) -> None:
         manifest = self._folder / f"{name.replace(' ', '-')}.json"
         counts = steps.run(name, manifest, inputs, outputs, options, work, optional)
-        if not is_told:
+        if not sifts_rows:
             return
         self._done.append(counts)
         self._report.note(counts.sentence())
@@ -233,10 +233,10 @@ class _Making:
             raise DataError(f"nothing is left to go on with. {counts.sentence()}. See {outputs[-1]}")
 
     def _watching(self, total: int) -> filters.Watched:
-        return lambda listed: late(self._report, listed, "Comparing", total)
+        return lambda rows: late(self._report, rows, "Comparing", total)
 
-    def _of_model(self, name: str) -> dict[str, Any]:
-        """What of a model tells that it is another: its name, configuration, and the sizes of its files."""
+    def _identity(self, name: str) -> dict[str, Any]:
+        """Values that identify the model and its adapter. If they change, steps with the model are run again."""
         r = self._recipe
         adapter = [] if r.adapter_path is None else sorted(r.path(r.adapter_path).glob("*.safetensors"))
         return {
@@ -256,6 +256,6 @@ class _Making:
 
 
 def _without_speed(settings: dict[str, Any]) -> dict[str, Any]:
-    """What a generation depends on: not how many rows go together, nor what guesses tokens, nor where keys are kept."""
+    """The settings that change what is generated. Those for speed and memory (`wave`, drafts, `spill_kv`) do not."""
     speed = ("wave", "draft_model", "draft_lookup", "num_draft_tokens", "spill_kv")
     return {name: value for name, value in settings.items() if name not in speed}

@@ -1,6 +1,6 @@
-"""The recipe of a data set, as it stands in a YAML file.
+"""The recipe of a data set, which is written in a YAML file.
 
-`example.yaml` beside this file documents each field; a test holds the two together.
+`example.yaml` beside this file documents each field. A test checks that it has all of them.
 """
 
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from .rules import Rules
 
 EXAMPLE = Path(__file__).with_name("example.yaml")
 
-# kind of a seed -> (fields it must have, fields it may have, what its prompt must mention)
+# kind of a seed -> (fields it must have, fields it may have, the placeholder that its prompt must have)
 KINDS = {
     "topics": ({"topics", "prompt"}, {"spare", "writes", "answer_prompt"}, "{topic}"),
     "documents": ({"folder", "prompt"}, {"chunk", "count", "writes", "answer_prompt"}, "{chunk}"),
@@ -52,7 +52,7 @@ Which answer is better: right, complete, clear, and to the point? Reply with 1 o
 
 @dataclass(frozen=True)
 class Seed:
-    """Where questions come from; which fields there are depends on the kind. See `example.yaml`."""
+    """Where questions come from. Which fields have an effect depends on the kind; see `example.yaml`."""
 
     kind: str
     name: str = ""
@@ -71,7 +71,7 @@ class Seed:
 
     @classmethod
     def complete(cls, found: fields.Found, name: str, wrong: fields.Wrong) -> dict[str, Any]:
-        """What goes without saying, once the kind says which fields there are."""
+        """The fields to fill in. Raises `wrong` if the fields that were found do not fit the kind."""
         if "kind" not in found or found["kind"][0] not in KINDS:
             raise wrong(f"{name}.kind must be one of {', '.join(KINDS)}", "kind")
         kind = found["kind"][0]
@@ -107,7 +107,7 @@ class Seed:
 
 @dataclass(frozen=True)
 class Questions(Settings):
-    """How questions are generated: what `slowft generate` takes."""
+    """How questions are generated. The options are those of `slowft generate`."""
 
     temp: float = 1.0
 
@@ -119,7 +119,7 @@ class Questions(Settings):
 
 @dataclass(frozen=True)
 class Answers(Settings):
-    """How answers are generated, and how many to each question."""
+    """How answers are generated, and how many for each question."""
 
     max_tokens: int = 1024
     count: int = 1
@@ -134,7 +134,7 @@ class Answers(Settings):
 
 @dataclass(frozen=True)
 class Judge:
-    """Marks for answers, by the probabilities of digits."""
+    """How a model marks answers, by the probabilities of digits."""
 
     model: str | None = None
     marks: str = "1-5"
@@ -163,7 +163,7 @@ class Judge:
 
 @dataclass(frozen=True)
 class Duplicates:
-    """When texts are alike."""
+    """When a text counts as a duplicate of another."""
 
     threshold: float = 0.8
     words: int = 3
@@ -179,7 +179,7 @@ class Duplicates:
 
 @dataclass(frozen=True)
 class Contamination:
-    """What rows must not share runs of words with, beside valid and test."""
+    """Files that rows must not share runs of words with. (The same holds for valid and test.)"""
 
     files: list[str] = field(default_factory=list)
     words: int = NGRAM
@@ -191,7 +191,7 @@ class Contamination:
 
 @dataclass(frozen=True)
 class Split:
-    """Shares of the rows that are not trained on."""
+    """Shares of the rows that are held out."""
 
     valid: float = 0.05
     test: float = 0.05
@@ -205,7 +205,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Card:
-    """What the data set's page says of it."""
+    """What the data set's page says about it."""
 
     name: str = ""
     license: str | None = None
@@ -215,7 +215,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A data set to be made. `folder` is the recipe's own, which its paths are relative to."""
+    """How a data set is made. Its paths are relative to `folder`, which is the folder of the recipe's file."""
 
     output: str
     model: str
@@ -243,11 +243,11 @@ class Recipe:
             raise ConfigError("judge.pairs needs answers.count of 2 or more")
 
     def path(self, name: str) -> Path:
-        """Of a file that the recipe names."""
+        """The path of a file that the recipe names."""
         return self.folder / Path(name).expanduser()
 
     def model_path(self, name: str) -> str:
-        """Of a model: a directory beside the recipe, or what it is (a hub id, another directory)."""
+        """A model's directory beside the recipe if there is one, else the name itself (a hub id, another directory)."""
         beside = self.path(name)
         return str(beside) if beside.is_dir() else name
 
@@ -258,8 +258,8 @@ def load(file: Path) -> Recipe:
     Raises:
         ConfigError: it cannot be read, or a field is unknown or wrong; names field and line.
     """
-    usual = {"output": "my-data"}
-    recipe = fields.load(file, Recipe, "recipe", usual, "slowft data make --example", folder=file.resolve().parent)
+    examples = {"output": "my-data"}
+    recipe = fields.load(file, Recipe, "recipe", examples, "slowft data make --example", folder=file.resolve().parent)
     names = [seed.name for seed in recipe.seeds]
     if len(set(names)) < len(names):
         raise ConfigError(f"{file.name}: two seeds are named {max(names, key=names.count)}. Give each its own name")

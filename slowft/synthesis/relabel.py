@@ -1,6 +1,7 @@
-"""Recorded requests are answered anew by another model, in waves; each new answer is a row beside the old one.
+"""Has another model answer recorded requests anew, in waves. Each new answer is a row beside the old one.
 
-What was answered anew by the same model with the same options is not answered again, so a run that was stopped goes on.
+A request that the same model answered before, with the same options, is not answered again. So a run that was stopped
+goes on.
 """
 
 import json
@@ -17,10 +18,10 @@ from ..requests.store import Recorded, RequestStore
 from ..requests.texts import plain_messages, prompt_messages
 from .steps import Counts
 
-AT_ONCE = 1000  # rows whose prompts are in memory, and go through in waves
-LIMITS = ("max_completion_tokens", "max_tokens")  # of an answer, as a request has them
-BY = "slowft"  # key of the new row's request: what answered, and how
-# Of a request that is not taken over: how another model sampled
+AT_ONCE = 1000  # rows whose prompts are in memory at the same time
+LIMITS = ("max_completion_tokens", "max_tokens")  # fields of a request that limit its answer's tokens
+BY = "slowft"  # the key of the new row's request that says which model answered, with which options
+# Fields of a request that the new one does not have, because they say how the other model sampled
 SAMPLING = {
     "stream",
     "stream_options",
@@ -41,13 +42,13 @@ def relabel(
     """Answer all rows that the filters are true of, newest first.
 
     Args:
-        model: what the new rows say that they were answered by. limit: rows at most.
+        model: the name that the new rows give as their model. limit: the most rows.
     """
-    counts, about = Counts("relabel"), json.loads(json.dumps(session.about()))  # as the file gives it back
+    counts, about = Counts("relabel"), json.loads(json.dumps(session.about()))  # as it will be read from the file
     rows = _up_to(limit, _rows(store, filters))
-    while some := [*islice(rows, AT_ONCE)]:
-        left: list[tuple[Recorded, dict[str, Any], Asked]] = []
-        for row in some:
+    while batch := [*islice(rows, AT_ONCE)]:
+        to_answer: list[tuple[Recorded, dict[str, Any], Asked]] = []
+        for row in batch:
             counts.came_in += 1
             body = _body(row, model, about)
             asked, why = _asked(session, row)
@@ -55,27 +56,27 @@ def relabel(
                 counts.went_out += 1
                 counts.about["done before"] = counts.about.get("done before", 0) + 1
             elif why is None:
-                left.append((row, body, asked))
+                to_answer.append((row, body, asked))
             else:
                 counts.leave_out(why)
-        if left:
-            _answer(store, session, left, model, report)
-            counts.went_out += len(left)
+        if to_answer:
+            _answer(store, session, to_answer, model, report)
+            counts.went_out += len(to_answer)
     return counts
 
 
 def _up_to(limit: int | None, rows: Iterator[Recorded]) -> Iterator[Recorded]:
-    """Rows up to the `limit`th request: new answers, which are newer than all of them, would else use it up."""
-    n = 0
+    """Rows up to the `limit`th request. Answers made anew do not count: they are the newest and would use it up."""
+    n_requests = 0
     for row in rows:
         yield row
-        n += row.relabels is None
-        if n == limit:
+        n_requests += row.relabels is None
+        if n_requests == limit:
             return
 
 
 def _rows(store: RequestStore, filters: Sequence[Filter]) -> Iterator[Recorded]:
-    """Rows page by page: a reading that lasted for hours would keep SQLite from tidying its file."""
+    """Rows, read page by page, because SQLite cannot tidy its file while one reading lasts for hours."""
     before = None
     while page := store.list(filters, before, 200):
         yield from page
@@ -83,9 +84,9 @@ def _rows(store: RequestStore, filters: Sequence[Filter]) -> Iterator[Recorded]:
 
 
 def _body(row: Recorded, model: str, about: dict[str, Any]) -> dict[str, Any]:
-    """The request as it would have been made of the new model."""
-    asked = row.request if isinstance(row.request, dict) else {}
-    return {key: value for key, value in asked.items() if key not in SAMPLING} | {"model": model, BY: about}
+    """The request as the new model would have received it."""
+    request = row.request if isinstance(row.request, dict) else {}
+    return {key: value for key, value in request.items() if key not in SAMPLING} | {"model": model, BY: about}
 
 
 def _is_done(store: RequestStore, row: Recorded, body: dict[str, Any]) -> bool:
@@ -93,7 +94,7 @@ def _is_done(store: RequestStore, row: Recorded, body: dict[str, Any]) -> bool:
 
 
 def _asked(session: Session, row: Recorded) -> tuple[Any, str | None]:
-    """(what the model is asked, None) or (None, why it cannot be)."""
+    """(what the model is asked, None), or (None, why it cannot be asked)."""
     if row.relabels is not None:
         return None, "answers anew themselves"
     messages = plain_messages(prompt_messages(row.request))
@@ -103,9 +104,9 @@ def _asked(session: Session, row: Recorded) -> tuple[Any, str | None]:
         return None, "without a prompt"
     if row.request.get("tools") or row.request.get("functions"):
         return None, "with tools"
-    one = messages[0]["content"] if len(messages) == 1 and messages[0]["role"] == "user" else messages
+    prompt = messages[0]["content"] if len(messages) == 1 and messages[0]["role"] == "user" else messages
     try:
-        asked = session.asked(one)
+        asked = session.asked(prompt)
     except DataError:
         return None, "of a form that the chat template does not take"
     limits = (row.request.get(name) for name in LIMITS)
@@ -113,17 +114,17 @@ def _asked(session: Session, row: Recorded) -> tuple[Any, str | None]:
     return replace(asked, id=row.id, max_tokens=limit), None
 
 
-def _answer(store: RequestStore, session: Session, left, model: str, report: Any) -> None:
-    run = session.answers([asked for _, _, asked in left])
-    n = 0
+def _answer(store: RequestStore, session: Session, to_answer, model: str, report: Any) -> None:
+    run = session.answers([asked for _, _, asked in to_answer])
+    n_done = 0
     try:
-        with report.generating(len(left)) as tell:
-            while n < len(left):
+        with report.generating(len(to_answer)) as on_progress:
+            while n_done < len(to_answer):
                 for answer in run.step():
-                    row, body, _ = left[answer.number]
+                    row, body, _ = to_answer[answer.number]
                     store.add([_row(row, body, model, answer)])
-                    n += 1
-                tell(run, n)
+                    n_done += 1
+                on_progress(run, n_done)
     finally:
         run.close()
 

@@ -1,8 +1,8 @@
-"""Rows of a data set, one JSON object a line: read as streams in the forms that people have, written whole or not at
-all.
+"""Reads and writes rows of a data set, one JSON object a line.
 
-Inside, a row has "messages" (or "text"), an "id", and a "history": a list of what each step did with it. Whatever else
-is in a row stays in it.
+They are read one at a time, in any of the usual forms. A file is written completely or not at all. Between the steps a
+row has "messages" (or "text"), an "id", and a "history": a list of what each step did with it. Other fields of a row
+stay in it.
 """
 
 import json
@@ -19,17 +19,17 @@ from ..errors import DataError, SlowftError, printable, reason_of
 
 Row = dict[str, Any]
 
-# Of a row of `slowft generate`: what its history keeps.
-OF_ANSWER = ("model", "adapter", "sampler", "seed", "finish_reason", "tokens")
+# Fields of an answer by `slowft generate` that a row's history keeps
+ANSWER_FIELDS = ("model", "adapter", "sampler", "seed", "finish_reason", "tokens")
 SAMPLE_KEYS = {"prompt", "completion", "text", "messages", "conversations", "system", "instruction", "input", "output"}
 END_OF_THOUGHT = "</think>"
 
 
 def read(files: Iterable[Path]) -> Iterator[Row]:
-    """Rows of files of any kind that `--data` may be, and of what `slowft generate` wrote.
+    """Rows of files of any kind that `--data` takes, and of files that `slowft generate` wrote.
 
     Raises:
-        DataError: a file or a line that cannot be read; names both.
+        DataError: a file or a line cannot be read; names both.
     """
     for file in files:
         if not file.is_file():
@@ -46,10 +46,10 @@ def read(files: Iterable[Path]) -> Iterator[Row]:
 
 
 def row_of(found: Found) -> Row:
-    """A sample as a row. An empty answer is one: there is a rule for it.
+    """A sample as a row. An empty answer is accepted here, because a rule leaves it out later.
 
     Raises:
-        BadSample: it is of no known form.
+        BadSample: the sample has no known form.
     """
     sample = found.sample
     row = {"id": sample.get("id", found.place.rpartition("/")[2])}
@@ -69,7 +69,7 @@ def row_of(found: Found) -> Row:
         elif answer is not None:
             row["messages"].append({"role": "assistant", "content": sample[answer]})
         if "sampler" in sample:
-            history = [*history, {"step": "answer"} | {key: rest.pop(key) for key in OF_ANSWER if key in rest}]
+            history = [*history, {"step": "answer"} | {key: rest.pop(key) for key in ANSWER_FIELDS if key in rest}]
             row["finish_reason"] = sample.get("finish_reason")
             rest.pop("prompt_tokens", None)
     elif isinstance(sample.get("text"), str):
@@ -97,32 +97,32 @@ def _are_messages(value: Any) -> bool:
 
 
 def prompt_of(row: Row) -> str:
-    """What is asked, without what the system is told: that many rows may share. Of plain text, nothing."""
+    """What is asked; empty for plain text. The system prompt is left out, because many rows may share it."""
     messages = row.get("messages", [])
     messages = messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
     return "\n".join(m["content"] for m in messages if m["role"] != "system")
 
 
 def answer_of(row: Row) -> str:
-    """The last answer, or the text."""
+    """The last answer, or the whole of a plain text."""
     messages = row.get("messages")
     if messages is None:
         return row["text"]
     return messages[-1]["content"] if messages and messages[-1]["role"] == "assistant" else ""
 
 
-def said(answer: str) -> str:
+def without_reasoning(answer: str) -> str:
     """An answer without the reasoning before it."""
     return answer.rpartition(END_OF_THOUGHT)[2].strip()
 
 
 def with_answer(row: Row, answer: str) -> Row:
-    """The row, whose messages end with a question, answered."""
+    """The row, whose messages end with a question, with the answer after them."""
     return row | {"messages": [*row["messages"], {"role": "assistant", "content": answer}]}
 
 
 def noted(row: Row, entry: dict[str, Any]) -> Row:
-    """The row with one more line in its history."""
+    """The row with one more entry in its history."""
     return row | {"history": [*row.get("history", []), entry]}
 
 
@@ -130,21 +130,21 @@ def noted(row: Row, entry: dict[str, Any]) -> Row:
 
 
 def lines(file: Path) -> Iterator[Row]:
-    """Rows that `written` wrote."""
+    """The rows of a file that was made with `written`."""
     with open(file, "rb") as content:
         for line in content:
             yield json.loads(line)
 
 
 def whole_lines(file: Path) -> Iterator[bytes]:
-    """Lines of a file, if it is there; not one at its end that was cut off."""
+    """The lines of a file, without a last line that was cut off. None if the file does not exist."""
     if file.exists():
         with open(file, "rb") as content:
             yield from (line for line in content if line.endswith(b"\n"))
 
 
 def count(file: Path) -> int:
-    """Lines of a file."""
+    """How many lines a file has."""
     with open(file, "rb") as content:
         return sum(piece.count(b"\n") for piece in iter(lambda: content.read(1 << 20), b""))
 
@@ -166,10 +166,10 @@ class Out:
 
 
 def check_replaceable(files: Iterable[Path]) -> None:
-    """Refuse to write over rows of somebody else's: slowft's own have a history, or the group they were split by.
+    """Check that no file has rows that slowft did not write. Its own have a history, or the group they were split by.
 
     Raises:
-        DataError: one of the files holds such rows.
+        DataError: one of the files has other rows.
     """
     for file in files:
         try:
@@ -188,19 +188,19 @@ def check_replaceable(files: Iterable[Path]) -> None:
 
 @contextmanager
 def written(*files: Path, optional: Sequence[Path] = ()) -> Iterator[list[Out]]:
-    """Files to write; they are there, whole, when this is left without an error, and otherwise as they were before.
+    """Files to write. They are replaced when this is left without an error, and otherwise stay as they were.
 
     Args:
-        optional: those that are removed if they would be empty.
+        optional: files that are removed if they would be empty.
     """
-    partial = [file.with_name(f".{file.name}.tmp") for file in files]  # one that a kill left is written anew
+    temporaries = [file.with_name(f".{file.name}.tmp") for file in files]  # what a kill left there is written over
     opened: list[BinaryIO] = []
     try:
-        for file, temporary in zip(files, partial):
+        for file, temporary in zip(files, temporaries):
             file.parent.mkdir(parents=True, exist_ok=True)
             opened.append(open(temporary, "wb"))
         yield [Out(file) for file in opened]
-        for file, temporary, out in zip(files, partial, opened):
+        for file, temporary, out in zip(files, temporaries, opened):
             if file in optional and not out.tell():
                 file.unlink(missing_ok=True)
                 continue
@@ -213,5 +213,5 @@ def written(*files: Path, optional: Sequence[Path] = ()) -> Iterator[list[Out]]:
     finally:
         for out in opened:
             out.close()
-        for temporary in partial:
+        for temporary in temporaries:
             temporary.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""Rules that cost nothing: answers that are cut off, empty, refused, repeated, in another script or language and so on.
+"""Rules that need no model: they leave out answers that are cut off, empty, refused, repetitive, in another language...
 
-Each rule is a function of a row that gives None, or the reason why the row is left out. A user's own is a Python
-function of that kind, or a command that is handed rows as JSON lines and writes a line for each: empty, or the
+Each rule is a function of a row that gives None, or the reason why the row is left out. A user's own rule is such a
+function in Python, or a command. The command reads rows as JSON lines and writes a line for each: empty, or the
 reason.
 """
 
@@ -14,18 +14,19 @@ import tempfile
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from ..errors import ConfigError, SlowftError, printable
-from .rows import END_OF_THOUGHT, Row, answer_of, prompt_of, said
-from .shingles import normalised, words
+from .rows import END_OF_THOUGHT, Row, answer_of, prompt_of, without_reasoning
+from .shingles import words
 
 Rule = Callable[[Row], str | None]
 
-REPEATED_WORDS = 4  # in a run: of prose, a few percent of runs this long come twice
-COPIED_WORDS = 8  # in a run: shorter ones of a question come in every answer
-RIGHT_SHARE = 0.8  # of letters, in the scripts that are wanted: names and quotations may be in others
-LEAST_HITS = 3  # function words that another language must have more of
+REPEATED_WORDS = 4  # words in a run; in prose a few percent of the runs of this length occur twice
+COPIED_WORDS = 8  # words in a run; shorter runs of a question are in every answer
+RIGHT_SHARE = 0.8  # least share of letters in the wanted scripts; names and quotations may be in others
+LEAST_HITS = 3  # how many more function words of another language there must be
 
 _CANNOT = r"(can't|cannot|can not|won't|will not|(am|'m) (unable|not able) to|must decline)"
 _DO = r"(help|assist|provide|comply|fulfill|do that|answer|create|write|generate|engage|support|discuss|continue)"
@@ -47,7 +48,7 @@ REFUSALS = [
 _REFUSALS = [re.compile(pattern, re.DOTALL) for pattern in REFUSALS]
 REFUSAL_CHARACTERS = 200
 
-# Words that texts of a language are full of, and others' are not.
+# Words that are frequent in texts of a language, and rare in texts of the others
 FUNCTION_WORDS = {
     "de": "der die das und ist nicht ein eine den von zu mit sich auf für dem sie es auch als an wird sind oder aber",
     "en": "the of and to in is that it for was on are with as they be at this have from or by not but what all which",
@@ -63,7 +64,7 @@ FUNCTION_WORDS = {
     "uk": "і в не на я що він з як це по але вони ми вона до у із за від так його для ж або б ти все був є якщо та",
 }
 _FUNCTION_WORDS = {language: set(listed.split()) for language, listed in FUNCTION_WORDS.items()}
-# Of languages that are told by their script, its names in Unicode. Japanese has kana, which Chinese has not.
+# Language -> script in Unicode's names, for languages that are recognised by it. Japanese has kana, Chinese does not
 SCRIPT_OF_LANGUAGE = {
     "ar": "ARABIC",
     "el": "GREEK",
@@ -79,16 +80,16 @@ LANGUAGES = sorted({*FUNCTION_WORDS, *SCRIPT_OF_LANGUAGE})
 
 @dataclass(frozen=True)
 class Rules:
-    """Which rules there are, and their settings: the recipe's `rules`.
+    """Which rules are used, and their settings: the recipe's `rules`.
 
     Attributes:
-        cut_off, empty, refusal: leave out such answers. refusals: more patterns of theirs.
+        cut_off, empty, refusal: leave out such answers. refusals: further patterns of how refusals begin.
         repetition: the largest share of runs of 4 words that came before in the same answer; 1 lets all through.
         copies: the largest share of the answer's runs of 8 words that are in the question; 1 lets all through.
-        scripts: Unicode's names of what letters may be, such as LATIN; none: any.
-        language: what answers must be in, such as en.
-        json: asked, answers to questions that ask for JSON must be valid; always, all must.
-        own: functions (file.py:name or module:name) and commands ("! command").
+        scripts: Unicode's names of the scripts that letters may have, such as LATIN; empty: any.
+        language: the language of answers, such as en.
+        json: "asked": answers to questions that ask for JSON must be valid JSON; "always": all answers must.
+        own: the user's functions (file.py:name or module:name) and commands ("! command").
     """
 
     cut_off: bool = True
@@ -121,12 +122,12 @@ class Rules:
                 raise ConfigError(f"refusals has a pattern that is no regular expression: {pattern} ({e})") from None
 
     def rules(self, folder: Path = Path()) -> list[Rule]:
-        """The rules that are functions, in order of their cost.
+        """The rules that are functions, the cheapest first.
 
         Args:
-            folder: what files of own functions are relative to.
+            folder: paths of the user's functions are relative to it.
         Raises:
-            ConfigError: an own function that is not there.
+            ConfigError: a function of the user's cannot be loaded.
         """
         self.check()
         patterns = [*_REFUSALS, *(re.compile(pattern, re.IGNORECASE | re.DOTALL) for pattern in self.refusals)]
@@ -145,17 +146,17 @@ class Rules:
 
     @property
     def commands(self) -> list[str]:
-        """The own rules that are commands."""
+        """The user's rules that are commands."""
         return [name.removeprefix("!").strip() for name in self.own if name.startswith("!")]
 
 
 def checked(rows: Iterable[Row], rules: Rules, folder: Path = Path()) -> Iterator[tuple[Row, str | None]]:
-    """Each row, and why it is to be left out, or None."""
+    """Each row, and the reason to leave it out or None."""
     functions = rules.rules(folder)
-    found = ((row, next((why for rule in functions if (why := rule(row)) is not None), None)) for row in rows)
+    results = ((row, next((why for rule in functions if (why := rule(row)) is not None), None)) for row in rows)
     for command in rules.commands:
-        found = _by_command(found, command, folder)
-    return found
+        results = _by_command(results, command, folder)
+    return results
 
 
 # --- The rules ------------------------------------------------------------------------------------------
@@ -167,36 +168,36 @@ def cut_off(row: Row) -> str | None:
 
 
 def empty(row: Row) -> str | None:
-    return None if said(answer_of(row)) else "empty"
+    return None if without_reasoning(answer_of(row)) else "empty"
 
 
 def refusal(row: Row, patterns: Iterable[re.Pattern] = tuple(_REFUSALS)) -> str | None:
-    begin = said(answer_of(row))[:REFUSAL_CHARACTERS].replace("’", "'").casefold()
+    begin = without_reasoning(answer_of(row))[:REFUSAL_CHARACTERS].replace("’", "'").casefold()
     return "refusal" if any(pattern.search(begin) for pattern in patterns) else None
 
 
 def repetition(row: Row, most: float) -> str | None:
-    """Of the answer's runs of 4 words, the share that came before in it."""
-    listed = words(said(answer_of(row)))
+    """Too large a share of the answer's runs of 4 words came before in it."""
+    listed = words(without_reasoning(answer_of(row)))
     runs = list(zip(*(listed[i:] for i in range(REPEATED_WORDS))))
     return "repetition" if runs and 1 - len(set(runs)) / len(runs) > most else None
 
 
 def copies_prompt(row: Row, most: float) -> str | None:
-    """Of the answer's runs of 8 words, the share that is in the question; a shorter one copies all or nothing."""
-    prompt, answer = words(prompt_of(row)), words(said(answer_of(row)))
+    """Too large a share of the answer's runs of 8 words is in the question. A shorter answer has to be the question."""
+    prompt, answer = words(prompt_of(row)), words(without_reasoning(answer_of(row)))
     if len(answer) < COPIED_WORDS:
         return "copies the prompt" if answer and answer == prompt else None
-    there = set(zip(*(prompt[i:] for i in range(COPIED_WORDS))))
+    prompt_runs = set(zip(*(prompt[i:] for i in range(COPIED_WORDS))))
     runs = list(zip(*(answer[i:] for i in range(COPIED_WORDS))))
-    return "copies the prompt" if sum(run in there for run in runs) / len(runs) > most else None
+    return "copies the prompt" if sum(run in prompt_runs for run in runs) / len(runs) > most else None
 
 
 def no_json(row: Row, always: bool) -> str | None:
-    """The answer, perhaps in a fence of Markdown, is JSON."""
+    """The answer is not JSON. (JSON in a fence of Markdown is accepted.)"""
     if not always and not re.search(r"\bjson\b", prompt_of(row), re.IGNORECASE):
         return None
-    text = said(answer_of(row))
+    text = without_reasoning(answer_of(row))
     fence = re.fullmatch(r"```(?:json)?\s*\n(.*?)\n?\s*```", text, re.DOTALL | re.IGNORECASE)
     try:
         json.loads(fence[1] if fence else text, parse_constant=_no_number)
@@ -206,7 +207,7 @@ def no_json(row: Row, always: bool) -> str | None:
 
 
 def _no_number(name: str) -> None:
-    raise ValueError(name)  # NaN and Infinity, which Python takes for JSON
+    raise ValueError(name)  # NaN and Infinity, which Python accepts and JSON does not have
 
 
 SCRIPTS = {
@@ -214,20 +215,16 @@ SCRIPTS = {
     *("HIRAGANA", "KATAKANA", "CJK", "ARMENIAN", "GEORGIAN", "ETHIOPIC", "KHMER", "LAO", "MYANMAR", "GUJARATI"),
     *("GURMUKHI", "KANNADA", "MALAYALAM", "SINHALA", "TIBETAN", "MONGOLIAN"),
 }
-_script_of: dict[str, str] = {}  # of a character; there are only so many
 
 
+@cache
 def script_of(character: str) -> str:
     """The first word of a letter's name in Unicode: LATIN, CYRILLIC, CJK ..."""
-    found = _script_of.get(character)
-    if found is None:
-        found = unicodedata.name(character, "?").removeprefix("FULLWIDTH ").removeprefix("HALFWIDTH ").split()[0]
-        _script_of[character] = found
-    return found
+    return unicodedata.name(character, "?").removeprefix("FULLWIDTH ").removeprefix("HALFWIDTH ").split()[0]
 
 
 def _scripts(text: str) -> dict[str, int]:
-    """Letters of each script."""
+    """How many letters of each script the text has."""
     counts: dict[str, int] = {}
     for character in text:
         if character.isalpha():
@@ -237,23 +234,24 @@ def _scripts(text: str) -> dict[str, int]:
 
 
 def wrong_script(row: Row, scripts: Iterable[str]) -> str | None:
-    counts, wanted = _scripts(said(answer_of(row))), {name.upper() for name in scripts}
+    counts, wanted = _scripts(without_reasoning(answer_of(row))), {name.upper() for name in scripts}
     total = sum(counts.values())
     right = sum(n for script, n in counts.items() if script in wanted)
     return "wrong script" if total and right / total < RIGHT_SHARE else None
 
 
 def wrong_language(row: Row, wanted: str) -> str | None:
-    """Another language is plainly the answer's; one of a few words may be in any."""
-    found = language_of(said(answer_of(row)), wanted)
-    return None if found in (None, wanted) else "wrong language"
+    """The answer is clearly in another language. (An answer of a few words passes.)"""
+    language = language_of(without_reasoning(answer_of(row)), wanted)
+    return None if language in (None, wanted) else "wrong language"
 
 
 def language_of(text: str, likely: str | None = None) -> str | None:
-    """A text's language, by its script or the function words in it; None if that cannot be told.
+    """A text's language by its script or its function words. None if it is unclear.
 
     Args:
-        likely: another must have plainly more of its words than this one.
+        likely: this language is preferred unless another has `LEAST_HITS` more of its words in the text. The result
+            is "?" if only the script is known, and it is not the one of this language.
     """
     counts = _scripts(text)
     total = sum(counts.values())
@@ -263,26 +261,26 @@ def language_of(text: str, likely: str | None = None) -> str | None:
     for language, script in SCRIPT_OF_LANGUAGE.items():
         if counts.get(script, 0) > total / 2:
             return language
-    listed = normalised(text).split()
-    hits = {language: sum(word in those for word in listed) for language, those in _FUNCTION_WORDS.items()}
+    listed = words(text)
+    hits = {language: sum(word in own for word in listed) for language, own in _FUNCTION_WORDS.items()}
     best = max(hits, key=lambda language: (hits[language], language == likely))
     if hits[best] < LEAST_HITS:
         latin_or_cyrillic = counts.get("LATIN", 0) + counts.get("CYRILLIC", 0)
-        other = likely in SCRIPT_OF_LANGUAGE and total > 20 and latin_or_cyrillic > total / 2
-        return "?" if other else None
+        is_another = likely in SCRIPT_OF_LANGUAGE and total > 20 and latin_or_cyrillic > total / 2
+        return "?" if is_another else None
     if likely in hits and hits[best] - hits[likely] < LEAST_HITS:
         return likely
     return best
 
 
-# --- A user's own ---------------------------------------------------------------------------------------
+# --- The user's own rules -------------------------------------------------------------------------------
 
 
 def own_function(name: str, folder: Path) -> Rule:
-    """The function in `file.py:name` or `module:name`, as a rule.
+    """The function `file.py:name` or `module:name` as a rule.
 
     Raises:
-        ConfigError: it is not there.
+        ConfigError: it cannot be loaded.
     """
     where, _, attribute = name.rpartition(":")
     file = folder / where
@@ -295,9 +293,9 @@ def own_function(name: str, folder: Path) -> Rule:
             module = importlib.import_module(where)
         function = getattr(module, attribute)
     except Exception as e:  # whatever a user's file does
-        said_why = printable(str(e)) or type(e).__name__
+        reason = printable(str(e)) or type(e).__name__
         raise ConfigError(
-            f"own rule {name} cannot be loaded: {said_why}. Give file.py:function, or ! and a command"
+            f"own rule {name} cannot be loaded: {reason}. Give file.py:function, or ! and a command"
         ) from None
 
     def rule(row: Row) -> str | None:
@@ -313,35 +311,35 @@ def own_function(name: str, folder: Path) -> Rule:
 
 
 def _by_command(
-    found: Iterable[tuple[Row, str | None]], command: str, folder: Path
+    results: Iterable[tuple[Row, str | None]], command: str, folder: Path
 ) -> Iterator[tuple[Row, str | None]]:
-    """What a command says of the rows that are still there."""
+    """The results, with the command's reasons for the rows that have none yet."""
     with tempfile.TemporaryDirectory(prefix="slowft-rules-") as directory:
-        given, all_rows, answered = (Path(directory) / name for name in ("given", "all", "answered"))
+        input_file, all_file, output_file = (Path(directory) / name for name in ("input", "all", "output"))
+        n_rows = 0
         with (
-            open(given, "w", errors="surrogatepass") as rows,
-            open(all_rows, "w", errors="surrogatepass") as all_of_them,
+            open(input_file, "w", errors="surrogatepass") as rows,
+            open(all_file, "w", errors="surrogatepass") as all_results,
         ):
-            n = 0
-            for row, why in found:
-                all_of_them.write(json.dumps([row, why]) + "\n")
+            for row, why in results:
+                all_results.write(json.dumps([row, why]) + "\n")
                 if why is None:
                     rows.write(json.dumps(row) + "\n")
-                    n += 1
-        with open(given, "rb") as rows, open(answered, "wb") as out:
+                    n_rows += 1
+        with open(input_file, "rb") as rows, open(output_file, "wb") as out:
             try:
                 done = subprocess.run(shlex.split(command), stdin=rows, stdout=out, cwd=folder)
             except OSError as e:
                 raise SlowftError(f"own rule {command} cannot be run: {e.strerror}") from None
         if done.returncode:
             raise SlowftError(f"own rule {command} ended with status {done.returncode}")
-        with open(answered, encoding="utf-8", errors="replace") as said_of:
-            n_said = sum(1 for _ in said_of)
-        if n_said != n:
+        with open(output_file, encoding="utf-8", errors="replace") as reasons:
+            n_lines = sum(1 for _ in reasons)
+        if n_lines != n_rows:
             raise SlowftError(
-                f"own rule {command} wrote {n_said} lines for {n} rows. Write one for each, empty to keep"
+                f"own rule {command} wrote {n_lines} lines for {n_rows} rows. Write one for each, empty to keep"
             )
-        with open(all_rows) as pairs, open(answered, encoding="utf-8", errors="replace") as said_of:
-            for line in pairs:
+        with open(all_file) as all_results, open(output_file, encoding="utf-8", errors="replace") as reasons:
+            for line in all_results:
                 row, why = json.loads(line)
-                yield row, why if why is not None else (printable(next(said_of).strip()) or None)
+                yield row, why if why is not None else (printable(next(reasons).strip()) or None)

@@ -1,13 +1,13 @@
-"""Where questions come from: topics with quotas, documents in chunks, recorded requests, a few examples, or nothing.
+"""Makes the first rows: from topics with quotas, documents in chunks, recorded requests, a few examples, or nothing.
 
-Comes in: a recipe's `Seed`. Goes out: rows. One that asks the model for a question has it under "ask", or "opening"
-where the model is to write in the user's place; others have their "messages" already. Every row says which group it
-is of.
+Comes in: a recipe's `Seed`. Goes out: rows. A row whose question the model has to write has the prompt for it under
+"ask", or has an "opening" if the model writes in the user's place. Other rows have their "messages" already. Every row
+names its group.
 """
 
 import random
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,22 +20,22 @@ from .split import group_of
 
 
 def rows(recipe: Recipe) -> Iterator[Row]:
-    """Of all seeds, in their order.
+    """The rows of all seeds, in the recipe's order.
 
     Raises:
-        DataError: a file or folder that is not there, or holds nothing.
+        DataError: a file or folder is missing or empty.
     """
     for seed in recipe.seeds:
-        found = _KINDS[seed.kind](seed, recipe)
-        first = next(found, None)
+        of_seed = _KINDS[seed.kind](seed, recipe)
+        first = next(of_seed, None)
         if first is None:
             raise DataError(f"seeds of {seed.name} are none: {seed.folder or seed.file} is empty")
         yield first
-        yield from found
+        yield from of_seed
 
 
 def raw(recipe: Recipe) -> Iterator[Row]:
-    """What people wrote that the seeds are made of: documents in chunks, requests, examples. Topics have nothing.
+    """The texts of people that the seeds are made of: documents in chunks, requests, examples. Topics have none.
 
     Rows have a "text" or "messages", and their "group".
     """
@@ -53,21 +53,20 @@ def raw(recipe: Recipe) -> Iterator[Row]:
 
 
 def quotas(recipe: Recipe) -> dict[tuple[str, str], int]:
-    """(name of the seeds, topic) -> rows wanted."""
+    """(name of the seed, topic) -> how many rows are wanted."""
     return {(seed.name, topic): quota for seed in recipe.seeds for topic, quota in seed.topics.items()}
 
 
 def fixed_parts(recipe: Recipe) -> list[str]:
-    """What prompts have in common because the recipe says so: pieces of them between what is put in."""
+    """The parts of the recipe's prompts between their placeholders, which many questions have in common."""
     prompts = [seed.prompt for seed in recipe.seeds if seed.writes == "answer"]
     return [part for prompt in prompts for part in re.split(r"\{(?:topic|chunk|examples)\}", prompt) if part.strip()]
 
 
 def filled(prompt: str, **values: Any) -> str:
-    """The prompt with {name} replaced by each value, and nothing else: prompts may have braces of their own."""
-    return re.sub(
-        r"\{(" + "|".join(map(re.escape, values)) + r")\}", lambda found: str(values[found[1]]), prompt
-    ).strip()
+    """The prompt with each {name} replaced by its value. Other braces stay, because prompts may have their own."""
+    placeholder = r"\{(" + "|".join(map(re.escape, values)) + r")\}"
+    return re.sub(placeholder, lambda match: str(values[match[1]]), prompt).strip()
 
 
 def _row(seed: Seed, number: str, group: str, values: dict[str, str], **about: Any) -> Row:
@@ -110,7 +109,7 @@ def _requests(seed: Seed, recipe: Recipe) -> Iterator[Row]:
     file = recipe.path(seed.file)
     for i, row in enumerate(read([file])):
         messages = row.get("messages") or [{"role": "user", "content": row["text"]}]
-        if messages[-1]["role"] == "assistant":  # an answer that somebody recorded
+        if messages[-1]["role"] == "assistant":  # the recorded answer
             messages = messages[:-1]
         if not messages or not messages[-1]["content"].strip():
             raise DataError(f"{file} row {i + 1} asks nothing. Remove it")
@@ -147,20 +146,20 @@ _KINDS = {
 
 
 def chunks(text: str, size: int) -> Iterator[str]:
-    """Pieces of at most `size` characters, cut between paragraphs if that can be, else sentences, words, characters."""
-    left = text.strip()
-    while len(left) > size:
-        cut = _cut(left, size)
-        yield left[:cut].strip()
-        left = left[cut:].strip()
-    if left:
-        yield left
+    """Pieces of at most `size` characters, cut between paragraphs if possible, else sentences, words, characters."""
+    remaining = text.strip()
+    while len(remaining) > size:
+        cut = _cut(remaining, size)
+        yield remaining[:cut].strip()
+        remaining = remaining[cut:].strip()
+    if remaining:
+        yield remaining
 
 
 def _cut(text: str, size: int) -> int:
+    """Where to cut the first piece off."""
     for between in (r"\n\s*\n", r"(?<=[.!?。！？])\s+|(?<=[。！？])", r"\s+"):
-        ends: Iterable[int] = (found.start() for found in re.finditer(between, text[: size + 1]))
-        at = max(ends, default=0)
-        if at > size // 4:  # no tiny pieces
-            return at
+        cut = max((match.start() for match in re.finditer(between, text[: size + 1])), default=0)
+        if cut > size // 4:  # avoids tiny pieces
+            return cut
     return size

@@ -1,10 +1,10 @@
-"""Runs of n words of many texts as 64-bit hashes, all of a batch in a few numpy operations.
+"""Computes 64-bit hashes of all runs of n words of many texts (shingles), a batch at a time with numpy.
 
-Texts are normalised first: compatible characters made one (NFKC), no case, words and single spaces. Characters of
-scripts that write no spaces are words of their own.
+Texts are normalised first. Compatible characters become one (NFKC), case is removed, and single spaces separate words.
+In scripts that are written without spaces each character is a word.
 
-A run's hash is that of its bytes: with prefix sums C of table[byte] * base^place (mod 2^64), it is
-(C[end] - C[start]) * base^-start, since an odd base has an inverse. So no run is ever cut out of a text.
+A run's hash is computed from its bytes without cutting the run out of the text. With the prefix sums C of
+table[byte] * base^position (mod 2^64) it is (C[end] - C[start]) * base^-start, since an odd base has an inverse.
 """
 
 import re
@@ -13,13 +13,13 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-BATCH_NBYTES = 1 << 17  # of text at a time: what is computed from it stays in a core's cache
-# Han, Kana, Hangul; Thai, Lao, Tibetan, Burmese, Khmer
+BATCH_NBYTES = 1 << 17  # text at a time: the arrays computed from it stay in a core's cache
+# scripts without spaces: Han, Kana, Hangul; Thai, Lao, Tibetan, Burmese, Khmer
 _NO_SPACES = re.compile("[\u0e00-\u0eff\u0f00-\u109f\u1780-\u17ff\u3005-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff]")
-# marks that belong to letters (accents, Arabic and Indic vowels) are no ends of words
+# marks that belong to letters (accents, Arabic and Indic vowels) do not end words
 _IN_WORDS = "\\w\u0300-\u036f\u064b-\u065f\u0900-\u0dff"
 _BETWEEN_WORDS = re.compile(f"[^{_IN_WORDS}]+|_+")
-# what prose is full of; other signs make a difference in questions on code and numbers: C and C++, 3 + 4 and 3 - 4
+# signs of ordinary prose. Other signs change the meaning of questions on code and numbers: C and C++, 3 + 4 and 3 - 4
 _PROSE = re.compile("[\\s_.,;:!?'\"`()\\[\\]{}\u00ab\u00bb\u2010-\u203a\u3000-\u3003\u3008-\u3011\u30fb]+|-(?! ?[\\d])")
 _SIGN = re.compile(f"[^{_IN_WORDS}\\s]")
 
@@ -29,10 +29,10 @@ _TABLE = _random.integers(1, 2**64, 256, np.uint64)
 
 
 def normalised(text: str, with_signs: bool = False) -> str:
-    """Words and single spaces; of a text without words, the text.
+    """The text's words with single spaces between them. A text without words stays as it is.
 
     Args:
-        with_signs: signs that are not those of prose are words too.
+        with_signs: signs other than those of prose count as words too.
     """
     plain = unicodedata.normalize("NFKC", text).casefold()
     if _NO_SPACES.search(plain):
@@ -46,7 +46,7 @@ def normalised(text: str, with_signs: bool = False) -> str:
 
 
 def words(text: str) -> list[str]:
-    """Of a text, as they are compared."""
+    """A text's normalised words."""
     return normalised(text).split()
 
 
@@ -64,12 +64,12 @@ def batches(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def hashes(texts: list[str], n: int) -> tuple[np.ndarray, np.ndarray]:
-    """(uint64 hashes of all runs of `n` words, text after text; where each text's begin).
+    """(uint64 hashes of all runs of `n` words, text after text; the index of each text's first hash).
 
-    A text of fewer words has one run, all of it.
+    A text of fewer words is one run.
 
     Args:
-        texts: normalised, one or more.
+        texts: one or more normalised texts.
     """
     content = np.frombuffer(("\n".join(texts) + "\n").encode("utf-8", "surrogatepass"), np.uint8)
     powers, inverse = _powers(len(content) + 1)
@@ -78,7 +78,7 @@ def hashes(texts: list[str], n: int) -> tuple[np.ndarray, np.ndarray]:
     is_end_of_text = content == 10
     ends = np.flatnonzero(is_end_of_text | (content == 32))
     begins = np.concatenate(([0], ends[:-1] + 1))
-    last_of_text = np.flatnonzero(is_end_of_text[ends])  # numbers of words
+    last_of_text = np.flatnonzero(is_end_of_text[ends])  # words are numbered through all texts
     first_of_text = np.concatenate(([0], last_of_text[:-1] + 1))
     numbers = np.arange(len(ends))
     last = np.repeat(last_of_text, last_of_text - first_of_text + 1)
@@ -91,7 +91,7 @@ def hashes(texts: list[str], n: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def mixed(values: np.ndarray) -> np.ndarray:
-    """Every bit of a uint64 spread over all of them (splitmix64's finalizer)."""
+    """uint64 values whose bits each depend on all bits of the input (splitmix64's finalizer)."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))

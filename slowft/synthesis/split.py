@@ -1,7 +1,7 @@
-"""Shares rows out to train, valid and test by group, such as a document or a topic: never a group to two of them.
+"""Divides rows into train, valid and test by group, such as a document or a topic. A group is never in two of them.
 
-Groups go by a hash of their names, so that the order of rows does not matter, and test and valid are filled with
-those that fit. What train then still shares with valid or test (runs of words, see `contamination`) leaves train.
+Groups are ordered by a hash of their names, so that the order of rows does not matter. Test and valid are filled with
+those that fit. Rows of train that still share runs of words with valid or test are left out (see `contamination`).
 """
 
 import hashlib
@@ -12,14 +12,14 @@ from .rows import Row, prompt_of
 from .shingles import normalised
 
 SPLITS = ("train", "valid", "test")
-KEYS = ("group", "document", "topic")  # of a row that says what it belongs to
+KEYS = ("group", "document", "topic")  # fields of a row that may name its group
 
 
 def group_of(row: Row, key: str | None = None) -> str:
-    """What a row belongs to: the value of `key`, or of the first of `KEYS`; else what it asks is a group.
+    """A row's group: the value of `key`, or of the first of `KEYS` that it has. Otherwise its question is the group.
 
     Raises:
-        DataError: a key that the row has not.
+        DataError: the row does not have the key.
     """
     if key is not None and key not in row:
         raise DataError(f"row {row['id']} has no {key!r} to split by. It has {', '.join(row)}")
@@ -31,7 +31,7 @@ def group_of(row: Row, key: str | None = None) -> str:
 
 
 def counted(groups: Iterable[str]) -> dict[str, int]:
-    """Rows of each group."""
+    """How many rows each group has."""
     counts: dict[str, int] = {}
     for group in groups:
         counts[group] = counts.get(group, 0) + 1
@@ -44,37 +44,37 @@ def assign(counts: Mapping[str, int], valid: float, test: float, seed: int = 0) 
     Args:
         counts: rows of each group. valid, test: shares of all rows.
     Raises:
-        DataError: there are fewer groups than splits that are asked for.
+        DataError: there are fewer groups than splits.
     """
     check_shares(valid, test)
-    wanted = {name: share for name, share in (("test", test), ("valid", valid)) if share}
-    if len(counts) <= len(wanted):
+    shares = {name: share for name, share in (("test", test), ("valid", valid)) if share}
+    if len(counts) <= len(shares):
         raise DataError(
             f"{sum(counts.values())} rows of {len(counts)} group{'s' * (len(counts) != 1)} cannot be split into train "
-            f"and {' and '.join(wanted)}: a group is never split. Make rows of more documents or topics"
+            f"and {' and '.join(shares)}: a group is never split. Make rows of more documents or topics"
         )
-    left = sorted(counts, key=lambda group: (_number(group, seed), group))
+    remaining = sorted(counts, key=lambda group: (_number(group, seed), group))
     total, splits = sum(counts.values()), {}
-    for split, share in wanted.items():
+    for split, share in shares.items():
         room, chosen = share * total, []
-        for group in left:
-            if counts[group] <= room and len(left) - len(chosen) > len(wanted):
+        for group in remaining:
+            if counts[group] <= room and len(remaining) - len(chosen) > len(shares):
                 chosen.append(group)
                 room -= counts[group]
-        chosen = chosen or [min(left, key=lambda group: counts[group])]  # all are larger than the share
+        chosen = chosen or [min(remaining, key=lambda group: counts[group])]  # every group is larger than the share
         splits |= dict.fromkeys(chosen, split)
-        left = [group for group in left if group not in splits]
-    return splits | dict.fromkeys(left, "train")
+        remaining = [group for group in remaining if group not in splits]
+    return splits | dict.fromkeys(remaining, "train")
 
 
 def drawn(group: str, valid: float, test: float, seed: int = 0) -> str:
-    """The split of a group by its name alone, where there are too many to count: shares are met about."""
-    at = _number(group, seed) / 2**64
-    return "test" if at < test else "valid" if at < test + valid else "train"
+    """The split of a group by its name alone, for data with too many groups to count. Shares are approximate."""
+    position = _number(group, seed) / 2**64
+    return "test" if position < test else "valid" if position < test + valid else "train"
 
 
 def check_shares(valid: float, test: float) -> None:
-    """Raises ConfigError for shares of all rows that cannot be."""
+    """Raises ConfigError unless the shares of all rows are possible."""
     for name, share in (("valid", valid), ("test", test)):
         if not 0 <= share < 1:
             raise ConfigError(f"{name} must be a share from 0 to below 1, got {share:g}")

@@ -1,7 +1,7 @@
-"""A step of making data: files in, files out, counts of what was left out and why. Done again only after a change.
+"""Runs a step of making data: files in, files out, counts of what was left out and why.
 
-When its output is there whole, a step writes a manifest: hashes of what came in, its options, hashes of what went out,
-and the counts. A step whose manifest is as it would be now is skipped.
+When its output is complete, a step writes a manifest: hashes of its inputs, its options, hashes of its outputs, and
+the counts. A step is skipped if its manifest would be the same now.
 """
 
 import hashlib
@@ -16,12 +16,18 @@ from ..models.loading import find_local
 from ..reports.base import Report, late
 from .rows import Out, Row, noted, written
 
-FORMAT = 1  # a change makes what was done before be done again
+FORMAT = 1  # after a change of this number all steps are run again
 
 
 @dataclass
 class Counts:
-    """Rows into and out of a step; `left_out` counts by reason, `about` is of some steps only."""
+    """Counts of a step's rows.
+
+    Attributes:
+        left_out: reason -> rows.
+        about: what only some steps count.
+        was_done: the step was skipped, and this is what it counted before.
+    """
 
     name: str
     came_in: int = 0
@@ -38,16 +44,11 @@ class Counts:
         return {"in": self.came_in, "out": self.went_out, "left_out": left_out} | self.about
 
     def sentence(self) -> str:
-        """Such as "rules: 90 of 100 rows; left out 7 cut off, 3 empty"."""
+        """A line such as "rules: 90 of 100 rows; left out: 7 cut off, 3 empty"."""
         reasons = ", ".join(f"{n:,} {why}" for why, n in self.as_dict()["left_out"].items())
-        rows = (
-            f"{self.went_out:,} of {self.came_in:,} rows"
-            if self.came_in >= self.went_out
-            else f"{self.went_out:,} rows"
-        )
-        return (
-            f"{self.name}: {rows}" + (f"; left out: {reasons}" if reasons else "") + (" (done before)" * self.was_done)
-        )
+        of_all = f" of {self.came_in:,}" if self.came_in >= self.went_out else ""
+        left_out = f"; left out: {reasons}" if reasons else ""
+        return f"{self.name}: {self.went_out:,}{of_all} rows{left_out}" + " (done before)" * self.was_done
 
 
 def run(
@@ -60,27 +61,26 @@ def run(
     optional: Sequence[Path] = (),
     made: Sequence[Path] = (),
 ) -> Counts:
-    """Do a step, unless it was done.
+    """Run a step, unless it was done before.
 
     Args:
-        work: is handed the counts to fill, and the outputs to write.
-        optional: those of the outputs that are not there if they would be empty.
-        made: more outputs, that it writes by itself.
+        work: called with the counts to fill and the outputs to write.
+        optional: outputs that are removed if they would be empty.
+        made: further outputs, which `work` writes itself.
     """
-    every = [*outputs, *made]
+    all_outputs = [*outputs, *made]
     about = json.loads(json.dumps({"format": FORMAT, "step": name, "options": options}))
     about["inputs"] = [digest(file) for file in inputs]
     before = _read(manifest)
     if before is not None and {key: before.get(key) for key in about} == about:
-        if before.get("outputs") == {file.name: digest(file) for file in every if file.exists()}:
-            counts, rest = before["counts"], dict(before["counts"])
-            for key in ("in", "out", "left_out"):
-                rest.pop(key)
-            return Counts(name, counts["in"], counts["out"], counts["left_out"], rest, True)
+        if before.get("outputs") == {file.name: digest(file) for file in all_outputs if file.exists()}:
+            rest = dict(before["counts"])
+            came_in, went_out, left_out = (rest.pop(key) for key in ("in", "out", "left_out"))
+            return Counts(name, came_in, went_out, left_out, rest, was_done=True)
     counts = Counts(name)
     with written(*outputs, optional=optional) as outs:
         work(counts, outs)
-    about["outputs"] = {file.name: digest(file) for file in every if file.exists()}
+    about["outputs"] = {file.name: digest(file) for file in all_outputs if file.exists()}
     with written(manifest) as (out,):
         out.text(json.dumps(about | {"counts": counts.as_dict()}, indent=1, ensure_ascii=False) + "\n")
     return counts
@@ -96,7 +96,7 @@ def digest(file: Path) -> str:
 
 
 def files_of(model: str) -> list[tuple[str, Any]]:
-    """What tells that a model is another one: names and sizes of its weights, and its configuration."""
+    """Values that identify the model's files: names and sizes of its weights, and its configuration."""
     directory = find_local(model)
     if directory is None:
         return []
@@ -106,22 +106,22 @@ def files_of(model: str) -> list[tuple[str, Any]]:
 
 def _read(manifest: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(manifest.read_text())
-        return found if isinstance(found, dict) and isinstance(found.get("counts"), dict) else None
+        content = json.loads(manifest.read_text())
+        return content if isinstance(content, dict) and isinstance(content.get("counts"), dict) else None
     except (OSError, ValueError):
         return None
 
 
 def sift(
-    found: Iterable[tuple[Row, dict[str, Any], str | None]],
+    sifted: Iterable[tuple[Row, dict[str, Any], str | None]],
     counts: Counts,
     kept: Out,
     left_out: Out | None,
     report: Report,
     total: int,
 ) -> None:
-    """Write (row, what its history says, why it is left out) to where each belongs; a row that was kept says so too."""
-    for row, entry, why in late(report, found, f"{counts.name}".capitalize(), total):
+    """Write each (row, entry for its history, why it is left out) to the file where it belongs, and count it."""
+    for row, entry, why in late(report, sifted, counts.name.capitalize(), total):
         counts.came_in += 1
         entry = {"step": counts.name} | entry
         if why is None:

@@ -1,4 +1,4 @@
-"""What is measured: a model and the shape of a step, as it goes to a process of its own and into results."""
+"""What a benchmark measures: a model and the shape of a step, as the workers and the results get it."""
 
 import json
 from dataclasses import asdict, dataclass, replace
@@ -9,16 +9,16 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class Job:
+class Workload:
     """A number of optimizer steps over random tokens.
 
     Attributes:
-        model: the directory; name: what results call it.
-        batch_size, tokens: a micro-batch's `[B, T]`; micro_batches: of a step.
-        num_layers: blocks with LoRA, from the last; -1 for all.
+        model: the model's directory. name: the model's name in results.
+        batch_size, tokens: a micro-batch's `[B, T]`. micro_batches: how many of them a step has.
+        num_layers: blocks with LoRA, counted from the last; -1: all.
         keys: linear layers with LoRA; None: all.
-        steps: measured, after those that warm up.
-        memory: slowft's ceiling, in bytes; None: half of the machine's.
+        steps: steps that are measured, after those that warm up.
+        memory: slowft's ceiling in bytes; None: half of the machine's memory.
     """
 
     model: str
@@ -36,15 +36,15 @@ class Job:
     def tokens_of_step(self) -> int:
         return self.batch_size * self.tokens * self.micro_batches
 
-    def with_(self, **changes: Any) -> "Job":
+    def with_(self, **changes: Any) -> "Workload":
         return replace(self, **changes)
 
     def as_dict(self) -> dict[str, Any]:
-        """For results: without the path."""
+        """The fields that results have: all but the path."""
         return {key: value for key, value in asdict(self).items() if key != "model"}
 
     def batches(self) -> list[np.ndarray]:
-        """Random tokens, int32 `[B, T + 1]`, of each micro-batch: the same for everyone who does the job."""
+        """Random tokens, int32 `[B, T + 1]`, of each micro-batch. All trainers get the same."""
         config = json.loads((Path(self.model) / "config.json").read_text())
         vocab = config.get("vocab_size") or config["text_config"]["vocab_size"]
         random = np.random.default_rng(0)
@@ -57,6 +57,6 @@ class Job:
         return sorted(Path(self.model).glob("model*.safetensors"))
 
 
-def from_dict(values: dict[str, Any]) -> Job:
+def from_dict(values: dict[str, Any]) -> Workload:
     keys = values.get("keys")
-    return Job(**(values | {"keys": None if keys is None else tuple(keys)}))
+    return Workload(**(values | {"keys": None if keys is None else tuple(keys)}))
