@@ -46,21 +46,26 @@ class Service:
                 self.store = store = RequestStore(s.record, redact=s.redact, prices=listed)
                 self._closing.callback(self._close_store)
                 recorder = Recorder(store, say)
-            local = None if s.model is None else self._open_local(s)
+            parts = Parts(guard, Pages(store), None, upstream, recorder, s.cache, on_answer)
+            self.server = Server(s.host, s.port, parts)  # a port that is taken is found before the model is opened
+            parts.local = local = None if s.model is None else self._open_local(s)
             self.names = [] if local is None else list(local.names)
             self.scheduler = None if local is None else local.scheduler
             self.recorder = recorder
-            self.server = Server(
-                s.host, s.port, Parts(guard, Pages(store), local, upstream, recorder, s.cache, on_answer)
-            )
             self._closing.callback(self.server.close)
         except BaseException:
+            if self.server is not None:
+                self.server.close()
             self._closing.close()
             raise
         self.url = self.server.url
 
     def __enter__(self) -> "Service":
-        self.server.start()
+        try:
+            self.server.start()
+        except BaseException:
+            self.close()
+            raise
         return self
 
     def __exit__(self, *_) -> None:
