@@ -410,6 +410,13 @@ def test_impossible_number_is_refused_before_anything_is_loaded(option, value, f
     )
 
 
+def test_too_little_memory_is_told_once_with_what_the_job_needs(finetune):
+    refusal = finetune.refusal("--memory", "20MB", status=2)
+    found = re.search("too little for steps of 1 x 2 x 64 tokens on this model: give at least ([0-9.]+GB)", refusal)
+    assert found, refusal
+    assert finetune("--memory", found[1]).status == 0
+
+
 def test_more_layers_than_the_model_has_names_both_numbers(finetune):
     message = finetune.refusal("--num-layers", 99, status=2)
     assert "99" in message and "4 layers" in message and "-1 for all" in message

@@ -50,9 +50,10 @@ def _run(config: TrainConfig, report: Report) -> dict:
         platform.be_gentle()
     if config.activation_cache_size is not None:
         parse_nbytes(config.activation_cache_size, "a size to store activations in")
-    model = open_model(
+    if config.memory is not None:
+        parse_nbytes(config.memory)
+    model = open_model(  # without a ceiling: the plan of the steps sets it, or tells what they need at least
         config.model,
-        config.memory,
         compute_dtype=config.compute_dtype,
         spill_dir=config.spill_dir,
         trust_remote_code=config.trust_remote_code,
