@@ -434,6 +434,19 @@ def test_unwritable_adapter_path_is_found_before_the_model_is_loaded(finetune):
         assert f"--adapter-path {path} cannot be written" in message
 
 
+def test_unusable_spill_dir_is_found_before_the_model_is_loaded(finetune, monkeypatch):
+    (finetune.directory / "file").write_text("in the way")
+    for path in ("file", "file/spilled"):
+        message = finetune.refusal("--spill-dir", path, "--model", "not even there", status=2)
+        assert f"--spill-dir {path}: " in message and "file is a file. Give a directory" in message
+    (finetune.directory / "locked").mkdir(mode=0o500)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "locked")  # root may write anywhere
+    message = finetune.refusal("--spill-dir", "locked/new", "--model", "not even there", status=2)
+    assert "locked cannot be written to. Give another directory" in message
+    assert finetune("--spill-dir", "new/spilled", "--dry-run").status == 0
+    assert not (finetune.directory / "new").exists()
+
+
 def test_usage_mistakes_name_the_option(finetune):
     assert "--model" in finetune.usage("finetune", "--data", finetune.data)
     assert "--data" in finetune.usage("finetune", "--model", finetune.model)
