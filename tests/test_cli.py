@@ -443,6 +443,13 @@ def test_unusable_spill_dir_is_found_before_the_model_is_loaded(finetune, monkey
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "locked")  # root may write anywhere
     message = finetune.refusal("--spill-dir", "locked/new", "--model", "not even there", status=2)
     assert "locked cannot be written to. Give another directory" in message
+    for option in ("--activation-cache", "--trace"):
+        message = finetune.refusal(option, "file/a", "--model", "not even there", status=2)
+        assert "file is a file" in message
+    (finetune.directory / "empty.jsonl").touch()
+    assert finetune.refusal("--data", "empty.jsonl").endswith("no training samples. Put them into it, one a line")
+    assert "Give a file" in finetune.refusal("--trace", "locked", "--model", "not even there", status=2)
+    assert "file is a file. Give a directory" in finetune.refusal("--teacher-cache", "file")
     assert finetune("--spill-dir", "new/spilled", "--dry-run").status == 0
     assert not (finetune.directory / "new").exists()
 

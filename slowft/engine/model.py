@@ -597,7 +597,7 @@ def open_model(
     memory_nbytes = None if memory is None else parse_nbytes(memory)
     spills_to = None if spill_dir is None else Path(spill_dir).expanduser()
     if spills_to is not None:
-        check_directory(spills_to)
+        check_directory("--spill-dir", spills_to)
     dtype = compute_dtype_of(compute_dtype)
     skeleton = loading.load_skeleton(loading.resolve(str(path_or_hub_id)), StreamedModel, dtype, trust_remote_code)
     model = skeleton.model

@@ -373,7 +373,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def _cannot_listen(host: Any, port: Any, error: OSError) -> ConfigError:
-    return ConfigError(f"cannot listen at {host}, port {port}: {reason_of(error)}. Give another --port")
+    return ConfigError(f"cannot listen at {host}, port {port}: {reason_of(error)}. Give another --port or --host")
 
 
 def _parsed(body: bytes) -> Any:

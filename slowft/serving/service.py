@@ -120,6 +120,13 @@ def _check(s: Settings) -> None:
         raise ConfigError("--delta says what another model learnt. Give that model's base too: --emulate SMALL")
     if s.token is not None and not s.token.strip():
         raise ConfigError("--token is empty. Give one that nobody guesses")
+    for name, value in (("max-tokens", s.max_tokens), ("wave", s.wave)):
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name} must be 1 or more, got {value}")
+    if s.model is not None:  # without one, MLX is not needed
+        from ..inference.sampling import Sampling
+
+        Sampling(temp=s.temp, top_p=s.top_p, top_k=s.top_k, min_p=s.min_p)  # raises an error for impossible values
 
 
 def _open(s: Settings, names: dict[str, Any]):

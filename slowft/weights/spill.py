@@ -24,13 +24,13 @@ from .transfers import RequestError, free_nbytes, read_all, write_all
 REMEDY = "another --spill-dir, more --memory, or fewer tokens at a time (--batch-size, --max-seq-length)"
 
 
-def check_directory(directory: Path) -> None:
-    """Raises ConfigError if `directory` is no directory, or cannot be made or written to. Makes nothing."""
+def check_directory(option: str, directory: Path) -> None:
+    """Raises ConfigError if an option's directory is none, or cannot be made or written to. Makes nothing."""
     existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     if not existing.is_dir():
-        raise ConfigError(f"--spill-dir {directory}: {existing} is a file. Give a directory on a disk")
+        raise ConfigError(f"{option} {directory}: {existing} is a file. Give a directory on a disk")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError(f"--spill-dir {directory}: {existing} cannot be written to. Give another directory")
+        raise ConfigError(f"{option} {directory}: {existing} cannot be written to. Give another directory")
 
 
 class SpillFile:
