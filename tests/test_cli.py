@@ -450,6 +450,8 @@ def test_unusable_spill_dir_is_found_before_the_model_is_loaded(finetune, monkey
     assert finetune.refusal("--data", "empty.jsonl").endswith("no training samples. Put them into it, one a line")
     assert "Give a file" in finetune.refusal("--trace", "locked", "--model", "not even there", status=2)
     assert "file is a file. Give a directory" in finetune.refusal("--teacher-cache", "file")
+    status = finetune.bare("status", "file")
+    assert (status.status, status.err.count("\n")) == (1, 1) and "Give its --adapter-path" in status.err
     assert finetune("--spill-dir", "new/spilled", "--dry-run").status == 0
     assert not (finetune.directory / "new").exists()
 
@@ -495,6 +497,7 @@ def test_usage_mistakes_name_the_option(finetune):
     assert "--model" in finetune.usage("finetune", "--data", finetune.data)
     assert "--data" in finetune.usage("finetune", "--model", finetune.model)
     assert "--iters" in finetune.usage("finetune", "--itres", 3)  # "Did you mean"
+    assert "tokens at once" in finetune.usage("plan", "--model", finetune.model, "--batch-size", 10**11)
     assert "'lots'" in finetune.usage("finetune", "--iters", "lots")
     assert "'lion'" in finetune.usage("finetune", "--optimizer", "lion")
     assert "'finetun'. Did you mean 'finetune'?" in finetune.usage("finetun")

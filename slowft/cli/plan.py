@@ -28,6 +28,7 @@ from ..training.config import OPTIMIZER_COPIES, OPTIMIZERS
 from .finetune import warnings_noted
 
 AT_LEAST_1 = click.IntRange(1)
+MOST = 2**31 - 1  # of MLX's numbers of rows and columns
 WIDE = 120  # columns of a terminal that has room for the table's last column
 DTYPES = ["float32", "float16", "bfloat16", "native"]
 
@@ -65,6 +66,10 @@ def plan(model, config_file, memory, tokens, epochs, trust_remote_code, as_json,
         raise click.UsageError("give a model: --model with a directory or hub id, or --config with its config.json")
     if epochs is not None and tokens is None:
         raise click.UsageError("--epochs says nothing without --tokens, the number of tokens in the training data")
+    if (tokens_at_once := job["batch_size"] * job["max_seq_length"]) > MOST:
+        raise click.UsageError(
+            f"--batch-size x --max-seq-length is {tokens_at_once:,} tokens at once, and MLX counts to {MOST:,}. Lower it"
+        )
     _start_quickly()
     from ..engine.budget import default_memory
     from ..engine.model import open_model

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .. import platform
 from ..data.batches import Lessons
-from ..data.datasets import check_size, load_data
+from ..data.datasets import check_size, load_data, no_training_samples
 from ..data.tokenizer import load_tokenizer
 from ..engine.budget import default_memory
 from ..engine.model import open_model, parse_nbytes
@@ -165,8 +165,7 @@ def _load_data(model, config: TrainConfig, report: Report, lessons: Lessons | No
     splits = (["train", "valid"] if config.train else []) + (["test"] if config.test else [])
     train, valid, test = load_data(config.data, tokenizer, config, splits, model.embedding_rows, report.progress)
     if config.train and not len(train):
-        where = "train.jsonl" if Path(str(config.data)).expanduser().is_dir() else "it, one a line"
-        raise DataError(f"{config.data} has no training samples. Put them into {where}")
+        raise no_training_samples(config.data)
     for option, value in (("--keep best", config.keep), ("--early-stop", config.early_stop)):
         if config.train and value is not None and not len(valid):
             report.note(f"Warning: {option} has no effect without a validation set: --valid-split 0.05 makes one")
