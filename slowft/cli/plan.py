@@ -68,7 +68,7 @@ def plan(model, config_file, memory, tokens, epochs, trust_remote_code, as_json,
         raise click.UsageError("--epochs says nothing without --tokens, the number of tokens in the training data")
     if (tokens_at_once := job["batch_size"] * job["max_seq_length"]) > MOST:
         raise click.UsageError(
-            f"--batch-size x --max-seq-length is {tokens_at_once:,} tokens at once, and MLX counts to {MOST:,}. Lower it"
+            f"--batch-size x --max-seq-length is {tokens_at_once:,} tokens at once; MLX counts to {MOST:,}. Lower it"
         )
     _start_quickly()
     from ..engine.budget import default_memory
