@@ -410,6 +410,13 @@ def test_impossible_number_is_refused_before_anything_is_loaded(option, value, f
     )
 
 
+def test_too_little_memory_is_told_once_with_what_the_job_needs(finetune):
+    refusal = finetune.refusal("--memory", "20MB", status=2)
+    found = re.search("too little for steps of 1 x 2 x 64 tokens on this model: give at least ([0-9.]+GB)", refusal)
+    assert found, refusal
+    assert finetune("--memory", found[1]).status == 0
+
+
 def test_more_layers_than_the_model_has_names_both_numbers(finetune):
     message = finetune.refusal("--num-layers", 99, status=2)
     assert "99" in message and "4 layers" in message and "-1 for all" in message
@@ -427,10 +434,70 @@ def test_unwritable_adapter_path_is_found_before_the_model_is_loaded(finetune):
         assert f"--adapter-path {path} cannot be written" in message
 
 
+def test_unusable_spill_dir_is_found_before_the_model_is_loaded(finetune, monkeypatch):
+    (finetune.directory / "file").write_text("in the way")
+    for path in ("file", "file/spilled"):
+        message = finetune.refusal("--spill-dir", path, "--model", "not even there", status=2)
+        assert f"--spill-dir {path}: " in message and "file is a file. Give a directory" in message
+    (finetune.directory / "locked").mkdir(mode=0o500)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "locked")  # root may write anywhere
+    message = finetune.refusal("--spill-dir", "locked/new", "--model", "not even there", status=2)
+    assert "locked cannot be written to. Give another directory" in message
+    for option in ("--activation-cache", "--trace"):
+        message = finetune.refusal(option, "file/a", "--model", "not even there", status=2)
+        assert "file is a file" in message
+    (finetune.directory / "empty.jsonl").touch()
+    assert finetune.refusal("--data", "empty.jsonl").endswith("no training samples. Put them into it, one a line")
+    assert "Give a file" in finetune.refusal("--trace", "locked", "--model", "not even there", status=2)
+    assert "file is a file. Give a directory" in finetune.refusal("--teacher-cache", "file")
+    status = finetune.bare("status", "file")
+    assert (status.status, status.err.count("\n")) == (1, 1) and "Give its --adapter-path" in status.err
+    assert finetune("--spill-dir", "new/spilled", "--dry-run").status == 0
+    assert not (finetune.directory / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        ("generate -p a --top-p 0.9 --temp 0", "--top-p has no effect without --temp above 0"),
+        ("generate -p a --top-k 0", None),  # the default
+        ("generate -p a --top-k 9 --temp 1", None),
+        (
+            "generate -p a --num-draft-tokens 4",
+            "--num-draft-tokens has no effect without --draft-model or --draft-lookup or --emulate",
+        ),
+        ("generate -p a --num-draft-tokens 4 --draft-lookup", None),
+        ("generate -p a --kv-group-size 32", "--kv-group-size has no effect without --kv-bits"),
+        (
+            "generate -p a --ignore-chat-template --system-prompt b --chat-template c",
+            "--chat-template has no effect with --ignore-chat-template",
+        ),
+        ("requests relabel --top-p 0.9", "--top-p has no effect without --temp above 0"),
+        ("finetune --data data --test-batches 3", "--test-batches has no effect without --test"),
+        ("finetune --data data --test-batches 500", None),
+        ("finetune --data data --project-name a", "--project-name has no effect without --report-to"),
+    ],
+)
+def test_an_option_without_its_partner_is_named_and_harmless(words, says, finetune):
+    outcome = finetune.bare(*words.split(), "--model", "not even there")
+    told = [line for line in (outcome.out + outcome.err).splitlines() if "no effect" in line]
+    assert told == ([] if says is None else [f"Warning: {says}"])
+    assert outcome.status == 1 and outcome.err.splitlines()[-1].startswith("Error: ")  # of the model, or of requests.db
+
+
+def test_options_of_a_model_without_one_are_named(finetune):
+    outcome = finetune.bare("serve", "--upstream", "http://127.0.0.1:1", "--wave", 4, "--port", 99999)
+    assert outcome.err.splitlines()[0] == "Warning: --wave has no effect without MODEL or --model"
+    finetune.write_data()
+    outcome = finetune.bare("data", "check", finetune.data / "train.jsonl", "--output", "out.jsonl", "--words", 5)
+    assert outcome.status == 0 and outcome.err == "Warning: --words has no effect without --against\n"
+
+
 def test_usage_mistakes_name_the_option(finetune):
     assert "--model" in finetune.usage("finetune", "--data", finetune.data)
     assert "--data" in finetune.usage("finetune", "--model", finetune.model)
     assert "--iters" in finetune.usage("finetune", "--itres", 3)  # "Did you mean"
+    assert "tokens at once" in finetune.usage("plan", "--model", finetune.model, "--batch-size", 10**11)
     assert "'lots'" in finetune.usage("finetune", "--iters", "lots")
     assert "'lion'" in finetune.usage("finetune", "--optimizer", "lion")
     assert "'finetun'. Did you mean 'finetune'?" in finetune.usage("finetun")
@@ -707,7 +774,9 @@ def test_test_without_an_adapter_says_so_and_measures_the_base_model(finetune):
     outcome = finetune("--test")
     assert outcome.status == 0
     assert shown_test_loss(outcome) == pytest.approx(loss_in_mlx_lm(finetune.model, COMPLETIONS), abs=ROUNDING)
-    assert "No adapter in" in outcome.out.splitlines()[0] and "base model" in outcome.out.splitlines()[0]
+    first, second = outcome.out.splitlines()[:2]
+    assert first.startswith("Warning: --iters, --learning-rate, --num-layers have no effect, as --test alone trains ")
+    assert "No adapter in" in second and "base model" in second
     assert not (finetune.directory / "adapters").exists()
 
 

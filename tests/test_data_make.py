@@ -773,7 +773,7 @@ def test_the_example_recipe_has_every_field_and_is_one():
     "change, message",
     [
         (("answers: {max", "answer: {max"), "line 22: answer is no field of a recipe; did you mean answers?"),
-        (("temp: 1.0", "temp: hot"), "line 22: answers.temp must be a number, got 'hot'"),
+        (("temp: 1.0", "temp: hot"), "line 22: answers.temp must be a number, got 'hot', such as temp: 0.5"),
         (("temp: 1.0", "temp: -1"), "line 22: answers: temp must be 0 or more, got -1"),
         (("temp: 1.0, ", ""), "line 22: answers: 2 answers to a question need temp above 0"),
         (("kind: documents", "kind: document"), "line 9: seeds[2].kind must be one of topics, documents"),
@@ -785,6 +785,13 @@ def test_the_example_recipe_has_every_field_and_is_one():
         (("memory: 1GB", "memory: [1"), "line 5 is not YAML"),
         (("split: {valid: 0.2", "split: {valid: 0.9"), "line 27: split: valid and test must be shares"),
         (("cut_off: false", "cut_off: 0"), "line 23: rules.cut_off must be true or false, got 0"),
+        (("memory: 1GB", "memory: 8"), 'line 4: memory must be text, got 8. Put it in quotes: "8"'),
+        (("memory: 1GB", "split: 0.2"), "line 4: split must be names with values, such as valid: 0.5"),
+        (("cut_off: false", "scripts: LATIN"), "line 23: rules.scripts must be a list, such as [some text]"),
+        (
+            ("{the comma: 2, the dash: 2}", "commas"),
+            "line 7: seeds[1].topics must be names with values, such as name: 3",
+        ),
     ],
 )
 def test_what_is_wrong_in_a_recipe_is_named_with_its_line(tmp_path, change, message):

@@ -398,8 +398,12 @@ def test_one_prompt_is_answered_on_standard_output(llama_with_tokenizer):
     [
         (("-p", "a", "--temp", "-1"), "--temp must be 0 or more"),
         (("-p", "a", "--top-p", "1.5"), "--top-p must be from 0 to 1"),
+        (("-p", "a", "--repetition-penalty", "-1"), "--repetition-penalty must be 0 or more, got -1"),
+        (("-p", "a", "--temp", "1", "--xtc-probability", "1", "--xtc-threshold", "3"), "must be from 0 to 0.5, got 3"),
+        (("-p", "a", "--temp", "nan"), "--temp must be 0 or more, got nan"),
+        (("-p", "a", "--draft-lookup", "--num-draft-tokens", "-1"), "--num-draft-tokens must be 0 or more, got -1"),
         (("-p", "a", "-m", "0"), "--max-tokens must be 1 or more"),
-        (("-p", "a", "--memory", "100MB"), "give at least"),
+        (("-p", "a", "--memory", "20MB"), "for a text of .* give at least"),
     ],
 )
 def test_impossible_settings_are_refused(llama_with_tokenizer, arguments, message):

@@ -5,6 +5,7 @@ import slowft  # noqa: F401, I001  (before mlx: it loads OpenBLAS)
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from contextlib import closing
@@ -494,6 +495,26 @@ def planned(slowft_: Command, *options) -> dict:
     outcome = slowft_.bare("plan", "--json", *options)
     assert outcome.err == "" and outcome.status == 0
     return json.loads(outcome.out)  # one object, nothing else
+
+
+def test_the_page_fits_its_terminal_and_a_pipe_gets_no_spaces_at_ends(slowft_, monkeypatch):
+    def lines(*options) -> list[str]:
+        outcome = slowft_.bare("plan", "--model", slowft_.model, "--memory", "2GB", *options)
+        assert outcome.status == 0, outcome
+        return re.sub(r"\x1b\[[0-9;]*m", "", outcome.out).splitlines()
+
+    piped = lines("--batch-size", 2)
+    assert not [line for line in piped if line != line.rstrip()]
+    assert sum("shared by" in line for line in piped) == 3  # by 2 machines, and neither by 4 nor by 8
+    assert not [line for line in lines("--batch-size", 1) if "shared by" in line]
+    words = {word for word in " ".join(piped).split() if word.isalpha()} - {"what", "is", "kept"}  # a column's name
+    monkeypatch.setenv("FORCE_COLOR", "1")  # to rich, this is a terminal
+    for width in (80, 120):
+        monkeypatch.setenv("COLUMNS", str(width))
+        shown = lines("--batch-size", 2)
+        assert max(map(len, shown)) <= width
+        assert any(line.startswith("         ") for line in shown)  # what goes on below is below its name's words
+        assert words <= set(" ".join(shown).split())  # nothing is lost
 
 
 @pytest.mark.parametrize("name, dtype", LARGE)

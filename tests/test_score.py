@@ -262,7 +262,7 @@ def test_judge_gives_the_expected_mark(score, model_in_memory):
         ([{"text": "a"}], ["--adapter-path", "gone"], "gone"),
         ([{"text": "a"}], ["--adapter-path", "a=gone", "--adapter-path", "a=gone"], "two adapters are named a"),
         ([{"text": "a"}], ["--split", "test"], "has no test set: there is train"),
-        ([{"text": "a"}], ["--memory", "20MB"], "too little"),
+        ([{"text": "a"}], ["--memory", "20MB"], "too little for steps of"),
         (
             [{"question": "Q", "choices": ["a", "b"], "answer": "c"}],
             [],

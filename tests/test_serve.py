@@ -921,6 +921,23 @@ def test_other_addresses_need_a_token_and_the_upstream_never_sees_it(served, tmp
         assert "Authorization: Bearer KEY" in served.upstream.asked[-1][1]
 
 
+def test_a_taken_port_is_found_before_the_model_is_opened(served, tmp_path, monkeypatch):
+    missing = Settings(model=str(tmp_path / "no-model"), port=served.port)
+    with pytest.raises(slowft.ConfigError, match=f"cannot listen at 127.0.0.1, port {served.port}.*--port or --host$"):
+        Service(missing, print)
+    with pytest.raises(slowft.ModelError, match="no-model"):  # and the address is free again
+        Service(Settings(model=str(tmp_path / "no-model"), port=0), print)
+    for wrong in ({"temp": -1}, {"top_p": 9}, {"wave": 0}, {"max_tokens": 0}):
+        with pytest.raises(slowft.ConfigError, match=f"--{next(iter(wrong)).replace('_', '-')} must be"):
+            Service(Settings(model=str(tmp_path / "no-model"), port=0, **wrong), print)
+    first = Service(Settings(upstream=served.upstream.url, port=0), print)
+    again = Settings(upstream=served.upstream.url, port=first.server.server_address[1])
+    with pytest.raises(slowft.ConfigError, match="cannot listen at"):  # the first; on macOS the second
+        with Service(again, print), first:
+            pass
+    first.close()
+
+
 def test_a_page_gets_strict_headers_and_its_data(served, tmp_path):
     served.ask("plain", headers={"op-tags": "page=yes"})
     (row,) = served.rows()

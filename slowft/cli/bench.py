@@ -301,18 +301,16 @@ def _finish(name: str, result: dict, as_json: bool, save: str | None, show) -> N
 
 
 def _table(header: list[str], rows: list[list[str]], left: tuple[int, ...] = (0,)) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from ..reports.tables import print_table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for i, column in enumerate(header):
         table.add_column(column, justify="left" if i in left else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    console = Console()
-    if not console.is_terminal:  # a pipe has no width to fit
-        console = Console(width=200)
-    console.print(table)
+    print_table(table)
 
 
 def _describe(job: dict) -> str:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import click
 
-from ..errors import DataError
 from .finetune import make_report, option, warnings_noted
 from .options import meant
 
@@ -79,7 +78,7 @@ def show(data, config, samples, as_json, **options):
     settings, _ = load_config(config, options | {"data": data})
     if settings.model is None:
         raise click.UsageError("no model given. Use --model with a directory or a hub id such as Qwen/Qwen3-0.6B")
-    from ..data.datasets import load_data
+    from ..data.datasets import load_data, no_training_samples
     from ..data.survey import histogram, survey
     from ..data.tokenizer import load_tokenizer, tokenizer_files
 
@@ -89,7 +88,7 @@ def show(data, config, samples, as_json, **options):
         tokenizer = load_tokenizer(directory, None, settings.trust_remote_code, settings.chat_template)
         loaded = load_data(data, tokenizer, replace(settings, test=True), progress=report.progress)
     if not len(loaded[0]):
-        raise DataError(f"{data} has no training samples. Put them into train.jsonl")
+        raise no_training_samples(data)
     seed = settings.seed if settings.group_by_length else None
     found, train = {}, None
     for name, dataset in zip(("train", "valid", "test"), loaded):

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from .finetune import make_report, warnings_noted
-from .options import as_json, awake
+from .options import as_json, awake, need
 
 OVERLAP_WORDS = 13  # as in the recipe
 OUT_HELP = "Lines of JSON to write; not written again while nothing has changed."
@@ -132,6 +132,7 @@ def check(files, output, left_out, against, words, answers_are_json, as_json, **
 
         slowft data check answers.jsonl --output good.jsonl --language en --against test.jsonl
     """
+    need(words="against")
     from ..synthesis import contamination, filters, rows, steps
     from ..synthesis.rules import Rules
 

@@ -88,6 +88,19 @@ def generate(
         raise click.UsageError("--prompts and --output go together (or --prompts with --json)")
     if how["draft_model"] and how["draft_lookup"]:
         raise click.UsageError("give --draft-model or --draft-lookup, not both")
+    options.need(
+        num_draft_tokens="draft_model draft_lookup emulate",
+        kv_group_size="kv_bits",
+        quantized_kv_start="kv_bits",
+        top_p="temp",
+        min_p="temp",
+        top_k="temp",
+        xtc_probability="temp",
+        xtc_threshold="xtc_probability",
+        min_tokens_to_keep="min_p",
+        repetition_context_size="repetition_penalty",
+    )
+    options.no_effect_with("ignore_chat_template", "chat_template", "chat_template_config")
     if prompt is None and prompts is None and not sys.stdin.isatty():
         prompt = "-"
     if prompt == "-":

@@ -17,6 +17,44 @@ def meant(word: str, known: Iterable[str]) -> str:
     return f" Did you mean '{close[0]}'?" if close else ""
 
 
+def need(**partners: str) -> None:
+    """Say on standard error which options of the running command were given without what they have an effect with.
+
+    Such a command line runs nevertheless, as it does in mlx-lm. A default counts as not given.
+
+    Args:
+        partners: of each such option, by parameter names, those one of which is needed, with spaces between.
+    """
+    params = click.get_current_context().params
+    for name in filter(_is_given, partners):
+        needed = partners[name].split()
+        if not any(params[partner] for partner in needed):
+            usable = " or ".join(_written(partner) + (" above 0" if partner == "temp" else "") for partner in needed)
+            click.echo(f"Warning: {_written(name)} has no effect without {usable}", err=True)
+
+
+def no_effect_with(other: str, *names: str) -> None:
+    """Say on standard error which of these options were given, if another was given that leaves them no effect."""
+    if click.get_current_context().params[other]:
+        for name in filter(_is_given, names):
+            click.echo(f"Warning: {_written(name)} has no effect with {_written(other)}", err=True)
+
+
+def _parameter(name: str) -> click.Parameter:
+    return next(p for p in click.get_current_context().command.params if p.name == name)
+
+
+def _is_given(name: str) -> bool:
+    context = click.get_current_context()
+    is_typed = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+    return is_typed and context.params[name] != _parameter(name).get_default(context)
+
+
+def _written(name: str) -> str:
+    parameter = _parameter(name)
+    return name.upper() if isinstance(parameter, click.Argument) else next(o for o in parameter.opts if o[:2] == "--")
+
+
 def adapter_path(command):
     return click.option(
         "--adapter-path", default="adapters", show_default=True, help="Directory of an adapter: mlx-lm's or PEFT's."

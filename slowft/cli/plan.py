@@ -28,6 +28,8 @@ from ..training.config import OPTIMIZER_COPIES, OPTIMIZERS
 from .finetune import warnings_noted
 
 AT_LEAST_1 = click.IntRange(1)
+MOST = 2**31 - 1  # of MLX's numbers of rows and columns
+WIDE = 120  # columns of a terminal that has room for the table's last column
 DTYPES = ["float32", "float16", "bfloat16", "native"]
 
 
@@ -64,6 +66,10 @@ def plan(model, config_file, memory, tokens, epochs, trust_remote_code, as_json,
         raise click.UsageError("give a model: --model with a directory or hub id, or --config with its config.json")
     if epochs is not None and tokens is None:
         raise click.UsageError("--epochs says nothing without --tokens, the number of tokens in the training data")
+    if (tokens_at_once := job["batch_size"] * job["max_seq_length"]) > MOST:
+        raise click.UsageError(
+            f"--batch-size x --max-seq-length is {tokens_at_once:,} tokens at once; MLX counts to {MOST:,}. Lower it"
+        )
     _start_quickly()
     from ..engine.budget import default_memory
     from ..engine.model import open_model
@@ -176,45 +182,50 @@ def _print(
     from rich.table import Table
 
     from ..planning.plan import enough
+    from ..reports.tables import print_line, print_table
 
     shown = chosen or table[0]
     of_blocks, of_step = describe_job(shown)
-    click.echo(f"Machine  {describe_machine(machine)}")
-    click.echo(f"Model    {about}: {of_blocks}; embedding {size(embedding_nbytes)}")
+    print_line(f"Machine  {describe_machine(machine)}")
+    print_line(f"Model    {about}: {of_blocks}; embedding {size(embedding_nbytes)}")
     if files["in_place"]:
-        click.echo("Files    streamed as they lie on the disk: nothing to prepare")
+        print_line("Files    streamed as they lie on the disk: nothing to prepare")
     else:
-        click.echo(f"Files    need preparing: {files['reason']} ({size(files['nbytes'])}). What follows holds after")
-        click.echo(f"         {files['command']}")
-    click.echo(f"Job      {of_step}")
+        print_line(f"Files    need preparing: {files['reason']} ({size(files['nbytes'])}). What follows holds after")
+        click.echo(f"         {files['command']}")  # whole, to be copied
+    print_line(f"Job      {of_step}")
     for note in notes:
-        click.echo(f"         {note}")
+        print_line(f"         {note}")
     first, *rest = three_lines(shown)
-    click.echo(
+    print_line(
         first if chosen else f"Half of this machine's memory is too little. The least that works: {choices(shown)}"
     )
     for line in rest:
-        click.echo(line)
+        print_line(line)
     parts = sorted(shown.parts.items(), key=lambda part: -part[1])
-    click.echo("  of the peak: " + ", ".join(f"{name} {size(nbytes)}" for name, nbytes in parts))
+    print_line("  of the peak: " + ", ".join(f"{name} {size(nbytes)}" for name, nbytes in parts))
     if machine.rates.read is None:
-        click.echo("  reading is not in these seconds: no weights are here to measure the disk with")
+        print_line("  reading is not in these seconds: no weights are here to measure the disk with")
     if data:
         run = _run(shown, data, later)
         written = size(run["written_nbytes"]) if run["written_nbytes"] else "nothing"
-        click.echo(
+        print_line(
             f"  {data.epochs:g} x {data.tokens:,} tokens: {run['steps']:,} steps, {duration(run['seconds'])}, "
             f"{size(run['read_nbytes'])} read, {written} written to the disk"
         )
         if later is not None:
-            click.echo(f"  activations of the lower blocks are stored: from the second epoch {later_step(later)}")
+            print_line(f"  activations of the lower blocks are stored: from the second epoch {later_step(later)}")
     for line in several_lines(several):
-        click.echo(line)
+        print_line(line)
     rows = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("budget", "peak", "read/step", "written/step", "step", "bound by"):
         rows.add_column(column, justify="right", no_wrap=True)
-    rows.add_column("what is kept")
-    for name, row in zip(("least", "1.5x", "2x", "all of it"), table):
+    console = Console()
+    is_narrow = console.is_terminal and console.width < WIDE
+    if not is_narrow:
+        rows.add_column("what is kept")
+    named = list(zip(("least", "1.5x", "2x", "all of it"), table))
+    for name, row in named:
         rows.add_row(
             f"{name} {size(row.memory or enough(row.peak_nbytes))}",
             size(row.peak_nbytes),
@@ -222,13 +233,13 @@ def _print(
             size(row.written_nbytes) if row.written_nbytes else "0",
             duration(row.step_s),
             row.bound,
-            choices(row),
+            *([] if is_narrow else [choices(row)]),
         )
-    console = Console()
-    if not console.is_terminal:  # a pipe has no width to fit
-        console = Console(width=200)
-    console.print()
-    console.print(rows)
+    click.echo()
+    print_table(rows)
+    if is_narrow:
+        for name, row in named:
+            print_line(f"{name}: {choices(row)}")
 
 
 def _run(plan, data: Data, later) -> dict:

@@ -9,7 +9,7 @@ import click
 
 from ..errors import printable
 from .finetune import make_report, warnings_noted
-from .options import awake, trust_remote_code
+from .options import awake, need, trust_remote_code
 
 SHOWN = 60  # characters of a question in a list
 
@@ -216,6 +216,7 @@ def relabel(db, where, model, adapter_path, name, limit, memory, trust_remote_co
 
         slowft requests relabel --model Qwen/Qwen3-32B --where tag.app=shop --limit 500
     """
+    need(top_p="temp")
     from ..inference.session import Session, Settings
     from ..synthesis import relabel as anew
 

@@ -8,6 +8,11 @@ import click
 
 from . import options
 
+# What is about answers of this machine's models, and not of the --upstream's.
+OF_MODEL = (
+    "temp top_p top_k min_p max_tokens chat_template chat_template_args wave memory compute_dtype trust_remote_code"
+).split()
+
 
 @click.command()
 @click.argument("model", required=False)
@@ -51,6 +56,7 @@ def serve(model, model_option, chat_template_args, **how):
     """
     if model is not None and model_option is not None:
         raise click.UsageError("give MODEL once")
+    options.need(**dict.fromkeys(OF_MODEL, "model model_option"))
     from ..serving.service import Settings, serve
 
     variables = _variables(chat_template_args)

@@ -67,6 +67,12 @@ def load_data(
     return result["train"], result["valid"], result["test"]
 
 
+def no_training_samples(data: Any) -> DataError:
+    """The error of data, a file or a folder, without any."""
+    is_file = isinstance(data, str) and Path(data).expanduser().is_file()
+    return DataError(f"{data} has no training samples. Put them into {'it, one a line' if is_file else 'train.jsonl'}")
+
+
 def check_size(dataset: TokenDataset, batch_size: int, name: str) -> None:
     """Raises DataError if a set has samples, but fewer than one batch takes."""
     if 0 < len(dataset) < batch_size:

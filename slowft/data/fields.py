@@ -65,7 +65,8 @@ class _Reader:
 
     def read(self, kind: type, node: yaml.Node, name: str, /, **given: Any) -> Any:
         if not isinstance(node, yaml.MappingNode):
-            raise self._wrong(node, f"{name or f'a {self._what}'} must be names with values, such as {self._such_as}")
+            such_as = f"such as {_example(kind)[1:-1]}" if name else f"such as {self._such_as}"
+            raise self._wrong(node, f"{name or f'a {self._what}'} must be names with values, {such_as}")
         hints = typing.get_type_hints(kind)
         known = [f.name for f in fields(kind) if f.name not in given]
         found: Found = {}
@@ -114,7 +115,7 @@ class _Reader:
             return self.read(hint, node, path)
         if origin in (list, Sequence):
             if not isinstance(node, yaml.SequenceNode):
-                raise self._wrong(node, f"{path} must be a list")
+                raise self._wrong(node, f"{path} must be a list, such as {_example(hint)}")
             return [self._value(arguments[0], item, f"{path}[{i + 1}]") for i, item in enumerate(node.value)]
         if origin is dict or hint is dict:
             return self._dict(arguments, node, path)
@@ -123,13 +124,20 @@ class _Reader:
             hint is bool or not isinstance(value, bool)
         )
         if not fits:
-            raise self._wrong(node, f"{path} must be {WORDS[hint]}, got {value!r}")
+            is_unquoted = hint is str and isinstance(node, yaml.ScalarNode) and node.value
+            fix = (
+                f'. Put it in quotes: "{node.value}"'
+                if is_unquoted
+                else f", such as {path.rpartition('.')[2]}: {_example(hint)}"
+            )
+            raise self._wrong(node, f"{path} must be {WORDS[hint]}, got {value!r}{fix}")
         return value
 
     def _dict(self, arguments: Sequence[Any], node: yaml.Node, path: str) -> dict:
         value = self._plain(node)
         if not isinstance(value, dict):
-            raise self._wrong(node, f"{path} must be names with values")
+            such_as = _example(dict[arguments or (str, Any)])[1:-1]
+            raise self._wrong(node, f"{path} must be names with values, such as {such_as}")
         if not arguments or arguments[1] is Any:
             return value
         keys = [str(self._plain(key)) for key, _ in node.value]
@@ -140,3 +148,18 @@ class _Reader:
             return self._loader.construct_object(node, deep=True)
         except yaml.YAMLError as e:
             raise self._wrong(node, f"is not plain YAML: {getattr(e, 'problem', e)}") from None
+
+
+def _example(hint: Any) -> str:
+    """A value of this type, as YAML has it on one line."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (list, Sequence):
+        return f"[{_example(arguments[0])}]"
+    if origin is dict:
+        return f"{{name: {_example(arguments[1])}}}"
+    if is_dataclass(hint):
+        needed = [f.name for f in fields(hint) if f.default is MISSING and f.default_factory is MISSING]
+        names = needed or [fields(hint)[0].name]
+        hints = typing.get_type_hints(hint)
+        return f"{{{', '.join(f'{name}: {_example(hints[name])}' for name in names)}}}"
+    return {bool: "true", int: "3", float: "0.5"}.get(hint, "some text")

@@ -291,6 +291,8 @@ def _read_json(file: Path) -> dict[str, Any] | None:
         content = json.loads(file.read_text("utf-8"))
     except FileNotFoundError:
         return None
+    except NotADirectoryError:
+        raise DataError(f"{file.parent} is a file. Give a directory") from None
     except (OSError, ValueError) as e:
         raise DataError(f"{file} cannot be read: {e}") from None
     if not isinstance(content, dict):

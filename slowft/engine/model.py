@@ -24,6 +24,7 @@ from ..sizes import parse_nbytes
 from ..weights.fingerprint import of_contents
 from ..weights.reader import Reader
 from ..weights.sources import placeholder
+from ..weights.spill import check_directory
 from .budget import Budget
 from .engine import Engine
 from .head import unbounded_chunk
@@ -590,11 +591,14 @@ def open_model(
         trust_remote_code: let the model run code of its own (`model_file` in its config.json).
     Raises:
         ModelError: missing or corrupt files, an unknown architecture, or one that cannot be streamed.
-        ConfigError: `memory` is below what a step of one token needs; names that.
+        ConfigError: `memory` is below what a step of one token needs; names that. Or `spill_dir` cannot be written to.
     """
     platform.fix_malloc_threshold()
     _warn_of_slow_blas()
     memory_nbytes = None if memory is None else parse_nbytes(memory)
+    spills_to = None if spill_dir is None else Path(spill_dir).expanduser()
+    if spills_to is not None:
+        check_directory("--spill-dir", spills_to)
     dtype = compute_dtype_of(compute_dtype)
     skeleton = loading.load_skeleton(loading.resolve(str(path_or_hub_id)), StreamedModel, dtype, trust_remote_code)
     model = skeleton.model
@@ -603,7 +607,7 @@ def open_model(
     reader.expect_unchanged({e.file for param in skeleton.params for e in param.source.extents})
     engine = Engine(model, cut, reader)
     model._skeleton, model.engine, model._adapter = skeleton, engine, None
-    model.budget = Budget(engine, memory_nbytes, None if spill_dir is None else Path(spill_dir).expanduser())
+    model.budget = Budget(engine, memory_nbytes, spills_to)
     try:
         engine.make_resident(cut.resident)
         seams.install(cut, engine.on_block, engine.on_rows, engine.on_matmul)

@@ -15,6 +15,7 @@ from ..engine.model import MicroBatch, open_model
 from ..engine.spilled_caches import SpilledCaches
 from ..engine.stats import Stats
 from ..errors import ConfigError
+from ..sizes import parse_nbytes
 
 
 class Decoder(Protocol):
@@ -133,7 +134,10 @@ def opened(
     adapter_path: str | None = None,
     **how: Any,
 ) -> Decoder:
-    """Open the model that a command's options name: --emulate, --delta, --delta-top-p and those of `open_model`."""
+    """Open the model that a command's options name: --emulate, --delta, --delta-top-p and those of `open_model`.
+
+    Too little memory is refused when the job is planned.
+    """
     if emulated is not None:
         from .emulate import emulate, parse_delta  # imports mlx-lm
 
@@ -141,4 +145,8 @@ def opened(
         return emulate(model, emulated, parsed, memory=memory, adapter_path=adapter_path, nucleus=top_p, **how)
     if deltas or top_p is not None:
         raise ConfigError("--delta says what another model learnt. Give that model's base too: --emulate SMALL")
-    return open_model(model, memory, adapter_path, **how)
+    nbytes = None if memory is None else parse_nbytes(memory)
+    streamed = open_model(model, None, adapter_path, **how)
+    if nbytes is not None:  # if it is too little, the job's figure is told, and not first a smaller one for one token
+        streamed.budget.limit(nbytes)
+    return streamed

@@ -90,6 +90,8 @@ class Generation:
             raise ConfigError(f"--max-tokens must be 1 or more, got {max_tokens}")
         if wave is not None and wave < 1:
             raise ConfigError(f"--wave must be 1 or more, got {wave}")
+        if draft_tokens is not None and draft_tokens < 0:
+            raise ConfigError(f"--num-draft-tokens must be 0 or more, got {draft_tokens}")
         check(prompts, model.embedding_rows)
         sampling, kept = sampling or Sampling(), kept or KeyValues()
         kept.check()

@@ -13,6 +13,19 @@ import mlx.core as mx
 
 from ..errors import ConfigError
 
+# The least and the most that options may be; mlx-lm refuses others with a traceback, or takes them for something else.
+LIMITS: dict[str, tuple[float, float | None]] = {
+    "temp": (0, None),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+    "top_k": (0, None),
+    "min_tokens_to_keep": (1, None),
+    "xtc_probability": (0, 1),
+    "xtc_threshold": (0, 0.5),
+    "repetition_penalty": (0, None),
+    "repetition_context_size": (1, None),
+}
+
 Sampler = Callable[[mx.array], mx.array]
 Processor = Callable[[mx.array, mx.array], mx.array]
 
@@ -48,10 +61,9 @@ class Sampling(SamplingOptions):
     frequency_penalty: float | None = None
 
     def __post_init__(self):
-        limits = {"temp": (0, None), "top_p": (0, 1), "min_p": (0, 1), "top_k": (0, None), "xtc_probability": (0, 1)}
-        for name, (low, high) in limits.items():
+        for name, (low, high) in LIMITS.items():
             value = getattr(self, name)
-            if value < low or high is not None and value > high:
+            if value is not None and not (low <= value and (high is None or value <= high)):  # not a number neither
                 between = f"from {low} to {high}" if high is not None else f"{low} or more"
                 raise ConfigError(f"--{name.replace('_', '-')} must be {between}, got {value}")
 

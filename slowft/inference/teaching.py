@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from ..data.datasets import load_data
+from ..data.datasets import load_data, no_training_samples
 from ..data.teacher import TeacherWriter, counted, samples_of
 from ..data.tokenizer import load_tokenizer
 from ..engine.budget import default_memory
-from ..errors import ConfigError, DataError, SlowftError
+from ..errors import ConfigError, SlowftError
 from ..models.adapters import digest
 from .decoder import opened
 from .passes import Row, batches_of, log_probabilities
@@ -73,7 +73,7 @@ class TeachingSession:
             splits = ("train", "valid")
             train, valid, _ = load_data(settings.data, tokenizer, settings, splits, n_ids, report.progress)
             if not len(train):
-                raise DataError(f"{settings.data} has no training samples. Put them into train.jsonl")
+                raise no_training_samples(settings.data)
             for name, dataset in (("training", train), ("validation", valid)):
                 if dataset.n_cut:
                     report.note(

@@ -52,7 +52,7 @@ def choices(plan: Plan) -> str:
     chunks = [
         f"{value} {name}"
         for value, name in (
-            (s.rows, "rows"),
+            (s.rows, "row" if s.rows == 1 else "rows"),
             (s.mlp_tokens, "tokens of feed-forward layers"),
             (s.attention_queries, "queries"),
         )
@@ -96,14 +96,15 @@ def later_step(later: Plan) -> str:
 
 
 def several_lines(several: Sequence[Shared]) -> list[str]:
-    """Lines that say how long the same step would take on more machines."""
+    """Lines that say how long the same step would take on more machines; none if no number of them can share it."""
     possible = [shared for shared in several if shared.rows]
     lines = []
     if possible:
         steps = ", ".join(f"{duration(shared.step_s)} by {shared.machines}" for shared in possible)
         link = f"{duration(possible[-1].sum_s)} of it to sum gradients, at an assumed {LINK_NBYTES_S * 8e-9:g} Gbit/s"
         lines.append(f"  the same step, shared by machines like this one: {steps} ({link})")
-    return lines + [f"  {shared.reason}" for shared in several if shared.reason]
+        lines += [f"  {shared.reason}" for shared in several if shared.reason]
+    return lines
 
 
 def describe_machine(machine: Machine) -> str:

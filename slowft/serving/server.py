@@ -51,7 +51,7 @@ class Parts:
 
 
 class Server(ThreadingHTTPServer):
-    """Listens, and answers until it is closed.
+    """Takes its address when it is made; from `start` on it listens, and answers until it is closed.
 
     Raises:
         ConfigError: the address is in use, or other machines can reach it and there is no token.
@@ -72,10 +72,13 @@ class Server(ThreadingHTTPServer):
         try:
             infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
             self.address_family, _, _, _, address = infos[0]
-            super().__init__(address, Handler)
+            super().__init__(address, Handler, bind_and_activate=False)
+            self.server_bind()
         except OSError as e:
+            if hasattr(self, "socket"):
+                self.server_close()
             self.watch.close()
-            raise ConfigError(f"cannot listen at {host}, port {port}: {reason_of(e)}. Give another --port") from None
+            raise _cannot_listen(host, port, e) from None
         self._thread = threading.Thread(target=self.serve_forever, args=(0.1,), name="slowft-serve", daemon=True)
 
     @property
@@ -85,6 +88,10 @@ class Server(ThreadingHTTPServer):
         return f"http://{f'[{host}]' if ':' in str(host) else host}:{port}/v1"
 
     def start(self) -> None:
+        try:
+            self.server_activate()
+        except OSError as e:  # two servers can take the same address; the second to listen cannot
+            raise _cannot_listen(*self.server_address[:2], e) from None
         self._thread.start()
 
     def close(self) -> None:
@@ -363,6 +370,10 @@ class Handler(BaseHTTPRequestHandler):
         if parts.recorder is not None:
             health["recorded"] = {"requests": parts.recorder.written, "lost": parts.recorder.lost}
         return (200 if is_well else 503), health
+
+
+def _cannot_listen(host: Any, port: Any, error: OSError) -> ConfigError:
+    return ConfigError(f"cannot listen at {host}, port {port}: {reason_of(error)}. Give another --port or --host")
 
 
 def _parsed(body: bytes) -> Any:

@@ -46,21 +46,26 @@ class Service:
                 self.store = store = RequestStore(s.record, redact=s.redact, prices=listed)
                 self._closing.callback(self._close_store)
                 recorder = Recorder(store, say)
-            local = None if s.model is None else self._open_local(s)
+            parts = Parts(guard, Pages(store), None, upstream, recorder, s.cache, on_answer)
+            self.server = Server(s.host, s.port, parts)  # a port that is taken is found before the model is opened
+            parts.local = local = None if s.model is None else self._open_local(s)
             self.names = [] if local is None else list(local.names)
             self.scheduler = None if local is None else local.scheduler
             self.recorder = recorder
-            self.server = Server(
-                s.host, s.port, Parts(guard, Pages(store), local, upstream, recorder, s.cache, on_answer)
-            )
             self._closing.callback(self.server.close)
         except BaseException:
+            if self.server is not None:
+                self.server.close()
             self._closing.close()
             raise
         self.url = self.server.url
 
     def __enter__(self) -> "Service":
-        self.server.start()
+        try:
+            self.server.start()
+        except BaseException:
+            self.close()
+            raise
         return self
 
     def __exit__(self, *_) -> None:
@@ -115,6 +120,13 @@ def _check(s: Settings) -> None:
         raise ConfigError("--delta says what another model learnt. Give that model's base too: --emulate SMALL")
     if s.token is not None and not s.token.strip():
         raise ConfigError("--token is empty. Give one that nobody guesses")
+    for name, value in (("max-tokens", s.max_tokens), ("wave", s.wave)):
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name} must be 1 or more, got {value}")
+    if s.model is not None:  # without one, MLX is not needed
+        from ..inference.sampling import Sampling
+
+        Sampling(temp=s.temp, top_p=s.top_p, top_k=s.top_k, min_p=s.min_p)  # raises an error for impossible values
 
 
 def _open(s: Settings, names: dict[str, Any]):

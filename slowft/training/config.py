@@ -47,6 +47,14 @@ RENAMED = {
     "wandb": lambda value: {"report_to": "wandb", "project_name": value},
 }
 DISTIL = 0.5, 1.0  # default weight and temperature of distillation
+# Options that have no effect without another one.
+NEED = {"test_batches": "test", "project_name": "report_to"}
+# Options that say how to train, and so have no effect on --test alone.
+OF_TRAINING = (
+    "iters learning_rate optimizer grad_accumulation_steps num_layers fine_tune_type valid_split "
+    "steps_per_report steps_per_eval val_batches save_every keep_checkpoints keep early_stop max_time max_grad_norm "
+    "on_nan resume resume_anyway resume_adapter_file activation_cache activation_cache_size"
+).split()
 # Schedules that reach a last value -> index of the argument that counts the steps until then.
 STEPS_OF_SCHEDULE = {"cosine_decay": 1, "linear_schedule": 2}
 
@@ -363,7 +371,29 @@ def load_config(file: str | None, options: dict[str, Any]) -> tuple[TrainConfig,
         merged["train"] = False
     config = TrainConfig(**merged)
     config.check()
-    return config, notes
+    return config, notes + _without_effect(config, options)
+
+
+def _without_effect(config: TrainConfig, options: dict[str, Any]) -> list[str]:
+    """Notes about options that were given without the one that they belong to, and about training's with --test alone.
+
+    Only what is on the command line counts: one file serves several runs, and those of mlx_lm.lora hold all of it.
+    """
+
+    def written(name: str) -> str:
+        return f"--{name.replace('_', '-')}"
+
+    given = {name for name, value in options.items() if value not in (None, getattr(TrainConfig, name, None))}
+    notes = [
+        f"Warning: {written(name)} has no effect without {written(needed)}"
+        for name, needed in NEED.items()
+        if name in given and not getattr(config, needed)
+    ]
+    of_training = [written(name) for name in OF_TRAINING if name in given]
+    if of_training and config.test and not config.train:
+        names = f"{', '.join(of_training)} {'has' if len(of_training) == 1 else 'have'}"
+        notes.append(f"Warning: {names} no effect, as --test alone trains nothing. Add --train to train first")
+    return notes
 
 
 def _rename_old_options(options: dict, written: Callable[[str, Any], str], notes: list[str]) -> dict:

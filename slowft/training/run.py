@@ -12,13 +12,14 @@ from pathlib import Path
 
 from .. import platform
 from ..data.batches import Lessons
-from ..data.datasets import check_size, load_data
+from ..data.datasets import check_size, load_data, no_training_samples
 from ..data.tokenizer import load_tokenizer
 from ..engine.budget import default_memory
 from ..engine.model import open_model, parse_nbytes
 from ..errors import AdapterError, ConfigError, DataError, SlowftError
 from ..reports.base import Report, Reports
 from ..reports.json_lines import CallbackReport
+from ..weights.spill import check_directory
 from .checkpoint import DIRECTORY as CHECKPOINTS
 from .config import TrainConfig
 from .machines import Machines, of_launch
@@ -50,9 +51,17 @@ def _run(config: TrainConfig, report: Report) -> dict:
         platform.be_gentle()
     if config.activation_cache_size is not None:
         parse_nbytes(config.activation_cache_size, "a size to store activations in")
-    model = open_model(
+    if config.activation_cache not in (None, "off"):
+        check_directory("--activation-cache", Path(config.activation_cache).expanduser())
+    if config.trace:
+        file = Path(config.trace).expanduser()
+        check_directory("--trace", file.parent)
+        if file.is_dir() or not file.parent.is_dir():
+            raise ConfigError(f"--trace {file}: no file can be written there. Give a file in a directory that is there")
+    if config.memory is not None:
+        parse_nbytes(config.memory)
+    model = open_model(  # without a ceiling: the plan of the steps sets it, or tells what they need at least
         config.model,
-        config.memory,
         compute_dtype=config.compute_dtype,
         spill_dir=config.spill_dir,
         trust_remote_code=config.trust_remote_code,
@@ -156,7 +165,7 @@ def _load_data(model, config: TrainConfig, report: Report, lessons: Lessons | No
     splits = (["train", "valid"] if config.train else []) + (["test"] if config.test else [])
     train, valid, test = load_data(config.data, tokenizer, config, splits, model.embedding_rows, report.progress)
     if config.train and not len(train):
-        raise DataError(f"{config.data} has no training samples. Put them into train.jsonl")
+        raise no_training_samples(config.data)
     for option, value in (("--keep best", config.keep), ("--early-stop", config.early_stop)):
         if config.train and value is not None and not len(valid):
             report.note(f"Warning: {option} has no effect without a validation set: --valid-split 0.05 makes one")

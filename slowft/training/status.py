@@ -53,7 +53,7 @@ def read(directory: Path) -> dict[str, Any]:
     file = directory / FILE
     try:
         status = json.loads(file.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise AdapterError(
             f"{directory} has no {FILE}: no run writes its adapter there. Give its --adapter-path"
         ) from None
