@@ -70,13 +70,13 @@ def predict(
             "job": job.as_dict() | {"memory": memory},
             "machine": asdict(planners[1].machine),
             "points": points,
-            "crossover": _crossover(points, point),
+            "crossover": crossover(points, point),
         }
     finally:
         model.close()
 
 
-def _crossover(points: list[dict], point: Callable[[int], dict | None]) -> int | None:
+def crossover(points: list[dict], point: Callable[[int], dict | None]) -> int | None:
     """Between the last point bound by reading and the first that is not, by bisection."""
     hidden = next((p["micro_batches"] for p in points if p["bound"] == "computing"), None)
     if hidden is None:

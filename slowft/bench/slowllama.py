@@ -34,10 +34,10 @@ def check(checkout: str, job: Job) -> None:
         )
     if importlib.util.find_spec("torch") is None:
         raise ConfigError("slowllama needs PyTorch, which is not installed. To fix it: pip install torch")
-    _params(job)
+    params_of(job)
 
 
-def _params(job: Job) -> dict[str, Any]:
+def params_of(job: Job) -> dict[str, Any]:
     """The shape in the terms of its ModelArgs.
 
     Raises:
@@ -70,7 +70,7 @@ def _params(job: Job) -> dict[str, Any]:
 
 def directory(job: Job) -> Path:
     """Where its files of this shape are, or will be."""
-    key = hashlib.sha256(json.dumps(_params(job), sort_keys=True).encode()).hexdigest()[:12]
+    key = hashlib.sha256(json.dumps(params_of(job), sort_keys=True).encode()).hexdigest()[:12]
     return platform.cache_directory() / "bench" / f"slowllama-{key}"
 
 
@@ -87,7 +87,7 @@ def drop_cached_files(job: Job) -> None:
 def write(job: Job, told: Callable[[int], None], checkout: str) -> dict[str, Any]:
     """Random bfloat16 weights of the job's shape, in its format, unless they are there."""
     torch, llama2, model_config = _import(checkout)
-    final, params = directory(job), _params(job)
+    final, params = directory(job), params_of(job)
     if final.exists():
         return {}
     unfinished = final.with_suffix(".tmp")
