@@ -91,11 +91,11 @@ def measure(directory: Path, memory: int, rows: int, drafted: int | None, sampli
         opened, prompts, tokenizer=NoText(), max_tokens=tokens, wave=rows, draft_tokens=drafted, **sampling
     )
     passes, answers = [], []
-    while not run._waves.is_done:
+    while not run.is_done:
         before, begin = run.tokens, time.perf_counter()
         answers += run.step()
         passes.append((run.tokens - before, time.perf_counter() - begin, opened.stats.last.wait_s))
-        if len(run._waves.rows) < run.wave:
+        if answers:
             break
     counted = passes[2:-1]
     n, seconds = sum(n for n, _, _ in counted), sum(s for _, s, _ in counted)
@@ -108,7 +108,7 @@ def measure(directory: Path, memory: int, rows: int, drafted: int | None, sampli
         "read_nbytes": opened.stats.last.bytes_read,
         "drafted": run.drafted,
         "accepted": run.accepted,
-        "acceptance": run._waves._depth.acceptance if run.drafted else None,
+        "acceptance": run.depth.acceptance if run.drafted else None,
         "reported_gain": run.gain,
         "planned_peak_nbytes": run.plan.peak_nbytes,
         "answers": [answer.tokens for answer in sorted(answers, key=lambda a: a.number)],

@@ -59,9 +59,9 @@ def measure(model: str, memory: int, rows: int, draft: str | None, tokens: int) 
     passes = []
     while True:
         before, begin = run.tokens, time.perf_counter()
-        run.step()
+        answers = run.step()
         passes.append((run.tokens - before, time.perf_counter() - begin, opened.stats.last.wait_s))
-        if len(run._waves.rows) < run.wave:
+        if answers:
             break
     counted = passes[3:-1]  # the first ones make room in memory, and try whether rows can be merged
     if not counted:

@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from mlx.utils import tree_flatten
 
 import slowft
 from slowft.bench.shapes import SHAPES, cached, config_of
@@ -47,16 +48,18 @@ def work(model: str, rows: int, tokens: int, steps: int, memory: str) -> None:
     from slowft.training.machines import of_launch
 
     machines, together_s = of_launch(), []
-    real = machines._run
 
-    def timed(function):
-        begin = time.perf_counter()
-        try:
-            return real(function)
-        finally:
-            together_s.append(time.perf_counter() - begin)
+    def timed(collective):
+        def call(values):
+            begin = time.perf_counter()
+            try:
+                return collective(values)
+            finally:
+                together_s.append(time.perf_counter() - begin)
 
-    machines._run = timed
+        return call
+
+    machines.gather, machines.sum = timed(machines.gather), timed(machines.sum)
     rng, report = np.random.default_rng(0), Steps()
     samples = [(rng.integers(3, 1000, tokens + 1).astype(np.int32), 0) for _ in range(rows)]
     with tempfile.TemporaryDirectory() as directory, slowft.open_model(model, memory) as opened:
@@ -73,7 +76,7 @@ def work(model: str, rows: int, tokens: int, steps: int, memory: str) -> None:
         seconds = np.diff(report.ended)[1:]  # the first step warms up
         if machines.rank == 0:
             found = {"step_s": statistics.median(seconds), "steps_s": seconds.tolist(), "size": machines.size}
-            adapter = sum(array.nbytes for array in opened._adapter_parameters().values())
+            adapter = sum(array.nbytes for _, array in tree_flatten(opened.trainable_parameters()))
             print(json.dumps(found | {"together_s": sum(together_s) / (steps + 1), "adapter_nbytes": adapter}))
 
 

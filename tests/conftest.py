@@ -4,6 +4,9 @@ import slowft  # noqa: F401, I001  (before mlx: it loads OpenBLAS)
 
 import json
 import os
+import sqlite3
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import mlx.core as mx
@@ -62,6 +65,20 @@ def usual_limits():
 def no_pauses(monkeypatch):
     """A read or write that fails is tried again at once."""
     monkeypatch.setattr(transfers, "RETRY_AFTER_S", (0, 0, 0))
+
+
+@pytest.fixture
+def may_have_pages(monkeypatch) -> Callable[[int], None]:
+    """Limits the SQLite files opened from now on to so many pages, which is SQLite's own way to have no more room."""
+    connections, connect = [], sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda *a, **k: connections.append(connect(*a, **k)) or connections[-1])
+
+    def limit(pages: int) -> None:
+        for connection in connections:
+            with suppress(sqlite3.ProgrammingError):  # it is closed
+                connection.execute(f"PRAGMA max_page_count = {pages}")
+
+    return limit
 
 
 def save_random(

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(mx.default_device() != mx.Device(mx.cpu), reason
 def parts(monkeypatch) -> list[int]:
     """Everything is shared out, however small; gives how many parts each call was computed in."""
     counts: list[int] = []
-    in_parts = cores._in_parts
+    in_parts = cores.in_parts
 
     def counted(function, *args):
         calls: list[None] = []
@@ -33,7 +33,7 @@ def parts(monkeypatch) -> list[int]:
 
     monkeypatch.setattr(platform, "cores", lambda: 2)
     monkeypatch.setattr(cores, "LEAST_ELEMENTS", 1)
-    monkeypatch.setattr(cores, "_in_parts", counted)
+    monkeypatch.setattr(cores, "in_parts", counted)
     return counts
 
 

@@ -24,10 +24,10 @@ from slowft.data.batches import batch_order, padded_tokens
 from slowft.data.teacher import TeacherCache, TeacherWriter, pack, samples_of, unpack
 from slowft.engine.distillation import Teacher, divergence
 from slowft.engine.head import loss_mask
+from slowft.engine.model import StreamedModel
 from slowft.inference import passes, teaching
 from slowft.planning.job import Chunking
 from slowft.planning.schedule import Schedule
-from slowft.training.fitting import Fit
 from test_data_make import STOP
 from test_gradients import pair
 
@@ -392,17 +392,17 @@ def test_a_run_that_was_stopped_ends_with_the_same_adapter(cache, data, student,
     said = finetune(student, data, *taught, "--adapter-path", tmp_path / "whole")
     losses = [one["train_loss"] for one in said if one["event"] == "train"]
     assert losses[-1] < losses[0]
-    step, left = Fit._step, [5]
+    step, left = StreamedModel.loss_and_grads, [5]
 
     def some_steps(self, micro_batches):
         left[0] -= 1
         if left[0] < 0:
             raise KeyboardInterrupt
-        step(self, micro_batches)
+        return step(self, micro_batches)
 
     stopped = "finetune", "--model", student, "--data", data, *TRAIN, "--adapter-path", tmp_path / "two"
     with monkeypatch.context() as patch:
-        patch.setattr(Fit, "_step", some_steps)
+        patch.setattr(StreamedModel, "loss_and_grads", some_steps)
         assert run(*stopped, *taught).exit_code
     assert run(*stopped, *taught, "--resume").exit_code == 0
     one, two = ((tmp_path / name / "adapters.safetensors").read_bytes() for name in ("whole", "two"))
@@ -519,15 +519,15 @@ def test_the_whole_way_with_tiny_models(llama_with_tokenizer, student, tmp_path,
         ),
     ]
     with monkeypatch.context() as patch:  # stopped in the third training
-        step, left = Fit._step, [15]
+        step, left = StreamedModel.loss_and_grads, [15]
 
         def some_steps(self, micro_batches):
             left[0] -= 1
             if left[0] < 0:
                 raise KeyboardInterrupt
-            step(self, micro_batches)
+            return step(self, micro_batches)
 
-        patch.setattr(Fit, "_step", some_steps)
+        patch.setattr(StreamedModel, "loss_and_grads", some_steps)
         assert run(*command_line).exit_code
     done = run(*command_line)
     assert done.exit_code == 0, done.output

@@ -13,9 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 import pytest
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
 from conftest import LLAMA, save_random
 from launched import Group, hosts_file, train
@@ -133,10 +132,10 @@ def joined(n: int) -> list[peers.Peers]:
 
 
 def end(one: peers.Peers) -> None:
-    for connection in one._peers.values():
+    for connection in one.connections.values():
         with suppress(OSError):  # it may have gone
             connection.shutdown(socket.SHUT_RDWR)
-    one.wait(5, lambda: one._gone >= set(one._peers))
+    one.wait(5, lambda: all(connection.fileno() == -1 for connection in one.connections.values()))
 
 
 def test_all_learn_who_was_lost():
@@ -162,7 +161,7 @@ def test_one_that_failed_says_why():
 def test_a_network_that_goes_silent_is_noticed_by_the_system():
     """Without a word from the other side the connection ends after 30 s (measured once, in a network of its own)."""
     first, second = joined(2)
-    for connection in (first._peers[1], second._peers[0]):
+    for connection in (first.connections[1], second.connections[0]):
         assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
         if not slowft.platform.MACOS:
             names = socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT
@@ -213,31 +212,31 @@ def test_alone_nothing_of_mlxs_engine_begins(monkeypatch, tmp_path):
     monkeypatch.setattr(mx.distributed, "init", None)
     for name in ("MLX_RANK", "MLX_HOSTFILE"):
         monkeypatch.delenv(name, raising=False)
-    assert machines.of_launch().size == 1 and machines._launched() is None
+    assert machines.of_launch().size == 1 and machines.launched() is None
     assert machines.Machines().gather([1]) == [[1]]
     (tmp_path / "hosts").write_text("\n")  # what mlx.launch -n 1 writes
     monkeypatch.setenv("MLX_HOSTFILE", str(tmp_path / "hosts"))
     monkeypatch.setenv("MLX_RANK", "0")
-    assert machines._launched() is None
+    assert machines.launched() is None
 
 
 def test_what_launched_is_understood_or_refused(monkeypatch, tmp_path):
     file = hosts_file(tmp_path, 3)
     monkeypatch.setenv("MLX_HOSTFILE", str(file))
     monkeypatch.setenv("MLX_RANK", "2")
-    backend, rank, size, (host, port) = machines._launched()
+    backend, rank, size, (host, port) = machines.launched()
     assert (backend, rank, size) == ("ring", 2, 3) and [f"{host}:{port}"] == json.loads(file.read_text())[0]
     (tmp_path / "devices").write_text('[[null, "rdma_en2"], ["rdma_en2", null]]')
     with monkeypatch.context() as patch:
         patch.setenv("MLX_IBV_DEVICES", str(tmp_path / "devices"))
         patch.setenv("MLX_JACCL_COORDINATOR", "10.0.0.1:32323")
-        assert machines._launched() == ("jaccl", 2, 2, ("10.0.0.1", 32323))
+        assert machines.launched() == ("jaccl", 2, 2, ("10.0.0.1", 32323))
     file.write_text("{")
     with pytest.raises(ConfigError, match="MLX_RANK is set, but not what mlx.launch sets"):
-        machines._launched()
+        machines.launched()
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="--backend ring or jaccl"):
-        machines._launched()
+        machines.launched()
 
 
 def test_a_batch_that_cannot_be_shared_is_refused():
@@ -251,27 +250,34 @@ def test_a_batch_that_cannot_be_shared_is_refused():
         rows_of(TrainConfig(batch_size=4), machines.Machines(1, 8))
 
 
-def test_a_machine_whose_rows_have_no_token_adds_nothing():
+def test_a_machine_whose_rows_have_no_token_adds_nothing(model, tmp_path):
     """Its loss and gradients are 0 / 0."""
-    from slowft.training.fitting import Fit
 
     class Two(machines.Machines):
+        """The other one has 8 tokens, a loss of 2, and gradients of 3."""
+
         def gather(self, values):
-            return [values, [2.0, 8, True, *values[3:]]]
+            is_of_step = isinstance(values, tuple) and len(values) > 2
+            return [values, (2.0, 8, True, *values[3:]) if is_of_step else values]
 
         def sum(self, vector):
             assert not vector.any().item()
             return vector + 3
 
-    fit = Fit.__new__(Fit)
-    fit._machines, fit._model = Two(0, 2), slowft_model()
-    nan = {"a": mx.array([float("nan")] * 4)}
-    assert fit._agree(float("nan"), 0, nan) == (2.0, 8, True)
-    assert np.array(fit._joint(nan)["a"]).tolist() == [3.0] * 4
+    before = {}
 
+    def without_tokens(trainer):
+        def step(micro_batches):
+            before.update(tree_flatten(trainer.model.trainable_parameters()))
+            nan = tree_map(lambda array: array * float("nan"), trainer.model.trainable_parameters())
+            return (mx.array(float("nan")), mx.array(0)), nan
 
-def slowft_model():
-    """As much of one as `Fit._agree` looks at."""
-    from types import SimpleNamespace
+        trainer.machines = Two(0, 2)
+        object.__setattr__(trainer.model, "loss_and_grads", step)
 
-    return SimpleNamespace(trainable_parameters=lambda: {"a": mx.zeros((4,))}, cuts={})
+    found = run(model, tmp_path / "a", valid=None, before=without_tokens, **PLAIN | {"iters": 1})
+    assert found["train_loss"] == 2.0
+    after = mx.load(str(tmp_path / "a" / "adapters.safetensors"))
+    assert after.keys() == before.keys()
+    for name, array in before.items():
+        assert mx.allclose(after[name], array - 0.5 * 3)

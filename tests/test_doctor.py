@@ -1,6 +1,9 @@
 """`slowft doctor` passes here, and what it is there to find, it finds."""
 
+import contextlib
 import functools
+import importlib.metadata
+import itertools
 import json
 import os
 import signal
@@ -14,7 +17,6 @@ import pytest
 from click.testing import CliRunner
 
 from slowft import doctor, platform
-from slowft.cli.doctor import _print_table
 from slowft.cli.main import slowft as command
 
 NAMES = [
@@ -117,9 +119,10 @@ def test_broken_gradients_and_a_broken_ceiling_fail(scratch, in_trials, monkeypa
     assert list(scratch.iterdir()) == []
 
 
-def test_a_crash_fails_what_it_prevented_and_nothing_else(in_trials, tmp_path):
+def test_a_crash_fails_what_it_prevented_and_nothing_else(in_trials, scratch):
     in_trials("import os, mlx.core as mx\nmx.eval = lambda *arrays: (os.write(2, b'no Metal\\n'), os.abort())")
-    first, second = doctor._trial("compute", ["device", "matrix products"], str(tmp_path))
+    with contextlib.closing(doctor.examine()) as checks:
+        first, second = itertools.islice(checks, NAMES.index("device"), NAMES.index("reading"))
     assert (first.name, first.verdict) == ("device", "ok")
     assert (second.name, second.verdict) == ("matrix products", "failed")
     assert second.result == "the process ended with SIGABRT: no Metal"
@@ -150,18 +153,29 @@ def test_interrupting_removes_all_files(scratch):
     assert list(scratch.iterdir()) == []
 
 
+def named(name: str) -> doctor.Check:
+    """This one; those after it are not made."""
+    return next(check for check in doctor.examine() if check.name == name)
+
+
 def test_slow_blas_fails_and_names_the_package(monkeypatch):
     monkeypatch.setattr(platform, "MACOS", False)
     monkeypatch.setattr(platform, "blas_library", lambda: None)
-    check = doctor._blas("BLAS")
+    check = named("BLAS")
     assert check.verdict == "failed" and "80 times slower" in check.result
     assert check.todo == "sudo apt-get install libopenblas0-pthread"
 
 
 def test_old_and_missing_packages_fail(monkeypatch):
     versions = {"mlx": "0.20.0", "mlx-lm": None}
-    monkeypatch.setattr(doctor, "_version", lambda package: versions.get(package, "9999.0"))
-    check = doctor._versions("versions")
+
+    def version(package):
+        if (found := versions.get(package, "9999.0")) is None:
+            raise importlib.metadata.PackageNotFoundError
+        return found
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    check = named("versions")
     assert check.verdict == "failed"
     assert check.result.startswith("mlx 0.20.0 is too old, mlx-lm is missing (slowft ")
     assert check.todo == 'pip install --upgrade "mlx>=0.32.0" "mlx-lm>=0.32.0"'
@@ -169,7 +183,7 @@ def test_old_and_missing_packages_fail(monkeypatch):
 
 def test_rosetta_fails(monkeypatch):
     monkeypatch.setattr(platform, "is_translated", lambda: True)
-    check = doctor._python("Python")
+    check = named("Python")
     assert check.verdict == "failed" and "Rosetta" in check.result and "arm64" in check.todo
 
 
@@ -182,7 +196,11 @@ def test_no_room_on_a_disk_is_a_note(scratch, monkeypatch):
     assert "TMPDIR" in checks["temporary directory"].todo
 
 
-def test_table_shows_text_as_it_is(capsys):
-    _print_table([doctor.Check("a check", "batch [B, T]", "failed", "do [bold]this[/bold]")])
+def test_table_shows_text_as_it_is(capsys, monkeypatch):
+    found = doctor.Check("a check", "batch [B, T]", "failed", "do [bold]this[/bold]")
+    monkeypatch.setattr(doctor, "examine", lambda told: (check for check in [found]))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    with pytest.raises(SystemExit):
+        command.main(["doctor"], standalone_mode=False)
     shown = capsys.readouterr().out
     assert "batch [B, T]" in shown and "do [bold]this[/bold]" in shown

@@ -23,7 +23,9 @@ import slowft
 from conftest import LLAMA, in_memory, must_run, save_random
 from slowft.bench import cgroup
 from slowft.cli.main import slowft as command
+from slowft.inference import waves
 from slowft.inference.emulate import parse_delta
+from slowft.inference.rows import MergeTrial
 
 PROMPTS = [np.random.default_rng(i).integers(3, 250, n).tolist() for i, n in enumerate((3, 9, 70, 5))]
 TOKENS = mx.array([PROMPTS[1], PROMPTS[2][:9]])
@@ -117,7 +119,7 @@ def test_log_probabilities_are_those_of_the_paper(models):
     deltas = [(models.first, 0.7), (models.second, -0.4), (models.tuned, 1.5)]
     expected = normalised(large + 0.7 * (first - base) - 0.4 * (second - base) + 1.5 * (tuned - base))
     with slowft.emulate(models.large, models.small, deltas) as three:
-        assert [variants.is_together for variants, _ in three._in_memory] == [True, True]
+        assert [variants.is_together for variants, _ in three.in_memory] == [True, True]
         assert_close(three(TOKENS), expected)
         assert three(TOKENS).dtype == mx.float32
         cache = three.make_cache()
@@ -179,7 +181,7 @@ def test_other_architectures_are_computed_together_only_where_that_is_the_same(n
     adapter, tokens = save_adapter(small, tmp_path / "adapter", 3), TOKENS % 90
     expected = normalised(np.array(tuned_in_memory(small, adapter)(tokens)).astype(np.float64))
     with slowft.emulate(small, small, [(adapter, 1.0)]) as itself:
-        assert itself._in_memory[0][0].is_together == (name == "qwen3")
+        assert itself.in_memory[0][0].is_together == (name == "qwen3")
         assert_close(itself(tokens), expected, 1e-4)
         targets = mx.pad(tokens, [(0, 0), (0, 1)])
         (found,) = itself.log_probabilities([slowft.MicroBatch(targets, mx.array([[1, 9]] * 2))], 0, range(90))
@@ -192,7 +194,7 @@ def test_rows_of_one_batch_that_say_something_else_are_computed_apart(models, mo
     wrong = slowft.inference.variants.LinearOfRows.__call__
     monkeypatch.setattr(slowft.inference.variants.LinearOfRows, "__call__", lambda self, x: 1.1 * wrong(self, x))
     with slowft.emulate(models.small, models.small, [(models.first, 1.0)]) as itself:
-        assert not itself._in_memory[0][0].is_together
+        assert not itself.in_memory[0][0].is_together
         assert_close(itself(TOKENS), models.logprobs(models.small, models.first))
 
 
@@ -200,7 +202,7 @@ def test_dora_is_computed_apart(models, tmp_path):
     adapter = save_adapter(models.small, tmp_path / "dora", 3, use_dora=True)
     with slowft.emulate(models.small, models.small, [(adapter, 1.0)]) as itself:
         whole = tuned_in_memory(models.small, adapter, use_dora=True)
-        assert not itself._in_memory[0][0].is_together
+        assert not itself.in_memory[0][0].is_together
         assert_close(itself(TOKENS), normalised(np.array(whole(TOKENS)).astype(np.float64)))
 
 
@@ -219,14 +221,15 @@ def generated(model, prompts=PROMPTS, **how) -> list[list[int]]:
 @pytest.mark.parametrize("sampling", [{}, {"temp": 0.8, "top_p": 0.95, "seed": 3}])
 def test_guesses_of_the_tuned_small_model_change_no_token_and_save_readings(emulated, sampling, monkeypatch):
     monkeypatch.setattr(slowft.inference.drafts.Depth, "choose", lambda self, rows: self.most)
+    trials: list[MergeTrial] = []
+    monkeypatch.setattr(waves, "MergeTrial", lambda *of: trials.append(MergeTrial(*of)) or trials[-1])
     plain, expected = run_of(emulated, wave=1, draft_tokens=0, **sampling)
     assert len({tuple(answer) for answer in expected}) == 4
     alone, answers = run_of(emulated, wave=1, draft_tokens=4, **sampling)
     assert answers == expected
     assert alone.passes <= 0.6 * plain.passes and alone.accepted == plain.passes - alone.passes
     for how in ({"wave": 3}, {"wave": 4, "draft_tokens": 0}, {"draft": "lookup"})[: 3 if sampling else 1]:
-        run, answers = run_of(emulated, **how, **sampling)
-        assert answers == expected and run._waves._trial.verdict  # rows were merged
+        assert generated(emulated, **how, **sampling) == expected and trials.pop().verdict  # rows were merged
 
 
 def test_mlx_lm_generates_the_same(emulated):
@@ -242,12 +245,12 @@ def test_rows_on_disk_or_rotating_are_generated_too(emulated, tmp_path):
     prompts = [PROMPTS[0], np.random.default_rng(9).integers(3, 250, 300).tolist()]
     spilled, answers = run_of(emulated, prompts, kept=KeyValues(spill_kv=True), max_tokens=5)
     assert answers == generated(emulated, prompts, max_tokens=5)
-    assert spilled._spilled.bytes_written > 0
+    assert spilled.spilled.bytes_written > 0
     rotating = KeyValues(max_kv_size=8)
     assert generated(emulated, PROMPTS[:2], kept=rotating) == generated(emulated, PROMPTS[:2], kept=rotating, wave=1)
 
 
-def test_what_the_model_in_memory_takes_is_in_the_predicted_seconds(models, monkeypatch):
+def test_what_the_modelin_memory_takes_is_in_the_predicted_seconds(models, monkeypatch):
     clock = SimpleNamespace(perf_counter=iter((0.0, 2.0, 10.0, 15.5) * 2).__next__)  # once more to draft with
     monkeypatch.setattr(slowft.inference.variants, "time", clock)
     with slowft.emulate(models.large, models.small, [(models.first, 1.0)], memory="1GB") as timed:
@@ -334,21 +337,22 @@ def test_scores_of_a_small_base_with_the_delta_of_a_large_model_that_streams(mod
         found = assert_scored(down, of_sum, lambda tokens: models.logprobs(models.small, None, tokens))
         assert found["emulated"].tokens == found["base"].tokens == sum(len(tokens) - 4 for tokens in TEXTS)
         assert down.stats.last.bytes_read <= 1.1 * down.nbytes_on_disk
+        with pytest.raises(slowft.ConfigError, match="is of the model that stays in memory here"):
+            slowft.score(down, [(TEXTS[0], 4)], {"own": models.first})
+    with slowft.emulate(models.small, models.large, [(models.of_large, 0.8)]) as down:
         engine = down.streamed.engine
         engine.follow(replace(engine.schedule, rows=1), tmp_path)  # a micro-batch in pieces: so many times two terms
         asked = slowft.MicroBatch(mx.array([TEXTS[1], TEXTS[2][:9], TEXTS[0][:9]]), mx.array([[1, 8], [2, 5], [3, 8]]))
         found = engine.log_probabilities([(asked.batch, asked.lengths, False)] * 2, 0, (), lambda n: None)
         assert [part.per_row.tolist() for part in found] == [[8, 4, 6]] * 2
-        mixing = down._mixing([False, True], down._streamed_adapters([False, True]), 8)
-        given = [(asked.batch, asked.lengths, adapter) for adapter in down._streamed_adapters([False, True])]
-        base, emulated = engine.log_probabilities(given, 0, range(259), lambda n: None, mixing)
+        given = [replace(asked, adapter=adapter) for adapter in (False, True)]
+        base, emulated = down.log_probabilities(given, token_ids=range(259))
+        assert engine.schedule.rows == 1
         assert_close(emulated.of_tokens[12:], of_sum(asked.batch[2:, :-1])[0, 2:])
         assert_close(base.of_tokens[8:12], models.logprobs(models.small, None, asked.batch[1:2, :-1])[0, 1:5])
-        with pytest.raises(slowft.ConfigError, match="is of the model that stays in memory here"):
-            slowft.score(down, [(TEXTS[0], 4)], {"own": models.first})
 
 
-def test_logits_of_no_whole_text_are_in_memory(models, monkeypatch):
+def test_logits_of_no_whole_text_arein_memory(models, monkeypatch):
     seen, add = [], slowft.inference.emulate.Sums.add_places
     monkeypatch.setattr(slowft.inference.emulate, "CHUNK", 16)
     monkeypatch.setattr(
@@ -517,7 +521,7 @@ def test_on_a_mac_models_are_computed_in_their_own_dtype(mac, tmp_path):
     small = save_random(tmp_path / "small", LLAMA, mx.bfloat16)
     adapter = save_adapter(small, tmp_path / "adapter", 3)
     with slowft.emulate(small, small, [(adapter, 1.0)], memory="2GB") as itself:
-        model = itself._in_memory[0][0].model
+        model = itself.in_memory[0][0].model
         assert model.layers[0].self_attn.q_proj.weight.dtype == mx.bfloat16
         expected = normalised(np.array(tuned_in_memory(small, adapter)(TOKENS).astype(mx.float32)).astype(np.float64))
         got = np.array(itself(TOKENS))

@@ -14,6 +14,7 @@ import sys
 import tracemalloc
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
@@ -778,7 +779,7 @@ def test_what_a_parser_reads_and_the_rest_cannot_walk_is_refused(folder, tokeniz
         arguments = {"a": arguments}
     call = {"function": {"name": "f", "arguments": arguments}}
     sample = {"messages": [USER, {"role": "assistant", "content": "b", "tool_calls": [call]}]}
-    monkeypatch.setattr(files, "_parsed", lambda file, number, line: files.Found(file, "line", number, sample))
+    monkeypatch.setattr(files, "json", SimpleNamespace(loads=lambda text: sample, JSONDecodeError=ValueError))
     (folder / "train.jsonl").write_text("{}\n")
     with pytest.raises(SlowftError, match="train.jsonl line 1 is nested too deeply"):
         slowft.load_data(folder / "train.jsonl", tokenizer, TrainConfig(max_seq_length=64))

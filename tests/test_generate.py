@@ -216,7 +216,7 @@ def test_rows_on_disk_give_the_same_tokens(tiny, tmp_path):
         run = slowft.generate(model, prompts, tokenizer=NoTokenizer(), max_tokens=12, kept=kept, wave=3, **options)
         answers = sorted(run, key=lambda answer: answer.number)
         assert [a.tokens[:n] for a, n in zip(answers, limits)] == expected
-        spilled = run._spilled
+        spilled = run.spilled
         of_token = 3 * 2 * 2 * 16 * 4  # blocks, keys and values, heads, width, float32
         assert spilled.bytes_written >= (256 + 512 + 256) * of_token
         assert spilled.bytes_read > spilled.bytes_written
@@ -466,7 +466,7 @@ def answers(prompts, on_text):
     yield SimpleNamespace(text="Yes.")
 
 asking = lambda messages, said: [*messages, {"role": "user", "content": said}]
-generate._converse(SimpleNamespace(with_question=asking, asked=lambda messages: messages, answers=answers))
+generate.converse(SimpleNamespace(with_question=asking, asked=lambda messages: messages, answers=answers))
 """
 
 

@@ -303,9 +303,6 @@ def test_fused_experts_are_computed_one_by_one_and_equal_mlx_lm_convert(
     tmp_path, tokenizer_files, small_pieces, monkeypatch, config, join
 ):
     monkeypatch.setattr(conversion, "WHOLE_NBYTES", 0)
-    one_by_one = []
-    entries = writing._Worker._entries
-    monkeypatch.setattr(writing._Worker, "_entries", lambda self, part: one_by_one.append(part) or entries(self, part))
     directory = save_random(tmp_path / "m", config)
     weights = mx.load(str(directory / "model.safetensors"))
     published = fused(weights, join)
@@ -315,7 +312,11 @@ def test_fused_experts_are_computed_one_by_one_and_equal_mlx_lm_convert(
         shutil.copy(file, directory)
     theirs = convert_by_mlx_lm(directory, tmp_path / "theirs", quantize=True, q_group_size=32)
     assert_same_tensors(theirs, slowft.prepare(directory, tmp_path / "ours", quantize=True, group_size=32))
-    assert len(one_by_one) >= 4
+    options = conversion.Options(quantize=True, group_size=32)
+    parts = [
+        part for file in conversion.Conversion(directory, options).files for job in file.jobs for part in job.parts
+    ]
+    assert sum(isinstance(part, conversion.Computed) for part in parts) >= 4
 
 
 def test_what_mixes_experts_is_not_computed_one_by_one():

@@ -115,7 +115,7 @@ def in_memory_packed(directory: Path):
 def compiled():
     if sys.platform != "linux":
         pytest.skip("nothing is compiled for macOS, where GPUs multiply by packed weights")
-    if quantized._library() is None:
+    if not quantized.is_compiled():
         must_run("models/quantized.c was not compiled: pip install --editable . with a C compiler")
 
 
@@ -224,7 +224,7 @@ def test_gradients_equal_on_packed_weights(bits, group_size, mode, tmp_path):
 
 
 def test_gradients_equal_where_nothing_was_compiled(tmp_path, monkeypatch):
-    monkeypatch.setattr(quantized, "_library", lambda: None)
+    monkeypatch.setattr(quantized, "is_compiled", lambda: False)
     packed = save_quantized(tmp_path, SMALL, 3, 64, dtype=mx.float16)
     assert_gradients_equal(dequantized(packed), packed, "float32", SMALL["vocab_size"])
 

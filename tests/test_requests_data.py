@@ -3,6 +3,7 @@
 import json
 import shlex
 import sqlite3
+import tempfile
 from contextlib import closing
 from pathlib import Path
 
@@ -190,12 +191,12 @@ JUNK = st.recursive(
 @settings(max_examples=60, deadline=None)
 @given(st.dictionaries(st.sampled_from("request response messages input output prompt tags custom_id".split()), JUNK))
 def test_a_line_of_any_shape_is_a_row_or_says_why_not(line):
-    from slowft.data.files import Found
-
-    try:
-        imports._row(Found("f", "line", 1, line), {})
-    except imports._Bad as e:
-        assert str(e)
+    with tempfile.TemporaryDirectory() as directory:
+        file = write(Path(directory) / "f.jsonl", line)
+        try:
+            assert len(list(imports.read([file]))) == 1
+        except slowft.DataError as e:
+            assert str(e).startswith(f"{file} line 1 ") or "holds no answered requests" in str(e)
 
 
 # --- Export ---------------------------------------------------------------------------------------------

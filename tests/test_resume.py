@@ -28,7 +28,6 @@ from slowft.reports.base import Report
 from slowft.training import checkpoint as checkpoints
 from slowft.training import status
 from slowft.training.config import TrainConfig
-from slowft.training.fitting import Fit
 from slowft.training.stopping import Stop, parse_seconds
 
 
@@ -394,7 +393,7 @@ def test_the_time_that_a_machine_sleeps_counts(is_mac, clock, monkeypatch):
 def losing(monkeypatch, losses: list[float]) -> None:
     """Validation losses of the run, in turn."""
     left = iter(losses)
-    monkeypatch.setattr(Fit, "_validate", lambda self: next(left))
+    monkeypatch.setattr(slowft.Trainer, "evaluate", lambda *_, **how: next(left))
 
 
 def test_the_best_adapter_is_kept_and_no_better_one_ends_the_run(model_directory, tmp_path, monkeypatch):
@@ -459,10 +458,11 @@ options = json.loads(sys.argv[4])
 if options.pop("spills"):
     from dataclasses import replace
     from slowft.engine.engine import Engine
+    from slowft.training import fitting
 
     follow = Engine.follow
     spilling = {"spilled": 5, "in_memory": False, "keep_head": False}
-    slowft.training.fitting.JOURNALLED_STEP_S, slowft.training.fitting.JOURNALLED_NBYTES_PER_S = -1.0, 1e12
+    fitting.JOURNALLED_STEP_S, fitting.JOURNALLED_NBYTES_PER_S = -1.0, 1e12
     Engine.follow = lambda self, schedule, *more: follow(self, replace(schedule, **spilling), *more)
 run(sys.argv[2], pathlib.Path(sys.argv[3]), report=Begun(), **options)
 """

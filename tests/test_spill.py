@@ -174,14 +174,15 @@ def test_file_cache_stays_small(tmp_path, monkeypatch):
     reason = filecache.why_unavailable(tmp_path)
     if reason:
         must_run(reason)
-    spill, held = SpillFile(tmp_path, 64 * MB), {"pwrite": [], "preadv": []}
+    spill, held, fds = SpillFile(tmp_path, 64 * MB), {"pwrite": [], "preadv": []}, set()
 
     def measured(name: str):
         call = getattr(os, name)
 
         def wrapped(*args):
             done = call(*args)
-            held[name].append(filecache.nbytes_cached(spill._fd))
+            fds.add(args[0])
+            held[name].append(filecache.nbytes_cached(args[0]))
             return done
 
         return wrapped
@@ -190,7 +191,8 @@ def test_file_cache_stays_small(tmp_path, monkeypatch):
         monkeypatch.setattr(os, name, measured(name))
     for at in range(0, 64 * MB, 16 * MB):
         spill.write(at, np.frombuffer(os.urandom(16 * MB), np.uint8)).result()
-    assert filecache.nbytes_cached(spill._fd) < MB
+    (fd,) = fds
+    assert filecache.nbytes_cached(fd) < MB
     for at in reversed(range(0, 64 * MB, 16 * MB)):
         spill.read(at, 16 * MB).result()
     spill.close()
@@ -311,14 +313,15 @@ def test_after_a_failed_write_nothing_waits_for_ever_or_goes_on(tmp_path, monkey
 
 
 def test_failed_read_names_its_place_and_later_reads_work(tmp_path, monkeypatch, no_pauses):
-    spill = SpillFile(tmp_path, 100)
+    spill, pwrite, fds = SpillFile(tmp_path, 100), os.pwrite, set()
+    monkeypatch.setattr(os, "pwrite", lambda *args: fds.add(args[0]) or pwrite(*args))
     spill.write(0, np.ones(100, np.uint8)).result()
     tries = failing(monkeypatch, "preadv", errno.EIO, 4)
     message = refusal(spill.read(30, 10).result)
     assert str(tmp_path) in message and "byte 30" in message and os.strerror(errno.EIO) in message
     assert "To fix it: another --spill-dir" in message and tries == [30] * 4
     assert spill.read(30, 10).result().tolist() == [1] * 10
-    os.ftruncate(spill._fd, 35)
+    os.ftruncate(fds.pop(), 35)
     assert "activations end at byte 35" in refusal(spill.read(30, 10).result)
     spill.close()
 

@@ -7,6 +7,7 @@ import gc
 import itertools
 import json
 import os
+import queue
 import random
 import resource
 import shutil
@@ -471,18 +472,24 @@ def test_bytes_read_and_time_waited_are_counted(reader, blob, monkeypatch):
 def test_signals_do_not_break_reads_off(reader, blob, monkeypatch):
     """Not the reader's doing but Python's (PEP 475), and relied on: a pipe makes preadv slow enough to be hit."""
     signals, before = [], signal.signal(signal.SIGALRM, lambda *_: signals.append(1))
-    ends = os.pipe()
-    monkeypatch.setattr(os, "preadv", lambda fd, buffers, at: os.readv(ends[0], buffers))
-    writer = threading.Timer(0.2, os.write, (ends[1], b"x" * 100))
-    writer.start()
-    signal.setitimer(signal.ITIMER_REAL, 0.01, 0.01)
+    ends, threads = os.pipe(), queue.SimpleQueue()
+
+    def from_pipe(fd, buffers, at):
+        threads.put(threading.get_ident())
+        return os.readv(ends[0], buffers)
+
+    monkeypatch.setattr(os, "preadv", from_pipe)
     try:
         buffer = bytearray(100)
-        reader._read([ByteRange(str(blob), 0, 100, 0)], memoryview(buffer))  # on the thread that gets the signals
+        read = reader.submit([ByteRange(str(blob), 0, 100, 0)], memoryview(buffer))
+        thread = threads.get(timeout=10)
+        for _ in range(5):
+            time.sleep(0.02)
+            signal.pthread_kill(thread, signal.SIGALRM)
+        os.write(ends[1], b"x" * 100)
+        reader.wait(read)
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-        writer.join()
         for end in ends:
             os.close(end)
     assert bytes(buffer) == b"x" * 100 and len(signals) > 2
@@ -532,12 +539,12 @@ def test_file_cache_stays_small_where_nothing_is_read_directly(reader, cold_file
 # --- Reader, directly -------------------------------------------------------------------------------
 
 
-def direct_calls(reader: Reader, monkeypatch) -> list[tuple[int, int]]:
+def direct_calls(reader: Reader, file: Path, monkeypatch) -> list[tuple[int, int]]:
     """A list that (offset, bytes asked) of every read past the file cache goes to, while through it none may go."""
     preadv, calls = os.preadv, []
 
     def watched(fd, targets, offset):
-        assert fd in [file.direct_fd for file in reader._files.values()]
+        assert fd != reader.descriptor(str(file))
         calls.append((offset, sum(len(t) for t in targets)))
         return preadv(fd, targets, offset)
 
@@ -599,7 +606,7 @@ def test_any_stretch_of_a_file_is_read_directly_into_an_mlx_buffer(
     reader.reads_in_flight = in_flight
     at = 8192 + buffers.shift(first)
     buffer = buffers.read_buffer(at + nbytes + 100)
-    data, calls = memoryview(buffer), direct_calls(reader, monkeypatch)
+    data, calls = memoryview(buffer), direct_calls(reader, large_blob, monkeypatch)
     data[:at], data[at + nbytes :] = b"a" * at, b"z" * 100
     reader.read_now([ByteRange(str(large_blob), first, nbytes, at)], data)
     assert bytes(memoryview(buffer)) == b"a" * at + large_blob.read_bytes()[first : first + nbytes] + b"z" * 100
@@ -607,7 +614,7 @@ def test_any_stretch_of_a_file_is_read_directly_into_an_mlx_buffer(
 
 
 def test_small_neighbours_of_large_ranges_are_read_directly_too(reader, large_blob, monkeypatch):
-    calls = direct_calls(reader, monkeypatch)
+    calls = direct_calls(reader, large_blob, monkeypatch)
     at = buffers.shift(3 * MB)
     ranges = [ByteRange(str(large_blob), 3 * MB, 2 * MB, at)]
     ranges += [ByteRange(str(large_blob), 100 + 50 * i, 50, at + 3 * MB - 60 * i) for i in range(5)]
@@ -651,7 +658,7 @@ def test_short_direct_reads_are_continued(reader, large_blob, monkeypatch):
     buffer = buffers.read_buffer(at + 5 * MB)
     reader.read_now([ByteRange(str(large_blob), 100, 5 * MB, at)], memoryview(buffer))
     assert bytes(memoryview(buffer))[at:] == large_blob.read_bytes()[100 : 100 + 5 * MB]
-    assert reader._files[str(large_blob)].direct_fd is not None  # it was not given up for the file cache
+    assert reader.is_direct(str(large_blob))  # it was not given up for the file cache
 
 
 @pytest.mark.parametrize("nbytes", [5 * MB + 1234 + 1, 6 * MB])
@@ -698,10 +705,10 @@ def test_failing_disk_is_named_by_direct_reads_after_the_last_one_ended(
 
 @pytest.mark.parametrize("error", [errno.EINVAL, errno.EFAULT])
 def test_file_system_without_direct_reads_is_read_through_the_file_cache(error, reader, large_blob, monkeypatch):
-    preadv, files = os.preadv, reader._files
+    preadv = os.preadv
 
     def none(fd, targets, offset):
-        if fd in [file.direct_fd for file in files.values()]:
+        if fd != reader.descriptor(str(large_blob)):
             raise OSError(error, os.strerror(error))
         return preadv(fd, targets, offset)
 
@@ -710,7 +717,7 @@ def test_file_system_without_direct_reads_is_read_through_the_file_cache(error, 
     for _ in range(2):
         reader.read_now(ranges, memoryview(buffer))
         assert bytes(memoryview(buffer)) == expected(ranges, 5 * MB)
-    assert files[str(large_blob)].direct_fd is None
+    assert not reader.is_direct(str(large_blob))
 
 
 @pytest.mark.parametrize("place", ["as in the file", "elsewhere"])
@@ -784,11 +791,12 @@ def mac_blob(tmp_path, mac) -> Path:
 
 
 class Requests:
-    """What a reader asked of the system, by file offset, bytes, and addresses."""
+    """What a reader that fills `buffer` asked of the system, by file offset, bytes, and addresses."""
 
-    def __init__(self, reader: Reader, monkeypatch):
+    def __init__(self, buffer: memoryview, monkeypatch):
         preadv, self.asked = os.preadv, []
-        self._bounces = [np.frombuffer(bounce, np.uint8).ctypes.data for bounce in reader._bounces.queue]
+        begin = np.frombuffer(buffer, np.uint8).ctypes.data
+        self._places = range(begin, begin + len(buffer))
 
         def watched(fd, targets, offset):
             places = [(np.frombuffer(t, np.uint8).ctypes.data, len(t)) for t in targets]
@@ -799,12 +807,12 @@ class Requests:
 
     def of_memory(self, bounced: bool) -> list[tuple[int, int]]:
         """(file offset, bytes) of each request to the reader's own memory, or to the caller's."""
-        return [(at, sum(n for _, n in p)) for _, at, p in self.asked if (p[0][0] in self._bounces) == bounced]
+        return [(at, sum(n for _, n in p)) for _, at, p in self.asked if (p[0][0] not in self._places) == bounced]
 
     def assert_aligned(self) -> None:
         for _, offset, places in self.asked:
             # Linux puts the reader's own memory on its pages
-            page = platform.DIRECT_ALIGNMENT if places[0][0] not in self._bounces else 4096
+            page = platform.DIRECT_ALIGNMENT if places[0][0] in self._places else 4096
             assert len(places) == 1 and places[0][0] % page == 0
             assert offset % platform.DIRECT_ALIGNMENT == 0 and places[0][1] % platform.DIRECT_ALIGNMENT == 0
 
@@ -833,7 +841,7 @@ def test_macos_reads_whole_pages_wherever_they_go(first, nbytes, in_flight, plac
     reader.reads_in_flight, page = in_flight, platform.DIRECT_ALIGNMENT
     at = 2 * page + first % page + 64 * (place == "elsewhere")
     buffer = buffers.read_buffer(at + nbytes + 100)
-    data, requests = memoryview(buffer), Requests(reader, monkeypatch)
+    data, requests = memoryview(buffer), Requests(memoryview(buffer), monkeypatch)
     data[:at], data[at + nbytes :] = b"a" * at, b"z" * 100
     reader.read_now([ByteRange(str(mac_blob), first, nbytes, at)], data)
     assert bytes(memoryview(buffer)) == b"a" * at + mac_blob.read_bytes()[first : first + nbytes] + b"z" * 100
@@ -854,8 +862,9 @@ def test_macos_reads_whole_pages_wherever_they_go(first, nbytes, in_flight, plac
 def test_macos_reads_scattered_and_tiny_ranges(first, in_flight, mac, mac_blob, reader, monkeypatch):
     reader.reads_in_flight = in_flight
     ranges = scattered(mac_blob, first, [10, 2 * MB + 3, 1, 4096, MB - 7, 333, 7], random.Random(0))
-    nbytes, requests = 4 * MB, Requests(reader, monkeypatch)
+    nbytes = 4 * MB
     buffer = bytearray(nbytes)
+    requests = Requests(memoryview(buffer), monkeypatch)
     reader.read_now(ranges, memoryview(buffer))
     assert bytes(buffer) == expected(ranges, nbytes)
     requests.assert_aligned()
@@ -895,8 +904,9 @@ def test_macos_has_as_many_requests_in_flight_as_asked(shift, in_flight, mac, ma
 
 @pytest.mark.parametrize("in_flight", [1, 4])
 def test_macos_reads_by_way_of_its_own_pages_where_a_gpus_are_refused(in_flight, mac, mac_blob, reader, monkeypatch):
-    requests = Requests(reader, monkeypatch)
-    watched, buffer = os.preadv, buffers.read_buffer(5 * MB)
+    buffer = buffers.read_buffer(5 * MB)
+    requests = Requests(memoryview(buffer), monkeypatch)
+    watched = os.preadv
     begin = np.frombuffer(memoryview(buffer), np.uint8).ctypes.data
 
     def only_to_own_pages(fd, targets, offset):
@@ -916,10 +926,10 @@ def test_macos_reads_by_way_of_its_own_pages_where_a_gpus_are_refused(in_flight,
 @pytest.mark.parametrize("shift", [0, 64])
 @pytest.mark.parametrize("error", [errno.EINVAL, errno.EFAULT])
 def test_macos_goes_on_through_the_file_cache_where_pages_are_refused(error, shift, mac, mac_blob, reader, monkeypatch):
-    preadv, files = os.preadv, reader._files
+    preadv = os.preadv
 
     def none(fd, targets, offset):
-        if fd in [file.direct_fd for file in files.values()]:
+        if reader.is_direct(str(mac_blob)):
             raise OSError(error, os.strerror(error))
         return preadv(fd, targets, offset)
 
@@ -937,7 +947,7 @@ def test_macos_continues_short_reads(shift, mac, mac_blob, reader, monkeypatch):
     buffer = buffers.read_buffer(5 * MB + 1234 + shift)
     reader.read_now([ByteRange(str(mac_blob), 0, 5 * MB + 1234, shift)], memoryview(buffer))
     assert bytes(memoryview(buffer))[shift:] == mac_blob.read_bytes()
-    assert reader._files[str(mac_blob)].direct_fd is not None
+    assert reader.is_direct(str(mac_blob))
 
 
 @pytest.mark.parametrize("shift", [0, 64])
@@ -977,7 +987,7 @@ def test_macos_puts_tensors_where_kernels_want_them(before_data, device, mac, tm
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(getattr(mx, device)))
     layout, extents = layout_of(file)
     buffer = buffers.read_buffer(max(r.at + r.nbytes for r in layout.ranges))
-    requests = Requests(reader, monkeypatch)
+    requests = Requests(memoryview(buffer), monkeypatch)
     reader.read_now(layout.ranges, memoryview(buffer))
     contents, address = file.read_bytes(), np.asarray(memoryview(buffer)).ctypes.data
     for r in layout.ranges:

@@ -63,7 +63,7 @@ def predict(
             "job": workload.as_dict() | {"memory": memory},
             "machine": asdict(planners[1].machine),
             "points": points,
-            "crossover": _crossover(points, point),
+            "crossover": crossover(points, point),
         }
     finally:
         model.close()
@@ -83,7 +83,7 @@ def _figures(plan: Plan, workload: Workload) -> dict[str, Any]:
     }
 
 
-def _crossover(points: list[dict], point: Callable[[int], dict | None]) -> int | None:
+def crossover(points: list[dict], point: Callable[[int], dict | None]) -> int | None:
     """The least number of micro-batches that is bound by computing, found by bisection between the points."""
     first = next((p["micro_batches"] for p in points if p["bound"] == "computing"), None)
     if first is None:

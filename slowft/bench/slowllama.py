@@ -34,10 +34,10 @@ def check(checkout: str, workload: Workload) -> None:
         )
     if importlib.util.find_spec("torch") is None:
         raise ConfigError("slowllama needs PyTorch, which is not installed. To fix it: pip install torch")
-    _params(workload)
+    params_of(workload)
 
 
-def _params(workload: Workload) -> dict[str, Any]:
+def params_of(workload: Workload) -> dict[str, Any]:
     """The shape as arguments of slowllama's ModelArgs.
 
     Raises:
@@ -71,7 +71,7 @@ def _params(workload: Workload) -> dict[str, Any]:
 
 def directory(workload: Workload) -> Path:
     """The directory for slowllama's files of this shape."""
-    key = hashlib.sha256(json.dumps(_params(workload), sort_keys=True).encode()).hexdigest()[:12]
+    key = hashlib.sha256(json.dumps(params_of(workload), sort_keys=True).encode()).hexdigest()[:12]
     return platform.cache_directory() / "bench" / f"slowllama-{key}"
 
 
@@ -88,7 +88,7 @@ def drop_cached_files(workload: Workload) -> None:
 def write(workload: Workload, progress: Callable[[int], None], checkout: str) -> dict[str, Any]:
     """Write random bfloat16 weights of the workload's shape in slowllama's format, unless they are there."""
     torch, llama2, model_config = _import(checkout)
-    final, params = directory(workload), _params(workload)
+    final, params = directory(workload), params_of(workload)
     if final.exists():
         return {}
     unfinished = final.with_suffix(".tmp")

@@ -126,7 +126,7 @@ def generate(
             elif prompt is not None:
                 _answer(session, session.asked(prompt), as_json)
             else:
-                _converse(session)
+                converse(session)
 
 
 def _variables(text: str | None) -> dict:
@@ -166,7 +166,7 @@ def _answer(session, one, as_json: bool) -> str:
     return answer.text
 
 
-def _converse(session) -> None:
+def converse(session) -> None:
     """Ask and answer until the end of input. The whole conversation goes through the model at each turn."""
     with suppress(ImportError):
         # Once this is imported, `input` reads key by key, lines can be edited, and any length comes whole. A terminal's

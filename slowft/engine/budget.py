@@ -292,7 +292,7 @@ class Budget:
             elif plan is not None:
                 self.plan = plan  # the same schedule, predicted by what is known now
         elif is_largest:  # a smaller step leaves more room than the next one will
-            self._engine.reuse_more(self.plan.peak_nbytes - self.plan.parts["slack"] - step.peak_nbytes)
+            self._engine.weights.reuse.raise_by(self.plan.peak_nbytes - self.plan.parts["slack"] - step.peak_nbytes)
 
     def remember(self) -> None:
         """Keep what was measured for later runs on this machine. Only training runs do: others may be held back."""

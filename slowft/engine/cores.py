@@ -56,12 +56,12 @@ def by_rows(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
         with _whole() as streams:
             if streams is None or arrays[0].size < LEAST_ELEMENTS:
                 return function(*arrays)
-            return _in_parts(function, arrays, [0] * len(arrays), arrays[0].shape[0], streams)
+            return in_parts(function, arrays, [0] * len(arrays), arrays[0].shape[0], streams)
 
     return call
 
 
-def _in_parts(
+def in_parts(
     function: Callable[..., mx.array],
     arrays: Sequence[mx.array],
     axes: Sequence[int],
@@ -179,7 +179,7 @@ def _softmax(softmax: Callable) -> Callable:
 def _rows_in_parts(function: Callable, arrays: Sequence[mx.array], streams: list[mx.Stream]) -> mx.array:
     """`function` of arrays `[..., D]`, whose shape the result has too, in one part for each stream."""
     flat = [a.reshape(-1, a.shape[-1]) for a in arrays]
-    return _in_parts(function, flat, [0] * len(flat), flat[0].shape[0], streams).reshape(arrays[0].shape)
+    return in_parts(function, flat, [0] * len(flat), flat[0].shape[0], streams).reshape(arrays[0].shape)
 
 
 def _attention(attention: Callable) -> Callable:
@@ -211,6 +211,6 @@ def _attention(attention: Callable) -> Callable:
                 m = rest.pop(0) if cut_mask else mask
                 return attention(q, k, v, scale=scale, mask=m, sinks=rest[0] if rest else None)
 
-            return _in_parts(of, arrays, axes, size, streams, axis)
+            return in_parts(of, arrays, axes, size, streams, axis)
 
     return call

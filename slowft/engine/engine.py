@@ -421,17 +421,13 @@ class Engine:
                 self.pieces.watch(unit.module)
         self.hidden.spill(schedule.spilled, directory)
         if schedule.cache_nbytes is not None:
-            self.weights.follow(Reuse(schedule))
+            self.weights.reuse = Reuse(schedule)
             limits().keep_freed(schedule.cache_nbytes)
         freed_nbytes = schedule.cache_nbytes or 0
         limits().hold(schedule.active_nbytes, freed_nbytes)
         resident_nbytes = schedule.resident_nbytes + sum(unit.compute_nbytes for unit in resident)
         everything = max(resident_nbytes, (schedule.active_nbytes or 0) + freed_nbytes)
         limits().wire(everything if resident_nbytes else 0)
-
-    def reuse_more(self, nbytes: int) -> None:
-        """Let freed buffers take so many bytes more, which the last step left. Below 0, they have to take less."""
-        self.weights.reuse.raise_by(nbytes)
 
     @property
     def cuts(self) -> Pieces:

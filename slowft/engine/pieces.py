@@ -14,10 +14,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..models.seams import array_entries, intercept
+from ..planning.shapes import FEED_FORWARD
 from .randomness import dropout_seed
 from .trees import arrays_of, put
 
-FEED_FORWARD = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe")  # mlx-lm's names of these layers in a block
 TOLERANCE = 1e-4  # relative, between a token's output alone and among others
 
 

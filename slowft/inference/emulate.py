@@ -72,6 +72,9 @@ class Emulated:
         fingerprint: of the large model.
         about: the models, adapters and weights that the output depends on, for a row of a file of answers.
         is_up: the large model is the one that streams (up-scaling).
+
+    Attributes:
+        streamed, in_memory, path, about: as given.
     """
 
     def __init__(
@@ -87,7 +90,7 @@ class Emulated:
         is_up: bool,
     ):
         self.streamed, self.path, self.about, self.is_up_scaling = streamed, path, about, is_up
-        self._terms, self._in_memory = tuple(of_streamed), tuple(in_memory)
+        self._terms, self.in_memory = tuple(of_streamed), tuple(in_memory)
         self._vocab_size, self._nucleus, self._fingerprint = vocab_size, nucleus, fingerprint
         self._sizes = [len(streamed.new_cache())] * len(of_streamed) + [len(v.make_cache()) for v, _ in in_memory]
         self._drafter = Mixture(self._drafting(), vocab_size)
@@ -140,7 +143,7 @@ class Emulated:
     def new_cache(self, max_kv_size: int | None = None) -> list[Any]:
         """A new row's caches: the streamed model's for each of its terms, then those of models in memory."""
         streamed = [cache for _ in self._terms for cache in self.streamed.new_cache(max_kv_size)]
-        return streamed + [cache for variants, _ in self._in_memory for cache in variants.make_cache(max_kv_size)]
+        return streamed + [cache for variants, _ in self.in_memory for cache in variants.make_cache(max_kv_size)]
 
     def streamed_caches(self, caches: Sequence[Any]) -> Sequence[Any]:
         return caches[: sum(self._sizes[: len(self._terms)])]
@@ -148,12 +151,12 @@ class Emulated:
     def beside_nbytes(self, rows: int, drafted: int, tokens: int) -> int:
         # The sums of a pass stay in memory until the streamed model's logits come. Adding to them makes one copy.
         sums = rows * (drafted + 1) * 4 * self._vocab_size * (2 + (self._nucleus is not None))
-        computing = [variants.workspace_nbytes(rows, drafted + 1, tokens) for variants, _ in self._in_memory]
+        computing = [variants.workspace_nbytes(rows, drafted + 1, tokens) for variants, _ in self.in_memory]
         drafting = [variants.workspace_nbytes(1, 1, tokens) for variants in self._drafter.variants]
         return sums + max(computing + drafting)
 
     def beside_s(self, rows: int) -> float:
-        return sum(variants.pass_s(rows) for variants, _ in self._in_memory)
+        return sum(variants.pass_s(rows) for variants, _ in self.in_memory)
 
     def drafter_model(self) -> "Mixture":
         return self._drafter
@@ -185,13 +188,13 @@ class Emulated:
         parts = self._parts(cache)
         for part in parts[: len(self._terms)]:
             self.streamed.look(tokens, part)
-        for (variants, _), part in zip(self._in_memory, parts[len(self._terms) :]):
+        for (variants, _), part in zip(self.in_memory, parts[len(self._terms) :]):
             variants(tokens, part)
 
     def takes(self, tokens: mx.array, cache: list[Any]) -> bool:
         parts = self._parts(cache)
         return all(self.streamed.takes(tokens, part) for part in parts[: len(self._terms)]) and all(
-            variants.takes(tokens, part) for (variants, _), part in zip(self._in_memory, parts[len(self._terms) :])
+            variants.takes(tokens, part) for (variants, _), part in zip(self.in_memory, parts[len(self._terms) :])
         )
 
     # --- What scoring asks for -------------------------------------------------------------------------
@@ -278,7 +281,7 @@ class Emulated:
         chunk = max(1, min(CHUNK, LOGITS_NBYTES // (4 * self._vocab_size)))
 
         def begin(tokens: mx.array) -> Mix:
-            in_memory = RowsInMemory([variants for variants, _ in self._in_memory], tokens)
+            in_memory = RowsInMemory([variants for variants, _ in self.in_memory], tokens)
 
             def mix(numbers: np.ndarray, logits: Sequence[mx.array]) -> list[mx.array]:
                 of_streamed = dict(zip(streamed, logits))
@@ -287,7 +290,7 @@ class Emulated:
                     return [by_itself[adapter] for adapter in adapters]
                 sums = Sums(len(numbers), self._vocab_size, self._nucleus)
                 for i, places, of_variants in in_memory.logits(numbers):
-                    for term, of_variant in zip(self._in_memory[i][1], of_variants):
+                    for term, of_variant in zip(self.in_memory[i][1], of_variants):
                         sums.add_places(term, places, of_variant)
                 if not self.is_up_scaling:
                     by_itself[False] = sums.total()  # the large model is the only one in memory
@@ -300,8 +303,8 @@ class Emulated:
         # Each passenger and each sum has three arrays: logits as computed, in float32, and after subtracting their
         # logsumexp.
         nbytes = 3 * 4 * chunk * self._vocab_size * (len(streamed) + len(adapters) + 1)
-        nbytes += max(variants.workspace_nbytes(1, chunk, tokens) for variants, _ in self._in_memory)
-        nbytes += sum(variants.cache_nbytes(tokens) for variants, _ in self._in_memory)
+        nbytes += max(variants.workspace_nbytes(1, chunk, tokens) for variants, _ in self.in_memory)
+        nbytes += sum(variants.cache_nbytes(tokens) for variants, _ in self.in_memory)
         return Mixing(len(streamed), len(adapters), begin, chunk, nbytes)
 
     def fingerprint(self) -> str:
@@ -330,7 +333,7 @@ class Emulated:
 
     def _of_models_in_memory(self, tokens: mx.array, parts: list[list[Any]], places: list[int]) -> "Sums":
         sums = Sums(len(places), self._vocab_size, self._nucleus)
-        for (variants, terms), cache in zip(self._in_memory, parts):
+        for (variants, terms), cache in zip(self.in_memory, parts):
             for some, logits in variants.logits(tokens, cache, places):
                 for term, of_variant in zip(terms, logits):
                     sums.add_places(term, some, of_variant)
@@ -339,7 +342,7 @@ class Emulated:
     def _drafting(self) -> list[tuple[Variants, list[float]]]:
         """Variants in memory that draft, with their weights: the mixture of small models, or the small base itself."""
         drafting = []
-        for variants, terms in self._in_memory:
+        for variants, terms in self.in_memory:
             weights = [term.of_mixture if self.is_up_scaling else term.weight for term in terms]
             which = [i for i, weight in enumerate(weights) if weight]
             if which:

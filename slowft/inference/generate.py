@@ -66,6 +66,9 @@ class Generation:
         prompts: number of prompts.
         passes: readings of the weights so far. tokens, prompt_tokens: of all answers and of all prompts so far.
         drafted, accepted: tokens that were guessed, and how many of them were right.
+        depth: how many tokens are guessed at a time, and what decides that.
+        spilled: the rows' keys and values on the disk; None where they stay in memory.
+        is_done: all answers are finished.
         seconds: of all passes.
     """
 
@@ -117,7 +120,8 @@ class Generation:
             )
             for i, one in enumerate(prompts)
         ]
-        self._spilled: SpilledCaches | None = None
+        self.spilled: SpilledCaches | None = None
+        self.depth = Depth(draft_tokens)
         self.wave, prefilled, self.plan = self._sizes(rows, wave, kept, drafter, draft_tokens)
         passengers = self.wave * model.passengers_of_row
         self.predicted = None if self.plan is None else model.budget.predict_decoding(passengers, self.plan)
@@ -130,9 +134,9 @@ class Generation:
             tokenizer.eos_token_ids,
             kept,
             drafter,
-            Depth(draft_tokens),
+            self.depth,
             prefilled,
-            self._spilled,
+            self.spilled,
         )
         for row, one in zip(rows, prompts):
             row.state = Text(tokenizer, stop if one.stop is None else one.stop)
@@ -187,12 +191,12 @@ class Generation:
         """Open the file that takes the rows' keys and values. Caches that do not grow with the text stay in memory."""
         one, two = (self._model.streamed_caches(kept_nbytes(self._model, kept, n * PIECE)) for n in (1, 2))
         of_token = [nbytes // PIECE if more > nbytes else 0 for nbytes, more in zip(one, two)]
-        self._spilled = SpilledCaches(self._model.budget.directory, rows, tokens, of_token)
+        self.spilled = SpilledCaches(self._model.budget.directory, rows, tokens, of_token)
 
     def close(self) -> None:
         """Remove the rows' keys and values from the disk. Answers that are not finished are lost."""
-        if self._spilled is not None:
-            self._spilled.close()
+        if self.spilled is not None:
+            self.spilled.close()
 
     @property
     def predicted_s(self) -> float | None:
@@ -207,11 +211,15 @@ class Generation:
     @property
     def gain(self) -> float | None:
         """How many times as fast generating is with drafts, as measured; None: not known."""
-        return self._waves.gain
+        return self.depth.gain
 
     @property
     def prompts(self) -> int:
         return len(self._prompts)
+
+    @property
+    def is_done(self) -> bool:
+        return self._waves.is_done
 
     @property
     def passes(self) -> int:
@@ -227,7 +235,7 @@ class Generation:
 
     def __iter__(self) -> Iterator[Answer]:
         try:
-            while not self._waves.is_done:
+            while not self.is_done:
                 yield from self.step()
         finally:
             self.close()

@@ -134,11 +134,6 @@ class Waves:
         return [row for group in self._groups for row in group.rows]
 
     @property
-    def gain(self) -> float | None:
-        """How many times as fast generating is with drafts, as measured; None: not known."""
-        return self._depth.gain
-
-    @property
     def is_done(self) -> bool:
         return not self._waiting and not self._groups
 

@@ -6,8 +6,6 @@
 import functools
 from dataclasses import dataclass
 
-from .experts import read_share
-
 
 @dataclass(frozen=True)
 class Chunking:
@@ -53,10 +51,6 @@ class LayerCost:
     per_token: float
     input_nbytes: int
     output_nbytes: int
-
-    def read_share(self, tokens: int) -> float:
-        """The share of the layer that `tokens` tokens need on average, if their experts are drawn evenly."""
-        return read_share(self.n, self.per_token, tokens)
 
     def group_share(self, group_nbytes: int) -> float:
         """The share of the layer that comes at once in groups of `group_nbytes`. A group has one expert at least."""

@@ -113,10 +113,10 @@ def _cast_bytes_per_s(dtype: mx.Dtype) -> float:
     return CAST_NBYTES / _best(lambda: array.astype(dtype))
 
 
-def _best(function: Callable[[], mx.array], times: int = 4) -> float:
+def _best(function: Callable[[], mx.array]) -> float:
     """The least seconds that one evaluation takes. Other work on the machine can only add to them."""
     took = []
-    for _ in range(times):
+    for _ in range(4):
         begin = time.perf_counter()
         output = function()
         mx.eval(output)

@@ -397,8 +397,6 @@ class Planner:
             total_nbytes=total if _is_predictable(s) else 0,
             workspace_nbytes=int(AHEAD_SHARE * workspace),
             head_workspace_nbytes=int(AHEAD_SHARE * head) + (0 if s.keep_head else job.head_compute_nbytes),
-            head_reuses_blocks=plan.is_ordinary,
-            head_cache_nbytes=s.cache_nbytes,
         )
         reused = left - min(left, slack)  # one of the two slacks is in the plan already
         parts = plan.parts | ({"freed buffers": cache + reused} if cache + reused else {})

@@ -29,7 +29,6 @@ class Schedule:
         mlp_tokens: tokens that go through a block's feed-forward layers at once; None for all.
         attention_queries: queries of an attention at once; None for all.
         cache_nbytes: bytes of freed buffers that MLX keeps for reuse.
-        head_cache_nbytes: the same while the head computes; None for `cache_nbytes`.
         keep_buffers: MLX keeps all that a step frees for the next step of the same shape. Only ordinary training does.
         reads_in_flight: requests that are made to the drive at once.
         group_nbytes: blocks are read without their layers of experts, and experts come in groups of so many bytes, as
@@ -42,7 +41,6 @@ class Schedule:
         workspace_nbytes: the most bytes of arrays that a block's computation or an optimizer's update makes.
         head_workspace_nbytes: the same of the head (of all blocks too, if in memory), with its weights where they do
             not stay.
-        head_reuses_blocks: the head takes the buffers that blocks freed, as it asks for the same sizes.
     """
 
     slots: int = 2
@@ -58,7 +56,6 @@ class Schedule:
     mlp_tokens: int | None = None
     attention_queries: int | None = None
     cache_nbytes: int | None = None
-    head_cache_nbytes: int | None = None
     keep_buffers: bool = False
     reads_in_flight: int = 1
     active_nbytes: int | None = None
@@ -66,7 +63,6 @@ class Schedule:
     total_nbytes: int = 0
     workspace_nbytes: int = 0
     head_workspace_nbytes: int = 0
-    head_reuses_blocks: bool = False
     group_nbytes: int | None = None
 
     def kept_at(self, position: int) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ Takes a `Job`, a `Schedule`, the machine's rates and what was measured in this r
 buffers and a `Work` for each visit. Only calculates.
 """
 
+from .experts import read_share
 from .job import Job, Visit
 from .measure import ARRIVAL, BACKWARD, FORWARD, GRAPH, HEAD, Experience, Rates
 from .phases import offloaded_layers, streamed_nbytes
@@ -57,7 +58,8 @@ def _experts_nbytes(job: Job, s: Schedule, visit: Visit) -> int:
     """Bytes of offloaded experts that the forward pass of a visit reads. They come anew for each micro-batch."""
     tokens = job.rows * job.tokens
     return sum(
-        int(job.micro_batches * layer.read_share(tokens) * layer.stored_nbytes) for layer in offloaded_layers(visit, s)
+        int(job.micro_batches * read_share(layer.n, layer.per_token, tokens) * layer.stored_nbytes)
+        for layer in offloaded_layers(visit, s)
     )
 
 

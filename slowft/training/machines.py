@@ -198,10 +198,10 @@ def of_launch() -> Machines:
         ConfigError: slowft cannot watch the machines of this kind of launch.
         PeerLost: not all machines came.
     """
-    launched = _launched()
-    if launched is None:
+    found = launched()
+    if found is None:
         return Machines()
-    backend, rank, size, address = launched
+    backend, rank, size, address = found
     peers = Peers(rank, size, address)
     with _interrupted_after(JOIN_S):
         try:
@@ -223,8 +223,12 @@ def checksum(model) -> int:
     return crc
 
 
-def _launched() -> tuple[str, int, int, tuple[str, int]] | None:
-    """(MLX's name of the engine, rank, number of machines, address of the first); None if this is the only machine."""
+def launched() -> tuple[str, int, int, tuple[str, int]] | None:
+    """(MLX's name of the engine, rank, number of machines, address of the first); None if this is the only machine.
+
+    Raises:
+        ConfigError: it is another kind of launch, or not all is said that `mlx.launch` says.
+    """
     env = os.environ
     if int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1 or int(env.get("MLX_WORLD_SIZE", 1)) > 1:
         raise ConfigError("several machines train over MLX's ring or JACCL. Give mlx.launch --backend ring or jaccl")

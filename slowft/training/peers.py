@@ -36,6 +36,7 @@ class Peers:
 
     Attributes:
         loss: the first machine that was lost; None while all are there.
+        connections: the open ones, by the other side's rank. One is closed here when it has ended.
     """
 
     def __init__(self, rank: int, size: int, address: tuple[str, int]):
@@ -50,8 +51,10 @@ class Peers:
         self._gone: set[int] = set()  # machines whose connection has ended
         self._is_over = False
         deadline = time.monotonic() + JOIN_S
-        self._peers = _accept(size, address, deadline) if rank == 0 else {0: _connect(rank, size, address, deadline)}
-        for connection in self._peers.values():
+        self.connections = (
+            _accept(size, address, deadline) if rank == 0 else {0: _connect(rank, size, address, deadline)}
+        )
+        for connection in self.connections.values():
             platform.keep_alive(connection)
         threading.Thread(target=self._watch, name="slowft-peers", daemon=True).start()
 
@@ -85,16 +88,16 @@ class Peers:
         self._send({"done": True} if error is None else {"failed": error})
         if self.rank or error is None:
             others = self._left if self.rank == 0 else self._gone
-            self.wait(FINISH_S if error is None else FAIL_S, lambda: others >= set(self._peers))
+            self.wait(FINISH_S if error is None else FAIL_S, lambda: others >= set(self.connections))
 
     def _send(self, message: dict) -> None:
-        for connection in self._peers.values():
+        for connection in self.connections.values():
             with suppress(OSError):
                 connection.sendall(json.dumps(message).encode() + b"\n")
 
     def _watch(self) -> None:
         selector = selectors.DefaultSelector()
-        for rank, connection in self._peers.items():
+        for rank, connection in self.connections.items():
             selector.register(connection, selectors.EVENT_READ, (rank, bytearray()))
         while selector.get_map():  # until all have gone
             for key, _ in selector.select():

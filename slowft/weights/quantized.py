@@ -33,7 +33,7 @@ def can_dequantize(bits: int, group_size: int, mode: str, scales: mx.Dtype, dtyp
         scales: dtype that the scales are stored in.
         dtype: dtype of the values.
     """
-    if dtype != mx.float32 or not _is_here():
+    if dtype != mx.float32 or computes_on_gpu() or not is_compiled():
         return False
     if mode == "affine":
         return bits in AFFINE_BITS and scales in KINDS and _is_group(group_size)
@@ -66,8 +66,8 @@ def dequantize(
     _on_every_core(work, group_size, [(out, 4 * group_size), *zip(parts, sizes)])
 
 
-def _is_here() -> bool:
-    return not computes_on_gpu() and _library() is not None
+def is_compiled() -> bool:
+    return _library() is not None
 
 
 def _is_group(group_size: int) -> bool:

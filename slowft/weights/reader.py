@@ -306,6 +306,10 @@ class Reader:
         """The descriptor of the file that is read under this path, even if another file has taken its place since."""
         return self._open(name).fd
 
+    def is_direct(self, name: str) -> bool:
+        """Whether large ranges of this file are read past the file cache; no more once its file system refused."""
+        return self._open(name).direct_fd is not None
+
     def _state(self, name: str) -> _State:
         try:
             return _State.of(os.stat(name))

@@ -39,6 +39,7 @@ class Residency:
     Attributes:
         compute_s: seconds spent computing. Casting counts, waiting for reads does not.
         offloaded: layers of the block in place whose weights are not in it: `with_groups` brings them.
+        reuse: decides which freed buffers are kept.
     """
 
     def __init__(self, blocks: Sequence[Unit], reader: Reader):
@@ -109,10 +110,6 @@ class Residency:
             if unit not in self._resident:
                 self._resident[unit] = [read_whole(self.reader, param.source) for param in unit.params]
         limits().give_back()  # the pieces' buffers are of no size that a step asks for
-
-    def follow(self, reuse: Reuse) -> None:
-        """From now on `reuse` decides which freed buffers are kept."""
-        self.reuse = reuse
 
     def resize(
         self,

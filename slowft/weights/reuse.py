@@ -26,15 +26,13 @@ class Reuse:
     gives each newly freed buffer back to the system. So the buffers freed longest ago have to go first.
 
     Args:
-        schedule: at least `cache_nbytes` of buffers are kept (`head_cache_nbytes` in the head), and whatever arrays
-            leave of `total_nbytes`. With `keep_buffers` all are kept, as long as steps have the same shape.
+        schedule: at least `cache_nbytes` of buffers are kept, and whatever arrays leave of `total_nbytes`. With
+            `keep_buffers` all are kept, as long as steps have the same shape.
     """
 
     def __init__(self, schedule: Schedule):
         self._schedule = schedule
         self._total_nbytes, self._cache_nbytes = schedule.total_nbytes, schedule.cache_nbytes
-        head_nbytes = schedule.head_cache_nbytes
-        self._head_cache_nbytes = self._cache_nbytes if head_nbytes is None else head_nbytes
         self._steps = 0
         self._released_at = 0.0
         self._was_head = False
@@ -71,10 +69,9 @@ class Reuse:
             yield
             return
         workspace_nbytes = s.head_workspace_nbytes if is_head else s.workspace_nbytes
-        cache_nbytes = self._head_cache_nbytes if is_head else self._cache_nbytes
-        limit = max(cache_nbytes, self._total_nbytes - mx.get_active_memory() - workspace_nbytes)
+        limit = max(self._cache_nbytes, self._total_nbytes - mx.get_active_memory() - workspace_nbytes)
         # between blocks and head, the buffers kept so far are of sizes that nobody will ask for
-        is_useless = is_head != self._was_head and not s.head_reuses_blocks
+        is_useless = is_head != self._was_head and not s.in_memory
         self._was_head = is_head
         limits().keep_freed(limit, max(0, limit - workspace_nbytes) if is_useless else None)
         if s.active_nbytes is None:  # no ceiling
@@ -105,9 +102,9 @@ class Reuse:
         if s.keep_buffers:
             return
         room_nbytes = self._total_nbytes - (mx.get_active_memory() - nbytes) - next_nbytes
-        limit = max(self._cache_nbytes + nbytes if are_alike else self._head_cache_nbytes, room_nbytes)
+        limit = max(self._cache_nbytes + (nbytes if are_alike else 0), room_nbytes)
         cached_nbytes = mx.get_cache_memory()
-        if are_alike or not s.head_reuses_blocks or cached_nbytes + nbytes <= limit:
+        if are_alike or not s.in_memory or cached_nbytes + nbytes <= limit:
             limits().keep_freed(limit, of_those_kept=max(0, limit - nbytes))
         else:  # the buffers kept already are of use, those of the weights are not
             limits().keep_freed(min(cached_nbytes, limit))
