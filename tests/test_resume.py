@@ -448,6 +448,8 @@ RUN = """
 import sys, json, pathlib
 sys.path.insert(0, sys.argv[1])
 import slowft
+from slowft.models.imports import import_mlx_lm_without_tokenizers
+import_mlx_lm_without_tokenizers()
 from slowft.reports.base import Report
 from test_resume import run
 
@@ -466,7 +468,7 @@ if options.pop("spills"):
     Engine.follow = lambda self, schedule, *more: follow(self, replace(schedule, **spilling), *more)
 run(sys.argv[2], pathlib.Path(sys.argv[3]), report=Begun(), **options)
 """
-KILLS = int(os.environ.get("SLOWFT_KILLS", 10))  # 100 take five minutes
+KILLS = int(os.environ.get("SLOWFT_KILLS", 8))  # 100 take five minutes
 
 
 def test_killed_at_any_moment_and_resumed_until_done_it_ends_with_the_same_adapter(
