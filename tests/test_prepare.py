@@ -401,6 +401,8 @@ def index_names(file: Path) -> list[str]:
 KILLED = """
 import os, signal, sys
 import slowft
+from slowft.models.imports import import_mlx_lm_without_tokenizers
+import_mlx_lm_without_tokenizers()
 from slowft.convert import prepare as preparing
 source, output, when = sys.argv[1:]
 
