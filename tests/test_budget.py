@@ -38,7 +38,7 @@ BILLION = LLAMA | {  # 1.1 billion parameters, 2.2 GB in bfloat16
     "num_key_value_heads": 4,
     "vocab_size": 32000,
 }
-HALF = BILLION | {"num_hidden_layers": 10}  # 1.1 GB
+HALF = BILLION | {"num_hidden_layers": 8}  # 1.0 GB
 SMALL = LLAMA | {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 8, "num_key_value_heads": 8}
 QUERIES = ["self_attn.q_proj"]  # little to optimize: block inputs are then what the least memory depends on
 MEDIUM = SMALL | {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "vocab_size": 8000}
@@ -248,9 +248,9 @@ def seen() -> dict[int, dict]:
 
 @pytest.mark.parametrize("rung", range(3))
 def test_job_planned_at_x_finishes_in_a_cgroup_of_x_with_the_same_gradients(rung, half, ladder, seen):
-    """A model of 1.1 GB in 0.6 to 2.7 GB: two steps of Adam, of which the kernel never counts more than X."""
+    """A model of 1.0 GB in 0.6 to 2.3 GB: two steps of Adam, of which the kernel never counts more than X."""
     said = seen[rung] = run_within(ladder[rung], half, SHAPE, steps=2)
-    assert said["on_disk"] > 1e9
+    assert said["on_disk"] > 1.6 * ladder[0]
     assert said["schedule"]["rows"] is said["schedule"]["mlp_tokens"] is said["schedule"]["attention_queries"] is None
     for other in seen.values():
         assert said["losses"] == other["losses"]
