@@ -28,6 +28,7 @@ from .bench.shapes import write_random
 from .doctor import REPORT, SETTINGS, Check, caught
 from .errors import ConfigError, SlowftError
 from .memory import computes_on_gpu, limits
+from .models.imports import import_mlx_lm_without_tokenizers
 
 SLOW_READING_BYTES_PER_S = 300e6
 LORA = {"num_layers": -1, "rank": 8, "scale": 10.0}
@@ -218,6 +219,7 @@ def _nbytes(directory: Path) -> int:
 
 def compare_gradients(names: Sequence[str], scratch: str, model: str) -> Iterator[Check]:
     """Loss and gradients of a small model, streamed at each setting of memory, against mlx-lm's in memory."""
+    import_mlx_lm_without_tokenizers()  # the trial above imports all
     directory = write_random(Path(scratch) / "small", CONFIGS[model])
     mx.random.seed(3)
     batch = mx.random.randint(0, SMALL["vocab_size"], (2, 33))

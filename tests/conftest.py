@@ -3,6 +3,7 @@
 import slowft  # noqa: F401, I001  (before mlx: it loads OpenBLAS)
 
 import json
+import math
 import os
 import sqlite3
 from collections.abc import Callable
@@ -160,12 +161,16 @@ def largest_difference(a, b) -> float:
     """Over two trees of the same names; NaN anywhere counts as infinite."""
     a, b = dict(tree_flatten(a)), dict(tree_flatten(b))
     assert a.keys() == b.keys()
-    worst = max(mx.abs(a[name] - b[name]).max().item() for name in a)
-    return worst if worst == worst else float("inf")
+    differences = [mx.abs(a[name] - b[name]).max() for name in a]
+    mx.eval(differences)
+    worst = [difference.item() for difference in differences]
+    return float("inf") if any(map(math.isnan, worst)) else max(worst)
 
 
 def largest(tree) -> float:
-    return max(mx.abs(array).max().item() for _, array in tree_flatten(tree))
+    sizes = [mx.abs(array).max() for _, array in tree_flatten(tree)]
+    mx.eval(sizes)
+    return max(size.item() for size in sizes)
 
 
 @pytest.fixture

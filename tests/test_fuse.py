@@ -156,6 +156,8 @@ def test_products_that_are_cut_differ_in_last_bits_only(bases, tmp_path, small_p
 KILLED = """
 import os, signal, sys
 import slowft
+from slowft.models.imports import import_mlx_lm_without_tokenizers
+import_mlx_lm_without_tokenizers()
 from slowft.convert import writing
 writing.PIECE_NBYTES = writing.LEAST_PIECE_NBYTES = 4096
 

@@ -33,7 +33,8 @@ from slowft.weights.extents import INDEX, index_model
 
 
 def fuzz(n: int):
-    """`n` examples, the same in every run."""
+    """`n` examples, the same in every run, or `SLOWFT_FUZZ`."""
+    n = int(os.environ.get("SLOWFT_FUZZ", n))
     checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
     return settings(max_examples=n, derandomize=True, deadline=None, database=None, suppress_health_check=checks)
 
@@ -192,14 +193,14 @@ def weights(tmp_path) -> Path:
     return tmp_path / "fuzzed" / "model.safetensors"
 
 
-@fuzz(1000)
+@fuzz(600)
 @given(headers())
 def test_a_header_is_read_as_mlx_and_safetensors_read_it_or_refused_in_one_line(weights, header):
     weights.write_bytes(struct.pack("<Q", len(header)) + header + CONTENT)
     check_header(weights)
 
 
-@fuzz(1000)
+@fuzz(600)
 @given(st.one_of(mutated(WHOLE, 8), LENGTHS.map(lambda n: struct.pack("<Q", n) + WHOLE[8:]), mutated(WHOLE)))
 def test_bytes_changed_in_a_weight_file_are_read_as_mlx_reads_them_or_refused(weights, content):
     weights.write_bytes(content)
@@ -666,7 +667,7 @@ def folder(tmp_path) -> Path:
 ROWS = st.sampled_from([259, 80])  # of an embedding: all of the tokenizer's, and too few
 
 
-@fuzz(1000)
+@fuzz(600)
 @given(st.lists(samples(), min_size=1, max_size=3), st.sampled_from([".jsonl", ".json"]), OPTIONS, ROWS)
 def test_a_sample_of_any_shape_is_trained_or_refused(folder, tokenizer, written, suffix, options, rows):
     file = folder / f"train{suffix}"
@@ -707,7 +708,7 @@ FILES = {
 }
 
 
-@fuzz(1000)
+@fuzz(600)
 @given(st.sampled_from(list(FILES)).flatmap(lambda n: st.tuples(st.just(n), mutated(FILES[n]))), OPTIONS)
 def test_bytes_changed_in_a_data_file_are_read_or_refused(folder, tokenizer, mutation, options):
     name, content = mutation

@@ -9,7 +9,6 @@ import slowft  # noqa: F401, I001  (before mlx: it loads OpenBLAS)
 import copy
 import json
 import math
-import os
 import random
 import shutil
 import warnings
@@ -36,11 +35,6 @@ from test_gguf import BASE, gguf, random_model, write
 
 TINY = LLAMA | {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32, "rope_theta": 10000.0}
 MORE = {"tie_word_embeddings": False, "head_dim": 8, "max_position_embeddings": 64, "rope_scaling": None}
-
-
-def some(usual: int):
-    """`usual` examples, or as many as are asked for."""
-    return fuzz(int(os.environ.get("SLOWFT_FUZZ", usual)))
 
 
 def places(value, at=()):
@@ -94,7 +88,7 @@ def tiny(tmp_path_factory) -> Path:
     return save_random(tmp_path_factory.mktemp("fuzzed") / "model", TINY)
 
 
-@some(30)
+@fuzz(30)
 @given(either(json.dumps(TINY | MORE).encode()))
 def test_a_changed_config_gives_the_model_that_mlx_lm_makes_of_it_or_a_line(tiny, content):
     (tiny / "config.json").write_bytes(content)
@@ -127,7 +121,7 @@ def test_a_file_of_json_beyond_any_real_one_is_not_parsed(name, llama, monkeypat
 # --- Tokenizers ---------------------------------------------------------------------------------------
 
 
-@some(15)
+@fuzz(15)
 @given(st.data())
 def test_changed_tokenizer_files_encode_as_mlx_lm_has_them_or_are_refused(llama_with_tokenizer, tmp_path, data):
     shutil.rmtree(tmp_path / "model", ignore_errors=True)
@@ -157,7 +151,7 @@ def parquet(tmp_path_factory) -> bytes:
     return file.read_bytes()
 
 
-@some(30)
+@fuzz(30)
 @given(st.data(), OPTIONS)
 def test_bytes_changed_in_parquet_are_read_or_refused(parquet, llama_with_tokenizer, tmp_path, data, options):
     tokenizer = tokenizer_of(llama_with_tokenizer)
@@ -183,7 +177,7 @@ def of_llama_cpp(tmp_path_factory) -> Path:
     return write(tmp_path_factory.mktemp("gguf") / "m.gguf", "llama", config, random_model(config)[1])
 
 
-@some(30)
+@fuzz(30)
 @given(st.integers(0, 2**32))
 def test_changed_gguf_becomes_a_model_or_a_line(of_llama_cpp, tmp_path, seed):
     rng, content = random.Random(seed), bytearray(of_llama_cpp.read_bytes())
@@ -218,7 +212,7 @@ def adapter(tmp_path_factory) -> tuple[Path, Path]:
     return model, directory / "adapter"
 
 
-@some(20)
+@fuzz(20)
 @given(st.data())
 def test_a_changed_adapter_is_what_mlx_reads_or_a_line(adapter, tmp_path, data):
     model, good = adapter
@@ -239,7 +233,7 @@ def test_a_changed_adapter_is_what_mlx_reads_or_a_line(adapter, tmp_path, data):
     }
 
 
-@some(30)
+@fuzz(30)
 @given(st.data())
 def test_a_changed_checkpoint_is_refused_or_the_same(tmp_path, data):
     arrays = {"adapter.a": mx.ones((3, 5)), "optimizer.step": mx.array(3), "permutation": mx.zeros((0,), mx.int64)}

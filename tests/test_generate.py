@@ -430,7 +430,7 @@ memory = int(sys.argv[1])
 model = slowft.open_model({str(path)!r}, memory=memory)
 for spills in (False, True):
     prompts = [np.random.default_rng(i).integers(1, 250, 20 + 300 * spills * (i == 3)).tolist() for i in range(16)]
-    run = slowft.generate(model, prompts, tokenizer=NoTokenizer(), max_tokens=4, kept=KeyValues(spill_kv=spills))
+    run = slowft.generate(model, prompts, tokenizer=NoTokenizer(), max_tokens=3, kept=KeyValues(spill_kv=spills))
     print(run.wave, len(list(run)), model.nbytes_on_disk, run.plan.peak_nbytes)
 """
     memory = 290_000_000

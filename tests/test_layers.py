@@ -237,6 +237,8 @@ STEP = """
 import json, sys
 import numpy as np
 import slowft
+from slowft.models.imports import import_mlx_lm_without_tokenizers
+import_mlx_lm_without_tokenizers()
 import mlx.core as mx
 from mlx.utils import tree_flatten
 mx.random.seed(0)

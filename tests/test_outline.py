@@ -59,6 +59,8 @@ PUBLISHED = {
 OPEN = """
 import json, os, resource, sys, time
 import slowft
+from slowft.models.imports import import_mlx_lm_without_tokenizers
+import_mlx_lm_without_tokenizers()
 from slowft.models.outline import outline_of_config
 import mlx_lm.utils
 from mlx.utils import tree_flatten

@@ -1,6 +1,7 @@
 """Predicted reads and seconds of a step, against the block cache itself on a drive and a clock that are not real."""
 
 import itertools
+import os
 import random
 
 import pytest
@@ -65,7 +66,7 @@ def gone_through(
 
 @pytest.mark.parametrize("most_lent", [0, 1, 5])
 @pytest.mark.parametrize("slots, with_head", [(1, False), (2, False), (1, True)])
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(int(os.environ.get("SLOWFT_FUZZ", 25))))
 def test_a_step_is_predicted_as_the_cache_takes_it(seed, slots, with_head, most_lent, monkeypatch):
     """Also with a head that is larger than blocks, read ahead into a place of its size that blocks use too.
 

@@ -3,8 +3,7 @@
 import json
 import math
 import os
-import subprocess
-import sys
+import types
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,6 +12,7 @@ import mlx_lm
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
+from mlx_lm import lora
 from mlx_lm.tuner.datasets import CacheDataset, TextDataset
 from mlx_lm.tuner.trainer import default_loss, iterate_batches
 
@@ -55,25 +55,22 @@ def adapter(directory) -> dict:
 @pytest.mark.parametrize("options", [{}, {"fine_tune_type": "dora"}, {"num_layers": 2, "optimizer": "adamw"}], ids=str)
 def test_run_ends_with_the_adapter_of_mlx_lm_lora(options, llama_with_tokenizer, tmp_path):
     """`mlx_lm.lora` itself, in memory, uncompiled, on the same data and seed: every adapter tensor equal."""
-    from mlx_lm.lora import CONFIG_DEFAULTS
-
     model, settings, (train, valid, _) = open_with_data(llama_with_tokenizer, tmp_path, **options)
     slowft.Trainer(model, settings).fit(train, valid)
     theirs = tmp_path / "mlx-lm"
-    script = (
-        "import sys, types, json, slowft, mlx.core as mx; from mlx_lm import lora; mx.disable_compile();"
-        "lora.run(types.SimpleNamespace(**json.loads(sys.argv[1])))"
-    )
-    arguments = CONFIG_DEFAULTS | {
-        **{k: v for k, v in vars(settings).items() if k in CONFIG_DEFAULTS and v is not None},
+    arguments = lora.CONFIG_DEFAULTS | {
+        **{k: v for k, v in vars(settings).items() if k in lora.CONFIG_DEFAULTS and v is not None},
         "optimizer_config": {},
         "model": str(llama_with_tokenizer),
         "data": str(tmp_path / "data"),
         "adapter_path": str(theirs),
         "train": True,
     }
-    done = subprocess.run([sys.executable, "-c", script, json.dumps(arguments)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    mx.disable_compile()
+    try:
+        lora.run(types.SimpleNamespace(**arguments))
+    finally:
+        mx.enable_compile()
     assert largest_difference(adapter(tmp_path / "adapter"), adapter(theirs)) == 0.0
 
 
