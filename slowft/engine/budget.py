@@ -211,12 +211,6 @@ class Budget:
         planner = self.planner(rows, tokens, micro_batches)
         return _or_refuse(planner.choose(None if memory is None else self._usable(memory)), planner, memory)
 
-    def cover_decoding(self, wave: Wave) -> tuple[int, int, Plan | None]:
-        """Follow a plan under which as many rows are generated together as there is room for: see `size_decoding`."""
-        rows, prompts, plan = self.size_decoding(wave)
-        self.follow_decoding(plan)
-        return rows, prompts, plan
-
     def follow_decoding(self, plan: Plan | None) -> None:
         """From now on follow a plan that `size_decoding` made."""
         if plan is not None:
