@@ -128,10 +128,10 @@ class Budget:
         if nbytes != self.memory:
             self.memory, self._shape = nbytes, NO_SHAPE
 
-    def check(self, rows: int, tokens: int, micro_batches: int) -> None:
-        """Raises ConfigError if the ceiling is too low for steps of this shape. Reads nothing, measures nothing."""
+    def check(self) -> None:
+        """Raises ConfigError if the ceiling is too low for steps of one token. Reads nothing, measures nothing."""
         if self.memory is not None:
-            planner = self.planner(rows, tokens, micro_batches)
+            planner = self.planner(1, 1, 1)
             _or_refuse(planner.chunked(self.memory), planner, self.memory)
 
     def cover(self, rows: int, tokens: int, micro_batches: int) -> Plan | None:
@@ -401,7 +401,7 @@ class Budget:
     ) -> Job:
         """The job of steps with the attached adapter, or of forward passes with one that was added by name."""
         engine = self._engine
-        shape = rows, tokens, 1, chunking, self.optimizer_copies, self._top_k if training else 0
+        shape = rows, tokens, chunking, self.optimizer_copies, self._top_k if training else 0
         is_added = isinstance(adapter, str)
         key = (*shape, training, engine.head_may_be_cut, len(trainable_entries(engine.model)), is_added and adapter)
         if key not in self._jobs:
