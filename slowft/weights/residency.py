@@ -24,7 +24,7 @@ from .cache import BlockCache
 from .groups import Group, GroupReader
 from .reader import Reader
 from .reuse import Reuse
-from .sources import Layout, Param, Source, casting_streams, read_rows, read_whole
+from .sources import Layout, Param, Source, read_rows, read_whole
 from .threads import Worker
 
 # Block index -> the layers whose weights are not read with their block.
@@ -150,7 +150,7 @@ class Residency:
             buffer = self.cache.take(item, *self._upcoming(item))
             try:
                 with tracing.span("cast", unit.name, bytes=layout.compute_nbytes):
-                    arrays = layout.fill(buffer, self.streams)
+                    arrays = layout.fill(buffer)
                     unit.restore_constants()
                     begin = time.perf_counter()
                     if layout.is_copied or not self._is_gpu:
@@ -229,7 +229,7 @@ class Residency:
             mx.eval(*results)
 
     @contextmanager
-    def head_in_place(self, units: Sequence[Unit] = ()) -> Iterator[None]:
+    def head_in_place(self, units: Sequence[Unit]) -> Iterator[None]:
         """While this is entered, these layers outside the blocks are in place, and so is any that `bring` adds."""
         with self._timed(), self._outside_in_place(is_head=True):
             with self.reuse.computing(is_head=True):  # gives back what lies free between the blocks' small buffers
@@ -330,7 +330,7 @@ class Residency:
         self._outside += self._head
         buffer = self.cache.take(item, *self._upcoming(item))
         with tracing.span("cast", self._head[0].name, bytes=sum(unit.compute_nbytes for unit in self._head)):
-            mx.eval(self._layouts[item].fill(buffer, self.streams))
+            mx.eval(self._layouts[item].fill(buffer))
         for unit in self._head:
             unit.restore_constants()
         if all(p.source.is_copied for unit in self._head for p in unit.params):
@@ -361,11 +361,6 @@ class Residency:
         with self.reuse.computing():
             pass
         self._layer_thread.run(self._groups.clear)
-
-    @property
-    def streams(self) -> list[mx.Stream]:
-        """The calling thread's streams, its default one first. A CPU has several, as MLX uses one core for each."""
-        return casting_streams()
 
     @property
     def is_open(self) -> bool:
