@@ -256,28 +256,20 @@ def read_rows(reader: Reader, source: Source, rows: list[int]) -> mx.array:
     raw = []
     for extent in source.extents:
         n = extent.row_nbytes
-        spans: list[list[int]] = []  # [first row, end row] of each request
+        requests: list[list[int]] = []  # [first row, end row, the buffer's row where they begin] of each
+        positions, n_read = [], 0  # positions: the buffer's row that holds each of `rows`
         for row in rows:
-            if spans and (row - spans[-1][1]) * n <= GAP_NBYTES:
-                spans[-1][1] = row + 1
-            else:
-                spans.append([row, row + 1])
-        starts, at = [], 0
-        for first, end in spans:
-            starts.append(at)
-            at += (end - first) * n
-        buffer = mx.zeros((at,), mx.uint8)
+            if not requests or (row - requests[-1][1]) * n > GAP_NBYTES:
+                requests.append([row, row, n_read])
+            n_read += row + 1 - requests[-1][1]
+            requests[-1][1] = row + 1
+            positions.append(n_read - 1)
+        buffer = mx.zeros((n_read * n,), mx.uint8)
         mx.eval(buffer)
         ranges = [
-            ByteRange(extent.file, extent.offset + first * n, (end - first) * n, start)
-            for (first, end), start in zip(spans, starts)
+            ByteRange(extent.file, extent.offset + first * n, (end - first) * n, at * n) for first, end, at in requests
         ]
         reader.read_now(ranges, memoryview(buffer))
-        positions, span = [], 0  # positions: the row of the buffer that holds each of `rows`
-        for row in rows:
-            while row >= spans[span][1]:
-                span += 1
-            positions.append(starts[span] // n + row - spans[span][0])
         raw.append(buffer.reshape(-1, n)[mx.array(positions)].reshape(-1))
     array = source.build(raw, n_rows=len(rows))
     mx.eval(array)
