@@ -65,7 +65,7 @@ class Budget:
     """Keeps an engine's steps within `memory` bytes. With None, plans are made only on request, and none is followed.
 
     Attributes:
-        plan: the plan that is followed.
+        plan: the plan that is followed; None before the first, and without a ceiling.
         directory: where block inputs are spilled to.
         optimizer_copies: how many times the trainable parameters the optimizer is expected to keep (Adam: 2).
     """
@@ -266,7 +266,7 @@ class Budget:
 
     def after_step(self, rows: int, tokens: int, micro_batches: int) -> None:
         """Learn from what the engine measured in a step of this shape, and correct the plan by it."""
-        if self.plan is None or self.memory is None:
+        if self.plan is None:
             return
         step, schedule = self._engine.measurements, self.plan.schedule
         is_largest = (rows, tokens, micro_batches) == self._shape
@@ -298,7 +298,7 @@ class Budget:
     def after_pass(self) -> None:
         """Learn from the peak of the evaluation's pass that was made last."""
         peak_nbytes = self._engine.stats.last.peak_memory
-        if self.plan is None or self.memory is None or peak_nbytes <= self.plan.peak_nbytes:
+        if self.plan is None or peak_nbytes <= self.plan.peak_nbytes:
             return
         self._process_nbytes += peak_nbytes - self.plan.peak_nbytes
         self._passes = NO_PASSES

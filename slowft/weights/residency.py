@@ -311,7 +311,7 @@ class Residency:
 
     def bring(self, unit: Unit) -> None:
         """Put a layer outside the blocks in place if it is not. It stays until the context under way ends."""
-        if any(unit is other for other in self._outside):
+        if unit in self._outside:
             return
         if unit in self._head and unit not in self._resident:
             self._bring_head()
@@ -326,14 +326,14 @@ class Residency:
         self._outside.append(unit)
 
     def _bring_head(self) -> None:
-        item = self._head_item
+        item, layout = self._head_item, self._layouts[self._head_item]
         self._outside += self._head
         buffer = self.cache.take(item, *self._upcoming(item))
-        with tracing.span("cast", self._head[0].name, bytes=sum(unit.compute_nbytes for unit in self._head)):
-            mx.eval(self._layouts[item].fill(buffer))
+        with tracing.span("cast", self._head[0].name, bytes=layout.compute_nbytes):
+            mx.eval(layout.fill(buffer))
         for unit in self._head:
             unit.restore_constants()
-        if all(p.source.is_copied for unit in self._head for p in unit.params):
+        if layout.is_copied:
             self.cache.release(item)  # the next block is read there while the head computes
 
     def look_up(self, unit: Unit, rows: list[int], job: Callable[[], Any]) -> Any:
