@@ -16,13 +16,13 @@ from ..models.adapters import AdapterSwitch
 from ..models.seams import FLOATS, CutModel, Unit, inner_call, trainable_entries
 from . import cores
 from .block import BlockFunction
-from .head import Blocks, HeadLoss, token_loss, treats_tokens_alike
+from .head import Blocks, HeadLoss, token_loss
 from .kept import KeptOutputs, LayerOutputs
 from .log_probabilities import LogitsOf, LogProbabilities, Mixing, log_probabilities
 from .micro_batches import Passenger
 from .offloaded import OffloadedExperts
 from .parts import EmbedPart, HeadPart, unevaluated_zeros
-from .pieces import Pieces, PieceWork
+from .pieces import Pieces, PieceWork, treats_tokens_alike
 from .randomness import dropout_seed
 from .trees import arrays_of, in_trace, put
 
@@ -178,8 +178,9 @@ class Chain:
     def treats_tokens_alike(self, batch: Passenger, hidden: mx.array) -> bool:
         """Whether the head may be computed for some of the tokens only. Its weights have to be in place."""
         if self._head_in_chunks is None and hidden.shape[0] * hidden.shape[1] > 1:
+            tokens = hidden.reshape(1, -1, hidden.shape[-1])[:, :3]
             with self.adapters.using(batch.adapter):
-                self._head_in_chunks = treats_tokens_alike(self._head, hidden)
+                self._head_in_chunks = treats_tokens_alike(lambda h: self._head(h, *h.shape[:2]), tokens)
         return self._head_in_chunks is not False
 
     def loss(self, batch: Passenger, hidden: mx.array, chunk_tokens: int | None) -> mx.array:
