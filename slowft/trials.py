@@ -128,15 +128,15 @@ def _flops_per_s(dtype: mx.Dtype) -> float:
 
 def read(names: Sequence[str], scratch: str, layers: int) -> Iterator[Check]:
     """Write the model that is trained within a ceiling, and read it as training does."""
-    from .planning.machine import measure_reading
+    from .planning.machine import READS_IN_FLIGHT, measure_reading
 
     def check(name: str) -> Check:
         model = write_random(Path(scratch) / "large", LARGE | {"num_hidden_layers": layers})
-        rate, in_flight = measure_reading([str(file) for file in model.glob("*.safetensors")], 0.7)
+        rate = measure_reading([str(file) for file in model.glob("*.safetensors")], 0.7)
         if rate is None:
             text = "not measured: what was just written is read from the file cache, at the speed of memory"
             return Check(name, text, "note", "free some memory, or run it again", {"read_bytes_per_s": None})
-        figures = {"read_bytes_per_s": rate, "reads_in_flight": in_flight}
+        figures = {"read_bytes_per_s": rate, "reads_in_flight": READS_IN_FLIGHT}
         slow = rate < SLOW_READING_BYTES_PER_S
         todo = "keep models on a faster drive, or raise --grad-accumulation-steps" if slow else ""
         return Check(name, f"{rate / 1e9:.2f} GB/s", "note" if slow else "ok", todo, figures)

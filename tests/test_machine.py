@@ -133,7 +133,7 @@ def test_reading_is_measured_past_the_file_cache(file):
         by_hand = 96 * MB / best_s(read, 3)
     finally:
         os.close(fd)
-    assert by_hand / 5 < measure_reading([str(file)])[0] < by_hand * 3
+    assert by_hand / 5 < measure_reading([str(file)]) < by_hand * 3
 
 
 def test_what_is_in_the_file_cache_already_is_read_from_the_drive(file, monkeypatch):
@@ -157,8 +157,8 @@ def test_what_is_in_the_file_cache_already_is_read_from_the_drive(file, monkeypa
 def test_holes_are_not_read(tmp_path, monkeypatch):
     with open(tmp_path / "hole", "wb") as f:
         f.truncate(256 * MB)
-    assert measure_reading([str(tmp_path / "hole")], 0.05)[0] is None
-    assert measure_reading([], 0.05)[0] is None
+    assert measure_reading([str(tmp_path / "hole")], 0.05) is None
+    assert measure_reading([], 0.05) is None
 
     with open(tmp_path / "part", "wb") as f:
         f.truncate(256 * MB)
@@ -169,7 +169,7 @@ def test_holes_are_not_read(tmp_path, monkeypatch):
     asked = []
     submit = machine.Reader.submit
     monkeypatch.setattr(machine.Reader, "submit", lambda self, r, b: asked.extend(r) or submit(self, r, b))
-    assert measure_reading([str(tmp_path / "part")], 0.05)[0] > 0
+    assert measure_reading([str(tmp_path / "part")], 0.05) > 0
     assert [(r.offset, r.nbytes) for r in asked] == [(128 * MB, 8 * MB)] * 2  # the first time does not count
 
 
@@ -203,9 +203,9 @@ def test_macos_drops_the_pages_of_each_piece_before_it_is_read(file, mac, monkey
         return submit(self, ranges, buffer)
 
     monkeypatch.setattr(machine.Reader, "submit", spy)
-    rate, _ = machine.measure_reading([str(file)])
+    rate = machine.measure_reading([str(file)])
     assert rate is None or rate > 0  # this disk may be as fast as its file cache
-    to_know_the_caches_rate = slice(1, 1 + machine.CACHED_READS * len(machine.DEPTHS))
+    to_know_the_caches_rate = slice(1, 1 + machine.CACHED_READS)
     cold = read[:1] + read[to_know_the_caches_rate.stop :]
     assert len(cold) >= 2
     for offset, nbytes, calls in cold:
@@ -241,11 +241,11 @@ def test_macos_takes_the_caches_rate_for_no_drives(stays, tmp_path, mac, monkeyp
     monkeypatch.setattr(platform, "make_cold", make_cold)
     monkeypatch.setattr(machine.Reader, "read_now", read_now)
     monkeypatch.setattr(machine.time, "perf_counter", lambda: now[0])
-    rate, in_flight = machine.measure_reading([str(file)], nbytes_at_once=MB)
+    rate = machine.measure_reading([str(file)], nbytes_at_once=MB)
     if stays < 0.5:
-        assert rate == pytest.approx(2e9) and in_flight == 2
+        assert rate == pytest.approx(2e9)
     else:
-        assert rate is None and in_flight == max(machine.DEPTHS)
+        assert rate is None
 
 
 # --- What runs have measured --------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import Any
 
 from .. import platform
 from ..errors import SlowftError
-from ..planning.machine import measure_reading
+from ..planning.machine import READS_IN_FLIGHT
 from ..weights.buffers import read_buffer, take_pages
 from ..weights.reader import ByteRange, Reader
 
@@ -43,9 +43,8 @@ def measure(
             remaining -= nbytes
     if not parts:
         raise SlowftError(f"there is nothing to measure reading with: give a model of more than {RAW_NBYTES >> 20} MB")
-    _, reads_in_flight = measure_reading([str(file) for file, _ in parts])  # a plan measures it in the same way
     buffers = _buffers()
-    ways = {"slowft": lambda parts: _by_reader(parts, buffers, reads_in_flight), **_raw_ways(parts[0][0])}
+    ways = {"slowft": lambda parts: _by_reader(parts, buffers), **_raw_ways(parts[0][0])}
     total = sum(nbytes for _, nbytes in parts)
     rates: dict[str, list[float]] = {way: [] for way in ways}
     processor: dict[str, list[float]] = {way: [] for way in ways}
@@ -63,7 +62,7 @@ def measure(
     raw = max((way for way in ways if way != "slowft"), key=medians.get)
     return {
         "nbytes": total,
-        "reads_in_flight": reads_in_flight,
+        "reads_in_flight": READS_IN_FLIGHT,
         "rates": rates,
         "median_bytes_per_s": medians,
         "processor_s_per_gb": {way: 1e9 * statistics.median(values) for way, values in processor.items()},
@@ -102,14 +101,14 @@ def _buffers() -> list[memoryview]:
     return buffers
 
 
-def _by_reader(parts: Parts, buffers: Sequence[memoryview], reads_in_flight: int) -> float:
+def _by_reader(parts: Parts, buffers: Sequence[memoryview]) -> float:
     """Reads into two buffers in turns. As with blocks, a read is begun before the one before it is waited for."""
     pieces = [
         ByteRange(str(file), at, min(BLOCK_NBYTES, nbytes - at), 0)
         for file, nbytes in parts
         for at in range(0, nbytes, BLOCK_NBYTES)
     ]
-    reader = Reader(reads_in_flight)
+    reader = Reader(READS_IN_FLIGHT)
     try:
         begin = time.perf_counter()
         reads = []

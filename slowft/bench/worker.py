@@ -42,7 +42,7 @@ def measure_machine(workload: Workload, progress: Progress) -> dict[str, Any]:
             "memory_nbytes": machine.memory_nbytes,
             "compute_dtype": machine.compute_dtype,
             "matmul_flops_per_s": matmul_flops_per_s(dtype),
-            "read_bytes_per_s": measure_reading(model.engine.files)[0],
+            "read_bytes_per_s": measure_reading(model.engine.files),
         }
     finally:
         model.close()

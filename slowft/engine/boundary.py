@@ -4,7 +4,6 @@ Comes in: the token ids of micro-batches, and the output of the blocks below. Go
 that the blocks below would compute. Used on the compute thread, except for `why_not` and `keys`.
 """
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from .. import platform
 from ..models.seams import CutModel
 from ..version import __version__
 from ..weights.activation_cache import ActivationCache
-from ..weights.fingerprint import fingerprint, identities
+from ..weights.fingerprint import fingerprint, identities, of_arrays
 from ..weights.reader import Reader
 from ..weights.recognise import read_json
 from .trees import is_compiling
@@ -69,7 +68,7 @@ class Boundary:
         if now != self._identities:
             self._identities, self._fingerprint = now, fingerprint(self._open_files())
         common = [self._fingerprint, self._config, _numerics(), self._dtypes(position), cuts]
-        return [_digest(common, np.asarray(batch).astype(np.int64)) for batch in ids]
+        return [of_arrays([*common, b.shape], [np.ascontiguousarray(b, np.int64)]) for b in map(np.asarray, ids)]
 
     def _open_files(self) -> dict[str, int]:
         return {file: self._reader.descriptor(file) for file in self._files}
@@ -100,12 +99,6 @@ def why_not(cut: CutModel, position: int, trained_outside: bool) -> str | None:
         if any(isinstance(m, (nn.Dropout, nn.Dropout2d, nn.Dropout3d)) and m._p_1 < 1 for m in block.module.modules()):
             return f"{block.name} drops values out at random"
     return None
-
-
-def _digest(common: list, ids: np.ndarray) -> str:
-    digest = hashlib.sha256(json.dumps([*common, ids.shape]).encode())
-    digest.update(np.ascontiguousarray(ids))
-    return digest.hexdigest()
 
 
 def _numerics() -> list[str]:

@@ -65,7 +65,7 @@ class Budget:
     """Keeps an engine's steps within `memory` bytes. With None, plans are made only on request, and none is followed.
 
     Attributes:
-        plan: the plan that is followed.
+        plan: the plan that is followed; None before the first, and without a ceiling.
         directory: where block inputs are spilled to.
         optimizer_copies: how many times the trainable parameters the optimizer is expected to keep (Adam: 2).
     """
@@ -128,10 +128,10 @@ class Budget:
         if nbytes != self.memory:
             self.memory, self._shape = nbytes, NO_SHAPE
 
-    def check(self, rows: int, tokens: int, micro_batches: int) -> None:
-        """Raises ConfigError if the ceiling is too low for steps of this shape. Reads nothing, measures nothing."""
+    def check(self) -> None:
+        """Raises ConfigError if the ceiling is too low for steps of one token. Reads nothing, measures nothing."""
         if self.memory is not None:
-            planner = self.planner(rows, tokens, micro_batches)
+            planner = self.planner(1, 1, 1)
             _or_refuse(planner.chunked(self.memory), planner, self.memory)
 
     def cover(self, rows: int, tokens: int, micro_batches: int) -> Plan | None:
@@ -211,12 +211,6 @@ class Budget:
         planner = self.planner(rows, tokens, micro_batches)
         return _or_refuse(planner.choose(None if memory is None else self._usable(memory)), planner, memory)
 
-    def cover_decoding(self, wave: Wave) -> tuple[int, int, Plan | None]:
-        """Follow a plan under which as many rows are generated together as there is room for: see `size_decoding`."""
-        rows, prompts, plan = self.size_decoding(wave)
-        self.follow_decoding(plan)
-        return rows, prompts, plan
-
     def follow_decoding(self, plan: Plan | None) -> None:
         """From now on follow a plan that `size_decoding` made."""
         if plan is not None:
@@ -272,7 +266,7 @@ class Budget:
 
     def after_step(self, rows: int, tokens: int, micro_batches: int) -> None:
         """Learn from what the engine measured in a step of this shape, and correct the plan by it."""
-        if self.plan is None or self.memory is None:
+        if self.plan is None:
             return
         step, schedule = self._engine.measurements, self.plan.schedule
         is_largest = (rows, tokens, micro_batches) == self._shape
@@ -304,7 +298,7 @@ class Budget:
     def after_pass(self) -> None:
         """Learn from the peak of the evaluation's pass that was made last."""
         peak_nbytes = self._engine.stats.last.peak_memory
-        if self.plan is None or self.memory is None or peak_nbytes <= self.plan.peak_nbytes:
+        if self.plan is None or peak_nbytes <= self.plan.peak_nbytes:
             return
         self._process_nbytes += peak_nbytes - self.plan.peak_nbytes
         self._passes = NO_PASSES
@@ -407,7 +401,7 @@ class Budget:
     ) -> Job:
         """The job of steps with the attached adapter, or of forward passes with one that was added by name."""
         engine = self._engine
-        shape = rows, tokens, 1, chunking, self.optimizer_copies, self._top_k if training else 0
+        shape = rows, tokens, chunking, self.optimizer_copies, self._top_k if training else 0
         is_added = isinstance(adapter, str)
         key = (*shape, training, engine.head_may_be_cut, len(trainable_entries(engine.model)), is_added and adapter)
         if key not in self._jobs:

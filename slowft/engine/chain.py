@@ -16,13 +16,13 @@ from ..models.adapters import AdapterSwitch
 from ..models.seams import FLOATS, CutModel, Unit, inner_call, trainable_entries
 from . import cores
 from .block import BlockFunction
-from .head import Blocks, HeadLoss, token_loss, treats_tokens_alike
+from .head import Blocks, HeadLoss, token_loss
 from .kept import KeptOutputs, LayerOutputs
 from .log_probabilities import LogitsOf, LogProbabilities, Mixing, log_probabilities
 from .micro_batches import Passenger
 from .offloaded import OffloadedExperts
 from .parts import EmbedPart, HeadPart, unevaluated_zeros
-from .pieces import Pieces, PieceWork
+from .pieces import Pieces, PieceWork, treats_tokens_alike
 from .randomness import dropout_seed
 from .trees import arrays_of, in_trace, put
 
@@ -51,6 +51,7 @@ class Chain:
 
     Attributes:
         visits: the blocks in the order in which a forward pass visits them. A visit is numbered by its position here.
+        head_units: the large layers that follow the last block.
         seed, step: what dropout masks are drawn from, together with the visit and the micro-batch.
         pieces: how much of a block is computed at once.
         kind_of: gives the same text for blocks that compute the same.
@@ -72,7 +73,7 @@ class Chain:
         self._model, self._cut, self._piece_work = model, cut, piece_work
         self._kept, self._layers, self._answering = kept, layers, answering
         self._look_up, self._multiply, self.kind_of = look_up, multiply, kind_of
-        self.visits = [cut.blocks[index] for index in cut.order]
+        self.visits, self.head_units = [cut.blocks[index] for index in cut.order], cut.head
         self.adapters = AdapterSwitch(model)
         self.seed = self.step = 0
         self.pieces = Pieces()
@@ -91,11 +92,6 @@ class Chain:
         }
         in_blocks = {name for entries in self._trainable.values() for name, _, _ in entries}
         self.outside = [entry for entry in trainable_entries(self._model) if entry[0] not in in_blocks]
-
-    @property
-    def head_units(self) -> list[Unit]:
-        """The large layers that follow the last block."""
-        return self._cut.head
 
     @property
     def lowest_trained(self) -> int:
@@ -182,8 +178,9 @@ class Chain:
     def treats_tokens_alike(self, batch: Passenger, hidden: mx.array) -> bool:
         """Whether the head may be computed for some of the tokens only. Its weights have to be in place."""
         if self._head_in_chunks is None and hidden.shape[0] * hidden.shape[1] > 1:
+            tokens = hidden.reshape(1, -1, hidden.shape[-1])[:, :3]
             with self.adapters.using(batch.adapter):
-                self._head_in_chunks = treats_tokens_alike(self._head, hidden)
+                self._head_in_chunks = treats_tokens_alike(lambda h: self._head(h, *h.shape[:2]), tokens)
         return self._head_in_chunks is not False
 
     def loss(self, batch: Passenger, hidden: mx.array, chunk_tokens: int | None) -> mx.array:
@@ -208,7 +205,7 @@ class Chain:
             hidden: the last block's output, for each of them.
         """
         first, mix = group[0], mixing.begin(group[0].tokens)
-        chunk = self._chunk(hidden[0], chunk_tokens)
+        chunk = self._chunk(first, hidden[0], chunk_tokens)
         with self._cutting(len(self.visits), first):
             each = [self._logits_of(batch, output, chunk is not None) for batch, output in zip(group, hidden)]
             return log_probabilities(each, mixing, mix, first.targets, first.mask, chunk, top_k, token_ids)
@@ -322,18 +319,16 @@ class Chain:
             mx.random.seed(self._seed(len(self.visits), batch))
             return hidden
 
-        chunk = self._chunk(hidden, chunk_tokens)
+        chunk = self._chunk(batch, hidden, chunk_tokens)
         in_blocks, outside = ([(owner, key) for _, owner, key in es] for es in (block_entries, self.outside))
         loss_arguments = batch.targets, batch.mask, batch.total, chunk
         return HeadLoss(self._head, *loss_arguments, outside, blocks or seeded, in_blocks, batch.teacher)
 
-    def _chunk(self, hidden: mx.array, limit: int | None) -> int | None:
+    def _chunk(self, batch: Passenger, hidden: mx.array, limit: int | None) -> int | None:
         """`limit`, how many tokens' logits may exist at once; None if all may, or if the head cannot be cut."""
         if limit is None or hidden.ndim != 3 or hidden.shape[0] * hidden.shape[1] <= limit:
             return None
-        if self._head_in_chunks is None:
-            self._head_in_chunks = treats_tokens_alike(self._head, hidden)
-        return limit if self._head_in_chunks else None
+        return limit if self.treats_tokens_alike(batch, hidden) else None
 
     @property
     def head_may_be_cut(self) -> bool:

@@ -230,19 +230,18 @@ class Engine:
         given = [(*pair, True) for pair in micro_batches]
         batches, ntoks = passengers(given, self.schedule.rows, together=True, teachers=teachers)
         self.measurements = Measurements(self.peaks_known)
-        self.stats.begin_step()
-        try:
-            with uncompiled(), self._step_over(batches, gradients=True, measure=measure):
-                if not self.cut.is_chain:
-                    losses, gradients = self.traced.loss_and_grads(batches, entries)
-                elif self.schedule.in_memory:
-                    losses, gradients = step.loss_and_grads_in_memory(*self._inputs(batches), self._boundary_visit)
-                else:
-                    losses, gradients = step.loss_and_grads(*self._inputs(batches), self.schedule, self._journal)
-        finally:
-            if self._journal is not None:
-                self._journal.finish()
-            self.stats.end_step(self.measurements)
+        with self.stats.step(self.measurements):
+            try:
+                with uncompiled(), self._step_over(batches, gradients=True, measure=measure):
+                    if not self.cut.is_chain:
+                        losses, gradients = self.traced.loss_and_grads(batches, entries)
+                    elif self.schedule.in_memory:
+                        losses, gradients = step.loss_and_grads_in_memory(*self._inputs(batches), self._boundary_visit)
+                    else:
+                        losses, gradients = step.loss_and_grads(*self._inputs(batches), self.schedule, self._journal)
+            finally:
+                if self._journal is not None:
+                    self._journal.finish()
         self.step += 1
         self.tokens_of_last_step = ntoks[0].item()
         loss = sum(losses[1:], losses[0])
@@ -284,16 +283,12 @@ class Engine:
         places = [of_batch for _, _, of_batch, _ in batches]
         mx.eval([batch.tokens for batch in given], places)
         head_tokens = self._head_tokens(gradients=False)
-        self.stats.begin_step()
-        try:
-            with self._step_over(given, gradients=False):
-                if self.cut.is_chain:
-                    step.decode(self.chain, given, self.weights, self.hidden, head_tokens, places, take, spilled)
-                else:
-                    for batch, of_batch in zip(given, places):
-                        take(batch.index, 0, self.traced.logits(batch)[of_batch])
-        finally:
-            self.stats.end_step(Measurements())
+        with self.stats.step(), self._step_over(given, gradients=False):
+            if self.cut.is_chain:
+                step.decode(self.chain, given, self.weights, self.hidden, head_tokens, places, take, spilled)
+            else:
+                for batch, of_batch in zip(given, places):
+                    take(batch.index, 0, self.traced.logits(batch)[of_batch])
 
     def first_not_finite(self, micro_batches: Sequence[tuple[mx.array, mx.array]]) -> str | None:
         """Where a value was first not finite in the last step's forward pass, in words; None: nowhere, or no chain."""
@@ -335,20 +330,16 @@ class Engine:
         for k in parts:
             groups += [batches[at + part : at + n * k : k] for part in range(k)]
             at += n * k
-        self.stats.begin_step()
-        try:
-            with self._step_over(batches, gradients=False):
-                if self.cut.is_chain:
-                    visited = functools.partial(on_visit, len(micro_batches))
-                    inputs = self._inputs(batches, gradients=False)
-                    results = step.log_probabilities(*inputs, top_k, token_ids, visited, groups, mixing)
-                else:
-                    results = []
-                    for group in groups:
-                        results.append(self.traced.log_probabilities(group, top_k, token_ids, mixing))
-                        on_visit(n * len(self.cut.order))
-        finally:
-            self.stats.end_step(Measurements())
+        with self.stats.step(), self._step_over(batches, gradients=False):
+            if self.cut.is_chain:
+                visited = functools.partial(on_visit, len(micro_batches))
+                inputs = self._inputs(batches, gradients=False)
+                results = step.log_probabilities(*inputs, top_k, token_ids, visited, groups, mixing)
+            else:
+                results = []
+                for group in groups:
+                    results.append(self.traced.log_probabilities(group, top_k, token_ids, mixing))
+                    on_visit(n * len(self.cut.order))
         remaining = iter(results)
         by_result = [zip(*(next(remaining) for _ in range(k))) for k in parts]
         return [LogProbabilities.joined(of_parts) for group in by_result for of_parts in group]

@@ -172,16 +172,3 @@ class HeadLoss:
         # The sum below has these gradients, and its value is never computed
         pairs = zip([of_hidden, *of_params], [hidden, *params])
         return sum((mx.stop_gradient(g) * x).sum().astype(mx.float32) for g, x in pairs), loss
-
-
-def treats_tokens_alike(head: Head, hidden: mx.array) -> bool:
-    """Whether the head gives a token the same logits alone as among others. It is tried on `hidden` `[B, T, D]`.
-
-    Only then may it be computed in chunks. Runs on the compute thread with the head's weights in place.
-    """
-    tokens = hidden.reshape(1, -1, hidden.shape[-1])[:, :3]
-    n = tokens.shape[1]
-    together = head(tokens, 1, n).astype(mx.float32)
-    alone = mx.concatenate([head(tokens[:, i : i + 1], 1, 1) for i in range(n)], axis=1).astype(mx.float32)
-    scale = mx.abs(together).max() + 1e-6
-    return (mx.abs(together - alone).max() / scale).item() < (1e-4 if hidden.dtype == mx.float32 else 3e-2)

@@ -13,7 +13,7 @@ from ..errors import ConfigError
 from ..models import adapters, loading
 from ..weights.fingerprint import of_contents
 from ..weights.reader import Reader
-from ..weights.sources import placeholder, read_whole
+from ..weights.sources import read_whole
 from .budget import Budget
 
 
@@ -64,7 +64,7 @@ def load_in_memory(
     """
     skeleton = loading.load_skeleton(path, ModelInMemory, compute_dtype, trust_remote_code)
     model, params = skeleton.model, skeleton.params
-    model.weights_nbytes = sum(placeholder(p.source.shape, p.source.result_dtype).nbytes for p in params)
+    model.weights_nbytes = sum(param.compute_nbytes for param in params)
     needed = None if budget is None else budget.needed_beside(model.weights_nbytes)
     if needed is not None:
         raise ConfigError(

@@ -618,8 +618,7 @@ def open_model(
         slots = 1 if all(p.source.is_copied for unit in cut.blocks for p in unit.params) else 2
         cache_nbytes = int(CACHE_PER_BLOCK * block_nbytes) + CACHE_FLOOR_NBYTES
         engine.follow(Schedule(slots, cache_nbytes=cache_nbytes, head_tokens=unbounded_chunk(cut.vocab_size)))
-        if memory_nbytes is not None:
-            model.budget.check(1, 1, 1)
+        model.budget.check()
         if adapter_path is not None:
             model.load_adapter(adapter_path)
     except BaseException:

@@ -1,6 +1,8 @@
 """What a step cost, as the reader, the clock and the operating system count it."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from .. import platform
@@ -75,24 +77,26 @@ class Stats:
         compute_s = self._residency.compute_s - wait_in_blocks_s
         return StepStats(read, written, self._from_cache, wait_s + wait_in_blocks_s, compute_s, peak)
 
-    def begin_step(self) -> None:
-        self._at_begin, self._begin_s = self.total, time.perf_counter()
-        self._read_at_begin = self._reader.bytes_read, self._reader.read_s
-        self._peak_memory = self._at_begin.peak_memory
+    @contextmanager
+    def step(self, measurements: Measurements | None = None) -> Iterator[None]:
+        """While this is entered, a step runs. Its reads, waiting and peak are noted in `measurements` too."""
+        begin, begin_s = self.total, time.perf_counter()
+        nbytes, seconds = self._reader.bytes_read, self._reader.read_s
+        self._peak_memory = begin.peak_memory
         platform.reset_peak_memory()
-
-    def end_step(self, measurements: Measurements) -> None:
-        """End a step. Its reads, waiting and peak are noted in `measurements`."""
-        now, begin = self.total, self._at_begin
-        self.last = StepStats(
-            now.bytes_read - begin.bytes_read,
-            now.bytes_written - begin.bytes_written,
-            now.from_cache - begin.from_cache,
-            now.wait_s - begin.wait_s,
-            now.compute_s - begin.compute_s,
-            platform.peak_memory(),
-        )
-        nbytes, seconds = self._read_at_begin
-        read = self._reader.bytes_read - nbytes, self._reader.read_s - seconds
-        step_s = time.perf_counter() - self._begin_s
-        measurements.finish(*read, self.last.wait_s, self.last.peak_memory, step_s)
+        try:
+            yield
+        finally:
+            now = self.total
+            self.last = StepStats(
+                now.bytes_read - begin.bytes_read,
+                now.bytes_written - begin.bytes_written,
+                now.from_cache - begin.from_cache,
+                now.wait_s - begin.wait_s,
+                now.compute_s - begin.compute_s,
+                platform.peak_memory(),
+            )
+            if measurements is not None:
+                read = self._reader.bytes_read - nbytes, self._reader.read_s - seconds
+                step_s = time.perf_counter() - begin_s
+                measurements.finish(*read, self.last.wait_s, self.last.peak_memory, step_s)

@@ -172,7 +172,7 @@ class Generation:
         if kept.spill_kv:  # the newest tokens stay in memory; the budget adds two layers that are read back
             pieces = model.streamed_caches(kept_nbytes(model, kept, PIECE))
             in_memory[: len(pieces)] = pieces
-        sizes = model.budget.cover_decoding(
+        at_once, prompts, plan = model.budget.size_decoding(
             Wave(
                 n,
                 tokens,
@@ -183,9 +183,10 @@ class Generation:
                 model.passengers_of_row,
             )
         )
+        model.budget.follow_decoding(plan)
         if kept.spill_kv:
-            self._spill(sizes[0], total, kept)
-        return sizes
+            self._spill(at_once, total, kept)
+        return at_once, prompts, plan
 
     def _spill(self, rows: int, tokens: int, kept: KeyValues) -> None:
         """Open the file that takes the rows' keys and values. Caches that do not grow with the text stay in memory."""

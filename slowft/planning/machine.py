@@ -5,7 +5,6 @@ to measure, so `measured` takes about half a second, 100 MB, and the model's fil
 """
 
 import errno
-import itertools
 import math
 import os
 import time
@@ -26,9 +25,8 @@ OF_PRODUCTS = 0.7
 READ_NBYTES = 32 << 20  # bytes read at a time
 READ_AT_MOST_NBYTES = 512 << 20
 UNCOUNTED_NBYTES = 8 << 20  # bytes read before those that count
-DEPTHS = (1, 2, 4)  # numbers of requests in flight, tried in turn
-WORTH_IT = 1.05  # more requests in flight have to be so many times as fast as fewer
-CACHED_READS = 3  # reads of a piece in the file cache, with each number in flight, to know what these take
+READS_IN_FLIGHT = 4  # requests that runs make at once: a drive that needs fewer is no slower with more
+CACHED_READS = 3  # reads of a piece in the file cache, to know what these take
 # A read that takes less than so many times the seconds of one from the file cache may be one too: those differ by less
 # while nothing else runs. A drive that is nearly as fast as its file cache stays unknown. It hardly holds a step up.
 CACHE_SPREAD = 1.5
@@ -59,7 +57,7 @@ class Machine:
     compute_dtype: str
     rates: Rates = Rates()
     write_bytes_per_s: float | None = None
-    reads_in_flight: int = max(DEPTHS)
+    reads_in_flight: int = READS_IN_FLIGHT
 
     @property
     def is_assumed(self) -> bool:
@@ -91,9 +89,7 @@ def measured(compute_dtype: mx.Dtype, files: Sequence[str], matrix: tuple[int, i
         flops_per_s = OF_PRODUCTS * matmul_flops_per_s(compute_dtype, matrix)
         rates = rates.over(Rates(flops_per_s, flops_per_s, flops_per_s, _cast_bytes_per_s(compute_dtype)))
     if rates.read is None:
-        read, depth = measure_reading(files)
-        machine = replace(machine, reads_in_flight=depth)
-        rates = replace(rates, read=read)
+        rates = replace(rates, read=measure_reading(files))
     return replace(machine, rates=rates)
 
 
@@ -135,10 +131,8 @@ def _memory_nbytes() -> int:
 # --- Reading --------------------------------------------------------------------------------------
 
 
-def measure_reading(
-    files: Sequence[str], seconds: float = 0.35, nbytes_at_once: int = READ_NBYTES
-) -> tuple[float | None, int]:
-    """(bytes of the files that the engine's own reader reads a second, number of requests in flight for that).
+def measure_reading(files: Sequence[str], seconds: float = 0.35, nbytes_at_once: int = READ_NBYTES) -> float | None:
+    """Bytes of the files that the engine's own reader reads a second.
 
     Pieces are dropped from the file cache before they are read. The first read does not count, as a limit on reads
     lets some bytes through at once (a control group's 150 MB/s were 195 for the first 32 MB).
@@ -151,11 +145,11 @@ def measure_reading(
     middle = len(pieces) // 2
     pieces = pieces[middle:] + pieces[:middle]
     if sum(piece.nbytes for piece in pieces) < TELLING_NBYTES:
-        return None, 1
+        return None
     buffer = memoryview(read_buffer(nbytes_at_once + platform.DIRECT_ALIGNMENT))
     take_pages(buffer)
-    reader, took = Reader(), dict.fromkeys(DEPTHS, 0.0)
-    nbytes, cached_nbytes, spent_s = dict.fromkeys(DEPTHS, 0), 0, 0.0
+    reader = Reader(READS_IN_FLIGHT)
+    nbytes, cached_nbytes, took_s, spent_s = 0, 0, 0.0, 0.0
 
     def read(piece: ByteRange) -> float:
         platform.make_cold(piece.file, piece.offset, piece.nbytes)
@@ -164,25 +158,19 @@ def measure_reading(
     try:
         read(replace(pieces[-1], nbytes=min(pieces[-1].nbytes, UNCOUNTED_NBYTES)))
         cached_s_per_byte = _cached_s_per_byte(reader, max(pieces, key=lambda piece: piece.nbytes), buffer)
-        for piece, depth in zip(pieces, itertools.cycle(DEPTHS)):
-            reader.reads_in_flight = depth
+        for piece in pieces:
             piece_s = read(piece)
             spent_s += piece_s
-            if piece_s > CACHE_SPREAD * cached_s_per_byte[depth] * piece.nbytes:
-                took[depth] += piece_s
-                nbytes[depth] += piece.nbytes
+            if piece_s > CACHE_SPREAD * cached_s_per_byte * piece.nbytes:
+                took_s += piece_s
+                nbytes += piece.nbytes
             else:
                 cached_nbytes += piece.nbytes
-            if spent_s >= seconds or sum(nbytes.values()) + cached_nbytes >= READ_AT_MOST_NBYTES:
+            if spent_s >= seconds or nbytes + cached_nbytes >= READ_AT_MOST_NBYTES:
                 break
     finally:
         reader.close()
-    if cached_nbytes >= sum(nbytes.values()):
-        return None, DEPTHS[-1]  # a drive that needs fewer requests is no slower with more
-    rates = {depth: nbytes[depth] / took[depth] for depth in DEPTHS if nbytes[depth]}
-    best = max(rates.values())
-    depth = next(depth for depth, rate in rates.items() if rate * WORTH_IT >= best)
-    return rates[depth], depth
+    return nbytes / took_s if nbytes > cached_nbytes else None
 
 
 def _read_s(reader: Reader, piece: ByteRange, buffer: memoryview) -> float:
@@ -191,23 +179,19 @@ def _read_s(reader: Reader, piece: ByteRange, buffer: memoryview) -> float:
     return time.perf_counter() - at
 
 
-def _cached_s_per_byte(reader: Reader, piece: ByteRange, buffer: memoryview) -> dict[int, float]:
-    """Seconds per byte that is read from the file cache, by the number of requests in flight.
+def _cached_s_per_byte(reader: Reader, piece: ByteRange, buffer: memoryview) -> float:
+    """Seconds per byte that is read from the file cache.
 
     They are 0 on Linux, where direct reads go to the drive. On macOS they take pages that are in the cache. How fast
     that is cannot be known beforehand (a copy in memory is faster), so it is measured: the piece is read through the
     cache, which leaves it there, and then by the reader like any other piece.
     """
     if not platform.MACOS:
-        return dict.fromkeys(DEPTHS, 0.0)
+        return 0.0
     with open(piece.file, "rb") as file:
         file.seek(piece.offset)
         file.readinto(buffer[: piece.nbytes])
-    seconds = {}
-    for reader.reads_in_flight in DEPTHS:
-        least_s = min(_read_s(reader, piece, buffer) for _ in range(CACHED_READS))
-        seconds[reader.reads_in_flight] = least_s / piece.nbytes
-    return seconds
+    return min(_read_s(reader, piece, buffer) for _ in range(CACHED_READS)) / piece.nbytes
 
 
 def _pieces(file: str, nbytes: int) -> Iterator[ByteRange]:

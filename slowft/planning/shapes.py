@@ -193,19 +193,15 @@ class Shapes:
         outside = [entry for entry in trainable_entries(self._model) if (id(entry[1]), entry[2]) not in in_blocks]
         self._trains_outside = training and bool(outside)
 
-    def job(
-        self, rows: int, tokens: int, micro_batches: int, chunking: Chunking, optimizer_copies: int, top_k: int = 0
-    ) -> Job:
-        """The job of a step over `micro_batches` of `[rows, tokens]` under `chunking`.
+    def job(self, rows: int, tokens: int, chunking: Chunking, optimizer_copies: int, top_k: int) -> Job:
+        """The job of a step over one micro-batch of `[rows, tokens]` under `chunking`.
 
         Args:
             optimizer_copies: how many times the trainable parameters the optimizer keeps.
             top_k: how many of a teacher's log-probabilities the loss takes for each target; 0 without a teacher.
         """
         cut = self._cut
-        if chunking.rows is not None:
-            micro_batches *= -(-rows // chunking.rows)
-            rows = min(chunking.rows, rows)
+        all_rows, rows = rows, min(chunking.rows or rows, rows)
         probe = Probe(0.25)
         with self._engine.running_part(probe), noting(nn.Module(), rows * tokens) as (_, noted):
             logits = self._model(mx.zeros((rows, tokens), mx.int32))
@@ -216,7 +212,7 @@ class Shapes:
         head_values = sum(unit.module["weight"].shape[0] * _width(unit.module) for unit in cut.head)
         return Job(
             chunking=chunking,
-            micro_batches=micro_batches,
+            micro_batches=-(-all_rows // rows),
             rows=rows,
             tokens=tokens,
             visits=self._visits(probe.calls, chunking, rows * tokens),

@@ -109,7 +109,6 @@ class BlockCache:
                 self._shrink()
         else:
             self._shrink()
-        if item not in self._residents:
             victims = self._victims(item, self._unpinned())
             if victims is None:
                 raise RuntimeError("every block buffer is in use: release one first")

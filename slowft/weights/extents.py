@@ -78,8 +78,7 @@ def read_header(path: str | os.PathLike) -> dict[str, Extent]:
     """
     path = Path(path)
     if not path.exists():
-        dangling = " (a broken link: the download did not finish)" if path.is_symlink() else ""
-        raise ModelError(f"{path} is missing{dangling}. {_fix_of_missing(path)}")
+        raise _missing(path)
     if not path.is_file():
         raise ModelError(f"{path} is a directory, a pipe or a device, not a safetensors file. {AGAIN}")
     try:
@@ -335,9 +334,7 @@ def _by_index(
         return Weights(extents)  # files are not what is wrong with it
     name, shard = next(iter(missing_tensors.items()))
     if missing_files:
-        file = directory / missing_files[0]
-        dangling = " (a broken link: the download did not finish)" if file.is_symlink() else ""
-        raise ModelError(f"{file} is missing{dangling}, and {INDEX} names it. {_fix_of_missing(file)}")
+        raise _missing(directory / missing_files[0], f", and {INDEX} names it")
     raise ModelError(f"{INDEX} puts tensor {name} in {shard}, which does not hold it. Download the model again")
 
 
@@ -392,8 +389,7 @@ def _by_names(directory: Path, model_files: list[Path], is_whole: IsWhole | None
             )
     missing_file = _missing_of_numbered(used)
     if missing_file and is_whole is not None and not is_whole(extents, ()):
-        fix = _fix_of_missing(directory / missing_file)
-        raise ModelError(f"{directory / missing_file} is missing, by the names of the files beside it. {fix}")
+        raise _missing(directory / missing_file, ", by the names of the files beside it")
     return Weights(extents)
 
 
@@ -418,10 +414,13 @@ def _unused(directory: Path, files: list[Path]) -> list[str]:
     )
 
 
-def _fix_of_missing(file: Path) -> str:
+def _missing(file: Path, why_needed: str = "") -> ModelError:
+    """The error for a file that does not exist, or is a link to one that does not."""
+    dangling = " (a broken link: the download did not finish)" if file.is_symlink() else ""
     partial = partial_downloads(file.parent, file.name)
     reason = f"{partial[0].name} is an unfinished download. " if partial else ""
-    return f"{reason}Download the model again: hf download goes on where it stopped"
+    fix = f"{reason}Download the model again: hf download goes on where it stopped"
+    return ModelError(f"{file} is missing{dangling}{why_needed}. {fix}")
 
 
 def _explain_no_weights(directory: Path) -> str:

@@ -1,12 +1,13 @@
-"""Tells whether files have changed, without reading them whole.
+"""Tells by digests whether files, or arrays that are stored, have changed. Files are not read whole.
 
-Comes in: open safetensors files, name -> descriptor. Goes out: a digest. Only headers and a few hundred kilobytes of
-contents are read.
+Comes in: open safetensors files, name -> descriptor; or arrays' bytes. Goes out: a digest. Of a file only the header
+and a few hundred kilobytes of contents are read.
 """
 
 import hashlib
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from .. import platform
 from ..errors import ModelError
@@ -52,4 +53,13 @@ def of_contents(files: Mapping[str, int]) -> str:
         for i in range(SAMPLES):
             digest.update(read(SAMPLE_NBYTES, i * max(size - SAMPLE_NBYTES, 0) // (SAMPLES - 1)))
         platform.drop_cached(fd, 0, 0)
+    return digest.hexdigest()
+
+
+def of_arrays(facts: list, data: Iterable[memoryview]) -> str:
+    """A digest of facts, as JSON says them, and of the arrays' bytes."""
+    # current processors have instructions for SHA-256: 1.8 GB/s a core here, BLAKE2b 0.9
+    digest = hashlib.sha256(json.dumps(facts).encode())
+    for part in data:
+        digest.update(part)
     return digest.hexdigest()

@@ -5,13 +5,12 @@ memory layout, in this process or a later one. One thread writes one piece at a 
 computation goes on. A disk that is full or fails raises nothing: `problem` says it, and no more is written.
 """
 
-import hashlib
 import json
 import math
 import os
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import mlx.core as mx
 
 from .. import platform
 from ..errors import SlowftError, reason_of
+from .fingerprint import of_arrays
 from .transfers import opened, read_all, write_all
 
 
@@ -98,7 +98,7 @@ class Journal:
 
     def _write(self, name: str, packed: list[tuple[list, memoryview]], drop: Sequence[str]) -> None:
         facts, data = [fact for fact, _ in packed], [bytes_ for _, bytes_ in packed]
-        header = {"key": self._key, "arrays": facts, "sha256": _hash(self._key, name, facts, data)}
+        header = {"key": self._key, "arrays": facts, "sha256": of_arrays([self._key, name, facts], data)}
         header = json.dumps(header).encode()
         self.directory.mkdir(parents=True, exist_ok=True)
         fd = os.open(self.directory / name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
@@ -156,14 +156,7 @@ def _read(fd: int, key: str, name: str) -> list[mx.array] | None:
         at += nbytes
         flat = buffer.view(getattr(mx, dtype))
         arrays.append(mx.as_strided(flat, shape, strides) if shape else flat.reshape(()))
-    if at != size or _hash(key, name, header["arrays"], data) != header["sha256"]:
+    if at != size or of_arrays([key, name, header["arrays"]], data) != header["sha256"]:
         return None
     mx.eval(arrays)
     return arrays
-
-
-def _hash(key: str, name: str, facts: list, data: Iterable[memoryview]) -> str:
-    digest = hashlib.sha256(json.dumps([key, name, facts]).encode())
-    for part in data:
-        digest.update(part)
-    return digest.hexdigest()

@@ -24,7 +24,7 @@ from .cache import BlockCache
 from .groups import Group, GroupReader
 from .reader import Reader
 from .reuse import Reuse
-from .sources import Layout, Param, Source, casting_streams, read_rows, read_whole
+from .sources import Layout, Param, Source, read_rows, read_whole
 from .threads import Worker
 
 # Block index -> the layers whose weights are not read with their block.
@@ -150,7 +150,7 @@ class Residency:
             buffer = self.cache.take(item, *self._upcoming(item))
             try:
                 with tracing.span("cast", unit.name, bytes=layout.compute_nbytes):
-                    arrays = layout.fill(buffer, self.streams)
+                    arrays = layout.fill(buffer)
                     unit.restore_constants()
                     begin = time.perf_counter()
                     if layout.is_copied or not self._is_gpu:
@@ -229,7 +229,7 @@ class Residency:
             mx.eval(*results)
 
     @contextmanager
-    def head_in_place(self, units: Sequence[Unit] = ()) -> Iterator[None]:
+    def head_in_place(self, units: Sequence[Unit]) -> Iterator[None]:
         """While this is entered, these layers outside the blocks are in place, and so is any that `bring` adds."""
         with self._timed(), self._outside_in_place(is_head=True):
             with self.reuse.computing(is_head=True):  # gives back what lies free between the blocks' small buffers
@@ -311,7 +311,7 @@ class Residency:
 
     def bring(self, unit: Unit) -> None:
         """Put a layer outside the blocks in place if it is not. It stays until the context under way ends."""
-        if any(unit is other for other in self._outside):
+        if unit in self._outside:
             return
         if unit in self._head and unit not in self._resident:
             self._bring_head()
@@ -326,14 +326,14 @@ class Residency:
         self._outside.append(unit)
 
     def _bring_head(self) -> None:
-        item = self._head_item
+        item, layout = self._head_item, self._layouts[self._head_item]
         self._outside += self._head
         buffer = self.cache.take(item, *self._upcoming(item))
-        with tracing.span("cast", self._head[0].name, bytes=sum(unit.compute_nbytes for unit in self._head)):
-            mx.eval(self._layouts[item].fill(buffer, self.streams))
+        with tracing.span("cast", self._head[0].name, bytes=layout.compute_nbytes):
+            mx.eval(layout.fill(buffer))
         for unit in self._head:
             unit.restore_constants()
-        if all(p.source.is_copied for unit in self._head for p in unit.params):
+        if layout.is_copied:
             self.cache.release(item)  # the next block is read there while the head computes
 
     def look_up(self, unit: Unit, rows: list[int], job: Callable[[], Any]) -> Any:
@@ -361,11 +361,6 @@ class Residency:
         with self.reuse.computing():
             pass
         self._layer_thread.run(self._groups.clear)
-
-    @property
-    def streams(self) -> list[mx.Stream]:
-        """The calling thread's streams, its default one first. A CPU has several, as MLX uses one core for each."""
-        return casting_streams()
 
     @property
     def is_open(self) -> bool:

@@ -6,7 +6,7 @@ file reads only through a `Reader`, and never decides when weights come or go.
 
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -200,28 +200,21 @@ class Layout:
         self.compute_nbytes = sum(param.compute_nbytes for param in params)
         self.is_copied = all(param.source.is_copied for param in params)
 
-    def fill(self, buffer: mx.array, streams: Sequence[mx.Stream]) -> list[mx.array]:
+    def fill(self, buffer: mx.array) -> list[mx.array]:
         """Put every parameter in its module, built lazily from the filled `buffer`. Returns the arrays.
 
-        Args:
-            streams: share the work of casting and dequantizing, evenly by bytes.
+        The thread's streams share the work of casting and dequantizing, evenly by bytes.
         """
-        raw = [[buffer[begin:end] for begin, end in places] for places in self._places]
-        arrays = build_all([param.source for param in self._params], raw, streams)
-        for param, array in zip(self._params, arrays):
-            param.set(array)
+        streams = casting_streams()
+        arrays, loads = [], [0] * len(streams)
+        for param, places in zip(self._params, self._places):
+            source, raw = param.source, [buffer[begin:end] for begin, end in places]
+            least_loaded = loads.index(min(loads))
+            loads[least_loaded] += math.prod(source.shape) * source.result_dtype.size
+            with mx.stream(streams[least_loaded]):
+                arrays.append(source.build(raw))
+            param.set(arrays[-1])
         return arrays
-
-
-def build_all(sources: Sequence[Source], raw: Sequence[list[mx.array]], streams: Sequence[mx.Stream]) -> list[mx.array]:
-    """Each source's array, from its bytes. The streams share the work, evenly by bytes."""
-    arrays, loads = [], [0] * len(streams)
-    for source, parts in zip(sources, raw):
-        least_loaded = loads.index(min(loads))
-        loads[least_loaded] += math.prod(source.shape) * source.result_dtype.size
-        with mx.stream(streams[least_loaded]):
-            arrays.append(source.build(parts))
-    return arrays
 
 
 def casting_streams() -> list[mx.Stream]:
@@ -263,28 +256,20 @@ def read_rows(reader: Reader, source: Source, rows: list[int]) -> mx.array:
     raw = []
     for extent in source.extents:
         n = extent.row_nbytes
-        spans: list[list[int]] = []  # [first row, end row] of each request
+        requests: list[list[int]] = []  # [first row, end row, the buffer's row where they begin] of each
+        positions, n_read = [], 0  # positions: the buffer's row that holds each of `rows`
         for row in rows:
-            if spans and (row - spans[-1][1]) * n <= GAP_NBYTES:
-                spans[-1][1] = row + 1
-            else:
-                spans.append([row, row + 1])
-        starts, at = [], 0
-        for first, end in spans:
-            starts.append(at)
-            at += (end - first) * n
-        buffer = mx.zeros((at,), mx.uint8)
+            if not requests or (row - requests[-1][1]) * n > GAP_NBYTES:
+                requests.append([row, row, n_read])
+            n_read += row + 1 - requests[-1][1]
+            requests[-1][1] = row + 1
+            positions.append(n_read - 1)
+        buffer = mx.zeros((n_read * n,), mx.uint8)
         mx.eval(buffer)
         ranges = [
-            ByteRange(extent.file, extent.offset + first * n, (end - first) * n, start)
-            for (first, end), start in zip(spans, starts)
+            ByteRange(extent.file, extent.offset + first * n, (end - first) * n, at * n) for first, end, at in requests
         ]
         reader.read_now(ranges, memoryview(buffer))
-        positions, span = [], 0  # positions: the row of the buffer that holds each of `rows`
-        for row in rows:
-            while row >= spans[span][1]:
-                span += 1
-            positions.append(starts[span] // n + row - spans[span][0])
         raw.append(buffer.reshape(-1, n)[mx.array(positions)].reshape(-1))
     array = source.build(raw, n_rows=len(rows))
     mx.eval(array)
