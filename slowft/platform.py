@@ -12,7 +12,6 @@ import os
 import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -503,27 +502,6 @@ def release_freed_memory() -> None:
     libc = ctypes.CDLL(None)
     if not MACOS and hasattr(libc, "malloc_trim"):  # musl has none
         libc.malloc_trim(0)
-
-
-@contextmanager
-def releasing_freed_memory(every_s: float) -> Iterator[None]:
-    """While this is entered, a thread calls `release_freed_memory` at this interval. On macOS nothing happens."""
-    if MACOS:
-        yield
-        return
-    done = threading.Event()
-
-    def release() -> None:
-        while not done.wait(every_s):
-            release_freed_memory()
-
-    thread = threading.Thread(target=release, name="slowft-release", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
 
 
 class _RusageInfoV4(ctypes.Structure):

@@ -14,9 +14,9 @@ from ..memory import limits
 from ..planning.schedule import Schedule
 
 COLD_STEPS = 2  # the first steps, which find fewer freed buffers than later ones
-# What lies free between small buffers is released this often, which takes 0.5 to 1.5 ms. The head puts large buffers
-# there, and these leave their pages behind.
-RELEASE_EVERY_S, RELEASE_IN_HEAD_EVERY_S = 0.1, 0.02
+# What lies free between small buffers is released before the head, and this often before blocks, which takes 0.5 to
+# 1.5 ms.
+RELEASE_EVERY_S = 0.1
 
 
 class Reuse:
@@ -86,8 +86,7 @@ class Reuse:
         freed_nbytes = s.cache_nbytes or 0
         limits().hold(s.head_active_nbytes or s.active_nbytes, freed_nbytes)
         try:
-            with platform.releasing_freed_memory(RELEASE_IN_HEAD_EVERY_S):  # the head takes the most memory at once
-                yield
+            yield
         finally:
             limits().hold(s.active_nbytes, freed_nbytes)
 
