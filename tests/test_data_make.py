@@ -835,6 +835,9 @@ def test_steps_alone_take_rows_of_any_form_and_are_not_done_again(tmp_path):
         other.write_text("".join(json.dumps(chat("Why?", "one two " * 9, topic=topic)) + "\n" for topic in "ab"))
         run("split", other, "--output", tmp_path / "e", "--valid", 0.5, "--test", 0, "--by", "topic")
     assert not list((tmp_path / "e").glob("*"))
+    with pytest.raises(slowft.ConfigError, match="valid must be a share from 0 to below 1, got 2"):
+        run("split", other, "--output", tmp_path / "f", "--valid", 2)
+    assert not (tmp_path / "f").exists()
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "a", "completion": "b"}\n{"promt": "a"}\n')
     with pytest.raises(slowft.DataError, match="bad.jsonl line 2 has the keys promt"):

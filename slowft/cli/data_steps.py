@@ -182,8 +182,9 @@ def split(files, output, left_out, valid, test, by, seed, words, as_json):
     from ..reports.base import late
     from ..synthesis import filters, rows
     from ..synthesis.convert import as_messages
-    from ..synthesis.split import SPLITS
+    from ..synthesis.split import SPLITS, check_shares
 
+    check_shares(valid, test)
     report, folder = make_report(as_json), Path(output).expanduser()
     inputs = [Path(file).expanduser() for file in files]
     used = [s for s in SPLITS if {"train": 1, "valid": valid, "test": test}[s]]
