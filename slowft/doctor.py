@@ -11,7 +11,6 @@ import json
 import os
 import platform as python_platform
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from typing import Any
 
 from . import __version__, platform
 from .errors import SlowftError
+from .weights.transfers import free_nbytes, nearest_existing
 
 REPORT = "please report it, with the output of slowft doctor --json"
 PACKAGES = ("mlx", "mlx-metal", "mlx-lm", "numpy", "safetensors", "transformers")
@@ -188,8 +188,8 @@ def _dequantizing(name: str) -> Check:
 
 
 def _directory(name: str, directory: Path, variable: str) -> Check:
-    directory = _existing(directory)
-    free, in_memory = shutil.disk_usage(directory).free, platform.is_memory_filesystem(directory)
+    directory = nearest_existing(directory)
+    free, in_memory = free_nbytes(directory), platform.is_memory_filesystem(directory)
     words, figures = f"{free / 1e9:.0f} GB free", {"free_nbytes": free, "in_memory": in_memory}
     if in_memory:
         todo = f"set {variable} to a directory on a disk: files take up memory where it is now"
@@ -199,11 +199,6 @@ def _directory(name: str, directory: Path, variable: str) -> Check:
     return Check(name, words, figures=figures)
 
 
-def _existing(path: Path) -> Path:
-    """The path or, if it does not exist, the nearest directory above it that does."""
-    return next(parent for parent in (path, *path.parents) if parent.exists())
-
-
 @contextmanager
 def _scratch(nbytes: int) -> Iterator[tuple[str, bool]]:
     """A temporary directory. Yields (its path, whether it is on a disk with `nbytes` free)."""
@@ -211,8 +206,7 @@ def _scratch(nbytes: int) -> Iterator[tuple[str, bool]]:
     disks = [
         directory
         for directory in (temporary, cache)
-        if not platform.is_memory_filesystem(_existing(directory))
-        and shutil.disk_usage(_existing(directory)).free >= nbytes
+        if not platform.is_memory_filesystem(nearest_existing(directory)) and free_nbytes(directory) >= nbytes
     ]
     parent = disks[0] if disks else temporary
     parent.mkdir(parents=True, exist_ok=True)

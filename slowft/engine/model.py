@@ -24,7 +24,7 @@ from ..sizes import parse_nbytes
 from ..weights.fingerprint import of_contents
 from ..weights.reader import Reader
 from ..weights.sources import placeholder
-from ..weights.spill import check_directory
+from ..weights.transfers import check_directory
 from .budget import Budget
 from .engine import Engine
 from .head import unbounded_chunk

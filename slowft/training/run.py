@@ -19,7 +19,7 @@ from ..engine.model import open_model, parse_nbytes
 from ..errors import AdapterError, ConfigError, DataError, SlowftError
 from ..reports.base import Report, Reports
 from ..reports.json_lines import CallbackReport
-from ..weights.spill import check_directory
+from ..weights.transfers import check_directory
 from .checkpoint import DIRECTORY as CHECKPOINTS
 from .config import TrainConfig
 from .machines import Machines, of_launch

@@ -17,20 +17,11 @@ from pathlib import Path
 import numpy as np
 
 from .. import platform, tracing
-from ..errors import ConfigError, SlowftError, reason_of
+from ..errors import SlowftError, reason_of
 from ..sizes import size_in_words
 from .transfers import RequestError, free_nbytes, read_all, write_all
 
 REMEDY = "another --spill-dir, more --memory, or fewer tokens at a time (--batch-size, --max-seq-length)"
-
-
-def check_directory(option: str, directory: Path) -> None:
-    """Raises ConfigError if an option's directory is none, or cannot be made or written to. Makes nothing."""
-    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise ConfigError(f"{option} {directory}: {existing} is a file. Give a directory on a disk")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError(f"{option} {directory}: {existing} cannot be written to. Give another directory")
 
 
 class SpillFile:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import platform
-from ..errors import ModelError, SlowftError, reason_of
+from ..errors import ConfigError, ModelError, SlowftError, reason_of
 
 # Bytes in the file cache at a time. Writing, measured on ext4: 2.3 GB/s at 4 MB, 2.1 at 2, 2.2 at 16. Reading back
 # includes fresh pages: 0.8 GB/s, with the kernel's read-ahead or without.
@@ -136,8 +136,21 @@ def read_bytes(file: str | os.PathLike, fd: int, nbytes: int, offset: int, error
 
 def free_nbytes(path: Path) -> int:
     """Bytes free on the disk of `path`, which need not exist yet."""
-    existing = next(p for p in (path, *path.absolute().parents) if p.exists())
-    return shutil.disk_usage(existing).free
+    return shutil.disk_usage(nearest_existing(path)).free
+
+
+def nearest_existing(path: Path) -> Path:
+    """The path or, if it does not exist, the nearest directory above it that does."""
+    return next(p for p in (path, *path.absolute().parents) if p.exists())
+
+
+def check_directory(option: str, directory: Path) -> None:
+    """Raises ConfigError if an option's directory is none, or cannot be made or written to. Makes nothing."""
+    existing = nearest_existing(directory)
+    if not existing.is_dir():
+        raise ConfigError(f"{option} {directory}: {existing} is a file. Give a directory on a disk")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"{option} {directory}: {existing} cannot be written to. Give another directory")
 
 
 def _write(fd: int, data: memoryview, offset: int) -> int:
