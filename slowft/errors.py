@@ -46,6 +46,13 @@ class Interrupted(SlowftError):
         self.signal = signal
 
 
+def check_least(least: int, **options: int | None) -> None:
+    """Raises ConfigError if one of these options is below `least`. An option that is None was not given."""
+    for name, value in options.items():
+        if value is not None and value < least:
+            raise ConfigError(f"--{name.replace('_', '-')} must be {least} or more, got {value}")
+
+
 def reason_of(error: OSError) -> str:
     """The operating system's reason, and what to do where that is not plain."""
     reason = error.strerror or str(error)

@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from ..engine.budget import Wave
 from ..engine.spilled_caches import SpilledCaches
-from ..errors import ConfigError
+from ..errors import ConfigError, check_least
 from ..planning.plan import Plan
 from .decoder import Decoder
 from .drafts import Depth, Drafter, DraftModel, PromptLookup
@@ -89,12 +89,8 @@ class Generation:
         adapter: bool | str = True,
         on_text: Callable[[Asked, str], None] | None = None,
     ):
-        if max_tokens < 1:
-            raise ConfigError(f"--max-tokens must be 1 or more, got {max_tokens}")
-        if wave is not None and wave < 1:
-            raise ConfigError(f"--wave must be 1 or more, got {wave}")
-        if draft_tokens is not None and draft_tokens < 0:
-            raise ConfigError(f"--num-draft-tokens must be 0 or more, got {draft_tokens}")
+        check_least(1, max_tokens=max_tokens, wave=wave)
+        check_least(0, num_draft_tokens=draft_tokens)
         check(prompts, model.embedding_rows)
         sampling, kept = sampling or Sampling(), kept or KeyValues()
         kept.check()

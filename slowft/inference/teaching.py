@@ -15,7 +15,7 @@ from ..data.datasets import load_data, no_training_samples
 from ..data.teacher import TeacherWriter, counted, samples_of
 from ..data.tokenizer import load_tokenizer
 from ..engine.budget import default_memory
-from ..errors import ConfigError, SlowftError
+from ..errors import ConfigError, SlowftError, check_least
 from ..models.adapters import digest
 from .decoder import opened
 from .passes import Row, batches_of, log_probabilities
@@ -50,8 +50,7 @@ class TeachingSession:
     ):
         if len(adapters) > 1:
             raise ConfigError(f"a teacher has one adapter at most, got {len(adapters)}. Write a cache for each")
-        if top_k < 1:
-            raise ConfigError(f"--top-k must be 1 or more, got {top_k}")
+        check_least(1, top_k=top_k)
         self._top_k = top_k
         adapter = next(iter(adapters.values()), None)
         self.model = opened(

@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..engine.spilled_caches import SpilledCaches
-from ..errors import ConfigError, SlowftError
+from ..errors import ConfigError, SlowftError, check_least
 from .decoder import Decoder
 from .drafts import Depth, Drafter
 from .rows import Group, MergeTrial, Row, room_to_cut_back
@@ -41,10 +41,8 @@ class KeyValues:
 
     def check(self) -> None:
         """Raises ConfigError where a value is impossible for every model."""
-        if self.max_kv_size is not None and self.max_kv_size < 1:
-            raise ConfigError(f"--max-kv-size must be 1 or more, got {self.max_kv_size}")
-        if self.quantized_kv_start < 0:
-            raise ConfigError(f"--quantized-kv-start must be 0 or more, got {self.quantized_kv_start}")
+        check_least(1, max_kv_size=self.max_kv_size)
+        check_least(0, quantized_kv_start=self.quantized_kv_start)
         if self.kv_bits is not None:
             with quantizing_cache():
                 mx.quantize(mx.zeros((1, max(self.kv_group_size, 1))), self.kv_group_size, self.kv_bits)

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, check_least
 from ..requests import prices, pruning
 from ..requests.store import RequestStore
 from .guard import Guard
@@ -120,9 +120,7 @@ def _check(s: Settings) -> None:
         raise ConfigError("--delta says what another model learnt. Give that model's base too: --emulate SMALL")
     if s.token is not None and not s.token.strip():
         raise ConfigError("--token is empty. Give one that nobody guesses")
-    for name, value in (("max-tokens", s.max_tokens), ("wave", s.wave)):
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name} must be 1 or more, got {value}")
+    check_least(1, max_tokens=s.max_tokens, wave=s.wave)
     if s.model is not None:  # without one, MLX is not needed
         from ..inference.sampling import Sampling
 
