@@ -412,7 +412,7 @@ class Engine:
                 self.pieces.watch(unit.module)
         self.hidden.spill(schedule.spilled, directory)
         if schedule.cache_nbytes is not None:
-            self.weights.reuse = Reuse(schedule)
+            self.weights.follow(Reuse(schedule))
             limits().keep_freed(schedule.cache_nbytes)
         freed_nbytes = schedule.cache_nbytes or 0
         limits().hold(schedule.active_nbytes, freed_nbytes)

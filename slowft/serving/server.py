@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
 from typing import TYPE_CHECKING, Any
@@ -86,6 +86,10 @@ class Server(ThreadingHTTPServer):
         """The base URL for clients."""
         host, port = self.server_address[:2]
         return f"http://{f'[{host}]' if ':' in str(host) else host}:{port}/v1"
+
+    def answer_by(self, local: "Local | None") -> None:
+        """From now on answer requests for the models of `local` here. Its address was taken before they were opened."""
+        self.parts = replace(self.parts, local=local)
 
     def start(self) -> None:
         try:

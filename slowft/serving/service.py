@@ -48,7 +48,8 @@ class Service:
                 recorder = Recorder(store, say)
             parts = Parts(guard, Pages(store), None, upstream, recorder, s.cache, on_answer)
             self.server = Server(s.host, s.port, parts)  # a port that is taken is found before the model is opened
-            parts.local = local = None if s.model is None else self._open_local(s)
+            local = None if s.model is None else self._open_local(s)
+            self.server.answer_by(local)
             self.names = [] if local is None else list(local.names)
             self.scheduler = None if local is None else local.scheduler
             self.recorder = recorder

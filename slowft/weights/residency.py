@@ -111,6 +111,10 @@ class Residency:
                 self._resident[unit] = [read_whole(self.reader, param.source) for param in unit.params]
         limits().give_back()  # the pieces' buffers are of no size that a step asks for
 
+    def follow(self, reuse: Reuse) -> None:
+        """From now on `reuse` decides which freed buffers are kept."""
+        self.reuse = reuse
+
     def resize(
         self,
         slots: int,
