@@ -27,8 +27,8 @@ def print_table(table: Table) -> None:
 def print_line(text: str) -> None:
     """Print a line. What does not fit a terminal's width goes on below: four spaces in, or below a "Name     "."""
     console, name = Console(), re.match(r"\w* {2,}(?=\S)", text)
-    indent = 4 if name is None or len(name[0]) == 2 else len(name[0])
-    width = console.width if console.is_terminal else max(len(text), 1)
-    click.echo(
-        textwrap.fill(text, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
-    )
+    if console.is_terminal:
+        indent = " " * (4 if name is None or len(name[0]) == 2 else len(name[0]))
+        options = {"subsequent_indent": indent, "break_long_words": False, "break_on_hyphens": False}
+        text = textwrap.fill(text, console.width, **options)
+    click.echo(text)
