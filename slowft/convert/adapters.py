@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from .. import platform
-from ..errors import AdapterError, ConfigError, ModelError
+from ..errors import AdapterError, ConfigError, ModelError, first_line
 from ..models.adapter_files import CONFIG, WEIGHTS, Adapter, AdapterSpec, read_adapter
 from ..models.adapters import HEADS
 from ..models.building import build_lazily
@@ -380,7 +380,7 @@ def is_tied(config: dict[str, Any]) -> bool:
         arguments = args_class.from_dict(config)
         names = [name for name, _ in model_class(arguments).named_modules()]  # lazy: no weight is computed
     except (ValueError, TypeError, KeyError, AttributeError) as e:
-        raise ModelError(f"mlx-lm cannot read the base model's config.json: {str(e).splitlines()[0]}") from None
+        raise ModelError(f"mlx-lm cannot read the base model's config.json: {first_line(e)}") from None
     usual = getattr(arguments, "tie_word_embeddings", True)
     has_head = any(name.rpartition(".")[2] in HEADS for name in names)
     return not has_head or bool(config.get("tie_word_embeddings", usual))
@@ -428,7 +428,7 @@ def _evaluate(arrays: list[mx.array], file: Path | None) -> None:
     try:
         mx.eval(arrays)
     except (RuntimeError, ValueError) as e:
-        raise AdapterError(f"{file} cannot be read: {str(e).splitlines()[0]}") from None
+        raise AdapterError(f"{file} cannot be read: {first_line(e)}") from None
 
 
 def check_memory(adapters: Sequence[Adapter], memory: str | int | None, doing: str) -> None:

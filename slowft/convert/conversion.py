@@ -23,7 +23,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
-from ..errors import ModelError
+from ..errors import ModelError, first_line
 from ..models.building import Built, build_lazily
 from ..version import __version__
 from ..weights.extents import Extent
@@ -87,7 +87,7 @@ class Conversion:
         try:
             change = transform.change(model, self.config, path)
         except (ValueError, TypeError, KeyError) as e:
-            raise ModelError(f"{path}: mlx-lm cannot convert this model: {str(e).splitlines()[0]}") from None
+            raise ModelError(f"{path}: mlx-lm cannot convert this model: {first_line(e)}") from None
         self.config = change.config
         outputs = dict(tree_flatten(model.parameters()))
         tensors = {name: Tensor(name, str(a.dtype).removeprefix("mlx.core."), a.shape) for name, a in outputs.items()}

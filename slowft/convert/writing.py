@@ -12,7 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from .. import platform
-from ..errors import ConfigError, ModelError
+from ..errors import ConfigError, ModelError, first_line
 from ..memory import computes_on_gpu, limits
 from ..weights.buffers import read_buffer, shift
 from ..weights.extents import Extent
@@ -214,7 +214,7 @@ class _Worker:
         try:
             mx.eval(array)
         except (RuntimeError, ValueError) as e:
-            raise ModelError(f"tensor {parameter.name} cannot be computed: {str(e).splitlines()[0]}") from None
+            raise ModelError(f"tensor {parameter.name} cannot be computed: {first_line(e)}") from None
         for file in self._computed_from:
             platform.drop_cached_file(file)
         return array

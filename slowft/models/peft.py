@@ -19,7 +19,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..errors import AdapterError, ModelError, printable
+from ..errors import AdapterError, ModelError, first_line, printable
 from ..weights.recognise import read_json, recognise
 from ..weights.tensorfile import load_lazily
 from .directories import ADAPTER_CONFIG, PEFT_WEIGHTS
@@ -156,7 +156,7 @@ def read_tensors(read: Callable[[Path], Any], file: Path) -> Any:
         return read(file)
     except (ModelError, RuntimeError, ValueError) as e:
         recognised = recognise(file)
-        reason = f"it is {recognised[0]}. {recognised[1]}" if recognised else printable(str(e).splitlines()[0])
+        reason = f"it is {recognised[0]}. {recognised[1]}" if recognised else printable(first_line(e))
         raise AdapterError(f"{file} is not a readable safetensors file: {reason}") from None
 
 

@@ -24,7 +24,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from ..errors import ConfigError, PeerLost
+from ..errors import ConfigError, PeerLost, first_line
 from .peers import FAIL_S, JOIN_S, Loss, Peers
 
 T = TypeVar("T")
@@ -207,7 +207,7 @@ def of_launch() -> Machines:
         try:
             group = mx.distributed.init(strict=True, backend=backend)
         except (RuntimeError, ValueError) as e:
-            reason = str(e).splitlines()[0]
+            reason = first_line(e)
             raise PeerLost(
                 f"{_name(rank, size)} could not join the others: {reason}. Start all of them again"
             ) from None
