@@ -21,7 +21,7 @@ from conftest import (
     reference,
     save_random,
 )
-from slowft.planning.plan import LOGITS_NBYTES, enough
+from slowft.planning.plan import LOGITS_NBYTES
 
 LORA = {"num_layers": -1, "rank": 4, "scale": 2.0}
 
@@ -100,8 +100,10 @@ def test_large_logits_exist_whole_where_memory_allows(tmp_path):
     randomise(whole, *models)
     loss, gradients = reference(whole.train(), batch, lengths)
     *_, scarce = models
-    scarce.plan(2, 300, memory=enough(scarce.planner(2, 300).least().peak_nbytes), follow=True)
     for streamed in models:
+        if streamed is scarce:  # planned when the others are closed; there is room for what this process takes besides
+            least = streamed.planner(2, 300).least().peak_nbytes
+            streamed.plan(2, 300, memory=least + 150_000_000, follow=True)
         (streamed_loss, _), streamed_gradients = streamed.train().loss_and_grads(batch, lengths)
         difference = largest_difference(gradients, streamed_gradients)
         if streamed is scarce:
